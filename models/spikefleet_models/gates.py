@@ -1,0 +1,177 @@
+"""Connections of a residual block: how the residual spikes H and the shortcut spikes X become the block's output Y.
+
+    BSG    Y = H * H + (1 - H) * X                     Zhang et al. 2023, eq 15: the gate is H itself; on spikes, H OR X
+    BSG*   Y = G * H + (1 - G) * X, G = Theta(W * H + B - thr)      eqs 13, 14; W, B per channel, W = 1 and B = 0 at start
+    ADD    Y = H + X                                   Fang et al. 2021 (SEW ResNet); integers, not spikes
+    AND    Y = H * X
+    IAND   Y = (1 - H) * X
+
+The gradients are those of the formulas as written. For BSG that means dY/dH = 2H - X and dY/dX = 1 - H, not what the same
+Boolean function written as H + X - H X would give. Inputs of BSG, AND, IAND and BSG* must be spikes (H in {0, 1}).
+
+What backward needs of H and X is kept as they are: X is the input of the block's first convolution, and so in memory
+anyway. `SpikingUnit` recomputes H as well.
+"""
+
+from typing import Any, Literal
+
+import torch
+from spikingjelly.activation_based import surrogate
+from torch import Tensor, nn
+
+GateName = Literal["bsg", "bsg_star", "add", "and", "iand"]
+
+SAVES_SHORTCUT = {"bsg": True, "add": False, "and": True, "iand": True}
+"""The gates without parameters, and whether their backward reads X."""
+
+
+def gate_forward(name: str, h: Tensor, x: Tensor, out: Tensor) -> Tensor:
+    """Y of a gate without parameters, in one pass. `out` may be `h`."""
+    if name == "bsg":
+        return torch.lerp(x, h, h, out=out)
+    if name == "add":
+        return torch.add(h, x, out=out)
+    if name == "and":
+        return torch.mul(h, x, out=out)
+    assert name == "iand"
+    return torch.addcmul(x, x, h, value=-1.0, out=out)
+
+
+def gate_backward_residual(name: str, grad: Tensor, h: Tensor, x: Tensor | None) -> Tensor:
+    """dL/dH. `grad` is left alone."""
+    if name == "add":
+        return grad
+    assert x is not None
+    if name == "bsg":
+        return torch.sub(h, x, out=torch.empty_like(h)).add_(h).mul_(grad)
+    product = torch.mul(grad, x)
+    return product if name == "and" else product.neg_()
+
+
+def gate_backward_shortcut(name: str, grad: Tensor, h: Tensor, out: Tensor) -> Tensor:
+    """dL/dX into `out`."""
+    if name == "add":
+        return out.copy_(grad)
+    if name == "and":
+        return torch.mul(grad, h, out=out)
+    return torch.addcmul(grad, grad, h, value=-1.0, out=out)
+
+
+class _GateFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, x: Tensor, name: str) -> Tensor:
+        ctx.name = name
+        if name != "add":
+            ctx.save_for_backward(h, x)
+        return gate_forward(name, h, x, torch.empty_like(h))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        (grad,) = grad_outputs
+        if ctx.name == "add":
+            return grad, grad, None
+        h, x = ctx.saved_tensors
+        grad_x = gate_backward_shortcut(ctx.name, grad, h, torch.empty_like(grad))
+        return gate_backward_residual(ctx.name, grad, h, x), grad_x, None
+
+
+class Gate(nn.Module):
+    """BSG, ADD, AND or IAND: (H, X) -> Y of the same shape."""
+
+    def __init__(self, name: Literal["bsg", "add", "and", "iand"]) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, h: Tensor, x: Tensor) -> Tensor:
+        """Y, saving H and X themselves and no product of theirs."""
+        y: Tensor = _GateFunction.apply(h, x, self.name)
+        return y
+
+    def reference_forward(self, h: Tensor, x: Tensor) -> Tensor:
+        """Y by the formula of the module docstring and plain autograd."""
+        if self.name == "bsg":
+            return h * h + (1 - h) * x
+        if self.name == "add":
+            return h + x
+        return h * x if self.name == "and" else (1 - h) * x
+
+    def extra_repr(self) -> str:
+        return self.name
+
+
+class _LearnedGateFunction(torch.autograd.Function):
+    """BSG* on H in {0, 1}: u = W H + B - thr takes two values a channel, so only H and X need saving."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, x: Tensor, weight: Tensor, bias: Tensor, gate: "LearnedGate") -> Tensor:
+        ctx.gate = gate
+        ctx.save_for_backward(h, x, weight, bias)
+        return torch.lerp(x, h, gate.opening(h))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        (grad,) = grad_outputs
+        h, x, weight, bias = ctx.saved_tensors
+        gate: LearnedGate = ctx.gate
+        opening = gate.opening(h)
+        at_silence, at_spike = bias - gate.threshold, weight + bias - gate.threshold
+        ones = torch.ones_like(bias)
+        function = gate.surrogate_function
+        slope_silence = function.backward(ones, at_silence, function.alpha)
+        slope_spike = function.backward(ones, at_spike, function.alpha)
+        # dL/du = grad * (H - X) * surrogate'(u)
+        grad_u = (h - x).mul_(_per_channel(slope_silence, slope_spike, h)).mul_(grad)
+        grad_h = torch.addcmul(grad * opening, grad_u, weight[:, None, None].to(h.dtype))
+        grad_x = torch.addcmul(grad, grad, opening, value=-1.0)
+        others = [d for d in range(h.ndim) if d != h.ndim - 3]
+        grad_bias = grad_u.sum(others, dtype=torch.float32)
+        grad_weight = grad_u.mul_(h).sum(others, dtype=torch.float32)
+        return grad_h, grad_x, grad_weight, grad_bias, None
+
+
+def _per_channel(at_silence: Tensor, at_spike: Tensor, h: Tensor) -> Tensor:
+    silence = at_silence[:, None, None].to(h.dtype)
+    return torch.addcmul(silence, (at_spike - at_silence)[:, None, None].to(h.dtype), h)
+
+
+class LearnedGate(nn.Module):
+    """BSG*: per channel it opens on spikes, on silence, always or never, so Y is H OR X, H AND X, H or X.
+
+    `surrogate_function` is that of the network's neurons; the paper says only that gradients of the gate are surrogates.
+    """
+
+    def __init__(self, channels: int, threshold: float, surrogate_function: surrogate.SurrogateFunctionBase) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.threshold = threshold
+        self.surrogate_function = surrogate_function
+
+    def opening(self, h: Tensor) -> Tensor:
+        """G in {0, 1} of spikes H [..., C, H, W]; decided in fp32, since a 16-bit W would move the gate's edge."""
+        at_silence = (self.bias.detach() - self.threshold >= 0).float()
+        at_spike = (self.weight.detach() + self.bias.detach() - self.threshold >= 0).float()
+        return _per_channel(at_silence, at_spike, h)
+
+    def forward(self, h: Tensor, x: Tensor) -> Tensor:
+        """Y of spikes H and X [..., C, H, W], saving H and X themselves and nothing else."""
+        y: Tensor = _LearnedGateFunction.apply(h, x, self.weight, self.bias, self)
+        return y
+
+    def reference_forward(self, h: Tensor, x: Tensor) -> Tensor:
+        """Y by the formula of the module docstring and plain autograd."""
+        weight, bias = self.weight[:, None, None], self.bias[:, None, None]
+        gate = self.surrogate_function(weight * h + bias - self.threshold)
+        return gate * h + (1 - gate) * x
+
+    def extra_repr(self) -> str:
+        return f"channels={self.weight.numel()}, threshold={self.threshold}"
+
+
+def build_gate(
+    name: GateName, channels: int, threshold: float, surrogate_function: surrogate.SurrogateFunctionBase
+) -> Gate | LearnedGate:
+    """The gate module of a residual block with `channels` output channels."""
+    if name == "bsg_star":
+        return LearnedGate(channels, threshold, surrogate_function)
+    return Gate(name)

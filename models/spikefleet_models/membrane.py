@@ -1,0 +1,171 @@
+"""Membrane dynamics over T steps, written on buffers: what every lean autograd Function of this package is made of.
+
+Charge, fire, reset (Zhang et al., Front. Neurosci. 2023, eqs 5, 6, 8, 9; the order of operations is SpikingJelly's, so that
+spikes are bit-identical to its torch reference):
+
+    IF     h[t] = v[t-1] + x[t]
+    LIF    h[t] = v[t-1] + (x[t] - (v[t-1] - v_reset)) / tau          decay_input
+           h[t] = v[t-1] - (v[t-1] - v_reset) / tau + x[t]            otherwise
+    PLIF   LIF with 1/tau = q = sigmoid(w), w learned
+    fire   s[t] = 1 if h[t] >= v_threshold else 0
+    reset  v[t] = v_reset where s[t] else h[t]                        hard
+           v[t] = h[t] - v_threshold * s[t]                           soft (v_reset is None)
+
+The backward recomputes h from x, so that x is all a caller has to save. Callers hand in tiles that fit
+the processor's second-level cache: each line below is then a pass over cached memory.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from spikingjelly.activation_based import surrogate
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Dynamics:
+    """What a neuron does in one step. `tau` is None for IF and for PLIF, whose q comes as a tensor."""
+
+    v_threshold: float
+    v_reset: float | None
+    detach_reset: bool
+    decay_input: bool
+    tau: float | None
+    surrogate_function: surrogate.SurrogateFunctionBase
+
+    @property
+    def rest(self) -> float:
+        """Voltage of a neuron that has seen nothing, and what the leak pulls towards."""
+        return 0.0 if self.v_reset is None else self.v_reset
+
+
+def membrane_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32, or fp64 for fp64 input: a 16-bit membrane loses small currents."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def charge(dynamics: Dynamics, q: Tensor | None, v: Tensor | None, x: Tensor, out: Tensor) -> Tensor:
+    """h[t] into `out`, which may be `v` or `x`. `v` None is the reset state."""
+    leaky = q is not None or dynamics.tau is not None
+    if v is None:
+        decayed = _leak(dynamics, q, x) if leaky and dynamics.decay_input else x
+        if dynamics.rest:
+            return torch.add(decayed, dynamics.rest, out=out)
+        return decayed if decayed is out else out.copy_(decayed)
+    if not leaky:
+        return torch.add(v, x, out=out)
+    offset = v - dynamics.rest if dynamics.rest else v
+    if dynamics.decay_input:
+        return torch.add(v, _leak(dynamics, q, x - offset), out=out)
+    return torch.add(v - _leak(dynamics, q, offset), x, out=out)
+
+
+def _leak(dynamics: Dynamics, q: Tensor | None, x: Tensor) -> Tensor:
+    return x / dynamics.tau if q is None else x * q
+
+
+def reset(dynamics: Dynamics, h: Tensor, spike: Tensor, out: Tensor) -> Tensor:
+    """v[t] into `out`, which may be `h`."""
+    if dynamics.v_reset is None:
+        return torch.sub(h, spike, alpha=dynamics.v_threshold, out=out)
+    if dynamics.v_reset == 0.0:
+        return torch.addcmul(h, h, spike, value=-1.0, out=out)
+    return torch.lerp(h, h.new_full((), dynamics.v_reset), spike, out=out)
+
+
+def forward_steps(
+    dynamics: Dynamics, q: Tensor | None, x: Sequence[Tensor], spikes: Sequence[Tensor], v: Tensor | None
+) -> Tensor:
+    """Write s[t] for every step; return v[T]. `spikes[t]` may be `x[t]`; `x` is otherwise left alone, and so is `v`."""
+    state = torch.empty_like(x[0])
+    for x_t, s_t in zip(x, spikes, strict=True):
+        h = charge(dynamics, q, v, x_t, out=state)
+        torch.ge(h, dynamics.v_threshold, out=s_t)
+        v = reset(dynamics, h, s_t, out=state)
+    return state
+
+
+def charge_steps(dynamics: Dynamics, q: Tensor | None, x: Sequence[Tensor], v: Tensor | None) -> None:
+    """Turn x[t] into h[t] in place for every step."""
+    state = torch.empty_like(x[0])
+    for t, x_t in enumerate(x):
+        h = charge(dynamics, q, v, x_t, out=x_t)
+        if t + 1 < len(x):
+            v = reset(dynamics, h, torch.ge(h, dynamics.v_threshold, out=torch.empty_like(h)), out=state)
+
+
+def backward_steps(
+    dynamics: Dynamics,
+    q: Tensor | None,
+    h: Sequence[Tensor],
+    grad_spikes: Sequence[Tensor],
+    grad_v: Tensor | None = None,
+    v_init: Tensor | None = None,
+    currents: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Turn h[t] into dL/dx[t] in place; return (dL/dv_init, dL/dq).
+
+    `grad_spikes` and `grad_v` are left alone. PLIF (q is not None) needs the `currents` x[t] as well.
+    """
+    below, base = torch.empty_like(h[0]), torch.empty_like(h[0])
+    threshold = h[0].new_full((), dynamics.v_threshold)
+    carry = grad_v
+    grad_q = None if q is None else q.new_zeros(())
+    for t in reversed(range(len(h))):
+        torch.sub(threshold, h[t], out=below)
+        grad_s, grad_h = grad_spikes[t], None
+        if carry is not None:
+            grad_h = carry
+            if dynamics.v_reset is not None:
+                grad_h = torch.ops.aten.threshold_backward.grad_input(carry, below, 0.0, grad_input=base)
+            if not dynamics.detach_reset:
+                to_spike = -dynamics.v_threshold if dynamics.v_reset is None else dynamics.v_reset - h[t]
+                grad_s = grad_s + carry * to_spike
+        _fire_backward(dynamics, below, grad_s, grad_h, out=h[t])
+        if grad_q is not None:
+            assert currents is not None
+            offset = _voltage_before(dynamics, h, t, v_init).sub_(dynamics.rest)
+            leaking = currents[t] - offset if dynamics.decay_input else offset.neg_()
+            grad_q += torch.sum(leaking.mul_(h[t]))
+        carry = _charge_backward(dynamics, q, h[t])
+    assert carry is not None
+    return carry, grad_q
+
+
+def _fire_backward(dynamics: Dynamics, below: Tensor, grad_s: Tensor, grad_h: Tensor | None, out: Tensor) -> None:
+    """out = grad_s * surrogate'(-below) + grad_h. `below` = v_threshold - h is used up."""
+    function = dynamics.surrogate_function
+    if type(function) is surrogate.ATan:
+        # a / (1 + (pi a d)^2) with a = alpha / 2, as one denominator: 1/a + pi^2 a d^2
+        a = function.alpha / 2
+        torch.addcmul(below.new_full((), 1 / a), below, below, value=math.pi**2 * a, out=below)
+        if grad_h is None:
+            torch.div(grad_s, below, out=out)
+        else:
+            torch.addcdiv(grad_h, grad_s, below, out=out)
+        return
+    gradient = function.backward(grad_s, below.neg_(), function.alpha)
+    if grad_h is None:
+        out.copy_(gradient)
+    else:
+        torch.add(grad_h, gradient, out=out)
+
+
+def _charge_backward(dynamics: Dynamics, q: Tensor | None, grad: Tensor) -> Tensor:
+    """Turn dL/dh[t] into dL/dx[t] in place; return dL/dv[t-1]."""
+    if q is None and dynamics.tau is None:
+        return grad
+    leak = _leak(dynamics, q, grad)
+    carry = grad - leak
+    if dynamics.decay_input:
+        grad.copy_(leak)
+    return carry
+
+
+def _voltage_before(dynamics: Dynamics, h: Sequence[Tensor], t: int, v_init: Tensor | None) -> Tensor:
+    if t:
+        spike = torch.ge(h[t - 1], dynamics.v_threshold, out=torch.empty_like(h[0]))
+        return reset(dynamics, h[t - 1], spike, out=spike)
+    return torch.full_like(h[0], dynamics.rest) if v_init is None else v_init.clone()

@@ -1,0 +1,1 @@
+"""Data for spikefleet: sources -> Arrow store -> batches. No models here."""

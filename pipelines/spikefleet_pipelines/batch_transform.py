@@ -1,0 +1,168 @@
+"""From rows of a split to a normalised batch.
+
+Raw images are gathered, cropped and flipped as whole batches of uint8; encoded ones are decoded, cropped and resized
+one by one, in as many threads as torch has (one in a loader process). Both end in the same float stage. Every random
+number is a function of (seed, epoch, row, what it is for): see `counter_random.py`.
+"""
+
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from spikefleet_pipelines.auto_augment import auto_augment
+from spikefleet_pipelines.counter_random import Draw, integers, uniform
+from spikefleet_pipelines.store import Split
+from spikefleet_pipelines.transforms import TransformConfig
+
+_ATTEMPTS = 10
+_RATIO = (3 / 4, 4 / 3)
+
+
+class BatchTransform:
+    """Loads and transforms batches of one split: `transform(rows, epoch)` -> float32 [B, C, H, W].
+
+    Raises:
+        ValueError: the config does not suit the images of the split.
+    """
+
+    def __init__(self, split: Split, config: TransformConfig, train: bool, seed: int) -> None:
+        config.check_images(split.image_shape)
+        self.split = split
+        self.config = config
+        self.train = train
+        self.seed = seed
+        # (pixel / 255 - mean) / std as one multiplication and one addition
+        mean = torch.tensor(config.normalise.mean).view(-1, 1, 1)
+        std = torch.tensor(config.normalise.std).view(-1, 1, 1)
+        self._scale, self._shift = 1 / (255 * std), -mean / std
+        self._pool: ThreadPoolExecutor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pool": None}
+
+    def __call__(self, rows: NDArray[np.int64], epoch: int) -> Tensor:
+        if not self.train:
+            return self._normalise(self._evaluation_images(rows))
+        config = self.config
+        images = self._cropped(rows, epoch)
+        if config.horizontal_flip:
+            flip = torch.from_numpy(uniform(self.seed, epoch, rows, Draw.FLIP) < config.horizontal_flip)
+            images[flip] = images[flip].flip(-1)
+        if config.auto_augment != "none":
+            images = auto_augment(images, self.seed, epoch, rows)
+        normalised = self._normalise(images)
+        if config.cutout:
+            normalised *= self._cutout_mask(rows, epoch, normalised.shape[-2], normalised.shape[-1])
+        return normalised
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        return images.to(torch.float32).mul_(self._scale).add_(self._shift)
+
+    def _cropped(self, rows: NDArray[np.int64], epoch: int) -> Tensor:
+        side = self.config.random_resized_crop
+        if side is not None:
+            numbers = Draw.RESIZED_CROP + np.arange(4 * _ATTEMPTS)
+            draws = uniform(self.seed, epoch, rows[:, None], numbers).reshape(-1, _ATTEMPTS, 4)
+
+            def crop(image: Tensor, position: int) -> Tensor:
+                top, left, height, width = resized_crop_box(
+                    draws[position], image.shape[-2], image.shape[-1], self.config.random_resized_crop_scale
+                )
+                return _resize(image[:, top : top + height, left : left + width], side, side)
+
+            return self._each(rows, side, crop)
+        images = self.split.gather(rows)
+        if padding := self.config.crop_padding:
+            down = integers(self.seed, epoch, rows, Draw.CROP_Y, 2 * padding + 1)
+            right = integers(self.seed, epoch, rows, Draw.CROP_X, 2 * padding + 1)
+            images = shifted_crop(images, padding, down, right)
+        return torch.from_numpy(images)
+
+    def _evaluation_images(self, rows: NDArray[np.int64]) -> Tensor:
+        shorter, side = self.config.resize, self.config.center_crop
+        if shorter is None or side is None:
+            return torch.from_numpy(self.split.gather(rows))
+
+        def crop(image: Tensor, position: int) -> Tensor:
+            height, width = image.shape[-2:]
+            if height <= width:
+                height, width = shorter, max(shorter, int(shorter * width / height))
+            else:
+                height, width = max(shorter, int(shorter * height / width)), shorter
+            top, left = round((height - side) / 2), round((width - side) / 2)
+            return _resize(image, height, width)[:, top : top + side, left : left + side]
+
+        return self._each(rows, side, crop)
+
+    def _each(self, rows: NDArray[np.int64], side: int, crop: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """Read images one by one and put what `crop(image, position in the batch)` makes of them into one batch."""
+        channels = 3 if self.split.image_shape is None else self.split.image_shape[0]
+        batch = torch.empty(len(rows), channels, side, side, dtype=torch.uint8)
+
+        def load(position: int) -> None:
+            batch[position] = crop(self.split.image(int(rows[position])), position)
+
+        threads = torch.get_num_threads()
+        if threads == 1:
+            for position in range(len(rows)):
+                load(position)
+        else:
+            self._pool = self._pool or ThreadPoolExecutor(threads)
+            list(self._pool.map(load, range(len(rows))))
+        return batch
+
+    def _cutout_mask(self, rows: NDArray[np.int64], epoch: int, height: int, width: int) -> Tensor:
+        """DeVries and Taylor, 2017: the centre lies anywhere in the image, the square is clipped at the border."""
+        inside = []
+        for draw, length in ((Draw.CUTOUT_Y, height), (Draw.CUTOUT_X, width)):
+            start = integers(self.seed, epoch, rows, draw, length)[:, None] - self.config.cutout // 2
+            position = np.arange(length)
+            inside.append((position >= start) & (position < start + self.config.cutout))
+        hole = inside[0][:, None, :, None] & inside[1][:, None, None, :]
+        return torch.from_numpy(~hole).to(torch.float32)
+
+
+def shifted_crop(
+    images: NDArray[np.uint8], padding: int, down: NDArray[np.int64], right: NDArray[np.int64]
+) -> NDArray[np.uint8]:
+    """Pad images [B, C, H, W] with zeros on all sides and crop each at its (down, right), 0 to 2 * padding."""
+    batch, channels, height, width = images.shape
+    padded = np.zeros((batch, channels, height + 2 * padding, width + 2 * padding), np.uint8)
+    padded[:, :, padding : padding + height, padding : padding + width] = images
+    windows = sliding_window_view(padded, (height, width), axis=(2, 3))
+    return windows[np.arange(batch), :, down, right]
+
+
+def resized_crop_box(
+    draws: NDArray[np.float64], height: int, width: int, scale: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """The part of a random resized crop, (top, left, height, width), as torchvision's RandomResizedCrop defines it.
+
+    Args:
+        draws: [10, 4] numbers in [0, 1): area, aspect ratio, top and left of each attempt.
+    """
+    low, high = math.log(_RATIO[0]), math.log(_RATIO[1])
+    for area, ratio, top, left in draws.tolist():
+        target = height * width * (scale[0] + area * (scale[1] - scale[0]))
+        aspect = math.exp(low + ratio * (high - low))
+        crop_width, crop_height = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            return int(top * (height - crop_height + 1)), int(left * (width - crop_width + 1)), crop_height, crop_width
+    # No attempt fitted: the largest centred part with an allowed aspect ratio.
+    crop_width = min(width, round(height * _RATIO[1]))
+    crop_height = min(height, round(width / _RATIO[0]))
+    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+
+
+def _resize(image: Tensor, height: int, width: int) -> Tensor:
+    if image.shape[-2:] == (height, width):
+        return image
+    return interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]

@@ -1,0 +1,65 @@
+"""Counter-based random numbers: a draw is a pure function of (seed, epoch, sample index, draw number).
+
+Nothing is stateful, so a draw depends neither on the number of loader processes nor on what was drawn before, and a
+whole batch is drawn by one vectorised call. The mixing function is the finaliser of SplitMix64 (Steele, Lea and Flood,
+"Fast splittable pseudorandom number generators", OOPSLA 2014), applied once for each part of the counter.
+"""
+
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MULTIPLY_1 = 0xBF58476D1CE4E5B9
+_MULTIPLY_2 = 0x94D049BB133111EB
+_MASK = 2**64 - 1
+
+
+class Draw(IntEnum):
+    """What a random number is used for. A number, once used, keeps its meaning: changing it changes every run."""
+
+    ORDER = 0
+    HOLD_OUT = 1
+    CROP_Y = 2
+    CROP_X = 3
+    FLIP = 4
+    CUTOUT_Y = 5
+    CUTOUT_X = 6
+    POLICY = 7
+    POLICY_APPLY = 8  # two operations: 8 and 9
+    POLICY_SIGN = 10  # two operations: 10 and 11
+    RESIZED_CROP = 64  # 10 attempts of 4 numbers each: 64 to 103
+
+
+def random_bits(seed: int, epoch: int, index: ArrayLike, draw: ArrayLike) -> NDArray[np.uint64]:
+    """64 random bits for each (index, draw), which broadcast against each other."""
+    key = _mix_int(_mix_int(seed) + epoch * _GOLDEN)
+    counter = np.atleast_1d(np.asarray(index, dtype=np.int64)).astype(np.uint64)
+    number = np.atleast_1d(np.asarray(draw, dtype=np.int64)).astype(np.uint64)
+    with np.errstate(over="ignore"):
+        bits = _mix(np.uint64(key) + (counter + np.uint64(1)) * np.uint64(_GOLDEN))
+        return _mix(bits + (number + np.uint64(1)) * np.uint64(_GOLDEN))
+
+
+def uniform(seed: int, epoch: int, index: ArrayLike, draw: ArrayLike) -> NDArray[np.float64]:
+    """Numbers in [0, 1) with 53 random bits for each (index, draw)."""
+    return (random_bits(seed, epoch, index, draw) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def integers(seed: int, epoch: int, index: ArrayLike, draw: ArrayLike, bound: int) -> NDArray[np.int64]:
+    """Whole numbers in [0, bound) for each (index, draw)."""
+    return (uniform(seed, epoch, index, draw) * bound).astype(np.int64)
+
+
+def _mix(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(_MULTIPLY_1)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(_MULTIPLY_2)
+    return bits ^ (bits >> np.uint64(31))
+
+
+def _mix_int(value: int) -> int:
+    bits = (value + _GOLDEN) & _MASK
+    bits = ((bits ^ (bits >> 30)) * _MULTIPLY_1) & _MASK
+    bits = ((bits ^ (bits >> 27)) * _MULTIPLY_2) & _MASK
+    return bits ^ (bits >> 31)

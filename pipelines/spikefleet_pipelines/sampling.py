@@ -1,0 +1,151 @@
+"""Which samples make up which step, on which rank: distributed, resumable, and without state.
+
+The order of an epoch is a pure function of (seed, epoch). Global batch s is the same set of samples for every world
+size; rank r takes its contiguous slice of it. A checkpoint therefore needs to hold only (epoch, step).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spikefleet_pipelines.counter_random import Draw, random_bits
+
+
+class StepBatch(NamedTuple):
+    """What one rank loads for one optimizer step."""
+
+    step: int
+    indices: NDArray[np.int64]
+    """Positions in the split, [n_local]."""
+    global_count: int
+    """Samples of all ranks in this step: the loss of a rank is its sum divided by this."""
+
+
+class Plan(Protocol):
+    """What a loader needs to know of `EpochPlan` or `EvaluationPlan`."""
+
+    @property
+    def samples(self) -> int: ...
+    @property
+    def steps_per_epoch(self) -> int: ...
+    def batches(self, epoch: int, start_step: int = 0) -> Iterator[StepBatch]: ...
+
+
+def epoch_order(samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The permutation of an epoch, [samples]. It sorts hashed positions, so that no library's shuffle can change it."""
+    keys = random_bits(seed, epoch, np.arange(samples), Draw.ORDER)
+    return np.argsort(keys, kind="stable").astype(np.int64)
+
+
+def _check_ranks(samples: int, global_batch: int, world_size: int, rank: int) -> None:
+    for name, value, least in (
+        ("samples", samples, 1),
+        ("global_batch", global_batch, 1),
+        ("world_size", world_size, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}.")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank is {rank}; with world_size {world_size} it must be between 0 and {world_size - 1}.")
+
+
+def _rank_slice(start: int, count: int, world_size: int, rank: int) -> slice:
+    return slice(start + count * rank // world_size, start + count * (rank + 1) // world_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochPlan:
+    """The training steps of one rank.
+
+    Every sample occurs exactly once an epoch. The last batch may be partial: sizes of ranks then differ by at most one.
+    A remainder that would leave a rank with fewer than two samples in one of its `accumulate` parts (batch statistics
+    need two) is folded into the batch before it, so that no rank is ever empty and no sample is lost. The parts of a
+    step are `images.tensor_split(accumulate)`.
+
+    Raises:
+        ValueError: global_batch is not a multiple of world_size * accumulate, or there are too few samples.
+    """
+
+    samples: int
+    global_batch: int
+    world_size: int = 1
+    rank: int = 0
+    seed: int = 0
+    accumulate: int = 1
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        _check_ranks(self.samples, self.global_batch, self.world_size, self.rank)
+        if self.accumulate < 1:
+            raise ValueError(f"accumulate is {self.accumulate}; it must be at least 1.")
+        parts = self.world_size * self.accumulate
+        if self.global_batch % parts:
+            below = self.global_batch // parts * parts
+            nearest = f"{below} or {below + parts}" if below else f"{parts}"
+            raise ValueError(
+                f"global_batch {self.global_batch} is not a multiple of world_size {self.world_size} x accumulate "
+                f"{self.accumulate} = {parts}; the nearest valid global_batch is {nearest}."
+            )
+        if self.samples < self._least_batch:
+            raise ValueError(
+                f"{self.samples} samples are too few for world_size {self.world_size} x accumulate {self.accumulate}: "
+                f"a batch needs at least {self._least_batch}; use fewer workers or a smaller accumulate."
+            )
+
+    @property
+    def _least_batch(self) -> int:
+        # One sample a part is all right only where the user's own batch is no larger.
+        return min(2 * self.world_size * self.accumulate, self.global_batch)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        full, rest = divmod(self.samples, self.global_batch)
+        return full + (rest >= self._least_batch)
+
+    def batches(self, epoch: int, start_step: int = 0) -> Iterator[StepBatch]:
+        """This rank's batches of an epoch from `start_step` on; `start_step == steps_per_epoch` gives none."""
+        steps = self.steps_per_epoch
+        if not 0 <= start_step <= steps:
+            raise ValueError(f"start_step is {start_step}; an epoch of this plan has steps 0 to {steps}.")
+        return self._batches(epoch, start_step)
+
+    def _batches(self, epoch: int, start_step: int) -> Iterator[StepBatch]:
+        order = epoch_order(self.samples, self.seed, epoch) if self.shuffle else np.arange(self.samples)
+        steps = self.steps_per_epoch
+        for step in range(start_step, steps):
+            start = step * self.global_batch
+            count = self.samples - start if step == steps - 1 else self.global_batch
+            yield StepBatch(step, order[_rank_slice(start, count, self.world_size, self.rank)], count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationPlan:
+    """The evaluation batches of one rank: in order, every sample exactly once over all ranks.
+
+    Sizes of ranks differ by at most one in a step. A rank for which nothing is left in the last step gets no batch for
+    it, so ranks may differ in their number of batches: gather results once, after the loop.
+    """
+
+    samples: int
+    global_batch: int
+    world_size: int = 1
+    rank: int = 0
+
+    def __post_init__(self) -> None:
+        _check_ranks(self.samples, self.global_batch, self.world_size, self.rank)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.samples // self.global_batch)
+
+    def batches(self, epoch: int = 0, start_step: int = 0) -> Iterator[StepBatch]:
+        """This rank's non-empty batches; the epoch plays no part."""
+        for step in range(start_step, self.steps_per_epoch):
+            start = step * self.global_batch
+            count = min(self.global_batch, self.samples - start)
+            part = _rank_slice(start, count, self.world_size, self.rank)
+            if part.stop > part.start:
+                yield StepBatch(step, np.arange(part.start, part.stop, dtype=np.int64), count)

@@ -1,0 +1,87 @@
+"""Fashion-MNIST: 70,000 grey images of 28x28 pixels in four IDX files (Xiao, Rasul and Vollgraf, 2017)."""
+
+import gzip
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spikefleet_pipelines.sources.source import ArrayContents, Source, SourceError, SourceOptions, hold_out_validation
+
+CLASS_NAMES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+
+# A header may ask for no more than this, so that a damaged one does not exhaust memory.
+_MOST_VALUES = 1 << 31
+
+
+def read_idx(path: Path) -> NDArray[np.uint8]:
+    """Read an IDX file of unsigned bytes, gzipped or plain.
+
+    Raises:
+        SourceError: it is no such file, or its size is not what its header says.
+    """
+    with path.open("rb") as raw:
+        compressed = raw.read(2) == b"\x1f\x8b"
+    try:
+        with gzip.open(path) if compressed else path.open("rb") as stream:
+            magic = stream.read(4)
+            if len(magic) < 4 or magic[:3] != b"\0\0\x08" or not 1 <= magic[3] <= 4:
+                raise SourceError(
+                    f"{path} is not an IDX file of unsigned bytes: it starts with {magic.hex() or 'nothing'}."
+                )
+            header = stream.read(4 * magic[3])
+            if len(header) < 4 * magic[3]:
+                raise SourceError(f"{path} is truncated: its header should have {4 + 4 * magic[3]} bytes.")
+            shape = struct.unpack(f">{magic[3]}I", header)
+            size = int(np.prod(shape, dtype=object))
+            if size > _MOST_VALUES:
+                raise SourceError(f"{path}: its header asks for {size:,} values; at most {_MOST_VALUES:,} are read.")
+            values = stream.read(size + 1)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise SourceError(f"{path} is truncated or damaged ({path.stat().st_size:,} bytes): {error}") from error
+    if len(values) != size:
+        found = "more" if len(values) > size else f"{len(values):,}"
+        raise SourceError(
+            f"{path} should hold {size:,} values for shape {list(shape)} and holds {found}; get it again."
+        )
+    return np.frombuffer(values, np.uint8).reshape(shape)
+
+
+def read_fashion_mnist(root: Path, options: SourceOptions, seed: int) -> ArrayContents:
+    """5,000 of the 60,000 training images, equally many of each class, are held out for val."""
+    images, labels = _read_part(root, "train")
+    test_images, test_labels = _read_part(root, "t10k")
+    splits = hold_out_validation(images, labels, lambda n: round(n / 12), seed)
+    return ArrayContents(CLASS_NAMES, {**splits, "test": (test_images, test_labels)})
+
+
+def _read_part(root: Path, part: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    image_file, label_file = _find(root, f"{part}-images-idx3-ubyte"), _find(root, f"{part}-labels-idx1-ubyte")
+    images, labels = read_idx(image_file), read_idx(label_file)
+    if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
+        raise SourceError(
+            f"{image_file} has shape {list(images.shape)} and {label_file} {list(labels.shape)}; "
+            "[n, height, width] and [n] are wanted."
+        )
+    return images[:, None], labels.astype(np.int64)
+
+
+def _find(root: Path, name: str) -> Path:
+    for path in (root / name, root / f"{name}.gz"):
+        if path.is_file():
+            return path
+    raise FASHION_MNIST.missing(root / f"{name}[.gz]")
+
+
+FASHION_MNIST = Source(
+    "fashion_mnist",
+    "Fashion-MNIST, 70,000 grey images of 28x28 pixels in four IDX files",
+    read_fashion_mnist,
+    files="train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte "
+    "(plain or .gz; Debian's package dataset-fashion-mnist has them)",
+    default_root=Path("/usr/share/datasets/fashion-mnist"),
+)

@@ -1,0 +1,136 @@
+"""ImageNet's layout of any data set: root/train/<class>/*.jpg and root/val/<class>/*.jpg.
+
+Files stay as they are: their bytes go into the store, after each has been decoded once to find the broken ones.
+"""
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spikefleet_pipelines.image_decoding import decode_rgb
+from spikefleet_pipelines.manifest import ImageFormat, Shard
+from spikefleet_pipelines.shards import write_shard
+from spikefleet_pipelines.sources.ray_tasks import run_tasks
+from spikefleet_pipelines.sources.source import Progress, Source, SourceError, SourceOptions, held_out
+from spikefleet_pipelines.writer import StoreWriter, content_digests, shard_name
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+_ENCODED = ImageFormat(encoding="encoded")
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The images of a split, ordered by class and name."""
+
+    paths: tuple[Path, ...]
+    labels: NDArray[np.int64]
+
+    def where(self, chosen: NDArray[np.bool_]) -> "_Files":
+        return _Files(tuple(self.paths[row] for row in np.flatnonzero(chosen)), self.labels[chosen])
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One shard to be written."""
+
+    split: str
+    out: Path
+    files: _Files
+
+
+@dataclass(frozen=True)
+class FolderContents:
+    """The files that were found; they are read when they are written."""
+
+    class_names: tuple[str, ...]
+    splits: dict[str, _Files]
+    image: ImageFormat = _ENCODED
+
+    def write(self, writer: StoreWriter, progress: Progress, parallel: int | None) -> None:
+        total, done = sum(len(files.paths) for files in self.splits.values()), 0
+        jobs = [
+            _Job(split, writer.directory / shard_name(split, number), part)
+            for split, files in self.splits.items()
+            for number, part in enumerate(_parts(files, writer.shard_bytes))
+        ]
+        with closing(run_tasks(_convert, jobs, parallel)) as results:
+            for job, (shard, digests) in zip(jobs, results, strict=True):
+                writer.add_shard(job.split, shard, job.files.labels, digests)
+                done += shard.rows
+                progress(done, total)
+
+
+def read_image_folder(root: Path, options: SourceOptions, seed: int) -> FolderContents:
+    """The val folder becomes the test split; 2 % of the training images of each class, at least one, become val.
+
+    Raises:
+        SourceError: a folder is missing or the classes of train and val differ (named).
+    """
+    folders = {name: root / name for name in ("train", "val")}
+    for folder in folders.values():
+        if not folder.is_dir():
+            raise IMAGE_FOLDER.missing(folder)
+    train_classes, val_classes = (_classes(folder) for folder in folders.values())
+    if not train_classes:
+        raise IMAGE_FOLDER.missing(root / "train" / "<class>")
+    if train_classes != val_classes:
+        only = [
+            f"only in {name}: {', '.join(sorted(extra)[:5])}{' ...' if len(extra) > 5 else ''}"
+            for name, extra in (
+                ("train", set(train_classes) - set(val_classes)),
+                ("val", set(val_classes) - set(train_classes)),
+            )
+            if extra
+        ]
+        raise SourceError(f"The class folders of {root}/train and {root}/val differ ({'; '.join(only)}).")
+    train, test = (_list(folder, train_classes) for folder in folders.values())
+    val = held_out(train.labels, lambda n: min(n - 1, max(1, round(n * 0.02))), seed)
+    return FolderContents(train_classes, {"train": train.where(~val), "val": train.where(val), "test": test})
+
+
+def _classes(folder: Path) -> tuple[str, ...]:
+    return tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."))
+
+
+def _list(folder: Path, classes: Sequence[str]) -> _Files:
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+        found = sorted(
+            path for path in (folder / name).iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != "."
+        )
+        if not found:
+            raise SourceError(f"Class folder {folder / name} holds no image ({', '.join(sorted(SUFFIXES))}).")
+        paths += found
+        labels += [label] * len(found)
+    return _Files(tuple(paths), np.array(labels, np.int64))
+
+
+def _parts(files: _Files, shard_bytes: int) -> list[_Files]:
+    """Runs of files, each of about `shard_bytes`, so that the shards do not depend on who writes them."""
+    sizes = np.cumsum([0, *(path.stat().st_size for path in files.paths)])[:-1]
+    number = sizes // shard_bytes
+    return [files.where(number == value) for value in np.unique(number)]
+
+
+def _convert(job: _Job) -> tuple[Shard, list[bytes]]:
+    images = []
+    for path in job.files.paths:
+        encoded = path.read_bytes()
+        try:
+            decode_rgb(np.frombuffer(encoded, np.uint8))
+        except ValueError as error:
+            raise SourceError(f"{path}: {error} Replace or remove the file.") from error
+        images.append(encoded)
+    return write_shard(job.out, images, job.files.labels, _ENCODED), content_digests(images)
+
+
+IMAGE_FOLDER = Source(
+    "image_folder",
+    "image files in ImageNet's layout: train/<class>/ and val/<class>/",
+    read_image_folder,
+    files="train/<class>/*.jpg and val/<class>/*.jpg (or .png, .webp)",
+)

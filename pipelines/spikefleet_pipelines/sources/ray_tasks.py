@@ -1,0 +1,58 @@
+"""Running the jobs of a conversion one after another, or as Ray tasks."""
+
+import sys
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from itertools import islice
+from typing import Any, TypeVar
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+def run_tasks(
+    function: Callable[[Job], Result], jobs: Sequence[Job], parallel: int | None
+) -> Generator[Result, None, None]:
+    """`function` of each job, in the order of the jobs.
+
+    Args:
+        parallel: how many at a time. None: as many as the running Ray has CPUs, or one, in this process, without Ray. A
+            local Ray is started for more than one, and shut down afterwards, if none is running.
+
+    Raises:
+        ValueError: what `function` raised first, as it raised it.
+    """
+    if parallel is not None and parallel < 1:
+        raise ValueError(f"parallel is {parallel}; it must be at least 1.")
+    # Importing Ray takes a second, and one that is not imported is not running.
+    if parallel == 1 or (parallel is None and not ("ray" in sys.modules and sys.modules["ray"].is_initialized())):
+        for job in jobs:
+            yield function(job)
+        return
+    import ray
+
+    started = not ray.is_initialized()
+    if started:
+        ray.init(
+            address="local", num_cpus=parallel, include_dashboard=False, log_to_driver=False, logging_level="warning"
+        )
+    at_once = parallel or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    task = ray.remote(num_cpus=1)(function)
+    waiting = iter(jobs)
+    running: deque[Any] = deque(task.remote(job) for job in islice(waiting, at_once))
+    try:
+        while running:
+            result = ray.get(running[0])
+            running.popleft()
+            running.extend(task.remote(job) for job in islice(waiting, 1))
+            yield result
+    except ray.exceptions.RayTaskError as error:
+        # Ray's own text is a traceback of the worker; users get the sentence.
+        if isinstance(error.cause, ValueError):
+            raise error.cause from None
+        raise
+    finally:
+        for reference in running:
+            ray.cancel(reference)
+        if started:
+            ray.shutdown()

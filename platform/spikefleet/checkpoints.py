@@ -1,0 +1,196 @@
+"""Checkpoints: weights and resume state as safetensors and JSON, committed atomically, never unpickled.
+
+A checkpoint is a directory `step-00000042`. It is written under a temporary name; its manifest `checkpoint.json`, with
+the SHA-256 of every other file, is written last; then the directory is renamed. What lacks the manifest is ignored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from spikefleet.errors import RunError, UserError
+from spikefleet.versions import library_versions
+
+_MANIFEST = "checkpoint.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that a training needs to go on: named groups of tensors, JSON state and the configuration."""
+
+    tensors: Mapping[str, Mapping[str, torch.Tensor]]
+    state: Mapping[str, Any]
+    config: Mapping[str, Any]
+
+
+class CheckpointFolder:
+    """The checkpoints of one run. One process writes; any process reads."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def committed(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return sorted(path for path in self.folder.glob("step-*") if (path / _MANIFEST).is_file())
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint."""
+        return next(reversed(self.committed()), None)
+
+    def at(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def save(self, step: int, snapshot: Snapshot) -> Path:
+        """Writes and commits a checkpoint. Raises RunError when storage refuses; older checkpoints stay."""
+        final = self.at(step)
+        if (final / _MANIFEST).is_file():
+            return final
+        partial = self.folder / f"partial-{step:08d}"
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            for name, tensors in snapshot.tensors.items():
+                contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+                save_file(contiguous, partial / f"{name}.safetensors")
+            write_json(partial / "state.json", snapshot.state)
+            write_json(partial / "config.json", snapshot.config)
+            files = {path.name: sha256_of(path) for path in sorted(partial.iterdir())}
+            manifest = {"format": _FORMAT, "step": step, "versions": library_versions(), "sha256": files}
+            write_json(partial / _MANIFEST, manifest)
+            for path in partial.iterdir():
+                _flush(path)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.replace(final)
+            _flush(self.folder)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise RunError(
+                f"checkpoint {final} could not be written ({error}); free or mend that storage and resume"
+            ) from error
+        return final
+
+    def prune(self, keep_last: int, keep_steps: set[int]) -> None:
+        """Removes all but the newest `keep_last` and those in `keep_steps`; what cannot be removed is left."""
+        kept = {*self.committed()[-keep_last:], *(self.at(step) for step in keep_steps)}
+        for path in self._removable():
+            if path not in kept:
+                doomed = path.with_name(f"partial-gone-{path.name}")
+                try:
+                    path.replace(doomed)
+                except OSError:
+                    continue
+                shutil.rmtree(doomed, ignore_errors=True)
+
+    def clean(self) -> None:
+        """Removes what a killed writer left behind. Only the writer may call this."""
+        for path in self.folder.glob("partial-*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _removable(self) -> Iterator[Path]:
+        yield from list(self.folder.glob("step-*"))
+
+
+def load_checkpoint(path: Path) -> Snapshot:
+    """Reads a checkpoint after checking the hash of every file.
+
+    Raises UserError naming the file with its expected and found hash, or the file that is missing.
+    """
+    manifest = verify_checkpoint(path)
+    try:
+        tensors = {name[: -len(".safetensors")]: load_file(path / name) for name in manifest["sha256"] if _holds(name)}
+    except SafetensorError as error:
+        raise UserError(f"checkpoint {path} holds no valid safetensors: {error}") from None
+    return Snapshot(tensors, read_json(path / "state.json"), read_json(path / "config.json"))
+
+
+def verify_checkpoint(path: Path) -> dict[str, Any]:
+    """Checks every file of a checkpoint against its manifest, and returns the manifest."""
+    if not (path / _MANIFEST).is_file():
+        raise UserError(f"{path} is no checkpoint: it has no {_MANIFEST}")
+    manifest = read_json(path / _MANIFEST)
+    if manifest.get("format") != _FORMAT:
+        raise UserError(f"checkpoint {path} has format {manifest.get('format')!r}; this version reads {_FORMAT}")
+    for name, expected in manifest["sha256"].items():
+        file = path / name
+        found = sha256_of(file) if file.is_file() else "no such file"
+        if found != expected:
+            raise UserError(
+                f"checkpoint file {file} is damaged: SHA-256 {found}, expected {expected}; "
+                f"remove {path} to go on from the checkpoint before it"
+            )
+    return manifest
+
+
+def _holds(name: str) -> bool:
+    return name.endswith(".safetensors")
+
+
+# ------------------------------------------------------------------------------------- optimizer <-> named tensors
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, torch.Tensor]:
+    """The optimizer's state as `parameter name/state name` -> tensor."""
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in network.named_parameters()}
+    return {
+        f"{names[parameter]}/{key}": torch.as_tensor(value)
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+        if value is not None
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, network: nn.Module, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Puts back what `optimizer_tensors` took out."""
+    parameters = dict(network.named_parameters())
+    optimizer.state.clear()
+    for path, tensor in tensors.items():
+        name, _, key = path.rpartition("/")
+        parameter = parameters[name]
+        optimizer.state[parameter][key] = tensor.to(parameter.device) if tensor.ndim else tensor
+
+
+# ------------------------------------------------------------------------------------------------------ files
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes JSON under a temporary name and moves it into place."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """Reads JSON. Raises UserError naming the file when it is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from None
+
+
+def _flush(path: Path) -> None:
+    """Makes a file or directory entry survive a crash of the machine."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

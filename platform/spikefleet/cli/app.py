@@ -1,0 +1,62 @@
+"""The application and how its errors reach the user: one sentence, no traceback."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from spikefleet_pipelines.manifest import StoreError
+from spikefleet_pipelines.sources import SourceError
+from typer.core import TyperGroup
+
+from spikefleet.errors import RunError, UserError
+
+console = Console()
+stderr = Console(stderr=True)
+
+RunsDir = Annotated[
+    Path, typer.Option(envvar="SPIKEFLEET_RUNS", help="Where runs and their tracking database are kept.")
+]
+StoresDir = Annotated[Path, typer.Option(envvar="SPIKEFLEET_STORES", help="Where prepared data sets are kept.")]
+
+
+class SentenceGroup(TyperGroup):
+    """Turns what a user can mend into exit code 2 and a failed run into exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (UserError, StoreError, SourceError) as error:
+            _say(str(error))
+            raise typer.Exit(2) from None
+        except RunError as error:
+            _say(str(error))
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+
+
+def _say(sentence: str) -> None:
+    stderr.print("error:", style="bold red", end=" ")
+    stderr.print(sentence, highlight=False, markup=False, soft_wrap=True)
+
+
+app = typer.Typer(
+    cls=SentenceGroup,
+    name="spikefleet",
+    help="Distributed training of spiking neural networks for vision.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+)
+
+
+@app.callback()
+def quiet() -> None:
+    """Distributed training of spiking neural networks for vision."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)

@@ -1,0 +1,144 @@
+"""train, evaluate, predict, recipes, config show."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+import yaml
+from rich.table import Table
+
+from spikefleet.cli.app import RunsDir, StoresDir, app, console, stderr
+from spikefleet.config import Config, list_recipes, load_config, recipe_header
+from spikefleet.errors import UserError
+
+config_app = typer.Typer(help="Look at configurations.", no_args_is_help=True)
+
+Recipe = Annotated[str, typer.Argument(help="Name of a recipe (`spikefleet recipes`) or path of a YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Dotted overrides, for example model.timesteps=2 optim.lr=0.05.")
+]
+_SHOWN_CLASSES = 30
+
+Network = Annotated[str, typer.Argument(help="models:/NAME@champion, models:/NAME/3, a run's name or a checkpoint.")]
+
+
+@app.command()
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    workers: Annotated[int | None, typer.Option(help="Ray Train workers; 0 trains in this process.")] = None,
+    gpu: Annotated[bool, typer.Option("--gpu", help="One GPU for each worker.")] = False,
+    name: Annotated[str | None, typer.Option(help="Name of the run; the same name goes on where it stopped.")] = None,
+    resume: Annotated[str | None, typer.Option(help="Go on with this run, which must exist.")] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster, HOST:PORT; RAY_ADDRESS if not given.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show what Ray and its workers log.")] = False,
+    runs_dir: RunsDir = Path("runs"),
+    stores_dir: StoresDir = Path("stores"),
+) -> None:
+    """Train a recipe, test and register its best checkpoint. The same command goes on with an interrupted run."""
+    from spikefleet.runs import find_run
+    from spikefleet.trainer import Launch, run_training
+
+    extra = [f"cluster.workers={workers}"] if workers is not None else []
+    extra += ["cluster.gpu=true"] if gpu else []
+    if resume is not None:
+        if name not in (None, resume):
+            raise UserError(f"--name {name} and --resume {resume} name two runs; give one of them")
+        held = find_run(runs_dir, resume).config().cluster
+        extra = [*([f"cluster.workers={held.workers}"] if workers is None else []), *extra]
+        name = resume
+    config = load_config(recipe, [*(overrides or []), *extra])
+    launch = Launch(name=name, runs_dir=runs_dir, stores_dir=stores_dir, address=address, verbose=verbose)
+    try:
+        finished = run_training(config, launch, console)
+    except KeyboardInterrupt:
+        stderr.print("interrupted; the same command goes on from the last checkpoint", highlight=False)
+        raise
+    figures = Table("", *finished.test, title=f"run {finished.run.name}", title_justify="left")
+    figures.add_row("validation", *(f"{finished.validation.get(key, float('nan')):.2%}" for key in finished.test))
+    figures.add_row("test", *(f"{value:.2%}" for value in finished.test.values()))
+    console.print(figures)
+    if finished.promotion is not None:
+        promotion = finished.promotion
+        console.print(f"{promotion.name} version {promotion.version} is {promotion.alias}: {promotion.reason}")
+    console.print(f"pictures: {finished.run.path / 'report'}", highlight=False, soft_wrap=True)
+    console.print(f"tracking: {finished.look_at}  (or: spikefleet ui)", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    network: Network,
+    split: Annotated[Literal["train", "val", "test"], typer.Option(help="Part of the data.")] = "test",
+    data: Annotated[str | None, typer.Option(help="Another store than the one that the configuration names.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the report and its pictures.")] = None,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Evaluate on a GPU.")] = False,
+    runs_dir: RunsDir = Path("runs"),
+    stores_dir: StoresDir = Path("stores"),
+) -> None:
+    """Measure a trained network on a split of its data."""
+    from spikefleet.trained_network import evaluate_on_split, open_trained_network
+
+    trained = open_trained_network(network, runs_dir)
+    evaluation = evaluate_on_split(trained, split, stores_dir, console, data=data, gpu=gpu)
+    details = trained.task.details(evaluation.predictions, evaluation.targets)
+    table = Table("class", "samples", "top1", title=f"{network} on {details['samples']} {split} samples")
+    for row in details["classes"][:_SHOWN_CLASSES]:
+        table.add_row(row["name"], str(row["samples"]), "-" if row["top1"] is None else f"{row['top1']:.2%}")
+    if len(details["classes"]) > _SHOWN_CLASSES:
+        table.add_row("...", "", "")
+    console.print(table)
+    for key, value in details["metrics"].items():
+        console.print(f"{key} {value:.2%}", highlight=False)
+    if evaluation.health:
+        console.print(f"firing rate {evaluation.health['firing_rate']:.3f}", highlight=False)
+    if out is not None:
+        trained.task.report(details, out)
+        console.print(f"report: {out}", highlight=False)
+
+
+@app.command()
+def predict(
+    network: Network,
+    images: Annotated[list[Path], typer.Argument(help="Picture files or folders of them.")],
+    out: Annotated[Path | None, typer.Option(help="Picture with all predictions.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print predictions as JSON.")] = False,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Predict on a GPU.")] = False,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Classify pictures."""
+    from spikefleet.prediction import predict_files
+    from spikefleet.trained_network import open_trained_network
+
+    answers = predict_files(open_trained_network(network, runs_dir), images, out=out, gpu=gpu)
+    if as_json:
+        json.dump(answers, sys.stdout, indent=2)
+        sys.stdout.write("\n")
+        return
+    table = Table("picture", "class", "probability", "then")
+    for answer in answers:
+        first, *others = answer["classes"]
+        then = ", ".join(f"{other['name']} {other['probability']:.1%}" for other in others[:2])
+        table.add_row(answer["picture"], first["name"], f"{first['probability']:.1%}", then)
+    console.print(table)
+    if out is not None:
+        console.print(f"picture: {out}", highlight=False)
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that come with spikefleet."""
+    table = Table("recipe", "what it is")
+    for name in list_recipes():
+        table.add_row(name, recipe_header(name).partition("\n")[0])
+    console.print(table)
+
+
+@config_app.command("show")
+def show_config(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Print a recipe with its overrides, resolved and checked."""
+    config: Config = load_config(recipe, overrides or [])
+    sys.stdout.write(yaml.safe_dump(config.dump(), sort_keys=False))

@@ -1,0 +1,348 @@
+"""The configuration of a run: typed, frozen, checked as a whole before anything starts.
+
+A recipe is a YAML file inside the package; `base: NAME` lays a recipe over another one, dotted overrides
+(`model.timesteps=2`) lay over both. Each section is owned by the component it configures.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from spikefleet_models.build import ModelConfig
+from spikefleet_pipelines.data_config import DataConfig
+
+from spikefleet.errors import UserError
+
+_RECIPE_LIMIT_BYTES = 1 << 20
+
+
+class Section(BaseModel):
+    """A frozen part of the configuration that refuses keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class TrainConfig(Section):
+    """How long, how much at once and in which arithmetic."""
+
+    epochs: int = Field(ge=1, description="passes over the training split")
+    global_batch: int = Field(ge=1, description="samples in one optimizer step, over all workers")
+    accumulate: int = Field(1, ge=1, description="micro-batches that a worker sums up before one optimizer step")
+    eval_batch: int = Field(256, ge=1, description="samples in one evaluation batch of one worker")
+    evaluate_every: int = Field(1, ge=1, description="epochs between evaluations on the validation split")
+    seed: int = Field(0, ge=0, description="seed of initialisation, sample order and augmentation")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast type; membranes stay fp32")
+    channels_last: bool = Field(False, description="NHWC memory layout")
+    compile: bool = Field(False, description="torch.compile the network")
+    sync_bn: bool = Field(False, description="batch normalisation over all workers (CUDA only)")
+    deterministic: bool = Field(False, description="refuse kernels that do not give the same bits twice")
+    clip_norm: float | None = Field(None, gt=0, description="largest L2 norm of the whole gradient")
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="decay of the exponential moving average of weights")
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+
+
+class OptimConfig(Section):
+    """SGD with momentum and a learning rate that is a pure function of the position in training."""
+
+    lr: float = Field(gt=0, description="learning rate after warm-up, for the global batch")
+    momentum: float = Field(0.9, ge=0, lt=1)
+    nesterov: bool = False
+    weight_decay: float = Field(0.0, ge=0)
+    decay_norm_and_bias: bool = Field(True, description="weight decay on batch-norm, gate and bias parameters too")
+    schedule: Literal["constant", "step", "cosine", "linear"] = "cosine"
+    milestones: tuple[int, ...] = Field((), description="epochs at which `step` multiplies the rate by gamma")
+    gamma: float = Field(0.1, gt=0, le=1)
+    warmup_epochs: float = Field(0.0, ge=0, description="epochs of linear growth from zero")
+    final_factor: float = Field(0.0, ge=0, le=1, description="last learning rate / lr, for cosine and linear")
+
+    @model_validator(mode="after")
+    def _milestones_belong_to_step(self) -> Self:
+        if self.schedule == "step" and not self.milestones:
+            raise ValueError("schedule=step needs milestones, for example optim.milestones=[100,150]")
+        if self.schedule != "step" and self.milestones:
+            raise ValueError(f"milestones={list(self.milestones)} have no effect with schedule={self.schedule}")
+        if list(self.milestones) != sorted(set(self.milestones)) or any(m < 1 for m in self.milestones):
+            raise ValueError(f"milestones={list(self.milestones)} must be growing epochs from 1 on")
+        return self
+
+
+class ClusterConfig(Section):
+    """Where it runs. Nothing here changes what is learnt."""
+
+    workers: int = Field(1, ge=0, description="Ray Train workers; 0 trains in this process, without Ray")
+    gpu: bool = Field(False, description="one GPU for each worker")
+    cpus_per_worker: float = Field(1, gt=0)
+    max_failures: int = Field(3, ge=-1, description="restarts after a worker's death; -1 for no limit")
+
+
+class CheckpointConfig(Section):
+    """When state is saved, and what is kept of it."""
+
+    every_epochs: int = Field(1, ge=1)
+    every_steps: int | None = Field(None, ge=1, description="also within an epoch")
+    keep_last: int = Field(2, ge=1, description="newest checkpoints kept besides the best one")
+    metric: str = Field("top1", description="validation metric that decides which checkpoint is the best")
+    mode: Literal["max", "min"] = "max"
+
+
+class TrackingConfig(Section):
+    """What goes to MLflow, and how often."""
+
+    experiment: str | None = Field(None, description="MLflow experiment; the recipe's name if not given")
+    every_steps: int = Field(10, ge=1, description="steps between two rows of step metrics")
+    health_every_steps: int = Field(50, ge=1, description="steps between two measurements of firing rates")
+
+
+class RegistryConfig(Section):
+    """Under which name the best checkpoint is registered."""
+
+    register_best: bool = True
+    name: str | None = Field(None, description="registered model; `<recipe>` if not given")
+
+
+class Config(Section):
+    """One training run."""
+
+    recipe: str = Field(description="name of the recipe")
+    task: Literal["classification"] = "classification"
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    optim: OptimConfig
+    cluster: ClusterConfig = ClusterConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    registry: RegistryConfig = RegistryConfig()
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Self:
+        parts = max(1, self.cluster.workers) * self.train.accumulate
+        if self.train.global_batch % parts:
+            below = self.train.global_batch // parts * parts
+            near = [n for n in (below, below + parts) if n]
+            raise ValueError(
+                f"train.global_batch={self.train.global_batch} cannot be divided by {max(1, self.cluster.workers)} "
+                f"workers x {self.train.accumulate} micro-batches; the nearest that can: {' or '.join(map(str, near))}"
+            )
+        return self
+
+    @property
+    def registered_name(self) -> str:
+        return self.registry.name or self.recipe
+
+    def dump(self) -> dict[str, Any]:
+        """Plain data that JSON and YAML can hold; `Config.model_validate` reads it back."""
+        return self.model_dump(mode="json")
+
+    def digest(self) -> str:
+        """Hash of all that decides what is learnt."""
+        return hashlib.sha256(json.dumps(_identity(self.dump()), sort_keys=True).encode()).hexdigest()
+
+
+# What may differ between a run and its resumption: none of it changes a single bit of the result ...
+_NOT_IDENTITY = (
+    "tracking",
+    "registry",
+    "cluster",
+    "checkpoint.every_epochs",
+    "checkpoint.every_steps",
+    "checkpoint.keep_last",
+    "data.root",
+    "data.store",
+    "data.loader_processes",
+)
+# ... except the number of workers, which is checked apart: it moves samples between batch-norm statistics.
+
+
+def _identity(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if path in _NOT_IDENTITY:
+            continue
+        kept[key] = _identity(value, f"{path}.") if isinstance(value, Mapping) else value
+    return kept
+
+
+def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Field-by-field differences of two dumped configurations, of the fields that decide what is learnt."""
+    left, right = dict(_leaves(_identity(saved))), dict(_leaves(_identity(wanted)))
+    return [
+        f"{path}: {left.get(path, 'absent')!s} in the run, {right.get(path, 'absent')!s} asked for"
+        for path in sorted(left.keys() | right.keys())
+        if left.get(path, "absent") != right.get(path, "absent")
+    ]
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+# ---------------------------------------------------------------------------------------------------- recipes
+
+
+def list_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = resources.files("spikefleet") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def recipe_header(name: str) -> str:
+    """The comment at the head of a recipe: command, hardware, time, expected metric."""
+    lines = _recipe_text(name).splitlines()
+    return "\n".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
+
+
+def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
+    """Resolves a recipe (a name or a path to a YAML file) and its dotted overrides.
+
+    Raises UserError naming the recipe, key or value that is wrong, the nearest that exists and what is allowed.
+    """
+    tree = _read_recipe(recipe)
+    for override in overrides:
+        _apply(tree, override)
+    tree.setdefault("recipe", Path(recipe).stem)
+    return parse_config(tree, origin=f"recipe {recipe}")
+
+
+def parse_config(tree: Mapping[str, Any], origin: str) -> Config:
+    """Checks plain data against the schema. Raises UserError with one line for each field that is wrong."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        complaints = [_sentence(item) for item in error.errors()]
+        raise UserError(f"{origin}: " + "; ".join(dict.fromkeys(complaints))) from None
+
+
+def _recipe_text(recipe: str) -> str:
+    path = Path(recipe)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise UserError(f"recipe file {recipe} does not exist")
+        if path.stat().st_size > _RECIPE_LIMIT_BYTES:
+            raise UserError(f"recipe file {recipe} has {path.stat().st_size} bytes; a recipe has at most 1 MiB")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise UserError(f"recipe file {recipe} is not UTF-8 text") from None
+    if recipe not in list_recipes():
+        near = difflib.get_close_matches(recipe, list_recipes(), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "`spikefleet recipes` lists them"
+        raise UserError(f"there is no recipe {recipe!r}; {hint}")
+    return (resources.files("spikefleet") / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
+
+
+def _read_recipe(recipe: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
+    if recipe in below:
+        raise UserError(f"recipe {recipe}: its chain of bases comes back to itself: {' -> '.join((*below, recipe))}")
+    try:
+        tree = _parse_yaml(_recipe_text(recipe))
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {recipe} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"recipe {recipe} is empty or no mapping; it needs at least model, data, train and optim")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    return _overlay(_read_recipe(str(base), (*below, recipe)), tree)
+
+
+def _overlay(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), dict)
+        merged[key] = _overlay(merged[key], value) if both else value
+    return merged
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise UserError(f"override {override!r} is not of the form section.key=value, for example optim.lr=0.05")
+    try:
+        value = _parse_yaml(text)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: the value {text!r} is not valid YAML") from None
+    node: Any = tree
+    for key in keys[:-1]:
+        node = node.setdefault(key, {})
+        if not isinstance(node, dict):
+            raise UserError(f"override {override!r}: {key!r} is a value, not a section")
+    node[keys[-1]] = value
+
+
+def _parse_yaml(text: str) -> Any:
+    loader = _StrictLoader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """The safe loader, which also refuses repeated keys (the last one would win silently) and aliases."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.constructor.ConstructorError(None, None, "aliases (*name) are not allowed in a recipe")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+# --------------------------------------------------------------------------------------------------- sentences
+
+
+def _sentence(error: Mapping[str, Any]) -> str:
+    location = [str(part) for part in error["loc"]]
+    path = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        known = _fields_at(Config, location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {'.'.join([*location[:-1], near[0]])!r}?" if near else f"known here: {', '.join(known)}"
+        return f"unknown key {path!r}; {hint}"
+    if error["type"] == "missing":
+        return f"{path!r} is missing"
+    message = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    if not path or isinstance(error["input"], Mapping | BaseModel):
+        return f"{path + ': ' if path else ''}{message}"
+    return f"{path}={error['input']!r}: {message}"
+
+
+def _fields_at(model: type[BaseModel], location: Sequence[str]) -> list[str]:
+    for part in location:
+        field = model.model_fields.get(part)
+        inner = _section_of(field.annotation) if field else None
+        if inner is None:
+            break
+        model = inner
+    return sorted(model.model_fields)
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in (Union, UnionType, Annotated):
+        return next((found for arg in get_args(annotation) if (found := _section_of(arg))), None)
+    return None

@@ -1,0 +1,60 @@
+"""Evaluation of a network on a split, each sample once, whatever the number of processes."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from spikefleet_models.health import SpikeMonitor
+from spikefleet_pipelines.loading import BatchLoader
+from spikefleet_pipelines.sampling import EvaluationPlan
+from torch import nn
+
+from spikefleet.config import Config
+from spikefleet.tasks import Task
+from spikefleet.world import World
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Predictions in the order of the split, their targets, and the firing of the first batch by layer."""
+
+    predictions: list[Any]
+    targets: list[Any]
+    layers: tuple[dict[str, Any], ...]
+    health: dict[str, float]
+
+
+@torch.no_grad()
+def evaluate(
+    network: nn.Module,
+    task: Task,
+    loader: BatchLoader,
+    config: Config,
+    world: World,
+    autocast: AbstractContextManager[Any] | None = None,
+) -> Evaluation | None:
+    """Predictions for every sample of the loader's split; on rank 0, None elsewhere."""
+    was_training = network.training
+    network.eval()
+    plan = EvaluationPlan(
+        samples=len(loader.split),
+        global_batch=config.train.eval_batch * world.size,
+        world_size=world.size,
+        rank=world.rank,
+    )
+    monitor = SpikeMonitor(network)
+    rows: list[tuple[int, Any, Any]] = []
+    for position, batch in enumerate(loader.epoch(plan, epoch=0)):
+        here = world.place(batch, config.train.channels_last)
+        with autocast or nullcontext(), monitor if position == 0 else nullcontext():
+            predictions = task.predict(network, here)
+        rows += zip(batch.indices.tolist(), predictions, batch.targets.tolist(), strict=True)
+    network.train(was_training)
+    parts = world.gather(rows)
+    if parts is None:
+        return None
+    merged = sorted((row for part in parts for row in part), key=lambda row: row[0])
+    return Evaluation([row[1] for row in merged], [row[2] for row in merged], tuple(monitor.table()), monitor.summary())

@@ -1,0 +1,76 @@
+"""What a training tells the outside: small immutable records, sent by rank 0 to whoever draws and tracks the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class Started:
+    """Training begins, or goes on from `step`."""
+
+    step: int
+    total_steps: int
+    steps_per_epoch: int
+    epochs: int
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Facts of the run that are known only to a worker: parameters, device, versions."""
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """Means over the steps since the last such event, up to `step`."""
+
+    epoch: int
+    step: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class EpochDone:
+    """An evaluation on the validation split, with spike health by layer."""
+
+    epoch: int
+    step: int
+    metrics: Mapping[str, float]
+    best: bool
+    layers: tuple[Mapping[str, Any], ...] = ()
+    gradients: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class CheckpointSaved:
+    step: int
+    path: str
+
+
+@dataclass(frozen=True)
+class Note:
+    """A line for the person who watches."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Restarted:
+    """A worker died or raised; the group starts again from the latest committed checkpoint."""
+
+    reason: str
+
+
+Event = Started | StepDone | EpochDone | CheckpointSaved | Note | Restarted
+
+
+class Outlet(Protocol):
+    """Takes events; never blocks training and never raises."""
+
+    def emit(self, event: Event) -> None: ...
+
+
+class Silence:
+    """The outlet of every rank but 0."""
+
+    def emit(self, event: Event) -> None:
+        return None

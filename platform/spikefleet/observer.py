@@ -1,0 +1,68 @@
+"""Turns the events of a training into progress on the screen and records in MLflow. Lives in the driver of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spikefleet.config import Config
+from spikefleet.events import CheckpointSaved, EpochDone, Event, Note, Restarted, Started, StepDone
+from spikefleet.progress import Display
+from spikefleet.runs import Run
+from spikefleet.tracking import Tracker
+from spikefleet.versions import code_version
+
+
+class RunObserver:
+    """The outlet of a run: shows and tracks each event, and counts restarts."""
+
+    def __init__(self, run: Run, tracker: Tracker, display: Display) -> None:
+        self._run, self._tracker, self._display = run, tracker, display
+
+    def begin(self, config: Config, data: Mapping[str, Any]) -> None:
+        """Logs what is known before the first step: every field of the configuration, code version and data."""
+        dump = config.dump()
+        self._tracker.log_params(_flat(dump))
+        self._tracker.log_dict(dump, "config.json")
+        self._tracker.set_tags({"recipe": config.recipe, "task": config.task, "code_version": code_version(), **data})
+
+    def emit(self, event: Event) -> None:
+        self._display.show(event)
+        match event:
+            case Started():
+                self._tracker.set_tags({f"fact.{name}": value for name, value in event.facts.items()})
+            case StepDone():
+                self._tracker.log_metrics(event.metrics, step=event.step)
+            case EpochDone():
+                self._epoch(event)
+            case Restarted():
+                restarts = self._run.record().get("restarts", 0) + 1
+                self._run.note(restarts=restarts)
+                self._tracker.set_tags({"restarts": restarts})
+            case CheckpointSaved() | Note():
+                pass
+
+    def _epoch(self, event: EpochDone) -> None:
+        metrics = {f"epoch/{name}": value for name, value in event.metrics.items() if name != "epoch"}
+        self._tracker.log_metrics(metrics, step=event.step)
+        if event.best:
+            best = {f"best/{name}": value for name, value in event.metrics.items() if name.startswith("val/")}
+            self._tracker.log_metrics({**best, "best/epoch": event.epoch}, step=event.step)
+        for table, rows in (("layers", event.layers), ("gradients", event.gradients)):
+            if rows:
+                self._tracker.log_table(rows, f"{table}/epoch-{event.epoch:04d}.parquet")
+
+    def finish(self, figures: Mapping[str, float], step: int, report: Path) -> None:
+        """Logs the figures of the test split, and the pictures."""
+        self._tracker.log_metrics({f"test/{name}": value for name, value in figures.items()}, step=step)
+        for path in sorted(report.iterdir()):
+            if path.is_file() and not path.name.startswith("."):
+                self._tracker.log_artifact(path, "report")
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,497 @@
+"""The one place that talks to MLflow's model registry.
+
+A version holds a network package (`network_package.py`) wrapped as MLflow's "models from code", so it loads here and by
+`mlflow.pyfunc.load_model("models:/NAME@champion")`, and neither unpickles. Loading here runs no stored code at all;
+MLflow runs the Python file that is stored with the version: who may write to the registry may run code in its loader.
+"""
+
+import difflib
+import math
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spikefleet.delivery import public_uri
+from spikefleet.errors import UserError
+from spikefleet.network_package import CARD, CONFIG, load_network, read_card, read_config, verify_package, write_package
+from spikefleet.promotion import Alias, Mode, Standing, decide, winner_of
+from spikefleet.registry_query import Fact, parse_where
+from spikefleet.tracking import check_tracking_uri, quiet_mlflow, resolve_tracking_uri
+
+if TYPE_CHECKING:
+    import torch
+    from mlflow import MlflowClient
+
+CHAMPION = "champion"
+CHALLENGER = "challenger"
+
+_METRIC_PREFIX = "metric."
+_CONTENT_HASH = "spikefleet.content_hash"
+_PROMOTION = "spikefleet.promotion"
+_ARTIFACTS = "artifacts"  # where MLflow keeps a pyfunc model's files
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[A-Za-z0-9_-]{1,100})|/(?P<version>[0-9]{1,9}))")
+_REQUIREMENTS = ("spikefleet", "torch", "torchvision", "spikingjelly", "safetensors", "numpy", "pydantic", "mlflow")
+
+
+@dataclass(frozen=True)
+class RegisteredVersion:
+    """One version of a registered model."""
+
+    name: str
+    version: int
+    run_id: str
+    created: datetime
+    tags: Mapping[str, str]
+    metrics: Mapping[str, float]
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def uri(self) -> str:
+        return f"models:/{self.name}/{self.version}"
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 over the hashes of all files."""
+        return self.tags[_CONTENT_HASH]
+
+    def metric(self, name: str) -> float | None:
+        """A metric by its full name; a name without a split means the validation split."""
+        return self.metrics.get(name, self.metrics.get(f"val/{name}"))
+
+    def facts(self) -> dict[str, Fact]:
+        """What the `where` language can ask for: tags, and metrics by their full and (validation) short names."""
+        short = {name.removeprefix("val/"): value for name, value in self.metrics.items() if name.startswith("val/")}
+        tags = {key: value for key, value in self.tags.items() if not key.startswith(("spikefleet.", "mlflow."))}
+        return {**short, **self.metrics, **tags}
+
+
+@dataclass(frozen=True)
+class RegisteredModel:
+    """A registered model; its versions, the newest first."""
+
+    name: str
+    versions: tuple[RegisteredVersion, ...]
+
+    @property
+    def champion(self) -> RegisteredVersion | None:
+        return next((version for version in self.versions if CHAMPION in version.aliases), None)
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """What became of a version that asked for the alias `champion`."""
+
+    name: str
+    version: int
+    alias: Alias
+    reason: str
+    champion: int | None
+    """The version that is the champion now."""
+
+
+def register(
+    name: str,
+    *,
+    weights: Path,
+    config: Mapping[str, Any],
+    tags: Mapping[str, object],
+    metrics: Mapping[str, float],
+    run_id: str,
+    tracking_uri: str,
+    extra_files: Mapping[str, Path] | None = None,
+) -> RegisteredVersion:
+    """Registers a network; the same files from the same run give the version that is there already.
+
+    Args:
+        weights: safetensors with the network's whole state.
+        config: the run's configuration, with the sections model, data (with data.transform) and task.
+        tags: what the network was trained on and by: dataset, data_hash, recipe, run_name, code_version, seed, ...;
+            what follows from the configuration (task, timesteps, connection, ...) is added.
+        metrics: by split, such as "val/top1" and "test/top1".
+        extra_files: further files of the package by their names in it, such as "energy.json".
+
+    Raises:
+        UserError: a bad name, value or file, weights that are not the configuration's, or a registry that fails.
+    """
+    check_model_name(name)
+    for metric, value in metrics.items():
+        if not math.isfinite(value):
+            raise UserError(f"model {name}: metric {metric} is {value}; only finite values can be registered")
+    with _registry(tracking_uri) as client, _scratch() as scratch:
+        package = scratch / "package"
+        package.mkdir()
+        facts = {"run_id": run_id, "tags": {k: str(v) for k, v in tags.items()}, "metrics": dict(metrics)}
+        card = write_package(package, weights, config, extra_files or {}, facts)
+        network, _ = load_network(package)
+        for version in _versions(client, name):
+            if version.run_id == run_id and version.content_hash == card.content_hash:
+                return version
+        parameters = sum(parameter.numel() for parameter in network.parameters())
+        derived = {**_model_tags(config), "parameters": parameters}
+        all_tags = {key: str(value) for key, value in {**derived, **tags}.items()}
+        all_tags |= {f"{_METRIC_PREFIX}{metric}": repr(float(value)) for metric, value in metrics.items()}
+        all_tags |= {_CONTENT_HASH: card.content_hash}
+        model = scratch / "model"
+        _save_for_mlflow(package, model, config)
+        return _publish(client, name, model, run_id, all_tags, tracking_uri)
+
+
+def promote(name: str, version: int, metric: str, mode: Mode = "max", *, tracking_uri: str | None = None) -> Promotion:
+    """Gives a version the alias `champion` if its metric is better than the present champion's, else `challenger`.
+
+    Jobs may promote at the same time. Each marks its version as asking, and after every change of the alias looks again
+    at all versions that asked meanwhile. Once all calls have returned, the champion is the best of them and of the
+    champion before; in between, and after a call was killed, it may be a worse one, until the next call. An alias that
+    is moved by hand at the same moment may be moved back.
+
+    Raises:
+        UserError: there is no such version, or it lacks the metric.
+    """
+    with _registry(_uri(tracking_uri)) as client:
+        before = _model(client, name)
+        candidate = _pick_version(before, version)
+        own = Standing(version, candidate.metric(metric))
+        if own.value is None:
+            has = ", ".join(candidate.metrics) or "none"
+            raise UserError(f"{candidate.uri} has no metric {metric!r}; it has {has}")
+        asking, settled = f"asking {mode} {metric}", f"settled {mode} {metric}"
+        settled_before = {v.version for v in before.versions if v.tags.get(_PROMOTION) == settled}
+        client.set_model_version_tag(name, str(version), _PROMOTION, asking)
+        while True:
+            model = _model(client, name)
+            champion = _standing(model.champion, metric)
+            asked = [
+                v
+                for v in model.versions
+                if v.tags.get(_PROMOTION) == asking
+                or (v.tags.get(_PROMOTION) == settled and v.version not in settled_before)
+            ]
+            winner = winner_of(champion, [Standing(v.version, v.metric(metric)) for v in asked], metric, mode)
+            if winner is None or winner == champion:
+                break
+            client.set_registered_model_alias(name, CHAMPION, str(winner.version))
+        won = winner is not None and winner.version == version
+        decision = decide(_standing(before.champion, metric) if won else winner, own, metric, mode)
+        challenger = next((v for v in model.versions if CHALLENGER in v.aliases), None)
+        if not won:
+            client.set_registered_model_alias(name, CHALLENGER, str(version))
+        elif challenger is not None and challenger.version == version:
+            client.delete_registered_model_alias(name, CHALLENGER)
+        client.set_model_version_tag(name, str(version), _PROMOTION, settled)
+        return Promotion(name, version, decision.alias, decision.reason, winner.version if winner else None)
+
+
+def load(uri: str | Path, *, tracking_uri: str | None = None) -> "torch.nn.Module":
+    """The network of `models:/NAME@champion`, `models:/NAME/3` or a pulled directory: evaluation mode, on the CPU.
+
+    Its files are checked against the hash that the registry holds (a directory: against its card) before they are read;
+    no stored code runs. `network.config` is its configuration.
+
+    Raises:
+        UserError: nothing there, or files that are not those that were registered.
+    """
+    with _package(uri, tracking_uri) as (directory, content_hash):
+        network, _ = load_network(directory, content_hash)
+    return network
+
+
+def describe(uri: str | Path, *, tracking_uri: str | None = None) -> dict[str, Any]:
+    """What is known about a registered version or a pulled directory: tags, metrics, config, hashes of the files."""
+    if not _is_registry_uri(uri):
+        directory = Path(uri)
+        card = verify_package(directory)
+        return {"uri": str(uri), **card.facts, "config": read_config(directory), "sha256": dict(card.sha256)}
+    with _registry(_uri(tracking_uri)) as client, _scratch() as scratch:
+        version = _resolve(client, str(uri))
+        for name in (CARD, CONFIG):
+            _download(client, version, name, scratch)
+        card = read_card(scratch, version.content_hash)
+        return {
+            "uri": version.uri,
+            "aliases": list(version.aliases),
+            "created": version.created.isoformat(),
+            "run_id": version.run_id,
+            "tags": {key: value for key, value in version.facts().items() if key in version.tags},
+            "metrics": dict(version.metrics),
+            "config": read_config(scratch),
+            "sha256": dict(card.sha256),
+        }
+
+
+def pull(uri: str, out: Path, *, tracking_uri: str | None = None) -> Path:
+    """Copies a version's verified files into a new directory, all or none.
+
+    Raises:
+        UserError: the directory is not empty, there is no such version, or its files are not the registered ones.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not empty; give another directory")
+    if not _is_registry_uri(uri):
+        raise UserError(f"{uri!r} is not a registered version; give models:/NAME@champion or models:/NAME/3")
+    with _package(uri, tracking_uri) as (directory, content_hash):
+        card = verify_package(directory, content_hash)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        try:
+            for name in (*card.sha256, CARD):
+                shutil.copyfile(directory / name, partial / name)
+            verify_package(partial, content_hash)
+            partial.chmod(0o755)
+            partial.replace(out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+def list_models(*, tracking_uri: str | None = None) -> list[RegisteredModel]:
+    """All models that spikefleet has registered, by name."""
+    with _registry(_uri(tracking_uri)) as client:
+        versions = _versions(client)
+        names = sorted({version.name for version in versions})
+        return [RegisteredModel(name, tuple(v for v in versions if v.name == name)) for name in names]
+
+
+def show(name: str, *, tracking_uri: str | None = None) -> RegisteredModel:
+    """A model and its versions. Raises UserError naming the nearest names when there is none of this name."""
+    with _registry(_uri(tracking_uri)) as client:
+        return _model(client, name)
+
+
+def best(
+    task: str,
+    metric: str,
+    dataset: str | None = None,
+    where: str | None = None,
+    mode: Mode = "max",
+    *,
+    tracking_uri: str | None = None,
+) -> RegisteredVersion:
+    """The best version for a metric, among those of a task (and data set) that satisfy `where`; of equals, the oldest.
+
+    Raises:
+        UserError: `where` is no query or asks for what no version has, or nothing matches (the sentence says why).
+    """
+    query = parse_where(where) if where is not None else None
+    with _registry(_uri(tracking_uri)) as client:
+        versions = _versions(client)
+    versions = _narrow(versions, "task", task)
+    if dataset is not None:
+        versions = _narrow(versions, "dataset", dataset)
+    if query is not None:
+        query.check_keys({key for version in versions for key in version.facts()})
+        versions = [version for version in versions if query.matches(version.facts())]
+        if not versions:
+            raise UserError(f"no version for task {task!r} satisfies where {where!r}")
+    values = [(version, value) for version in versions if (value := version.metric(metric)) is not None]
+    if not values:
+        known = sorted({name for version in versions for name in version.metrics})
+        raise UserError(f"no version that matches has the metric {metric!r}; there are {', '.join(known) or 'none'}")
+    sign = -1 if mode == "max" else 1
+    return min(values, key=lambda pair: (sign * pair[1], pair[0].created, pair[0].name, pair[0].version))[0]
+
+
+def check_model_name(name: str) -> str:
+    """Raises UserError unless the name is plain: it becomes part of paths and URIs."""
+    if not _NAME.fullmatch(name) or ".." in name:
+        raise UserError(
+            f"model name {name[:100]!r} must be 1 to 100 letters, digits, '.', '_' or '-', beginning with a letter or "
+            f"digit"
+        )
+    return name
+
+
+def _narrow(versions: list[RegisteredVersion], key: str, wanted: str) -> list[RegisteredVersion]:
+    kept = [version for version in versions if version.tags.get(key) == wanted]
+    if not kept:
+        known = sorted({version.tags[key] for version in versions if key in version.tags})
+        raise UserError(f"no version is registered for {key} {wanted!r}; there are {', '.join(known) or 'none'}")
+    return kept
+
+
+def _model_tags(config: Mapping[str, Any]) -> dict[str, object]:
+    """What a deployer asks for and the configuration knows."""
+    model = config["model"]
+    tags = {key: model[key] for key in ("family", "timesteps", "bound", "connection", "decoder") if key in model}
+    neuron = model.get("neuron")
+    if isinstance(neuron, Mapping) and "kind" in neuron:
+        tags["neuron"] = neuron["kind"]
+    return {"task": config["task"], **tags}
+
+
+# ------------------------------------------------------------------------------------------------------ MLflow
+
+
+@contextmanager
+def _registry(tracking_uri: str) -> "Iterator[MlflowClient]":
+    """A client; what MLflow raises becomes a sentence."""
+    quiet_mlflow()
+    check_tracking_uri(tracking_uri)
+    database = tracking_uri.removeprefix("sqlite:///")
+    if database != tracking_uri and not Path(database).is_file():
+        raise UserError(f"there is no registry at {tracking_uri}; a run registers its best network there")
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+    except MlflowException as error:
+        reason = str(error).splitlines()[0][:300]
+        shown = public_uri(tracking_uri)
+        raise UserError(f"the registry at {shown} fails: {reason.replace(tracking_uri, shown)}") from error
+
+
+def _uri(tracking_uri: str | None) -> str:
+    return tracking_uri or resolve_tracking_uri(Path("runs"))
+
+
+def _is_registry_uri(uri: str | Path) -> bool:
+    return isinstance(uri, str) and uri.startswith("models:")
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="spikefleet-") as directory:
+        yield Path(directory)
+
+
+@contextmanager
+def _package(uri: str | Path, tracking_uri: str | None) -> Iterator[tuple[Path, str | None]]:
+    """A directory with a package's files, not yet verified, and the content hash that it must have."""
+    if not _is_registry_uri(uri):
+        yield Path(uri), None
+        return
+    with _registry(_uri(tracking_uri)) as client, _scratch() as scratch:
+        version = _resolve(client, str(uri))
+        _download(client, version, "", scratch)
+        yield scratch, version.content_hash
+
+
+def _download(client: "MlflowClient", version: RegisteredVersion, name: str, directory: Path) -> None:
+    """Fetches one file, or all, of a version's package into a directory that only this user can read."""
+    import mlflow.artifacts
+
+    uri = client.tracking_uri
+    source = f"{version.uri}/{_ARTIFACTS}/{name}".rstrip("/")
+    found = Path(
+        mlflow.artifacts.download_artifacts(source, dst_path=str(directory), tracking_uri=uri, registry_uri=uri)
+    )
+    for file in found.iterdir() if found.is_dir() else [found]:
+        if file.parent != directory:
+            file.replace(directory / file.name)
+
+
+def _resolve(client: "MlflowClient", uri: str) -> RegisteredVersion:
+    parts = _URI.fullmatch(uri)
+    if parts is None:
+        raise UserError(f"{uri[:200]!r} is not a registered version; give models:/NAME@champion or models:/NAME/3")
+    model = _model(client, check_model_name(parts["name"]))
+    if parts["version"]:
+        return _pick_version(model, int(parts["version"]))
+    for version in model.versions:
+        if parts["alias"] in version.aliases:
+            return version
+    aliases = sorted(alias for version in model.versions for alias in version.aliases)
+    raise UserError(f"model {model.name} has no alias {parts['alias']!r}; it has {', '.join(aliases) or 'none'}")
+
+
+def _pick_version(model: RegisteredModel, number: int) -> RegisteredVersion:
+    for version in model.versions:
+        if version.version == number:
+            return version
+    known = ", ".join(str(version.version) for version in reversed(model.versions))
+    raise UserError(f"model {model.name} has no version {number}; it has {known}")
+
+
+def _model(client: "MlflowClient", name: str) -> RegisteredModel:
+    versions = _versions(client, check_model_name(name))
+    if not versions:
+        known = sorted({version.name for version in _versions(client)})
+        near = difflib.get_close_matches(name, known, n=3) or known[:10]
+        raise UserError(f"there is no registered model {name!r}; there are {', '.join(near) or 'none'}")
+    return RegisteredModel(name, tuple(versions))
+
+
+def _versions(client: "MlflowClient", name: str | None = None) -> list[RegisteredVersion]:
+    """The versions that spikefleet registered, of one model or of all, the newest first."""
+    found: list[Any] = []
+    token = None
+    while True:
+        page = client.search_model_versions(f"name = '{name}'" if name else None, page_token=token)
+        found += page
+        if not (token := page.token):
+            break
+    ours = [version for version in found if _CONTENT_HASH in version.tags]
+    # A search does not fill in the aliases.
+    aliases = {model: client.get_registered_model(model).aliases for model in {version.name for version in ours}}
+    read = [_read_version(version, aliases[version.name]) for version in ours]
+    return sorted(read, key=lambda version: (version.name, -version.version))
+
+
+def _read_version(version: Any, aliases: Mapping[str, str | int]) -> RegisteredVersion:
+    number = int(version.version)
+    return RegisteredVersion(
+        name=version.name,
+        version=number,
+        run_id=version.run_id,
+        created=datetime.fromtimestamp(version.creation_timestamp / 1000, UTC),
+        tags={key: value for key, value in version.tags.items() if not key.startswith(_METRIC_PREFIX)},
+        metrics={
+            key.removeprefix(_METRIC_PREFIX): float(value)
+            for key, value in version.tags.items()
+            if key.startswith(_METRIC_PREFIX)
+        },
+        # SQLite gives numbers, a server gives strings.
+        aliases=tuple(sorted(alias for alias, target in aliases.items() if int(target) == number)),
+    )
+
+
+def _save_for_mlflow(package: Path, model: Path, config: Mapping[str, Any]) -> None:
+    """MLflow's directory around a package: the code file, the signature and the requirements."""
+    import numpy as np
+    from mlflow import pyfunc
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    images = TensorSpec(np.dtype(np.uint8), (-1, config["model"]["in_channels"], -1, -1))
+    probabilities = TensorSpec(np.dtype(np.float32), (-1, config["model"]["num_classes"]))
+    pyfunc.save_model(
+        path=str(model),
+        python_model=str(Path(__file__).with_name("registered_model.py")),
+        artifacts={path.name: str(path) for path in sorted(package.iterdir())},
+        signature=ModelSignature(inputs=Schema([images]), outputs=Schema([probabilities])),
+        pip_requirements=[f"{name}=={metadata.version(name).split('+')[0]}" for name in _REQUIREMENTS],
+    )
+
+
+def _publish(
+    client: "MlflowClient", name: str, model: Path, run_id: str, tags: Mapping[str, str], tracking_uri: str
+) -> RegisteredVersion:
+    """Uploads first and creates the version with all its tags last: what a crash leaves behind is no version."""
+    from mlflow.exceptions import MlflowException
+
+    experiment = client.get_run(run_id).info.experiment_id
+    logged = client.create_logged_model(experiment, name=name, source_run_id=run_id, model_type="spikefleet")
+    client.log_model_artifacts(logged.model_id, str(model))
+    client.finalize_logged_model(logged.model_id, "READY")
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    # Without a server, MLflow would look up models:/m-... in its global tracking URI instead of the client's.
+    source = f"models:/{logged.model_id}" if tracking_uri.startswith("http") else logged.artifact_location
+    version = client.create_model_version(name, source, run_id=run_id, tags=dict(tags), model_id=logged.model_id)
+    return _read_version(version, {})
+
+
+def _standing(version: RegisteredVersion | None, metric: str) -> Standing | None:
+    return None if version is None else Standing(version.version, version.metric(metric))

@@ -1,0 +1,61 @@
+"""What a network is trained for. The worker loop knows tasks, not models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from spikefleet_pipelines.loading import Batch
+from torch import nn
+
+from spikefleet.config import Config
+from spikefleet.errors import UserError
+from spikefleet.tasks.classification import Classification
+
+
+class Task(Protocol):
+    """The seam between the worker loop and a kind of problem."""
+
+    metric_names: tuple[str, ...]
+
+    def loss(self, network: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        """`{"loss": mean over the batch, parts...}`; scalars, `loss` with a gradient."""
+        ...
+
+    def predict(self, network: nn.Module, batch: Batch) -> list[Any]:
+        """One plain, picklable prediction for each sample of the batch."""
+        ...
+
+    def metrics(self, predictions: Sequence[Any], targets: Sequence[Any]) -> dict[str, float]:
+        """Figures over a whole split, each sample once."""
+        ...
+
+    def draw(
+        self, images: Sequence[torch.Tensor], predictions: Sequence[Any], targets: Sequence[Any] | None, path: Path
+    ) -> None:
+        """A grid of pictures `[C, H, W]` (uint8) with predictions, beside the truth where there is one."""
+        ...
+
+    def details(self, predictions: Sequence[Any], targets: Sequence[Any]) -> dict[str, Any]:
+        """`metrics`, `samples`, and whatever else describes an evaluation; plain data."""
+        ...
+
+    def report(self, details: Mapping[str, Any], folder: Path) -> None:
+        """Writes details and the pictures that go with them into a folder."""
+        ...
+
+
+def build_task(config: Config, class_names: Sequence[str]) -> Task:
+    """The task that a configuration names. Raises UserError when the task has no such metric or not as many classes."""
+    if len(class_names) != config.model.num_classes:
+        raise UserError(
+            f"model.num_classes={config.model.num_classes}, but the data have {len(class_names)} classes; "
+            f"set model.num_classes={len(class_names)}"
+        )
+    task = Classification(class_names, label_smoothing=config.train.label_smoothing)
+    if config.checkpoint.metric not in task.metric_names:
+        known = ", ".join(task.metric_names)
+        raise UserError(f"checkpoint.metric={config.checkpoint.metric!r} is not measured by this task; it has {known}")
+    return task

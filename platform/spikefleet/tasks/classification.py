@@ -1,0 +1,100 @@
+"""Classification of one picture into one class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from spikefleet_pipelines.loading import Batch
+from torch import nn
+from torch.nn import functional as F
+
+from spikefleet import plots
+from spikefleet.checkpoints import write_json
+
+_KEPT = 5
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The likeliest classes of one sample, best first, with their probabilities."""
+
+    classes: tuple[int, ...]
+    probabilities: tuple[float, ...]
+
+
+class Classification:
+    """Cross entropy on the logits `[B, K]`; top-1 and top-5 accuracy."""
+
+    def __init__(self, class_names: Sequence[str], label_smoothing: float = 0.0) -> None:
+        self.class_names = tuple(class_names)
+        self.label_smoothing = label_smoothing
+        self.metric_names: tuple[str, ...] = ("top1", "top5") if len(class_names) > _KEPT else ("top1",)
+
+    def loss(self, network: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        """`loss` (mean over the batch) and `top1` (share of right answers)."""
+        logits = network(batch.images).float()
+        loss = F.cross_entropy(logits, batch.targets, label_smoothing=self.label_smoothing)
+        return {"loss": loss, "top1": (logits.detach().argmax(1) == batch.targets).float().mean()}
+
+    @torch.no_grad()
+    def predict(self, network: nn.Module, batch: Batch) -> list[Ranking]:
+        """The five likeliest classes of each sample."""
+        probabilities = network(batch.images).float().softmax(1)
+        top = probabilities.topk(min(_KEPT, probabilities.shape[1]), dim=1)
+        rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        return [Ranking(tuple(classes), tuple(values)) for classes, values in rows]
+
+    def metrics(self, predictions: Sequence[Ranking], targets: Sequence[int]) -> dict[str, float]:
+        """`top1`, `top5` (where there are more than five classes): accuracies in [0, 1]."""
+        ranked, truth = _arrays(predictions, targets)
+        hits = ranked == truth[:, None]
+        figures = {"top1": float(hits[:, 0].mean())}
+        if "top5" in self.metric_names:
+            figures["top5"] = float(hits.any(axis=1).mean())
+        return figures
+
+    def draw(
+        self, images: Sequence[torch.Tensor], predictions: Sequence[Ranking], targets: Sequence[int] | None, path: Path
+    ) -> None:
+        """Pictures with the predicted class and its probability; a wrong answer in red beside the truth."""
+        captions, right = [], []
+        for position, prediction in enumerate(predictions):
+            caption = f"{self.class_names[prediction.classes[0]]} {prediction.probabilities[0]:.0%}"
+            correct = targets is None or prediction.classes[0] == targets[position]
+            if targets is not None and not correct:
+                caption += f"\nis {self.class_names[targets[position]]}"
+            captions.append(caption)
+            right.append(correct)
+        plots.picture_grid(images, captions, right, path)
+
+    def details(self, predictions: Sequence[Ranking], targets: Sequence[int]) -> dict[str, Any]:
+        """`metrics`, `samples`, `classes` (name, samples, top1 of each) and `confusion` (rows: the truth)."""
+        ranked, truth = _arrays(predictions, targets)
+        size = len(self.class_names)
+        confusion = np.zeros((size, size), dtype=np.int64)
+        np.add.at(confusion, (truth, ranked[:, 0]), 1)
+        counts = confusion.sum(axis=1)
+        return {
+            "metrics": self.metrics(predictions, targets),
+            "samples": len(truth),
+            "classes": [
+                {"name": name, "samples": int(count), "top1": float(confusion[k, k] / count) if count else None}
+                for k, (name, count) in enumerate(zip(self.class_names, counts, strict=True))
+            ],
+            "confusion": confusion.tolist(),
+        }
+
+    def report(self, details: Mapping[str, Any], folder: Path) -> None:
+        """`evaluation.json` and `confusion.png`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "evaluation.json", details)
+        plots.confusion_matrix(np.array(details["confusion"]), self.class_names, folder / "confusion.png")
+
+
+def _arrays(predictions: Sequence[Ranking], targets: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    return np.array([p.classes for p in predictions]), np.array(targets)

@@ -1,0 +1,35 @@
+"""Which code made a result: library versions and the commit of a checkout."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+_LIBRARIES = ("spikefleet", "torch", "torchvision", "spikingjelly", "ray", "mlflow", "numpy", "pyarrow", "safetensors")
+
+
+@cache
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that can change a result."""
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in _LIBRARIES}}
+
+
+@cache
+def code_version() -> str:
+    """The commit of the checkout that this package runs from, `+dirty` if it differs, else the package's version."""
+    here = Path(__file__).resolve().parent
+    try:
+        _git(here, "ls-files", "--error-unmatch", Path(__file__).name)  # else the checkout is somebody else's
+        commit = _git(here, "rev-parse", "HEAD")
+        dirty = _git(here, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return f"spikefleet-{metadata.version('spikefleet')}"
+    return f"{commit[:12]}+dirty" if dirty else commit[:12]
+
+
+def _git(folder: Path, *words: str) -> str:
+    done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True, timeout=10)
+    return done.stdout.strip()

@@ -1,0 +1,185 @@
+"""Speed and memory of one training step: SG ResNet18 against SpikingJelly's SEW ResNet18 and against the ANN twin.
+
+    python tests/bench/bench_training_step.py [--quick] [--json FILE]
+
+One step is forward, cross-entropy, backward and SGD with momentum on a CIFAR-stem ResNet18 with 10 classes, T = 4, batch 16
+at 32x32; the ANN twin runs batch 64 = T * B, the same dense work. Variants run interleaved in one process, so that the load
+of a shared machine falls on all of them alike; medians are printed as ratios to the ANN in fp32. Peak memory is the rise of
+the resident set in a process of its own; saved activations are what autograd holds between forward and backward.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+T, BATCH, SIZE, CLASSES = 4, 16, 32, 10
+PRECISIONS = ("fp32", "bf16")
+
+
+def sg_resnet18(implementation: str, **overrides: Any) -> nn.Module:
+    from spikefleet_models.build import build_model, model_config
+    from spikefleet_models.spiking_unit import use_implementation
+
+    model = build_model(model_config("sg_resnet18", num_classes=CLASSES, timesteps=T, **overrides))
+    use_implementation(model, "reference" if implementation == "reference" else "lean")
+    return model
+
+
+class SpikingJellySEWResNet18(nn.Module):
+    """SpikingJelly's sew_resnet18 (ADD, IF, ATan, detached reset) with the CIFAR stem, as its users run it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from spikingjelly.activation_based import functional, layer, neuron, surrogate
+        from spikingjelly.activation_based.model import sew_resnet
+
+        self.net = sew_resnet.sew_resnet18(
+            num_classes=CLASSES,
+            cnf="ADD",
+            spiking_neuron=neuron.IFNode,
+            surrogate_function=surrogate.ATan(),
+            detach_reset=True,
+        )
+        self.net.conv1 = layer.Conv2d(3, 64, 3, 1, 1, bias=False)
+        self.net.maxpool = nn.Identity()
+        functional.set_step_mode(self.net, "m")
+        self.reset_net = functional.reset_net
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.reset_net(self.net)
+        return self.net(images.unsqueeze(0).repeat(T, 1, 1, 1, 1)).mean(0)
+
+
+VARIANTS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "ann (batch 64)": (lambda: sg_resnet18("lean", connection="ann"), T * BATCH),
+    "spikingjelly sew_resnet18": (SpikingJellySEWResNet18, BATCH),
+    "sg_resnet18 reference": (lambda: sg_resnet18("reference"), BATCH),
+    "sg_resnet18 lean": (lambda: sg_resnet18("lean"), BATCH),
+    "sg_resnet18 lean, rate": (lambda: sg_resnet18("lean", decoder="rate"), BATCH),
+    "sew_resnet18 lean": (lambda: sg_resnet18("lean", decoder="rate", connection="add"), BATCH),
+}
+
+
+class Step:
+    """A training step of one variant in one precision; bf16 means autocast and channels_last."""
+
+    def __init__(self, variant: str, precision: str) -> None:
+        build, batch = VARIANTS[variant]
+        torch.manual_seed(0)
+        self.model = build()
+        self.images = torch.randn(batch, 3, SIZE, SIZE)
+        self.targets = torch.randint(CLASSES, (batch,))
+        self.bf16 = precision == "bf16"
+        if self.bf16:
+            self.model = self.model.to(memory_format=torch.channels_last)
+            self.images = self.images.to(memory_format=torch.channels_last)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
+
+    def loss(self) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            return F.cross_entropy(self.model(self.images).float(), self.targets)
+
+    def __call__(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loss().backward()
+        self.optimizer.step()
+
+    def saved_mib(self) -> float:
+        """Distinct storages that autograd keeps for backward, parameters apart."""
+        parameters = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
+        saved: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = self.loss()
+        total = sum(saved.values()) / 2**20
+        del loss
+        return total
+
+
+def measure_times(variants: list[str], rounds: int) -> dict[str, dict[str, float]]:
+    steps = {(variant, precision): Step(variant, precision) for variant in variants for precision in PRECISIONS}
+    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
+    for number in range(rounds + 1):
+        for key, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if number:  # the first round warms up
+                seconds[key].append(time.perf_counter() - start)
+    medians = {key: statistics.median(values) for key, values in seconds.items()}
+    return {variant: {p: medians[variant, p] for p in PRECISIONS} for variant in variants}
+
+
+def measure_memory(variant: str, precision: str) -> dict[str, float]:
+    """In this process, which must be fresh: the resident set only ever rises."""
+    step = Step(variant, precision)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(2):
+        step()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"peak_mib": peak / 1024, "rise_mib": (peak - before) / 1024, "saved_mib": step.saved_mib()}
+
+
+def measure_memory_apart(variant: str, precision: str) -> dict[str, float]:
+    command = [sys.executable, __file__, "--memory-of", variant, precision]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=dict(os.environ))
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="3 rounds, no memory figures")
+    parser.add_argument("--rounds", type=int, default=15, help="steps a variant")
+    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), help="these variants next to the ANN")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.memory_of:
+        print(json.dumps(measure_memory(*arguments.memory_of)))
+        return
+
+    ann = next(iter(VARIANTS))
+    variants = [name for name in VARIANTS if name == ann or arguments.only is None or name in arguments.only]
+    times = measure_times(variants, 3 if arguments.quick else arguments.rounds)
+    figures: dict[str, dict[str, dict[str, float]]] = {}
+    columns = ("/ ANN fp32", "/ ANN same", "s", "saved MiB", "rise MiB", "peak MiB")
+    print(f"{'variant':28}{'type':6}" + "".join(f"{column:>12}" for column in columns))
+    for variant in variants:
+        for precision in PRECISIONS:
+            seconds = times[variant][precision]
+            row = {
+                "ratio_to_ann_fp32": seconds / times[ann]["fp32"],
+                "ratio_to_ann_same_precision": seconds / times[ann][precision],
+                "seconds": seconds,
+            }
+            line = f"{variant:28}{precision:6}" + "".join(f"{value:12.3f}" for value in row.values())
+            if not arguments.quick:
+                memory = measure_memory_apart(variant, precision)
+                line += "".join(f"{memory[key]:12.0f}" for key in ("saved_mib", "rise_mib", "peak_mib"))
+                row.update(memory)
+            print(line, flush=True)
+            figures.setdefault(variant, {})[precision] = row
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"threads": torch.get_num_threads(), "figures": figures}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Preparing image folders as Ray tasks: the same store as in one process, and the same refusals."""
+
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import ray
+from spikefleet_pipelines.sources import SourceError, prepare
+from spikefleet_pipelines.sources.image_folder import FolderContents, read_image_folder
+from spikefleet_pipelines.sources.ray_tasks import run_tasks
+from spikefleet_pipelines.sources.source import SourceOptions
+from spikefleet_pipelines.store import Store
+from spikefleet_pipelines.writer import StoreWriter
+
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root, rng = tmp_path / "raw", np.random.default_rng(0)
+    for split, count in (("train", 20), ("val", 4)):
+        for name in ("cat", "dog"):
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                stream = io.BytesIO()
+                PIL.Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8)).save(stream, "JPEG")
+                (root / split / name / f"{number:03d}.jpg").write_bytes(stream.getvalue())
+    return root
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="warning")
+    yield
+    ray.shutdown()
+
+
+def many_shards(contents: FolderContents, out: Path, parallel: int | None) -> Store:
+    """Write with shards of about five images, so that there is something to do in parallel."""
+    with StoreWriter(
+        out, source="image_folder", class_names=contents.class_names, image=contents.image, options={}, shard_bytes=5000
+    ) as writer:
+        contents.write(writer, lambda done, total: None, parallel)
+        writer.commit()
+    return Store.open(out)
+
+
+def test_tasks_write_the_same_store(cluster: None, folder: Path, tmp_path: Path) -> None:
+    contents = read_image_folder(folder, SourceOptions(), 0)
+    here = many_shards(contents, tmp_path / "here", parallel=1)
+    assert len(here.manifest.shards["train"]) > 4
+    for parallel in (None, 2):
+        there = many_shards(contents, tmp_path / f"there{parallel}", parallel)
+        assert there.manifest == here.manifest
+
+
+def test_broken_image_is_named_without_a_traceback(cluster: None, folder: Path, tmp_path: Path) -> None:
+    broken = folder / "train" / "dog" / "007.jpg"
+    broken.write_bytes(broken.read_bytes()[:100])
+    with pytest.raises(SourceError) as caught:
+        prepare("image_folder", folder, tmp_path / "store", parallel=2)
+    assert str(caught.value).startswith(str(broken))
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["raw"]
+
+
+def test_a_running_ray_is_used_and_left_running(cluster: None) -> None:
+    def number_and_process(number: int) -> tuple[int, int]:
+        return number, os.getpid()
+
+    results = list(run_tasks(number_and_process, [0, 1, 2], None))
+    assert [number for number, _ in results] == [0, 1, 2]
+    assert os.getpid() not in {process for _, process in results}
+    assert ray.is_initialized()
+
+
+def test_ray_is_started_and_shut_down_when_asked_for(folder: Path, tmp_path: Path) -> None:
+    ray.shutdown()
+    store = prepare("image_folder", folder, tmp_path / "store", parallel=2)
+    assert store.manifest.splits == {"train": 38, "val": 2, "test": 8}
+    assert not ray.is_initialized()
+    assert prepare("image_folder", folder, tmp_path / "alone", parallel=1).manifest == store.manifest
+
+
+def test_parallel_below_one_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="parallel is 0; it must be at least 1"):
+        prepare("image_folder", folder, tmp_path / "store", parallel=0)

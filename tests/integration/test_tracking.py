@@ -1,0 +1,430 @@
+"""Tracking against real MLflow: a SQLite file, and a server that is away, killed and restarted."""
+
+import json
+import logging
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import textwrap
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pyarrow.parquet
+import pytest
+from spikefleet.errors import UserError
+from spikefleet.journal import DELIVERED
+from spikefleet.tracking import Tracker, quiet_mlflow, resolve_tracking_uri, sync
+
+quiet_mlflow()
+
+from mlflow import MlflowClient  # noqa: E402
+from mlflow.entities import Param  # noqa: E402
+
+BLOCKED_S = 0.5
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def uri(runs: Path) -> Iterator[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        yield resolve_tracking_uri(runs)
+
+
+@pytest.fixture
+def client(uri: str) -> MlflowClient:
+    return MlflowClient(tracking_uri=uri)
+
+
+def history(client: MlflowClient, run_id: str | None, key: str) -> list[tuple[int, float]]:
+    return [(metric.step, metric.value) for metric in client.get_metric_history(run_id, key)]
+
+
+def loss(step: int) -> float:
+    return 2.0 / (step + 3)
+
+
+def losses(steps: int) -> list[tuple[int, float]]:
+    return [(step, loss(step)) for step in range(steps)]
+
+
+def log_losses(tracker: Tracker, steps: range) -> float:
+    """Logs a figure a step and returns the longest time that one call took."""
+    longest = 0.0
+    for step in steps:
+        begin = time.perf_counter()
+        tracker.log_metrics({"train/loss": loss(step)}, step)
+        longest = max(longest, time.perf_counter() - begin)
+    return longest
+
+
+def test_a_run_reaches_mlflow_whole(runs: Path, uri: str, client: MlflowClient, tmp_path: Path) -> None:
+    tracker = Tracker.open(runs / "whole", "whole", "digits", uri)
+    plot = tmp_path / "curve.png"
+    plot.write_bytes(b"first")
+    tracker.log_params({f"p{n}": n for n in range(230)} | {"model.long": "z" * 7000})
+    tracker.set_tags({"task": "classification", "note": "é" * 9000})
+    tracker.log_artifact(plot, "plots")
+    plot.write_bytes(b"changed after it was logged")
+    tracker.log_dict({"T": 4, "gate": "bsg"}, "config.json")
+    tracker.log_table([{"layer": "stem", "rate": 0.25}, {"layer": "head", "rate": 0.5}], "health/layers.parquet")
+    log_losses(tracker, range(2300))
+    tracker.log_metrics({"nan": float("nan"), "many/0": 1.0} | {f"many/{n}": n for n in range(1, 1200)}, 0)
+    assert tracker.finish("FINISHED", wait_s=30) == 0
+
+    run = client.get_run(tracker.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "whole"
+    assert {key: run.data.params[key] for key in ("p0", "p229")} == {"p0": "0", "p229": "229"}
+    assert len(run.data.params) == 231
+    assert len(run.data.params["model.long"]) == 6000
+    assert run.data.params["model.long"].endswith("... (whole: params/model.long.txt)")
+    assert len(run.data.tags["note"]) == 8000
+    assert history(client, tracker.run_id, "train/loss") == losses(2300)
+    assert len(run.data.metrics) == 1202
+
+    def artifact(path: str) -> Path:
+        return Path(client.download_artifacts(tracker.run_id, path, str(tmp_path)))
+
+    assert artifact("plots/curve.png").read_bytes() == b"first"
+    assert artifact("params/model.long.txt").read_text() == "z" * 7000
+    assert artifact("tags/note.txt").read_text() == "é" * 9000
+    assert json.loads(artifact("config.json").read_text()) == {"T": 4, "gate": "bsg"}
+    table = pyarrow.parquet.read_table(artifact("health/layers.parquet"))
+    assert table.to_pylist()[1] == {"layer": "head", "rate": 0.5}
+    assert run.info.artifact_uri.startswith((runs / "artifacts").as_uri())
+
+
+def test_a_run_that_is_opened_again_goes_on_and_repeats_no_step(
+    runs: Path, uri: str, client: MlflowClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = Tracker.open(runs / "again", "again", "digits", uri)
+    first.log_params({"lr": 0.1, "seed": 1, "long": "y" * 7000})
+    log_losses(first, range(50))
+    assert first.finish("FAILED", wait_s=30) == 0
+    assert client.get_run(first.run_id).info.status == "FAILED"
+
+    second = Tracker.open(runs / "again", "another name", "another experiment", uri)
+    second.log_params({"lr": 0.1, "seed": 2, "long": "y" * 7000, "new": "x"})
+    assert "MLflow keeps the values that the run began with for: seed" in caplog.text
+    log_losses(second, range(30, 80))
+    assert second.flush(wait_s=30) == 0
+    assert second.run_id == first.run_id
+    assert client.get_run(first.run_id).info.status == "RUNNING"
+    assert second.finish("FINISHED", wait_s=30) == 0
+
+    run = client.get_run(first.run_id)
+    assert run.info.status == "FINISHED"
+    assert {key: run.data.params[key] for key in ("lr", "seed", "new")} == {"lr": "0.1", "seed": "1", "new": "x"}
+    assert history(client, first.run_id, "train/loss") == losses(80)
+
+
+PROGRAM = """
+    import os, signal, sys
+    from pathlib import Path
+    from spikefleet.tracking import Tracker
+    tracker = Tracker.open(Path(sys.argv[1]), "killed", "digits", sys.argv[2])
+    delivered = sys.argv[3] == "delivered"
+    for step in range(60):
+        tracker.log_metrics({"train/loss": 2.0 / (step + 3)}, step)
+        if delivered and step == 30:
+            tracker.flush(30)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("when", ["at once", "delivered"])
+def test_a_process_killed_with_sigkill_leaves_nothing_out_and_nothing_twice(
+    runs: Path, uri: str, client: MlflowClient, when: str
+) -> None:
+    directory = runs / f"killed {when}"
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(PROGRAM), directory, uri, when], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert (json.loads((directory / DELIVERED).read_text())["records"] > 30) == (when == "delivered")
+
+    tracker = Tracker.open(directory, "killed", "digits", uri)  # resumes at the checkpoint of step 40
+    log_losses(tracker, range(40, 100))
+    assert tracker.finish("FINISHED", wait_s=30) == 0
+    assert history(client, tracker.run_id, "train/loss") == losses(100)
+
+
+def test_a_crash_after_any_request_repeats_nothing(runs: Path, uri: str, client: MlflowClient) -> None:
+    """MLflow carries out every other request but its answer is lost, as when the sender dies before it acknowledges."""
+    requests: Counter[str] = Counter()
+
+    def carry_out_and_lose_the_answer(name: str) -> Callable[..., Any]:
+        real = getattr(MlflowClient, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            answer = real(*args, **kwargs)
+            requests[name] += 1
+            if requests[name] % 2:
+                raise ConnectionError(f"the answer to {name} is lost")
+            return answer
+
+        return call
+
+    directory = runs / "lost answers"
+    tracker = Tracker.open(directory, "lost answers", "lost answers", uri)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("create_experiment", "create_run", "log_batch", "log_artifact", "set_terminated"):
+            requests[name] = 0
+            patch.setattr(MlflowClient, name, carry_out_and_lose_the_answer(name))
+        tracker.log_params({"seed": 1})
+        log_losses(tracker, range(20))
+        tracker.log_dict({"a": 1}, "a.json")
+        log_losses(tracker, range(20, 40))
+        assert tracker.finish("FINISHED", wait_s=30) == 0
+
+    assert min(requests.values()) > 0  # each kind has lost an answer
+    experiment = client.get_experiment_by_name("lost answers")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert history(client, run.info.run_id, "train/loss") == losses(40)
+
+
+def test_the_whole_journal_can_be_sent_again(runs: Path, uri: str, client: MlflowClient) -> None:
+    tracker = Tracker.open(runs / "twice", "twice", "digits", uri)
+    tracker.set_tags({"state": "first"})
+    log_losses(tracker, range(100))
+    tracker.set_tags({"state": "last"})
+    assert tracker.finish("FINISHED", wait_s=30) == 0
+    (runs / "twice" / DELIVERED).unlink()
+
+    assert sync(runs / "twice", uri) == 104
+    assert history(client, tracker.run_id, "train/loss") == losses(100)
+    assert client.get_run(tracker.run_id).data.tags["state"] == "last"
+    assert sync(runs / "twice") == 0  # the directory knows its server
+
+
+def test_another_server_gets_the_whole_run(runs: Path, uri: str, tmp_path: Path) -> None:
+    tracker = Tracker.open(runs / "moved", "moved", "digits", uri)
+    log_losses(tracker, range(10))
+    tracker.log_dict({"a": 1}, "a.json")
+    assert tracker.finish("FINISHED", wait_s=30) == 0
+
+    elsewhere = f"sqlite:///{tmp_path}/mlflow.db"
+    moved = Tracker.open(runs / "moved", "moved", "digits", elsewhere)
+    log_losses(moved, range(10, 20))
+    assert moved.finish("FINISHED", wait_s=30) == 0
+    client = MlflowClient(tracking_uri=elsewhere)
+    assert history(client, moved.run_id, "train/loss") == losses(20)
+    assert [artifact.path for artifact in client.list_artifacts(moved.run_id)] == ["a.json"]
+
+
+def test_a_record_that_mlflow_refuses_does_not_hold_up_the_others(
+    runs: Path, uri: str, client: MlflowClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = Tracker.open(runs / "refused", "refused", "digits", uri)
+    assert tracker.flush(wait_s=30) == 0
+    client.log_batch(tracker.run_id, params=[Param("seed", "somebody else's")])
+
+    log_losses(tracker, range(10))
+    tracker.log_params({"seed": 1})
+    log_losses(tracker, range(10, 20))
+    tracker.log_dict({"a": 1}, "gone.json")
+    (spooled,) = (runs / "refused").rglob("gone.json")
+    spooled.unlink()
+    tracker.log_dict({"b": 2}, "kept.json")
+    assert tracker.finish("FINISHED", wait_s=30) == 0
+
+    assert caplog.text.count("MLflow refuses a record") == 2
+    assert history(client, tracker.run_id, "train/loss") == losses(20)
+    assert [artifact.path for artifact in client.list_artifacts(tracker.run_id)] == ["kept.json"]
+
+
+def test_a_run_that_was_deleted_in_mlflow_stops_the_tracking_not_the_training(
+    runs: Path, uri: str, client: MlflowClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = Tracker.open(runs / "deleted", "deleted", "digits", uri)
+    tracker.flush(wait_s=30)
+    client.delete_run(tracker.run_id)
+    log_losses(tracker, range(10))
+    begin = time.perf_counter()
+    assert tracker.finish("FINISHED", wait_s=30) == 11
+    assert time.perf_counter() - begin < 10
+    assert f"mlflow runs restore --run-id {tracker.run_id}" in caplog.text
+
+    client.restore_run(tracker.run_id)
+    assert sync(runs / "deleted") == 11
+    assert history(client, tracker.run_id, "train/loss") == losses(10)
+
+
+def test_a_child_run_hangs_below_its_parent(runs: Path, uri: str, client: MlflowClient) -> None:
+    parent = Tracker.open(runs / "search", "search", "digits", uri)
+    assert parent.finish("FINISHED", wait_s=30) == 0
+    child = Tracker.open(runs / "trial", "trial", "digits", uri, parent_run_id=parent.run_id)
+    assert child.finish("KILLED", wait_s=30) == 0
+    run = client.get_run(child.run_id)
+    assert run.data.tags["mlflow.parentRunId"] == parent.run_id
+    assert run.info.status == "KILLED"
+    assert child.run_url.startswith("mlflow ui --backend-store-uri sqlite:///")
+
+
+def test_two_writers_on_one_database_lose_nothing(runs: Path, uri: str, client: MlflowClient) -> None:
+    trackers = [Tracker.open(runs / f"side{n}", f"side{n}", "digits", uri) for n in range(2)]
+    with sqlite3.connect(uri.removeprefix("sqlite:///")) as database:
+        database.execute("BEGIN IMMEDIATE")  # somebody holds the write lock for a while
+        longest = max(log_losses(tracker, range(200)) for tracker in trackers)
+        time.sleep(1)
+        database.rollback()
+    assert longest < BLOCKED_S
+    for tracker in trackers:
+        assert tracker.finish("FINISHED", wait_s=40) == 0
+        assert history(client, tracker.run_id, "train/loss") == losses(200)
+
+
+@pytest.mark.parametrize("key", ["", "a//b", "/a", "../a", "a\nb", "loss%", "x" * 251, "."])
+def test_keys_that_mlflow_would_refuse_are_refused_at_once(runs: Path, uri: str, key: str) -> None:
+    tracker = Tracker.open(runs / "keys", "keys", "digits", uri)
+    for call in (tracker.log_params, tracker.set_tags):
+        with pytest.raises(UserError, match="tracking key"):
+            call({key: "1"})
+    with pytest.raises(UserError, match="tracking key"):
+        tracker.log_metrics({key: 1.0}, 0)
+    tracker.finish("FINISHED", wait_s=0)
+
+
+@pytest.mark.parametrize(
+    "name", ["../a.json", "/a.json", "a/../../b.json", "a\\b.json", "a\0.json", "a%2e.json", "#", ""]
+)
+def test_artifact_names_that_leave_the_run_are_refused(runs: Path, uri: str, name: str) -> None:
+    tracker = Tracker.open(runs / "names", "names", "digits", uri)
+    with pytest.raises(UserError, match="artifact"):
+        tracker.log_dict({}, name)
+    with pytest.raises(UserError, match="no such file"):
+        tracker.log_artifact(runs / "missing.png")
+    with pytest.raises(UserError, match="at least one row"):
+        tracker.log_table([], "rows.parquet")
+    tracker.finish("FINISHED", wait_s=0)
+
+
+def test_a_tracking_uri_that_mlflow_does_not_serve_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "./mlruns")
+    with pytest.raises(UserError, match=r"MLFLOW_TRACKING_URI.*mlruns.*http"):
+        resolve_tracking_uri(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", " http://127.0.0.1:5000 ")
+    assert resolve_tracking_uri(tmp_path) == "http://127.0.0.1:5000"
+    with pytest.raises(UserError, match=r"no tracking\.jsonl there"):
+        sync(tmp_path)
+
+
+class Server:
+    """A real MLflow server that can be killed and started again on the same port and database."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._port = free.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self._port}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        options = ["--host", "127.0.0.1", "--port", str(self._port), "--workers", "1"]
+        options += ["--backend-store-uri", f"sqlite:///{self._directory}/server.db"]
+        options += ["--artifacts-destination", f"{self._directory}/artifacts"]
+        with (self._directory / "server.log").open("ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "mlflow", "server", *options],
+                env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+                cwd=self._directory,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                urlopen(f"{self.uri}/health", timeout=1).close()
+                return
+            except (URLError, ConnectionError, TimeoutError):
+                time.sleep(0.1)
+        raise TimeoutError((self._directory / "server.log").read_text())
+
+    def send(self, which: signal.Signals) -> None:
+        assert self._process is not None
+        os.killpg(self._process.pid, which)
+
+    def stop(self, how: signal.Signals) -> None:
+        if self._process is not None:
+            self.send(how)
+            self._process.wait(20)
+            self._process = None
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    server = Server(tmp_path)
+    yield server
+    server.stop(signal.SIGKILL)
+
+
+def test_a_server_that_is_away_killed_and_restarted_gets_everything_once(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_dir = tmp_path / "runs" / "outage"
+    caplog.set_level(logging.WARNING)
+
+    # Away at the start: the run does not exist yet, the training goes on.
+    tracker = Tracker.open(run_dir, "outage", "digits", server.uri.replace("//", "//ann:s3cret@"))
+    tracker.log_params({"seed": 1})
+    longest = log_losses(tracker, range(100))
+    assert tracker.flush(wait_s=1.5) == 102
+    assert tracker.run_id is None
+    assert f"tracking at {server.uri} fails" in caplog.text
+
+    server.start()
+    assert tracker.flush(wait_s=20) == 0
+    client = MlflowClient(tracking_uri=server.uri)
+    assert history(client, tracker.run_id, "train/loss") == losses(100)
+    assert tracker.run_url.endswith(f"/runs/{tracker.run_id}")
+
+    # It hangs, then it is killed while records stream; an artifact and tags meet the outage, too.
+    server.send(signal.SIGSTOP)
+    longest = max(longest, log_losses(tracker, range(100, 3000)))
+    begin = time.perf_counter()
+    assert tracker.flush(wait_s=0.8) > 0
+    assert time.perf_counter() - begin < 0.8 + BLOCKED_S
+    server.stop(signal.SIGKILL)
+    begin = time.perf_counter()
+    tracker.log_dict({"T": 4}, "config.json")
+    tracker.set_tags({"state": "the server is away"})
+    longest = max(longest, time.perf_counter() - begin, log_losses(tracker, range(3000, 3500)))
+    undelivered = tracker.finish("FINISHED", wait_s=1)
+    assert undelivered > 500
+    assert f"spikefleet tracking sync {run_dir}" in caplog.text
+    with pytest.raises(UserError, match=rf"{undelivered} records have not reached http://127.0.0.1"):
+        sync(run_dir)
+
+    server.start()
+    assert sync(run_dir) == undelivered
+    run = client.get_run(tracker.run_id)
+    assert history(client, tracker.run_id, "train/loss") == losses(3500)
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["state"] == "the server is away"
+    assert [artifact.path for artifact in client.list_artifacts(tracker.run_id)] == ["config.json"]
+    assert len(client.search_runs([run.info.experiment_id])) == 1
+
+    # Once more from the first record: the server keeps every row once.
+    (run_dir / DELIVERED).unlink()
+    assert sync(run_dir, server.uri) > 3500
+    assert history(client, tracker.run_id, "train/loss") == losses(3500)
+    assert len(client.search_runs([run.info.experiment_id])) == 1
+
+    assert longest < BLOCKED_S
+    assert "s3cret" not in caplog.text
+    assert not any(b"s3cret" in file.read_bytes() for file in run_dir.rglob("*") if file.is_file())
+    server.stop(signal.SIGTERM)

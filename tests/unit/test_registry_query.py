@@ -1,0 +1,152 @@
+"""The `where` language and the decision about the champion, against brute force."""
+
+import math
+import operator
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from spikefleet.errors import UserError
+from spikefleet.promotion import Standing, decide, winner_of
+from spikefleet.registry_query import Condition, parse_where
+
+KEYS = ["timesteps", "energy_mj", "connection", "val/top1", "a-b.c"]
+WORDS = ["bsg", "bsg_star", "cifar10", "1e5x", "and", "v1.2-3"]
+OPERATORS = {
+    "<=": operator.le,
+    ">=": operator.ge,
+    "<": operator.lt,
+    ">": operator.gt,
+    "==": operator.eq,
+    "!=": operator.ne,
+}
+
+numbers = st.one_of(st.integers(-9, 9), st.floats(-9, 9, allow_nan=False).map(lambda x: round(x, 3)))
+conditions = st.one_of(
+    st.tuples(st.sampled_from(KEYS), st.sampled_from(list(OPERATORS)), numbers),
+    st.tuples(st.sampled_from(KEYS), st.sampled_from(["==", "!="]), st.sampled_from(WORDS)),
+)
+versions = st.dictionaries(
+    st.sampled_from(KEYS), st.one_of(numbers.map(float), numbers.map(str), st.sampled_from(WORDS)), max_size=5
+)
+space = st.sampled_from(["", " ", "  "])
+
+
+def brute_force(condition: tuple[str, str, Any], facts: dict[str, Any]) -> bool:
+    key, op, value = condition
+    if key not in facts:
+        return False
+    fact = facts[key]
+    if isinstance(value, str):
+        return OPERATORS[op](str(fact), value)
+    try:
+        return OPERATORS[op](float(fact), float(value))
+    except ValueError:
+        return op == "!="
+
+
+@given(st.lists(conditions, min_size=1, max_size=4), st.lists(versions, max_size=8), st.data())
+def test_a_query_selects_what_brute_force_selects(
+    asked: list[tuple[str, str, Any]], facts: list[dict[str, Any]], data: st.DataObject
+) -> None:
+    text = " and ".join(f"{k}{data.draw(space)}{op}{data.draw(space)}{value}" for k, op, value in asked)
+    query = parse_where(data.draw(space) + text + data.draw(space))
+    selected = [query.matches(version) for version in facts]
+    assert selected == [all(brute_force(condition, version) for condition in asked) for version in facts]
+
+
+@given(st.text(max_size=60))
+def test_any_text_is_a_query_or_a_sentence(text: str) -> None:
+    try:
+        assert parse_where(text).conditions
+    except UserError as error:
+        assert str(error).startswith("where: ")
+
+
+def test_the_query_of_the_documentation() -> None:
+    query = parse_where("timesteps<=2 and energy_mj<40 and connection==bsg")
+    assert query.conditions == (
+        Condition("timesteps", "<=", 2.0),
+        Condition("energy_mj", "<", 40.0),
+        Condition("connection", "==", "bsg"),
+    )
+    assert query.matches({"timesteps": "2", "energy_mj": 39.9, "connection": "bsg"})
+    assert not query.matches({"timesteps": "4", "energy_mj": 39.9, "connection": "bsg"})
+    assert not query.matches({"timesteps": "2", "connection": "bsg"})
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "is no condition"),
+        ("timesteps", "is no condition"),
+        ("timesteps=2", "is no condition"),
+        ("timesteps<=2 and", "is no condition"),
+        ("timesteps<=2 or connection==bsg", "join conditions with 'and'"),
+        ("timesteps<=2,energy<3", "join conditions with 'and'"),
+        ("timesteps<=2 energy<3", "join conditions with 'and'"),
+        ("timesteps<=2 andenergy<3", "join conditions with 'and'"),
+        ("connection<bsg", "a word is compared with == or !="),
+        ("__import__('os').system('true')==0", "is no condition"),
+        ("2<=timesteps", "is no condition"),
+        ("x==1 and " * 200 + "x==1", "are too many"),
+        ("größe==1", "is no condition"),
+    ],
+)
+def test_what_is_no_query_is_refused_with_the_place(text: str, complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        parse_where(text)
+
+
+def test_an_unknown_key_is_named_with_what_exists() -> None:
+    query = parse_where("timestep<=2")
+    query.check_keys({"timestep"})
+    with pytest.raises(UserError, match=r"'timestep'; did you mean 'timesteps'\? there are connection, timesteps"):
+        query.check_keys({"timesteps", "connection"})
+
+
+@pytest.mark.parametrize(
+    ("champion", "candidate", "mode", "alias"),
+    [
+        (None, 0.1, "max", "champion"),
+        (0.5, 0.6, "max", "champion"),
+        (0.5, 0.5, "max", "challenger"),
+        (0.5, 0.4, "max", "challenger"),
+        (0.5, 0.4, "min", "champion"),
+        (0.5, 0.6, "min", "challenger"),
+        (0.5, math.nan, "max", "challenger"),
+        (None, math.nan, "max", "challenger"),
+        (None, None, "max", "challenger"),
+        (math.nan, 0.5, "max", "challenger"),
+    ],
+)
+def test_only_a_better_version_becomes_champion(champion: Any, candidate: Any, mode: Any, alias: str) -> None:
+    present = None if champion is None else Standing(1, champion)
+    decision = decide(present, Standing(2, candidate), "val/top1", mode)
+    assert decision.alias == alias
+    assert "version" in decision.reason
+
+
+def test_a_champion_without_the_metric_stays_and_the_sentence_says_why() -> None:
+    decision = decide(Standing(1, None), Standing(2, 0.9), "val/map", "max")
+    assert decision == decide(Standing(1, math.nan), Standing(2, 0.9), "val/map", "max")
+    assert decision.reason == "champion version 1 has no val/map to compare with"
+
+
+@given(
+    st.none() | st.floats(0, 1),
+    st.lists(st.floats(0, 1), max_size=6),
+    st.sampled_from(["max", "min"]),
+    st.randoms(use_true_random=False),
+)
+def test_the_winner_is_the_best_and_does_not_depend_on_the_order(
+    champion: float | None, values: list[float], mode: Any, random: Any
+) -> None:
+    present = None if champion is None else Standing(1, champion)
+    candidates = [Standing(version, value) for version, value in enumerate(values, start=2)]
+    random.shuffle(candidates)
+    winner = winner_of(present, candidates, "m", mode)
+    field = sorted([*([present] if present else []), *candidates], key=lambda standing: standing.version)
+    extreme = (max if mode == "max" else min)((s.value for s in field if s.value is not None), default=None)
+    assert winner == next((standing for standing in field if standing.value == extreme), None)
