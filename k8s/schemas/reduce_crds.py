@@ -1,8 +1,8 @@
 """Reduces KubeRay's CustomResourceDefinitions to one strict JSON schema: python reduce_crds.py OUT CRD.yaml[.gz] ...
 
-Strict means that fields which the CRD does not know are refused, as the API server does with `kubectl apply --validate=strict`.
-The built-in kinds that the manifests use are put together from the Kubernetes types inside the CRDs. Rules in CEL
-(`x-kubernetes-validations`) and what the operator's own code checks are not in a CRD's schema, and so not in this one.
+Strict means that a field which the CRD does not know is refused, as `kubectl apply --validate=strict` does. Schemas of the
+built-in kinds that the manifests use are put together from the Kubernetes types inside the CRDs. Left out are rules in
+CEL (`x-kubernetes-validations`); what the operator's own code checks was never in a CRD.
 """
 
 from __future__ import annotations
@@ -44,7 +44,12 @@ def strict(openapi: Schema) -> Schema:
 
 def resource(api_version: str, kind: str, parts: Schema) -> Schema:
     """The schema of a whole manifest, with the metadata that a person writes."""
-    metadata = {"name": {"type": "string"}, "namespace": {"type": "string"}, "labels": _STRINGS, "annotations": _STRINGS}
+    metadata = {
+        "name": {"type": "string"},
+        "namespace": {"type": "string"},
+        "labels": _STRINGS,
+        "annotations": _STRINGS,
+    }
     return {
         "type": "object",
         "properties": {

@@ -1,10 +1,13 @@
 """AutoAugment for CIFAR-10 (Cubuk et al., "AutoAugment: Learning Augmentation Policies from Data", CVPR 2019, Table 7).
 
-Same operations and magnitudes as `torchvision.transforms.v2.AutoAugment`, but with random numbers that are a function
-of (seed, epoch, row), and applied to all images of a batch that drew the same operation at once.
+Same operations and magnitudes as `torchvision.transforms.v2.AutoAugment`, with random numbers that are a function of
+(seed, epoch, row), and applied to all images of a batch that drew the same operation at once. Where an operation sends
+each value, or each place, to the same one in every image, torchvision is asked once for the table. The rest is numpy:
+torch's threads cost more on so few values than they save.
 """
 
 import math
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -14,6 +17,7 @@ from torch import Tensor
 
 from spikefleet_pipelines.counter_random import Draw, integers, uniform
 
+Pixels = NDArray[np.uint8]
 _Operation = tuple[str, float, int | None]
 
 # 25 policies of two operations: (name, probability, magnitude 0 to 9 or None where the operation has none)
@@ -45,7 +49,7 @@ CIFAR10_POLICIES: tuple[tuple[_Operation, _Operation], ...] = (
     (("TranslateY", 0.7, 9), ("AutoContrast", 0.9, None)),
 )
 
-# The value at magnitude 9, the last of ten equal steps from 0; it is taken with either sign. Translations are parts of the
+# The value at magnitude 9, the last of ten equal steps from 0, taken with either sign; translations are parts of the
 # side.
 _SIGNED_RANGE = {
     "ShearY": 0.3,
@@ -57,9 +61,11 @@ _SIGNED_RANGE = {
     "Contrast": 0.9,
     "Sharpness": 0.9,
 }
+_MOVING = frozenset({"ShearY", "TranslateX", "TranslateY", "Rotate"})
+_BY_VALUE = frozenset({"Brightness", "Posterize", "Solarize", "Invert"})
 
 
-def auto_augment(images: Tensor, seed: int, epoch: int, rows: NDArray[np.int64]) -> Tensor:
+def auto_augment(images: Pixels, seed: int, epoch: int, rows: NDArray[np.int64]) -> Pixels:
     """Apply one of the 25 policies to each image, uint8 [B, 3, H, W]; changes `images` and returns it."""
     policy = integers(seed, epoch, rows, Draw.POLICY, len(CIFAR10_POLICIES))
     for stage in (0, 1):
@@ -76,38 +82,105 @@ def auto_augment(images: Tensor, seed: int, epoch: int, rows: NDArray[np.int64])
     return images
 
 
-def apply_operation(images: Tensor, name: str, magnitude: int | None, negative: bool) -> Tensor:
+def apply_operation(images: Pixels, name: str, magnitude: int | None, negative: bool) -> Pixels:
     """One operation on images uint8 [N, 3, H, W]; `magnitude` is 0 to 9, or None for operations without one."""
-    level = 0 if magnitude is None else magnitude
     height, width = images.shape[-2:]
-    limit = _SIGNED_RANGE.get(name, 0.0) * {"TranslateX": width, "TranslateY": height}.get(name, 1)
-    # The very float of torchvision: operations cut fractions off, so that a last bit would show.
-    amount = float(torch.linspace(0, limit, 10)[level]) * (-1 if negative else 1)
+    if name in _BY_VALUE:
+        return _value_table(name, magnitude, negative)[images]
+    if name in _MOVING:
+        source, inside = _source_table(name, magnitude, negative, height, width)
+        return (images.reshape(*images.shape[:2], -1).take(source, axis=2) * inside).reshape(images.shape)
+    if name in ("AutoContrast", "Equalize"):
+        channels = images.reshape(-1, height * width)
+        tables = _stretch_tables(channels) if name == "AutoContrast" else _equalize_tables(channels)
+        offsets = 256 * np.arange(len(channels))[:, None]
+        return tables.reshape(-1).take(channels + offsets).reshape(images.shape)
+    values = images.astype(np.float32)
+    factor = 1 + _amount(name, magnitude, negative, 1)
+    if name == "Sharpness":
+        centre = values[..., 1:-1, 1:-1]
+        centre += np.float32(1 - factor) * (np.rint(_smoothed(values)) - centre)
+        return _to_pixels(values)
+    grey = np.floor(np.tensordot(np.array([0.2989, 0.587, 0.114], np.float32), values, (0, 1)))[:, None]
+    if name == "Contrast":
+        grey = grey.mean((1, 2, 3), keepdims=True)
+    return _to_pixels(values * np.float32(factor) + grey * np.float32(1 - factor))
+
+
+def _amount(name: str, magnitude: int | None, negative: bool, side: int) -> float:
+    # The very float32 of torchvision: operations cut fractions off, so that a last bit would show.
+    steps = torch.linspace(0, _SIGNED_RANGE[name] * side, 10)
+    return float(steps[magnitude or 0]) * (-1 if negative else 1)
+
+
+@lru_cache(maxsize=128)
+def _value_table(name: str, magnitude: int | None, negative: bool) -> Pixels:
+    """What an operation makes of each value, [256]."""
+    values, level = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 256), magnitude or 0
+    match name:
+        case "Brightness":
+            table = F.adjust_brightness(values, 1 + _amount(name, magnitude, negative, 1))
+        case "Posterize":
+            table = F.posterize(values, 8 - round(level * 4 / 9))
+        case "Solarize":
+            table = F.solarize(values, 255 * (1 - level / 9))
+        case _:
+            table = F.invert(values)
+    return table.reshape(-1).numpy()
+
+
+@lru_cache(maxsize=128)
+def _source_table(
+    name: str, magnitude: int | None, negative: bool, height: int, width: int
+) -> tuple[NDArray[np.int64], Pixels]:
+    """Which place each place takes its value from, [H * W], and whether that lies inside the image (1 or 0)."""
+    places = torch.arange(1, height * width + 1, dtype=torch.float32).reshape(1, height, width)
+    amount = _amount(name, magnitude, negative, {"TranslateX": width, "TranslateY": height}.get(name, 1))
     match name:
         case "ShearY":
-            shear = [0.0, math.degrees(math.atan(amount))]
-            return F.affine(images, angle=0.0, translate=[0, 0], scale=1.0, shear=shear, center=[0, 0])
+            moved = _affine(places, shear=[0.0, math.degrees(math.atan(amount))], center=[0, 0])
         case "TranslateX":
-            return F.affine(images, angle=0.0, translate=[int(amount), 0], scale=1.0, shear=[0.0, 0.0])
+            moved = _affine(places, translate=[int(amount), 0])
         case "TranslateY":
-            return F.affine(images, angle=0.0, translate=[0, int(amount)], scale=1.0, shear=[0.0, 0.0])
-        case "Rotate":
-            return F.rotate(images, amount)
-        case "Brightness":
-            return F.adjust_brightness(images, 1 + amount)
-        case "Color":
-            return F.adjust_saturation(images, 1 + amount)
-        case "Contrast":
-            return F.adjust_contrast(images, 1 + amount)
-        case "Sharpness":
-            return F.adjust_sharpness(images, 1 + amount)
-        case "Posterize":
-            return F.posterize(images, 8 - round(level * 4 / 9))
-        case "Solarize":
-            return F.solarize(images, 255 * (1 - level / 9))
-        case "AutoContrast":
-            return F.autocontrast(images)
-        case "Equalize":
-            return F.equalize(images)
+            moved = _affine(places, translate=[0, int(amount)])
         case _:
-            return F.invert(images)
+            moved = F.rotate(places, amount)
+    source = moved.reshape(-1).numpy().astype(np.int64) - 1
+    return np.maximum(source, 0), (source >= 0).astype(np.uint8)
+
+
+def _affine(image: Tensor, **changes: list[int] | list[float]) -> Tensor:
+    return F.affine(image, **{"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0], **changes})
+
+
+def _stretch_tables(channels: Pixels) -> Pixels:
+    """For each channel [n, H * W] the table [n, 256] that stretches its values to 0 to 255."""
+    least = channels.min(1, keepdims=True).astype(np.float32)
+    scale = (channels.max(1, keepdims=True).astype(np.float32) - least) * np.float32(1 / 255)
+    flat = scale == 0
+    least[flat], scale[flat] = 0, 1
+    return _to_pixels((np.arange(256, dtype=np.float32) - least) / scale)
+
+
+def _equalize_tables(channels: Pixels) -> Pixels:
+    """For each channel [n, H * W] the table [n, 256] that flattens its histogram, in Pillow's integer arithmetic."""
+    count, places = channels.shape
+    offsets = 256 * np.arange(count)[:, None]
+    histogram = np.bincount((channels + offsets).reshape(-1), minlength=256 * count).reshape(count, 256)
+    below = histogram.cumsum(1)
+    brightest = np.take_along_axis(histogram, below.argmax(1)[:, None], 1)
+    step = (places - brightest) // 255
+    tables = np.zeros((count, 256), np.int64)
+    tables[:, 1:] = ((below[:, :-1] + step // 2) // np.maximum(step, 1)).clip(0, 255)
+    return np.where(step > 0, tables, np.arange(256)).astype(np.uint8)
+
+
+def _smoothed(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The mean of each 3x3 neighbourhood with weight 5 for its centre, [N, C, H - 2, W - 2]."""
+    rows = values[..., :-2, :] + values[..., 1:-1, :] + values[..., 2:, :]
+    total = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * values[..., 1:-1, 1:-1]
+    return total * np.float32(1 / 13)
+
+
+def _to_pixels(values: NDArray[np.float32]) -> Pixels:
+    return values.clip(0, 255).astype(np.uint8)

@@ -22,7 +22,10 @@ from spikefleet_pipelines.counter_random import Draw, integers, uniform
 from spikefleet_pipelines.store import Split
 from spikefleet_pipelines.transforms import TransformConfig
 
+Pixels = NDArray[np.uint8]
+
 _ATTEMPTS = 10
+_CACHED_VALUES = 1 << 17
 _RATIO = (3 / 4, 4 / 3)
 
 
@@ -40,8 +43,8 @@ class BatchTransform:
         self.train = train
         self.seed = seed
         # (pixel / 255 - mean) / std as one multiplication and one addition
-        mean = torch.tensor(config.normalise.mean).view(-1, 1, 1)
-        std = torch.tensor(config.normalise.std).view(-1, 1, 1)
+        mean = np.array(config.normalise.mean, np.float32).reshape(-1, 1, 1)
+        std = np.array(config.normalise.std, np.float32).reshape(-1, 1, 1)
         self._scale, self._shift = 1 / (255 * std), -mean / std
         self._pool: ThreadPoolExecutor | None = None
 
@@ -49,34 +52,41 @@ class BatchTransform:
         return {**self.__dict__, "_pool": None}
 
     def __call__(self, rows: NDArray[np.int64], epoch: int) -> Tensor:
-        if not self.train:
-            return self._normalise(self._evaluation_images(rows))
         config = self.config
+        if not self.train:
+            return torch.from_numpy(self._normalise(self._evaluation_images(rows)))
         images = self._cropped(rows, epoch)
         if config.horizontal_flip:
-            flip = torch.from_numpy(uniform(self.seed, epoch, rows, Draw.FLIP) < config.horizontal_flip)
-            images[flip] = images[flip].flip(-1)
+            flip = uniform(self.seed, epoch, rows, Draw.FLIP) < config.horizontal_flip
+            images[flip] = images[flip][..., ::-1]
         if config.auto_augment != "none":
             images = auto_augment(images, self.seed, epoch, rows)
         normalised = self._normalise(images)
         if config.cutout:
-            normalised *= self._cutout_mask(rows, epoch, normalised.shape[-2], normalised.shape[-1])
-        return normalised
+            normalised *= self._cutout_mask(rows, epoch, images.shape[-2], images.shape[-1])
+        return torch.from_numpy(normalised)
 
-    def _normalise(self, images: Tensor) -> Tensor:
-        return images.to(torch.float32).mul_(self._scale).add_(self._shift)
+    def _normalise(self, images: Pixels) -> NDArray[np.float32]:
+        batch = np.empty(images.shape, np.float32)
+        # In parts that stay in the processor's cache between the two operations.
+        together = max(1, _CACHED_VALUES // max(1, images[:1].size))
+        for start in range(0, len(images), together):
+            part = batch[start : start + together]
+            np.multiply(images[start : start + together], self._scale, out=part)
+            part += self._shift
+        return batch
 
-    def _cropped(self, rows: NDArray[np.int64], epoch: int) -> Tensor:
+    def _cropped(self, rows: NDArray[np.int64], epoch: int) -> Pixels:
         side = self.config.random_resized_crop
         if side is not None:
             numbers = Draw.RESIZED_CROP + np.arange(4 * _ATTEMPTS)
             draws = uniform(self.seed, epoch, rows[:, None], numbers).reshape(-1, _ATTEMPTS, 4)
 
-            def crop(image: Tensor, position: int) -> Tensor:
+            def crop(image: Pixels, position: int) -> Pixels:
                 top, left, height, width = resized_crop_box(
                     draws[position], image.shape[-2], image.shape[-1], self.config.random_resized_crop_scale
                 )
-                return _resize(image[:, top : top + height, left : left + width], side, side)
+                return resize(image[:, top : top + height, left : left + width], side, side)
 
             return self._each(rows, side, crop)
         images = self.split.gather(rows)
@@ -84,55 +94,53 @@ class BatchTransform:
             down = integers(self.seed, epoch, rows, Draw.CROP_Y, 2 * padding + 1)
             right = integers(self.seed, epoch, rows, Draw.CROP_X, 2 * padding + 1)
             images = shifted_crop(images, padding, down, right)
-        return torch.from_numpy(images)
+        return images
 
-    def _evaluation_images(self, rows: NDArray[np.int64]) -> Tensor:
+    def _evaluation_images(self, rows: NDArray[np.int64]) -> Pixels:
         shorter, side = self.config.resize, self.config.center_crop
         if shorter is None or side is None:
-            return torch.from_numpy(self.split.gather(rows))
+            return self.split.gather(rows)
 
-        def crop(image: Tensor, position: int) -> Tensor:
+        def crop(image: Pixels, position: int) -> Pixels:
             height, width = image.shape[-2:]
             if height <= width:
-                height, width = shorter, max(shorter, int(shorter * width / height))
+                height, width = shorter, int(shorter * width / height)
             else:
-                height, width = max(shorter, int(shorter * height / width)), shorter
+                height, width = int(shorter * height / width), shorter
             top, left = round((height - side) / 2), round((width - side) / 2)
-            return _resize(image, height, width)[:, top : top + side, left : left + side]
+            return resize(image, height, width)[:, top : top + side, left : left + side]
 
         return self._each(rows, side, crop)
 
-    def _each(self, rows: NDArray[np.int64], side: int, crop: Callable[[Tensor, int], Tensor]) -> Tensor:
+    def _each(self, rows: NDArray[np.int64], side: int, crop: Callable[[Pixels, int], Pixels]) -> Pixels:
         """Read images one by one and put what `crop(image, position in the batch)` makes of them into one batch."""
         channels = 3 if self.split.image_shape is None else self.split.image_shape[0]
-        batch = torch.empty(len(rows), channels, side, side, dtype=torch.uint8)
+        batch = np.empty((len(rows), channels, side, side), np.uint8)
 
         def load(position: int) -> None:
-            batch[position] = crop(self.split.image(int(rows[position])), position)
+            batch[position] = crop(self.split.image(int(rows[position])).numpy(), position)
 
         threads = torch.get_num_threads()
         if threads == 1:
             for position in range(len(rows)):
                 load(position)
         else:
-            self._pool = self._pool or ThreadPoolExecutor(threads)
-            list(self._pool.map(load, range(len(rows))))
+            self._pool = self._pool or ThreadPoolExecutor(threads, "decode")
+            for _ in self._pool.map(load, range(len(rows))):
+                pass
         return batch
 
-    def _cutout_mask(self, rows: NDArray[np.int64], epoch: int, height: int, width: int) -> Tensor:
+    def _cutout_mask(self, rows: NDArray[np.int64], epoch: int, height: int, width: int) -> NDArray[np.bool_]:
         """DeVries and Taylor, 2017: the centre lies anywhere in the image, the square is clipped at the border."""
         inside = []
         for draw, length in ((Draw.CUTOUT_Y, height), (Draw.CUTOUT_X, width)):
             start = integers(self.seed, epoch, rows, draw, length)[:, None] - self.config.cutout // 2
             position = np.arange(length)
             inside.append((position >= start) & (position < start + self.config.cutout))
-        hole = inside[0][:, None, :, None] & inside[1][:, None, None, :]
-        return torch.from_numpy(~hole).to(torch.float32)
+        return ~(inside[0][:, None, :, None] & inside[1][:, None, None, :])
 
 
-def shifted_crop(
-    images: NDArray[np.uint8], padding: int, down: NDArray[np.int64], right: NDArray[np.int64]
-) -> NDArray[np.uint8]:
+def shifted_crop(images: Pixels, padding: int, down: NDArray[np.int64], right: NDArray[np.int64]) -> Pixels:
     """Pad images [B, C, H, W] with zeros on all sides and crop each at its (down, right), 0 to 2 * padding."""
     batch, channels, height, width = images.shape
     padded = np.zeros((batch, channels, height + 2 * padding, width + 2 * padding), np.uint8)
@@ -162,7 +170,10 @@ def resized_crop_box(
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
-def _resize(image: Tensor, height: int, width: int) -> Tensor:
+def resize(image: Pixels, height: int, width: int) -> Pixels:
+    """Bilinear with antialiasing, [C, h, w] to [C, height, width]."""
     if image.shape[-2:] == (height, width):
         return image
-    return interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
+    # Contiguous in the order [h, w, C] that decoding gives: torch would else copy it, in threads that get in the way.
+    pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(1, 2, 0))).permute(2, 0, 1)
+    return interpolate(pixels[None], (height, width), mode="bilinear", antialias=True)[0].numpy()

@@ -102,6 +102,7 @@ class BatchLoader:
             persistent_workers=processes > 0,
             collate_fn=_unchanged,
             pin_memory=pin_memory,
+            generator=torch.Generator(),  # else each epoch draws a seed that nothing uses from torch's global generator
         )
 
     def epoch(self, plan: Plan, epoch: int, start_step: int = 0) -> Iterator[Batch]:

@@ -17,9 +17,10 @@ class RegisteredNetwork(mlflow.pyfunc.PythonModel):
         """Builds the network from the package beside this file, after checking its hashes."""
         self._network, self._config = load_network(Path(context.artifacts[CARD]).parent)
 
-    def predict(self, context: Any, model_input: Any, params: Any = None) -> Any:
+    # MLflow knows this type hint, and warns of most others and of none.
+    def predict(self, context: Any, model_input: np.ndarray, params: Any = None) -> Any:
         """Resizes and normalises as in evaluation, then runs the network."""
-        images = preprocess(np.asarray(model_input), self._config)
+        images = preprocess(model_input, self._config)
         with torch.inference_mode():
             return self._network(images).float().softmax(dim=1).numpy()
 

@@ -5,85 +5,57 @@ A version holds a network package (`network_package.py`) wrapped as MLflow's "mo
 MLflow runs the Python file that is stored with the version: who may write to the registry may run code in its loader.
 """
 
-import difflib
 import math
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spikefleet.delivery import public_uri
 from spikefleet.errors import UserError
 from spikefleet.network_package import CARD, CONFIG, load_network, read_card, read_config, verify_package, write_package
 from spikefleet.promotion import Alias, Mode, Standing, decide, winner_of
-from spikefleet.registry_query import Fact, parse_where
-from spikefleet.tracking import check_tracking_uri, quiet_mlflow, resolve_tracking_uri
+from spikefleet.registered_version import (
+    CHALLENGER,
+    CHAMPION,
+    CONTENT_HASH,
+    RegisteredModel,
+    RegisteredVersion,
+    check_model_name,
+)
+from spikefleet.registry_query import parse_where
+from spikefleet.registry_store import (
+    METRIC_PREFIX,
+    connect,
+    download,
+    find_model,
+    find_versions,
+    publish,
+    resolve,
+    save_for_mlflow,
+)
+from spikefleet.tracking import resolve_tracking_uri
 
 if TYPE_CHECKING:
     import torch
-    from mlflow import MlflowClient
 
-CHAMPION = "champion"
-CHALLENGER = "challenger"
+__all__ = [
+    "Promotion",
+    "RegisteredModel",
+    "RegisteredVersion",
+    "best",
+    "describe",
+    "list_models",
+    "load",
+    "promote",
+    "pull",
+    "register",
+    "show",
+]
 
-_METRIC_PREFIX = "metric."
-_CONTENT_HASH = "spikefleet.content_hash"
-_PROMOTION = "spikefleet.promotion"
-_ARTIFACTS = "artifacts"  # where MLflow keeps a pyfunc model's files
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[A-Za-z0-9_-]{1,100})|/(?P<version>[0-9]{1,9}))")
-_REQUIREMENTS = ("spikefleet", "torch", "torchvision", "spikingjelly", "safetensors", "numpy", "pydantic", "mlflow")
-
-
-@dataclass(frozen=True)
-class RegisteredVersion:
-    """One version of a registered model."""
-
-    name: str
-    version: int
-    run_id: str
-    created: datetime
-    tags: Mapping[str, str]
-    metrics: Mapping[str, float]
-    aliases: tuple[str, ...] = ()
-
-    @property
-    def uri(self) -> str:
-        return f"models:/{self.name}/{self.version}"
-
-    @property
-    def content_hash(self) -> str:
-        """SHA-256 over the hashes of all files."""
-        return self.tags[_CONTENT_HASH]
-
-    def metric(self, name: str) -> float | None:
-        """A metric by its full name; a name without a split means the validation split."""
-        return self.metrics.get(name, self.metrics.get(f"val/{name}"))
-
-    def facts(self) -> dict[str, Fact]:
-        """What the `where` language can ask for: tags, and metrics by their full and (validation) short names."""
-        short = {name.removeprefix("val/"): value for name, value in self.metrics.items() if name.startswith("val/")}
-        tags = {key: value for key, value in self.tags.items() if not key.startswith(("spikefleet.", "mlflow."))}
-        return {**short, **self.metrics, **tags}
-
-
-@dataclass(frozen=True)
-class RegisteredModel:
-    """A registered model; its versions, the newest first."""
-
-    name: str
-    versions: tuple[RegisteredVersion, ...]
-
-    @property
-    def champion(self) -> RegisteredVersion | None:
-        return next((version for version in self.versions if CHAMPION in version.aliases), None)
+_PROMOTION = "spikefleet.promotion"  # tag of a version that asks, or has asked, to become champion
 
 
 @dataclass(frozen=True)
@@ -126,23 +98,23 @@ def register(
     for metric, value in metrics.items():
         if not math.isfinite(value):
             raise UserError(f"model {name}: metric {metric} is {value}; only finite values can be registered")
-    with _registry(tracking_uri) as client, _scratch() as scratch:
+    with connect(tracking_uri) as client, _scratch() as scratch:
         package = scratch / "package"
         package.mkdir()
         facts = {"run_id": run_id, "tags": {k: str(v) for k, v in tags.items()}, "metrics": dict(metrics)}
         card = write_package(package, weights, config, extra_files or {}, facts)
         network, _ = load_network(package)
-        for version in _versions(client, name):
+        for version in find_versions(client, name):
             if version.run_id == run_id and version.content_hash == card.content_hash:
                 return version
         parameters = sum(parameter.numel() for parameter in network.parameters())
         derived = {**_model_tags(config), "parameters": parameters}
         all_tags = {key: str(value) for key, value in {**derived, **tags}.items()}
-        all_tags |= {f"{_METRIC_PREFIX}{metric}": repr(float(value)) for metric, value in metrics.items()}
-        all_tags |= {_CONTENT_HASH: card.content_hash}
+        all_tags |= {f"{METRIC_PREFIX}{metric}": repr(float(value)) for metric, value in metrics.items()}
+        all_tags |= {CONTENT_HASH: card.content_hash}
         model = scratch / "model"
-        _save_for_mlflow(package, model, config)
-        return _publish(client, name, model, run_id, all_tags, tracking_uri)
+        save_for_mlflow(package, model, config)
+        return publish(client, name, model, run_id, all_tags, tracking_uri)
 
 
 def promote(name: str, version: int, metric: str, mode: Mode = "max", *, tracking_uri: str | None = None) -> Promotion:
@@ -156,9 +128,9 @@ def promote(name: str, version: int, metric: str, mode: Mode = "max", *, trackin
     Raises:
         UserError: there is no such version, or it lacks the metric.
     """
-    with _registry(_uri(tracking_uri)) as client:
-        before = _model(client, name)
-        candidate = _pick_version(before, version)
+    with connect(_uri(tracking_uri)) as client:
+        before = find_model(client, name)
+        candidate = before.pick(version)
         own = Standing(version, candidate.metric(metric))
         if own.value is None:
             has = ", ".join(candidate.metrics) or "none"
@@ -167,7 +139,7 @@ def promote(name: str, version: int, metric: str, mode: Mode = "max", *, trackin
         settled_before = {v.version for v in before.versions if v.tags.get(_PROMOTION) == settled}
         client.set_model_version_tag(name, str(version), _PROMOTION, asking)
         while True:
-            model = _model(client, name)
+            model = find_model(client, name)
             champion = _standing(model.champion, metric)
             asked = [
                 v
@@ -206,14 +178,14 @@ def load(uri: str | Path, *, tracking_uri: str | None = None) -> "torch.nn.Modul
 
 def describe(uri: str | Path, *, tracking_uri: str | None = None) -> dict[str, Any]:
     """What is known about a registered version or a pulled directory: tags, metrics, config, hashes of the files."""
-    if not _is_registry_uri(uri):
+    if not _is_registered(uri):
         directory = Path(uri)
         card = verify_package(directory)
         return {"uri": str(uri), **card.facts, "config": read_config(directory), "sha256": dict(card.sha256)}
-    with _registry(_uri(tracking_uri)) as client, _scratch() as scratch:
-        version = _resolve(client, str(uri))
+    with connect(_uri(tracking_uri)) as client, _scratch() as scratch:
+        version = resolve(client, str(uri))
         for name in (CARD, CONFIG):
-            _download(client, version, name, scratch)
+            download(client, version, name, scratch)
         card = read_card(scratch, version.content_hash)
         return {
             "uri": version.uri,
@@ -235,7 +207,7 @@ def pull(uri: str, out: Path, *, tracking_uri: str | None = None) -> Path:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty; give another directory")
-    if not _is_registry_uri(uri):
+    if not _is_registered(uri):
         raise UserError(f"{uri!r} is not a registered version; give models:/NAME@champion or models:/NAME/3")
     with _package(uri, tracking_uri) as (directory, content_hash):
         card = verify_package(directory, content_hash)
@@ -254,16 +226,16 @@ def pull(uri: str, out: Path, *, tracking_uri: str | None = None) -> Path:
 
 def list_models(*, tracking_uri: str | None = None) -> list[RegisteredModel]:
     """All models that spikefleet has registered, by name."""
-    with _registry(_uri(tracking_uri)) as client:
-        versions = _versions(client)
+    with connect(_uri(tracking_uri)) as client:
+        versions = find_versions(client)
         names = sorted({version.name for version in versions})
         return [RegisteredModel(name, tuple(v for v in versions if v.name == name)) for name in names]
 
 
 def show(name: str, *, tracking_uri: str | None = None) -> RegisteredModel:
     """A model and its versions. Raises UserError naming the nearest names when there is none of this name."""
-    with _registry(_uri(tracking_uri)) as client:
-        return _model(client, name)
+    with connect(_uri(tracking_uri)) as client:
+        return find_model(client, name)
 
 
 def best(
@@ -281,8 +253,8 @@ def best(
         UserError: `where` is no query or asks for what no version has, or nothing matches (the sentence says why).
     """
     query = parse_where(where) if where is not None else None
-    with _registry(_uri(tracking_uri)) as client:
-        versions = _versions(client)
+    with connect(_uri(tracking_uri)) as client:
+        versions = find_versions(client)
     versions = _narrow(versions, "task", task)
     if dataset is not None:
         versions = _narrow(versions, "dataset", dataset)
@@ -297,16 +269,6 @@ def best(
         raise UserError(f"no version that matches has the metric {metric!r}; there are {', '.join(known) or 'none'}")
     sign = -1 if mode == "max" else 1
     return min(values, key=lambda pair: (sign * pair[1], pair[0].created, pair[0].name, pair[0].version))[0]
-
-
-def check_model_name(name: str) -> str:
-    """Raises UserError unless the name is plain: it becomes part of paths and URIs."""
-    if not _NAME.fullmatch(name) or ".." in name:
-        raise UserError(
-            f"model name {name[:100]!r} must be 1 to 100 letters, digits, '.', '_' or '-', beginning with a letter or "
-            f"digit"
-        )
-    return name
 
 
 def _narrow(versions: list[RegisteredVersion], key: str, wanted: str) -> list[RegisteredVersion]:
@@ -327,33 +289,11 @@ def _model_tags(config: Mapping[str, Any]) -> dict[str, object]:
     return {"task": config["task"], **tags}
 
 
-# ------------------------------------------------------------------------------------------------------ MLflow
-
-
-@contextmanager
-def _registry(tracking_uri: str) -> "Iterator[MlflowClient]":
-    """A client; what MLflow raises becomes a sentence."""
-    quiet_mlflow()
-    check_tracking_uri(tracking_uri)
-    database = tracking_uri.removeprefix("sqlite:///")
-    if database != tracking_uri and not Path(database).is_file():
-        raise UserError(f"there is no registry at {tracking_uri}; a run registers its best network there")
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    try:
-        yield MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
-    except MlflowException as error:
-        reason = str(error).splitlines()[0][:300]
-        shown = public_uri(tracking_uri)
-        raise UserError(f"the registry at {shown} fails: {reason.replace(tracking_uri, shown)}") from error
-
-
 def _uri(tracking_uri: str | None) -> str:
     return tracking_uri or resolve_tracking_uri(Path("runs"))
 
 
-def _is_registry_uri(uri: str | Path) -> bool:
+def _is_registered(uri: str | Path) -> bool:
     return isinstance(uri, str) and uri.startswith("models:")
 
 
@@ -366,131 +306,13 @@ def _scratch() -> Iterator[Path]:
 @contextmanager
 def _package(uri: str | Path, tracking_uri: str | None) -> Iterator[tuple[Path, str | None]]:
     """A directory with a package's files, not yet verified, and the content hash that it must have."""
-    if not _is_registry_uri(uri):
+    if not _is_registered(uri):
         yield Path(uri), None
         return
-    with _registry(_uri(tracking_uri)) as client, _scratch() as scratch:
-        version = _resolve(client, str(uri))
-        _download(client, version, "", scratch)
+    with connect(_uri(tracking_uri)) as client, _scratch() as scratch:
+        version = resolve(client, str(uri))
+        download(client, version, "", scratch)
         yield scratch, version.content_hash
-
-
-def _download(client: "MlflowClient", version: RegisteredVersion, name: str, directory: Path) -> None:
-    """Fetches one file, or all, of a version's package into a directory that only this user can read."""
-    import mlflow.artifacts
-
-    uri = client.tracking_uri
-    source = f"{version.uri}/{_ARTIFACTS}/{name}".rstrip("/")
-    found = Path(
-        mlflow.artifacts.download_artifacts(source, dst_path=str(directory), tracking_uri=uri, registry_uri=uri)
-    )
-    for file in found.iterdir() if found.is_dir() else [found]:
-        if file.parent != directory:
-            file.replace(directory / file.name)
-
-
-def _resolve(client: "MlflowClient", uri: str) -> RegisteredVersion:
-    parts = _URI.fullmatch(uri)
-    if parts is None:
-        raise UserError(f"{uri[:200]!r} is not a registered version; give models:/NAME@champion or models:/NAME/3")
-    model = _model(client, check_model_name(parts["name"]))
-    if parts["version"]:
-        return _pick_version(model, int(parts["version"]))
-    for version in model.versions:
-        if parts["alias"] in version.aliases:
-            return version
-    aliases = sorted(alias for version in model.versions for alias in version.aliases)
-    raise UserError(f"model {model.name} has no alias {parts['alias']!r}; it has {', '.join(aliases) or 'none'}")
-
-
-def _pick_version(model: RegisteredModel, number: int) -> RegisteredVersion:
-    for version in model.versions:
-        if version.version == number:
-            return version
-    known = ", ".join(str(version.version) for version in reversed(model.versions))
-    raise UserError(f"model {model.name} has no version {number}; it has {known}")
-
-
-def _model(client: "MlflowClient", name: str) -> RegisteredModel:
-    versions = _versions(client, check_model_name(name))
-    if not versions:
-        known = sorted({version.name for version in _versions(client)})
-        near = difflib.get_close_matches(name, known, n=3) or known[:10]
-        raise UserError(f"there is no registered model {name!r}; there are {', '.join(near) or 'none'}")
-    return RegisteredModel(name, tuple(versions))
-
-
-def _versions(client: "MlflowClient", name: str | None = None) -> list[RegisteredVersion]:
-    """The versions that spikefleet registered, of one model or of all, the newest first."""
-    found: list[Any] = []
-    token = None
-    while True:
-        page = client.search_model_versions(f"name = '{name}'" if name else None, page_token=token)
-        found += page
-        if not (token := page.token):
-            break
-    ours = [version for version in found if _CONTENT_HASH in version.tags]
-    # A search does not fill in the aliases.
-    aliases = {model: client.get_registered_model(model).aliases for model in {version.name for version in ours}}
-    read = [_read_version(version, aliases[version.name]) for version in ours]
-    return sorted(read, key=lambda version: (version.name, -version.version))
-
-
-def _read_version(version: Any, aliases: Mapping[str, str | int]) -> RegisteredVersion:
-    number = int(version.version)
-    return RegisteredVersion(
-        name=version.name,
-        version=number,
-        run_id=version.run_id,
-        created=datetime.fromtimestamp(version.creation_timestamp / 1000, UTC),
-        tags={key: value for key, value in version.tags.items() if not key.startswith(_METRIC_PREFIX)},
-        metrics={
-            key.removeprefix(_METRIC_PREFIX): float(value)
-            for key, value in version.tags.items()
-            if key.startswith(_METRIC_PREFIX)
-        },
-        # SQLite gives numbers, a server gives strings.
-        aliases=tuple(sorted(alias for alias, target in aliases.items() if int(target) == number)),
-    )
-
-
-def _save_for_mlflow(package: Path, model: Path, config: Mapping[str, Any]) -> None:
-    """MLflow's directory around a package: the code file, the signature and the requirements."""
-    import numpy as np
-    from mlflow import pyfunc
-    from mlflow.models import ModelSignature
-    from mlflow.types import Schema, TensorSpec
-
-    images = TensorSpec(np.dtype(np.uint8), (-1, config["model"]["in_channels"], -1, -1))
-    probabilities = TensorSpec(np.dtype(np.float32), (-1, config["model"]["num_classes"]))
-    pyfunc.save_model(
-        path=str(model),
-        python_model=str(Path(__file__).with_name("registered_model.py")),
-        artifacts={path.name: str(path) for path in sorted(package.iterdir())},
-        signature=ModelSignature(inputs=Schema([images]), outputs=Schema([probabilities])),
-        pip_requirements=[f"{name}=={metadata.version(name).split('+')[0]}" for name in _REQUIREMENTS],
-    )
-
-
-def _publish(
-    client: "MlflowClient", name: str, model: Path, run_id: str, tags: Mapping[str, str], tracking_uri: str
-) -> RegisteredVersion:
-    """Uploads first and creates the version with all its tags last: what a crash leaves behind is no version."""
-    from mlflow.exceptions import MlflowException
-
-    experiment = client.get_run(run_id).info.experiment_id
-    logged = client.create_logged_model(experiment, name=name, source_run_id=run_id, model_type="spikefleet")
-    client.log_model_artifacts(logged.model_id, str(model))
-    client.finalize_logged_model(logged.model_id, "READY")
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    # Without a server, MLflow would look up models:/m-... in its global tracking URI instead of the client's.
-    source = f"models:/{logged.model_id}" if tracking_uri.startswith("http") else logged.artifact_location
-    version = client.create_model_version(name, source, run_id=run_id, tags=dict(tags), model_id=logged.model_id)
-    return _read_version(version, {})
 
 
 def _standing(version: RegisteredVersion | None, metric: str) -> Standing | None:

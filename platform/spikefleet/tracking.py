@@ -49,6 +49,7 @@ def quiet_mlflow() -> None:
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "MLFLOW_UV_AUTO_DETECT": "false",  # or a registered model holds the lock file of wherever the process runs
         "GIT_PYTHON_REFRESH": "quiet",
     }.items():

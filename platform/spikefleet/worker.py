@@ -297,7 +297,7 @@ def _test_best(
 ) -> Outcome:
     """Loads the best checkpoint, measures it on the test split and writes the report of the run."""
     assert state.best is not None, "the last epoch is always evaluated"
-    path = folder.at(state.best["step"])
+    path = state.world.from_leader(folder.at(state.best["step"]))  # not before rank 0 has committed it
     state.load_weights(load_checkpoint(path))
     evaluation = _evaluate(state, task, splits.test)
     figures: dict[str, float] = {}

@@ -211,19 +211,25 @@ def test_auto_augment_operations_are_torchvisions(
     amount = 0.0 if amounts is None else float(amounts[magnitude])
     if signed and negative:
         amount = -amount
-    images = torch.from_numpy(raw.gather(rows(4)))
-    found = apply_operation(images.clone(), name, magnitude, negative)
+    images = raw.gather(rows(8))
+    found = apply_operation(images.copy(), name, magnitude, negative)
     for image, ours in zip(images, found, strict=True):
         expected = reference._apply_image_or_video_transform(
-            image, name, amount, interpolation=v2.InterpolationMode.NEAREST, fill={}
+            torch.from_numpy(image), name, amount, interpolation=v2.InterpolationMode.NEAREST, fill={}
         )
-        assert torch.equal(expected, ours)
+        if name in ("Color", "Contrast", "Sharpness"):
+            # Sums of floats, cut to whole numbers: a last bit may send a value to its neighbour.
+            difference = np.abs(expected.numpy().astype(int) - ours)
+            assert difference.max() <= 1
+            assert (difference > 0).mean() < 0.1
+        else:
+            assert np.array_equal(expected.numpy(), ours)
 
 
 def test_auto_augment_changes_most_images(raw: Split) -> None:
-    images = torch.from_numpy(raw.gather(rows()))
-    found = auto_augment(images.clone(), 0, 0, rows())
-    changed = (found != images).flatten(1).any(1).float().mean()
+    images = raw.gather(rows())
+    found = auto_augment(images.copy(), 0, 0, rows())
+    changed = (found != images).any((1, 2, 3)).mean()
     assert 0.6 < changed < 0.95
 
 

@@ -18,7 +18,21 @@ registry_app = typer.Typer(help="Look up registered models.", no_args_is_help=Tr
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
-_COLUMNS = ("task", "dataset", "connection", "decoder", "timesteps", "parameters", "code_version")
+_SHOWN_TAGS = (
+    "task",
+    "dataset",
+    "data_hash",
+    "recipe",
+    "connection",
+    "decoder",
+    "neuron",
+    "timesteps",
+    "bound",
+    "parameters",
+    "seed",
+    "run_name",
+    "code_version",
+)
 
 
 @registry_app.command("list")
@@ -94,11 +108,16 @@ def _print_versions(versions: Sequence[RegisteredVersion], as_json: bool) -> Non
     if as_json:
         _print_json([_plain(version) for version in versions])
         return
-    table = Table("uri", "alias", "metrics", *_COLUMNS)
     for version in versions:
-        tags = [version.tags.get(column, "-") for column in _COLUMNS]
-        table.add_row(version.uri, ", ".join(version.aliases) or "-", _metrics(version), *tags)
-    console.print(table)
+        title = f"{version.uri}  {', '.join(version.aliases)}".rstrip()
+        table = Table(title=title, show_header=False, title_justify="left")
+        table.add_row("metrics", _metrics(version))
+        for key in _SHOWN_TAGS:
+            if key in version.tags:
+                table.add_row(key, version.tags[key])
+        table.add_row("run", version.run_id)
+        table.add_row("registered", f"{version.created:%Y-%m-%d %H:%M} UTC")
+        console.print(table)
 
 
 def _metrics(version: RegisteredVersion) -> str:

@@ -1,0 +1,172 @@
+"""Training images per second: our loader over a store against torchvision's data sets and a DataLoader.
+
+    python tests/bench/bench_loading.py [--quick] [--json FILE]
+
+CIFAR: random crop of the padded image, flip, normalise (and once more with AutoAugment), from generated files in the
+    official
+format. JPEG: RandomResizedCrop(224), flip, normalise, from generated pictures of 500x375. Full training epochs,
+interleaved; medians; every line gives the ratio ours / torchvision.
+"""
+
+import argparse
+import io
+import json
+import pickle
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+import torchvision.transforms.v2 as v2
+from sklearn.datasets import load_digits
+from spikefleet_pipelines.loading import BatchLoader
+from spikefleet_pipelines.sampling import EpochPlan
+from spikefleet_pipelines.sources import prepare
+from spikefleet_pipelines.store import Split
+from spikefleet_pipelines.transforms import NORMALISATIONS, TransformConfig
+from torch.utils.data import DataLoader
+from torchvision.datasets import CIFAR10, ImageFolder
+
+CIFAR_BATCH, JPEG_BATCH = 128, 64
+
+
+class GeneratedCIFAR10(CIFAR10):
+    """Torchvision's reader, without the checksums of the official files."""
+
+    train_list = [(f"data_batch_{number}", None) for number in range(1, 6)]  # noqa: RUF012
+    test_list = [("test_batch", None)]  # noqa: RUF012
+    meta = {"filename": "batches.meta", "key": "label_names", "md5": None}  # noqa: RUF012
+
+
+@dataclass(frozen=True)
+class Line:
+    workload: str
+    processes: int
+    ours: float
+    torchvision: float
+    ratio: float
+
+
+def write_cifar(root: Path, rows: int) -> None:
+    """Five training files of `rows` pictures: digits, enlarged and coloured, with noise."""
+    folder, rng = root / "cifar-10-batches-py", np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    digits = load_digits()
+    for name in [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]:
+        chosen = rng.integers(0, len(digits.images), rows)
+        grey = np.kron(digits.images[chosen] * 12, np.ones((4, 4)))[:, None]
+        images = grey * rng.random((rows, 3, 1, 1)) + rng.integers(0, 60, (rows, 3, 32, 32))
+        batch = {"data": images.astype(np.uint8).reshape(rows, -1), "labels": digits.target[chosen].tolist()}
+        (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
+    names = {"label_names": [f"class{number}" for number in range(10)]}
+    (folder / "batches.meta").write_bytes(pickle.dumps(names, protocol=2))
+
+
+def write_jpegs(root: Path, count: int) -> None:
+    """Pictures of 500x375 with texture on every scale, about 50 kB each as photographs have."""
+    rng = np.random.default_rng(0)
+    for number in range(count + 3):
+        picture = np.full((375, 500, 3), 128.0)
+        for scale in (4, 8, 16, 32, 64, 128):
+            coarse = rng.normal(0, 3 * scale**0.6, (375 // scale + 2, 500 // scale + 2, 3)).astype(np.float32)
+            for channel in range(3):
+                plane = PIL.Image.fromarray(coarse[..., channel]).resize((500, 375), PIL.Image.Resampling.BICUBIC)
+                picture[..., channel] += np.asarray(plane)
+        picture += rng.normal(0, 4, picture.shape)
+        stream = io.BytesIO()
+        PIL.Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(stream, "JPEG", quality=90)
+        folder = root / ("train" if number < count else "val") / f"class{number % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number:05d}.jpg").write_bytes(stream.getvalue())
+
+
+def torchvision_transform(normalisation: str, *random: Any) -> v2.Compose:
+    statistics_ = NORMALISATIONS[normalisation]
+    normalise = v2.Normalize(list(statistics_.mean), list(statistics_.std))
+    return v2.Compose([*random, v2.ToImage(), v2.ToDtype(torch.float32, scale=True), normalise])
+
+
+def ours(split: Split, config: TransformConfig, batch: int, processes: int) -> Callable[[int], Iterator[torch.Tensor]]:
+    loader = BatchLoader(split, config, train=True, processes=processes)
+    plan = EpochPlan(samples=len(split), global_batch=batch)
+    return lambda epoch: (loaded.images for loaded in loader.epoch(plan, epoch))
+
+
+def theirs(dataset: Any, batch: int, processes: int) -> Callable[[int], Iterator[torch.Tensor]]:
+    loader = DataLoader(dataset, batch, shuffle=True, num_workers=processes, persistent_workers=processes > 0)
+    return lambda epoch: (images for images, _ in loader)
+
+
+def images_per_second(epoch: Callable[[int], Iterator[torch.Tensor]], number: int) -> float:
+    start = time.perf_counter()
+    count = sum(len(images) for images in epoch(number))
+    return count / (time.perf_counter() - start)
+
+
+def compare(
+    workload: str,
+    processes: int,
+    us: Callable[[int], Iterator[torch.Tensor]],
+    them: Callable[[int], Iterator[torch.Tensor]],
+    rounds: int,
+) -> Line:
+    for warm in (us, them):
+        images_per_second(warm, 0)
+    figures = [(images_per_second(us, number), images_per_second(them, number)) for number in range(1, rounds + 1)]
+    mine, other = (statistics.median(column) for column in zip(*figures, strict=True))
+    line = Line(workload, processes, round(mine), round(other), round(mine / other, 2))
+    print(
+        f"{workload:24s} processes {processes}: ours {mine:9,.0f}/s   torchvision {other:9,.0f}/s   ratio {line.ratio}",
+        flush=True,
+    )
+    return line
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--quick", action="store_true", help="fewer pictures and rounds")
+    arguments.add_argument("--json", type=Path, help="also write the figures to this file")
+    options = arguments.parse_args()
+    rounds = 3 if options.quick else 5
+    lines = []
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        write_cifar(root / "cifar", 400 if options.quick else 4000)
+        cifar = prepare("cifar10", root / "cifar", root / "cifar-store").split("train")
+        crop = (v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip())
+        policy = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
+        fields: dict[str, Any] = {"crop_padding": 4, "horizontal_flip": 0.5, "normalise": "cifar10"}
+        for processes in (0, 2):
+            for workload, config, random in (
+                ("CIFAR crop+flip", TransformConfig(**fields), crop),
+                ("CIFAR crop+flip+policy", TransformConfig(**fields, auto_augment="cifar10"), (*crop, policy)),
+            ):
+                dataset = GeneratedCIFAR10(str(root / "cifar"), transform=torchvision_transform("cifar10", *random))
+                us, them = ours(cifar, config, CIFAR_BATCH, processes), theirs(dataset, CIFAR_BATCH, processes)
+                lines.append(compare(workload, processes, us, them, rounds))
+        write_jpegs(root / "jpeg", 120 if options.quick else 600)
+        jpeg = prepare("image_folder", root / "jpeg", root / "jpeg-store", parallel=1).split("train")
+        config = TransformConfig(
+            random_resized_crop=224,
+            horizontal_flip=0.5,
+            resize=256,
+            center_crop=224,
+            normalise=NORMALISATIONS["imagenet"],
+        )
+        transform = torchvision_transform("imagenet", v2.RandomResizedCrop(224), v2.RandomHorizontalFlip())
+        for processes in (0, 2):
+            dataset = ImageFolder(str(root / "jpeg" / "train"), transform=transform)
+            us, them = ours(jpeg, config, JPEG_BATCH, processes), theirs(dataset, JPEG_BATCH, processes)
+            lines.append(compare("JPEG 500x375 to 224", processes, us, them, rounds))
+    if options.json:
+        options.json.write_text(json.dumps([asdict(line) for line in lines], indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

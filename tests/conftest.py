@@ -1,0 +1,43 @@
+"""What all tests share: quiet libraries, a prepared digits store, and one local Ray a module."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from spikefleet.ray_session import quiet_ray
+from spikefleet.tracking import quiet_mlflow
+
+quiet_ray()
+quiet_mlflow()
+os.environ.pop("MLFLOW_TRACKING_URI", None)
+os.environ.pop("RAY_ADDRESS", None)
+
+
+@pytest.fixture(scope="session")
+def stores_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of stores in which digits are prepared."""
+    from spikefleet_pipelines.sources import prepare
+
+    folder = tmp_path_factory.mktemp("stores")
+    prepare("digits", None, folder / "digits")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ray_on_two_cpus() -> Iterator[None]:
+    """A local Ray with two CPUs for all tests of a module."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+        object_store_memory=200_000_000,
+    )
+    yield
+    ray.shutdown()

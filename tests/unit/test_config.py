@@ -1,0 +1,127 @@
+"""Configuration: every recipe resolves; whatever is wrong is named with its remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from spikefleet.config import differences, list_recipes, load_config, parse_config, recipe_header
+from spikefleet.errors import UserError
+from spikefleet_models.build import build_model
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_recipe_resolves_and_names_command_hardware_time_and_expectation(name: str) -> None:
+    config = load_config(name)
+    assert config.recipe == name
+    header = recipe_header(name)
+    assert f"spikefleet train {name}" in header
+    for part in ("hardware:", "time:", "expected:"):
+        assert part in header
+
+
+@pytest.mark.parametrize("name", [name for name in list_recipes() if name.startswith("cifar")])
+@pytest.mark.parametrize("connection", ["bsg_star", "add", "and", "iand", "post_add", "ann"])
+def test_ablations_are_overrides(name: str, connection: str) -> None:
+    overrides = [f"model.connection={connection}", "model.decoder=rate", "model.width=0.0625"]
+    assert build_model(load_config(name, overrides).model).timesteps == (1 if connection == "ann" else 4)
+
+
+def test_paper_schedules() -> None:
+    cifar100, imagenet = load_config("cifar100_sg_resnet34"), load_config("imagenet_sg_resnet50")
+    assert (cifar100.train.epochs, cifar100.train.global_batch) == (200, 32)
+    assert cifar100.optim.milestones == (60, 120, 160)
+    assert (imagenet.train.epochs, imagenet.train.global_batch, imagenet.optim.weight_decay) == (320, 256, 0.0)
+    assert (imagenet.model.block, imagenet.model.decoder) == ("bottleneck", "rate")
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("model.timestep=2", ("'model.timestep'", "did you mean 'model.timesteps'?")),
+        ("modle.timesteps=2", ("'modle'", "did you mean 'model'?")),
+        ("optim.lr=fast", ("optim.lr='fast'", "number")),
+        ("optim.lr=-1", ("optim.lr=-1", "greater than 0")),
+        ("optim.lr=.inf", ("optim.lr=inf", "finite")),
+        ("model.timesteps=0", ("model.timesteps=0", "greater than or equal to 1")),
+        ("model.timesteps=1.5", ("model.timesteps=1.5", "integer")),
+        ("model.connection=or", ("model.connection='or'", "bsg")),
+        ("train.global_batch=33", ("global_batch=33", "2 workers", "32 or 34")),
+        ("optim.milestones=[3]", ("milestones=[3]", "schedule=cosine")),
+        ("optim.schedule=step", ("milestones", "for example")),
+        ("data.source=digit", ("data.source='digit'", "'digits'")),
+        ("data.options={upsample: 3}", ("upsample",)),
+        ("optim.lr", ("optim.lr", "section.key=value")),
+        ("optim.lr.x=1", ("optim.lr.x=1",)),
+        ("optim.lr=[1", ("optim.lr=[1", "YAML")),
+        ("train.seed=!!python/object/apply:os.getcwd []", ("YAML",)),
+        ("train.seed=__import__('os').getpid()", ("train.seed", "integer")),
+    ],
+)
+def test_bad_override_is_named_with_its_remedy(override: str, parts: tuple[str, ...]) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config("digits", ["cluster.workers=2", override])
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean 'digits'"):
+        load_config("digit")
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("", "empty"),
+        ("- 1\n", "no mapping"),
+        ("base: digits\ntrain: {epochs: 1}\ntrain: {epochs: 2}\n", "stands twice"),
+        ("base: digits\nmodel: &a {timesteps: 1}\ntrain: *a\n", "aliases"),
+        ("base: digits\ntrain: !!python/name:os.system\n", "YAML"),
+        ("model: {family: sg_resnet}\n", "'optim' is missing"),
+        ("base: nothing\n", "no recipe 'nothing'"),
+    ],
+)
+def test_bad_recipe_file(text: str, part: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=part):
+        load_config(str(path))
+
+
+def test_recipe_file_that_is_no_text_or_missing(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    with pytest.raises(UserError, match="does not exist"):
+        load_config(str(path))
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="UTF-8"):
+        load_config(str(path))
+    path.write_bytes(b"#" * (1 << 20) + b"#")
+    with pytest.raises(UserError, match="1 MiB"):
+        load_config(str(path))
+
+
+def test_base_that_comes_back_to_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text("base: b.yaml\n")
+    Path("b.yaml").write_text("base: a.yaml\n")
+    with pytest.raises(UserError, match=r"a.yaml -> b.yaml -> a.yaml"):
+        load_config("a.yaml")
+
+
+def test_dump_reads_back() -> None:
+    config = load_config("imagenet_sg_resnet18", ["model.neuron.kind=plif"])
+    assert parse_config(config.dump(), "dump") == config
+
+
+def test_identity_covers_what_is_learnt_and_nothing_else() -> None:
+    config = load_config("digits")
+    for same in ("tracking.every_steps=3", "cluster.max_failures=0", "data.loader_processes=1", "checkpoint.keep_last=9"):
+        other = load_config("digits", [same])
+        assert other.digest() == config.digest(), same
+        assert differences(config.dump(), other.dump()) == [], same
+    for different in ("optim.lr=0.2", "model.timesteps=2", "data.transform.crop_padding=0", "train.seed=1"):
+        other = load_config("digits", [different])
+        assert other.digest() != config.digest(), different
+        (line,) = differences(config.dump(), other.dump())
+        assert line.startswith(different.partition("=")[0])

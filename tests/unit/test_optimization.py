@@ -1,0 +1,57 @@
+"""Learning rates as pure functions of the position, and which parameters decay."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from spikefleet.config import OptimConfig
+from spikefleet.optimization import build_average, build_optimizer, learning_rate
+from torch import nn
+
+
+def test_step_schedule_changes_at_whole_epochs() -> None:
+    config = OptimConfig(lr=0.1, schedule="step", milestones=(2, 3), gamma=0.2)
+    rates = [learning_rate(config, step, steps_per_epoch=5, epochs=4) for step in range(20)]
+    assert rates == pytest.approx([0.1] * 10 + [0.02] * 5 + [0.004] * 5)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_falling_schedules_meet_their_ends(schedule: str) -> None:
+    config = OptimConfig.model_validate({"lr": 0.1, "schedule": schedule, "warmup_epochs": 1, "final_factor": 0.1})
+    rates = [learning_rate(config, step, steps_per_epoch=10, epochs=11) for step in range(110)]
+    assert rates[0] == pytest.approx(0.01)
+    assert rates[9] == rates[10] == pytest.approx(0.1)
+    assert rates[60] == pytest.approx(0.055)
+    assert rates[-1] == pytest.approx(0.01, rel=0.1)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_cosine_agrees_with_torch() -> None:
+    config = OptimConfig(lr=0.1, schedule="cosine")
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=30)
+    for step in range(30):
+        assert learning_rate(config, step, steps_per_epoch=1, epochs=30) == pytest.approx(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+
+
+def test_norm_and_bias_can_be_kept_from_decay() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    config = OptimConfig(lr=0.1, weight_decay=0.5, decay_norm_and_bias=False)
+    groups = build_optimizer(network, config).param_groups
+    assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(1, 0.5), (3, 0.0)]
+    (every,) = build_optimizer(network, OptimConfig(lr=0.1, weight_decay=0.5)).param_groups
+    assert len(every["params"]) == 4
+
+
+def test_average_follows_weights_and_statistics() -> None:
+    network = nn.BatchNorm1d(1)
+    average = build_average(network, decay=0.75)
+    average.update_parameters(network)
+    with torch.no_grad():
+        network.weight.fill_(5.0)
+        network.running_mean.fill_(8.0)  # type: ignore[union-attr]
+    average.update_parameters(network)
+    assert average.module.weight.item() == pytest.approx(0.75 * 1 + 0.25 * 5)
+    assert average.module.running_mean.item() == pytest.approx(0.25 * 8)

@@ -1,0 +1,100 @@
+"""A run's name is its identity: the same training goes on, another one is refused field by field."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+
+import pytest
+from spikefleet.checkpoints import Snapshot
+from spikefleet.config import Config, load_config
+from spikefleet.errors import UserError
+from spikefleet.runs import Run, check_run_name, default_run_name, find_run
+from spikefleet_pipelines.manifest import Manifest
+from spikefleet_pipelines.store import Store
+
+
+@pytest.fixture
+def manifest(stores_dir: Path) -> Manifest:
+    return Store.open(stores_dir / "digits", verify=False).manifest
+
+
+@pytest.fixture
+def config() -> Config:
+    return load_config("digits", ["cluster.workers=2"])
+
+
+@pytest.mark.parametrize("name", ["a/b", "../a", "a\\b", "", ".hidden", "a" * 101, "a..b", "a\0b", "a b", "ａ"])
+def test_names_that_could_leave_the_folder_are_refused(name: str) -> None:
+    with pytest.raises(UserError, match="run name"):
+        check_run_name(name)
+
+
+def test_default_name_follows_what_is_learnt(config: Config) -> None:
+    assert default_run_name(config) == default_run_name(load_config("digits", ["cluster.workers=1"]))
+    assert default_run_name(config) != default_run_name(load_config("digits", ["optim.lr=0.3"]))
+
+
+def test_resumption_with_other_values_is_refused_field_by_field(
+    config: Config, manifest: Manifest, tmp_path: Path
+) -> None:
+    run = Run(tmp_path / "mine")
+    run.begin(config, manifest)
+    run.begin(config, manifest)
+    other = load_config("digits", ["model.timesteps=2", "optim.lr=0.3", "cluster.workers=4"])
+    with pytest.raises(UserError) as caught:
+        run.begin(other, manifest)
+    for part in ("model.timesteps: 4 in the run, 2", "optim.lr: 0.1 in the run, 0.3", "workers: 2 in the run, 4", "--name"):
+        assert part in str(caught.value)
+    changed = manifest.model_copy(update={"class_names": (*manifest.class_names[:-1], "nine")})
+    with pytest.raises(UserError, match="data: content"):
+        run.begin(config, changed)
+
+
+def test_damaged_latest_checkpoint_is_refused(config: Config, manifest: Manifest, tmp_path: Path) -> None:
+    run = Run(tmp_path / "mine")
+    run.begin(config, manifest)
+    path = run.checkpoints.save(3, Snapshot({}, {}, {}))
+    (path / "state.json").write_text("{ }")
+    with pytest.raises(UserError, match=r"state.json is damaged.*remove"):
+        run.begin(config, manifest)
+
+
+def test_best_checkpoint_needs_an_evaluation(config: Config, manifest: Manifest, tmp_path: Path) -> None:
+    run = Run(tmp_path / "mine")
+    run.begin(config, manifest)
+    with pytest.raises(UserError, match="no evaluated checkpoint yet"):
+        run.best_checkpoint()
+    run.checkpoints.save(3, Snapshot({}, {"best": {"step": 3}}, {}))
+    assert run.best_checkpoint() == tmp_path / "mine" / "checkpoints" / "step-00000003"
+
+
+def test_only_one_process_may_train_a_run(tmp_path: Path) -> None:
+    run = Run(tmp_path / "mine")
+    context = multiprocessing.get_context("fork")
+    with run.lock():
+        child = context.Process(target=_lock_and_exit, args=(run,))
+        child.start()
+        child.join()
+    assert child.exitcode == 2
+    free = context.Process(target=_lock_and_exit, args=(run,))
+    free.start()
+    free.join()
+    assert free.exitcode == 0
+
+
+def _lock_and_exit(run: Run) -> None:
+    try:
+        with run.lock():
+            raise SystemExit(0)
+    except UserError:
+        raise SystemExit(2) from None
+
+
+def test_missing_run_names_those_that_exist(config: Config, manifest: Manifest, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="it holds none"):
+        find_run(tmp_path, "mine")
+    Run(tmp_path / "yours").begin(config, manifest)
+    with pytest.raises(UserError, match="it holds yours"):
+        find_run(tmp_path, "mine")
+    assert find_run(tmp_path, "yours").config() == config

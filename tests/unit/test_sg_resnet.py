@@ -1,0 +1,214 @@
+"""The residual networks: parameter pins, outputs of every connection, identity, refusals."""
+
+import pytest
+import torch
+from pydantic import ValidationError
+from spikefleet_models.build import build_model, model_config
+from spikefleet_models.sg_resnet import ResidualBlock, SGResNetConfig
+from torch import nn
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "expected"),
+    [
+        ("sg_resnet18", {"num_classes": 100, "decoder": "rate"}, 11_220_132),
+        ("sg_resnet18", {"num_classes": 10, "decoder": "rate"}, 11_173_962),
+        ("sg_resnet18", {"num_classes": 100}, 11_253_030),
+        ("sg_resnet10", {"num_classes": 100, "decoder": "rate"}, 4_949_412),
+        ("sg_resnet34", {"num_classes": 100, "decoder": "rate"}, 21_328_292),
+        ("sg_resnet50", {"num_classes": 100}, 23_705_252),
+        ("sg_resnet18", {"num_classes": 100, "decoder": "rate", "connection": "bsg_star"}, 11_220_132 + 3_840),
+        ("sew_resnet18", {"num_classes": 100}, 11_220_132),
+        ("spiking_resnet34", {"num_classes": 100}, 21_328_292),
+        ("resnet18", {"num_classes": 100}, 11_220_132),
+        ("resnet50", {"num_classes": 100}, 23_705_252),
+    ],
+)
+def test_parameter_pins(name: str, overrides: dict[str, object], expected: int) -> None:
+    with torch.device("meta"):
+        model = build_model(model_config(name, **overrides))
+    assert parameters(model) == expected
+
+
+def tiny(**overrides: object) -> SGResNetConfig:
+    return SGResNetConfig(**{"stages": (2, 2), "width": 0.25, "num_classes": 5, **overrides})
+
+
+def images(size: int = 16) -> torch.Tensor:
+    torch.manual_seed(0)
+    return torch.randn(6, 3, size, size)
+
+
+@pytest.mark.parametrize("connection", ["bsg", "bsg_star", "and", "iand", "post_add"])
+def test_stage_outputs_are_spikes(connection: str) -> None:
+    model = build_model(tiny(connection=connection))
+    for output in model.forward_features(images()):
+        assert set(output.unique().tolist()) <= {0.0, 1.0}
+
+
+def test_add_makes_integers_up_to_three_in_resnet18() -> None:
+    # Each block adds at most 1 to its shortcut's spikes, and the first block's shortcut is at most 1.
+    torch.manual_seed(0)
+    model = build_model(model_config("sew_resnet18", width=0.25))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.constant_(module.bias, 5.0)  # so that nearly everything fires
+    outputs = model.forward_features(images())
+    assert [output.max().item() for output in outputs] == [3.0] * 4
+    assert all(torch.equal(output, output.round()) for output in outputs)
+
+
+@pytest.mark.parametrize("connection", ["bsg", "bsg_star", "add", "iand"])
+def test_a_silent_residual_is_identity(connection: str) -> None:
+    block = ResidualBlock(tiny(connection=connection), 16, 16, stride=1)
+    nn.init.zeros_(block.units[-1].bn.weight)
+    x = (torch.rand(4, 2, 16, 8, 8) < 0.3).float().requires_grad_()
+    y = block(x)
+    assert torch.equal(y, x)
+    nn.init.constant_(block.units[-1].bn.bias, 2.0)
+    assert not torch.equal(block(x), x)
+
+
+def test_zero_init_residual_makes_unchanged_shapes_identity() -> None:
+    model = build_model(tiny(stages=(2,), zero_init_residual=True))
+    x = images()
+    assert torch.equal(model.forward_features(x)[-1], model.stem(x))
+    assert not torch.equal(build_model(tiny(stages=(2,))).forward_features(x)[-1], model.stem(x))
+
+
+@pytest.mark.parametrize(
+    ("connection", "spiking"), [("bsg", True), ("add", True), ("bsg_star", True), ("post_add", False), ("ann", False)]
+)
+def test_downsampling_shortcut_spikes_only_before_gates(connection: str, spiking: bool) -> None:
+    shortcut = ResidualBlock(tiny(connection=connection), 16, 32, stride=2).shortcut
+    assert shortcut is not None
+    assert shortcut.conv.kernel_size == (1, 1)
+    assert isinstance(shortcut.unit, nn.BatchNorm2d) != spiking
+
+
+def test_post_add_is_the_neuron_of_the_sum() -> None:
+    block = ResidualBlock(tiny(connection="post_add"), 16, 16, stride=1)
+    x = (torch.rand(4, 2, 16, 8, 8) < 0.3).float()
+    y = block(x)
+    z = block.convs[1](block.units[0](block.convs[0](x.flatten(0, 1))).flatten(0, 1))
+    current = nn.functional.batch_norm(z, None, None, training=True).unflatten(0, (4, 2)) + x
+    assert torch.equal(y, block.units[1].neuron(current))
+
+
+def test_ann_twin_is_torchvisions_resnet() -> None:
+    torchvision = pytest.importorskip("torchvision")
+    ours = build_model(model_config("resnet18", stem="imagenet", num_classes=7)).eval()
+    theirs = torchvision.models.resnet18(num_classes=7).eval()
+    # Both list their modules in the order of computation, but for the shortcut.
+    order = {"shortcut": "downsample"}
+    mine = {k: v for k, v in ours.state_dict().items()}
+    mapped = {}
+    for key in theirs.state_dict():
+        new = key.replace("fc.", "classifier.").replace("downsample.0", "shortcut.conv").replace("downsample.1", "shortcut.unit")
+        if not key.startswith("layer"):
+            new = new.replace("conv1", "stem.conv").replace("bn1", "stem.unit.bn")
+        else:
+            stage = int(new[5]) - 1
+            new = f"stages.{stage}" + new[6:]
+            for number in (1, 2):
+                new = new.replace(f"conv{number}", f"convs.{number - 1}").replace(f"bn{number}", f"units.{number - 1}.bn")
+        mapped[key] = mine[new]
+    assert order and len(set(map(id, mapped.values()))) == len(mine)
+    theirs.load_state_dict(mapped)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_ann_twin_is_a_lone_override() -> None:
+    model = build_model(model_config("sg_resnet_tiny", connection="ann", timesteps=4))
+    assert model.timesteps == 1
+    assert model.config.timesteps == 4
+    assert model(torch.randn(2, 1, 8, 8)).shape == (2, 10)
+    assert not any(hasattr(module, "v_threshold") for module in model.modules())
+
+
+def test_static_images_equal_repeated_frames() -> None:
+    # Batch norm sees T copies, so the statistics agree up to rounding; in eval mode everything does.
+    model = build_model(tiny()).eval()
+    x = images()
+    with torch.no_grad():
+        assert torch.equal(model(x), model(x.expand(4, *x.shape)))
+
+
+def test_order_of_frames_matters() -> None:
+    model = build_model(tiny(decoder="rate"))
+    frames = torch.randn(4, 6, 3, 16, 16)
+    assert not torch.allclose(model(frames), model(frames.flip(0)))
+
+
+@pytest.mark.parametrize(("stem", "first", "last"), [("cifar", (16, 16), (8, 8)), ("imagenet", (4, 4), (2, 2))])
+def test_stems(stem: str, first: tuple[int, int], last: tuple[int, int]) -> None:
+    model = build_model(tiny(stem=stem))
+    outputs = model.forward_features(images())
+    assert outputs[0].shape == (4, 6, 16, *first)
+    assert outputs[-1].shape == (4, 6, 32, *last)
+    assert model.stem.conv.in_channels == 3
+
+
+def test_convolutions_start_from_kaiming_fan_out() -> None:
+    conv = build_model(model_config("sg_resnet10")).stages[3][0].convs[1]
+    assert conv.weight.std().item() == pytest.approx((2 / (512 * 9)) ** 0.5, rel=0.01)
+
+
+@pytest.mark.parametrize("connection", ["bsg", "post_add", "ann"])
+def test_bottleneck_expands_by_four(connection: str) -> None:
+    model = build_model(tiny(block="bottleneck", connection=connection))
+    assert [output.shape[2] for output in model.forward_features(images())] == [64, 128]
+    assert model(images()).shape == (6, 5)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("connection", ["bsg", "bsg_star", "add", "post_add", "ann"])
+def test_autocast_trains(connection: str, channels_last: bool) -> None:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    model = build_model(tiny(connection=connection)).to(memory_format=layout)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(images().to(memory_format=layout))
+    logits.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"width": 0.51}, "width=0.51 gives 32.64 channels"),
+        ({"stages": (2, 0)}, "stage without blocks"),
+        ({"asd_channel_reduction": 7}, "asd_channel_reduction=7 must divide the last stage's 32 channels"),
+        ({"asd_temporal_reduction": 3}, "asd_temporal_reduction=3 must divide timesteps=4"),
+        ({"timesteps": 0}, "timesteps"),
+        ({"gate_threshold": 0.0}, "gate_threshold"),
+        ({"connection": "or"}, "connection"),
+        ({"step": 4}, "step"),
+    ],
+)
+def test_bad_configurations_name_the_field(bad: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        tiny(**bad)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((3, 16, 16), r"give \[B, C, H, W\]"),
+        ((2, 1, 16, 16), "in_channels=3"),
+        ((5, 2, 3, 16, 16), "T=5, but the network runs timesteps=4"),
+    ],
+)
+def test_wrong_shapes_are_refused(shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_model(tiny())(torch.zeros(shape))
+
+
+def test_integer_pictures_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"torch\.uint8"):
+        build_model(tiny())(torch.zeros(2, 3, 16, 16, dtype=torch.uint8))
