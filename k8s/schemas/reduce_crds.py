@@ -1,8 +1,8 @@
 """Reduces KubeRay's CustomResourceDefinitions to one strict JSON schema: python reduce_crds.py OUT CRD.yaml[.gz] ...
 
-Strict means that a field which the CRD does not know is refused, as `kubectl apply --validate=strict` does. Schemas of the
-built-in kinds that the manifests use are put together from the Kubernetes types inside the CRDs. Left out are rules in
-CEL (`x-kubernetes-validations`); what the operator's own code checks was never in a CRD.
+Strict means that a field which the CRD does not know is refused, as `kubectl apply --validate=strict` does. Schemas of
+the built-in kinds that the manifests use are put together from the Kubernetes types inside the CRDs. Left out
+are rules in CEL (`x-kubernetes-validations`); what the operator's own code checks was never in a CRD.
 """
 
 from __future__ import annotations

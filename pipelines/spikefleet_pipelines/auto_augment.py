@@ -8,6 +8,7 @@ torch's threads cost more on so few values than they save.
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,9 +102,11 @@ def apply_operation(images: Pixels, name: str, magnitude: int | None, negative: 
         centre = values[..., 1:-1, 1:-1]
         centre += np.float32(1 - factor) * (np.rint(_smoothed(values)) - centre)
         return _to_pixels(values)
-    grey = np.floor(np.tensordot(np.array([0.2989, 0.587, 0.114], np.float32), values, (0, 1)))[:, None]
+    red, green, blue = values[:, 0], values[:, 1], values[:, 2]
+    grey = np.floor(red * np.float32(0.2989) + green * np.float32(0.587) + blue * np.float32(0.114))[:, None]
     if name == "Contrast":
-        grey = grey.mean((1, 2, 3), keepdims=True)
+        # Whole numbers are summed exactly in float64, so the mean does not depend on the order, nor on the batch.
+        grey = grey.mean((1, 2, 3), dtype=np.float64, keepdims=True).astype(np.float32)
     return _to_pixels(values * np.float32(factor) + grey * np.float32(1 - factor))
 
 
@@ -182,5 +185,5 @@ def _smoothed(values: NDArray[np.float32]) -> NDArray[np.float32]:
     return total * np.float32(1 / 13)
 
 
-def _to_pixels(values: NDArray[np.float32]) -> Pixels:
+def _to_pixels(values: NDArray[np.floating[Any]]) -> Pixels:
     return values.clip(0, 255).astype(np.uint8)

@@ -16,6 +16,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
+from torch.utils.data import get_worker_info
 
 from spikefleet_pipelines.auto_augment import auto_augment
 from spikefleet_pipelines.counter_random import Draw, integers, uniform
@@ -54,27 +55,29 @@ class BatchTransform:
     def __call__(self, rows: NDArray[np.int64], epoch: int) -> Tensor:
         config = self.config
         if not self.train:
-            return torch.from_numpy(self._normalise(self._evaluation_images(rows)))
+            return self._normalise(self._evaluation_images(rows))
         images = self._cropped(rows, epoch)
         if config.horizontal_flip:
             flip = uniform(self.seed, epoch, rows, Draw.FLIP) < config.horizontal_flip
             images[flip] = images[flip][..., ::-1]
         if config.auto_augment != "none":
             images = auto_augment(images, self.seed, epoch, rows)
-        normalised = self._normalise(images)
+        batch = self._normalise(images)
         if config.cutout:
-            normalised *= self._cutout_mask(rows, epoch, images.shape[-2], images.shape[-1])
-        return torch.from_numpy(normalised)
+            pixels = batch.numpy()
+            pixels *= self._cutout_mask(rows, epoch, images.shape[-2], images.shape[-1])
+        return batch
 
-    def _normalise(self, images: Pixels) -> NDArray[np.float32]:
-        batch = np.empty(images.shape, np.float32)
+    def _normalise(self, images: Pixels) -> Tensor:
+        tensor = _empty_batch(images.shape)
+        batch = tensor.numpy()
         # In parts that stay in the processor's cache between the two operations.
         together = max(1, _CACHED_VALUES // max(1, images[:1].size))
         for start in range(0, len(images), together):
             part = batch[start : start + together]
             np.multiply(images[start : start + together], self._scale, out=part)
             part += self._shift
-        return batch
+        return tensor
 
     def _cropped(self, rows: NDArray[np.int64], epoch: int) -> Pixels:
         side = self.config.random_resized_crop
@@ -138,6 +141,14 @@ class BatchTransform:
             position = np.arange(length)
             inside.append((position >= start) & (position < start + self.config.cutout))
         return ~(inside[0][:, None, :, None] & inside[1][:, None, None, :])
+
+
+def _empty_batch(shape: tuple[int, ...]) -> Tensor:
+    if get_worker_info() is None:
+        return torch.empty(shape)
+    # In a loader process: in shared memory, as torch's own collate function does, so that sending it is no copy.
+    storage = torch.UntypedStorage._new_shared(4 * math.prod(shape))
+    return torch.empty(0).set_(storage, 0, shape)
 
 
 def shifted_crop(images: Pixels, padding: int, down: NDArray[np.int64], right: NDArray[np.int64]) -> Pixels:

@@ -75,8 +75,8 @@ def read_card(directory: Path, expected_content_hash: str | None = None) -> Card
     path = directory / CARD
     if not path.is_file() or path.stat().st_size > _MAX_CARD_BYTES:
         raise UserError(f"{directory} holds no registered network: there is no valid {CARD}")
+    content = _read_json(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         card = Card({str(name): str(digest) for name, digest in content["sha256"].items()}, dict(content["facts"]))
         version = content["format"]
     except (ValueError, TypeError, KeyError, AttributeError):
@@ -93,7 +93,7 @@ def read_card(directory: Path, expected_content_hash: str | None = None) -> Card
         )
     for name, expected in card.sha256.items():
         file = directory / name
-        if file.exists() and (found := sha256_of(file)) != expected:
+        if file.is_file() and (found := sha256_of(file)) != expected:
             raise UserError(f"{file} is not the file that was registered: expected SHA-256 {expected}, found {found}")
     return card
 
@@ -131,10 +131,17 @@ def load_network(directory: Path, expected_content_hash: str | None = None) -> "
 
 def read_config(directory: Path) -> dict[str, Any]:
     """The run's configuration; raises UserError unless it has the sections of a network."""
-    config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    config = _read_json(directory / CONFIG)
     if not isinstance(config, dict) or not {"model", "data", "task"} <= config.keys():
         raise UserError(f"{directory / CONFIG} lacks the sections model, data and task of a run's configuration")
     return config
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged; it cannot be read as JSON: {str(error)[:100]}") from None
 
 
 def load_weights(network: "torch.nn.Module", path: Path) -> None:

@@ -101,17 +101,16 @@ def register(
     with connect(tracking_uri) as client, _scratch() as scratch:
         package = scratch / "package"
         package.mkdir()
-        facts = {"run_id": run_id, "tags": {k: str(v) for k, v in tags.items()}, "metrics": dict(metrics)}
+        known = {key: str(value) for key, value in {**_model_tags(config), **tags}.items()}
+        facts = {"run_id": run_id, "tags": known, "metrics": dict(metrics)}
         card = write_package(package, weights, config, extra_files or {}, facts)
         network, _ = load_network(package)
         for version in find_versions(client, name):
             if version.run_id == run_id and version.content_hash == card.content_hash:
                 return version
         parameters = sum(parameter.numel() for parameter in network.parameters())
-        derived = {**_model_tags(config), "parameters": parameters}
-        all_tags = {key: str(value) for key, value in {**derived, **tags}.items()}
-        all_tags |= {f"{METRIC_PREFIX}{metric}": repr(float(value)) for metric, value in metrics.items()}
-        all_tags |= {CONTENT_HASH: card.content_hash}
+        measured = {f"{METRIC_PREFIX}{metric}": repr(float(value)) for metric, value in metrics.items()}
+        all_tags = {"parameters": str(parameters), **known, **measured, CONTENT_HASH: card.content_hash}
         model = scratch / "model"
         save_for_mlflow(package, model, config)
         return publish(client, name, model, run_id, all_tags, tracking_uri)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from spikefleet_models.health import SpikeMonitor
 from spikefleet_pipelines.loading import Batch, BatchLoader
 from spikefleet_pipelines.sampling import EpochPlan
@@ -161,6 +162,8 @@ def _training_step(state: TrainingState, task: Task, batch: Batch, outlet: Outle
     state.scaler.unscale_(state.optimizer)
     norms = _gradient_norms(state)
     _refuse_non_finite(state, means, local, norms["gradient/norm"])
+    if config.train.clip_norm is not None:
+        clip_grads_with_norm_(state.network.parameters(), config.train.clip_norm, torch.tensor(norms["gradient/norm"]))
     state.scaler.step(state.optimizer)
     state.scaler.update()
     if state.average is not None:
@@ -195,11 +198,10 @@ def _global_means(local: Mapping[str, torch.Tensor], batch: Batch, world: World)
 
 
 def _gradient_norms(state: TrainingState) -> dict[str, float]:
-    """L2 norms of the averaged gradient: whole (clipped in place afterwards) and of the first layer's weight."""
+    """L2 norms of the averaged gradient before clipping: of the whole, and of the first layer's weight."""
     first = next(p for p in state.network.parameters() if p.ndim > 1)
     first_norm = 0.0 if first.grad is None else float(first.grad.norm())
-    limit = state.config.train.clip_norm or math.inf
-    whole = torch.nn.utils.clip_grad_norm_(state.network.parameters(), limit)
+    whole = get_total_norm([p.grad for p in state.network.parameters() if p.grad is not None])
     return {"gradient/norm": float(whole), "gradient/first_layer_norm": first_norm}
 
 

@@ -689,7 +689,7 @@ def test_hostile_safetensors_cost_a_sentence(pulled: Path, abuse: Any, sentence:
     begin = time.perf_counter()
     with pytest.raises(UserError, match=sentence):
         load(pulled)
-    assert time.perf_counter() - begin < 2
+    assert time.perf_counter() - begin < 10
 
 
 @pytest.mark.parametrize("name", ["../evil.json", "/etc/hostname", "a/b", "..", "a\\b", "x" * 200])
@@ -699,7 +699,17 @@ def test_a_card_cannot_name_files_outside_of_its_directory(pulled: Path, name: s
         load(pulled)
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"format": 1}', '{"sha256": [], "facts": {}, "format": 1}', "{" * 5000])
+def test_a_damaged_configuration_is_named(pulled: Path) -> None:
+    for content in ("", "[]", "[" * 100_000, '{"model": {}}', '{"model": 1, "data": {}, "task": "classification"}'):
+        (pulled / CONFIG).write_text(content)
+        rewrite_card(pulled)
+        with pytest.raises(UserError, match=r"config\.json"):
+            load(pulled)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"format": 1}', '{"sha256": [], "facts": {}, "format": 1}', "[" * 100_000]
+)
 def test_a_damaged_card_is_named(pulled: Path, content: str) -> None:
     (pulled / CARD).write_text(content)
     with pytest.raises(UserError, match=r"card\.json is damaged"):

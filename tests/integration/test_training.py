@@ -1,0 +1,170 @@
+"""The training core in one process and in several: the same mean gradient, whatever the split of a batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from spikefleet.checkpoints import CheckpointFolder, Snapshot, load_checkpoint
+from spikefleet.config import Config, load_config
+from spikefleet.errors import RunError, UserError
+from spikefleet.events import Event, StepDone
+from spikefleet.ray_training import train_on_ray
+from spikefleet.tasks.classification import Classification
+from spikefleet.worker import NonFiniteError, Outcome, train
+from spikefleet.world import World
+from spikefleet_pipelines.store import Store
+
+SMALL = ["model.width=0.125", "train.epochs=1", "tracking.every_steps=1", "cluster.workers=0"]
+
+
+@pytest.fixture(scope="module")
+def store(stores_dir: Path) -> Store:
+    return Store.open(stores_dir / "digits")
+
+
+class Steps:
+    """Keeps the metrics of each step."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def emit(self, event: Event) -> None:
+        if isinstance(event, StepDone):
+            self.rows.append(dict(event.metrics))
+
+
+GOLDEN = [2.31748, 2.32085, 2.31077, 2.32209]
+
+
+def run(config: Config, store: Store, run_dir: Path) -> tuple[Outcome, Steps]:
+    steps = Steps()
+    return train(config, store, run_dir, World.alone(), steps), steps
+
+
+def end(run_dir: Path) -> Snapshot:
+    latest = CheckpointFolder(run_dir / "checkpoints").latest()
+    assert latest is not None
+    return load_checkpoint(latest)
+
+
+def frozen_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batch norm by its running statistics, so that a gradient does not depend on how a batch is cut."""
+    from spikefleet_models.sg_resnet import SGResNet
+
+    plain = SGResNet.train
+
+    def train_without_batch_norm(self: SGResNet, mode: bool = True) -> SGResNet:
+        plain(self, mode)
+        for module in self.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+        return self
+
+    monkeypatch.setattr(SGResNet, "train", train_without_batch_norm)
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also for the last batch of an epoch, which is smaller and cut unevenly (1,295 samples, 64 a step)."""
+    frozen_statistics(monkeypatch)
+    ends = []
+    for parts in (1, 4):
+        config = load_config("digits", [*SMALL, f"train.accumulate={parts}"])
+        _, steps = run(config, store, tmp_path / str(parts))
+        ends.append((end(tmp_path / str(parts)), [row["train/loss"] for row in steps.rows]))
+    (whole, losses), (cut, cut_losses) = ends
+    assert cut_losses[:8] == pytest.approx(losses[:8], rel=1e-4)
+    first = next(name for name in whole.tensors["model"] if name.endswith("conv.weight"))
+    assert torch.allclose(cut.tensors["model"][first], whole.tensors["model"][first], rtol=1e-2, atol=1e-3)
+
+
+def test_two_workers_take_the_steps_of_one(
+    store: Store, ray_on_two_cpus: None, tmp_path: Path
+) -> None:
+    """Same samples and the exact mean loss; batch statistics differ, so only the first loss is comparable closely."""
+
+    class Keep(Steps):
+        pass
+
+    losses = []
+    for workers in (1, 2):
+        config = load_config("digits", [*SMALL, f"cluster.workers={workers}", "model.decoder=rate"])
+        steps = Keep()
+        train_on_ray(config, store, tmp_path / str(workers), steps)
+        losses.append([row["train/loss"] for row in steps.rows])
+    assert len(losses[0]) == len(losses[1]) == 21
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=0.05)
+    assert losses[1][-1] < losses[1][0]
+
+
+def test_same_seed_same_bits_and_another_seed_others(store: Store, tmp_path: Path) -> None:
+    one, two, other = (
+        run(load_config("digits", [*SMALL, f"train.seed={seed}"]), store, tmp_path / name)[1].rows
+        for name, seed in (("one", 0), ("two", 0), ("other", 1))
+    )
+    assert [row["train/loss"] for row in one] == [row["train/loss"] for row in two]
+    assert one[0]["train/loss"] != other[0]["train/loss"]
+
+
+def test_golden_losses(store: Store, tmp_path: Path) -> None:
+    """The first losses of the digits recipe; a refactoring must not move them."""
+    _, steps = run(load_config("digits", ["train.epochs=1", "tracking.every_steps=1", "cluster.workers=0"]), store, tmp_path)
+    assert [row["train/loss"] for row in steps.rows[:4]] == pytest.approx(GOLDEN, rel=2e-3)
+
+
+def test_gradient_that_is_not_finite_names_its_parameter(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    healthy = Classification.loss
+    seen = 0
+
+    def broken(self: Classification, network: torch.nn.Module, batch: object) -> dict[str, torch.Tensor]:
+        nonlocal seen
+        seen += 1
+        values = healthy(self, network, batch)  # type: ignore[arg-type]
+        if seen == 3:  # its value is finite, its slope is not
+            bias = network.classifier.bias
+            values["loss"] = values["loss"] + (bias - bias.detach()).abs().sqrt().sum()
+        return values
+
+    monkeypatch.setattr(Classification, "loss", broken)
+    with pytest.raises(NonFiniteError, match=r"gradient is not finite at step 3 \(epoch 1\): classifier.bias;"):
+        run(load_config("digits", SMALL), store, tmp_path)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_learns(precision: str, store: Store, tmp_path: Path) -> None:
+    outcome, steps = run(load_config("digits", [*SMALL, f"train.precision={precision}"]), store, tmp_path)
+    assert steps.rows[-1]["train/loss"] < steps.rows[0]["train/loss"]
+    assert {tensor.dtype for tensor in end(tmp_path).tensors["model"].values()} == {torch.float32, torch.int64}
+    assert outcome.steps == 21
+
+
+def test_wrong_number_of_classes_and_unknown_metric_are_refused(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model.num_classes=7, but the data have 10 classes; set model.num_classes=10"):
+        run(load_config("digits", [*SMALL, "model.num_classes=7"]), store, tmp_path)
+    with pytest.raises(UserError, match=r"checkpoint.metric='map50'.*top1"):
+        run(load_config("digits", [*SMALL, "checkpoint.metric=map50"]), store, tmp_path)
+
+
+def test_storage_that_refuses_ends_the_run_with_a_sentence(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("in the way")
+    with pytest.raises(RunError, match="could not be written"):
+        run(load_config("digits", SMALL), store, tmp_path)
+
+
+def test_health_and_gradients_are_reported(store: Store, tmp_path: Path) -> None:
+    outcome, steps = run(load_config("digits", [*SMALL, "tracking.health_every_steps=10"]), store, tmp_path)
+    measured = [row for row in steps.rows if "spikes/firing_rate" in row]
+    assert len(measured) == 2
+    for row in measured:
+        assert 0 < row["spikes/firing_rate"] < 1
+        assert {"spikes/dead_fraction", "spikes/saturated_fraction", "gradient/first_layer_norm", "lr"} <= row.keys()
+        assert row["gradient/first_layer_norm"] > 0
+        assert len(row) <= 12, "a handful of keys, whatever the depth"
+    for name in ("confusion.png", "predictions.png", "learning_curve.png", "evaluation.json"):
+        assert (tmp_path / "report" / name).stat().st_size > 500
+    assert outcome.history[-1]["val/top1"] == outcome.validation["top1"]
