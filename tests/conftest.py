@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from spikefleet.ray_session import quiet_ray
 from spikefleet.tracking import quiet_mlflow
 

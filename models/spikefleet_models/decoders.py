@@ -1,6 +1,7 @@
 """Decoders: spike features [T, B, C, H, W] -> analogue features [B, C, H, W].
 
-Attention spike decoder (ASD): Zhang et al. 2023, section 3.4 and figure 4, on the attention blocks of CBAM (Woo et al. 2018):
+Attention spike decoder (ASD): Zhang et al. 2023, section 3.4 and figure 4, on the attention blocks of CBAM (Woo et
+al. 2018):
 
     TA  X_TA = X * sigmoid(MLP_T(mean_{C,H,W} X))
     X_T = mean_T X_TA
@@ -40,7 +41,7 @@ class AttentionSpikeDecoder(nn.Module):
     def __init__(self, channels: int, timesteps: int, channel_reduction: int = 16, temporal_reduction: int = 1) -> None:
         super().__init__()
         if channels % channel_reduction:
-            raise ValueError(f"asd_channel_reduction={channel_reduction} must divide the {channels} channels it decodes")
+            raise ValueError(f"asd_channel_reduction={channel_reduction} must divide the {channels} channels to decode")
         if timesteps % temporal_reduction:
             raise ValueError(f"asd_temporal_reduction={temporal_reduction} must divide timesteps={timesteps}")
         self.timesteps = timesteps
@@ -49,7 +50,9 @@ class AttentionSpikeDecoder(nn.Module):
             nn.Linear(timesteps, hidden_steps, bias=False), nn.ReLU(), nn.Linear(hidden_steps, timesteps, bias=False)
         )
         self.channel = nn.Sequential(
-            nn.Linear(channels, hidden_channels, bias=False), nn.ReLU(), nn.Linear(hidden_channels, channels, bias=False)
+            nn.Linear(channels, hidden_channels, bias=False),
+            nn.ReLU(),
+            nn.Linear(hidden_channels, channels, bias=False),
         )
         self.spatial = nn.Conv2d(2, 1, kernel_size=7, padding=3, bias=False)
 

@@ -1,13 +1,13 @@
 """Connections of a residual block: how the residual spikes H and the shortcut spikes X become the block's output Y.
 
-    BSG    Y = H * H + (1 - H) * X                     Zhang et al. 2023, eq 15: the gate is H itself; on spikes, H OR X
-    BSG*   Y = G * H + (1 - G) * X, G = Theta(W * H + B - thr)      eqs 13, 14; W, B per channel, W = 1 and B = 0 at start
-    ADD    Y = H + X                                   Fang et al. 2021 (SEW ResNet); integers, not spikes
+    BSG    Y = H * H + (1 - H) * X         Zhang et al. 2023, eq 15: the gate is H itself; on spikes, H OR X
+    BSG*   Y = G * H + (1 - G) * X         eq 13, with G = Theta(W * H + B - thr), eq 14; W, B per channel
+    ADD    Y = H + X                       Fang et al. 2021 (SEW ResNet); integers, not spikes
     AND    Y = H * X
     IAND   Y = (1 - H) * X
 
-The gradients are those of the formulas as written. For BSG that means dY/dH = 2H - X and dY/dX = 1 - H, not what the same
-Boolean function written as H + X - H X would give. Inputs of BSG, AND, IAND and BSG* must be spikes (H in {0, 1}).
+The gradients are those of the formulas as written. For BSG that means dY/dH = 2H - X and dY/dX = 1 - H, not what the
+same Boolean function written as H + X - H X would give. H is always spikes; X is spikes but for ADD.
 
 What backward needs of H and X is kept as they are: X is the input of the block's first convolution, and so in memory
 anyway. `SpikingUnit` recomputes H as well.
@@ -26,9 +26,9 @@ SAVES_SHORTCUT = {"bsg": True, "add": False, "and": True, "iand": True}
 
 
 def gate_forward(name: str, h: Tensor, x: Tensor, out: Tensor) -> Tensor:
-    """Y of a gate without parameters, in one pass. `out` may be `h`."""
+    """Y of a gate without parameters. `out` is not `h`."""
     if name == "bsg":
-        return torch.lerp(x, h, h, out=out)
+        return torch.addcmul(x, x, h, value=-1.0, out=out).add_(h)
     if name == "add":
         return torch.add(h, x, out=out)
     if name == "and":
@@ -137,7 +137,8 @@ def _per_channel(at_silence: Tensor, at_spike: Tensor, h: Tensor) -> Tensor:
 class LearnedGate(nn.Module):
     """BSG*: per channel it opens on spikes, on silence, always or never, so Y is H OR X, H AND X, H or X.
 
-    `surrogate_function` is that of the network's neurons; the paper says only that gradients of the gate are surrogates.
+    `surrogate_function` is that of the network's neurons; the paper says only that gradients of the gate are
+    surrogates.
     """
 
     def __init__(self, channels: int, threshold: float, surrogate_function: surrogate.SurrogateFunctionBase) -> None:

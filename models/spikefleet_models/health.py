@@ -12,9 +12,9 @@ from spikefleet_models.neurons import spiking_nodes
 class SpikeMonitor:
     """Counts spikes of every spiking layer while its `with` block runs; entering it starts from zero.
 
-    A neuron is one (c, h, w) of a layer. It is dead when it fired at no step of no recorded sample, saturated when it fired
-    at every step of every one. Inside the block the units call their neurons as modules instead of the fused form: the same
-    numbers, a little slower.
+    A neuron is one (c, h, w) of a layer. It is dead when it fired at no step of no recorded sample, saturated when it
+    fired at every step of every one. Inside the block the units call their neurons as modules instead of the fused
+    form: the same numbers, a little slower.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -54,7 +54,7 @@ class SpikeMonitor:
         return record
 
     def table(self) -> list[dict[str, Any]]:
-        """One row a spiking layer, in network order: layer, channels, rate, dead, saturated, rate_per_step (T values)."""
+        """A row a spiking layer, in network order: layer, channels, rate, dead, saturated, rate_per_step (T values)."""
         rows = []
         for name, counts in self._counts.items():
             possible = self._samples[name] * counts.shape[0]

@@ -1,7 +1,7 @@
 """Membrane dynamics over T steps, written on buffers: what every lean autograd Function of this package is made of.
 
-Charge, fire, reset (Zhang et al., Front. Neurosci. 2023, eqs 5, 6, 8, 9; the order of operations is SpikingJelly's, so that
-spikes are bit-identical to its torch reference):
+Charge, fire, reset (Zhang et al., Front. Neurosci. 2023, eqs 5, 6, 8, 9; the order of operations is SpikingJelly's,
+so that spikes are bit-identical to its torch reference):
 
     IF     h[t] = v[t-1] + x[t]
     LIF    h[t] = v[t-1] + (x[t] - (v[t-1] - v_reset)) / tau          decay_input
@@ -47,23 +47,30 @@ def membrane_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def charge(dynamics: Dynamics, q: Tensor | None, v: Tensor | None, x: Tensor, out: Tensor) -> Tensor:
-    """h[t] into `out`, which may be `v` or `x`. `v` None is the reset state."""
+    """h[t], in `out` (which may be `v` or `x`) or, where the neuron only passes its first current on, `x` itself.
+
+    `v` None is the reset state.
+    """
     leaky = q is not None or dynamics.tau is not None
     if v is None:
-        decayed = _leak(dynamics, q, x) if leaky and dynamics.decay_input else x
-        if dynamics.rest:
-            return torch.add(decayed, dynamics.rest, out=out)
-        return decayed if decayed is out else out.copy_(decayed)
+        if leaky and dynamics.decay_input:
+            x = _leak(dynamics, q, x, out)
+        return torch.add(x, dynamics.rest, out=out) if dynamics.rest else x
     if not leaky:
         return torch.add(v, x, out=out)
     offset = v - dynamics.rest if dynamics.rest else v
     if dynamics.decay_input:
-        return torch.add(v, _leak(dynamics, q, x - offset), out=out)
-    return torch.add(v - _leak(dynamics, q, offset), x, out=out)
+        leaked = x - offset
+        return torch.add(v, _leak(dynamics, q, leaked, leaked), out=out)
+    leaked = _leak(dynamics, q, offset, torch.empty_like(v))
+    return torch.add(torch.sub(v, leaked, out=leaked), x, out=out)
 
 
-def _leak(dynamics: Dynamics, q: Tensor | None, x: Tensor) -> Tensor:
-    return x / dynamics.tau if q is None else x * q
+def _leak(dynamics: Dynamics, q: Tensor | None, x: Tensor, out: Tensor) -> Tensor:
+    if q is not None:
+        return torch.mul(x, q, out=out)
+    assert dynamics.tau is not None
+    return torch.div(x, dynamics.tau, out=out)
 
 
 def reset(dynamics: Dynamics, h: Tensor, spike: Tensor, out: Tensor) -> Tensor:
@@ -76,15 +83,24 @@ def reset(dynamics: Dynamics, h: Tensor, spike: Tensor, out: Tensor) -> Tensor:
 
 
 def forward_steps(
-    dynamics: Dynamics, q: Tensor | None, x: Sequence[Tensor], spikes: Sequence[Tensor], v: Tensor | None
-) -> Tensor:
-    """Write s[t] for every step; return v[T]. `spikes[t]` may be `x[t]`; `x` is otherwise left alone, and so is `v`."""
-    state = torch.empty_like(x[0])
-    for x_t, s_t in zip(x, spikes, strict=True):
+    dynamics: Dynamics,
+    q: Tensor | None,
+    x: Sequence[Tensor],
+    spikes: Sequence[Tensor],
+    v_init: Tensor | None = None,
+    v_last: Tensor | None = None,
+) -> None:
+    """Write s[t] for every step and, where it is given, v[T] into `v_last`. `spikes` may be `x`."""
+    v, state = v_init, torch.empty_like(x[0])
+    for t, (x_t, s_t) in enumerate(zip(x, spikes, strict=True)):
         h = charge(dynamics, q, v, x_t, out=state)
+        if h.data_ptr() == s_t.data_ptr():
+            h = state.copy_(h)
         torch.ge(h, dynamics.v_threshold, out=s_t)
-        v = reset(dynamics, h, s_t, out=state)
-    return state
+        if t + 1 < len(x):
+            v = reset(dynamics, h, s_t, out=state)
+        elif v_last is not None:
+            reset(dynamics, h, s_t, out=v_last)
 
 
 def charge_steps(dynamics: Dynamics, q: Tensor | None, x: Sequence[Tensor], v: Tensor | None) -> None:
@@ -157,7 +173,7 @@ def _charge_backward(dynamics: Dynamics, q: Tensor | None, grad: Tensor) -> Tens
     """Turn dL/dh[t] into dL/dx[t] in place; return dL/dv[t-1]."""
     if q is None and dynamics.tau is None:
         return grad
-    leak = _leak(dynamics, q, grad)
+    leak = _leak(dynamics, q, grad, torch.empty_like(grad))
     carry = grad - leak
     if dynamics.decay_input:
         grad.copy_(leak)

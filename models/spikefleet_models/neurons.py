@@ -1,12 +1,12 @@
 """IF, LIF and PLIF neurons: SpikingJelly nodes whose multi-step forward saves only its input.
 
-The nodes subclass SpikingJelly's, so `functional.reset_net`, its monitors and its converters treat them as its own. They
-differ in three ways, all on purpose:
+The nodes subclass SpikingJelly's, so `functional.reset_net`, its monitors and its converters treat them as its own.
+They differ in three ways, all on purpose:
 
-* The membrane is fp32 whatever the input's type (SpikingJelly keeps a 16-bit membrane under autocast); spikes come back in
-  the input's type.
-* Each multi-step call starts from the reset state unless `keep_state` is set, so nothing leaks from one batch into the next
-  and training needs no `reset_net`.
+* The membrane is fp32 whatever the input's type (SpikingJelly keeps a 16-bit membrane under autocast); spikes come
+  back in the input's type.
+* Each multi-step call starts from the reset state unless `keep_state` is set, so nothing leaks from one batch into
+  the next and training needs no `reset_net`.
 * The backward recomputes the membrane (membrane.py) where SpikingJelly saves it.
 """
 
@@ -50,7 +50,7 @@ class NeuronConfig(BaseModel):
 
 
 class _MembraneFunction(torch.autograd.Function):
-    """(x_seq, v_init or None, w or None) -> (spikes, v[T]); saves its inputs and nothing else."""
+    """(x_seq, v_init or None, w or None) -> (spikes, v[T] or None); saves its inputs and nothing else."""
 
     @staticmethod
     def forward(ctx: Any, x_seq: Tensor, v_init: Tensor | None, w: Tensor | None, dynamics: Dynamics) -> Any:
@@ -60,13 +60,14 @@ class _MembraneFunction(torch.autograd.Function):
         dtype = membrane_dtype(x_seq.dtype)
         q = None if w is None else w.to(dtype).sigmoid()
         spikes = torch.empty_like(x_seq, memory_format=torch.preserve_format)
-        v_last = torch.empty_like(x_seq[0], dtype=dtype)
+        v_last = None if v_init is None else torch.empty_like(v_init)
         for part in tiles(x_seq, axis=1):
             x, s = x_seq[:, part].to(dtype), spikes[:, part]
             fired = s if s.dtype == dtype else torch.empty_like(x)
-            v_last[part] = forward_steps(
-                dynamics, q, x.unbind(), fired.unbind(), None if v_init is None else v_init[part]
-            )
+            if v_init is None or v_last is None:
+                forward_steps(dynamics, q, x.unbind(), fired.unbind())
+            else:
+                forward_steps(dynamics, q, x.unbind(), fired.unbind(), v_init[part], v_last[part])
             if fired is not s:
                 s.copy_(fired)
         return spikes, v_last
@@ -104,7 +105,7 @@ class _MembraneFunction(torch.autograd.Function):
         return grad_x, grad_v_init, grad_w, None
 
 
-class _LeanNode(neuron.BaseNode):  # type: ignore[misc]
+class _LeanNode(neuron.BaseNode):
     """What the three nodes share: state handling around `_MembraneFunction`."""
 
     keep_state: bool = False
@@ -152,15 +153,15 @@ class _LeanNode(neuron.BaseNode):  # type: ignore[misc]
         return torch.stack(steps).to(x_seq.dtype)
 
 
-class IF(_LeanNode, neuron.IFNode):  # type: ignore[misc]
+class IF(_LeanNode, neuron.IFNode):
     """Integrate-and-fire."""
 
 
-class LIF(_LeanNode, neuron.LIFNode):  # type: ignore[misc]
+class LIF(_LeanNode, neuron.LIFNode):
     """Leaky integrate-and-fire."""
 
 
-class PLIF(_LeanNode, neuron.ParametricLIFNode):  # type: ignore[misc]
+class PLIF(_LeanNode, neuron.ParametricLIFNode):
     """LIF with 1/tau = sigmoid(w), one learned w a layer."""
 
 

@@ -13,8 +13,8 @@ Where a block changes the shape, the shortcut is conv1x1-BN-SN; without SN for p
 activation. Static images pass the stem's convolution and batch norm once; the result is the current of every step.
 
 What the paper leaves open follows the SEW ResNet code, whose settings it uses: statistics over merged (T, B), Kaiming
-fan-out convolutions, no zero-init, 1x1 shortcut convolutions (needed for its 11.22M parameters). Deviation: the ANN twin
-decodes by its mean even where `decoder` says asd, since it has no spikes to decode.
+fan-out convolutions, no zero-init, 1x1 shortcut convolutions (needed for its 11.22M parameters). Deviation: the ANN
+twin decodes by its mean even where `decoder` says asd, since it has no spikes to decode.
 """
 
 from typing import Literal
@@ -36,14 +36,16 @@ class SGResNetConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     family: Literal["sg_resnet"] = "sg_resnet"
-    stages: tuple[int, ...] = Field((2, 2, 2, 2), min_length=1, description="Blocks a stage; each stage but the first halves H and W.")
-    block: Literal["basic", "bottleneck"] = Field("basic", description="Two 3x3 convolutions, or 1x1, 3x3, 1x1 times 4.")
-    width: float = Field(1.0, gt=0.0, description="Channels of the first stage as a multiple of 64; doubles each stage.")
-    stem: Literal["cifar", "imagenet"] = Field("cifar", description="3x3 stride 1; or 7x7 stride 2 and a 3x3 max-pool.")
+    stages: tuple[int, ...] = Field(
+        (2, 2, 2, 2), min_length=1, description="Blocks a stage; all stages but the first halve H and W."
+    )
+    block: Literal["basic", "bottleneck"] = Field("basic", description="3x3, 3x3; or 1x1, 3x3, 1x1 times 4.")
+    width: float = Field(1.0, gt=0.0, description="Channels of the first stage over 64; they double each stage.")
+    stem: Literal["cifar", "imagenet"] = Field("cifar", description="3x3 stride 1; or 7x7 stride 2 and 3x3 max-pool.")
     connection: Literal["bsg", "bsg_star", "add", "and", "iand", "post_add", "ann"] = Field(
         "bsg", description="How a block joins its shortcut; ann is the ANN twin."
     )
-    gate_threshold: float = Field(0.5, gt=0.0, le=1.0, description="thr of BSG*; at start the gate is H for every value allowed.")
+    gate_threshold: float = Field(0.5, gt=0.0, le=1.0, description="thr of BSG*; up to 1 the gate starts as H.")
     decoder: Literal["asd", "rate"] = Field("asd", description="Attention spike decoder or firing rate.")
     asd_channel_reduction: int = Field(16, ge=1, description="r of the ASD's channel attention.")
     asd_temporal_reduction: int = Field(1, ge=1, description="r_t of the ASD's temporal attention.")
@@ -58,7 +60,8 @@ class SGResNetConfig(BaseModel):
         if any(blocks < 1 for blocks in self.stages):
             raise ValueError(f"stages={self.stages} has a stage without blocks; give each at least 1")
         if not (STEM_CHANNELS * self.width).is_integer():
-            raise ValueError(f"width={self.width} gives {STEM_CHANNELS * self.width} channels; choose a multiple of 1/64")
+            channels = STEM_CHANNELS * self.width
+            raise ValueError(f"width={self.width} gives {channels} channels; choose a multiple of 1/64")
         if self.uses_asd:
             if self.stage_channels[-1] % self.asd_channel_reduction:
                 raise ValueError(
@@ -208,23 +211,26 @@ class SGResNet(nn.Module):
         if not images.is_floating_point():
             raise ValueError(f"images has type {images.dtype}; convert and normalise it to floating point first")
         if images.shape[-3] != self.config.in_channels:
-            raise ValueError(f"images has shape {shape}, but the network was built with in_channels={self.config.in_channels}")
+            raise ValueError(f"images has shape {shape}, but the network has in_channels={self.config.in_channels}")
         if images.ndim == 5 and images.shape[0] != self.timesteps:
-            raise ValueError(f"images has shape {shape}, so T={shape[0]}, but the network runs timesteps={self.timesteps}")
+            raise ValueError(
+                f"images has shape {shape}, so T={shape[0]}, but the network runs timesteps={self.timesteps}"
+            )
 
     def _initialise(self) -> None:
         for module in (*self.stem.modules(), *self.stages.modules()):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if isinstance(module, ResidualBlock) and self.config.zero_init_residual:
-                nn.init.zeros_(module.units[-1].bn.weight)
+                last = module.units[-1].get_submodule("bn")
+                nn.init.zeros_(last.get_parameter("weight"))
 
 
 def _unit(config: SGResNetConfig, channels: int, joins_shortcut: bool = False) -> SpikingUnit:
     connection = config.connection
     activation: SpikingNode | nn.ReLU = nn.ReLU(inplace=True) if connection == "ann" else build_neuron(config.neuron)
     gate = None
-    if joins_shortcut and connection not in ("post_add", "ann"):
+    if joins_shortcut and connection != "post_add" and connection != "ann":
         surrogate_function = SURROGATES[config.neuron.surrogate](alpha=config.neuron.alpha)
         gate = build_gate(connection, channels, config.gate_threshold, surrogate_function)
     return SpikingUnit(

@@ -1,23 +1,24 @@
-"""The repeating unit of every family: batch norm, neuron and, in a residual block, the gate. The convolution stays outside.
+"""The repeating unit of every family: batch norm, neuron and, in a residual block, the gate. The convolution stays
+outside.
 
     plain      S = SN(BN(z))
     gated      Y = gate(SN(BN(z)), X)                  SG and SEW ResNet
     post_add   S = SN(BN(z) + X)                       Spiking ResNet
 
-`SpikingUnit` owns parameters and state (`bn`, `neuron`, `gate`); how its forward is computed can change without touching a
-network or a state dict. Three ways exist:
+`SpikingUnit` owns parameters and state (`bn`, `neuron`, `gate`); how its forward is computed can change without
+touching a network or a state dict. Three ways exist:
 
-* lean (default): one autograd Function that saves the convolution's output z, the batch statistics and (where its backward
-  reads it) the shortcut, and recomputes normalisation, membrane and spikes tile by tile in backward;
-* modules: `bn`, `neuron` and `gate` called one after the other. Taken where the lean form does not apply: another kind of
-  normalisation (SyncBatchNorm), gradients in eval mode, a neuron that keeps its state, hooks on one of the modules;
+* lean (default): one autograd Function that saves the convolution's output z, the batch statistics and (where its
+  backward reads it) the shortcut, and recomputes normalisation, membrane and spikes tile by tile in backward;
+* modules: `bn`, `neuron` and `gate` called one after the other. Taken where the lean form does not apply: another
+  kind of normalisation (SyncBatchNorm), gradients in eval mode, a neuron that keeps its state, hooks on one of the
+  modules;
 * reference: the formulas with plain autograd and SpikingJelly's step equations, for tests and benchmarks.
 
-Batch statistics are shared over T, B, H and W (spec: batch norm over merged (T, N), as in the SEW ResNet code). Whatever
-the type of z, normalisation and membrane are fp32 and spikes come back in the type of z.
+Batch statistics are shared over T, B, H and W (spec: batch norm over merged (T, N), as in the SEW ResNet code).
+Whatever the type of z, normalisation and membrane are fp32 and spikes come back in the type of z.
 """
 
-from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -148,6 +149,19 @@ class _Spec(NamedTuple):
     timesteps: int
     repeat: bool
 
+    def sequence(self, x: Tensor) -> Tensor:
+        """[T * B, C, H, W], or a static [B, C, H, W], -> [T, B, C, H, W]; a view."""
+        if self.repeat:
+            return x.expand(self.timesteps, *x.shape)
+        return x.unflatten(0, (self.timesteps, -1))
+
+    def empty_spikes(self, z: Tensor) -> Tensor:
+        """[T, B, C, H, W] of z's type and memory layout."""
+        layout = torch.channels_last if z.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+        samples = z.shape[0] * (self.timesteps if self.repeat else 1)
+        spikes = torch.empty((samples, *z.shape[1:]), dtype=z.dtype, device=z.device, memory_format=layout)
+        return spikes.unflatten(0, (self.timesteps, -1))
+
 
 class _UnitFunction(torch.autograd.Function):
     """(z, gamma, beta, shortcut, w) -> spikes. See the module docstring for what is saved."""
@@ -156,34 +170,30 @@ class _UnitFunction(torch.autograd.Function):
     def forward(
         ctx: Any, z: Tensor, gamma: Tensor, beta: Tensor, shortcut: Tensor | None, w: Tensor | None, spec: _Spec
     ) -> Tensor:
-        walk = _Walk(z, spec)
-        bn = spec.bn
-        normalise_tiles = walk.by_channel and bn.training
-        mean, invstd = walk.empty_statistics() if normalise_tiles else _statistics(z, bn)
-        q = None if w is None else w.to(walk.dtype).sigmoid()
-        spikes = walk.empty_spikes()
-        for part, channels in walk:
-            tile = walk.tile(part)
-            g, b = gamma[channels], beta[channels]
-            if normalise_tiles:
-                running = bn.running_mean[channels], bn.running_var[channels]
-                x, mean[channels], invstd[channels] = aten.native_batch_norm(
-                    tile, g, b, *running, True, bn.momentum, bn.eps
-                )
-            else:
-                x = _affine(tile, g, b, mean[channels], invstd[channels])
-            currents = walk.steps(x)
+        bn, dtype = spec.bn, membrane_dtype(z.dtype)
+        x, mean, invstd = aten.native_batch_norm(
+            z.to(dtype), gamma, beta, bn.running_mean, bn.running_var, bn.training, bn.momentum, bn.eps
+        )
+        q = None if w is None else w.to(dtype).sigmoid()
+        x_seq = spec.sequence(x)
+        # Spikes take the place of the currents where they fit.
+        in_place = not spec.repeat and z.dtype == dtype
+        spikes = x_seq if in_place else spec.empty_spikes(z)
+        for part in tiles(spikes, axis=1):
+            currents, out = x_seq[:, part], spikes[:, part]
             if spec.post_add:
-                currents = currents + shortcut[part]
-            out = spikes[part]
-            direct = out.dtype == walk.dtype
-            h = out if direct and spec.gate is None else torch.empty_like(currents)
-            forward_steps(spec.dynamics, q, currents.unbind(), h.unbind(), None)
+                assert shortcut is not None
+                currents = currents.add_(shortcut[:, part])
+            direct = out.dtype == dtype
+            fired = out if direct and spec.gate is None else torch.empty_like(out, dtype=dtype)
+            forward_steps(spec.dynamics, q, currents.unbind(), fired.unbind())
             if spec.gate is not None:
-                h = gate_forward(spec.gate, h, shortcut[part].to(walk.dtype), out if direct else h)
-            if h is not out:
-                out.copy_(h)
-        saves_shortcut = spec.post_add or SAVES_SHORTCUT.get(spec.gate, False)
+                assert shortcut is not None
+                joined = out if direct else torch.empty_like(fired)
+                fired = gate_forward(spec.gate, fired, shortcut[:, part].to(dtype), joined)
+            if fired is not out:
+                out.copy_(fired)
+        saves_shortcut = spec.post_add or SAVES_SHORTCUT.get(spec.gate or "", False)
         ctx.save_for_backward(z, gamma, beta, mean, invstd, shortcut if saves_shortcut else None, w)
         ctx.spec = spec
         return spikes
@@ -193,141 +203,52 @@ class _UnitFunction(torch.autograd.Function):
         (grad_spikes,) = grad_outputs
         z, gamma, beta, mean, invstd, shortcut, w = ctx.saved_tensors
         spec: _Spec = ctx.spec
-        walk = _Walk(z, spec)
-        q = None if w is None else w.to(walk.dtype).sigmoid()
-        norm = _NormBackward(walk, gamma, mean, invstd, spec.bn.eps)
-        grad_shortcut = torch.empty_like(shortcut) if shortcut is not None else None
-        grad_w: Tensor | None = None
-        for part, channels in walk:
-            tile = walk.tile(part)
-            h = walk.steps(_affine(tile, gamma[channels], beta[channels], mean[channels], invstd[channels]))
+        dynamics, dtype = spec.dynamics, membrane_dtype(z.dtype)
+        q = None if w is None else w.to(dtype).sigmoid()
+        wide = z.to(dtype)
+        # One buffer, tile by tile: currents, then charged membranes, then the gradient of the currents.
+        grad_x = _normalise_again(wide, gamma, beta, mean, invstd)
+        seq = spec.sequence(grad_x)
+        grad_shortcut = None if shortcut is None else torch.empty_like(shortcut)
+        grad_q: Tensor | None = None
+        for part in tiles(grad_spikes, axis=1):
+            h = seq[:, part]
             if spec.repeat:
-                h = h.contiguous()
+                h = torch.empty_like(grad_spikes[:, part], dtype=dtype).copy_(h)
             if spec.post_add:
-                h.add_(shortcut[part])
-            currents = h.clone() if q is not None else h
-            charge_steps(spec.dynamics, q, h.unbind(), None)
-            grad_s = grad_spikes[part].to(walk.dtype)
+                h.add_(shortcut[:, part])
+            currents = h if q is None else h.clone()
+            charge_steps(dynamics, q, h.unbind(), None)
+            grad_s = grad_spikes[:, part].to(dtype)
             if spec.gate is not None and grad_shortcut is not None:
-                fired = torch.ge(h, spec.dynamics.v_threshold, out=torch.empty_like(h))
-                other = shortcut[part].to(walk.dtype)
-                grad_shortcut[part] = gate_backward_shortcut(spec.gate, grad_s, fired, torch.empty_like(h))
-                grad_s = gate_backward_residual(spec.gate, grad_s, fired, other)
-            _, grad_q = backward_steps(spec.dynamics, q, h.unbind(), grad_s.unbind(), currents=currents.unbind())
-            if grad_q is not None:
-                grad_w = grad_q if grad_w is None else grad_w + grad_q
-            if spec.post_add:
-                grad_shortcut[part] = h
-            norm.add(part, channels, tile, h.sum(0) if spec.repeat else h.flatten(0, 1))
-        grad_z, grad_gamma, grad_beta = norm.finish()
-        if grad_w is not None and q is not None:
-            grad_w = grad_w * q * (1 - q)
+                fired = torch.ge(h, dynamics.v_threshold, out=torch.empty_like(h))
+                to_shortcut = grad_shortcut[:, part]
+                if to_shortcut.dtype == dtype:
+                    gate_backward_shortcut(spec.gate, grad_s, fired, to_shortcut)
+                else:
+                    to_shortcut.copy_(gate_backward_shortcut(spec.gate, grad_s, fired, torch.empty_like(h)))
+                grad_s = gate_backward_residual(spec.gate, grad_s, fired, shortcut[:, part].to(dtype))
+            _, tile_grad_q = backward_steps(dynamics, q, h.unbind(), grad_s.unbind(), currents=currents.unbind())
+            if tile_grad_q is not None:
+                grad_q = tile_grad_q if grad_q is None else grad_q + tile_grad_q
+            if spec.post_add and grad_shortcut is not None:
+                grad_shortcut[:, part] = h
+            if spec.repeat:
+                grad_x[part] = h.sum(0)
+        grad_z, grad_gamma, grad_beta = aten.native_batch_norm_backward(
+            grad_x, wide, gamma, None, None, mean, invstd, True, spec.bn.eps, [True, True, True]
+        )
+        grad_w = None if grad_q is None or q is None else grad_q * q * (1 - q)
         if spec.gate == "add":
             grad_shortcut = grad_spikes
-        return grad_z, grad_gamma, grad_beta, grad_shortcut, grad_w, None
+        return grad_z.to(z.dtype), grad_gamma, grad_beta, grad_shortcut, grad_w, None
 
 
-class _Walk:
-    """The tiles of one call: groups of channels, or of samples where memory is channels_last.
-
-    A group of channels holds all a channel's statistics need, so that batch norm happens inside the tile.
-    """
-
-    def __init__(self, z: Tensor, spec: _Spec) -> None:
-        self.z = z
-        self.spec = spec
-        channels_last = z.is_contiguous(memory_format=torch.channels_last) and not z.is_contiguous()
-        self.by_channel = z.device.type != "cpu" or not channels_last
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.dtype = membrane_dtype(z.dtype)
-        self.z_steps = 1 if spec.repeat else spec.timesteps
-        self.z_seq = z.unflatten(0, (self.z_steps, -1))
-
-    def __iter__(self) -> Iterator[tuple[tuple[slice, ...], slice]]:
-        everything = slice(None)
-        seq = self.z_seq.expand(self.spec.timesteps, *self.z_seq.shape[1:])
-        for tile in tiles(seq, axis=2 if self.by_channel else 1):
-            yield ((everything, everything, tile), tile) if self.by_channel else ((everything, tile), everything)
-
-    def tile(self, part: tuple[slice, ...]) -> Tensor:
-        """A dense copy of z's tile, [N, C, H, W] in the membrane's type."""
-        piece = self.z_seq[part]
-        tile = self.empty(piece.shape[0] * piece.shape[1], *piece.shape[2:], dtype=self.dtype)
-        tile.unflatten(0, piece.shape[:2]).copy_(piece)
-        return tile
-
-    def steps(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> [T, B, C, H, W]; a view."""
-        return x.unflatten(0, (self.z_steps, -1)).expand(self.spec.timesteps, -1, -1, -1, -1)
-
-    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.z.device, memory_format=self.memory_format)
-
-    def empty_spikes(self) -> Tensor:
-        T, (B, *rest) = self.spec.timesteps, self.z_seq.shape[1:]
-        return self.empty(T * B, *rest, dtype=self.z.dtype).unflatten(0, (T, B))
-
-    def empty_statistics(self) -> tuple[Tensor, Tensor]:
-        return self.z.new_empty(self.z.shape[1], dtype=self.dtype), self.z.new_empty(self.z.shape[1], dtype=self.dtype)
-
-
-def _statistics(z: Tensor, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Mean and 1 / sqrt(var + eps) a channel; of the batch (updating the running ones) or, in eval mode, running."""
-    if bn.training:
-        mean, var = torch.batch_norm_update_stats(z, bn.running_mean, bn.running_var, bn.momentum)
-    else:
-        assert bn.running_mean is not None
-        assert bn.running_var is not None
-        mean, var = bn.running_mean, bn.running_var
-    return mean, (var.double() + bn.eps).rsqrt().to(mean.dtype)
-
-
-def _affine(x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
-    """Batch norm with known statistics, to the last bit as torch's training-mode kernel applies it."""
+def _normalise_again(z: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
+    """BN(z) with known statistics, to the last bit as torch's CPU training kernel computed it."""
     scale = invstd * gamma
-    return _scale_shift(x, scale, torch.addcmul(beta, mean, scale, value=-1.0))
-
-
-def _scale_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    shift = torch.addcmul(beta, mean, scale, value=-1.0)
     # Eval-mode batch norm with mean 0 and variance 1 is torch's fastest scale-and-shift by channel.
     zero, one = torch.zeros_like(scale), torch.ones_like(scale)
-    return aten.native_batch_norm(x, scale, shift, zero, one, False, 0.0, 0.0)[0]
-
-
-class _NormBackward:
-    """Backward of batch norm from tiles of dL/dx: finished tile by tile by channels, in a second sweep by samples."""
-
-    def __init__(self, walk: _Walk, gamma: Tensor, mean: Tensor, invstd: Tensor, eps: float) -> None:
-        self.walk, self.gamma, self.mean, self.invstd, self.eps = walk, gamma, mean, invstd, eps
-        z = walk.z
-        self.grad_z = torch.empty_like(z) if walk.by_channel else torch.empty_like(z, dtype=walk.dtype)
-        self.grad_seq = self.grad_z.unflatten(0, (walk.z_steps, -1))
-        self.grad_gamma, self.grad_beta = torch.zeros_like(gamma), torch.zeros_like(gamma)
-
-    def add(self, part: tuple[slice, ...], channels: slice, tile: Tensor, grad_x: Tensor) -> None:
-        """`tile` is z's; `grad_x` is dL/dx of the same shape."""
-        if self.walk.by_channel:
-            mean, invstd = self.mean[channels], self.invstd[channels]
-            grad_tile, self.grad_gamma[channels], self.grad_beta[channels] = aten.native_batch_norm_backward(
-                grad_x, tile, self.gamma[channels], None, None, mean, invstd, True, self.eps, [True, True, True]
-            )
-            self.grad_seq[part] = grad_tile.unflatten(0, (self.walk.z_steps, -1))
-            return
-        self.grad_seq[part] = grad_x.unflatten(0, (self.walk.z_steps, -1))
-        self.grad_beta += grad_x.sum((0, 2, 3))
-        self.grad_gamma += tile.sub_(self.mean[:, None, None]).mul_(grad_x).sum((0, 2, 3))
-
-    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(dL/dz, dL/dgamma, dL/dbeta)."""
-        if self.walk.by_channel:
-            return self.grad_z, self.grad_gamma, self.grad_beta
-        z = self.walk.z
-        count = z.numel() // z.shape[1]
-        scale = self.gamma * self.invstd
-        of_z = -scale * self.invstd.square() * self.grad_gamma / count
-        shift = -scale * self.grad_beta / count - of_z * self.mean
-        grad_z = self.grad_seq if z.dtype == self.walk.dtype else torch.empty_like(z).unflatten(0, (self.walk.z_steps, -1))
-        for part, _ in self.walk:
-            centred = _scale_shift(self.walk.tile(part), of_z, shift).unflatten(0, (self.walk.z_steps, -1))
-            grad_z[part] = centred.addcmul_(self.grad_seq[part], scale[:, None, None])
-        return grad_z.flatten(0, 1), self.grad_gamma * self.invstd, self.grad_beta
+    x: Tensor = aten.native_batch_norm(z, scale, shift, zero, one, False, 0.0, 0.0)[0]
+    return x

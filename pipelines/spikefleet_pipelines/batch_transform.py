@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import get_worker_info
 
-from spikefleet_pipelines.auto_augment import auto_augment
 from spikefleet_pipelines.counter_random import Draw, integers, uniform
 from spikefleet_pipelines.store import Split
 from spikefleet_pipelines.transforms import TransformConfig
@@ -48,6 +47,11 @@ class BatchTransform:
         std = np.array(config.normalise.std, np.float32).reshape(-1, 1, 1)
         self._scale, self._shift = 1 / (255 * std), -mean / std
         self._pool: ThreadPoolExecutor | None = None
+        if config.auto_augment != "none":
+            # Late: torchvision takes seconds to import, and only this needs it. In time for loader processes.
+            from spikefleet_pipelines.auto_augment import auto_augment
+
+            self._auto_augment = auto_augment
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pool": None}
@@ -61,7 +65,7 @@ class BatchTransform:
             flip = uniform(self.seed, epoch, rows, Draw.FLIP) < config.horizontal_flip
             images[flip] = images[flip][..., ::-1]
         if config.auto_augment != "none":
-            images = auto_augment(images, self.seed, epoch, rows)
+            images = self._auto_augment(images, self.seed, epoch, rows)
         batch = self._normalise(images)
         if config.cutout:
             pixels = batch.numpy()
@@ -145,10 +149,10 @@ class BatchTransform:
 
 def _empty_batch(shape: tuple[int, ...]) -> Tensor:
     if get_worker_info() is None:
-        return torch.empty(shape)
+        return torch.from_numpy(np.empty(shape, np.float32))  # numpy asks for huge pages, torch does not
     # In a loader process: in shared memory, as torch's own collate function does, so that sending it is no copy.
     storage = torch.UntypedStorage._new_shared(4 * math.prod(shape))
-    return torch.empty(0).set_(storage, 0, shape)
+    return torch.empty(0).set_(storage).view(shape)
 
 
 def shifted_crop(images: Pixels, padding: int, down: NDArray[np.int64], right: NDArray[np.int64]) -> Pixels:

@@ -119,13 +119,23 @@ class BatchLoader:
                 "make the plan with len(split)."
             )
         self._requests.start(plan, epoch, start_step)
-        return map(_batch_or_raise, iter(self._loader))
+        return _read(iter(self._loader))
 
 
-def _batch_or_raise(loaded: Batch | ValueError) -> Batch:
-    if isinstance(loaded, ValueError):
-        raise loaded
-    return loaded
+def _read(loaded: Iterator[Batch | ValueError]) -> Iterator[Batch]:
+    while True:
+        try:
+            item = next(loaded)
+        except StopIteration:
+            return
+        except (EOFError, ConnectionError, FileNotFoundError) as error:
+            # The shared memory of a dead process is gone; torch notices other deaths itself, with a RuntimeError.
+            raise RuntimeError(
+                "A loader process died; if it ran out of memory, use fewer loader processes or smaller batches."
+            ) from error
+        if isinstance(item, ValueError):
+            raise item
+        yield item
 
 
 def _unchanged(batch: Any) -> Any:

@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spikefleet_pipelines.image_decoding import decode_rgb
 from spikefleet_pipelines.manifest import MANIFEST_NAME, Manifest, StoreError, parse_manifest
 from spikefleet_pipelines.shard_cache import RemoteStore, default_cache_dir, locate
 from spikefleet_pipelines.shards import check_shard, open_shard
@@ -102,6 +101,11 @@ class Split:
         self.manifest = manifest
         self.image_shape = manifest.image_shape
         self._files = tuple(files)
+        if self.image_shape is None:
+            # Late: torchvision takes seconds to import, and only this needs it. In time for loader processes.
+            from spikefleet_pipelines.image_decoding import decode_rgb
+
+            self._decode = decode_rgb
         shards = manifest.shards[name]
         self._shards = [
             open_shard(file, shard, manifest.image, len(manifest.class_names))
@@ -132,7 +136,7 @@ class Split:
         if self.image_shape is not None:
             return torch.from_numpy(self.gather(np.array([self._check(row)]))[0])
         try:
-            return decode_rgb(self.encoded_image(row))
+            return self._decode(self.encoded_image(row))
         except ValueError as error:
             raise StoreError(f"row {row} of split {self.name!r} in {self.location}: {error}") from error
 

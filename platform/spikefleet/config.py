@@ -17,10 +17,10 @@ from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from spikefleet_models.build import ModelConfig
-from spikefleet_pipelines.data_config import DataConfig
 
 from spikefleet.errors import UserError
+from spikefleet_models.build import ModelConfig
+from spikefleet_pipelines.data_config import DataConfig
 
 _RECIPE_LIMIT_BYTES = 1 << 20
 
@@ -216,6 +216,14 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
         _apply(tree, override)
     tree.setdefault("recipe", Path(recipe).stem)
     return parse_config(tree, origin=f"recipe {recipe}")
+
+
+def override_config(config: Config, overrides: Sequence[str], origin: str) -> Config:
+    """A configuration with dotted overrides laid over it. Raises as `load_config`."""
+    tree = config.dump()
+    for override in overrides:
+        _apply(tree, override)
+    return parse_config(tree, origin)
 
 
 def parse_config(tree: Mapping[str, Any], origin: str) -> Config:

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from spikefleet_models.health import SpikeMonitor
-from spikefleet_pipelines.loading import BatchLoader
-from spikefleet_pipelines.sampling import EvaluationPlan
 from torch import nn
 
 from spikefleet.config import Config
 from spikefleet.tasks import Task
 from spikefleet.world import World
+from spikefleet_models.health import SpikeMonitor
+from spikefleet_pipelines.loading import BatchLoader
+from spikefleet_pipelines.sampling import EvaluationPlan
 
 
 @dataclass(frozen=True)

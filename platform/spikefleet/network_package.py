@@ -47,8 +47,9 @@ def write_package(
     """Fills an empty directory with a package.
 
     Raises:
-        UserError: a file is missing, or an extra file's name is a path or taken.
+        UserError: a file is missing, an extra file's name is a path or taken, or the configuration lacks a section.
     """
+    _check_sections(config, "the configuration of a registered model")
     for name, source in {WEIGHTS: weights, **extra_files}.items():
         if not _FILE_NAME.fullmatch(name) or name in (CONFIG, CARD) or (name == WEIGHTS and source is not weights):
             raise UserError(f"file {name[:80]!r} of a registered model: give a plain file name other than {WEIGHTS}")
@@ -114,6 +115,7 @@ def load_network(directory: Path, expected_content_hash: str | None = None) -> "
         UserError: the package is not intact, or its weights are not those of its configuration.
     """
     from pydantic import TypeAdapter, ValidationError
+
     from spikefleet_models.build import ModelConfig, build_model
 
     verify_package(directory, expected_content_hash)
@@ -132,9 +134,13 @@ def load_network(directory: Path, expected_content_hash: str | None = None) -> "
 def read_config(directory: Path) -> dict[str, Any]:
     """The run's configuration; raises UserError unless it has the sections of a network."""
     config = _read_json(directory / CONFIG)
-    if not isinstance(config, dict) or not {"model", "data", "task"} <= config.keys():
-        raise UserError(f"{directory / CONFIG} lacks the sections model, data and task of a run's configuration")
-    return config
+    _check_sections(config, str(directory / CONFIG))
+    return dict(config)
+
+
+def _check_sections(config: Any, where: str) -> None:
+    if not isinstance(config, Mapping) or not {"model", "data", "task"} <= config.keys():
+        raise UserError(f"{where} lacks the sections model, data and task of a run's configuration")
 
 
 def _read_json(path: Path) -> Any:
@@ -186,6 +192,7 @@ def preprocess(images: "NDArray[np.uint8]", config: Mapping[str, Any]) -> "torch
         ValueError: the images do not suit the configuration.
     """
     import numpy as np
+
     from spikefleet_pipelines.batch_transform import BatchTransform
     from spikefleet_pipelines.store import Split
     from spikefleet_pipelines.transforms import TransformConfig

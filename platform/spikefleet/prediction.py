@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
-from spikefleet_pipelines.loading import Batch
 
 from spikefleet.errors import UserError
 from spikefleet.network_package import preprocess
 from spikefleet.trained_network import TrainedNetwork
 from spikefleet.world import pick_device
+from spikefleet_pipelines.loading import Batch
 
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
 
@@ -26,8 +26,11 @@ def predict_files(
     """Likeliest classes of each picture, in order: `{"picture", "classes": [{"name", "probability"}, ...]}`.
 
     Pictures are brought to the size and number of channels of the training images, then treated as in evaluation.
-    Raises UserError naming the file that is missing or no picture, or the folder without any.
+    `out` gets a PNG with all of them. Raises UserError naming the file that is missing or no picture, or the folder
+    without any.
     """
+    if out is not None and out.suffix.lower() != ".png":
+        raise UserError(f"--out {out} must end in .png")
     files = list(_picture_files(paths))
     pictures = [_read(file, trained.config.model.in_channels, trained.image_shape) for file in files]
     device = pick_device(gpu)
@@ -38,8 +41,6 @@ def predict_files(
         placeholder = torch.zeros(1, dtype=torch.int64, device=device)
         predictions += trained.task.predict(network, Batch(images, placeholder, placeholder, 1))
     if out is not None:
-        if out.suffix.lower() != ".png":
-            raise UserError(f"--out {out} must end in .png")
         trained.task.draw([torch.from_numpy(pixels) for pixels in pictures], predictions, None, out)
     return [
         {

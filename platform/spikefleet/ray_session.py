@@ -62,6 +62,8 @@ def ray_session(address: str | None = None, *, cpus: float = 1, verbose: bool = 
             include_dashboard=False,
             object_store_memory=_OBJECT_STORE_BYTES,
         )
+    # The raylet's own words about a dead worker pass by log_to_driver; the run says in a line what happened.
+    ray._private.worker._worker_logs_enabled = verbose
     try:
         yield
     finally:

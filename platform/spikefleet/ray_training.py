@@ -14,7 +14,6 @@ import ray
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
-from spikefleet_pipelines.store import Store
 
 from spikefleet.config import Config, parse_config
 from spikefleet.errors import RunError, UserError
@@ -22,6 +21,7 @@ from spikefleet.events import Event, Outlet, Restarted, Silence
 from spikefleet.ray_session import ray_session
 from spikefleet.worker import NonFiniteError, Outcome, train
 from spikefleet.world import World
+from spikefleet_pipelines.store import Store
 
 _POLL_S = 0.2
 

@@ -101,8 +101,8 @@ def register(
     with connect(tracking_uri) as client, _scratch() as scratch:
         package = scratch / "package"
         package.mkdir()
-        known = {key: str(value) for key, value in {**_model_tags(config), **tags}.items()}
-        facts = {"run_id": run_id, "tags": known, "metrics": dict(metrics)}
+        given = {key: str(value) for key, value in tags.items()}
+        facts = {"run_id": run_id, "tags": given, "metrics": dict(metrics)}
         card = write_package(package, weights, config, extra_files or {}, facts)
         network, _ = load_network(package)
         for version in find_versions(client, name):
@@ -110,7 +110,8 @@ def register(
                 return version
         parameters = sum(parameter.numel() for parameter in network.parameters())
         measured = {f"{METRIC_PREFIX}{metric}": repr(float(value)) for metric, value in metrics.items()}
-        all_tags = {"parameters": str(parameters), **known, **measured, CONTENT_HASH: card.content_hash}
+        derived = {key: str(value) for key, value in {**_model_tags(config), "parameters": parameters}.items()}
+        all_tags = {**derived, **given, **measured, CONTENT_HASH: card.content_hash}
         model = scratch / "model"
         save_for_mlflow(package, model, config)
         return publish(client, name, model, run_id, all_tags, tracking_uri)

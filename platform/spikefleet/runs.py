@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spikefleet_pipelines.manifest import Manifest
-
 from spikefleet.checkpoints import CheckpointFolder, read_json, verify_checkpoint, write_json
 from spikefleet.config import Config, differences, parse_config
 from spikefleet.errors import UserError
+from spikefleet_pipelines.manifest import Manifest
 
 DATA_FACTS = "data.json"
 """What a network must know of its data to be used: source, content hash, class names, image shape."""

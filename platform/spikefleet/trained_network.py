@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from spikefleet_models.build import build_model
-from spikefleet_pipelines.loading import BatchLoader
 from torch import nn
 
 from spikefleet.checkpoints import load_checkpoint, read_json
@@ -21,6 +19,8 @@ from spikefleet.network_package import CARD, load_network
 from spikefleet.runs import DATA_FACTS, Run, find_run
 from spikefleet.tasks import Task, build_task
 from spikefleet.world import World, pick_device
+from spikefleet_models.build import build_model
+from spikefleet_pipelines.loading import BatchLoader
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from spikefleet_pipelines.store import Store
 
 from spikefleet.config import Config
 from spikefleet.data_access import open_data
@@ -25,6 +24,7 @@ from spikefleet.tasks import build_task
 from spikefleet.tracking import Tracker, resolve_tracking_uri, sync
 from spikefleet.worker import Outcome, train
 from spikefleet.world import World, pick_device
+from spikefleet_pipelines.store import Store
 
 BeforeStep = Callable[[World, int], None]
 

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from spikefleet_models.build import build_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,6 +15,7 @@ from spikefleet.config import Config, differences
 from spikefleet.errors import UserError
 from spikefleet.optimization import build_average, build_optimizer, learning_rate
 from spikefleet.world import World
+from spikefleet_models.build import build_model
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

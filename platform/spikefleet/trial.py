@@ -7,12 +7,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from spikefleet_pipelines.store import Store
-
 from spikefleet.config import load_config
 from spikefleet.events import EpochDone, Event
 from spikefleet.worker import train
 from spikefleet.world import World
+from spikefleet_pipelines.store import Store
 
 
 class ReportOutlet:

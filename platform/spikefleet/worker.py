@@ -16,10 +16,6 @@ from typing import Any
 
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from spikefleet_models.health import SpikeMonitor
-from spikefleet_pipelines.loading import Batch, BatchLoader
-from spikefleet_pipelines.sampling import EpochPlan
-from spikefleet_pipelines.store import Store
 
 from spikefleet import plots
 from spikefleet.checkpoints import CheckpointFolder, load_checkpoint
@@ -31,6 +27,10 @@ from spikefleet.tasks import Task, build_task
 from spikefleet.training_state import TrainingState
 from spikefleet.versions import library_versions
 from spikefleet.world import World
+from spikefleet_models.health import SpikeMonitor
+from spikefleet_pipelines.loading import Batch, BatchLoader
+from spikefleet_pipelines.sampling import EpochPlan
+from spikefleet_pipelines.store import Store
 
 _PICTURES = 32
 _SMALLEST_LOSS_SCALE = 1.0
@@ -51,6 +51,24 @@ class Outcome:
     history: tuple[Mapping[str, float], ...]
     failure: str | None = None
     """Why all ranks stopped together, if they did."""
+
+
+class Meter:
+    """Images per second of all workers since the last look, with the time for loading but not that for evaluation."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self._images, self._since = 0, time.perf_counter()
+
+    def count(self, images: int) -> None:
+        self._images += images
+
+    def rate(self) -> float:
+        rate = self._images / (time.perf_counter() - self._since)
+        self.restart()
+        return rate
 
 
 @dataclass(frozen=True)
@@ -103,14 +121,16 @@ def train(
     state = TrainingState(config, world, store.manifest.content_hash, plan.steps_per_epoch)
     folder = CheckpointFolder(run_dir / "checkpoints")
     _resume(state, folder, outlet)
+    meter = Meter()
     for epoch in range(state.epoch, config.train.epochs):
         for batch in splits.train.epoch(plan, epoch, start_step=state.step_in_epoch):
             if before_step is not None:
                 before_step(world, state.step)
-            _training_step(state, task, batch, outlet)
+            _training_step(state, task, batch, meter, outlet)
             if _due(config.checkpoint.every_steps, state.step) and state.step_in_epoch < state.steps_per_epoch:
                 _save(state, folder, outlet)
         _finish_epoch(state, task, splits, folder, outlet)
+        meter.restart()
     return _test_best(state, task, splits, folder, run_dir, outlet)
 
 
@@ -136,9 +156,8 @@ def _resume(state: TrainingState, folder: CheckpointFolder, outlet: Outlet) -> N
 # ----------------------------------------------------------------------------------------------- one step
 
 
-def _training_step(state: TrainingState, task: Task, batch: Batch, outlet: Outlet) -> None:
+def _training_step(state: TrainingState, task: Task, batch: Batch, meter: Meter, outlet: Outlet) -> None:
     config, world = state.config, state.world
-    began = time.perf_counter()
     monitor = _monitor_if_due(state)
     rate = state.set_learning_rate()
     state.network.train()
@@ -171,10 +190,10 @@ def _training_step(state: TrainingState, task: Task, batch: Batch, outlet: Outle
     for name, mean in means.items():
         state.sums[name] = state.sums.get(name, 0.0) + mean * batch.global_count
     state.step_in_epoch += 1
+    meter.count(batch.global_count)
     if _due(config.tracking.every_steps, state.step) or monitor is not None:
-        seconds = time.perf_counter() - began
         figures = {f"train/{name}": mean for name, mean in means.items()} | norms
-        figures |= {"lr": rate, "images_per_second": batch.global_count / seconds}
+        figures |= {"lr": rate, "images_per_second": meter.rate()}
         if monitor is not None:
             figures |= {f"spikes/{name}": value for name, value in monitor.summary().items()}
         outlet.emit(StepDone(state.epoch, state.step, figures))

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from spikefleet_pipelines.loading import Batch
 from torch import distributed as dist
 from torch import nn
 
 from spikefleet.errors import UserError
+from spikefleet_pipelines.loading import Batch
 
 
 def pick_device(gpu: bool) -> torch.device:

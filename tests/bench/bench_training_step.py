@@ -2,10 +2,11 @@
 
     python tests/bench/bench_training_step.py [--quick] [--json FILE]
 
-One step is forward, cross-entropy, backward and SGD with momentum on a CIFAR-stem ResNet18 with 10 classes, T = 4, batch 16
-at 32x32; the ANN twin runs batch 64 = T * B, the same dense work. Variants run interleaved in one process, so that the load
-of a shared machine falls on all of them alike; medians are printed as ratios to the ANN in fp32. Peak memory is the rise of
-the resident set in a process of its own; saved activations are what autograd holds between forward and backward.
+One step is forward, cross-entropy, backward and SGD with momentum on a CIFAR-stem ResNet18 with 10 classes, T = 4,
+batch 16 at 32x32; the ANN twin runs batch 64 = T * B, the same dense work. Variants run interleaved in one process,
+so that the load of a shared machine falls on all of them alike; medians are printed as ratios to the ANN in fp32.
+Peak memory is the rise of the resident set in a process of its own; saved activations are what autograd holds between
+forward and backward.
 """
 
 import argparse

@@ -9,6 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import ray
+
 from spikefleet_pipelines.sources import SourceError, prepare
 from spikefleet_pipelines.sources.image_folder import FolderContents, read_image_folder
 from spikefleet_pipelines.sources.ray_tasks import run_tasks

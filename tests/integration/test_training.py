@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from spikefleet.checkpoints import CheckpointFolder, Snapshot, load_checkpoint
 from spikefleet.config import Config, load_config
 from spikefleet.errors import RunError, UserError
@@ -81,9 +82,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(
     assert torch.allclose(cut.tensors["model"][first], whole.tensors["model"][first], rtol=1e-2, atol=1e-3)
 
 
-def test_two_workers_take_the_steps_of_one(
-    store: Store, ray_on_two_cpus: None, tmp_path: Path
-) -> None:
+def test_two_workers_take_the_steps_of_one(store: Store, ray_on_two_cpus: None, tmp_path: Path) -> None:
     """Same samples and the exact mean loss; batch statistics differ, so only the first loss is comparable closely."""
 
     class Keep(Steps):
@@ -111,7 +110,9 @@ def test_same_seed_same_bits_and_another_seed_others(store: Store, tmp_path: Pat
 
 def test_golden_losses(store: Store, tmp_path: Path) -> None:
     """The first losses of the digits recipe; a refactoring must not move them."""
-    _, steps = run(load_config("digits", ["train.epochs=1", "tracking.every_steps=1", "cluster.workers=0"]), store, tmp_path)
+    _, steps = run(
+        load_config("digits", ["train.epochs=1", "tracking.every_steps=1", "cluster.workers=0"]), store, tmp_path
+    )
     assert [row["train/loss"] for row in steps.rows[:4]] == pytest.approx(GOLDEN, rel=2e-3)
 
 

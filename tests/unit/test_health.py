@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
+
 from spikefleet_models.build import build_model, model_config
 from spikefleet_models.health import SpikeMonitor
 from spikefleet_models.neurons import NeuronConfig, build_neuron
-from torch import nn
 
 
 def layer_input() -> torch.Tensor:
@@ -28,7 +29,8 @@ def test_one_layer_by_hand() -> None:
     assert row["dead"] == 0.25
     assert row["saturated"] == 0.25
     assert row["rate_per_step"] == pytest.approx([(3 + 1) / 12, (3 + 3) / 12])
-    assert monitor.summary() == pytest.approx({"firing_rate": 10 / 24, "dead_fraction": 0.25, "saturated_fraction": 0.25})
+    expected = {"firing_rate": 10 / 24, "dead_fraction": 0.25, "saturated_fraction": 0.25}
+    assert monitor.summary() == pytest.approx(expected)
 
 
 def test_batches_add_up() -> None:
@@ -95,6 +97,7 @@ def test_the_ann_twin_has_no_spikes_to_count() -> None:
 
 def test_pictures_of_two_sizes_are_refused() -> None:
     model = build_model(model_config("sg_resnet_tiny"))
-    with pytest.raises(ValueError, match="pictures of one size"), SpikeMonitor(model):
+    with SpikeMonitor(model):
         model(torch.randn(2, 1, 8, 8))
-        model(torch.randn(2, 1, 16, 16))
+        with pytest.raises(ValueError, match="pictures of one size"):
+            model(torch.randn(2, 1, 16, 16))

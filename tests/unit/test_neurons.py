@@ -5,11 +5,13 @@ import itertools
 import pytest
 import torch
 from pydantic import ValidationError
-from spikefleet_models.membrane import Dynamics, charge
-from spikefleet_models.neurons import SURROGATES, NeuronConfig, build_neuron, spiking_nodes
 from spikingjelly.activation_based import functional, monitor, neuron, surrogate
 from torch import Tensor, nn
 
+from spikefleet_models.membrane import Dynamics, charge
+from spikefleet_models.neurons import SURROGATES, NeuronConfig, build_neuron, spiking_nodes
+
+LEAKS = [("if", True), ("lif", True), ("lif", False), ("plif", True), ("plif", False)]
 KINDS = {"if": neuron.IFNode, "lif": neuron.LIFNode, "plif": neuron.ParametricLIFNode}
 
 
@@ -48,7 +50,7 @@ def assert_close(ours: Tensor, theirs: Tensor) -> None:
 @pytest.mark.parametrize("T", [1, 2, 4])
 @pytest.mark.parametrize("v_reset", [0.0, -0.2, None])
 @pytest.mark.parametrize("detach_reset", [True, False])
-@pytest.mark.parametrize(("kind", "decay_input"), [("if", True), ("lif", True), ("lif", False), ("plif", True), ("plif", False)])
+@pytest.mark.parametrize(("kind", "decay_input"), LEAKS)
 def test_equals_spikingjelly(T: int, v_reset: float | None, detach_reset: bool, kind: str, decay_input: bool) -> None:
     config = NeuronConfig(kind=kind, tau=2.5, decay_input=decay_input, v_reset=v_reset, detach_reset=detach_reset)
     x, weights = currents(T)
@@ -98,18 +100,18 @@ def test_reference_forward_equals_lean_forward(kind: str) -> None:
 
 @pytest.mark.parametrize(("kind", "dtype"), list(itertools.product(KINDS, [torch.bfloat16, torch.float16])))
 def test_sixteen_bit_input_keeps_an_fp32_membrane(kind: str, dtype: torch.dtype) -> None:
-    # 300 currents of 1/256 reach the threshold of 1 in fp32; a bf16 membrane stops growing at 1 - 1/256 or sooner.
+    # 1200 currents of 1/1024 reach the threshold of 1 in fp32; a bf16 membrane stops growing below it.
     node = build_neuron(NeuronConfig(kind=kind, tau=1e6, decay_input=False))
-    x = torch.full((300, 1, 4), 1 / 256, dtype=dtype)
+    x = torch.full((1200, 1, 4), 1 / 1024, dtype=dtype)
     spikes = node(x)
     assert spikes.dtype == dtype
     assert torch.equal(spikes.float(), node(x.float()))
     assert spikes.sum() > 0
-    v, steps = torch.zeros(4, dtype=dtype), 0
-    for current in x[:, 0]:
-        v = v + current
-        steps += 1
-    assert v.float().max() != torch.tensor(300 / 256) or dtype == torch.float16
+    if dtype == torch.bfloat16 and kind == "if":
+        v = torch.zeros((), dtype=dtype)
+        for current in x[:, 0, 0]:
+            v = v + current
+        assert v < 1  # what a 16-bit membrane would have reached
 
 
 def test_sixteen_bit_gradient_equals_fp32_rounded() -> None:
@@ -178,9 +180,7 @@ def test_saves_its_input_only() -> None:
     assert [tensor.data_ptr() for tensor in saved] == [x.data_ptr()]
 
 
-@pytest.mark.parametrize(
-    "layout", ["contiguous", "channels_last", "repeated", "transposed"]
-)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "repeated", "transposed"])
 def test_every_memory_layout_gives_the_same(layout: str) -> None:
     x, weights = currents(4)
     if layout == "repeated":
@@ -228,7 +228,9 @@ def test_plif_starts_at_tau() -> None:
     assert node.w.sigmoid().item() == pytest.approx(1 / 4)
 
 
-@pytest.mark.parametrize("bad", [{"tau": 1.0}, {"kind": "izhikevich"}, {"surrogate": "relu"}, {"alpha": 0.0}, {"leak": 1}])
+@pytest.mark.parametrize(
+    "bad", [{"tau": 1.0}, {"kind": "izhikevich"}, {"surrogate": "relu"}, {"alpha": 0.0}, {"leak": 1}]
+)
 def test_bad_configurations_are_refused(bad: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         NeuronConfig(**bad)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from spikefleet_pipelines.counter_random import Draw, integers, random_bits, uniform
 from spikefleet_pipelines.sampling import EpochPlan, EvaluationPlan, epoch_order
 

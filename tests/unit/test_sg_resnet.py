@@ -3,9 +3,10 @@
 import pytest
 import torch
 from pydantic import ValidationError
+from torch import nn
+
 from spikefleet_models.build import build_model, model_config
 from spikefleet_models.sg_resnet import ResidualBlock, SGResNetConfig
-from torch import nn
 
 
 def parameters(module: nn.Module) -> int:
@@ -103,21 +104,17 @@ def test_ann_twin_is_torchvisions_resnet() -> None:
     torchvision = pytest.importorskip("torchvision")
     ours = build_model(model_config("resnet18", stem="imagenet", num_classes=7)).eval()
     theirs = torchvision.models.resnet18(num_classes=7).eval()
-    # Both list their modules in the order of computation, but for the shortcut.
-    order = {"shortcut": "downsample"}
-    mine = {k: v for k, v in ours.state_dict().items()}
-    mapped = {}
+    names = {"fc.": "classifier.", "downsample.0": "shortcut.conv", "downsample.1": "shortcut.unit"}
+    names |= {f"layer{stage + 1}": f"stages.{stage}" for stage in range(4)}
+    names |= {f".conv{n + 1}": f".convs.{n}" for n in range(2)} | {f".bn{n + 1}": f".units.{n}.bn" for n in range(2)}
+    stem = {"conv1.": "stem.conv.", "bn1.": "stem.unit.bn."}
+    weights, mapped = ours.state_dict(), {}
     for key in theirs.state_dict():
-        new = key.replace("fc.", "classifier.").replace("downsample.0", "shortcut.conv").replace("downsample.1", "shortcut.unit")
-        if not key.startswith("layer"):
-            new = new.replace("conv1", "stem.conv").replace("bn1", "stem.unit.bn")
-        else:
-            stage = int(new[5]) - 1
-            new = f"stages.{stage}" + new[6:]
-            for number in (1, 2):
-                new = new.replace(f"conv{number}", f"convs.{number - 1}").replace(f"bn{number}", f"units.{number - 1}.bn")
-        mapped[key] = mine[new]
-    assert order and len(set(map(id, mapped.values()))) == len(mine)
+        ours_key = key
+        for old, new in (names if key.startswith(("layer", "fc")) else stem).items():
+            ours_key = ours_key.replace(old, new)
+        mapped[key] = weights.pop(ours_key)
+    assert not weights
     theirs.load_state_dict(mapped)
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -175,7 +172,8 @@ def test_autocast_trains(connection: str, channels_last: bool) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(images().to(memory_format=layout))
     logits.float().square().sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in model.parameters())
+    gradients = [p.grad for p in model.parameters()]
+    assert all(grad is not None and grad.isfinite().all() and grad.dtype == torch.float32 for grad in gradients)
 
 
 @pytest.mark.parametrize(

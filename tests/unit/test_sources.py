@@ -14,6 +14,7 @@ import PIL.Image
 import pytest
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
+
 from spikefleet_pipelines.manifest import StoreError
 from spikefleet_pipelines.sources import SourceError, list_sources, prepare
 from spikefleet_pipelines.sources.fashion_mnist import read_idx
@@ -81,6 +82,12 @@ def test_existing_store_is_reused_refused_or_replaced(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="full is not empty and not a store"):
         prepare("digits", None, tmp_path / "full")
     assert (tmp_path / "full" / "thesis.tex").exists()
+
+
+def test_unwritable_place_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match=r"file/store cannot be written: .*Not a directory"):
+        prepare("digits", None, tmp_path / "file" / "store")
 
 
 def test_root_of_a_built_in_source_is_refused(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.fs
 import pytest
 from numpy.typing import NDArray
+
 from spikefleet_pipelines.manifest import ImageFormat, StoreError
 from spikefleet_pipelines.store import Store
 from spikefleet_pipelines.writer import StoreWriter

@@ -10,6 +10,7 @@ import torch
 import torchvision.transforms.v2 as v2
 from numpy.typing import NDArray
 from pydantic import ValidationError
+
 from spikefleet_pipelines.auto_augment import CIFAR10_POLICIES, apply_operation, auto_augment
 from spikefleet_pipelines.batch_transform import BatchTransform, resized_crop_box, shifted_crop
 from spikefleet_pipelines.image_decoding import decode_rgb

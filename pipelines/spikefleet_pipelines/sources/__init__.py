@@ -112,14 +112,17 @@ def prepare(
         raise source.missing(root)
     contents = source.read(root or Path(), checked, seed)
     out = out.resolve()
-    with StoreWriter(
-        out,
-        source=name,
-        class_names=contents.class_names,
-        image=contents.image,
-        options=recorded,
-        overwrite=overwrite,
-    ) as writer:
-        contents.write(writer, progress or (lambda done, total: None), parallel)
-        writer.commit()
+    try:
+        with StoreWriter(
+            out,
+            source=name,
+            class_names=contents.class_names,
+            image=contents.image,
+            options=recorded,
+            overwrite=overwrite,
+        ) as writer:
+            contents.write(writer, progress or (lambda done, total: None), parallel)
+            writer.commit()
+    except OSError as error:
+        raise StoreError(f"The store {out} cannot be written: {error}; check the space and the permissions.") from error
     return Store.open(out, verify=False)

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from sklearn.datasets import load_digits
 from torch.nn.functional import interpolate
 
 from spikefleet_pipelines.sources.source import ArrayContents, Source, SourceOptions, held_out, hold_out_validation
@@ -19,6 +18,8 @@ class DigitsOptions(SourceOptions):
 
 def read_digits(root: Path | None, options: SourceOptions, seed: int) -> ArrayContents:
     """Grey values 0 to 16 become 0 to 255. Of each class, 20 % are held out for test and 10 % of the rest for val."""
+    from sklearn.datasets import load_digits  # here, because it takes a second that nobody else should wait for
+
     assert isinstance(options, DigitsOptions)
     digits = load_digits()
     images: NDArray[np.uint8] = np.round(digits.images[:, None] * (255 / 16)).astype(np.uint8)

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from spikefleet_pipelines.image_decoding import decode_rgb
 from spikefleet_pipelines.manifest import ImageFormat, Shard
 from spikefleet_pipelines.shards import write_shard
 from spikefleet_pipelines.sources.ray_tasks import run_tasks
@@ -117,6 +116,8 @@ def _parts(files: _Files, shard_bytes: int) -> list[_Files]:
 
 
 def _convert(job: _Job) -> tuple[Shard, list[bytes]]:
+    from spikefleet_pipelines.image_decoding import decode_rgb  # here, because torchvision takes seconds to import
+
     images = []
     for path in job.files.paths:
         encoded = path.read_bytes()

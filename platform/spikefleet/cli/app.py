@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from spikefleet_pipelines.manifest import StoreError
-from spikefleet_pipelines.sources import SourceError
 from typer.core import TyperGroup
 
 from spikefleet.errors import RunError, UserError
+from spikefleet_pipelines.manifest import StoreError
+from spikefleet_pipelines.sources import SourceError
 
 console = Console()
 stderr = Console(stderr=True)

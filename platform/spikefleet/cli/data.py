@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
-from spikefleet_pipelines.manifest import Manifest
 
 from spikefleet.cli.app import console
 from spikefleet.errors import UserError
+from spikefleet_pipelines.manifest import Manifest
 
 data_app = typer.Typer(help="Prepare and look at data sets.", no_args_is_help=True)
 

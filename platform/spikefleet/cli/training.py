@@ -12,7 +12,7 @@ import yaml
 from rich.table import Table
 
 from spikefleet.cli.app import RunsDir, StoresDir, app, console, stderr
-from spikefleet.config import Config, list_recipes, load_config, recipe_header
+from spikefleet.config import Config, list_recipes, load_config, override_config, recipe_header
 from spikefleet.errors import UserError
 
 config_app = typer.Typer(help="Look at configurations.", no_args_is_help=True)
@@ -45,20 +45,23 @@ def train(
 
     extra = [f"cluster.workers={workers}"] if workers is not None else []
     extra += ["cluster.gpu=true"] if gpu else []
-    if resume is not None:
-        if name not in (None, resume):
-            raise UserError(f"--name {name} and --resume {resume} name two runs; give one of them")
-        held = find_run(runs_dir, resume).config().cluster
-        extra = [*([f"cluster.workers={held.workers}"] if workers is None else []), *extra]
-        name = resume
-    config = load_config(recipe, [*(overrides or []), *extra])
-    launch = Launch(name=name, runs_dir=runs_dir, stores_dir=stores_dir, address=address, verbose=verbose)
+    wanted = [*(overrides or []), *extra]
+    if resume is None:
+        config = load_config(recipe, wanted)
+    elif name not in (None, resume):
+        raise UserError(f"--name {name} and --resume {resume} name two runs; give one of them")
+    else:
+        held = find_run(runs_dir, resume).config()
+        if held.recipe != Path(recipe).stem:
+            raise UserError(f"run {resume} was trained by recipe {held.recipe!r}, not {recipe!r}")
+        config = override_config(held, wanted, origin=f"run {resume}")
+    launch = Launch(name=name or resume, runs_dir=runs_dir, stores_dir=stores_dir, address=address, verbose=verbose)
     try:
         finished = run_training(config, launch, console)
     except KeyboardInterrupt:
         stderr.print("interrupted; the same command goes on from the last checkpoint", highlight=False)
         raise
-    figures = Table("", *finished.test, title=f"run {finished.run.name}", title_justify="left")
+    figures = Table(finished.run.name, *finished.test)
     figures.add_row("validation", *(f"{finished.validation.get(key, float('nan')):.2%}" for key in finished.test))
     figures.add_row("test", *(f"{value:.2%}" for value in finished.test.values()))
     console.print(figures)
@@ -85,7 +88,8 @@ def evaluate(
     trained = open_trained_network(network, runs_dir)
     evaluation = evaluate_on_split(trained, split, stores_dir, console, data=data, gpu=gpu)
     details = trained.task.details(evaluation.predictions, evaluation.targets)
-    table = Table("class", "samples", "top1", title=f"{network} on {details['samples']} {split} samples")
+    console.print(f"{network} on {details['samples']} {split} samples", highlight=False, soft_wrap=True)
+    table = Table("class", "samples", "top1")
     for row in details["classes"][:_SHOWN_CLASSES]:
         table.add_row(row["name"], str(row["samples"]), "-" if row["top1"] is None else f"{row['top1']:.2%}")
     if len(details["classes"]) > _SHOWN_CLASSES:

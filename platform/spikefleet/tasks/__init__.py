@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from spikefleet_pipelines.loading import Batch
 from torch import nn
 
 from spikefleet.config import Config
 from spikefleet.errors import UserError
 from spikefleet.tasks.classification import Classification
+from spikefleet_pipelines.loading import Batch
 
 
 class Task(Protocol):

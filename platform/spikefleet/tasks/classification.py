@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from spikefleet_pipelines.loading import Batch
 from torch import nn
 from torch.nn import functional as F
 
 from spikefleet import plots
 from spikefleet.checkpoints import write_json
+from spikefleet_pipelines.loading import Batch
 
 _KEPT = 5
 

@@ -1,0 +1,257 @@
+"""The program as a user meets it: the main job, every command after it, and a sentence for whatever is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from spikefleet_pipelines.store import Store
+
+SPIKEFLEET = str(Path(sys.executable).with_name("spikefleet"))
+QUICK = ["train.epochs=6", "model.width=0.25"]
+
+
+class Desk:
+    """A working directory in which commands are given."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def run(self, *words: str, exit_code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [SPIKEFLEET, *words],
+            cwd=self.folder,
+            env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1", **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=280,
+        )
+        assert done.returncode == exit_code, f"{words}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert "Traceback" not in done.stderr
+        return done
+
+    def refuse(self, *words: str, **environment: str) -> str:
+        """The sentence of a command that ends with exit code 2."""
+        return " ".join(self.run(*words, exit_code=2, **environment).stderr.split())
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
+    """A desk where the main job has been done once, with two Ray Train workers."""
+    desk = Desk(tmp_path_factory.mktemp("desk"))
+    desk.run("data", "prepare", "digits")
+    done = desk.run("train", "digits", "--workers", "2", "--name", "main", *QUICK)
+    assert "2 Ray Train workers on CPU; global batch 64 = 32 x 2" in done.stdout
+    assert "sg_resnet_digits version 1 is champion" in done.stdout
+    for chatter in ("(RayTrainWorker", "raylet", "INFO", "WARNING", "UserWarning"):
+        assert chatter not in done.stdout + done.stderr
+    return desk
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Desk:
+    return Desk(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def picture(desk: Desk) -> Path:
+    """A test digit as a picture file, three times as large."""
+    split = Store.open(desk.folder / "stores" / "digits").split("test")
+    path = desk.folder / "digit.png"
+    Image.fromarray(split.image(0)[0].numpy()).resize((24, 24), Image.Resampling.NEAREST).save(path)
+    return path
+
+
+def test_the_same_command_again_finds_the_run_complete(desk: Desk) -> None:
+    done = desk.run("train", "digits", "--workers", "2", "--name", "main", *QUICK)
+    assert "run main is complete" in done.stdout
+    resumed = desk.run("train", "digits", "--resume", "main")
+    assert "run main is complete" in resumed.stdout
+    assert json.loads(desk.run("registry", "list", "--json").stdout)[0]["versions"][1:] == []
+
+
+def test_evaluation_of_champion_run_and_checkpoint_agree(desk: Desk) -> None:
+    run = json.loads((desk.folder / "runs/main/run.json").read_text())
+    checkpoints = sorted((desk.folder / "runs/main/checkpoints").iterdir())
+    wanted = f"top1 {run['test']['top1']:.2%}"
+    for reference in ("models:/sg_resnet_digits@champion", "models:/sg_resnet_digits/1", "main"):
+        assert wanted in desk.run("evaluate", reference).stdout
+    done = desk.run("evaluate", str(checkpoints[-1]), "--split", "val", "--out", "report")
+    assert "on 143 val samples" in done.stdout
+    assert {path.name for path in (desk.folder / "report").iterdir()} == {"confusion.png", "evaluation.json"}
+
+
+def test_prediction_of_files_and_folders(desk: Desk, picture: Path) -> None:
+    model = "models:/sg_resnet_digits@champion"
+    done = desk.run("predict", model, picture.name, picture.name, "--out", "predictions.png")
+    assert "digit.png" in done.stdout
+    with Image.open(desk.folder / "predictions.png") as drawn:
+        assert drawn.width > 100
+    folder = desk.folder / "pictures"
+    folder.mkdir()
+    picture.rename(folder / picture.name)
+    answers = json.loads(desk.run("predict", model, "pictures", "--json").stdout)
+    (folder / picture.name).rename(picture)
+    (answer,) = answers
+    assert len(answer["classes"]) == 5
+    assert sum(one["probability"] for one in answer["classes"]) == pytest.approx(1, abs=0.2)
+
+
+def test_registry_answers(desk: Desk) -> None:
+    (best,) = json.loads(desk.run("registry", "best", "--task", "classification", "--metric", "top1", "--json").stdout)
+    assert best["aliases"] == ["champion"]
+    assert best["tags"]["connection"] == "bsg"
+    assert best["tags"]["timesteps"] == "4"
+    where = ["--where", "timesteps<=2"]
+    sentence = desk.refuse("registry", "best", "--task", "classification", "--metric", "top1", *where)
+    assert "timesteps" in sentence
+    assert "sg_resnet_digits/1" in desk.run("registry", "show", "sg_resnet_digits").stdout
+    assert "sg_resnet_digits" in desk.run("registry", "list").stdout
+    desk.run("registry", "pull", "sg_resnet_digits@champion", "--out", "pulled")
+    assert "top1" in desk.run("evaluate", "pulled").stdout
+
+
+def test_registered_model_is_what_mlflow_loads(desk: Desk) -> None:
+    """In a fresh process that knows only the tracking server, without unpickling."""
+    code = (
+        "import mlflow, numpy as np; model = mlflow.pyfunc.load_model('models:/sg_resnet_digits@champion');"
+        "print(model.predict(np.zeros((2, 1, 8, 8), np.uint8)).sum(axis=1))"
+    )
+    uri = f"sqlite:///{desk.folder}/runs/mlflow.db"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "MLFLOW_TRACKING_URI": uri, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "[1. 1.]" in done.stdout.replace("0.99999994", "1.").replace("1.0000001", "1.")
+
+
+def test_what_mlflow_holds(desk: Desk) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{desk.folder}/runs/mlflow.db")
+    experiment = client.get_experiment_by_name("digits")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "main"
+    assert run.data.params["model.timesteps"] == "4"
+    assert run.data.params["cluster.max_failures"] == "3"
+    assert {"code_version", "data_hash", "fact.torch", "fact.parameters", "recipe"} <= run.data.tags.keys()
+    for key in ("train/loss", "images_per_second", "gradient/first_layer_norm", "epoch/val/top1", "best/val/top1"):
+        assert key in run.data.metrics, key
+    assert run.data.metrics["test/top1"] > 0.5
+    artifacts = {item.path for item in client.list_artifacts(run.info.run_id, "report")}
+    wanted = ("confusion.png", "predictions.png", "learning_curve.png", "evaluation.json")
+    assert {f"report/{name}" for name in wanted} <= artifacts
+    assert client.list_artifacts(run.info.run_id, "layers")
+    assert client.list_artifacts(run.info.run_id, "gradients")
+
+
+def test_recipes_config_sources_and_doctor(desk: Desk) -> None:
+    assert "imagenet_sg_resnet50" in desk.run("recipes").stdout
+    assert "timesteps: 2" in desk.run("config", "show", "digits", "model.timesteps=2").stdout
+    assert "fashion_mnist" in desk.run("data", "sources").stdout
+    assert "1295" in desk.run("data", "show", "stores/digits").stdout
+    assert "torch 2" in desk.run("doctor").stdout
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (("train", "digit"), ("no recipe 'digit'", "did you mean 'digits'")),
+        (("train", "digits", "model.timestep=2"), ("unknown key 'model.timestep'", "'model.timesteps'")),
+        (("train", "digits", "model.timesteps=0"), ("model.timesteps=0", "greater than or equal to 1")),
+        (("train", "digits", "optim.lr=fast"), ("optim.lr='fast'", "number")),
+        (("train", "digits", "--workers", "3"), ("global_batch=64", "63 or 66")),
+        (("train", "digits", "--workers", "64"), ("64 CPUs are needed", "--workers")),
+        (("train", "digits", "--name", "a/b"), ("run name 'a/b'", "path separators")),
+        (("train", "digits", "--resume", "gone"), ("no run 'gone'",)),
+        (("train", "digits", "--gpu", "--workers", "0"), ("no CUDA device",)),
+        (("train", "digits", "model.num_classes=3", "--workers", "0"), ("10 classes", "model.num_classes=10")),
+        (("train", "digits", "--address", "127.0.0.1:1"), ("127.0.0.1:1", "--address")),
+        (("train", "digits", "--address", "nowhere"), ("'nowhere'", "HOST:PORT")),
+        (("train", "cifar10_sg_resnet10"), ("cifar10", "spikefleet data prepare cifar10")),
+        (("train", "cifar10_sg_resnet10", "data.root=gone"), ("gone", "spikefleet data prepare cifar10")),
+        (("data", "prepare", "digit"), ("'digit'", "'digits'")),
+        (("data", "prepare", "digits", "--option", "upsample=3"), ("upsample", "3")),
+        (("data", "prepare", "digits", "--option", "upsample"), ("key=value",)),
+        (("data", "show", "gone"), ("gone", "not a store")),
+        (("evaluate", "models:/gone@champion"), ("no registry", "mlflow.db")),
+        (("evaluate", "gone"), ("no run 'gone'",)),
+        (("registry", "show", "gone"), ("no registry",)),
+        (("tracking", "sync", "gone"), ("gone",)),
+    ],
+)
+def test_bad_input_gets_a_sentence_and_leaves_nothing(
+    words: tuple[str, ...], parts: tuple[str, ...], empty: Desk
+) -> None:
+    sentence = empty.refuse(*words)
+    for part in parts:
+        assert part in sentence
+    left = {path.name for path in empty.folder.rglob("*") if path.is_file()}
+    assert not [name for name in left if "step-" in name or name.endswith((".safetensors", ".partial"))]
+    assert not list(empty.folder.rglob("run.json")) or "--address" in words or "64" in words
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (("evaluate", "models:/sg_resnet_digit@champion"), ("sg_resnet_digit", "sg_resnet_digits")),
+        (("evaluate", "models:/sg_resnet_digits/9"), ("9",)),
+        (("registry", "show", "gone"), ("gone", "sg_resnet_digits")),
+        (("registry", "pull", "../x@champion", "--out", "o"), ("../x",)),
+        (("registry", "best", "--task", "detection", "--metric", "top1"), ("detection", "classification")),
+        (("registry", "best", "--task", "classification", "--metric", "map50"), ("map50",)),
+    ],
+)
+def test_registry_lookups_that_find_nothing(words: tuple[str, ...], parts: tuple[str, ...], desk: Desk) -> None:
+    sentence = desk.refuse(*words)
+    for part in parts:
+        assert part in sentence
+
+
+def test_resumption_with_another_configuration_is_refused_field_by_field(desk: Desk) -> None:
+    before = (desk.folder / "runs/main/config.json").read_bytes()
+    sentence = desk.refuse("train", "digits", "--workers", "2", "--name", "main", *QUICK, "model.timesteps=2")
+    assert "model.timesteps: 4 in the run, 2 asked for" in sentence
+    resumed = desk.refuse("train", "digits", "--resume", "main", "optim.lr=0.3")
+    assert "optim.lr: 0.1 in the run, 0.3 asked for" in resumed
+    assert (desk.folder / "runs/main/config.json").read_bytes() == before
+    assert "by recipe 'digits'" in desk.refuse("train", "cifar10_sg_resnet10", "--resume", "main")
+    assert "give one of them" in desk.refuse("train", "digits", "--resume", "main", "--name", "other")
+
+
+def test_pictures_that_cannot_be_read(desk: Desk) -> None:
+    model = "models:/sg_resnet_digits@champion"
+    (desk.folder / "text.png").write_text("no picture")
+    (desk.folder / "hollow").mkdir()
+    assert "text.png cannot be read" in desk.refuse("predict", model, "text.png")
+    assert "gone.png does not exist" in desk.refuse("predict", model, "gone.png")
+    assert "holds no pictures" in desk.refuse("predict", model, "hollow")
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(desk.folder / "black.png")
+    assert "must end in .png" in desk.refuse("predict", model, "black.png", "--out", "x.jpg")
+
+
+def test_corrupt_shard_is_named_with_its_hash(desk: Desk) -> None:
+    desk.run("data", "prepare", "digits", "--out", "spoilt")
+    shard = max((desk.folder / "spoilt").glob("*.arrow"), key=lambda path: path.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    sentence = desk.refuse("train", "digits", "data.store=spoilt", "--workers", "0")
+    assert shard.name in sentence
+    assert "SHA-256" in sentence
