@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from spikingjelly.activation_based import surrogate
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 GateName = Literal["bsg", "bsg_star", "add", "and", "iand"]
 
@@ -66,6 +67,7 @@ class _GateFunction(torch.autograd.Function):
         return gate_forward(name, h, x, torch.empty_like(h))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         (grad,) = grad_outputs
         if ctx.name == "add":
@@ -109,6 +111,7 @@ class _LearnedGateFunction(torch.autograd.Function):
         return torch.lerp(x, h, gate.opening(h))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         (grad,) = grad_outputs
         h, x, weight, bias = ctx.saved_tensors

@@ -16,6 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from spikingjelly.activation_based import neuron, surrogate
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from spikefleet_models.membrane import Dynamics, backward_steps, charge_steps, forward_steps, membrane_dtype
 from spikefleet_models.tiles import tiles
@@ -73,6 +74,7 @@ class _MembraneFunction(torch.autograd.Function):
         return spikes, v_last
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         grad_spikes, grad_v = grad_outputs
         x_seq, v_init, w = ctx.saved_tensors

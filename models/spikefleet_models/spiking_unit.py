@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from spikefleet_models.gates import (
     SAVES_SHORTCUT,
@@ -199,6 +200,7 @@ class _UnitFunction(torch.autograd.Function):
         return spikes
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         (grad_spikes,) = grad_outputs
         z, gamma, beta, mean, invstd, shortcut, w = ctx.saved_tensors

@@ -149,7 +149,7 @@ class BatchTransform:
 
 def _empty_batch(shape: tuple[int, ...]) -> Tensor:
     if get_worker_info() is None:
-        return torch.from_numpy(np.empty(shape, np.float32))  # numpy asks for huge pages, torch does not
+        return torch.empty(shape)
     # In a loader process: in shared memory, as torch's own collate function does, so that sending it is no copy.
     storage = torch.UntypedStorage._new_shared(4 * math.prod(shape))
     return torch.empty(0).set_(storage).view(shape)

@@ -106,5 +106,5 @@ def check_hash(where: str, expected: str, found: str) -> None:
     if expected != found:
         raise StoreError(
             f"shard {where} is corrupt: its SHA-256 should be {expected} and is {found}; "
-            "copy it again, or prepare the store again."
+            "copy it again, or prepare the store again with overwriting."
         )

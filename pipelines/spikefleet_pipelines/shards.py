@@ -67,7 +67,7 @@ def check_shard(path: Path, shard: Shard, verify: bool) -> None:
     if size != shard.bytes:
         raise StoreError(
             f"shard {path} is corrupt: it should have {shard.bytes:,} bytes and has {size:,}; "
-            "copy it again, or prepare the store again."
+            "copy it again, or prepare the store again with overwriting."
         )
     if verify:
         check_hash(str(path), shard.sha256, file_sha256(path))

@@ -130,10 +130,10 @@ class StoreWriter:
         return manifest
 
     def _replace_store(self, manifest: Manifest) -> None:
-        there = parse_manifest((self.out / MANIFEST_NAME).read_bytes(), str(self.out / MANIFEST_NAME))
-        if there == manifest:
-            return
         if not self.overwrite:
+            there = self.out / MANIFEST_NAME
+            if parse_manifest(there.read_bytes(), str(there)) == manifest:
+                return
             raise StoreError(f"{self.out} already holds another store; choose another directory or overwrite it.")
         old = self.directory.with_suffix(".old")
         self.out.replace(old)

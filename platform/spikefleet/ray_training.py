@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -137,8 +138,12 @@ def _fit(trainer: TorchTrainer) -> Outcome:
     from ray.exceptions import RayError
     from ray.train import TrainingFailedError
 
+    handler = signal.getsignal(signal.SIGINT)
     try:
         result = trainer.fit()
+    except SystemExit:
+        # Ray's handler of Ctrl-C ends the workers, then the program as if all were done.
+        raise KeyboardInterrupt from None
     except TrainingFailedError as error:
         cause = _cause(error)
         if isinstance(cause, UserError):
@@ -148,6 +153,9 @@ def _fit(trainer: TorchTrainer) -> Outcome:
         raise RunError(
             f"Ray lost the run: {_headline(error)}; the same command goes on from the last checkpoint"
         ) from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)  # fit leaves its own behind
     outcome: Outcome = result.return_value
     return outcome
 

@@ -128,7 +128,8 @@ def compare(
     ours_median, theirs_median = (statistics.median(column) for column in zip(*figures, strict=True))
     line = Line(workload, processes, round(ours_median), round(theirs_median), round(ours_median / theirs_median, 2))
     print(
-        f"{workload:24s} processes {processes}: ours {line.ours:9,}/s   torchvision {line.torchvision:9,}/s   ratio {line.ratio}",
+        f"{workload:24s} processes {processes}: ours {line.ours:9,}/s   "
+        f"torchvision {line.torchvision:9,}/s   ratio {line.ratio}",
         flush=True,
     )
     return line

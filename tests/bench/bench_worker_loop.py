@@ -1,7 +1,7 @@
 """Steady-state step time of the training core in a Ray Train worker, against the same core without Ray.
 
-Each round trains the same steps once in a fresh process without Ray and once in a Ray Train worker, one after the other,
-with one thread each. The clock is read before each optimizer step, inside the training process.
+Each round trains the same steps once in a fresh process without Ray and once in a Ray Train worker, one after the
+other, with one thread each. The clock is read before each optimizer step, inside the training process.
 
     python tests/bench/bench_worker_loop.py [--quick] [--json FILE]
 """
@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ def stopwatch(out: Path, steps: int) -> Callable[[World, int], None]:
     def note(world: World, step: int) -> None:
         times.append(time.perf_counter())
         if step == steps - 1:
-            out.write_text(json.dumps([b - a for a, b in zip(times, times[1:], strict=False)]))
+            out.write_text(json.dumps([b - a for a, b in pairwise(times)]))
 
     return note
 

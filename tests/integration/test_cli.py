@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -255,3 +257,20 @@ def test_corrupt_shard_is_named_with_its_hash(desk: Desk) -> None:
     sentence = desk.refuse("train", "digits", "data.store=spoilt", "--workers", "0")
     assert shard.name in sentence
     assert "SHA-256" in sentence
+
+
+def test_interruption_leaves_a_run_that_goes_on(desk: Desk) -> None:
+    command = [SPIKEFLEET, "train", "digits", "--workers", "2", "--name", "interrupted", "train.epochs=40", QUICK[1]]
+    process = subprocess.Popen(command, cwd=desk.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run_dir = desk.folder / "runs" / "interrupted"
+    deadline = time.monotonic() + 120
+    while not list(run_dir.glob("checkpoints/step-*/checkpoint.json")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on from the last checkpoint" in errors
+    assert json.loads((run_dir / "run.json").read_text())["status"] == "interrupted"
+    assert "top1" in desk.run("evaluate", "interrupted").stdout

@@ -25,6 +25,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+
 from spikefleet.errors import UserError
 from spikefleet.network_package import CARD, CONFIG, WEIGHTS, load_network, preprocess, sha256_of
 from spikefleet.registry import RegisteredVersion, best, describe, list_models, load, promote, pull, register, show

@@ -19,6 +19,7 @@ from urllib.request import urlopen
 
 import pyarrow.parquet
 import pytest
+
 from spikefleet.errors import UserError
 from spikefleet.journal import DELIVERED
 from spikefleet.tracking import Tracker, quiet_mlflow, resolve_tracking_uri, sync

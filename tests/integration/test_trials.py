@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from spikefleet.trial import as_trial
 from spikefleet_tune.trials import run_trials
 

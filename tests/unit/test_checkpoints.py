@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
+
 from spikefleet import checkpoints
 from spikefleet.checkpoints import CheckpointFolder, Snapshot, load_checkpoint, optimizer_tensors, restore_optimizer
 from spikefleet.errors import RunError, UserError
-from torch import nn
 
 
 def snapshot(value: float = 1.0) -> Snapshot:
@@ -72,7 +73,8 @@ def test_damaged_file_is_named_with_both_hashes(name: str, damage: str, tmp_path
     file.unlink()
     if damage != "remove":
         file.write_bytes({"flip": content, "truncate": content[:-1], "empty": b""}[damage])
-    with pytest.raises(UserError, match=rf"{name} is damaged: SHA-256 .*, expected [0-9a-f]{{64}}; remove .*step-00000001"):
+    sentence = rf"{name} is damaged: SHA-256 .*, expected [0-9a-f]{{64}}; remove .*step-00000001"
+    with pytest.raises(UserError, match=sentence):
         load_checkpoint(file.parent)
 
 
@@ -83,7 +85,7 @@ def test_manifest_of_another_format_or_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="format 99"):
         load_checkpoint(path)
     (path / "checkpoint.json").write_text("{")
-    with pytest.raises(UserError, match="checkpoint.json cannot be read as JSON"):
+    with pytest.raises(UserError, match=r"checkpoint\.json cannot be read as JSON"):
         load_checkpoint(path)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from spikefleet.config import differences, list_recipes, load_config, parse_config, recipe_header
 from spikefleet.errors import UserError
 from spikefleet_models.build import build_model
@@ -116,7 +117,8 @@ def test_dump_reads_back() -> None:
 
 def test_identity_covers_what_is_learnt_and_nothing_else() -> None:
     config = load_config("digits")
-    for same in ("tracking.every_steps=3", "cluster.max_failures=0", "data.loader_processes=1", "checkpoint.keep_last=9"):
+    here = ("tracking.every_steps=3", "cluster.max_failures=0", "data.loader_processes=1", "checkpoint.keep_last=9")
+    for same in here:
         other = load_config("digits", [same])
         assert other.digest() == config.digest(), same
         assert differences(config.dump(), other.dump()) == [], same

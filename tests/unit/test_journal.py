@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from spikefleet.delivery import MAX_METRICS, MAX_PARAMS_OR_TAGS, next_batch, public_uri
 from spikefleet.errors import UserError
 from spikefleet.journal import DELIVERED, JOURNAL, Entry, Journal

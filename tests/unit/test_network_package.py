@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
 from spikefleet.errors import UserError
 from spikefleet.network_package import (
     CARD,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+
 from spikefleet.config import OptimConfig
 from spikefleet.optimization import build_average, build_optimizer, learning_rate
-from torch import nn
 
 
 def test_step_schedule_changes_at_whole_epochs() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from spikefleet.errors import UserError
 from spikefleet.promotion import Standing, decide, winner_of
 from spikefleet.registry_query import Condition, parse_where

@@ -84,6 +84,16 @@ def test_existing_store_is_reused_refused_or_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "full" / "thesis.tex").exists()
 
 
+def test_overwriting_heals_a_corrupt_store(tmp_path: Path) -> None:
+    first = prepare("digits", None, tmp_path / "store").manifest
+    shard = tmp_path / "store" / first.shards["train"][0].file
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    with pytest.raises(StoreError, match=r"train-00000\.arrow is corrupt.* prepare the store again with overwriting"):
+        prepare("digits", None, tmp_path / "store")
+    prepare("digits", None, tmp_path / "store", overwrite=True)
+    assert Store.open(tmp_path / "store").manifest == first
+
+
 def test_unwritable_place_is_refused_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StoreError, match=r"file/store cannot be written: .*Not a directory"):

@@ -224,3 +224,11 @@ def test_saves_the_convolution_output_and_at_most_the_shortcut(form: str, tensor
 def test_layout_of_the_input_is_kept(layout: torch.memory_format) -> None:
     z, _, _ = inputs(layout)
     assert unit()(z).flatten(0, 1).is_contiguous(memory_format=layout)
+
+
+def test_second_derivatives_are_refused() -> None:
+    z, _, _ = inputs()
+    z.requires_grad_()
+    (grad,) = torch.autograd.grad(unit()(z).sum(), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
