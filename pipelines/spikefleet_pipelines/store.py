@@ -41,7 +41,7 @@ class Store:
         Args:
             store: path or URI of the directory; a path inside `filesystem` when that is given.
             cache_dir: where shards of a remote store are kept; default `$XDG_CACHE_HOME/spikefleet/shards`.
-            verify: check the SHA-256 of every shard, at about 1 GB/s. One process of a job needs to do so; its workers
+            verify: check the SHA-256 of every shard, at 0.5 to 2 GB/s. One process of a job needs to do so; its workers
                 can compare `manifest.content_hash`. Sizes and row counts are always checked.
             filesystem: a `pyarrow.fs.FileSystem`, for end points that no URI describes.
 

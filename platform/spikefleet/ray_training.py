@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 import ray.train
+import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -125,6 +126,8 @@ def _worker(loop_config: dict[str, Any]) -> Outcome:
     config = parse_config(arguments.config, origin="configuration of the run")
     context = ray.train.get_context()
     world = World(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
     outlet: Outlet = RelayOutlet(arguments.relay) if world.leads else Silence()
     store = Store.open(arguments.store, verify=False)  # the driver has verified it
     try:

@@ -121,6 +121,7 @@ def train(
     state = TrainingState(config, world, store.manifest.content_hash, plan.steps_per_epoch)
     folder = CheckpointFolder(run_dir / "checkpoints")
     _resume(state, folder, outlet)
+    _settle_gradient_exchange(state, task, store, plan)
     meter = Meter()
     for epoch in range(state.epoch, config.train.epochs):
         for batch in splits.train.epoch(plan, epoch, start_step=state.step_in_epoch):
@@ -151,6 +152,28 @@ def _resume(state: TrainingState, folder: CheckpointFolder, outlet: Outlet) -> N
     facts = {"parameters": parameters, "device": str(state.world.device), **library_versions()}
     epochs = state.config.train.epochs
     outlet.emit(Started(state.step, epochs * state.steps_per_epoch, state.steps_per_epoch, epochs, facts))
+
+
+def _settle_gradient_exchange(state: TrainingState, task: Task, store: Store, plan: EpochPlan) -> None:
+    """Runs a step that is thrown away, so that a resumed run adds gradients up in the order of one never stopped.
+
+    DDP arranges its buckets anew after the first backward, and with three or more ranks the arrangement decides the order
+    of floating-point sums.
+    """
+    world, config = state.world, state.config
+    if world.size == 1:
+        return
+    loader = BatchLoader(store.split("train"), config.data.transform, train=True, seed=config.train.seed)
+    batch = world.place(next(loader.epoch(plan, epoch=0)), config.train.channels_last)
+    buffers = {name: buffer.clone() for name, buffer in state.network.named_buffers()}
+    state.network.train()
+    with torch.random.fork_rng(), state.autocast():
+        values = task.loss(state.replica, batch)
+    values["loss"].backward()
+    state.optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for name, buffer in state.network.named_buffers():
+            buffer.copy_(buffers[name])
 
 
 # ----------------------------------------------------------------------------------------------- one step

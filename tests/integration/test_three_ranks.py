@@ -1,0 +1,58 @@
+"""Exact resumption with three ranks, where the order in which gradients are added up matters."""
+
+from __future__ import annotations
+
+import os
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from torch import distributed as dist
+
+from spikefleet.checkpoints import load_checkpoint
+from spikefleet.config import load_config
+from spikefleet.events import Silence
+from spikefleet.worker import train
+from spikefleet.world import World
+from spikefleet_pipelines.store import Store
+
+RANKS = 3
+# Above 1 MiB of parameters: DDP then has several buckets, which it arranges anew after its first backward.
+SETTINGS = ["train.epochs=1", "train.global_batch=96", "cluster.workers=3", "checkpoint.every_steps=4"]
+
+
+def rank_process(rank: int, rendezvous: str, store: Path, run_dir: Path, stop_at: int | None) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=RANKS)
+
+    def before_step(world: World, step: int) -> None:
+        if step == stop_at:
+            os._exit(9)
+
+    world = World(rank, RANKS, torch.device("cpu"))
+    train(load_config("digits", SETTINGS), Store.open(store, verify=False), run_dir, world, Silence(), before_step)
+    dist.destroy_process_group()
+
+
+def run(store: Path, run_dir: Path, stop_at: int | None = None) -> list[int | None]:
+    rendezvous = f"file://{run_dir}-rendezvous-{stop_at}"
+    processes = [
+        get_context("spawn").Process(target=rank_process, args=(rank, rendezvous, store, run_dir, stop_at))
+        for rank in range(RANKS)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def test_resumption_with_three_ranks_changes_no_bit(stores_dir: Path, tmp_path: Path) -> None:
+    store = stores_dir / "digits"
+    assert run(store, tmp_path / "undisturbed") == [0] * RANKS
+    assert run(store, tmp_path / "stopped", stop_at=6) == [9] * RANKS, "the planned fault did not fire"
+    assert run(store, tmp_path / "stopped") == [0] * RANKS
+    ends = [load_checkpoint(tmp_path / name / "checkpoints" / "step-00000014") for name in ("undisturbed", "stopped")]
+    for group in ("model", "optimizer"):
+        for name, tensor in ends[0].tensors[group].items():
+            assert torch.equal(tensor, ends[1].tensors[group][name]), f"{group}: {name}"
