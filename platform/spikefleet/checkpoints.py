@@ -6,7 +6,6 @@ the SHA-256 of every other file, is written last; then the directory is renamed.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from spikefleet.errors import RunError, UserError
+from spikefleet.hashing import sha256_of
 from spikefleet.versions import library_versions
 
 _MANIFEST = "checkpoint.json"
@@ -165,11 +165,6 @@ def restore_optimizer(
 
 
 # ------------------------------------------------------------------------------------------------------ files
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from spikefleet.errors import UserError
+from spikefleet.hashing import sha256_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -223,8 +224,3 @@ class _Pictures:
         import torch
 
         return torch.from_numpy(self._images[row].copy())
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

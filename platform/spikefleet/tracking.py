@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from spikefleet.delivery import MAX_METRICS, MAX_PARAMS_OR_TAGS, SPOOL, Delivery, Sender, public_uri
 from spikefleet.errors import UserError
+from spikefleet.hashing import sha256_of
 from spikefleet.journal import JOURNAL, Journal, Record
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -158,9 +159,7 @@ class Tracker:
         """Stores a copy of a file as it is now; it is uploaded under its own name into `folder`."""
         if not path.is_file():
             raise UserError(f"artifact {path}: there is no such file")
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        self._spool(digest, posixpath.join(folder, path.name), lambda copy: shutil.copyfile(path, copy))
+        self._spool(sha256_of(path), posixpath.join(folder, path.name), lambda copy: shutil.copyfile(path, copy))
 
     def log_dict(self, content: object, artifact: str) -> None:
         """Stores something that JSON can hold as an artifact, for example `config.json`."""

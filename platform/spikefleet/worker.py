@@ -157,8 +157,8 @@ def _resume(state: TrainingState, folder: CheckpointFolder, outlet: Outlet) -> N
 def _settle_gradient_exchange(state: TrainingState, task: Task, store: Store, plan: EpochPlan) -> None:
     """Runs a step that is thrown away, so that a resumed run adds gradients up in the order of one never stopped.
 
-    DDP arranges its buckets anew after the first backward, and with three or more ranks the arrangement decides the order
-    of floating-point sums.
+    DDP arranges its buckets anew after the first backward, and with three or more ranks their arrangement decides in
+    which order floating-point numbers are added.
     """
     world, config = state.world, state.config
     if world.size == 1:

@@ -4,9 +4,9 @@
 
 One step is forward, cross-entropy, backward and SGD with momentum on a CIFAR-stem ResNet18 with 10 classes, T = 4,
 batch 16 at 32x32; the ANN twin runs batch 64 = T * B, the same dense work. Variants run interleaved in one process,
-so that the load of a shared machine falls on all of them alike; medians, and the best steps, are printed as ratios to the ANN.
-Peak memory is the rise of the resident set in a process of its own; saved activations are what autograd holds between
-forward and backward.
+so that the load of a shared machine falls on all of them alike; medians, and the best steps, are printed as ratios to
+the ANN. bf16 means autocast and channels_last. Peak memory is the resident set of a process of its own; saved
+activations are what autograd holds between forward and backward.
 """
 
 import argparse
@@ -163,6 +163,10 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     ann = next(iter(VARIANTS))
     variants = [name for name in VARIANTS if name == ann or arguments.only is None or name in arguments.only]
+    # Memory first: a child's ru_maxrss starts from what its parent had reached when it was forked.
+    memory = {}
+    if not arguments.quick:
+        memory = {(v, p): measure_memory_apart(v, p) for v in variants for p in PRECISIONS}
     times = measure_times(variants, 3 if arguments.quick else arguments.rounds)
     figures: dict[str, dict[str, dict[str, float]]] = {}
     columns = ("/ ANN fp32", "/ ANN same", "best/best", "median s", "saved MiB", "rise MiB", "peak MiB")
@@ -177,10 +181,10 @@ def main() -> None:
                 "median_seconds": median,
             }
             line = f"{variant:28}{precision:6}" + "".join(f"{value:12.3f}" for value in row.values())
-            if not arguments.quick:
-                memory = measure_memory_apart(variant, precision)
-                line += "".join(f"{memory[key]:12.0f}" for key in ("saved_mib", "rise_mib", "peak_mib"))
-                row.update(memory)
+            if memory:
+                used = memory[variant, precision]
+                line += "".join(f"{used[key]:12.0f}" for key in ("saved_mib", "rise_mib", "peak_mib"))
+                row.update(used)
             print(line, flush=True)
             figures.setdefault(variant, {})[precision] = row
     if arguments.json:
