@@ -135,6 +135,12 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _sync_bn_has_gpus(self) -> Self:
+        if self.train.sync_bn and not self.cluster.gpu:
+            raise ValueError("train.sync_bn=true needs GPUs (torch has it for CUDA only); add --gpu or leave it out")
+        return self
+
     @property
     def registered_name(self) -> str:
         return self.registry.name or self.recipe

@@ -95,7 +95,7 @@ def train_on_ray(
     cluster = config.cluster
     with ray_session(address, cpus=cluster.workers * cluster.cpus_per_worker, verbose=verbose):
         relay = EventRelay.remote()  # type: ignore[attr-defined]
-        arguments = WorkerArguments(config.dump(), str(store.location), str(run_dir), relay, before_step)
+        arguments = WorkerArguments(config.dump(), _anywhere(store.location), str(run_dir), relay, before_step)
         trainer = TorchTrainer(
             _worker,
             train_loop_config={"arguments": arguments},
@@ -118,6 +118,11 @@ def train_on_ray(
     if outcome.failure is not None:
         raise RunError(outcome.failure)
     return outcome
+
+
+def _anywhere(location: str) -> str:
+    """A local path made absolute: workers have other working directories. URIs stay."""
+    return location if "://" in location else str(Path(location).absolute())
 
 
 def _worker(loop_config: dict[str, Any]) -> Outcome:

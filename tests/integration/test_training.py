@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from spikefleet.checkpoints import CheckpointFolder, Snapshot, load_checkpoint
 from spikefleet.config import Config, load_config
@@ -15,6 +17,7 @@ from spikefleet.ray_training import train_on_ray
 from spikefleet.tasks.classification import Classification
 from spikefleet.worker import NonFiniteError, Outcome, train
 from spikefleet.world import World
+from spikefleet_pipelines.sources import prepare
 from spikefleet_pipelines.store import Store
 
 SMALL = ["model.width=0.125", "train.epochs=1", "tracking.every_steps=1", "cluster.workers=0"]
@@ -169,3 +172,23 @@ def test_health_and_gradients_are_reported(store: Store, tmp_path: Path) -> None
     for name in ("confusion.png", "predictions.png", "learning_curve.png", "evaluation.json"):
         assert (tmp_path / "report" / name).stat().st_size > 500
     assert outcome.history[-1]["val/top1"] == outcome.validation["top1"]
+
+
+@pytest.mark.parametrize("layout", ["false", "true"])
+def test_encoded_pictures_of_varying_size(layout: str, tmp_path: Path) -> None:
+    """ImageNet's layout and recipe, with a narrow network and small crops."""
+    draw = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 3)):
+        for name, level in (("bright", 200), ("dark", 60)):
+            folder = tmp_path / "raw" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = draw.normal(level, 20, (40 + number, 50, 3)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.jpg")
+    store = prepare("image_folder", tmp_path / "raw", tmp_path / "store")
+    small = ["model.width=0.125", "model.num_classes=2", "train.epochs=3", "train.global_batch=8", "optim.lr=0.01"]
+    crops = ["data.transform.random_resized_crop=32", "data.transform.resize=36", "data.transform.center_crop=32"]
+    settings = [*small, *crops, "data.loader_processes=1", "cluster.workers=0", f"train.channels_last={layout}"]
+    outcome, _ = run(load_config("imagenet_sg_resnet18", settings), store, tmp_path / "run")
+    assert outcome.steps == 9
+    assert outcome.test["top1"] >= 0.5

@@ -48,6 +48,7 @@ def test_paper_schedules() -> None:
         ("model.timesteps=1.5", ("model.timesteps=1.5", "integer")),
         ("model.connection=or", ("model.connection='or'", "bsg")),
         ("train.global_batch=33", ("global_batch=33", "2 workers", "32 or 34")),
+        ("train.sync_bn=true", ("sync_bn", "--gpu")),
         ("optim.milestones=[3]", ("milestones=[3]", "schedule=cosine")),
         ("optim.schedule=step", ("milestones", "for example")),
         ("data.source=digit", ("data.source='digit'", "'digits'")),

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import spikefleet.cli
 import typer
 import yaml
 from jsonschema import Draft202012Validator
+
+import spikefleet.cli
 from spikefleet.config import list_recipes
 
 Manifest = dict[str, Any]

@@ -232,9 +232,7 @@ def test_bad_config_is_refused_by_field(fields: dict[str, object], message: str)
 
 
 def test_missing_data_says_where_it_looked_and_what_to_do(tmp_path: Path, store: Store) -> None:
-    with pytest.raises(
-        SourceError, match=r"'cifar10' was not given a root.*spikefleet data prepare cifar10 --root DIR"
-    ):
+    with pytest.raises(SourceError, match=r"'cifar10' was not given a root.*spikefleet data prepare cifar10 DIR"):
         open_or_prepare(DataConfig(source="cifar10"), tmp_path)
     with pytest.raises(SourceError, match=rf"not found: {tmp_path}/absent is missing.*cifar-10-python\.tar\.gz"):
         open_or_prepare(DataConfig(source="cifar10", root=tmp_path / "absent"), tmp_path)

@@ -365,7 +365,7 @@ def test_damaged_cifar_is_refused(tmp_path: Path, content: bytes, message: str) 
 def test_missing_cifar_file_is_named(tmp_path: Path) -> None:
     write_cifar10(tmp_path / "raw")
     (tmp_path / "raw" / "data_batch_4").unlink()
-    with pytest.raises(SourceError, match=r"raw/data_batch_4 is missing.*spikefleet data prepare cifar10 --root DIR"):
+    with pytest.raises(SourceError, match=r"raw/data_batch_4 is missing.*spikefleet data prepare cifar10 DIR"):
         prepare("cifar10", tmp_path / "raw", tmp_path / "store")
 
 
