@@ -15,7 +15,7 @@ touching a network or a state dict. Three ways exist:
   modules;
 * reference: the formulas with plain autograd and SpikingJelly's step equations, for tests and benchmarks.
 
-Batch statistics are shared over T, B, H and W (spec: batch norm over merged (T, N), as in the SEW ResNet code).
+Batch statistics are shared over T, B, H and W, merged as in the SEW ResNet code.
 Whatever the type of z, normalisation and membrane are fp32 and spikes come back in the type of z.
 """
 

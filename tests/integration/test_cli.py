@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -13,7 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from spikefleet.cli import app
 from spikefleet_pipelines.store import Store
 
 SPIKEFLEET = str(Path(sys.executable).with_name("spikefleet"))
@@ -26,23 +29,26 @@ class Desk:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def run(self, *words: str, exit_code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *words: str) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             [SPIKEFLEET, *words],
             cwd=self.folder,
-            env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1", **environment},
+            env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"},
             capture_output=True,
             text=True,
             check=False,
             timeout=280,
         )
-        assert done.returncode == exit_code, f"{words}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert done.returncode == 0, f"{words}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr
         return done
 
-    def refuse(self, *words: str, **environment: str) -> str:
-        """The sentence of a command that ends with exit code 2."""
-        return " ".join(self.run(*words, exit_code=2, **environment).stderr.split())
+    def refuse(self, *words: str) -> str:
+        """The sentence of a command that ends with exit code 2; in this process, which has the libraries loaded."""
+        with contextlib.chdir(self.folder):
+            done = CliRunner().invoke(app, words)
+        assert done.exit_code == 2, f"{words}: exit code {done.exit_code}\n{done.output}\n{done.exception!r}"
+        return " ".join(done.stderr.split())
 
 
 @pytest.fixture(scope="module")
@@ -257,6 +263,13 @@ def test_corrupt_shard_is_named_with_its_hash(desk: Desk) -> None:
     sentence = desk.refuse("train", "digits", "data.store=spoilt", "--workers", "0")
     assert shard.name in sentence
     assert "SHA-256" in sentence
+
+
+def test_a_refusal_as_the_shell_sees_it(empty: Desk) -> None:
+    done = subprocess.run([SPIKEFLEET, "train", "digit"], cwd=empty.folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "error: there is no recipe 'digit'; did you mean 'digits'?\n"
 
 
 def test_interruption_leaves_a_run_that_goes_on(desk: Desk) -> None:

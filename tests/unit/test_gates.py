@@ -110,7 +110,7 @@ def test_learned_gate_gradients_equal_the_formula(threshold: float) -> None:
 
 
 def test_learned_gate_slope_at_the_start() -> None:
-    # dY/dH = G + (H - X) W surrogate'(W H + B - thr); the ATan slope at +-0.5 is 0.288 (specification, section 2.2)
+    # dY/dH = G + (H - X) W surrogate'(W H + B - thr); the ATan slope at +-0.5 is 0.288
     _, grad_h, _ = gradients(learned(1.0, 0.0), H, X)
     assert grad_h.flatten().tolist() == pytest.approx([0, -0.288, 1 + 0.288, 1], abs=1e-3)
 
