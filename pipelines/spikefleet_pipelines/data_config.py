@@ -4,6 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
@@ -30,6 +31,14 @@ class DataConfig(BaseModel):
     @classmethod
     def _known(cls, name: str) -> str:
         return find_source(name).name
+
+    @field_validator("store")
+    @classmethod
+    def _no_credentials(cls, store: str | None) -> str | None:
+        # The config is logged and goes with every registered model.
+        if store is not None and "://" in store and "@" in urlsplit(store).netloc:
+            raise ValueError("a URI with credentials would be logged; give them by the environment instead")
+        return store
 
     @model_validator(mode="after")
     def _options_are_known(self) -> Self:

@@ -72,6 +72,7 @@ class CheckpointFolder:
             write_json(partial / _MANIFEST, manifest)
             for path in partial.iterdir():
                 _flush(path)
+            _flush(partial)
             shutil.rmtree(final, ignore_errors=True)
             partial.replace(final)
             _flush(self.folder)

@@ -23,6 +23,7 @@ from spikefleet_models.build import ModelConfig
 from spikefleet_pipelines.data_config import DataConfig
 
 _RECIPE_LIMIT_BYTES = 1 << 20
+_PLAIN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
 
 class Section(BaseModel):
@@ -76,7 +77,7 @@ class OptimConfig(Section):
 
 
 class ClusterConfig(Section):
-    """Where it runs. Nothing here changes what is learnt."""
+    """Where it runs. Workers see other samples together in batch norm, and threads add up in another order."""
 
     workers: int = Field(1, ge=0, description="Ray Train workers; 0 trains in this process, without Ray")
     gpu: bool = Field(False, description="one GPU for each worker")
@@ -106,13 +107,13 @@ class RegistryConfig(Section):
     """Under which name the best checkpoint is registered."""
 
     register_best: bool = True
-    name: str | None = Field(None, description="registered model; `<recipe>` if not given")
+    name: str | None = Field(None, pattern=_PLAIN_NAME, description="registered model; the recipe's name if not given")
 
 
 class Config(Section):
     """One training run."""
 
-    recipe: str = Field(description="name of the recipe")
+    recipe: str = Field(pattern=_PLAIN_NAME, description="name of the recipe")
     task: Literal["classification"] = "classification"
     model: ModelConfig
     data: DataConfig
@@ -154,11 +155,12 @@ class Config(Section):
         return hashlib.sha256(json.dumps(_identity(self.dump()), sort_keys=True).encode()).hexdigest()
 
 
-# What may differ between a run and its resumption: none of it changes a single bit of the result ...
+# What may differ between a run and its resumption: none of it changes a single bit of the result.
 _NOT_IDENTITY = (
-    "tracking",
+    "tracking.experiment",
+    "tracking.every_steps",
     "registry",
-    "cluster",
+    "cluster.max_failures",
     "checkpoint.every_epochs",
     "checkpoint.every_steps",
     "checkpoint.keep_last",
@@ -166,7 +168,6 @@ _NOT_IDENTITY = (
     "data.store",
     "data.loader_processes",
 )
-# ... except the number of workers, which is checked apart: it moves samples between batch-norm statistics.
 
 
 def _identity(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

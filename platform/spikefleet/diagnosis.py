@@ -71,6 +71,8 @@ def _ray() -> Finding:
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         return Finding("good", "Ray", "RAY_ADDRESS is not set: a local Ray is started for each run")
+    if address in ("auto", "local"):
+        return Finding("good", "Ray", f"RAY_ADDRESS={address}")
     host, _, port = address.removeprefix("ray://").rpartition(":")
     answers = port.isdigit() and _answers(host, int(port))
     return Finding("good" if answers else "bad", "Ray", f"{address} {'answers' if answers else 'does not answer'}")

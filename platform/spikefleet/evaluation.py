@@ -16,6 +16,14 @@ from spikefleet_models.health import SpikeMonitor
 from spikefleet_pipelines.loading import BatchLoader
 from spikefleet_pipelines.sampling import EvaluationPlan
 
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any]:
+    """The arithmetic of forward passes that a configuration asks for, in training and in all use afterwards."""
+    dtype = _AUTOCAST.get(config.train.precision)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -34,7 +42,6 @@ def evaluate(
     loader: BatchLoader,
     config: Config,
     world: World,
-    autocast: AbstractContextManager[Any] | None = None,
 ) -> Evaluation | None:
     """Predictions for every sample of the loader's split; on rank 0, None elsewhere."""
     was_training = network.training
@@ -49,7 +56,7 @@ def evaluate(
     rows: list[tuple[int, Any, Any]] = []
     for position, batch in enumerate(loader.epoch(plan, epoch=0)):
         here = world.place(batch, config.train.channels_last)
-        with autocast or nullcontext(), monitor if position == 0 else nullcontext():
+        with autocast(config, world.device), monitor if position == 0 else nullcontext():
             predictions = task.predict(network, here)
         rows += zip(batch.indices.tolist(), predictions, batch.targets.tolist(), strict=True)
     network.train(was_training)

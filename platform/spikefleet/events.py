@@ -21,7 +21,7 @@ class Started:
 
 @dataclass(frozen=True)
 class StepDone:
-    """Means over the steps since the last such event, up to `step`."""
+    """Figures of one step; `images_per_second` is since the last such event."""
 
     epoch: int
     step: int
@@ -38,6 +38,7 @@ class EpochDone:
     best: bool
     layers: tuple[Mapping[str, Any], ...] = ()
     gradients: tuple[Mapping[str, Any], ...] = ()
+    """Norms of each parameter's gradient in the last step, after clipping."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,13 @@ class Note:
 
 
 @dataclass(frozen=True)
-class Restarted:
-    """A worker died or raised; the group starts again from the latest committed checkpoint."""
+class WorkerFailed:
+    """A worker died or raised; unless that was once too often, the group starts again from the latest checkpoint."""
 
     reason: str
 
 
-Event = Started | StepDone | EpochDone | CheckpointSaved | Note | Restarted
+Event = Started | StepDone | EpochDone | CheckpointSaved | Note | WorkerFailed
 
 
 class Outlet(Protocol):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from spikefleet.config import Config
-from spikefleet.events import CheckpointSaved, EpochDone, Event, Note, Restarted, Started, StepDone
+from spikefleet.events import CheckpointSaved, EpochDone, Event, Note, Started, StepDone, WorkerFailed
 from spikefleet.progress import Display
 from spikefleet.runs import Run
 from spikefleet.tracking import Tracker
 from spikefleet.versions import code_version
+
+log = logging.getLogger(__name__)
 
 
 class RunObserver:
@@ -19,6 +22,7 @@ class RunObserver:
 
     def __init__(self, run: Run, tracker: Tracker, display: Display) -> None:
         self._run, self._tracker, self._display = run, tracker, display
+        self._started = False
 
     def begin(self, config: Config, data: Mapping[str, Any]) -> None:
         """Logs what is known before the first step: every field of the configuration, code version and data."""
@@ -26,21 +30,30 @@ class RunObserver:
         self._tracker.log_params(_flat(dump))
         self._tracker.log_dict(dump, "config.json")
         self._tracker.set_tags({"recipe": config.recipe, "task": config.task, "code_version": code_version(), **data})
+        self._tracker.set_tags({"restarts": self._run.record()["restarts"], "failure": ""})
 
     def emit(self, event: Event) -> None:
+        """Never raises for want of disk space: a training is worth more than its curves."""
         self._display.show(event)
+        try:
+            self._track(event)
+        except OSError as error:
+            log.warning("%s: could not be tracked: %s", type(event).__name__, error)
+
+    def _track(self, event: Event) -> None:
         match event:
             case Started():
                 self._tracker.set_tags({f"fact.{name}": value for name, value in event.facts.items()})
+                if self._started:
+                    restarts = self._run.record()["restarts"] + 1
+                    self._run.note(restarts=restarts)
+                    self._tracker.set_tags({"restarts": restarts})
+                self._started = True
             case StepDone():
                 self._tracker.log_metrics(event.metrics, step=event.step)
             case EpochDone():
                 self._epoch(event)
-            case Restarted():
-                restarts = self._run.record().get("restarts", 0) + 1
-                self._run.note(restarts=restarts)
-                self._tracker.set_tags({"restarts": restarts})
-            case CheckpointSaved() | Note():
+            case CheckpointSaved() | Note() | WorkerFailed():
                 pass
 
     def _epoch(self, event: EpochDone) -> None:

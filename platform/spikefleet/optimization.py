@@ -36,7 +36,7 @@ def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, epochs: 
     """
     position = step / steps_per_epoch
     if position < config.warmup_epochs:
-        return config.lr * (step + 1) / (config.warmup_epochs * steps_per_epoch)
+        return config.lr * min(1.0, (step + 1) / (config.warmup_epochs * steps_per_epoch))
     if config.schedule == "constant":
         return config.lr
     if config.schedule == "step":

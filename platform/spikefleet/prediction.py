@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from spikefleet.errors import UserError
+from spikefleet.evaluation import autocast
 from spikefleet.network_package import preprocess
 from spikefleet.trained_network import TrainedNetwork
 from spikefleet.world import pick_device
@@ -39,7 +40,8 @@ def predict_files(
     for pixels in pictures:
         images = preprocess(pixels[None], trained.config.dump()).to(device)
         placeholder = torch.zeros(1, dtype=torch.int64, device=device)
-        predictions += trained.task.predict(network, Batch(images, placeholder, placeholder, 1))
+        with autocast(trained.config, device):
+            predictions += trained.task.predict(network, Batch(images, placeholder, placeholder, 1))
     if out is not None:
         trained.task.draw([torch.from_numpy(pixels) for pixels in pictures], predictions, None, out)
     return [
@@ -72,7 +74,7 @@ def _read(file: Path, channels: int, shape: tuple[int, int, int] | None) -> NDAr
     try:
         with Image.open(file) as opened:
             picture = ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise UserError(f"picture {file} cannot be read: {error}") from None
     if shape is not None and picture.size != (shape[2], shape[1]):
         picture = picture.resize((shape[2], shape[1]), Image.Resampling.BILINEAR)

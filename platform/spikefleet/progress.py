@@ -9,7 +9,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from spikefleet.events import CheckpointSaved, EpochDone, Event, Note, Restarted, Started, StepDone
+from spikefleet.events import CheckpointSaved, EpochDone, Event, Note, Started, StepDone, WorkerFailed
 
 _PLAIN_LINE_EVERY_S = 15.0
 
@@ -59,16 +59,20 @@ class LiveDisplay:
                 )
             case EpochDone():
                 self._progress.update(self._task, completed=event.step)
-                self._progress.console.print(_epoch_line(event, self._epochs))
-            case Restarted():
-                self._progress.console.print(f"[yellow]restarting:[/] {event.reason}")
+                self._print(_epoch_line(event, self._epochs))
+            case WorkerFailed():
+                self._print(f"a worker failed: {event.reason}", style="yellow")
             case Note():
-                self._progress.console.print(event.text)
+                self._print(event.text)
             case CheckpointSaved():
                 pass
 
     def close(self) -> None:
         self._progress.stop()
+
+    def _print(self, line: str, style: str | None = None) -> None:
+        # No markup: reasons of failures hold square brackets of their own.
+        self._progress.console.print(line, style=style, markup=False, highlight=False)
 
 
 class PlainDisplay:
@@ -91,8 +95,8 @@ class PlainDisplay:
                 self._print(f"{line}  {_step_figures(event.metrics)}  {self._remaining(event.step)}")
             case EpochDone():
                 self._print(f"{_epoch_line(event, self._epochs)}  {self._remaining(event.step)}")
-            case Restarted():
-                self._print(f"restarting: {event.reason}")
+            case WorkerFailed():
+                self._print(f"a worker failed: {event.reason}")
             case Note():
                 self._print(event.text)
             case _:

@@ -15,6 +15,8 @@ class Standing:
 
     version: int
     value: float | None
+    data: str | None = None
+    """Hash of the data that the value was measured on."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ def decide(champion: Standing | None, candidate: Standing, metric: str, mode: Mo
         )
     if champion.value is None or isnan(champion.value):
         return Decision("challenger", f"champion version {champion.version} has no {metric} to compare with")
+    if champion.data != candidate.data:
+        return Decision("challenger", f"champion version {champion.version} was measured on other data")
     better = candidate.value > champion.value if mode == "max" else candidate.value < champion.value
     compared = (
         f"{metric} {candidate.value:.6g} of version {candidate.version} is {'' if better else 'not '}better than "

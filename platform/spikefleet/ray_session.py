@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from spikefleet.errors import UserError
@@ -29,10 +29,10 @@ def quiet_ray() -> None:
 
 
 @contextmanager
-def ray_session(address: str | None = None, *, cpus: float = 1, verbose: bool = False) -> Iterator[None]:
-    """Connects to the cluster at `address` (or RAY_ADDRESS), else starts Ray in this machine; inside one, does nothing.
+def ray_session(address: str | None = None, *, cpus: float = 1, gpus: int = 0, verbose: bool = False) -> Iterator[None]:
+    """Connects to the cluster at `address` (or RAY_ADDRESS), else starts Ray on this machine; inside one, does nothing.
 
-    Raises UserError when nothing answers at the address, or when this machine has fewer CPUs than asked for.
+    Raises UserError when nothing answers at the address, or when there are fewer CPUs or GPUs than asked for.
     """
     quiet_ray()
     import ray
@@ -45,16 +45,10 @@ def ray_session(address: str | None = None, *, cpus: float = 1, verbose: bool = 
     if address:
         _refuse_dead_address(address)
         try:
-            ray.init(address=address, log_to_driver=verbose, logging_level=level)
+            ray.init(address=address, log_to_driver=verbose, logging_level=level, runtime_env=_network_settings())
         except (ConnectionError, RuntimeError, TimeoutError, OSError) as error:
             raise UserError(f"Ray at {address!r} refused the connection: {_first_line(error)}") from None
     else:
-        present = os.cpu_count() or 1
-        if cpus > present:
-            raise UserError(
-                f"{cpus:g} CPUs are needed (cluster.workers x cluster.cpus_per_worker), this machine has {present}; "
-                "lower --workers or cluster.cpus_per_worker, or give the --address of a cluster"
-            )
         ray.init(
             address="local",
             log_to_driver=verbose,
@@ -65,9 +59,31 @@ def ray_session(address: str | None = None, *, cpus: float = 1, verbose: bool = 
     # The raylet's own words about a dead worker pass by log_to_driver; the run says in a line what happened.
     ray._private.worker._worker_logs_enabled = verbose
     try:
+        where = "the cluster" if address else "Ray here"
+        _refuse_too_little(ray.cluster_resources(), {"CPU": cpus, "GPU": gpus}, where)
         yield
     finally:
         ray.shutdown()
+
+
+_NEED = {"CPU": "cluster.workers x cluster.cpus_per_worker", "GPU": "one for each of cluster.workers"}
+
+
+def _refuse_too_little(present: Mapping[str, float], needed: Mapping[str, float], where: str) -> None:
+    """Ray would wait for ever for what is not there."""
+    for kind, amount in needed.items():
+        if amount > present.get(kind, 0):
+            raise UserError(
+                f"{amount:g} {kind}s are needed ({_NEED[kind]}), "
+                f"{where} has {present.get(kind, 0):g}; lower --workers"
+                + (" or leave out --gpu" if kind == "GPU" else " or cluster.cpus_per_worker")
+                + ", or give the --address of a larger cluster"
+            )
+
+
+def _network_settings() -> dict[str, dict[str, str]]:
+    """What this process has been told about network interfaces (GLOO_SOCKET_IFNAME and the like), for all workers."""
+    return {"env_vars": {key: value for key, value in os.environ.items() if key.startswith(("GLOO_", "NCCL_"))}}
 
 
 def _refuse_dead_address(address: str) -> None:

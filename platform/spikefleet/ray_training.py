@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 import signal
 import threading
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,20 +16,24 @@ from typing import Any
 import ray
 import ray.train
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.exceptions import RayError
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from spikefleet.checkpoints import read_json, write_json
 from spikefleet.config import Config, parse_config
 from spikefleet.errors import RunError, UserError
-from spikefleet.events import Event, Outlet, Restarted, Silence
+from spikefleet.events import Event, Outlet, Silence, WorkerFailed
 from spikefleet.ray_session import ray_session
-from spikefleet.worker import NonFiniteError, Outcome, train
+from spikefleet.worker import BeforeStep, NonFiniteError, Outcome, train
 from spikefleet.world import World
+from spikefleet_pipelines.manifest import StoreError
 from spikefleet_pipelines.store import Store
 
 _POLL_S = 0.2
 
-BeforeStep = Callable[[World, int], None]
+log = logging.getLogger(__name__)
 
 
 @ray.remote(num_cpus=0)
@@ -55,7 +61,7 @@ class RelayOutlet:
         self._relay.put.remote(event)
 
 
-class RestartNotes(UserCallback):
+class FailureNotes(UserCallback):
     """Runs in Ray Train's controller, where an exception would end the run: it only sends."""
 
     def __init__(self, relay: Any) -> None:
@@ -63,7 +69,16 @@ class RestartNotes(UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         reasons = {f"rank {rank}: {_headline(error)}" for rank, error in worker_exceptions.items()}
-        self._relay.put.remote(Restarted("; ".join(sorted(reasons))))
+        self._relay.put.remote(WorkerFailed("; ".join(sorted(reasons))))
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """Why a training ended early in a way that no restart could heal."""
+
+    reason: str
+    mendable: bool
+    """By the user: exit code 2 instead of 1."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +88,16 @@ class WorkerArguments:
     config: dict[str, Any]
     store: str
     run_dir: str
+    launch_dir: str
     relay: Any
     before_step: BeforeStep | None
+
+
+def session_for(config: Config, address: str | None, verbose: bool) -> AbstractContextManager[None]:
+    """A Ray session that has what a configuration needs. Raises as `ray_session`."""
+    cluster = config.cluster
+    gpus = cluster.workers if cluster.gpu else 0
+    return ray_session(address, cpus=cluster.workers * cluster.cpus_per_worker, gpus=gpus, verbose=verbose)
 
 
 def train_on_ray(
@@ -93,9 +116,14 @@ def train_on_ray(
     Raises RunError when that does not help, and UserError when Ray cannot be reached.
     """
     cluster = config.cluster
-    with ray_session(address, cpus=cluster.workers * cluster.cpus_per_worker, verbose=verbose):
-        relay = EventRelay.remote()  # type: ignore[attr-defined]
-        arguments = WorkerArguments(config.dump(), _anywhere(store.location), str(run_dir), relay, before_step)
+    with session_for(config, address, verbose):
+        # On the driver's own node: it then lives as long as the driver.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        relay = EventRelay.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+        launch = f"launch-{uuid.uuid4().hex[:12]}"
+        arguments = WorkerArguments(
+            config.dump(), _anywhere(store.location), str(run_dir), str(run_dir / "ray" / launch), relay, before_step
+        )
         trainer = TorchTrainer(
             _worker,
             train_loop_config={"arguments": arguments},
@@ -107,16 +135,17 @@ def train_on_ray(
             ),
             run_config=RunConfig(
                 # Ray's own record of a launch; what a run resumes from are spikefleet's checkpoints.
-                name=f"launch-{uuid.uuid4().hex[:12]}",
+                name=launch,
                 storage_path=str(run_dir / "ray"),
                 failure_config=FailureConfig(max_failures=cluster.max_failures),
-                callbacks=[RestartNotes(relay)],
+                callbacks=[FailureNotes(relay)],
             ),
         )
         with _pumped(relay, outlet):
             outcome = _fit(trainer)
-    if outcome.failure is not None:
-        raise RunError(outcome.failure)
+        shutil.rmtree(run_dir / "ray" / launch, ignore_errors=True)
+    if isinstance(outcome, Stopped):
+        raise (UserError if outcome.mendable else RunError)(outcome.reason)
     return outcome
 
 
@@ -125,8 +154,11 @@ def _anywhere(location: str) -> str:
     return location if "://" in location else str(Path(location).absolute())
 
 
-def _worker(loop_config: dict[str, Any]) -> Outcome:
-    """The body of a Ray Train worker."""
+def _worker(loop_config: dict[str, Any]) -> Outcome | Stopped:
+    """The body of a Ray Train worker.
+
+    What a restart cannot heal is written down before it ends the group; the group that Ray then starts only reads it.
+    """
     arguments: WorkerArguments = loop_config["arguments"]
     config = parse_config(arguments.config, origin="configuration of the run")
     context = ray.train.get_context()
@@ -134,18 +166,22 @@ def _worker(loop_config: dict[str, Any]) -> Outcome:
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     outlet: Outlet = RelayOutlet(arguments.relay) if world.leads else Silence()
-    store = Store.open(arguments.store, verify=False)  # the driver has verified it
+    stopped = Path(arguments.launch_dir) / "stopped.json"
+    if stopped.is_file():
+        return Stopped(**read_json(stopped))
     try:
+        store = Store.open(arguments.store, verify=False)  # the driver has verified it
         return train(config, store, Path(arguments.run_dir), world, outlet, arguments.before_step)
     except NonFiniteError as error:
-        # All ranks stop here together, and would again: a restart could not help, so this is no failure of a worker.
-        return Outcome(0, "", {}, {}, (), failure=str(error))
+        return Stopped(str(error), mendable=False)  # all ranks raise it together, so this ends the group by itself
+    except (UserError, StoreError, RunError) as error:
+        with suppress(OSError):
+            stopped.parent.mkdir(parents=True, exist_ok=True)
+            write_json(stopped, {"reason": str(error), "mendable": not isinstance(error, RunError)})
+        raise
 
 
-def _fit(trainer: TorchTrainer) -> Outcome:
-    from ray.exceptions import RayError
-    from ray.train import TrainingFailedError
-
+def _fit(trainer: TorchTrainer) -> Outcome | Stopped:
     handler = signal.getsignal(signal.SIGINT)
     try:
         result = trainer.fit()
@@ -154,8 +190,10 @@ def _fit(trainer: TorchTrainer) -> Outcome:
         raise KeyboardInterrupt from None
     except TrainingFailedError as error:
         cause = _cause(error)
-        if isinstance(cause, UserError):
+        if isinstance(cause, UserError | RunError):
             raise cause from None
+        if isinstance(cause, StoreError):
+            raise UserError(str(cause)) from None
         raise RunError(f"the workers failed more often than cluster.max_failures allows: {_headline(cause)}") from error
     except RayError as error:
         raise RunError(
@@ -164,7 +202,7 @@ def _fit(trainer: TorchTrainer) -> Outcome:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, handler)  # fit leaves its own behind
-    outcome: Outcome = result.return_value
+    outcome: Outcome | Stopped = result.return_value
     return outcome
 
 
@@ -188,7 +226,14 @@ def _pumped(relay: Any, outlet: Outlet) -> Iterator[None]:
     done = threading.Event()
 
     def drain() -> None:
-        for event in ray.get(relay.drain.remote()):
+        try:
+            events = ray.get(relay.drain.remote())
+        except RayError as error:
+            if not done.is_set():
+                done.set()
+                log.warning("events of the workers no longer arrive (%s); training itself goes on", _headline(error))
+            return
+        for event in events:
             outlet.emit(event)
 
     def pump() -> None:

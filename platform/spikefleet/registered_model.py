@@ -19,7 +19,7 @@ class RegisteredNetwork(mlflow.pyfunc.PythonModel):
 
     # MLflow knows this type hint, and warns of most others and of none.
     def predict(self, context: Any, model_input: np.ndarray, params: Any = None) -> Any:
-        """Resizes and normalises as in evaluation, then runs the network."""
+        """Resizes and normalises as in evaluation, then runs the network in fp32."""
         images = preprocess(model_input, self._config)
         with torch.inference_mode():
             return self._network(images).float().softmax(dim=1).numpy()

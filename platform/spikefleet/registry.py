@@ -131,7 +131,7 @@ def promote(name: str, version: int, metric: str, mode: Mode = "max", *, trackin
     with connect(_uri(tracking_uri)) as client:
         before = find_model(client, name)
         candidate = before.pick(version)
-        own = Standing(version, candidate.metric(metric))
+        own = _of(candidate, metric)
         if own.value is None:
             has = ", ".join(candidate.metrics) or "none"
             raise UserError(f"{candidate.uri} has no metric {metric!r}; it has {has}")
@@ -147,7 +147,7 @@ def promote(name: str, version: int, metric: str, mode: Mode = "max", *, trackin
                 if v.tags.get(_PROMOTION) == asking
                 or (v.tags.get(_PROMOTION) == settled and v.version not in settled_before)
             ]
-            winner = winner_of(champion, [Standing(v.version, v.metric(metric)) for v in asked], metric, mode)
+            winner = winner_of(champion, [_of(v, metric) for v in asked], metric, mode)
             if winner is None or winner == champion:
                 break
             client.set_registered_model_alias(name, CHAMPION, str(winner.version))
@@ -316,4 +316,8 @@ def _package(uri: str | Path, tracking_uri: str | None) -> Iterator[tuple[Path, 
 
 
 def _standing(version: RegisteredVersion | None, metric: str) -> Standing | None:
-    return None if version is None else Standing(version.version, version.metric(metric))
+    return None if version is None else _of(version, metric)
+
+
+def _of(version: RegisteredVersion, metric: str) -> Standing:
+    return Standing(version.version, version.metric(metric), version.tags.get("data_hash"))

@@ -38,7 +38,7 @@ def connect(tracking_uri: str) -> "Iterator[MlflowClient]":
 
     try:
         yield MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
-    except MlflowException as error:
+    except (MlflowException, OSError) as error:  # an artifact store answers by requests' errors, which are OSErrors
         reason = str(error).splitlines()[0][:300]
         shown = public_uri(tracking_uri)
         raise UserError(f"the registry at {shown} fails: {reason.replace(tracking_uri, shown)}") from error

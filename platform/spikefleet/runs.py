@@ -108,10 +108,6 @@ class Run:
     def _complaints(self, config: Config, data_hash: str) -> list[str]:
         saved: Mapping[str, Any] = read_json(self.path / "config.json")
         complaints = differences(saved, config.dump())
-        before = max(1, saved["cluster"]["workers"])
-        wanted = max(1, config.cluster.workers)
-        if before != wanted:
-            complaints.append(f"cluster.workers: {before} in the run, {wanted} asked for")
         if (held := self.data_facts()["content_hash"]) != data_hash:
             complaints.append(f"data: content {held[:12]} in the run, {data_hash[:12]} now")
         return complaints
@@ -119,10 +115,15 @@ class Run:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Holds the run for this process. Raises UserError when another process trains it already."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("a+") as file:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("a+")
+        except OSError as error:
+            raise UserError(f"run directory {self.path} cannot be written: {error}; give another --runs-dir") from None
+        with file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Not flock: loader processes would inherit it, and hold it when this process is killed.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 file.seek(0)
                 raise UserError(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from spikefleet.config import Config
 from spikefleet.data_access import open_data
+from spikefleet.delivery import public_uri
 from spikefleet.errors import RunError, UserError
 from spikefleet.events import Outlet
 from spikefleet.journal import Journal
@@ -20,13 +22,10 @@ from spikefleet.ray_session import quiet_ray
 from spikefleet.registration import register_run
 from spikefleet.registry import Promotion
 from spikefleet.runs import Run, check_run_name, default_run_name
-from spikefleet.tasks import build_task
 from spikefleet.tracking import Tracker, resolve_tracking_uri, sync
-from spikefleet.worker import Outcome, train
+from spikefleet.worker import BeforeStep, Outcome, prepare_parts, train
 from spikefleet.world import World, pick_device
 from spikefleet_pipelines.store import Store
-
-BeforeStep = Callable[[World, int], None]
 
 _FLUSH_S = 30.0
 _INTERRUPTED_FLUSH_S = 3.0
@@ -68,18 +67,28 @@ def run_training(
     run = Run(launch.runs_dir.resolve() / check_run_name(launch.name or default_run_name(config)))
     pick_device(config.cluster.gpu and config.cluster.workers == 0)
     store = open_data(config.data, launch.stores_dir, console)
-    build_task(config, store.manifest.class_names)
-    with run.lock():
+    prepare_parts(config, store, World(0, max(1, config.cluster.workers), torch.device("cpu")))
+    with _processes(config, launch), run.lock():
         run.begin(config, store.manifest)
         tracking_uri = resolve_tracking_uri(launch.runs_dir)
         if run.record()["status"] == "finished":
             console.print(f"run {run.name} is complete; for another one, give another --name or other overrides")
-            look_at = tracking_uri
+            look_at = public_uri(tracking_uri)
         else:
             look_at = _train_tracked(config, launch, console, run, store, tracking_uri, before_step)
         record = run.record()
         promotion = _register_once(config, run, tracking_uri)
         return FinishedRun(run, record["validation"], record["test"], promotion, look_at)
+
+
+def _processes(config: Config, launch: Launch) -> AbstractContextManager[None]:
+    """The Ray session of a run: reached before anything is written, so that a refusal leaves nothing behind."""
+    if config.cluster.workers == 0:
+        return nullcontext()
+    quiet_ray()
+    from spikefleet.ray_training import session_for  # imports Ray, which reads those switches
+
+    return session_for(config, launch.address, launch.verbose)
 
 
 def _train_tracked(
@@ -115,6 +124,7 @@ def _train_tracked(
     tracker.finish("FINISHED", wait_s=_FLUSH_S)
     run.note(
         status="finished",
+        reason=None,
         validation=dict(outcome.validation),
         test=dict(outcome.test),
     )
@@ -156,8 +166,7 @@ def _train(
 ) -> Outcome:
     if config.cluster.workers == 0:
         return train(config, store, run.path, World.alone(config.cluster.gpu), outlet, before_step)
-    quiet_ray()
-    from spikefleet.ray_training import train_on_ray  # imports Ray, which reads those switches
+    from spikefleet.ray_training import train_on_ray
 
     return train_on_ray(
         config,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,11 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 from spikefleet.checkpoints import Snapshot, optimizer_tensors, restore_optimizer
 from spikefleet.config import Config, differences
 from spikefleet.errors import UserError
+from spikefleet.evaluation import autocast
 from spikefleet.optimization import build_average, build_optimizer, learning_rate
 from spikefleet.world import World
 from spikefleet_models.build import build_model
-
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TrainingState:
@@ -69,8 +68,7 @@ class TrainingState:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The arithmetic of forward passes."""
-        dtype = _AUTOCAST.get(self.config.train.precision)
-        return nullcontext() if dtype is None else torch.autocast(self.world.device.type, dtype)
+        return autocast(self.config, self.world.device)
 
     def set_learning_rate(self) -> float:
         """Gives the optimizer the rate of the step to come."""

@@ -7,7 +7,9 @@ the gradients. The mean over the global batch is exact whatever the number of wo
 from __future__ import annotations
 
 import math
+import os
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from spikefleet import plots
 from spikefleet.checkpoints import CheckpointFolder, load_checkpoint
 from spikefleet.config import CheckpointConfig, Config
-from spikefleet.errors import RunError
+from spikefleet.errors import RunError, UserError
 from spikefleet.evaluation import Evaluation, evaluate
 from spikefleet.events import CheckpointSaved, EpochDone, Note, Outlet, Started, StepDone
 from spikefleet.tasks import Task, build_task
@@ -36,6 +38,9 @@ _PICTURES = 32
 _SMALLEST_LOSS_SCALE = 1.0
 
 
+BeforeStep = Callable[[World, int], None]
+
+
 class NonFiniteError(RunError):
     """A loss or gradient is not finite; every rank raises it at the same step, before the optimizer's."""
 
@@ -49,8 +54,6 @@ class Outcome:
     validation: Mapping[str, float]
     test: Mapping[str, float]
     history: tuple[Mapping[str, float], ...]
-    failure: str | None = None
-    """Why all ranks stopped together, if they did."""
 
 
 class Meter:
@@ -100,7 +103,7 @@ def train(
     run_dir: Path,
     world: World,
     outlet: Outlet,
-    before_step: Callable[[World, int], None] | None = None,
+    before_step: BeforeStep | None = None,
 ) -> Outcome:
     """Trains from the latest committed checkpoint in `run_dir`, or from the start, to the end; then tests the best.
 
@@ -108,16 +111,7 @@ def train(
     Raises NonFiniteError on all ranks together; UserError when the run in `run_dir` belongs to another configuration.
     """
     _set_arithmetic(config)
-    task = build_task(config, store.manifest.class_names)
-    splits = Splits.of(store, config, world)
-    plan = EpochPlan(
-        samples=len(splits.train.split),
-        global_batch=config.train.global_batch,
-        world_size=world.size,
-        rank=world.rank,
-        seed=config.train.seed,
-        accumulate=config.train.accumulate,
-    )
+    task, splits, plan = prepare_parts(config, store, world)
     state = TrainingState(config, world, store.manifest.content_hash, plan.steps_per_epoch)
     folder = CheckpointFolder(run_dir / "checkpoints")
     _resume(state, folder, outlet)
@@ -135,7 +129,31 @@ def train(
     return _test_best(state, task, splits, folder, run_dir, outlet)
 
 
+def prepare_parts(config: Config, store: Store, world: World) -> tuple[Task, Splits, EpochPlan]:
+    """Task, loaders and plan. Raises UserError when the configuration does not suit the data."""
+    task = build_task(config, store.manifest.class_names)
+    shape = store.manifest.image_shape
+    channels = shape[0] if shape else 3
+    if config.model.in_channels != channels:
+        raise UserError(f"model.in_channels={config.model.in_channels}, but the images have {channels} channels")
+    try:
+        splits = Splits.of(store, config, world)
+        plan = EpochPlan(
+            samples=len(splits.train.split),
+            global_batch=config.train.global_batch,
+            world_size=world.size,
+            rank=world.rank,
+            seed=config.train.seed,
+            accumulate=config.train.accumulate,
+        )
+    except ValueError as error:
+        raise UserError(f"the configuration does not suit the data: {error}") from error
+    return task, splits, plan
+
+
 def _set_arithmetic(config: Config) -> None:
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS is not deterministic
     torch.use_deterministic_algorithms(config.train.deterministic)
     torch.backends.cudnn.benchmark = not config.train.deterministic
 
@@ -144,6 +162,7 @@ def _resume(state: TrainingState, folder: CheckpointFolder, outlet: Outlet) -> N
     """Every rank reads the checkpoint that rank 0 has picked."""
     if state.world.leads:
         folder.clean()
+    _refuse_unshared_storage(state.world, folder)
     latest = state.world.from_leader(folder.latest())
     if latest is not None:
         state.restore(load_checkpoint(latest))
@@ -152,6 +171,25 @@ def _resume(state: TrainingState, folder: CheckpointFolder, outlet: Outlet) -> N
     facts = {"parameters": parameters, "device": str(state.world.device), **library_versions()}
     epochs = state.config.train.epochs
     outlet.emit(Started(state.step, epochs * state.steps_per_epoch, state.steps_per_epoch, epochs, facts))
+
+
+def _refuse_unshared_storage(world: World, folder: CheckpointFolder) -> None:
+    """Each rank must see what rank 0 writes; all ranks raise together."""
+    probe = folder.folder / f"partial-probe-{world.from_leader(uuid.uuid4().hex)}"
+    try:
+        if world.leads:
+            probe.mkdir(parents=True)
+    except OSError as error:
+        raise RunError(f"{folder.folder} could not be written: {error}") from error
+    world.from_leader(None)
+    blind = [rank for rank, sees in enumerate(world.gather_all(probe.is_dir())) if not sees]
+    if world.leads:
+        probe.rmdir()
+    if blind:
+        raise UserError(
+            f"ranks {', '.join(map(str, blind))} do not see the run directory {folder.folder.parent}; "
+            "give a --runs-dir that all nodes share"
+        )
 
 
 def _settle_gradient_exchange(state: TrainingState, task: Task, store: Store, plan: EpochPlan) -> None:
@@ -305,7 +343,7 @@ def _finish_epoch(state: TrainingState, task: Task, splits: Splits, folder: Chec
 
 def _evaluate(state: TrainingState, task: Task, loader: BatchLoader) -> Evaluation | None:
     state.world.share_buffers(state.evaluated)
-    return evaluate(state.evaluated, task, loader, state.config, state.world, state.autocast())
+    return evaluate(state.evaluated, task, loader, state.config, state.world)
 
 
 def _improves(config: CheckpointConfig, best: Mapping[str, Any] | None, measured: Mapping[str, float]) -> bool:

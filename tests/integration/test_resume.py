@@ -18,7 +18,7 @@ import torch
 from spikefleet.checkpoints import CheckpointFolder, load_checkpoint
 from spikefleet.config import Config, load_config
 from spikefleet.errors import RunError
-from spikefleet.events import Event, Restarted, StepDone
+from spikefleet.events import Event, StepDone, WorkerFailed
 from spikefleet.ray_training import train_on_ray
 from spikefleet.world import World
 from spikefleet_pipelines.store import Store
@@ -84,7 +84,7 @@ class Recorder:
     def emit(self, event: Event) -> None:
         if isinstance(event, StepDone):
             self.losses[event.step] = event.metrics["train/loss"]
-        if isinstance(event, Restarted):
+        if isinstance(event, WorkerFailed):
             self.restarts.append(event.reason)
 
 

@@ -123,7 +123,7 @@ def test_identity_covers_what_is_learnt_and_nothing_else() -> None:
         other = load_config("digits", [same])
         assert other.digest() == config.digest(), same
         assert differences(config.dump(), other.dump()) == [], same
-    for different in ("optim.lr=0.2", "model.timesteps=2", "data.transform.crop_padding=0", "train.seed=1"):
+    for different in ("optim.lr=0.2", "model.timesteps=2", "train.seed=1", "cluster.workers=2", "cluster.gpu=true"):
         other = load_config("digits", [different])
         assert other.digest() != config.digest(), different
         (line,) = differences(config.dump(), other.dump())

@@ -27,6 +27,14 @@ def test_falling_schedules_meet_their_ends(schedule: str) -> None:
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
+@pytest.mark.parametrize("epochs", [0.01, 0.25, 0.5, 1.3])
+def test_warm_up_never_overshoots(epochs: float) -> None:
+    config = OptimConfig(lr=0.1, schedule="constant", warmup_epochs=epochs)
+    rates = [learning_rate(config, step, steps_per_epoch=21, epochs=3) for step in range(63)]
+    assert max(rates) == 0.1
+    assert rates == sorted(rates)
+
+
 def test_cosine_agrees_with_torch() -> None:
     config = OptimConfig(lr=0.1, schedule="cosine")
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)

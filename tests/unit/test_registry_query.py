@@ -131,6 +131,8 @@ def test_only_a_better_version_becomes_champion(champion: Any, candidate: Any, m
 
 
 def test_a_champion_without_the_metric_stays_and_the_sentence_says_why() -> None:
+    elsewhere = decide(Standing(1, 0.1, "a"), Standing(2, 0.9, "b"), "val/map", "max")
+    assert (elsewhere.alias, elsewhere.reason) == ("challenger", "champion version 1 was measured on other data")
     decision = decide(Standing(1, None), Standing(2, 0.9), "val/map", "max")
     assert decision == decide(Standing(1, math.nan), Standing(2, 0.9), "val/map", "max")
     assert decision.reason == "champion version 1 has no val/map to compare with"

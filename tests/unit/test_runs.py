@@ -32,8 +32,10 @@ def test_names_that_could_leave_the_folder_are_refused(name: str) -> None:
 
 
 def test_default_name_follows_what_is_learnt(config: Config) -> None:
-    assert default_run_name(config) == default_run_name(load_config("digits", ["cluster.workers=1"]))
-    assert default_run_name(config) != default_run_name(load_config("digits", ["optim.lr=0.3"]))
+    same = load_config("digits", ["cluster.workers=2", "cluster.max_failures=0"])
+    assert default_run_name(config) == default_run_name(same)
+    for other in (["optim.lr=0.3", "cluster.workers=2"], ["cluster.workers=1"]):
+        assert default_run_name(config) != default_run_name(load_config("digits", other))
 
 
 def test_resumption_with_other_values_is_refused_field_by_field(

@@ -39,21 +39,19 @@ def ui(
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Serve MLflow's pages over the local tracking database, on this machine only."""
+    from spikefleet.delivery import public_uri
     from spikefleet.tracking import quiet_mlflow, resolve_tracking_uri
 
     quiet_mlflow()
     uri = resolve_tracking_uri(runs_dir)
     if uri.startswith("http"):
-        console.print(f"the tracking server is at {uri}", highlight=False)
+        console.print(f"the tracking server is at {public_uri(uri)}", highlight=False)
         return
     console.print(f"http://127.0.0.1:{port}  (Ctrl-C ends it)", highlight=False)
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", "127.0.0.1"]
+    settings = {"MLFLOW_BACKEND_STORE_URI": uri, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     try:
-        done = subprocess.run(
-            [*command, "--port", str(port), "--workers", "1"],
-            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-            check=False,
-        )
+        done = subprocess.run(command, env={**os.environ, **settings}, check=False)
     except KeyboardInterrupt:
         return
     if done.returncode:
