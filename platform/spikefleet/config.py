@@ -182,7 +182,7 @@ def _identity(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """Field-by-field differences of two dumped configurations, of the fields that decide what is learnt."""
-    left, right = dict(_leaves(_identity(saved))), dict(_leaves(_identity(wanted)))
+    left, right = dict(leaves(_identity(saved))), dict(leaves(_identity(wanted)))
     return [
         f"{path}: {left.get(path, 'absent')!s} in the run, {right.get(path, 'absent')!s} asked for"
         for path in sorted(left.keys() | right.keys())
@@ -190,10 +190,11 @@ def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
     ]
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of a dumped configuration."""
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spikefleet.config import Config
+from spikefleet.config import Config, leaves
 from spikefleet.events import CheckpointSaved, EpochDone, Event, Note, Started, StepDone, WorkerFailed
 from spikefleet.progress import Display
 from spikefleet.runs import Run
@@ -27,7 +27,7 @@ class RunObserver:
     def begin(self, config: Config, data: Mapping[str, Any]) -> None:
         """Logs what is known before the first step: every field of the configuration, code version and data."""
         dump = config.dump()
-        self._tracker.log_params(_flat(dump))
+        self._tracker.log_params(dict(leaves(dump)))
         self._tracker.log_dict(dump, "config.json")
         self._tracker.set_tags({"recipe": config.recipe, "task": config.task, "code_version": code_version(), **data})
         self._tracker.set_tags({"restarts": self._run.record()["restarts"], "failure": ""})
@@ -72,10 +72,3 @@ class RunObserver:
         for path in sorted(report.iterdir()):
             if path.is_file() and not path.name.startswith("."):
                 self._tracker.log_artifact(path, "report")
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
