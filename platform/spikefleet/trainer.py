@@ -68,7 +68,7 @@ def run_training(
     pick_device(config.cluster.gpu and config.cluster.workers == 0)
     store = open_data(config.data, launch.stores_dir, console)
     prepare_parts(config, store, World(0, max(1, config.cluster.workers), torch.device("cpu")))
-    with _processes(config, launch), run.lock():
+    with _processes(config, launch, run), run.lock():
         run.begin(config, store.manifest)
         tracking_uri = resolve_tracking_uri(launch.runs_dir)
         if run.record()["status"] == "finished":
@@ -81,9 +81,9 @@ def run_training(
         return FinishedRun(run, record["validation"], record["test"], promotion, look_at)
 
 
-def _processes(config: Config, launch: Launch) -> AbstractContextManager[None]:
+def _processes(config: Config, launch: Launch, run: Run) -> AbstractContextManager[None]:
     """The Ray session of a run: reached before anything is written, so that a refusal leaves nothing behind."""
-    if config.cluster.workers == 0:
+    if config.cluster.workers == 0 or run.record().get("status") == "finished":
         return nullcontext()
     quiet_ray()
     from spikefleet.ray_training import session_for  # imports Ray, which reads those switches
