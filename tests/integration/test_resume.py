@@ -17,7 +17,7 @@ import torch
 
 from spikefleet.checkpoints import CheckpointFolder, load_checkpoint
 from spikefleet.config import Config, load_config
-from spikefleet.errors import RunError
+from spikefleet.errors import RunError, UserError
 from spikefleet.events import Event, StepDone, WorkerFailed
 from spikefleet.ray_training import train_on_ray
 from spikefleet.world import World
@@ -169,6 +169,21 @@ def test_failures_beyond_the_limit_end_the_run(
     latest = CheckpointFolder(tmp_path / "checkpoints").latest()
     assert latest is not None
     assert latest.name == "step-00000004"
+
+
+def test_what_no_restart_can_heal_ends_the_run_with_its_sentence(
+    config: Config, store: Store, ray_on_two_cpus: None, tmp_path: Path
+) -> None:
+    """Also when one rank alone meets it, while the others wait for its gradients."""
+
+    def fault(world: World, at: int) -> None:
+        if world.rank == 1 and at == 6:
+            raise UserError("picture 7.jpg is truncated; fetch it again")
+
+    recorder = Recorder()
+    with pytest.raises(UserError, match=r"^picture 7.jpg is truncated; fetch it again$"):
+        train_on_ray(config, store, tmp_path, recorder, before_step=fault)
+    assert len(recorder.restarts) == 1
 
 
 def test_killed_driver_resumes_by_the_same_command(

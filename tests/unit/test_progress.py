@@ -1,0 +1,38 @@
+"""What is shown of a run, on a terminal and elsewhere."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from spikefleet.events import CheckpointSaved, EpochDone, Event, Note, Started, StepDone, WorkerFailed
+from spikefleet.progress import LiveDisplay, PlainDisplay, build_display
+
+FIGURES = {"train/loss": 0.5, "train/top1": 0.75, "images_per_second": 1234.0}
+RUN: list[Event] = [
+    Started(step=0, total_steps=20, steps_per_epoch=10, epochs=2),
+    StepDone(epoch=0, step=10, metrics=FIGURES),
+    EpochDone(epoch=1, step=10, metrics={"train/loss": 0.5, "val/top1": 0.8}, best=True),
+    CheckpointSaved(step=10, path="checkpoints/step-00000010"),
+    WorkerFailed("rank 0: [/__w/torch/pair.cc:545] Read error [127.0.0.1]:1234"),
+    Note("going on from step-00000010 [bold]"),
+]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_every_event_is_shown_as_it_is(terminal: bool) -> None:
+    """Square brackets in the words of a library are no markup: rich would raise, or swallow them."""
+    written = io.StringIO()
+    console = Console(file=written, force_terminal=terminal, width=200, color_system=None)
+    display = build_display(console)
+    assert isinstance(display, LiveDisplay if terminal else PlainDisplay)
+    for event in RUN:
+        display.show(event)
+    display.close()
+    shown = written.getvalue()
+    for part in ("epoch   1/2", "val/top1 80.00%", "best", "[/__w/torch/pair.cc:545] Read error", "[bold]"):
+        assert part in shown
+    assert ("1234 images/s" in shown) == terminal
+    assert ("min" in shown) != terminal
