@@ -27,6 +27,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+@pytest.fixture(autouse=True)
+def no_tracking_server_of_another_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow writes the last URI that it was given into the environment, where a test's subprocesses would find it."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
 @pytest.fixture(scope="session")
 def stores_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory of stores in which digits are prepared."""
