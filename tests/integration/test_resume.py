@@ -194,7 +194,9 @@ def test_killed_driver_resumes_by_the_same_command(
     command = [str(Path(sys.executable).with_name("spikefleet")), "train", "digits", *SETTINGS, "--name", "killed"]
     command += ["--runs-dir", str(tmp_path), "--stores-dir", str(stores_dir)]
     run_dir = tmp_path / "killed"
-    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # MLflow leaves the last URI of an earlier test in the environment.
+    clean_environment = {key: value for key, value in os.environ.items() if "MLFLOW_TRACKING" not in key}
+    first = subprocess.Popen(command, env=clean_environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 120
         while not (run_dir / "checkpoints" / "step-00000012" / "checkpoint.json").exists():
@@ -207,7 +209,7 @@ def test_killed_driver_resumes_by_the_same_command(
     latest = CheckpointFolder(run_dir / "checkpoints").latest()
     assert latest is not None
     assert latest.name != f"step-{STEPS:08d}", "killed too late to show anything"
-    second = subprocess.run(command, capture_output=True, text=True, check=False)
+    second = subprocess.run(command, env=clean_environment, capture_output=True, text=True, check=False)
     assert second.returncode == 0, second.stderr
     assert "going on from step-" in second.stdout
     assert_same_end(run_dir, reference)
