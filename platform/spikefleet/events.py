@@ -61,7 +61,14 @@ class WorkerFailed:
     reason: str
 
 
-Event = Started | StepDone | EpochDone | CheckpointSaved | Note | WorkerFailed
+@dataclass(frozen=True)
+class Recovered:
+    """What an earlier launch of the run sent and its driver did not live to hear; oldest first."""
+
+    events: tuple[Event, ...]
+
+
+Event = Started | StepDone | EpochDone | CheckpointSaved | Note | WorkerFailed | Recovered
 
 
 class Outlet(Protocol):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from spikefleet.config import Config, leaves
-from spikefleet.events import CheckpointSaved, EpochDone, Event, Note, Started, StepDone, WorkerFailed
+from spikefleet.events import CheckpointSaved, EpochDone, Event, Note, Recovered, Started, StepDone, WorkerFailed
 from spikefleet.progress import Display
 from spikefleet.runs import Run
 from spikefleet.tracking import Tracker
@@ -53,6 +53,10 @@ class RunObserver:
                 self._tracker.log_metrics(event.metrics, step=event.step)
             case EpochDone():
                 self._epoch(event)
+            case Recovered():
+                for earlier in event.events:
+                    if isinstance(earlier, StepDone | EpochDone):
+                        self._track(earlier)
             case CheckpointSaved() | Note() | WorkerFailed():
                 pass
 

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import signal
 import threading
-import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
 import ray.train
 import torch
 from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from spikefleet.checkpoints import read_json, write_json
 from spikefleet.config import Config, parse_config
 from spikefleet.errors import RunError, UserError
-from spikefleet.events import Event, Outlet, Silence, WorkerFailed
+from spikefleet.event_files import STOPPED, EventReader, EventWriter, new_launch
+from spikefleet.events import Outlet, Silence, WorkerFailed
 from spikefleet.ray_session import ray_session
 from spikefleet.worker import BeforeStep, NonFiniteError, Outcome, train
 from spikefleet.world import World
@@ -33,43 +30,16 @@ from spikefleet_pipelines.store import Store
 
 _POLL_S = 0.2
 
-log = logging.getLogger(__name__)
-
-
-@ray.remote(num_cpus=0)
-class EventRelay:
-    """Holds events between the worker that sends them and the driver that draws them."""
-
-    def __init__(self) -> None:
-        self._events: list[Event] = []
-
-    def put(self, event: Event) -> None:
-        self._events.append(event)
-
-    def drain(self) -> list[Event]:
-        events, self._events = self._events, []
-        return events
-
-
-class RelayOutlet:
-    """Fire and forget, so that training never waits for the driver."""
-
-    def __init__(self, relay: Any) -> None:
-        self._relay = relay
-
-    def emit(self, event: Event) -> None:
-        self._relay.put.remote(event)
-
 
 class FailureNotes(UserCallback):
     """Runs in Ray Train's controller, where an exception would end the run: it only sends."""
 
-    def __init__(self, relay: Any) -> None:
-        self._relay = relay
+    def __init__(self, launch: Path) -> None:
+        self._launch = launch
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         reasons = {f"rank {rank}: {_headline(error)}" for rank, error in worker_exceptions.items()}
-        self._relay.put.remote(WorkerFailed("; ".join(sorted(reasons))))
+        EventWriter(self._launch).emit(WorkerFailed("; ".join(sorted(reasons))))
 
 
 @dataclass(frozen=True)
@@ -88,8 +58,8 @@ class WorkerArguments:
     config: dict[str, Any]
     store: str
     run_dir: str
-    launch_dir: str
-    relay: Any
+    launch: str
+    """The directory of this launch, which all nodes share."""
     before_step: BeforeStep | None
 
 
@@ -117,13 +87,8 @@ def train_on_ray(
     """
     cluster = config.cluster
     with session_for(config, address, verbose):
-        # On the driver's own node: it then lives as long as the driver.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        relay = EventRelay.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
-        launch = f"launch-{uuid.uuid4().hex[:12]}"
-        arguments = WorkerArguments(
-            config.dump(), _anywhere(store.location), str(run_dir), str(run_dir / "ray" / launch), relay, before_step
-        )
+        launch = new_launch(run_dir)
+        arguments = WorkerArguments(config.dump(), _anywhere(store.location), str(run_dir), str(launch), before_step)
         trainer = TorchTrainer(
             _worker,
             train_loop_config={"arguments": arguments},
@@ -135,15 +100,15 @@ def train_on_ray(
             ),
             run_config=RunConfig(
                 # Ray's own record of a launch; what a run resumes from are spikefleet's checkpoints.
-                name=launch,
-                storage_path=str(run_dir / "ray"),
+                name=launch.name,
+                storage_path=str(launch.parent),
                 failure_config=FailureConfig(max_failures=cluster.max_failures),
-                callbacks=[FailureNotes(relay)],
+                callbacks=[FailureNotes(launch)],
             ),
         )
-        with _pumped(relay, outlet):
+        with _followed(launch, outlet):
             outcome = _fit(trainer)
-        shutil.rmtree(run_dir / "ray" / launch, ignore_errors=True)
+        shutil.rmtree(launch, ignore_errors=True)
     if isinstance(outcome, Stopped):
         raise (UserError if outcome.mendable else RunError)(outcome.reason)
     return outcome
@@ -165,13 +130,21 @@ def _worker(loop_config: dict[str, Any]) -> Outcome | Stopped:
     world = World(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
-    outlet: Outlet = RelayOutlet(arguments.relay) if world.leads else Silence()
-    stopped = Path(arguments.launch_dir) / "stopped.json"
+    launch = Path(arguments.launch)
+    stopped = launch / STOPPED
     if stopped.is_file():
         return Stopped(**read_json(stopped))
+    outlet: Outlet = EventWriter(launch) if world.leads else Silence()
+
+    def before_step(world: World, step: int) -> None:
+        if world.leads and stopped.is_file():
+            raise RunError(read_json(stopped)["reason"])  # workers of a killed driver may outlive it for a while
+        if arguments.before_step is not None:
+            arguments.before_step(world, step)
+
     try:
         store = Store.open(arguments.store, verify=False)  # the driver has verified it
-        return train(config, store, Path(arguments.run_dir), world, outlet, arguments.before_step)
+        return train(config, store, Path(arguments.run_dir), world, outlet, before_step)
     except NonFiniteError as error:
         return Stopped(str(error), mendable=False)  # all ranks raise it together, so this ends the group by itself
     except (UserError, StoreError, RunError) as error:
@@ -221,30 +194,24 @@ def _headline(error: BaseException) -> str:
 
 
 @contextmanager
-def _pumped(relay: Any, outlet: Outlet) -> Iterator[None]:
-    """Moves events from the relay to the outlet while the block runs, and what is left when it ends."""
+def _followed(launch: Path, outlet: Outlet) -> Iterator[None]:
+    """Hands the events of a launch to the outlet while the block runs, and what is left when it ends."""
     done = threading.Event()
+    reader = EventReader(launch)
 
-    def drain() -> None:
-        try:
-            events = ray.get(relay.drain.remote())
-        except RayError as error:
-            if not done.is_set():
-                done.set()
-                log.warning("events of the workers no longer arrive (%s); training itself goes on", _headline(error))
-            return
-        for event in events:
+    def hand_on() -> None:
+        for event in reader.new():
             outlet.emit(event)
 
-    def pump() -> None:
+    def follow() -> None:
         while not done.wait(_POLL_S):
-            drain()
+            hand_on()
 
-    thread = threading.Thread(target=pump, name="events", daemon=True)
+    thread = threading.Thread(target=follow, name="events", daemon=True)
     thread.start()
     try:
         yield
     finally:
         done.set()
         thread.join()
-        drain()
+        hand_on()

@@ -14,6 +14,7 @@ from spikefleet.config import Config
 from spikefleet.data_access import open_data
 from spikefleet.delivery import public_uri
 from spikefleet.errors import RunError, UserError
+from spikefleet.event_files import TakingOver
 from spikefleet.events import Outlet
 from spikefleet.journal import Journal
 from spikefleet.observer import RunObserver
@@ -108,7 +109,7 @@ def _train_tracked(
     observer.begin(config, {"dataset": store.manifest.source, "data_hash": store.manifest.content_hash})
     console.print(f"run {run.name}: {_scale(config)}", highlight=False)
     try:
-        outcome = _train(config, store, run, observer, launch, before_step)
+        outcome = _train(config, store, run, TakingOver(run.path, observer), launch, before_step)
     except KeyboardInterrupt:
         run.note(status="interrupted")
         tracker.finish("KILLED", wait_s=_INTERRUPTED_FLUSH_S)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from multiprocessing import get_context
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -34,25 +35,26 @@ def rank_process(rank: int, rendezvous: str, store: Path, run_dir: Path, stop_at
     dist.destroy_process_group()
 
 
-def run(store: Path, run_dir: Path, stop_at: int | None = None) -> list[int | None]:
-    rendezvous = f"file://{run_dir}-rendezvous-{stop_at}"
-    processes = [
-        get_context("spawn").Process(target=rank_process, args=(rank, rendezvous, store, run_dir, stop_at))
-        for rank in range(RANKS)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    return [process.exitcode for process in processes]
+def run(store: Path, run_dir: Path, stop_at: int | None = None) -> list[int]:
+    """Exit codes of the ranks, each a process that runs this file."""
+    rest = [f"file://{run_dir}-rendezvous-{stop_at}", str(store), str(run_dir), str(stop_at)]
+    processes = [subprocess.Popen([sys.executable, __file__, str(rank), *rest]) for rank in range(RANKS)]
+    return [process.wait() for process in processes]
 
 
 def test_resumption_with_three_ranks_changes_no_bit(stores_dir: Path, tmp_path: Path) -> None:
     store = stores_dir / "digits"
     assert run(store, tmp_path / "undisturbed") == [0] * RANKS
-    assert run(store, tmp_path / "stopped", stop_at=6) == [9] * RANKS, "the planned fault did not fire"
+    codes = run(store, tmp_path / "stopped", stop_at=6)
+    assert 9 in codes, "the planned fault did not fire"
+    assert 0 not in codes  # a rank may also die of the exit of another
     assert run(store, tmp_path / "stopped") == [0] * RANKS
     ends = [load_checkpoint(tmp_path / name / "checkpoints" / "step-00000014") for name in ("undisturbed", "stopped")]
     for group in ("model", "optimizer"):
         for name, tensor in ends[0].tensors[group].items():
             assert torch.equal(tensor, ends[1].tensors[group][name]), f"{group}: {name}"
+
+
+if __name__ == "__main__":
+    _, rank, rendezvous, store, run_dir, stop_at = sys.argv
+    rank_process(int(rank), rendezvous, Path(store), Path(run_dir), None if stop_at == "None" else int(stop_at))

@@ -1,0 +1,72 @@
+"""Events reach the driver through files, also those of a launch whose driver was killed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from spikefleet.event_files import STOPPED, EventReader, EventWriter, TakingOver, new_launch
+from spikefleet.events import CheckpointSaved, EpochDone, Event, Note, Recovered, Started, StepDone, WorkerFailed
+
+EVENTS = [
+    Started(3, 10, 5, 2, {"parameters": 7}),
+    StepDone(0, 4, {"train/loss": 0.1 + 0.2}),
+    EpochDone(1, 5, {"val/top1": 0.5}, True, ({"layer": "stem", "rate": 0.25},), ({"parameter": "w"},)),
+    CheckpointSaved(5, "/somewhere"),
+    Note("a line\nwith a break"),
+    WorkerFailed("rank 1: gone"),
+]
+
+
+class Kept:
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def emit(self, event: Event) -> None:
+        self.events.append(event)
+
+
+def test_events_survive_the_way_through_a_file_and_are_read_once(tmp_path: Path) -> None:
+    launch = new_launch(tmp_path)
+    writer, reader = EventWriter(launch), EventReader(launch)
+    assert reader.new() == []
+    for event in EVENTS[:2]:
+        writer.emit(event)
+    assert reader.new() == EVENTS[:2]
+    for event in EVENTS[2:]:
+        writer.emit(event)
+    assert reader.new() == EVENTS[2:]
+    assert reader.new() == []
+
+
+def test_an_unfinished_line_waits_for_its_end(tmp_path: Path) -> None:
+    launch = new_launch(tmp_path)
+    line = json.dumps({"event": "Note", "text": "whole"}) + "\n"
+    path = launch / "events-1.jsonl"
+    reader = EventReader(launch)
+    path.write_text(line[:9])
+    assert reader.new() == []
+    path.write_text(line)
+    assert reader.new() == [Note("whole")]
+
+
+def test_a_full_disk_stops_no_training(tmp_path: Path) -> None:
+    EventWriter(tmp_path / "gone").emit(EVENTS[0])
+
+
+def test_taking_over_stops_earlier_workers_and_hears_them_out(tmp_path: Path) -> None:
+    first, second = new_launch(tmp_path), new_launch(tmp_path)
+    assert first < second
+    EventWriter(first).emit(EVENTS[1])
+    kept = Kept()
+    outlet = TakingOver(tmp_path, kept)
+    assert (first / STOPPED).is_file()
+    assert (second / STOPPED).is_file()
+    EventWriter(second).emit(EVENTS[2])  # an earlier worker may still finish its step
+    outlet.emit(Note("before the checkpoint is picked"))
+    assert len(kept.events) == 1
+    outlet.emit(EVENTS[0])
+    assert kept.events[1:] == [Recovered((EVENTS[1],)), Recovered((EVENTS[2],)), EVENTS[0]]
+    assert not first.exists()
+    outlet.emit(EVENTS[0])
+    assert kept.events[4:] == [EVENTS[0]]
