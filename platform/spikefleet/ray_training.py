@@ -50,6 +50,9 @@ class Stopped:
     mendable: bool
     """By the user: exit code 2 instead of 1."""
 
+    def error(self) -> UserError | RunError:
+        return (UserError if self.mendable else RunError)(self.reason)
+
 
 @dataclass(frozen=True)
 class WorkerArguments:
@@ -110,7 +113,7 @@ def train_on_ray(
             outcome = _fit(trainer)
         shutil.rmtree(launch, ignore_errors=True)
     if isinstance(outcome, Stopped):
-        raise (UserError if outcome.mendable else RunError)(outcome.reason)
+        raise outcome.error()
     return outcome
 
 
@@ -138,7 +141,7 @@ def _worker(loop_config: dict[str, Any]) -> Outcome | Stopped:
 
     def before_step(world: World, step: int) -> None:
         if world.leads and stopped.is_file():
-            raise RunError(read_json(stopped)["reason"])  # workers of a killed driver may outlive it for a while
+            raise Stopped(**read_json(stopped)).error()  # workers of a killed driver may outlive it for a while
         if arguments.before_step is not None:
             arguments.before_step(world, step)
 
