@@ -13,8 +13,9 @@ class SpikeMonitor:
     """Counts spikes of every spiking layer while its `with` block runs; entering it starts from zero.
 
     A neuron is one (c, h, w) of a layer. It is dead when it fired at no step of no recorded sample, saturated when it
-    fired at every step of every one. Inside the block the units call their neurons as modules instead of the fused
-    form: the same numbers, a little slower.
+    emitted the most it can (1; D for I-LIF) at every step of every one. Rates are shares of that most, so that 1 is
+    saturated for every kind. Inside the block the units call their neurons as modules instead of the fused form: the
+    same numbers, a little slower.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -57,7 +58,8 @@ class SpikeMonitor:
         """A row a spiking layer, in network order: layer, channels, rate, dead, saturated, rate_per_step (T values)."""
         rows = []
         for name, counts in self._counts.items():
-            possible = self._samples[name] * counts.shape[0]
+            most = self._samples[name] * self._nodes[name].bound
+            possible = most * counts.shape[0]
             per_neuron = counts.sum(0)
             rows.append(
                 {
@@ -66,7 +68,7 @@ class SpikeMonitor:
                     "rate": per_neuron.mean().item() / possible,
                     "dead": (per_neuron == 0).float().mean().item(),
                     "saturated": (per_neuron == possible).float().mean().item(),
-                    "rate_per_step": (counts.flatten(1).mean(1) / self._samples[name]).tolist(),
+                    "rate_per_step": (counts.flatten(1).mean(1) / most).tolist(),
                 }
             )
         return rows

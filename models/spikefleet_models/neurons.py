@@ -1,4 +1,4 @@
-"""IF, LIF and PLIF neurons: SpikingJelly nodes whose multi-step forward saves only its input.
+"""IF, LIF, PLIF and I-LIF neurons: SpikingJelly nodes whose multi-step forward saves next to nothing.
 
 The nodes subclass SpikingJelly's, so `functional.reset_net`, its monitors and its converters treat them as its own.
 They differ in three ways, all on purpose:
@@ -7,13 +7,24 @@ They differ in three ways, all on purpose:
   back in the input's type.
 * Each multi-step call starts from the reset state unless `keep_state` is set, so nothing leaks from one batch into
   the next and training needs no `reset_net`.
-* The backward recomputes the membrane (membrane.py) where SpikingJelly saves it.
+* The backward of IF, LIF and PLIF recomputes the membrane (membrane.py) where SpikingJelly saves it; I-LIF's
+  needs one byte an element.
+
+I-LIF (Luo et al., "Integer-valued training and spike-driven inference spiking neural network for high-performance and
+energy-efficient object detection", ECCV 2024, eqs 8 to 11) emits integers 0..D:
+
+    u[t] = leak * (u[t-1] - s[t-1]) + input_scale * x[t]        u[0] = input_scale * x[0]
+    s[t] = round(clip(u[t], 0, D)), halves to the even integer
+
+with gradient 1 of s[t] to u[t] on [0, D], both ends included, and 0 elsewhere; s[t-1] in the reset carries no gradient.
+The released code fixes what the paper leaves open: leak 0.25 on COCO; leak 0.5 and input_scale 0.5 on Gen1.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from spikingjelly.activation_based import neuron, surrogate
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -34,11 +45,13 @@ SURROGATES: dict[str, type[surrogate.SurrogateFunctionBase]] = {
 
 
 class NeuronConfig(BaseModel):
-    """One kind of spiking neuron. The defaults are the SG ResNet paper's on static images."""
+    """One kind of spiking neuron. The defaults are the SG ResNet paper's on static images, and SpikeYOLO's on COCO."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["if", "lif", "plif"] = Field("if", description="IF, LIF, or PLIF (one learned tau a layer).")
+    kind: Literal["if", "lif", "plif", "ilif"] = Field(
+        "if", description="IF, LIF, PLIF (one learned tau a layer), or I-LIF (integers up to `bound`)."
+    )
     tau: float = Field(2.0, gt=1.0, description="Membrane time constant in steps; PLIF starts from it; IF has none.")
     decay_input: bool = Field(True, description="LIF and PLIF: divide the input by tau as well.")
     v_threshold: float = Field(1.0, gt=0.0, description="Firing threshold V_th.")
@@ -48,6 +61,29 @@ class NeuronConfig(BaseModel):
         "atan", "sigmoid", "piecewise_quadratic", "piecewise_exp", "soft_sign", "super_spike", "erf", "rect"
     ] = Field("atan", description="Surrogate gradient, by SpikingJelly's name (triangle = piecewise_quadratic).")
     alpha: float = Field(2.0, gt=0.0, description="Sharpness of the surrogate gradient.")
+    bound: int = Field(4, ge=1, le=255, description="I-LIF: D, the largest integer emitted.")
+    leak: float = Field(0.25, ge=0.0, le=1.0, description="I-LIF: what is left of the membrane after a step.")
+    input_scale: float = Field(1.0, gt=0.0, description="I-LIF: factor on the input; 0.5 with leak 0.5 on Gen1.")
+
+    @model_validator(mode="after")
+    def _fields_belong_to_the_kind(self) -> "NeuronConfig":
+        fields = type(self).model_fields
+        foreign = [
+            f"{name}={getattr(self, name)!r}"
+            for name in fields
+            if name != "kind"
+            and (name in _INTEGER_FIELDS) != (self.kind == "ilif")
+            and getattr(self, name) != fields[name].default
+        ]
+        if foreign:
+            allowed = _INTEGER_FIELDS if self.kind == "ilif" else fields.keys() - _INTEGER_FIELDS - {"kind"}
+            raise ValueError(
+                f"kind={self.kind!r} does not use {', '.join(foreign)}; its fields are {', '.join(sorted(allowed))}"
+            )
+        return self
+
+
+_INTEGER_FIELDS = frozenset({"bound", "leak", "input_scale"})
 
 
 class _MembraneFunction(torch.autograd.Function):
@@ -107,11 +143,120 @@ class _MembraneFunction(torch.autograd.Function):
         return grad_x, grad_v_init, grad_w, None
 
 
+class _IntegerFunction(torch.autograd.Function):
+    """I-LIF: (x_seq, v_init or None) -> (integers, v[T] or None); saves where u[t] was in [0, D], a byte each."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_seq: Tensor, v_init: Tensor | None, bound: int, leak: float, input_scale: float
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.leak, ctx.input_scale = leak, input_scale
+        ctx.has_state = v_init is not None
+        ctx.set_materialize_grads(False)
+        emitted = torch.empty_like(x_seq, memory_format=torch.preserve_format)
+        trains = any(ctx.needs_input_grad)
+        inside = torch.empty_like(x_seq, dtype=torch.bool, memory_format=torch.preserve_format) if trains else None
+        v_last = None if v_init is None else torch.empty_like(v_init)
+        steps, dtype = x_seq.shape[0], membrane_dtype(x_seq.dtype)
+        # A single step has no dynamics: clip and round are exact in any type that holds the input and D.
+        if steps == 1 and v_init is None and input_scale == 1.0:
+            dtype = x_seq.dtype
+        for part in tiles(x_seq, axis=1):
+            v = None if v_init is None else v_init[part] * leak
+            for t in range(steps):
+                u = x_seq[t, part].to(dtype)
+                if input_scale != 1.0:
+                    u = u * input_scale
+                if v is not None:
+                    u = v.add_(u)
+                s = emitted[t, part]
+                clipped = torch.clamp(u, 0, bound, out=s) if s.dtype == dtype else torch.clamp(u, 0, bound)
+                if inside is not None:
+                    torch.eq(u, clipped, out=inside[t, part])
+                clipped.round_()
+                if clipped is not s:
+                    s.copy_(clipped)
+                if t + 1 < steps:
+                    v = torch.sub(u, clipped).mul_(leak)
+                elif v_last is not None:
+                    torch.sub(u, clipped, out=v_last[part])
+        if inside is not None:
+            ctx.save_for_backward(inside)
+        return emitted, v_last
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        grad_emitted, grad_v = grad_outputs
+        (inside,) = ctx.saved_tensors
+        steps = inside.shape[0]
+        given = grad_v if grad_emitted is None else grad_emitted
+        grad_x = torch.empty_like(inside, dtype=given.dtype, memory_format=torch.preserve_format)
+        grad_v_init = torch.empty_like(grad_x[0], dtype=membrane_dtype(given.dtype)) if ctx.has_state else None
+        for part in tiles(inside, axis=1):
+            carry = None if grad_v is None else grad_v[part]
+            for t in reversed(range(steps)):
+                grad_u = carry
+                if grad_emitted is not None:
+                    grad_u = grad_emitted[t, part] * inside[t, part]
+                    if carry is not None:
+                        grad_u = carry.add(grad_u)
+                elif grad_u is None:
+                    grad_u = torch.zeros_like(grad_x[t, part])
+                grad_x[t, part] = grad_u if ctx.input_scale == 1.0 else grad_u * ctx.input_scale
+                if t or grad_v_init is not None:
+                    carry = grad_u.to(membrane_dtype(grad_u.dtype)) * ctx.leak
+            if grad_v_init is not None:
+                assert carry is not None
+                grad_v_init[part] = carry
+        return grad_x, grad_v_init, None, None, None
+
+
 class _LeanNode(neuron.BaseNode):
-    """What the three nodes share: state handling around `_MembraneFunction`."""
+    """What the nodes share: state handling around an autograd Function."""
 
     keep_state: bool = False
     """Carry the voltage from one call to the next, as SpikingJelly does; `functional.reset_net` clears it."""
+
+    def _run(self, x_seq: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(currents, v[0] or None) -> (emitted, v[T] or None)."""
+        raise NotImplementedError
+
+    def materialize_states(self, inputs: tuple[Any, ...], states: tuple[Any, ...], step_mode: str) -> tuple[Any, ...]:
+        """SpikingJelly's, with an fp32 voltage for every input type."""
+        first = inputs[0][0] if step_mode == "m" else inputs[0]
+        (v,) = super().materialize_states((first.to(membrane_dtype(first.dtype)),), states, "s")
+        return (v,)
+
+    def multi_step_forward(self, x_seq: Tensor, *args: Tensor, **kwargs: object) -> Tensor:
+        """[T, ...] currents -> [T, ...] spikes (I-LIF: integers in [0, D]) of the same type."""
+        if not self.keep_state and not self.store_v_seq:
+            return self._run(x_seq, None)[0]
+        if not self.keep_state:
+            self.reset()
+        if self.store_v_seq:
+            recorded: Tensor = super().multi_step_forward(x_seq)
+            return recorded.to(x_seq.dtype)
+        (v,) = self.materialize_states((x_seq,), tuple(self._memories.values()), "m")
+        emitted, self.v = self._run(x_seq, v)
+        return emitted
+
+    def reference_forward(self, x_seq: Tensor) -> Tensor:
+        """The same from the reset state, by step equations (SpikingJelly's, or eqs 8 to 11) and plain autograd."""
+        states = self.materialize_states((x_seq,), (self.get_reset_value("v"),), "m")
+        currents = x_seq.to(membrane_dtype(x_seq.dtype))
+        steps = []
+        for x in currents:
+            (spike,), states = self.single_step_functional_forward((x,), states)
+            steps.append(spike)
+        return torch.stack(steps).to(x_seq.dtype)
+
+
+class _BinaryNode(_LeanNode):
+    """What IF, LIF and PLIF share."""
+
+    bound = 1
+    """The most a neuron emits in one step; I-LIF's is D."""
 
     def dynamics(self) -> Dynamics:
         """The step equations, as plain numbers."""
@@ -124,54 +269,71 @@ class _LeanNode(neuron.BaseNode):
             surrogate_function=self.surrogate_function,
         )
 
-    def materialize_states(self, inputs: tuple[Any, ...], states: tuple[Any, ...], step_mode: str) -> tuple[Any, ...]:
-        """SpikingJelly's, with an fp32 voltage for every input type."""
-        first = inputs[0][0] if step_mode == "m" else inputs[0]
-        (v,) = super().materialize_states((first.to(membrane_dtype(first.dtype)),), states, "s")
-        return (v,)
-
-    def multi_step_forward(self, x_seq: Tensor, *args: Tensor, **kwargs: object) -> Tensor:
-        """[T, ...] currents -> [T, ...] spikes of the same type."""
-        w = getattr(self, "w", None)
-        if not self.keep_state and not self.store_v_seq:
-            spikes: Tensor = _MembraneFunction.apply(x_seq, None, w, self.dynamics())[0]
-            return spikes
-        if not self.keep_state:
-            self.reset()
-        if self.store_v_seq:
-            return super().multi_step_forward(x_seq)
-        (v,) = self.materialize_states((x_seq,), tuple(self._memories.values()), "m")
-        spikes, self.v = _MembraneFunction.apply(x_seq, v, w, self.dynamics())
-        return spikes
-
-    def reference_forward(self, x_seq: Tensor) -> Tensor:
-        """The same from the reset state, by SpikingJelly's own step equations and plain autograd."""
-        states = self.materialize_states((x_seq,), (self.get_reset_value("v"),), "m")
-        currents = x_seq.to(membrane_dtype(x_seq.dtype))
-        steps = []
-        for x in currents:
-            (spike,), states = self.single_step_functional_forward((x,), states)
-            steps.append(spike)
-        return torch.stack(steps).to(x_seq.dtype)
+    def _run(self, x_seq: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        spikes, v_last = _MembraneFunction.apply(x_seq, v, getattr(self, "w", None), self.dynamics())
+        return spikes, v_last
 
 
-class IF(_LeanNode, neuron.IFNode):
+class IF(_BinaryNode, neuron.IFNode):
     """Integrate-and-fire."""
 
 
-class LIF(_LeanNode, neuron.LIFNode):
+class LIF(_BinaryNode, neuron.LIFNode):
     """Leaky integrate-and-fire."""
 
 
-class PLIF(_LeanNode, neuron.ParametricLIFNode):
+class PLIF(_BinaryNode, neuron.ParametricLIFNode):
     """LIF with 1/tau = sigmoid(w), one learned w a layer."""
 
 
-SpikingNode = IF | LIF | PLIF
+class ILIF(_LeanNode):
+    """Integer leaky integrate-and-fire: equations in the module docstring.
+
+    Args:
+        bound: D.
+        leak: what is left of the membrane after a step.
+        input_scale: factor on the input.
+        step_mode: SpikingJelly's; "m" takes [T, ...].
+    """
+
+    def __init__(
+        self, bound: int = 4, leak: float = 0.25, input_scale: float = 1.0, step_mode: Literal["s", "m"] = "m"
+    ) -> None:
+        super().__init__(
+            v_reset=None,
+            surrogate_function=surrogate.MultiLevelSpikeCount(bound),
+            detach_reset=True,
+            step_mode=step_mode,
+        )
+        self.bound = bound
+        self.leak = leak
+        self.input_scale = input_scale
+
+    def single_step_functional_forward(
+        self, inputs: tuple[Any, ...], states: tuple[Any, ...], **kwargs: object
+    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """((x[t],), (v[t-1],)) -> ((s[t],), (v[t],)) with v = u - s; plain autograd."""
+        u = states[0] * self.leak + inputs[0] * self.input_scale
+        # clamp passes gradient at both ends of its range; round(c) - c is exact, so the sum is round(c).
+        clipped = u.clamp(0, self.bound)
+        emitted = clipped + (clipped.round() - clipped).detach()
+        return (emitted,), (u - emitted.detach(), *states[1:])
+
+    def _run(self, x_seq: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        emitted, v_last = _IntegerFunction.apply(x_seq, v, self.bound, self.leak, self.input_scale)
+        return emitted, v_last
+
+    def extra_repr(self) -> str:
+        return f"bound={self.bound}, leak={self.leak}, input_scale={self.input_scale}, step_mode={self.step_mode}"
 
 
-def build_neuron(config: NeuronConfig) -> SpikingNode:
-    """A multi-step node: [T, ...] currents -> [T, ...] spikes."""
+SpikingNode = IF | LIF | PLIF | ILIF
+
+
+def node_arguments(config: NeuronConfig) -> dict[str, Any]:
+    """Keyword arguments of the node of a kind; for IF, LIF and PLIF those of SpikingJelly's node as well."""
+    if config.kind == "ilif":
+        return {"bound": config.bound, "leak": config.leak, "input_scale": config.input_scale, "step_mode": "m"}
     arguments: dict[str, Any] = {
         "v_threshold": config.v_threshold,
         "v_reset": config.v_reset,
@@ -179,13 +341,18 @@ def build_neuron(config: NeuronConfig) -> SpikingNode:
         "detach_reset": config.detach_reset,
         "step_mode": "m",
     }
-    if config.kind == "if":
-        return IF(**arguments)
-    if config.kind == "lif":
-        return LIF(tau=config.tau, decay_input=config.decay_input, **arguments)
-    return PLIF(init_tau=config.tau, decay_input=config.decay_input, **arguments)
+    if config.kind != "if":
+        arguments["init_tau" if config.kind == "plif" else "tau"] = config.tau
+        arguments["decay_input"] = config.decay_input
+    return arguments
+
+
+def build_neuron(config: NeuronConfig) -> SpikingNode:
+    """A multi-step node: [T, ...] currents -> [T, ...] spikes, or integers in [0, D]."""
+    kinds: dict[str, Callable[..., SpikingNode]] = {"if": IF, "lif": LIF, "plif": PLIF, "ilif": ILIF}
+    return kinds[config.kind](**node_arguments(config))
 
 
 def spiking_nodes(model: nn.Module) -> dict[str, SpikingNode]:
     """Every spiking neuron layer of a network by its module name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, IF | LIF | PLIF)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, SpikingNode)}

@@ -159,8 +159,8 @@ class ResidualBlock(nn.Module):
         return x
 
 
-class SGResNet(nn.Module):
-    """The network of a `SGResNetConfig`: stem, stages, decoder, global average pooling, linear classifier."""
+class SGResNetBackbone(nn.Module):
+    """Stem and stages of a `SGResNetConfig`: what a classifier and a detector share."""
 
     def __init__(self, config: SGResNetConfig) -> None:
         super().__init__()
@@ -176,31 +176,28 @@ class SGResNet(nn.Module):
                 stage.append(ResidualBlock(config, previous, channels, stride))
                 previous = channels
             self.stages.append(stage)
-        self.decoder: nn.Module = RateDecoder()
-        if config.uses_asd:
-            self.decoder = AttentionSpikeDecoder(
-                previous, self.timesteps, config.asd_channel_reduction, config.asd_temporal_reduction
-            )
-        self.classifier = nn.Linear(previous, config.num_classes)
-        self._initialise()
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, K] of pictures [B, C, H, W] or of T frames [T, B, C, H, W].
+    def forward_features(self, images: Tensor) -> list[Tensor]:
+        """The output [T, B, C, H, W] of every stage, first to last.
 
         Raises:
             ValueError: the shape or type of `images` does not fit the configuration.
         """
-        features = self.forward_features(images)[-1]
-        logits: Tensor = self.classifier(self.decoder(features).mean((2, 3)))
-        return logits
-
-    def forward_features(self, images: Tensor) -> list[Tensor]:
-        """The output [T, B, C, H, W] of every stage, first to last. Raises as `forward`."""
         self._check(images)
         x = self.stem(images)
         outputs = []
         for stage in self.stages:
             x = stage(x)
+            outputs.append(x)
+        return outputs
+
+    def forward_blocks(self, images: Tensor) -> list[Tensor]:
+        """The output [T, B, C, H, W] of every block of every stage, first to last. Raises as `forward_features`."""
+        self._check(images)
+        x = self.stem(images)
+        outputs = []
+        for block in (block for stage in self.stages for block in stage.children()):
+            x = block(x)
             outputs.append(x)
         return outputs
 
@@ -217,13 +214,47 @@ class SGResNet(nn.Module):
                 f"images has shape {shape}, so T={shape[0]}, but the network runs timesteps={self.timesteps}"
             )
 
-    def _initialise(self) -> None:
+    def initialise(self) -> None:
+        """Draw the weights; the network that owns the backbone does it last, so the order of random numbers is kept."""
         for module in (*self.stem.modules(), *self.stages.modules()):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if isinstance(module, ResidualBlock) and self.config.zero_init_residual:
                 last = module.units[-1].get_submodule("bn")
                 nn.init.zeros_(last.get_parameter("weight"))
+
+
+class SGResNet(SGResNetBackbone):
+    """The network of a `SGResNetConfig`: stem, stages, decoder, global average pooling, linear classifier."""
+
+    def __init__(self, config: SGResNetConfig) -> None:
+        super().__init__(config)
+        channels = config.stage_channels[-1]
+        self.decoder = build_decoder(config, channels)
+        self.classifier = nn.Linear(channels, config.num_classes)
+        self.initialise()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, K] of pictures [B, C, H, W] or of T frames [T, B, C, H, W].
+
+        Raises:
+            ValueError: the shape or type of `images` does not fit the configuration.
+        """
+        return self.forward_head(self.forward_features(images)[-1])
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """Logits [B, K] of the last stage's output [T, B, C, H, W]."""
+        logits: Tensor = self.classifier(self.decoder(features).mean((2, 3)))
+        return logits
+
+
+def build_decoder(config: SGResNetConfig, channels: int) -> nn.Module:
+    """The decoder that a configuration asks for, of features with so many channels."""
+    if not config.uses_asd:
+        return RateDecoder()
+    return AttentionSpikeDecoder(
+        channels, config.simulated_timesteps, config.asd_channel_reduction, config.asd_temporal_reduction
+    )
 
 
 def _unit(config: SGResNetConfig, channels: int, joins_shortcut: bool = False) -> SpikingUnit:

@@ -11,8 +11,8 @@ touching a network or a state dict. Three ways exist:
 * lean (default): one autograd Function that saves the convolution's output z, the batch statistics and (where its
   backward reads it) the shortcut, and recomputes normalisation, membrane and spikes tile by tile in backward;
 * modules: `bn`, `neuron` and `gate` called one after the other. Taken where the lean form does not apply: another
-  kind of normalisation (SyncBatchNorm), gradients in eval mode, a neuron that keeps its state, hooks on one of the
-  modules;
+  kind of normalisation (SyncBatchNorm) or none, gradients in eval mode, I-LIF, a neuron that keeps its state, hooks on
+  one of the modules;
 * reference: the formulas with plain autograd and SpikingJelly's step equations, for tests and benchmarks.
 
 Batch statistics are shared over T, B, H and W, merged as in the SEW ResNet code.
@@ -34,7 +34,7 @@ from spikefleet_models.gates import (
     gate_forward,
 )
 from spikefleet_models.membrane import Dynamics, backward_steps, charge_steps, forward_steps, membrane_dtype
-from spikefleet_models.neurons import SpikingNode
+from spikefleet_models.neurons import ILIF, SpikingNode
 from spikefleet_models.tiles import tiles
 
 Implementation = Literal["lean", "reference"]
@@ -51,6 +51,9 @@ class SpikingUnit(nn.Module):
         timesteps: T.
         gate: combines the spikes with the shortcut spikes.
         post_add: add the shortcut to the currents before the neuron instead.
+
+    Raises:
+        ValueError: a gate other than ADD behind I-LIF neurons that emit more than 1.
     """
 
     def __init__(
@@ -62,6 +65,13 @@ class SpikingUnit(nn.Module):
         post_add: bool = False,
     ) -> None:
         super().__init__()
+        adds = isinstance(gate, Gate) and gate.name == "add"
+        if isinstance(neuron, ILIF) and neuron.bound > 1 and gate is not None and not adds:
+            name = gate.name if isinstance(gate, Gate) else "bsg_star"
+            raise ValueError(
+                f"the gate {name} joins spikes 0 and 1, but I-LIF neurons with bound={neuron.bound} emit integers; "
+                "choose the connection add or post_add, or bound=1"
+            )
         self.bn = bn
         self.neuron = neuron
         self.gate = gate
@@ -82,7 +92,7 @@ class SpikingUnit(nn.Module):
             return self._analogue(z, shortcut)
         if self.implementation == "reference":
             return self._compose(z, shortcut, repeat, reference=True)
-        if not self._lean_applies(z, self.neuron):
+        if isinstance(self.neuron, ILIF) or not self._lean_applies(z, self.neuron):
             return self._compose(z, shortcut, repeat, reference=False)
         assert isinstance(self.bn, nn.BatchNorm2d)
         fused_gate = self.gate.name if isinstance(self.gate, Gate) else None

@@ -1,6 +1,7 @@
 """The lean neurons are SpikingJelly's neurons: same spikes, same gradients, less memory."""
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -9,24 +10,14 @@ from spikingjelly.activation_based import functional, monitor, neuron, surrogate
 from torch import Tensor, nn
 
 from spikefleet_models.membrane import Dynamics, charge
-from spikefleet_models.neurons import SURROGATES, NeuronConfig, build_neuron, spiking_nodes
+from spikefleet_models.neurons import SURROGATES, NeuronConfig, build_neuron, node_arguments, spiking_nodes
 
 LEAKS = [("if", True), ("lif", True), ("lif", False), ("plif", True), ("plif", False)]
 KINDS = {"if": neuron.IFNode, "lif": neuron.LIFNode, "plif": neuron.ParametricLIFNode}
 
 
 def spikingjelly_twin(config: NeuronConfig) -> neuron.BaseNode:
-    arguments = {
-        "v_threshold": config.v_threshold,
-        "v_reset": config.v_reset,
-        "surrogate_function": SURROGATES[config.surrogate](alpha=config.alpha),
-        "detach_reset": config.detach_reset,
-        "step_mode": "m",
-    }
-    if config.kind == "if":
-        return neuron.IFNode(**arguments)
-    tau = {"lif": "tau", "plif": "init_tau"}[config.kind]
-    return KINDS[config.kind](**{tau: config.tau, "decay_input": config.decay_input}, **arguments)
+    return KINDS[config.kind](**node_arguments(config))
 
 
 def run(node: nn.Module, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -210,6 +201,24 @@ def test_nodes_are_spikingjelly_nodes() -> None:
     assert len(records.records) == 2
 
 
+def test_every_field_reaches_the_node() -> None:
+    config = NeuronConfig(
+        kind="lif",
+        tau=3.5,
+        decay_input=False,
+        v_threshold=0.7,
+        v_reset=-0.1,
+        detach_reset=False,
+        surrogate="erf",
+        alpha=1.7,
+    )
+    node = build_neuron(config)
+    for name in ("tau", "decay_input", "v_threshold", "v_reset", "detach_reset"):
+        assert getattr(node, name) == getattr(config, name)
+    assert isinstance(node.surrogate_function, surrogate.Erf)
+    assert node.surrogate_function.alpha == 1.7
+
+
 def test_paper_defaults() -> None:
     assert NeuronConfig().model_dump() == {
         "kind": "if",
@@ -220,6 +229,9 @@ def test_paper_defaults() -> None:
         "detach_reset": True,
         "surrogate": "atan",
         "alpha": 2.0,
+        "bound": 4,
+        "leak": 0.25,
+        "input_scale": 1.0,
     }
 
 
@@ -234,6 +246,20 @@ def test_plif_starts_at_tau() -> None:
 def test_bad_configurations_are_refused(bad: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         NeuronConfig(**bad)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"kind": "ilif", "v_threshold": 0.5, "surrogate": "erf"}, "v_threshold=0.5, surrogate='erf'"),
+        ({"kind": "ilif", "v_reset": None}, "v_reset=None"),
+        ({"bound": 2}, "bound=2"),
+        ({"kind": "lif", "leak": 0.5, "tau": 3.0}, "'lif' does not use leak=0.5;"),
+    ],
+)
+def test_a_field_of_another_kind_is_refused_by_name(fields: dict[str, object], named: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(named)):
+        NeuronConfig(**fields)
 
 
 def test_dynamics_describe_the_node() -> None:

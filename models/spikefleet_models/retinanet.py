@@ -1,0 +1,123 @@
+"""Spiking RetinaNet: spiking residual backbone, a decoder for each tapped stage, and torchvision's pyramid and heads.
+
+Zhang et al., Front. Neurosci. 2023: SG ResNet, an attention spike decoder of its own on each of C3, C4 and C5, then
+RetinaNet (Lin et al., ICCV 2017) as an ANN: feature pyramid P3 to P7, two heads of four convolutions shared by all
+levels, nine anchors a cell. The ANN twin is the same network with `backbone.connection: ann`.
+
+What the paper leaves open follows mmdetection: P6 is a convolution of C5, no normalisation in pyramid and heads,
+foreground prior .01. Deviations from it: a ReLU between P6 and P7, as in torchvision's block and in Lin et al.; weights
+of pyramid and heads are drawn as in torchvision; trained from random weights, so no batch norm is frozen.
+"""
+
+from collections import OrderedDict
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+from torchvision.models.detection.retinanet import RetinaNetClassificationHead, RetinaNetRegressionHead
+from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelP6P7
+
+from spikefleet_models.retinanet_loss import RetinaCriterionConfig
+from spikefleet_models.sg_resnet import SGResNetBackbone, SGResNetConfig, build_decoder
+
+
+class RetinaNetConfig(BaseModel):
+    """A Spiking RetinaNet; the defaults are SG ResNet18 with three ASDs for COCO."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    family: Literal["retinanet"] = "retinanet"
+    backbone: SGResNetConfig = Field(
+        default_factory=lambda: SGResNetConfig(stem="imagenet"),
+        description="Residual network and decoder; its classifier is left out, so its num_classes has no meaning.",
+    )
+    num_classes: int = Field(80, ge=1, description="Classes of objects.")
+    taps: int = Field(3, ge=1, description="How many of the backbone's last stages feed the pyramid; 3 is C3 to C5.")
+    extra_levels: Literal[0, 2] = Field(2, description="Coarser levels after the last tapped stage; 2 is P6 and P7.")
+    fpn_channels: int = Field(256, ge=1, description="Channels of pyramid and heads.")
+    criterion: RetinaCriterionConfig = Field(
+        default_factory=RetinaCriterionConfig, description="Anchors, loss and decoding."
+    )
+
+    @model_validator(mode="after")
+    def _fits_backbone(self) -> "RetinaNetConfig":
+        backbone = self.backbone
+        if backbone.num_classes != SGResNetConfig.model_fields["num_classes"].default:
+            raise ValueError(
+                f"backbone.num_classes={backbone.num_classes} has no meaning in a detector; set num_classes instead"
+            )
+        if self.taps > len(backbone.stages):
+            raise ValueError(f"taps={self.taps}, but the backbone has {len(backbone.stages)} stages")
+        if backbone.uses_asd:
+            for channels in self.tapped_channels:
+                if channels % backbone.asd_channel_reduction:
+                    raise ValueError(
+                        f"backbone.asd_channel_reduction={backbone.asd_channel_reduction} must divide the {channels} "
+                        "channels of every tapped stage"
+                    )
+        return self
+
+    @property
+    def timesteps(self) -> int:
+        """T of the backbone as configured."""
+        return self.backbone.timesteps
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the pictures or event frames."""
+        return self.backbone.in_channels
+
+    @property
+    def tapped_channels(self) -> tuple[int, ...]:
+        """Channels of the stages that feed the pyramid."""
+        return self.backbone.stage_channels[-self.taps :]
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels a cell of each level, finest first."""
+        first = 4 if self.backbone.stem == "imagenet" else 1
+        stages = len(self.backbone.stages)
+        return tuple(first * 2**level for level in range(stages - self.taps, stages + self.extra_levels))
+
+
+class RetinaNet(nn.Module):
+    """The network of a `RetinaNetConfig`."""
+
+    def __init__(self, config: RetinaNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = SGResNetBackbone(config.backbone)
+        self.timesteps = self.backbone.timesteps
+        self.decoders = nn.ModuleList(build_decoder(config.backbone, channels) for channels in config.tapped_channels)
+        extra_levels = None
+        if config.extra_levels:
+            extra_levels = LastLevelP6P7(config.tapped_channels[-1], config.fpn_channels)
+            # torchvision's block would take P5 for C5 where both have the same channels.
+            extra_levels.use_P5 = False
+        self.pyramid = FeaturePyramidNetwork(list(config.tapped_channels), config.fpn_channels, extra_levels)
+        anchors = config.criterion.anchors_per_cell
+        self.classification = RetinaNetClassificationHead(config.fpn_channels, anchors, config.num_classes)
+        self.regression = RetinaNetRegressionHead(config.fpn_channels, anchors)
+        self.backbone.initialise()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """One [B, A * (K + 4), h, w] a level, finest first, of pictures [B, C, H, W] or frames [T, B, C, H, W].
+
+        Channels: K class logits of each of the A anchors, then the 4 box codes of each.
+
+        Raises:
+            ValueError: the shape or type of `images` does not fit the configuration.
+        """
+        features = self.backbone.forward_features(images)[-self.config.taps :]
+        decoded = OrderedDict(
+            (str(index), decoder(spikes))
+            for index, (decoder, spikes) in enumerate(zip(self.decoders, features, strict=True))
+        )
+        return tuple(self._heads(level) for level in self.pyramid(decoded).values())
+
+    def _heads(self, level: Tensor) -> Tensor:
+        # The heads' own forward would flatten the levels into one.
+        logits = self.classification.cls_logits(self.classification.conv(level))
+        codes = self.regression.bbox_reg(self.regression.conv(level))
+        return torch.cat((logits, codes), dim=1)

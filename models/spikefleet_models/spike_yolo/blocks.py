@@ -1,0 +1,372 @@
+"""Building blocks of SpikeYOLO (Luo et al., ECCV 2024, section 3.2 and eqs 2 to 7) on merged time and batch.
+
+Every tensor between blocks is a membrane current [T * B, C, H, W]; a neuron (SN) stands before each convolution, never
+after it, so residual additions, pooling and up-sampling all act on real values. `ConvNorm` and `SpikeConv` are the
+only places where a convolution meets its batch norm: reparam.py folds them.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from spikefleet_models.neurons import NeuronConfig, build_neuron
+from spikefleet_models.spike_yolo.config import ATTENTION_HEADS
+
+BN_EPSILON = 1e-3
+BN_MOMENTUM = 0.03
+
+
+def batch_norm(channels: int) -> nn.BatchNorm2d:
+    """Batch norm with the published constants; its statistics are shared over T and B."""
+    return nn.BatchNorm2d(channels, eps=BN_EPSILON, momentum=BN_MOMENTUM)
+
+
+class SN(nn.Module):
+    """The paper's SN: a multi-step neuron on merged time and batch."""
+
+    def __init__(self, config: NeuronConfig, timesteps: int) -> None:
+        super().__init__()
+        self.neuron = build_neuron(config)
+        self.timesteps = timesteps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Currents [T * B, ...] -> spikes or integers [T * B, ...]; both reshapes are views."""
+        emitted: Tensor = self.neuron(x.unflatten(0, (self.timesteps, -1)))
+        return emitted.flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all blocks of one network share. `neuron` is None in an ANN twin."""
+
+    neuron: NeuronConfig | None
+    timesteps: int
+    reparameterise: bool = True
+
+    def activation(self) -> nn.Module:
+        """A fresh neuron; or ReLU in an ANN twin, not in place, since residual branches read the same tensor."""
+        return nn.ReLU() if self.neuron is None else SN(self.neuron, self.timesteps)
+
+    def rep_conv(self, in_channels: int, out_channels: int) -> nn.Module:
+        """RepConv, or the chain with neurons inside."""
+        if self.reparameterise:
+            return RepConv(in_channels, out_channels)
+        return SpikingRepConv(self, in_channels, out_channels)
+
+    def sep_rep_conv(self, in_channels: int, out_channels: int) -> nn.Module:
+        """SepRepConv, or the chain with a neuron inside."""
+        if self.reparameterise:
+            return SepRepConv(in_channels, out_channels)
+        return SpikingSepRepConv(self, in_channels, out_channels)
+
+
+class ConvNorm(nn.Module):
+    """A convolution, or a chain that merges to one, and its batch norm. [N, C, H, W] -> [N, C', H', W']."""
+
+    def __init__(self, conv: nn.Module, bn: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+        self.bn = bn
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.bn(self.conv(x))
+        return y
+
+
+class SpikeConv(ConvNorm):
+    """SN -> convolution -> batch norm."""
+
+    def __init__(self, plan: Plan, conv: nn.Module, bn: nn.Module) -> None:
+        super().__init__(conv, bn)
+        self.sn = plan.activation()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.sn(x))
+
+
+def spike_conv(
+    plan: Plan,
+    in_channels: int,
+    out_channels: int,
+    kernel: int = 1,
+    stride: int = 1,
+    groups: int = 1,
+    bias: bool = False,
+) -> SpikeConv:
+    """MS_StandardConv of the paper; with `bias` and a stride, MS_DownSampling."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=bias)
+    return SpikeConv(plan, conv, batch_norm(out_channels))
+
+
+def prediction(plan: Plan, in_channels: int, out_channels: int) -> SpikeConv:
+    """The last layer of a head: SN -> 1x1 convolution with bias, no batch norm."""
+    return SpikeConv(plan, nn.Conv2d(in_channels, out_channels, 1), nn.Identity())
+
+
+class _PadFunction(torch.autograd.Function):
+    """(x [N, C, H, W], value [C]) -> x inside a border of `value`, one pixel wide; no gradient to `value`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
+        samples, channels, height, width = x.shape
+        layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+        padded = torch.empty(
+            (samples, channels, height + 2, width + 2), dtype=x.dtype, device=x.device, memory_format=layout
+        )
+        column = value.to(x.dtype)[:, None]
+        padded[:, :, 1:-1, 1:-1] = x
+        padded[:, :, 0] = column
+        padded[:, :, -1] = column
+        padded[:, :, :, 0] = column
+        padded[:, :, :, -1] = column
+        return padded
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        (grad,) = grad_outputs
+        return grad[:, :, 1:-1, 1:-1], None
+
+
+class BatchNormAndPad(nn.Module):
+    """Batch norm, then a border one pixel wide with the value that batch norm gives to zero.
+
+    That makes it the same as zero-padding before the 1x1 convolution in front. The border comes from the running
+    statistics and without gradient, in training too, where the inside comes from those of the batch.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.bn = batch_norm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, H + 2, W + 2]."""
+        y = self.bn(x)
+        padded: Tensor = _PadFunction.apply(y, self.pad_value())
+        return padded
+
+    def pad_value(self) -> Tensor:
+        """[C]: beta - mean * gamma / sqrt(var + eps)."""
+        bn = self.bn
+        mean, variance = bn.running_mean, bn.running_var
+        assert mean is not None
+        assert variance is not None
+        return bn.bias.detach() - mean * bn.weight.detach() * (variance + bn.eps).rsqrt()
+
+
+class RepConv(nn.Module):
+    """1x1 -> BNAndPad -> 3x3 depth-wise, valid -> 1x1 -> BN; merges to one 3x3 convolution with zero padding."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(in_channels, in_channels, 1, bias=False)
+        self.pad_bn = BatchNormAndPad(in_channels)
+        self.depthwise = nn.Conv2d(in_channels, in_channels, 3, groups=in_channels, bias=False)
+        self.last = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        self.bn = batch_norm(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C', H, W]."""
+        y: Tensor = self.bn(self.last(self.depthwise(self.pad_bn(self.first(x)))))
+        return y
+
+
+class SepRepConv(nn.Module):
+    """BNAndPad -> 1x1 -> 3x3 depth-wise, valid; merges to one 3x3 convolution with zero padding."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.pad_bn = BatchNormAndPad(in_channels)
+        self.pointwise = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        self.depthwise = nn.Conv2d(out_channels, out_channels, 3, groups=out_channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C', H, W]."""
+        y: Tensor = self.depthwise(self.pointwise(self.pad_bn(x)))
+        return y
+
+
+class SpikingRepConv(nn.Module):
+    """RepConv without re-parameterisation: 1x1 -> BNAndPad -> SN -> 3x3 depth-wise -> SN -> 1x1 -> BN."""
+
+    def __init__(self, plan: Plan, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.first: nn.Module = nn.Conv2d(in_channels, in_channels, 1, bias=False)
+        self.pad_bn: nn.Module = BatchNormAndPad(in_channels)
+        self.depthwise_sn = plan.activation()
+        self.depthwise = nn.Conv2d(in_channels, in_channels, 3, groups=in_channels, bias=False)
+        self.last_sn = plan.activation()
+        self.last = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        self.bn: nn.Module = batch_norm(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C', H, W]."""
+        x = self.depthwise(self.depthwise_sn(self.pad_bn(self.first(x))))
+        y: Tensor = self.bn(self.last(self.last_sn(x)))
+        return y
+
+
+class SpikingSepRepConv(nn.Module):
+    """SepRepConv without re-parameterisation: BNAndPad -> 3x3 depth-wise on the wide side -> SN -> 1x1."""
+
+    def __init__(self, plan: Plan, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.pad_bn: nn.Module = BatchNormAndPad(in_channels)
+        self.depthwise = nn.Conv2d(in_channels, in_channels, 3, groups=in_channels, bias=False)
+        self.sn = plan.activation()
+        self.pointwise = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C', H, W]."""
+        y: Tensor = self.pointwise(self.sn(self.depthwise(self.pad_bn(x))))
+        return y
+
+
+class SepConv(nn.Module):
+    """Eq 4: 1x1 to twice the channels, 7x7 depth-wise, SepRepConv back; SN before and BN after each."""
+
+    def __init__(self, plan: Plan, channels: int) -> None:
+        super().__init__()
+        hidden = 2 * channels
+        self.expand = spike_conv(plan, channels, hidden)
+        self.depthwise = spike_conv(plan, hidden, hidden, kernel=7, groups=hidden)
+        self.project = SpikeConv(plan, plan.sep_rep_conv(hidden, channels), batch_norm(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> the same shape."""
+        y: Tensor = self.project(self.depthwise(self.expand(x)))
+        return y
+
+
+class Block1(nn.Module):
+    """SNN-Block-1, eqs 2, 3, 5: SepConv and two 3x3 convolutions, C -> ratio * C -> C, each with its residual."""
+
+    def __init__(self, plan: Plan, channels: int, ratio: int) -> None:
+        super().__init__()
+        self.sep_conv = SepConv(plan, channels)
+        self.expand = spike_conv(plan, channels, ratio * channels, kernel=3)
+        self.project = spike_conv(plan, ratio * channels, channels, kernel=3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> the same shape."""
+        x = x + self.sep_conv(x)
+        y: Tensor = x + self.project(self.expand(x))
+        return y
+
+
+class Block2(nn.Module):
+    """SNN-Block-2, eqs 2, 3, 6: Block1 with RepConv in the place of both 3x3 convolutions.
+
+    Each RepConv ends in a batch norm and is followed by another one, as published.
+    """
+
+    def __init__(self, plan: Plan, channels: int, ratio: int) -> None:
+        super().__init__()
+        hidden = ratio * channels
+        self.sep_conv = SepConv(plan, channels)
+        self.expand = SpikeConv(plan, plan.rep_conv(channels, hidden), batch_norm(hidden))
+        self.project = SpikeConv(plan, plan.rep_conv(hidden, channels), batch_norm(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> the same shape."""
+        x = x + self.sep_conv(x)
+        y: Tensor = x + self.project(self.expand(x))
+        return y
+
+
+class TransformerBlock(nn.Module):
+    """Block of Spike-driven Transformer V2 (Yao et al., ICLR 2024), for table 5: attention and MLP, each with residual.
+
+    Linear attention Q (K^T V) / 8 with 8 heads on neurons' outputs Q, K, V, whose neurons therefore feed matrix
+    products and no convolution.
+    """
+
+    SCALE = 0.125
+    MLP_RATIO = 4
+
+    def __init__(self, plan: Plan, channels: int) -> None:
+        super().__init__()
+        self.sn = plan.activation()
+        self.queries, self.keys, self.values = (
+            ConvNorm(plan.rep_conv(channels, channels), batch_norm(channels)) for _ in range(3)
+        )
+        self.query_sn, self.key_sn, self.value_sn = (plan.activation() for _ in range(3))
+        self.project = SpikeConv(plan, plan.rep_conv(channels, channels), batch_norm(channels))
+        hidden = self.MLP_RATIO * channels
+        self.mlp_expand = spike_conv(plan, channels, hidden, bias=True)
+        self.mlp_project = spike_conv(plan, hidden, channels, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> the same shape."""
+        spikes = self.sn(x)
+        # [N, heads, C / heads, H * W]
+        q = self.query_sn(self.queries(spikes)).flatten(2).unflatten(1, (ATTENTION_HEADS, -1))
+        k = self.key_sn(self.keys(spikes)).flatten(2).unflatten(1, (ATTENTION_HEADS, -1))
+        v = self.value_sn(self.values(spikes)).flatten(2).unflatten(1, (ATTENTION_HEADS, -1))
+        attended = (v @ k.transpose(-2, -1)) @ q * self.SCALE
+        x = x + self.project(attended.reshape(x.shape))
+        y: Tensor = x + self.mlp_project(self.mlp_expand(x))
+        return y
+
+
+class SpikeSPPF(nn.Module):
+    """1x1 to half the channels, three chained 5x5 max-pools of its currents, and 1x1 on all four."""
+
+    def __init__(self, plan: Plan, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        hidden = in_channels // 2
+        self.reduce = spike_conv(plan, in_channels, hidden)
+        self.pool = nn.MaxPool2d(5, stride=1, padding=2)
+        self.merge = spike_conv(plan, 4 * hidden, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C', H, W]."""
+        steps = [self.reduce(x)]
+        for _ in range(3):
+            steps.append(self.pool(steps[-1]))
+        y: Tensor = self.merge(torch.cat(steps, dim=1))
+        return y
+
+
+class Stem(ConvNorm):
+    """The first convolution, on analogue pictures; with bias, and no neuron before it.
+
+    A static picture passes once and is then the current of each of the T steps.
+    """
+
+    def __init__(self, plan: Plan, in_channels: int, out_channels: int, kernel: int, stride: int) -> None:
+        padding = -(-(kernel - stride) // 2)
+        super().__init__(nn.Conv2d(in_channels, out_channels, kernel, stride, padding), batch_norm(out_channels))
+        self.timesteps = plan.timesteps
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] or [T, B, C, H, W] -> [T * B, C', H / stride, W / stride]."""
+        if images.ndim == 5:
+            return super().forward(images.flatten(0, 1))
+        x = super().forward(images)
+        return x if self.timesteps == 1 else x.expand(self.timesteps, *x.shape).flatten(0, 1)
+
+
+def check_images(images: Tensor, in_channels: int, timesteps: int, stride: int) -> None:
+    """Refuse pictures that do not fit the network.
+
+    Raises:
+        ValueError: rank, type, channels, T or sides of `images`; sides must be multiples of the largest stride.
+    """
+    shape = tuple(images.shape)
+    if images.ndim not in (4, 5):
+        raise ValueError(f"images has shape {shape}; give [B, C, H, W] or [T, B, C, H, W]")
+    if not images.is_floating_point():
+        raise ValueError(f"images has type {images.dtype}; convert and normalise it to floating point first")
+    if images.shape[-3] != in_channels:
+        raise ValueError(f"images has shape {shape}, but the network has in_channels={in_channels}")
+    if images.ndim == 5 and images.shape[0] != timesteps:
+        raise ValueError(f"images has shape {shape}, so T={shape[0]}, but the network runs timesteps={timesteps}")
+    if images.shape[-2] % stride or images.shape[-1] % stride:
+        raise ValueError(
+            f"images has sides {images.shape[-2]}x{images.shape[-1]}; both must be multiples of {stride}, the largest "
+            "stride: resize or pad the pictures"
+        )

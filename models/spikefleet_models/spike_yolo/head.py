@@ -1,0 +1,72 @@
+"""Detection heads: raw outputs of each pyramid level, averaged over T. What they mean is decode.py's matter."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from spikefleet_models.spike_yolo.blocks import Plan, prediction, spike_conv
+from spikefleet_models.spike_yolo.config import ANCHORS, REG_MAX
+
+PRIOR_IMAGE_SIDE = 640
+"""The initial class bias expects 5 objects on a picture of this side, whatever size is trained on."""
+
+BOX_BIAS = 1.0
+
+
+class DecoupledHead(nn.Module):
+    """SpikeDetect: a box branch and a class branch a level, each 3x3, 3x3, 1x1 with a neuron before each.
+
+    Args:
+        plan: of the network.
+        in_channels: channels of the levels, finest first.
+        strides: pixels a cell of the levels.
+        num_classes: K.
+        box_channels: least channels of the box branch's hidden layers.
+    """
+
+    def __init__(
+        self, plan: Plan, in_channels: tuple[int, ...], strides: tuple[int, ...], num_classes: int, box_channels: int
+    ) -> None:
+        super().__init__()
+        self.timesteps = plan.timesteps
+        self.box = nn.ModuleList()
+        self.classes = nn.ModuleList()
+        box_hidden = max(16, in_channels[0] // 4, box_channels)
+        class_hidden = max(in_channels[0], min(num_classes, 100))
+        for channels, stride in zip(in_channels, strides, strict=True):
+            self.box.append(_branch(plan, channels, box_hidden, 4 * REG_MAX, BOX_BIAS))
+            prior = math.log(5 / num_classes / (PRIOR_IMAGE_SIDE / stride) ** 2)
+            self.classes.append(_branch(plan, channels, class_hidden, num_classes, prior))
+        # Distance of each bin in cells: frozen weights of the published network, which its parameter count includes.
+        self.bins = nn.Parameter(torch.arange(REG_MAX, dtype=torch.float32), requires_grad=False)
+
+    def forward(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Levels [T * B, C, h, w] -> [B, 4 * 16 + K, h, w]: logits of left, top, right, bottom bins, then classes."""
+        outputs = []
+        for x, box, classes in zip(features, self.box, self.classes, strict=True):
+            outputs.append(_mean_over_time(torch.cat((box(x), classes(x)), dim=1), self.timesteps))
+        return tuple(outputs)
+
+
+class AnchorHead(nn.Module):
+    """Table 5's anchor-based head: SN and one 1x1 convolution a level. Its loss was not published."""
+
+    def __init__(self, plan: Plan, in_channels: tuple[int, ...], num_classes: int) -> None:
+        super().__init__()
+        self.timesteps = plan.timesteps
+        self.levels = nn.ModuleList(prediction(plan, channels, ANCHORS * (num_classes + 5)) for channels in in_channels)
+
+    def forward(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Levels [T * B, C, h, w] -> [B, 3 * (K + 5), h, w]."""
+        return tuple(_mean_over_time(level(x), self.timesteps) for x, level in zip(features, self.levels, strict=True))
+
+
+def _branch(plan: Plan, channels: int, hidden: int, outputs: int, bias: float) -> nn.Sequential:
+    last = prediction(plan, hidden, outputs)
+    nn.init.constant_(last.conv.get_parameter("bias"), bias)
+    return nn.Sequential(spike_conv(plan, channels, hidden, 3), spike_conv(plan, hidden, hidden, 3), last)
+
+
+def _mean_over_time(x: Tensor, timesteps: int) -> Tensor:
+    return x if timesteps == 1 else x.unflatten(0, (timesteps, -1)).mean(0)

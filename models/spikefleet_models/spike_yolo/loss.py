@@ -1,0 +1,216 @@
+"""Loss of the anchor-free YOLO head: task-aligned assignment, CIoU, distribution focal loss, binary cross-entropy.
+
+    assignment  t = s^alpha * u^beta                        Feng et al., "TOOD", ICCV 2021, eq 4; alpha .5, beta 6
+    box         1 - CIoU                                    Zheng et al., AAAI 2020; torchvision's
+    dfl         -(1 - f) log p_i - f log p_(i+1), d = i + f   Li et al., NeurIPS 2020, eq 6; mean over the four sides
+    cls         BCE of every anchor and class against the normalised alignment
+
+s is the anchor's score for the object's class, u the CIoU of its box with the object's, not below 0. An object's
+candidates are the anchor points inside its box; it takes the `topk` of largest t. A point taken by several objects
+goes to the one of highest u. The target score is t / max t * max u, maxima over the object's own anchors. All three
+losses are divided by the sum of the target scores, or by 1 where that is less; box and dfl are weighted by them. An
+object smaller than a cell may contain no point and is then never learned; `match_small` gives it the nearest point of
+the finest level with target score 1, whatever the alignment: a young network's CIoU with so small a box is 0 or less,
+and stays there. The predicted box always contains its point, so it will be a little larger than the object.
+
+The paper trains with YOLOv8's loss and says no more; this follows the cited papers.
+Deviations from YOLOv8's rules: a shared point goes to the best of the objects that took it, not of all that contain it;
+t / max t has no additive epsilon, so the small alignments of early training are not wiped out; the loss is not
+multiplied by the batch size.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torchvision.ops import complete_box_iou_loss
+
+from spikefleet_models.detection import Detections, Objects, check_objects, check_outputs, suppress
+from spikefleet_models.spike_yolo.decode import (
+    REG_MAX,
+    AnchorPoints,
+    anchor_points,
+    boxes_to_distances,
+    distances_to_boxes,
+    expected_distances,
+    split_outputs,
+)
+
+
+class YoloCriterionConfig(BaseModel):
+    """Loss, assignment and decoding of the anchor-free YOLO head; the defaults are SpikeYOLO's on COCO."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    box_gain: float = Field(7.5, ge=0.0, description="Weight of the CIoU loss.")
+    cls_gain: float = Field(0.5, ge=0.0, description="Weight of the classification loss.")
+    dfl_gain: float = Field(1.5, ge=0.0, description="Weight of the distribution focal loss.")
+    topk: int = Field(10, ge=1, description="Anchors that an object may have at most.")
+    alpha: float = Field(0.5, ge=0.0, description="Power of the class score in the alignment score^alpha * IoU^beta.")
+    beta: float = Field(6.0, ge=0.0, description="Power of the IoU in the alignment.")
+    match_small: bool = Field(
+        False, description="An object that holds no anchor point gets the nearest of the finest level, not none."
+    )
+    score_threshold: float = Field(0.001, ge=0.0, lt=1.0, description="Detections need a score above this.")
+    nms_iou: float = Field(
+        0.7, ge=0.0, le=1.0, description="Overlap at which a worse box of the same class is dropped."
+    )
+    max_candidates: int = Field(30_000, ge=1, description="Best boxes of a picture that enter the suppression.")
+    max_detections: int = Field(300, ge=1, description="Detections of a picture at most.")
+    multi_label: bool = Field(True, description="A box may be a detection of several classes, not of its best alone.")
+
+
+class Assignment(NamedTuple):
+    """What every anchor point has to predict."""
+
+    owner: Tensor
+    """int64 [B, A]: index of the object in its picture; -1 for background."""
+    boxes: Tensor
+    """[B, A, 4]: the owner's box; meaningless for background."""
+    scores: Tensor
+    """[B, A, K]: target scores; 0 but for the owner's class."""
+
+
+@torch.no_grad()
+def assign(
+    boxes: Tensor, scores: Tensor, objects: Sequence[Objects], anchors: AnchorPoints, config: YoloCriterionConfig
+) -> Assignment:
+    """Task-aligned assignment of anchor points to objects, for the whole batch at once.
+
+    Args:
+        boxes: [B, A, 4] predicted boxes, x1 y1 x2 y2 in pixels.
+        scores: [B, A, K] predicted scores in [0, 1].
+        objects: ground truth of the B pictures; boxes without area are nobody's.
+        anchors: the A anchor points.
+        config: topk, alpha, beta, match_small.
+    """
+    device = boxes.device
+    # One entry more than there are pictures, so that N is at least 1 where no picture has an object.
+    padding = Objects(torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64))
+    padded = [Objects(entry.boxes.to(device, boxes.dtype), entry.labels.to(device)) for entry in (*objects, padding)]
+    object_boxes = pad_sequence([entry.boxes for entry in padded], batch_first=True)[:-1]  # [B, N, 4]
+    labels = pad_sequence([entry.labels for entry in padded], batch_first=True)[:-1]  # [B, N]
+    top_left, bottom_right = object_boxes.unsqueeze(2).chunk(2, dim=-1)
+    candidate = ((anchors.points > top_left) & (anchors.points < bottom_right)).all(-1)  # [B, N, A]
+    lonely = torch.zeros_like(candidate[..., :1])  # [B, N, 1]
+    if config.match_small:
+        lonely = (top_left < bottom_right).all(-1) & ~candidate.any(-1, keepdim=True)
+        centres = (object_boxes[..., :2] + object_boxes[..., 2:]) / 2
+        distance = torch.cdist(centres, anchors.points.expand(len(boxes), -1, -1))
+        # In pixels, a coarse cell may well be nearer, but cannot express so small a box.
+        coarse = (anchors.strides > anchors.strides.amin()).squeeze(1)
+        nearest = distance.masked_fill_(coarse, torch.inf).argmin(-1, keepdim=True)
+        candidate |= torch.zeros_like(candidate).scatter_(2, nearest, lonely)
+
+    b, n, a = candidate.nonzero(as_tuple=True)
+    overlap = (1 - complete_box_iou_loss(boxes[b, a], object_boxes[b, n])).clamp_min(0)
+    iou = boxes.new_zeros(candidate.shape).index_put_((b, n, a), overlap)
+    aligned = scores[b, a, labels[b, n]].pow(config.alpha) * overlap.pow(config.beta)
+    # Below every candidate, whose alignment may well be 0.
+    alignment = boxes.new_full(candidate.shape, -1.0).index_put_((b, n, a), aligned)
+
+    best = alignment.topk(min(config.topk, alignment.shape[2]), dim=2)
+    taken = torch.zeros_like(candidate).scatter_(2, best.indices, best.values >= 0)
+    owner = torch.where(taken, iou, -1.0).argmax(1)  # [B, A]
+    foreground = taken.any(1)
+    taken &= torch.arange(taken.shape[1], device=device)[:, None] == owner[:, None]
+
+    alignment = torch.where(taken, alignment, 0.0)
+    peak = alignment.amax(2, keepdim=True).clamp_min(torch.finfo(alignment.dtype).tiny)
+    peak_iou = torch.where(taken, iou, 0.0).amax(2, keepdim=True)
+    target = torch.where(taken & lonely, 1.0, alignment / peak * peak_iou).amax(1)  # [B, A]
+    return Assignment(
+        torch.where(foreground, owner, -1),
+        object_boxes.gather(1, owner.unsqueeze(-1).expand(-1, -1, 4)),
+        torch.zeros_like(scores).scatter_(2, labels.gather(1, owner).unsqueeze(-1), target.unsqueeze(-1)),
+    )
+
+
+def distribution_focal_loss(bins: Tensor, distances: Tensor) -> Tensor:
+    """[P] losses of bins [P, 4, 16] against distances [P, 4] in cells, which are cut to what the bins can express."""
+    distances = distances.clamp(0, REG_MAX - 1 - 0.01)
+    left = distances.floor()
+    log_p = bins.log_softmax(-1)
+    at_left, at_right = (log_p.gather(-1, side.long().unsqueeze(-1)).squeeze(-1) for side in (left, left + 1))
+    return -torch.lerp(at_left, at_right, distances - left).mean(-1)
+
+
+class YoloCriterion:
+    """Loss and detections of the anchor-free YOLO head; a `DetectionCriterion`.
+
+    Args:
+        config: gains, assignment and decoding.
+        num_classes: K.
+        strides: pixels a cell, one for each level.
+    """
+
+    def __init__(self, config: YoloCriterionConfig, num_classes: int, strides: Sequence[int]) -> None:
+        self.config = config
+        self.num_classes = num_classes
+        self.strides = tuple(strides)
+
+    def loss(
+        self, outputs: tuple[Tensor, ...], objects: Sequence[Objects], image_size: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        """`loss` with gradient and its detached parts `box`, `cls` and `dfl`, gains included. See `DetectionCriterion`.
+
+        Raises:
+            ValueError: outputs, objects and image size do not fit together.
+        """
+        config = self.config
+        check_objects(objects, len(outputs[0]), self.num_classes)
+        with torch.autocast(outputs[0].device.type, enabled=False):
+            bins, logits, boxes, anchors = self._read(outputs, image_size)
+            target = assign(boxes, logits.sigmoid(), objects, anchors, config)
+            foreground = target.owner >= 0
+            weights = target.scores.sum(-1)
+            total = weights.sum().clamp_min(1)
+            weights = weights[foreground] / total
+            distances = boxes_to_distances(target.boxes, anchors)[foreground]
+            cls = F.binary_cross_entropy_with_logits(logits, target.scores, reduction="sum") / total
+            box = (weights * complete_box_iou_loss(boxes[foreground], target.boxes[foreground])).sum()
+            dfl = (weights * distribution_focal_loss(bins[foreground], distances)).sum()
+            parts = {"box": config.box_gain * box, "cls": config.cls_gain * cls, "dfl": config.dfl_gain * dfl}
+            loss = parts["box"] + parts["cls"] + parts["dfl"]
+        return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
+
+    @torch.no_grad()
+    def detect(self, outputs: tuple[Tensor, ...], image_size: tuple[int, int]) -> list[Detections]:
+        """The detections of each picture, best first. See `DetectionCriterion`.
+
+        Raises:
+            ValueError: outputs and image size do not fit together.
+        """
+        config = self.config
+        with torch.autocast(outputs[0].device.type, enabled=False):
+            _, logits, boxes, _ = self._read(outputs, image_size)
+            detections = []
+            for picture_boxes, scores in zip(boxes, logits.sigmoid(), strict=True):
+                keep = scores > config.score_threshold
+                if not config.multi_label:
+                    keep &= torch.zeros_like(keep).scatter_(1, scores.argmax(1, keepdim=True), True)
+                anchor, label = keep.nonzero(as_tuple=True)
+                detections.append(
+                    suppress(
+                        picture_boxes[anchor],
+                        scores[anchor, label],
+                        label,
+                        iou=config.nms_iou,
+                        max_candidates=config.max_candidates,
+                        max_detections=config.max_detections,
+                    )
+                )
+        return detections
+
+    def _read(
+        self, outputs: tuple[Tensor, ...], image_size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor, Tensor, AnchorPoints]:
+        """Bins [B, A, 4, 16], class logits [B, A, K], boxes [B, A, 4] in pixels, anchor points."""
+        grids = check_outputs(outputs, 4 * REG_MAX + self.num_classes, self.strides, image_size)
+        bins, logits = split_outputs(outputs, self.num_classes)
+        anchors = anchor_points(grids, self.strides, logits)
+        return bins, logits, distances_to_boxes(expected_distances(bins), anchors), anchors

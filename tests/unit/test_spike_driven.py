@@ -1,0 +1,607 @@
+"""Integer training equals binary inference; and every way to get the conversion wrong makes the proof fail."""
+
+import json
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spikefleet_models import equivalence, spike_driven
+from spikefleet_models.build import build_model, model_config
+from spikefleet_models.equivalence import EquivalenceProof, check_equivalence, count_flips, on_grid
+from spikefleet_models.neurons import NeuronConfig, build_neuron
+from spikefleet_models.reparam import deploy
+from spikefleet_models.spike_driven import SlotLayer, ThermometerNode, thermometer
+from spikefleet_models.spike_edges import Analogue, Layer, SpikeFed, layer_inputs
+
+ROOMS = [(T, D) for T in (1, 2, 4) for D in (1, 2, 4, 8)]
+
+
+class SN(nn.Module):
+    """A neuron on merged time and batch, which leaves the leading axis to whatever the neuron emits."""
+
+    def __init__(self, timesteps: int, neuron: nn.Module) -> None:
+        super().__init__()
+        self.timesteps = timesteps
+        self.neuron = neuron
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.neuron(x.unflatten(0, (self.timesteps, -1))).flatten(0, 1)
+
+
+class SpikingNet(nn.Module):
+    """Residual additions, a depth-wise convolution, strides, max-pool, up-sampling, concatenation, a mean over T."""
+
+    def __init__(self, timesteps: int, bound: int) -> None:
+        super().__init__()
+        torch.manual_seed(10 * timesteps + bound)
+        config = NeuronConfig(kind="ilif", bound=bound)
+        self.timesteps = timesteps
+        self.neurons = nn.ModuleList(SN(timesteps, build_neuron(config)) for _ in range(6))
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+        self.expand = nn.Conv2d(8, 16, 1)
+        self.depthwise = nn.Conv2d(16, 16, 5, padding="same", groups=16)
+        self.project = nn.Conv2d(16, 8, 3, padding=1)
+        self.down = nn.Conv2d(8, 12, 3, 2, 1)
+        self.merge = nn.Conv2d(20, 8, 3, 1, 1, dilation=1, bias=False)
+        self.head = nn.Linear(8, 5)
+        fill_range(self, bound)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        x = self.stem(images)
+        scale = torch.linspace(1, 2, self.timesteps, dtype=x.dtype).view(-1, 1, 1, 1, 1)
+        x = (x * scale).flatten(0, 1)  # steps differ, so that their order matters
+        y = self.depthwise(self.neurons[1](self.expand(self.neurons[0](x))))
+        x = x + self.project(self.neurons[2](y))
+        low = self.down(self.neurons[3](F.max_pool2d(x, 3, 1, 1)))
+        both = torch.cat((x, F.interpolate(low, scale_factor=2)), dim=1)
+        merged = self.merge(self.neurons[4](both))
+        scores = self.head(self.neurons[5](F.max_pool2d(merged, 8).flatten(1)))
+        T = self.timesteps
+        return merged.unflatten(0, (T, -1)).mean(0), scores.unflatten(0, (T, -1)).mean(0)
+
+
+@torch.no_grad()
+def fill_range(net: nn.Module, bound: int) -> None:
+    """Scale and shift every layer so that neurons behind it emit every integer from 0 to `bound`."""
+
+    def rescale(module: nn.Conv2d | nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        factor, shift = 0.5 * bound / output.std(), torch.zeros(())
+        module.weight.mul_(factor)
+        if module.bias is not None:
+            shift = 0.5 * bound - output.mean() * factor
+            module.bias.mul_(factor).add_(shift)
+        return output * factor + shift
+
+    hooks = [module.register_forward_hook(rescale) for module in net.modules() if isinstance(module, Layer)]
+    net(pictures())
+    for hook in hooks:
+        hook.remove()
+
+
+def pictures(count: int = 2) -> Tensor:
+    return torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def layers_of(proof: EquivalenceProof, kind: str) -> list[str]:
+    return [layer.name for layer in proof.layers if layer.kind == kind]
+
+
+@pytest.mark.parametrize(("T", "D"), ROOMS)
+def test_binary_inference_equals_integer_training(T: int, D: int) -> None:
+    proof = check_equivalence(SpikingNet(T, D), pictures())
+    assert proof.failure is None
+    assert proof.passed
+    assert proof.max_output_difference == 0
+    assert layers_of(proof, "spike-fed") == ["expand", "depthwise", "project", "down", "merge", "head"]
+    assert layers_of(proof, "analogue") == ["stem"]
+    assert len(layers_of(proof, "neuron")) == 6
+    for layer in proof.layers:
+        if layer.kind != "analogue":
+            assert (layer.timesteps, layer.bound, layer.equal, layer.binary) == (T, D, True, True)
+            assert 0.01 < layer.ones < 0.999, layer
+    assert json.loads(json.dumps(proof.to_dict())) == proof.to_dict()
+
+
+def test_the_network_really_uses_its_integers_and_its_time() -> None:
+    net = SpikingNet(2, 4).eval()
+    seen = []
+    net.neurons[2].neuron.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    net(pictures())
+    assert seen[0].unique().tolist() == [0, 1, 2, 3, 4]
+    assert not torch.equal(seen[0][0], seen[0][1])
+
+
+def test_the_binary_form_holds_binary_spikes_and_the_same_state_dict() -> None:
+    net = SpikingNet(2, 4).eval()
+    binary = spike_driven.spike_driven(net, layer_inputs(net, pictures()))
+    assert list(binary.state_dict()) == list(net.state_dict())
+    assert isinstance(binary.neurons[0].neuron, ThermometerNode)
+    assert isinstance(binary.depthwise, SlotLayer)
+    assert isinstance(binary.stem, nn.Conv2d)
+    given: list[Tensor] = []
+    binary.depthwise.register_forward_hook(lambda module, inputs, output: given.append(inputs[0]))
+    outputs = binary(pictures(3))
+    assert given[0].shape == (2 * 4 * 3, 16, 8, 8)
+    assert set(given[0].unique().tolist()) == {0, 1}
+    for output, expected in zip(outputs, net(pictures(3)), strict=True):
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+    assert not any(isinstance(module, SlotLayer) for module in net.modules())
+
+
+def test_thermometer_is_time_major() -> None:
+    counts = torch.tensor([[0, 1, 3], [4, 2, 0]], dtype=torch.float16)
+    slots = thermometer(counts, 4)
+    assert slots.dtype == torch.float16
+    assert slots.tolist() == [[0, 1, 1], [0, 0, 1], [0, 0, 1], [0, 0, 0], [1, 1, 0], [1, 1, 0], [1, 0, 0], [1, 0, 0]]
+
+
+def test_a_shared_layer_and_a_shared_neuron() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.sn, self.conv = SN(2, build_neuron(NeuronConfig(kind="ilif"))), nn.Conv2d(3, 3, 3, padding=1)
+            self.again = self.conv
+            fill_range(self, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = (x * 4).repeat(2, 1, 1, 1)
+            y = self.again(self.sn(x))
+            return y, self.conv(self.sn(F.max_pool2d(y, 2)))
+
+    proof = check_equivalence(Shared(), pictures())
+    assert proof.passed
+    assert [layer.kind for layer in proof.layers] == ["neuron", "spike-fed"]
+
+
+# Each of these is a mistake that someone could make, or has made in published code.
+
+
+def bias_in_every_slot(layer: SlotLayer, spikes: Tensor) -> Tensor:
+    T, D = layer.timesteps, layer.slots
+    y = layer._weigh(spikes, layer.weight)
+    if layer.bias is not None:
+        y = y + layer.bias.view(layer._bias_shape)
+    return y.unflatten(0, (T, D, -1)).sum(1).flatten(0, 1)
+
+
+def norm_in_every_slot(layer: SlotLayer, spikes: Tensor) -> Tensor:
+    y = layer._weigh(spikes, layer.weight)
+    shape = layer._bias_shape
+    mean = torch.linspace(-0.1, 0.1, y.shape[1], dtype=y.dtype).view(shape)
+    y = (y - mean) / 1.5
+    y = y.unflatten(0, (layer.timesteps, layer.slots, -1)).sum(1).flatten(0, 1) * 1.5 + mean
+    return y if layer.bias is None else y + layer.bias.view(shape)
+
+
+def slots_first(counts: Tensor, bound: int) -> Tensor:
+    """[D * T, ...]: slots slowest."""
+    slots = thermometer(counts, bound)
+    return slots.unflatten(0, (-1, bound)).transpose(0, 1).flatten(0, 1)
+
+
+def one_slot_short(counts: Tensor, bound: int) -> Tensor:
+    return thermometer(counts.clamp(max=bound - 1), bound)
+
+
+def integer_in_the_first_slot(counts: Tensor, bound: int) -> Tensor:
+    """Sums are right to the last bit, and nothing is spike-driven."""
+    slots = torch.zeros_like(thermometer(counts, bound)).unflatten(0, (-1, bound))
+    slots[:, 0] = counts
+    return slots.flatten(0, 1)
+
+
+def negative_spike(counts: Tensor, bound: int) -> Tensor:
+    """One slot 2, the next -1 where the integer is 1: sums are right again."""
+    slots = thermometer(counts, bound).unflatten(0, (-1, bound)).clone()
+    slots[:, 0] += (counts == 1).to(counts.dtype)
+    slots[:, 1] -= (counts == 1).to(counts.dtype)
+    return slots.flatten(0, 1)
+
+
+@pytest.mark.parametrize(("T", "D"), [(1, 2), (1, 4), (2, 4)])
+@pytest.mark.parametrize("wrong", [bias_in_every_slot, norm_in_every_slot])
+def test_wrong_layers_are_found(
+    T: int, D: int, wrong: Callable[[SlotLayer, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SlotLayer, "forward", wrong)
+    proof = check_equivalence(SpikingNet(T, D), pictures())
+    assert not proof.passed
+    assert not proof.outputs_equal
+    assert proof.unequal[0] == "expand"
+    assert proof.failure is None
+    assert json.loads(json.dumps(proof.to_dict()))["passed"] is False
+
+
+WRONG_SLOTS = [
+    (wrong, T, D)
+    for wrong in (one_slot_short, integer_in_the_first_slot, negative_spike, slots_first)
+    for T, D in ((1, 4), (2, 2), (4, 4))
+    if not (wrong is slots_first and T == 1)  # one step has no order
+]
+
+
+@pytest.mark.parametrize(("wrong", "T", "D"), WRONG_SLOTS)
+def test_wrong_slots_are_found(
+    wrong: Callable[[Tensor, int], Tensor], T: int, D: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spike_driven, "thermometer", wrong)
+    proof = check_equivalence(SpikingNet(T, D), pictures())
+    assert not proof.passed
+    assert "neurons.0.neuron" in proof.unequal
+    if wrong in (integer_in_the_first_slot, negative_spike):
+        # Only the look at the slots themselves can tell.
+        assert proof.outputs_equal
+        assert all(layer.equal for layer in proof.layers)
+        assert "expand" in proof.unequal
+
+
+def replaced(monkeypatch: pytest.MonkeyPatch, change: Callable[[nn.Module], None]) -> None:
+    def build(*arguments: object) -> nn.Module:
+        binary = spike_driven.spike_driven(*arguments)
+        change(binary)
+        return binary
+
+    monkeypatch.setattr(equivalence, "spike_driven", build)
+
+
+@pytest.mark.parametrize("T", [1, 4])
+def test_a_neuron_left_integer_is_found(T: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave_integer(binary: nn.Module) -> None:
+        binary.neurons[2].neuron = binary.neurons[2].neuron.node
+
+    replaced(monkeypatch, leave_integer)
+    proof = check_equivalence(SpikingNet(T, 4), pictures())
+    assert not proof.passed
+    assert "does not hold T=" in proof.failure
+    assert proof.to_dict()["max_output_difference"] is None
+
+
+@pytest.mark.parametrize("D", [1, 3, 5])
+def test_layers_with_another_number_of_slots_are_found(D: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def other_slots(binary: nn.Module) -> None:
+        binary.project.slots = D
+
+    replaced(monkeypatch, other_slots)
+    assert not check_equivalence(SpikingNet(2, 4), pictures()).passed
+
+
+def test_a_neuron_with_another_bound_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def other_bound(binary: nn.Module) -> None:
+        binary.neurons[1].neuron.node.bound = 3
+
+    replaced(monkeypatch, other_bound)
+    assert "neurons.1.neuron" in check_equivalence(SpikingNet(2, 4), pictures()).unequal
+
+
+def test_a_layer_without_its_bias_and_one_without_a_spike_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_bias(binary: nn.Module) -> None:
+        binary.head.bias = None
+
+    replaced(monkeypatch, without_bias)
+    proof = check_equivalence(SpikingNet(2, 4), pictures())
+    assert proof.unequal == ("head",)
+    monkeypatch.undo()
+
+    def drop_one(binary: nn.Module) -> None:
+        with torch.no_grad():
+            binary.merge.weight[0, 0, 1, 1] += 2.0**-30
+
+    replaced(monkeypatch, drop_one)
+    proof = check_equivalence(SpikingNet(2, 4), pictures())
+    assert "merge" in proof.unequal
+    assert 0 < proof.max_output_difference < 1
+
+
+def test_a_silent_network_proves_nothing() -> None:
+    net = SpikingNet(2, 4)
+    nn.init.zeros_(net.stem.weight)
+    nn.init.constant_(net.stem.bias, -1.0)
+    for layer in (net.expand, net.depthwise, net.project, net.down):
+        nn.init.constant_(layer.bias, -1.0)
+    proof = check_equivalence(net, pictures())
+    assert not proof.passed
+    assert "not" not in str(proof.unequal)
+    assert "single spike" in proof.failure
+    with pytest.raises(ValueError, match="at least one picture"):
+        check_equivalence(net, pictures()[:0])
+
+
+@torch.no_grad()
+def with_all_bits(net: nn.Module) -> nn.Module:
+    """In fp64, with weights that need all of its 53 bits; those of fp32 lie on most grids already."""
+    for parameter in net.double().parameters():
+        parameter.mul_(math.pi / 3)
+    return net
+
+
+def test_weights_off_the_grid_are_not_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the grid is for: without it fp64 rounds, and the order of the sums shows."""
+
+    monkeypatch.setattr(equivalence, "_to_grid", lambda layer, bound: 0)
+    net = with_all_bits(SpikingNet(2, 8))
+    proof = check_equivalence(net, pictures())
+    assert not proof.passed
+    assert 0 < max(layer.max_difference for layer in proof.layers if layer.kind == "spike-fed") < 1e-10
+
+
+def test_grid_moves_weights_by_less_than_its_step_and_reports_headroom() -> None:
+    net = with_all_bits(SpikingNet(2, 4))
+    grid, headroom = on_grid(net, layer_inputs(net, pictures().double()))
+    assert list(headroom) == ["expand", "depthwise", "project", "down", "merge", "head"]
+    for name, bits in headroom.items():
+        fan_in = net.get_submodule(name).weight[0].numel()
+        # 30 bits of weight, 2 of D; the bias weighs little, the largest weight has between 2^29 and 2^30 steps.
+        assert bits == pytest.approx(53 - 30 - 2 - math.log2(fan_in), abs=1.2)
+    for name in headroom:
+        weight, moved = net.get_submodule(name).weight, grid.get_submodule(name).weight
+        assert 0 < (weight - moved).abs().max() <= weight.abs().max() * 2.0**-29
+    assert torch.equal(net.stem.weight, grid.stem.weight)
+
+
+def test_sums_beyond_53_bits_are_refused() -> None:
+    net = SpikingNet(2, 4)
+    with torch.no_grad():
+        net.project.weight.mul_(1e-9)
+    with pytest.raises(ValueError, match=r"layer project needs \d+ bits"):
+        check_equivalence(net, pictures())
+
+
+def test_flips_are_counted_by_layer() -> None:
+    net = SpikingNet(2, 4)
+    flips = count_flips(net, pictures(), torch.float32)
+    assert flips.dtype == "float32"
+    assert [layer.name for layer in flips.layers] == [f"neurons.{i}.neuron" for i in range(6)]
+    assert flips.emitted == sum(layer.emitted for layer in flips.layers) > 10000
+    assert flips.flipped <= flips.emitted * 1e-3
+    assert count_flips(net, pictures(), torch.float64).flipped == 0
+    assert json.loads(json.dumps(flips.to_dict())) == flips.to_dict()
+    sixteen = count_flips(net, pictures(), torch.bfloat16)
+    assert sixteen.dtype == "bfloat16"
+    assert sixteen.flipped <= sixteen.emitted * 0.05
+
+
+def weight_at_an_edge() -> tuple[int, Tensor]:
+    """n and an fp32 w such that n * w and w + ... + w round to different integers."""
+    for n in range(3, 9):
+        for half in range(1, n):
+            w = torch.tensor((half + 0.5) / n)
+            total = torch.zeros(())
+            for _ in range(n):
+                total = total + w
+            if (n * w).round() != total.round():
+                return n, w
+    raise AssertionError("fp32 adds exactly")
+
+
+def test_flips_at_a_rounding_edge_are_counted() -> None:
+    n, w = weight_at_an_edge()
+
+    class Edge(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = (SN(1, build_neuron(NeuronConfig(kind="ilif", bound=8))) for _ in range(2))
+            self.conv = nn.Conv2d(1, 1, 1, bias=False)
+            nn.init.constant_(self.conv.weight, w.item())
+            self.head = nn.Conv2d(1, 1, 1, bias=False)
+            nn.init.ones_(self.head.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.last(self.conv(self.first(x))))
+
+    images = torch.zeros(2, 1, 4, 4)
+    images[0, 0, :, 0] = n
+    images[1, 0, 0, 0] = n
+    flips = count_flips(Edge(), images)
+    assert [(layer.name, layer.flipped, layer.emitted) for layer in flips.layers] == [
+        ("first.neuron", 0, 32),
+        ("last.neuron", 5, 32),
+    ]
+    assert (flips.flipped, flips.emitted, flips.max_output_difference) == (5, 64, 1.0)
+    assert check_equivalence(Edge(), images).passed
+
+
+def test_slots_are_summed_in_fp32_under_autocast() -> None:
+    net = SpikingNet(1, 8).eval()
+    layer = spike_driven.spike_driven(net, layer_inputs(net, pictures())).project
+    spikes = torch.randint(2, (8, 16, 5, 5)).float()
+    expected = layer(spikes)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer(spikes), expected)
+    with pytest.raises(ValueError, match="does not hold T=1 times D=8"):
+        layer(spikes[:7])
+
+
+class AddsSpikes(nn.Module):
+    def forward(self, spikes: Tensor) -> Tensor:
+        return spikes + 1
+
+
+class Pools(nn.Module):
+    def forward(self, spikes: Tensor) -> Tensor:
+        return F.max_pool2d(spikes, 2)
+
+
+class Convolves(nn.Module):
+    def forward(self, spikes: Tensor) -> Tensor:
+        return F.conv2d(spikes, spikes.new_ones(1, 3, 1, 1))
+
+
+class Between(nn.Module):
+    """Something between a neuron and its convolution."""
+
+    def __init__(self, between: nn.Module, bound: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.sn, self.between = SN(1, build_neuron(NeuronConfig(kind="ilif", bound=bound))), between
+        self.conv = nn.Conv2d(3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.between(self.sn(x * bound_of(self))))
+
+
+def bound_of(net: nn.Module) -> int:
+    node = net.sn.neuron
+    return node.node.bound if isinstance(node, ThermometerNode) else node.bound
+
+
+@pytest.mark.parametrize(
+    ("between", "bound", "sentence"),
+    [
+        (AddsSpikes(), 4, r"neuron sn.neuron \(D=4\) feeds add"),
+        (AddsSpikes(), 1, "conv is fed with integers computed from the spikes of sn.neuron by add"),
+        (nn.BatchNorm2d(3), 2, r"\(D=2\) feeds native_batch_norm"),
+        (nn.AvgPool2d(2), 4, "feeds avg_pool2d"),
+        (Convolves(), 1, "feeds convolution; .* no convolution but these"),
+    ],
+)
+def test_spikes_used_otherwise_are_refused(between: nn.Module, bound: int, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        check_equivalence(Between(between, bound), pictures())
+
+
+def test_integers_as_outputs_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"neuron 1.neuron \(D=4\) is an output of the network"):
+        check_equivalence(nn.Sequential(nn.Conv2d(3, 3, 1), SN(1, build_neuron(NeuronConfig(kind="ilif")))), pictures())
+
+
+@pytest.mark.parametrize("bound", [1, 4])
+def test_max_pools_of_spikes_stay_spikes(bound: int) -> None:
+    net = Between(Pools(), bound)
+    assert layer_inputs(net, pictures()) == {"conv": SpikeFed(("sn.neuron",), 1, bound)}
+    assert check_equivalence(net, pictures()).passed
+
+
+def test_averages_of_binary_spikes_are_analogue() -> None:
+    inputs = layer_inputs(Between(nn.AvgPool2d(2), 1), pictures())
+    assert inputs == {"conv": Analogue("its input is real-valued, computed from spikes by avg_pool2d")}
+
+
+def randomise_norms(network: nn.Module, seed: int = 0) -> nn.Module:
+    """Statistics and affines as training leaves them: none is 0 or 1."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            shape = module.running_mean.shape
+            module.running_mean.copy_(torch.randn(shape, generator=generator) * 0.3)
+            module.running_var.copy_(torch.rand(shape, generator=generator) * 0.5 + 0.1)
+            with torch.no_grad():
+                module.weight.copy_(torch.rand(shape, generator=generator) + 0.5)
+                module.bias.copy_(torch.randn(shape, generator=generator) * 0.3 + 0.3)
+    return network.eval()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"connection": "bsg_star", "neuron": NeuronConfig(kind="lif")},
+        {"connection": "post_add", "decoder": "rate", "neuron": NeuronConfig(kind="plif")},
+        {"connection": "iand", "stem": "imagenet", "timesteps": 1},
+        {"connection": "and", "block": "bottleneck", "neuron": NeuronConfig(kind="ilif", bound=1)},
+    ],
+)
+def test_sg_resnets_pass_only_binary_spikes(fields: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    network = deploy(randomise_norms(build_model(model_config("sg_resnet_tiny", **fields))))
+    proof = check_equivalence(network, torch.rand(2, 1, 32, 32))
+    assert proof.failure is None
+    assert proof.passed
+    analogue = layers_of(proof, "analogue")
+    assert analogue[0] == "stem.conv"
+    assert not any(name.startswith("stages") for name in analogue)
+    assert {layer.bound for layer in proof.layers} == {1, None}
+    reasons = {layer.name: layer.reason for layer in proof.layers}
+    assert reasons["stem.conv"] == "its input is the pictures"
+    assert "computed from spikes by" in reasons["classifier"]
+
+
+def test_sums_of_sew_resnet_are_refused() -> None:
+    network = build_model(model_config("sg_resnet_tiny", connection="add")).eval()
+    with pytest.raises(ValueError, match="gate add, not with binary events"):
+        spike_driven.spike_driven(network)
+
+
+def test_networks_without_spikes_are_refused() -> None:
+    with pytest.raises(ValueError, match="no spiking neurons"):
+        spike_driven.spike_driven(build_model(model_config("resnet18", width=0.25)))
+    with pytest.raises(ValueError, match=r"config\.in_channels"):
+        spike_driven.spike_driven(SpikingNet(1, 4))
+
+
+def test_frames_of_events_run_one_sample_at_a_time() -> None:
+    torch.manual_seed(0)
+    network = deploy(randomise_norms(build_model(model_config("sg_resnet_tiny"))))
+    proof = check_equivalence(network, torch.rand(4, 3, 1, 16, 16))
+    assert proof.passed
+    assert proof.images == 3
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"timesteps": 2, "neuron": NeuronConfig(kind="ilif", bound=8)},
+        {"timesteps": 2, "reparameterise": False},
+        {"low_block": "block2", "head": "anchor", "neuron": NeuronConfig(kind="ilif", leak=0.5, input_scale=0.5)},
+    ],
+)
+def test_spike_yolo_is_spike_driven_behind_its_stem(fields: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    config = model_config("spike_yolo_tiny", **fields)
+    network = deploy(randomise_norms(build_model(config)))
+    proof = check_equivalence(network, torch.rand(1, 3, 64, 64))
+    assert proof.failure is None
+    assert proof.passed
+    assert layers_of(proof, "analogue") == ["stem.conv"]
+    assert len(layers_of(proof, "spike-fed")) == len(layers_of(proof, "neuron")) > 50
+    for layer in proof.layers:
+        if layer.kind == "spike-fed":
+            assert (layer.timesteps, layer.bound) == (config.timesteps, config.neuron.bound)
+            assert layer.headroom_bits >= 5
+            assert 0 < layer.ones < 1
+
+
+def test_spiking_yolov8_is_spike_driven_behind_its_stem() -> None:
+    torch.manual_seed(0)
+    network = deploy(randomise_norms(build_model(model_config("spiking_yolov8_m", width=0.05, depth=0.3))))
+    proof = check_equivalence(network, torch.rand(1, 3, 64, 64))
+    assert proof.passed
+    assert layers_of(proof, "analogue") == ["stem.conv"]
+
+
+def test_spike_yolo_with_a_batch_norm_in_every_slot_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SlotLayer, "forward", norm_in_every_slot)
+    network = deploy(randomise_norms(build_model(model_config("spike_yolo_tiny"))))
+    assert not check_equivalence(network, torch.rand(1, 3, 64, 64)).passed
+
+
+def test_chains_that_are_not_merged_count_as_analogue_behind_their_first_layer() -> None:
+    network = deploy(randomise_norms(build_model(model_config("spike_yolo_tiny"))), merge=False)
+    proof = check_equivalence(network, torch.rand(1, 3, 64, 64))
+    assert proof.passed
+    analogue = [layer for layer in proof.layers if layer.kind == "analogue"]
+    assert len(analogue) > 1
+    assert all(layer.reason.startswith("its input is real-valued, from") for layer in analogue[1:])
+
+
+def test_attention_on_integers_is_refused() -> None:
+    network = deploy(build_model(model_config("spike_yolo_s_transformer", width=0.0625)))
+    with pytest.raises(ValueError, match=r"\(D=4\) feeds bmm"):
+        spike_driven.spike_driven(network)
+
+
+def test_the_spiking_part_of_retinanet() -> None:
+    torch.manual_seed(0)
+    network = deploy(randomise_norms(build_model(model_config("retinanet_tiny"))))
+    proof = check_equivalence(network, torch.rand(2, 3, 64, 64))
+    assert proof.failure is None
+    assert proof.passed
+    analogue = layers_of(proof, "analogue")
+    assert [name for name in analogue if name.startswith("backbone")] == ["backbone.stem.conv"]
+    assert any(name.startswith("classification") for name in analogue)
+    assert all(name.startswith("backbone.stages") for name in layers_of(proof, "spike-fed"))
