@@ -1,0 +1,381 @@
+"""Energy card of a network: multiplications, additions and estimated energy of each layer on real pictures.
+
+    E_ANN = E_MAC * sum_l MAC_l                   MAC_l = O^2 C_in C_out k^2, each layer once
+    E_SNN = E_AC * sum_l fr_l T D MAC_l           fr_l: mean of the binary spikes that layer l receives
+
+Zhang et al., Front. Neurosci. 2023, eqs 18, 19; Luo et al., ECCV 2024, eqs 16, 17. An I-LIF integer n counts as n
+spikes in D virtual steps, so fr * D is the mean integer. A layer on real values (the first one, whatever the pictures
+hold; a classifier on averages; attention of the ASD) costs multiplications. Free are batch norm, additions, pooling,
+neuron updates and all memory traffic: published energies leave them out, and so this compares models, not chips.
+
+What a card says it counted:
+
+* form: `merged` (deployed: each RepConv chain one dense 3x3), `factored` (deployed, chains kept) or `as_built` (the
+  network as it is handed in). SpikeYOLO's paper counts its own network merged and its ANN as built; merged is what
+  runs spike-driven, since the inner layers of a chain see real values.
+* shortcuts: whether the 1x1 convolutions of shortcuts count; the SG ResNet paper leaves them out.
+* twin: the same topology as an ANN, every layer dense and once, in a form of its own; by default as built, because
+  nobody would merge an ANN into more operations.
+"""
+
+import copy
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from spikefleet_models.build import ModelConfig, build_model
+from spikefleet_models.neurons import spiking_nodes
+from spikefleet_models.operation_counts import LayerCount, OperationCounts, count_operations
+from spikefleet_models.reparam import deploy
+from spikefleet_models.retinanet import RetinaNetConfig
+from spikefleet_models.sg_resnet import SGResNetConfig, Shortcut
+from spikefleet_models.spike_yolo.config import SpikeYoloConfig, SpikingYoloV8Config
+
+Form = Literal["merged", "factored", "as_built"]
+
+CARD_VERSION = 1
+CONVENTIONS = (
+    "the first layer multiplies, whatever the pictures hold",
+    "an integer n from a neuron counts as n spikes in D virtual steps",
+    "additions are dense operations times the mean input of the layer",
+    "batch norm, additions of feature maps, pooling, neuron updates and memory traffic are free",
+)
+"""What holds for every card; each says so."""
+_DERIVED = ("version", "totals", "rows", "conventions")
+
+_CONFIGS = (SGResNetConfig, RetinaNetConfig, SpikeYoloConfig, SpikingYoloV8Config)
+
+
+@dataclass(frozen=True)
+class EnergyConstants:
+    """Energy of one operation in pJ, under a name that never changes its meaning."""
+
+    name: str
+    version: int
+    mac_pj: float
+    ac_pj: float
+    source: str
+
+
+_HOROWITZ = "M. Horowitz, ISSCC 2014"
+CONSTANTS = {
+    constants.name: constants
+    for constants in (
+        EnergyConstants("int32-45nm", 1, 3.1, 0.1, f"{_HOROWITZ}: int32 multiply, add; as Zhang et al. 2023"),
+        EnergyConstants("fp32-45nm", 1, 4.6, 0.9, f"{_HOROWITZ}: fp32 multiply and add, add; as Luo et al. 2024"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class TwinEnergy:
+    """The ANN twin, each layer dense and once, per picture."""
+
+    form: Form
+    macs: float
+
+
+@dataclass(frozen=True)
+class EnergyCard:
+    """Operations and energy of one picture."""
+
+    network: str
+    """Name of the network's class."""
+    form: Form
+    shortcuts: bool
+    """Whether 1x1 convolutions of shortcuts are counted."""
+    image_size: tuple[int, int]
+    """H, W of the (first) pictures."""
+    timesteps: int
+    bound: int
+    """D: the most that a neuron emits in a step; 0 where there are none."""
+    pictures: int
+    """How many were measured; 0 where the rates were given."""
+    constants: EnergyConstants
+    layers: tuple[LayerCount, ...]
+    twin: TwinEnergy | None = None
+    """None for ANNs and for networks without a configuration."""
+
+    @property
+    def macs(self) -> float:
+        """Multiplications of real values."""
+        return math.fsum(layer.dense for layer in self.layers if not layer.spike_fed)
+
+    @property
+    def acs(self) -> float:
+        """Additions that spikes cause: dense operations times mean input."""
+        return math.fsum(layer.accumulated or 0.0 for layer in self.layers)
+
+    @property
+    def synaptic_operations(self) -> float | None:
+        """Spikes times the weights that each meets; None where the rates were given."""
+        if not self.pictures:
+            return None
+        return math.fsum(layer.synaptic_operations or 0.0 for layer in self.layers)
+
+    @property
+    def dense(self) -> float:
+        """Operations of all layers and steps, had every input been dense."""
+        return math.fsum(layer.dense for layer in self.layers)
+
+    @property
+    def mean_input(self) -> float | None:
+        """Mean input (integer) of the layers that spikes feed, weighted by their operations; None without such."""
+        dense = math.fsum(layer.dense for layer in self.layers if layer.spike_fed)
+        return self.acs / dense if dense else None
+
+    @property
+    def energy_mj(self) -> float:
+        """Energy in mJ."""
+        return _millijoules(self.constants, self.macs, self.acs)
+
+    @property
+    def twin_energy_mj(self) -> float | None:
+        """Energy of the ANN twin in mJ, with the same constants."""
+        return None if self.twin is None else _millijoules(self.constants, self.twin.macs, 0.0)
+
+    @property
+    def twin_ratio(self) -> float | None:
+        """The twin's energy over the network's."""
+        twin = self.twin_energy_mj
+        return None if twin is None or not self.energy_mj else twin / self.energy_mj
+
+    def under(self, constants: str | EnergyConstants) -> "EnergyCard":
+        """The same counts under other constants. Raises ValueError for an unknown name."""
+        return replace(self, constants=energy_constants(constants))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row a layer, in the order in which they run: what tables and pictures show."""
+        total = self.energy_mj
+        rows = []
+        for layer in self.layers:
+            macs, acs = (0.0, layer.accumulated or 0.0) if layer.spike_fed else (layer.dense, 0.0)
+            energy = _millijoules(self.constants, macs, acs)
+            mean_input = acs / layer.dense if layer.spike_fed and layer.dense else None
+            rows.append(
+                {
+                    "layer": layer.layer,
+                    "operation": layer.operation,
+                    "input": "spikes" if layer.spike_fed else "real",
+                    "bound": layer.bound,
+                    "dense": layer.dense,
+                    "mean_input": mean_input,
+                    "rate": None if mean_input is None else mean_input / layer.bound,
+                    "macs": macs,
+                    "acs": acs,
+                    "synaptic_operations": layer.synaptic_operations,
+                    "energy_mj": energy,
+                    "share": energy / total if total else 0.0,
+                }
+            )
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, fit for JSON: the counts, and under `totals` and `rows` what follows from them."""
+        plain = {field.name: getattr(self, field.name) for field in fields(self)}
+        plain |= {"version": CARD_VERSION, "image_size": list(self.image_size), "constants": asdict(self.constants)}
+        plain["layers"] = [asdict(layer) for layer in self.layers]
+        plain["twin"] = None if self.twin is None else asdict(self.twin)
+        names = (
+            "energy_mj",
+            "macs",
+            "acs",
+            "synaptic_operations",
+            "dense",
+            "mean_input",
+            "twin_energy_mj",
+            "twin_ratio",
+        )
+        plain["totals"] = {name: getattr(self, name) for name in names}
+        plain["rows"] = self.rows()
+        plain["conventions"] = list(CONVENTIONS)
+        return plain
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Self:
+        """The card that `to_dict` wrote.
+
+        Raises:
+            ValueError: another version, or fields that are not a card's.
+        """
+        if plain.get("version") != CARD_VERSION:
+            raise ValueError(f"energy card of version {plain.get('version')}; this reads version {CARD_VERSION}")
+        known = {name: value for name, value in plain.items() if name not in _DERIVED}
+        try:
+            known["image_size"] = (int(known["image_size"][0]), int(known["image_size"][1]))
+            known["constants"] = EnergyConstants(**known["constants"])
+            known["layers"] = tuple(LayerCount(**layer) for layer in known["layers"])
+            known["twin"] = None if known["twin"] is None else TwinEnergy(**known["twin"])
+            return cls(**known)
+        except (KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"these are not the fields of an energy card: {error}") from error
+
+
+def energy_card(
+    network: nn.Module,
+    batches: Iterable[Tensor],
+    constants: str | EnergyConstants = "int32-45nm",
+    form: Form = "merged",
+    shortcuts: bool = True,
+    twin_form: Form | None = "as_built",
+) -> EnergyCard:
+    """Measure the card of a network in eval mode; how pictures are batched changes nothing but rounding.
+
+    Args:
+        network: any of this package, trained; not changed. One without batch norms (deployed already) counts as built.
+        batches: pictures [B, C, H, W] or frames [T, B, C, H, W], of the network's type and on its device.
+        constants: a name of CONSTANTS, or one's own.
+        form: what to count; see the module docstring.
+        shortcuts: count the 1x1 convolutions of shortcuts.
+        twin_form: the same for the ANN twin; None leaves the twin out.
+
+    Raises:
+        ValueError: unknown constants, no pictures, or as `reparam.deploy`.
+    """
+    chosen = energy_constants(constants)
+    form, counted = _in_form(network, form)
+    sizes: list[tuple[int, int]] = []
+
+    def seen() -> Iterable[Tensor]:
+        for images in batches:
+            sizes.append((images.shape[-2], images.shape[-1]))
+            yield images
+
+    counts = count_operations(counted, seen())
+    return _card(network, counts, chosen, form, shortcuts, twin_form, sizes[0], counts.pictures)
+
+
+def energy_at_rates(
+    network: nn.Module,
+    image_size: tuple[int, int],
+    rates: float | Mapping[str, float],
+    constants: str | EnergyConstants = "int32-45nm",
+    form: Form = "merged",
+    shortcuts: bool = True,
+    twin_form: Form | None = "as_built",
+) -> EnergyCard:
+    """The card of a network from given rates: nothing is run, so it takes no time and no trained weights.
+
+    Args:
+        network: as for `energy_card`; may live on the meta device.
+        image_size: H, W of a static picture.
+        rates: mean input of all layers that spikes feed, or of each by its name: a mean integer, so up to D for I-LIF.
+        constants, form, shortcuts, twin_form: as for `energy_card`.
+
+    Raises:
+        ValueError: a layer that spikes feed has no rate, or a rate has no such layer; or as `energy_card`.
+    """
+    chosen = energy_constants(constants)
+    form, counted = _in_form(_on_meta(network), form)
+    counts = _count_without_pictures(counted, image_size)
+    names = {layer.layer for layer in counts.layers if layer.spike_fed}
+    if isinstance(rates, Mapping):
+        missing, unknown = sorted(names - rates.keys()), sorted(rates.keys() - names)
+        if missing or unknown:
+            wrong = [*(f"{name} is fed by no spikes" for name in unknown), *(f"no rate for {name}" for name in missing)]
+            raise ValueError(f"the rates do not fit the network: {'; '.join(wrong[:5])}")
+        given = rates
+    else:
+        given = dict.fromkeys(names, rates)
+    layers = tuple(
+        replace(layer, accumulated=layer.dense * given[layer.layer]) if layer.spike_fed else layer
+        for layer in counts.layers
+    )
+    counts = replace(counts, layers=layers)
+    return _card(network, counts, chosen, form, shortcuts, twin_form, image_size, pictures=0)
+
+
+def twin_config(config: ModelConfig) -> ModelConfig:
+    """The configuration of the ANN twin: the same topology, ReLU for every neuron, one step."""
+    plain = config.model_dump()
+    if isinstance(config, SGResNetConfig):
+        plain["connection"] = "ann"
+    elif isinstance(config, RetinaNetConfig):
+        plain["backbone"]["connection"] = "ann"
+    else:
+        plain["activation"] = "relu"
+    return type(config).model_validate(plain)
+
+
+def energy_constants(constants: str | EnergyConstants) -> EnergyConstants:
+    """Constants by name. Raises ValueError for an unknown one."""
+    if isinstance(constants, EnergyConstants):
+        return constants
+    if constants not in CONSTANTS:
+        raise ValueError(f"unknown energy constants {constants!r}; known are {', '.join(CONSTANTS)}")
+    return CONSTANTS[constants]
+
+
+def _millijoules(constants: EnergyConstants, macs: float, acs: float) -> float:
+    return (macs * constants.mac_pj + acs * constants.ac_pj) / 1e9
+
+
+def _in_form(network: nn.Module, form: Form) -> tuple[Form, nn.Module]:
+    """A copy in eval mode, and the form that it really has."""
+    folded = not any(isinstance(module, _BatchNorm) for module in network.modules())
+    if form == "as_built" or folded:
+        return "as_built", copy.deepcopy(network).eval()
+    return form, deploy(network, merge=form == "merged")
+
+
+def _on_meta(network: nn.Module) -> nn.Module:
+    """A copy without data."""
+    kept: dict[int, Any] = {}
+    for tensor in (*network.parameters(), *network.buffers()):
+        bare = torch.empty_like(tensor, device="meta")
+        kept[id(tensor)] = nn.Parameter(bare, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else bare
+    return copy.deepcopy(network, kept)
+
+
+def _count_without_pictures(network: nn.Module, image_size: tuple[int, int]) -> OperationCounts:
+    channels = getattr(getattr(network, "config", None), "in_channels", None)
+    if channels is None:
+        raise ValueError(
+            "the network has no config.in_channels, so nothing is known of its pictures; measure it instead"
+        )
+    dtype = next(network.parameters()).dtype
+    picture = torch.empty((1, channels, *image_size), dtype=dtype, device="meta")
+    return count_operations(network, [picture], measure=False)
+
+
+def _card(
+    network: nn.Module,
+    counts: OperationCounts,
+    constants: EnergyConstants,
+    form: Form,
+    shortcuts: bool,
+    twin_form: Form | None,
+    image_size: tuple[int, int],
+    pictures: int,
+) -> EnergyCard:
+    nodes = spiking_nodes(network)
+    twin = None
+    config = getattr(network, "config", None)
+    if nodes and twin_form is not None and isinstance(config, _CONFIGS):
+        with torch.device("meta"):
+            ann = build_model(twin_config(config))
+        twin_form, counted = _in_form(ann, twin_form)
+        dense = _count_without_pictures(counted, image_size).layers
+        twin = TwinEnergy(twin_form, math.fsum(layer.dense for layer in _chosen(ann, dense, shortcuts)))
+    return EnergyCard(
+        network=type(network).__name__,
+        form=form,
+        shortcuts=shortcuts,
+        image_size=image_size,
+        timesteps=getattr(network, "timesteps", 1),
+        bound=max((node.bound for node in nodes.values()), default=0),
+        pictures=pictures,
+        constants=constants,
+        layers=_chosen(network, counts.layers, shortcuts),
+        twin=twin,
+    )
+
+
+def _chosen(network: nn.Module, layers: tuple[LayerCount, ...], shortcuts: bool) -> tuple[LayerCount, ...]:
+    left_out = () if shortcuts else tuple(n for n, module in network.named_modules() if isinstance(module, Shortcut))
+    return tuple(layer for layer in layers if not layer.layer.startswith(tuple(f"{name}." for name in left_out)))
