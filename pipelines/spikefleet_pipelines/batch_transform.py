@@ -16,16 +16,15 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torch.utils.data import get_worker_info
 
 from spikefleet_pipelines.counter_random import Draw, integers, uniform
+from spikefleet_pipelines.float_stage import FloatStage
 from spikefleet_pipelines.store import Split
 from spikefleet_pipelines.transforms import TransformConfig
 
 Pixels = NDArray[np.uint8]
 
 _ATTEMPTS = 10
-_CACHED_VALUES = 1 << 17
 _RATIO = (3 / 4, 4 / 3)
 
 
@@ -42,10 +41,7 @@ class BatchTransform:
         self.config = config
         self.train = train
         self.seed = seed
-        # (pixel / 255 - mean) / std as one multiplication and one addition
-        mean = np.array(config.normalise.mean, np.float32).reshape(-1, 1, 1)
-        std = np.array(config.normalise.std, np.float32).reshape(-1, 1, 1)
-        self._scale, self._shift = 1 / (255 * std), -mean / std
+        self._normalise = FloatStage(config.normalise)
         self._pool: ThreadPoolExecutor | None = None
         if config.auto_augment != "none":
             # Late: torchvision takes seconds to import, and only this needs it. In time for loader processes.
@@ -71,17 +67,6 @@ class BatchTransform:
             pixels = batch.numpy()
             pixels *= self._cutout_mask(rows, epoch, images.shape[-2], images.shape[-1])
         return batch
-
-    def _normalise(self, images: Pixels) -> Tensor:
-        tensor = _empty_batch(images.shape)
-        batch = tensor.numpy()
-        # In parts that stay in the processor's cache between the two operations.
-        together = max(1, _CACHED_VALUES // max(1, images[:1].size))
-        for start in range(0, len(images), together):
-            part = batch[start : start + together]
-            np.multiply(images[start : start + together], self._scale, out=part)
-            part += self._shift
-        return tensor
 
     def _cropped(self, rows: NDArray[np.int64], epoch: int) -> Pixels:
         side = self.config.random_resized_crop
@@ -145,14 +130,6 @@ class BatchTransform:
             position = np.arange(length)
             inside.append((position >= start) & (position < start + self.config.cutout))
         return ~(inside[0][:, None, :, None] & inside[1][:, None, None, :])
-
-
-def _empty_batch(shape: tuple[int, ...]) -> Tensor:
-    if get_worker_info() is None:
-        return torch.empty(shape)
-    # In a loader process: in shared memory, as torch's own collate function does, so that sending it is no copy.
-    storage = torch.UntypedStorage._new_shared(4 * math.prod(shape))
-    return torch.empty(0).set_(storage).view(shape)
 
 
 def shifted_crop(images: Pixels, padding: int, down: NDArray[np.int64], right: NDArray[np.int64]) -> Pixels:

@@ -30,6 +30,14 @@ class Draw(IntEnum):
     POLICY_APPLY = 8  # two operations: 8 and 9
     POLICY_SIGN = 10  # two operations: 10 and 11
     RESIZED_CROP = 64  # 10 attempts of 4 numbers each: 64 to 103
+    MOSAIC = 128
+    MOSAIC_CENTRE = 129  # x and y: 129 and 130
+    MOSAIC_PARTNER = 131  # three pictures: 131 to 133
+    SCALE = 134
+    TRANSLATE = 135  # x and y: 135 and 136
+    HSV = 137  # hue, saturation, value: 137 to 139
+    SCENE = 1024  # layout of a scene: 1024 to 2047
+    SCENE_NOISE = 1 << 20  # each value of a scene's background, from here on
 
 
 def random_bits(seed: int, epoch: int, index: ArrayLike, draw: ArrayLike) -> NDArray[np.uint64]:

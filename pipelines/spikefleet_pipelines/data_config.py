@@ -2,16 +2,35 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag, field_validator, model_validator
 
+from spikefleet_pipelines.detection_transforms import DetectionTransformConfig
 from spikefleet_pipelines.manifest import StoreError
 from spikefleet_pipelines.sources import Progress, check_options, find_source, prepare
 from spikefleet_pipelines.store import Store
 from spikefleet_pipelines.transforms import TransformConfig
+
+
+def _transform_kind(transform: object) -> str:
+    if isinstance(transform, Mapping):
+        return str(transform.get("kind", "image"))
+    return str(getattr(transform, "kind", "image"))
+
+
+AnyTransformConfig = Annotated[
+    Annotated[TransformConfig, Tag("image")] | Annotated[DetectionTransformConfig, Tag("detection")],
+    Discriminator(
+        _transform_kind,
+        custom_error_type="transform_kind",
+        custom_error_message="kind must be 'image' or 'detection'",
+    ),
+]
+"""What `kind` says: "image" (if nothing is said) or "detection"."""
 
 
 class DataConfig(BaseModel):
@@ -24,7 +43,7 @@ class DataConfig(BaseModel):
     store: str | None = Field(default=None, description="directory or URI of a prepared store")
     options: dict[str, JsonValue] = Field(default_factory=dict, description="options of the source, such as upsample")
     seed: int = Field(default=0, ge=0, lt=2**63, description="chooses the samples that are held out for validation")
-    transform: TransformConfig = TransformConfig()
+    transform: AnyTransformConfig = TransformConfig()
     loader_processes: int = Field(default=0, ge=0, le=256, description="0 loads in the training process")
 
     @field_validator("source")

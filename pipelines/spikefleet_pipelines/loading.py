@@ -12,7 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from spikefleet_pipelines.annotations import Target
 from spikefleet_pipelines.batch_transform import BatchTransform
+from spikefleet_pipelines.detection_batch import DetectionBatchTransform, Sample
+from spikefleet_pipelines.detection_transforms import DetectionTransformConfig
 from spikefleet_pipelines.sampling import Plan
 from spikefleet_pipelines.store import Split
 from spikefleet_pipelines.transforms import TransformConfig
@@ -23,8 +26,8 @@ class Batch(NamedTuple):
 
     images: Tensor
     """float32 [B, C, H, W], normalised."""
-    targets: Tensor
-    """Classes, int64 [B]."""
+    targets: Tensor | tuple[Target, ...]
+    """Classes, int64 [B]; for detection the objects of each picture."""
     indices: Tensor
     """Positions in the split, int64 [B]."""
     global_count: int
@@ -37,19 +40,38 @@ class _Request(NamedTuple):
     global_count: int
 
 
-class _Batches(Dataset[Batch | ValueError]):
+class _DetectionBatch(NamedTuple):
+    """A batch on its way from a loader process: tensors would need a file descriptor for each picture's boxes."""
+
+    images: Tensor
+    samples: list[Sample]
+    indices: Tensor
+    global_count: int
+
+    def batch(self) -> Batch:
+        targets = tuple(sample.target() for sample in self.samples)
+        return Batch(self.images, targets, self.indices, self.global_count)
+
+
+_Item = Batch | _DetectionBatch | ValueError
+
+
+class _Batches(Dataset[_Item]):
     """A data set whose items are whole batches; a loader process is sent what to load, so it needs no state."""
 
-    def __init__(self, transform: BatchTransform) -> None:
+    def __init__(self, transform: BatchTransform | DetectionBatchTransform) -> None:
         self._transform = transform
 
-    def __getitem__(self, request: _Request) -> Batch | ValueError:
+    def __getitem__(self, request: _Request) -> _Item:
+        indices = torch.from_numpy(request.indices)
         try:
+            if isinstance(self._transform, DetectionBatchTransform):
+                return _DetectionBatch(*self._transform(request.indices, request.epoch), indices, request.global_count)
             images = self._transform(request.indices, request.epoch)
         except ValueError as error:
             return error  # raised again by the reader: a loader process would wrap the sentence in its traceback
         targets = torch.from_numpy(self._transform.split.labels[request.indices])
-        return Batch(images, targets, torch.from_numpy(request.indices), request.global_count)
+        return Batch(images, targets, indices, request.global_count)
 
 
 class _Requests(Sampler[_Request]):
@@ -76,26 +98,28 @@ class BatchLoader:
         processes: loader processes, kept between epochs; 0 loads in this process. Encoded images are then decoded by as
             many threads as torch has.
         pin_memory: put batches in page-locked memory, for copies to a GPU that do not block.
+        epochs: how many the run has, so that mosaics can end before it does; None where that is unknown.
 
     Raises:
-        ValueError: the transform does not suit the images of the split.
+        ValueError: the transform does not suit the images of the split, or is for another task than its store.
     """
 
     def __init__(
         self,
         split: Split,
-        transform: TransformConfig,
+        transform: TransformConfig | DetectionTransformConfig,
         train: bool,
         seed: int = 0,
         processes: int = 0,
         pin_memory: bool = False,
+        epochs: int | None = None,
     ) -> None:
         if processes < 0:
             raise ValueError(f"processes is {processes}; it must be at least 0.")
         self.split = split
         self._requests = _Requests()
         self._loader = DataLoader(
-            _Batches(BatchTransform(split, transform, train, seed)),
+            _Batches(_batch_transform(split, transform, train, seed, epochs)),
             batch_size=None,
             sampler=self._requests,
             num_workers=processes,
@@ -122,7 +146,21 @@ class BatchLoader:
         return _read(iter(self._loader))
 
 
-def _read(loaded: Iterator[Batch | ValueError]) -> Iterator[Batch]:
+def _batch_transform(
+    split: Split, transform: TransformConfig | DetectionTransformConfig, train: bool, seed: int, epochs: int | None
+) -> BatchTransform | DetectionBatchTransform:
+    if split.is_detection != (transform.kind == "detection"):
+        wanted = "detection" if split.is_detection else "image"
+        raise ValueError(
+            f"{split.location} is a store for {split.manifest.task}, and transform.kind is {transform.kind!r}; it must "
+            f"be {wanted!r}."
+        )
+    if isinstance(transform, DetectionTransformConfig):
+        return DetectionBatchTransform(split, transform, train, seed, epochs)
+    return BatchTransform(split, transform, train, seed)
+
+
+def _read(loaded: Iterator[_Item]) -> Iterator[Batch]:
     while True:
         try:
             item = next(loaded)
@@ -135,7 +173,7 @@ def _read(loaded: Iterator[Batch | ValueError]) -> Iterator[Batch]:
             ) from error
         if isinstance(item, ValueError):
             raise item
-        yield item
+        yield item.batch() if isinstance(item, _DetectionBatch) else item
 
 
 def _unchanged(batch: Any) -> Any:

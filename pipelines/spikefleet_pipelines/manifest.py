@@ -1,10 +1,22 @@
-"""The manifest of a store: what the shards hold, and the SHA-256 by which each is known."""
+"""The manifest of a store: what the shards hold, and the SHA-256 by which each is known.
+
+Text and hash of a classification store are those of the first version: what detection adds is absent there.
+"""
 
 import hashlib
 import json
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -43,6 +55,25 @@ class ImageFormat(_Record):
         return self
 
 
+class BoxAudit(_Record):
+    """What was found in the annotations of one split. Nothing of it is left out of the store."""
+
+    objects: int = Field(ge=0, description="annotations, crowds included")
+    objects_per_class: tuple[int, ...] = Field(description="crowds left out, in the order of class_names")
+    crowds: int = Field(ge=0, description="boxes around crowds: kept for evaluation, left out of the loss")
+    empty_images: int = Field(ge=0, description="images without an annotation")
+    no_area: int = Field(ge=0, description="boxes without width or height: left out of the loss")
+    beyond_border: int = Field(
+        ge=0, description="boxes that reach more than a pixel over the border; batches clip them"
+    )
+    outside: int = Field(ge=0, description="boxes that lie wholly outside their picture: left out of the loss")
+    computed_areas: int = Field(default=0, ge=0, description="annotations without an area, which got width * height")
+
+
+def _is_absent(value: object) -> bool:
+    return value is None
+
+
 class Audit(_Record):
     """What was found when the store was written. Duplicates are images with equal stored bytes."""
 
@@ -50,6 +81,13 @@ class Audit(_Record):
     cross_split_duplicates: int = Field(ge=0, description="different images that occur in more than one split")
     images_per_class: dict[str, tuple[int, ...]] = Field(description="for each split, in the order of class_names")
     empty_classes: dict[str, tuple[str, ...]] = Field(description="for each split that lacks classes, their names")
+    # Left out of the text where they are absent, so that a classification store keeps its hash.
+    boxes: dict[str, BoxAudit] | None = Field(
+        default=None, exclude_if=_is_absent, description="detection: for each split that has shards of its own"
+    )
+    same_as: dict[str, str] | None = Field(
+        default=None, exclude_if=_is_absent, description="splits that are another split under a second name"
+    )
 
 
 class Manifest(_Record):
@@ -57,12 +95,28 @@ class Manifest(_Record):
 
     schema_version: Literal[1] = 1
     source: str
-    task: Literal["classification"] = "classification"
+    task: Literal["classification", "detection"] = "classification"
     class_names: tuple[str, ...] = Field(min_length=1)
+    category_ids: tuple[int, ...] | None = Field(
+        default=None,
+        exclude_if=_is_absent,
+        validate_default=True,
+        description="detection: the id that annotations have for each of class_names; gaps are usual (COCO: 1 to 90)",
+    )
     image: ImageFormat
     options: dict[str, JsonValue] = Field(description="what the source was prepared with, its seed included")
     shards: dict[str, tuple[Shard, ...]]
     audit: Audit
+
+    @field_validator("category_ids")
+    @classmethod
+    def _one_id_for_each_class(cls, ids: tuple[int, ...] | None, fields: ValidationInfo) -> tuple[int, ...] | None:
+        task, classes = fields.data.get("task"), len(fields.data.get("class_names", ()))
+        if (task == "detection") != (ids is not None):
+            raise ValueError(f"a {task} store {'needs' if ids is None else 'has no'} category ids")
+        if ids is not None and (len(ids) != classes or len(set(ids)) != classes):
+            raise ValueError(f"there are {len(set(ids))} different ids for {classes} classes")
+        return ids
 
     @property
     def image_shape(self) -> tuple[int, int, int] | None:

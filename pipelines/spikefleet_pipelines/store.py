@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from spikefleet_pipelines.annotations import Annotations
 from spikefleet_pipelines.manifest import MANIFEST_NAME, Manifest, StoreError, parse_manifest
 from spikefleet_pipelines.shard_cache import RemoteStore, default_cache_dir, locate
 from spikefleet_pipelines.shards import check_shard, open_shard
@@ -91,7 +92,6 @@ class Split:
     It pickles by its paths, so that spawned loader processes map the files anew.
 
     Attributes:
-        labels: [n], int64.
         image_shape: [C, H, W] of raw images; None for encoded ones, whose sizes vary.
     """
 
@@ -108,11 +108,13 @@ class Split:
             self._decode = decode_rgb
         shards = manifest.shards[name]
         self._shards = [
-            open_shard(file, shard, manifest.image, len(manifest.class_names))
+            open_shard(file, shard, manifest.image, len(manifest.class_names), manifest.category_ids)
             for file, shard in zip(files, shards, strict=True)
         ]
         self._starts = np.cumsum([0, *(shard.rows for shard in shards)])
-        self.labels: NDArray[np.int64] = np.concatenate([np.empty(0, np.int64), *(s.labels for s in self._shards)])
+        self._labels: NDArray[np.int64] | None = None
+        if not self.is_detection:
+            self._labels = np.concatenate([np.empty(0, np.int64), *(columns.labels for columns in self._shards)])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Split, (self.name, self.location, self.manifest, self._files)
@@ -124,8 +126,36 @@ class Split:
     def class_names(self) -> tuple[str, ...]:
         return self.manifest.class_names
 
+    @property
+    def is_detection(self) -> bool:
+        """Whether rows have `annotations`, else they have `labels`."""
+        return self.manifest.task == "detection"
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """Class of each picture, [n].
+
+        Raises:
+            StoreError: this is a detection store.
+        """
+        if self._labels is None:
+            raise StoreError(f"split {self.name!r} of {self.location} is for detection: it has annotations, no labels.")
+        return self._labels
+
     def label(self, row: int) -> int:
         return int(self.labels[self._check(row)])
+
+    def annotations(self, row: int) -> Annotations:
+        """The objects of one picture, as views into the mapped shard.
+
+        Raises:
+            StoreError: this is a classification store.
+        """
+        number = int(np.searchsorted(self._starts, self._check(row), side="right")) - 1
+        columns = self._shards[number]
+        if columns.annotations is None:
+            raise StoreError(f"split {self.name!r} of {self.location} is for classification: it has no annotations.")
+        return columns.annotations.picture(row - int(self._starts[number]), columns.labels)
 
     def image(self, row: int) -> Tensor:
         """One image, uint8 [C, H, W]; an encoded one is decoded to RGB.

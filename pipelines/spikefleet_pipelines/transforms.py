@@ -4,9 +4,9 @@ Training, in this order: random crop (of the padded image, or random resized cro
 normalisation, cutout. Evaluation: resize and centre crop if given, normalisation. `batch_transform.py` does it.
 """
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class Normalisation(BaseModel):
@@ -41,6 +41,35 @@ NORMALISATIONS: dict[str, Normalisation] = {
 """Statistics of the training data; a config may name one of them instead of giving numbers."""
 
 
+def _named(value: object) -> object:
+    if isinstance(value, str):
+        if value not in NORMALISATIONS:
+            raise ValueError(f"unknown normalisation {value!r}; it must be one of {', '.join(NORMALISATIONS)}")
+        return NORMALISATIONS[value]
+    return value
+
+
+NamedNormalisation = Annotated[
+    Normalisation,
+    BeforeValidator(_named),
+    Field(description=f"mean and std, or one of {', '.join(NORMALISATIONS)}"),
+]
+"""The field of a config: statistics, or the name of some."""
+
+
+def check_channels(normalise: Normalisation, channels: int) -> None:
+    """Compare the statistics with the channels of the images.
+
+    Raises:
+        ValueError: they are neither one nor as many.
+    """
+    if len(normalise.mean) not in (1, channels):
+        raise ValueError(
+            f"normalise.mean has {len(normalise.mean)} values, and the images have {channels} channels; "
+            f"give 1 or {channels}."
+        )
+
+
 class TransformConfig(BaseModel):
     """Augmentation and normalisation of images.
 
@@ -50,6 +79,7 @@ class TransformConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    kind: Literal["image"] = Field(default="image", description="image: for classification; detection has its own")
     crop_padding: int = Field(
         default=0, ge=0, le=128, description="training: pad with zeros and crop, a random shift of up to so many pixels"
     )
@@ -64,18 +94,7 @@ class TransformConfig(BaseModel):
     cutout: int = Field(default=0, ge=0, le=4096, description="training: side of a square set to the mean; 0 is off")
     resize: int | None = Field(default=None, ge=1, le=4096, description="evaluation: length of the shorter side")
     center_crop: int | None = Field(default=None, ge=1, le=4096, description="evaluation: side of the crop")
-    normalise: Normalisation = Field(
-        default=Normalisation(), description=f"mean and std, or one of {', '.join(NORMALISATIONS)}"
-    )
-
-    @field_validator("normalise", mode="before")
-    @classmethod
-    def _named(cls, value: object) -> object:
-        if isinstance(value, str):
-            if value not in NORMALISATIONS:
-                raise ValueError(f"unknown normalisation {value!r}; it must be one of {', '.join(NORMALISATIONS)}")
-            return NORMALISATIONS[value]
-        return value
+    normalise: NamedNormalisation = Normalisation()
 
     @model_validator(mode="after")
     def _go_together(self) -> Self:
@@ -99,11 +118,7 @@ class TransformConfig(BaseModel):
             ValueError: a field does not suit such images.
         """
         channels = 3 if image_shape is None else image_shape[0]
-        if len(self.normalise.mean) not in (1, channels):
-            raise ValueError(
-                f"normalise.mean has {len(self.normalise.mean)} values, and the images have {channels} channels; "
-                f"give 1 or {channels}."
-            )
+        check_channels(self.normalise, channels)
         if self.auto_augment != "none" and channels != 3:
             raise ValueError(f"auto_augment {self.auto_augment!r} needs 3 channels, and the images have {channels}.")
         if image_shape is None and (self.random_resized_crop is None or self.center_crop is None):

@@ -1,6 +1,7 @@
-"""Preparing image folders as Ray tasks: the same store as in one process, and the same refusals."""
+"""Preparing files as Ray tasks: the same store as in one process, and the same refusals."""
 
 import io
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import ray
 
 from spikefleet_pipelines.sources import SourceError, prepare
+from spikefleet_pipelines.sources.coco import CocoOptions, read_coco
 from spikefleet_pipelines.sources.image_folder import FolderContents, read_image_folder
 from spikefleet_pipelines.sources.ray_tasks import run_tasks
 from spikefleet_pipelines.sources.source import SourceOptions
@@ -30,6 +32,28 @@ def folder(tmp_path: Path) -> Path:
                 stream = io.BytesIO()
                 PIL.Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8)).save(stream, "JPEG")
                 (root / split / name / f"{number:03d}.jpg").write_bytes(stream.getvalue())
+    return root
+
+
+@pytest.fixture
+def coco(folder: Path) -> Path:
+    """The pictures of the folder's cats and dogs with a box each, in COCO's layout."""
+    root = folder.parent / "coco"
+    (root / "annotations").mkdir(parents=True)
+    for split in ("train", "val"):
+        (folder / split).rename(root / f"{split}2017")
+        names = sorted(path.relative_to(root / f"{split}2017") for path in (root / f"{split}2017").rglob("*.jpg"))
+        content = {
+            "images": [
+                {"id": 7 * row + 2, "file_name": str(name), "height": 24, "width": 32} for row, name in enumerate(names)
+            ],
+            "annotations": [
+                {"id": row, "image_id": 7 * row + 2, "category_id": 18 - (name.parts[0] == "cat"), "bbox": [1, 2, 9, 8]}
+                for row, name in enumerate(names)
+            ],
+            "categories": [{"id": 17, "name": "cat"}, {"id": 18, "name": "dog"}],
+        }
+        (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
     return root
 
 
@@ -67,6 +91,41 @@ def test_broken_image_is_named_without_a_traceback(cluster: None, folder: Path, 
     assert str(caught.value).startswith(str(broken))
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]
+
+
+def test_tasks_write_the_same_detection_store(cluster: None, coco: Path, tmp_path: Path) -> None:
+    contents = read_coco(coco, CocoOptions(), 0)
+
+    def written(out: Path, parallel: int | None) -> Store:
+        with StoreWriter(
+            out,
+            source="coco",
+            class_names=contents.class_names,
+            image=contents.image,
+            options={},
+            shard_bytes=5000,
+            category_ids=contents.category_ids,
+            stand_ins=contents.stand_ins,
+        ) as writer:
+            contents.write(writer, lambda done, total: None, parallel)
+            writer.commit()
+        return Store.open(out)
+
+    here, there = written(tmp_path / "here", 1), written(tmp_path / "there", 2)
+    assert len(here.manifest.shards["train"]) > 4
+    assert there.manifest == here.manifest
+    # Splits that are added by tasks come to the same as well, and a broken file is named without a traceback.
+    out = tmp_path / "added"
+    for split in ("train", "val"):
+        annotations = coco / "annotations" / f"instances_{split}2017.json"
+        options = {"images": coco / f"{split}2017", "annotations": annotations, "split": split}
+        store = prepare("coco", None, out, parallel=2, **options)
+    assert store.manifest.shards == prepare("coco", coco, tmp_path / "whole", parallel=2).manifest.shards
+    broken = coco / "train2017" / "dog" / "007.jpg"
+    broken.write_bytes(broken.read_bytes()[:100])
+    with pytest.raises(SourceError, match=rf"^{broken} \(image \d+\): the image cannot be decoded") as caught:
+        prepare("coco", coco, tmp_path / "broken", parallel=2)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_running_ray_is_used_and_left_running(cluster: None) -> None:

@@ -223,7 +223,8 @@ def test_processes_that_race_end_with_one_store(tmp_path: Path) -> None:
         ({"source": "digits", "options": {"upscale": 2}}, "Option 'upscale' of source 'digits'.*options are: upsample"),
         ({"source": "digits", "loader_processes": -1}, "loader_processes"),
         ({"source": "digits", "rot": "x"}, "rot"),
-        ({"source": "digits", "transform": {"crop": 1}}, "transform.crop"),
+        ({"source": "digits", "transform": {"crop": 1}}, r"transform\.image\.crop"),
+        ({"source": "scenes", "transform": {"kind": "detection", "crop": 1}}, r"transform\.detection\.crop"),
     ],
 )
 def test_bad_config_is_refused_by_field(fields: dict[str, object], message: str) -> None:

@@ -12,12 +12,30 @@ import pyarrow.fs
 import pytest
 from numpy.typing import NDArray
 
-from spikefleet_pipelines.manifest import ImageFormat, StoreError
+from spikefleet_pipelines.manifest import ImageFormat, StoreError, parse_manifest
+from spikefleet_pipelines.sources import prepare
 from spikefleet_pipelines.store import Store
 from spikefleet_pipelines.writer import StoreWriter
 
 SHAPE = (3, 4, 5)
 RAW = ImageFormat(encoding="raw", shape=SHAPE)
+
+
+FIRST_VERSION = {
+    "schema_version": 1,
+    "source": "test",
+    "task": "classification",
+    "class_names": ["a", "b"],
+    "image": {"encoding": "raw", "shape": [1, 8, 8]},
+    "options": {"seed": 0},
+    "shards": {"train": [{"file": "train-00000.arrow", "rows": 5, "bytes": 100, "sha256": "0" * 64}]},
+    "audit": {
+        "duplicates": 0,
+        "cross_split_duplicates": 0,
+        "images_per_class": {"train": [2, 3]},
+        "empty_classes": {},
+    },
+}
 
 
 def pixels(count: int, seed: int = 0) -> NDArray[np.uint8]:
@@ -99,6 +117,17 @@ def test_content_hash_follows_the_content(out: Path, tmp_path: Path) -> None:
     changed = pixels(25)
     changed[24, 0, 0, 0] ^= 1
     assert written("a", pixels(25)) == written("b", pixels(25)) != written("c", changed)
+
+
+def test_stores_of_the_first_version_keep_their_text_and_their_hash(tmp_path: Path) -> None:
+    """What detection added is absent from a classification manifest: this text was written before there was any."""
+    text = json.dumps(FIRST_VERSION, indent=2) + "\n"
+    manifest = parse_manifest(text.encode(), "here")
+    assert manifest.to_json() == text
+    assert manifest.content_hash == "e7db78a25f3ae6b9f577b226fea65090c74e41720acce8e97b380b147e550c9d"
+    assert prepare("digits", None, tmp_path / "store").manifest.content_hash == (
+        "f438ba1aaf09ffd63df172d3883079cfddd11e88a5f2a26037bb7b25341606a5"
+    )
 
 
 def test_audit_counts_duplicates_and_classes(tmp_path: Path) -> None:
@@ -204,7 +233,9 @@ def test_swapped_shards_are_found(out: Path) -> None:
     ("change", "message"),
     [
         ({"schema_version": 2}, "schema_version 2; this version of spikefleet reads 1"),
-        ({"task": "detection"}, "field 'task' is wrong"),
+        ({"task": "detection"}, "field 'category_ids' is wrong: .*a detection store needs category ids"),
+        ({"task": "segmentation"}, "field 'task' is wrong"),
+        ({"category_ids": [1, 2, 3]}, "field 'category_ids' is wrong: .*a classification store has no category ids"),
         ({"class_names": []}, "field 'class_names' is wrong"),
         ({"unknown": 1}, "field 'unknown' is wrong"),
         ({"class_names": ["a", "b"]}, r"train-00000.arrow row 2: label 2 is outside 0 to 1"),

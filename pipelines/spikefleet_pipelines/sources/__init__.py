@@ -4,6 +4,8 @@ To add one: a file here with a `Source`, and its line in `SOURCES`.
 """
 
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +13,28 @@ from pydantic import ValidationError
 
 from spikefleet_pipelines.manifest import StoreError
 from spikefleet_pipelines.sources.cifar import CIFAR10, CIFAR100
+from spikefleet_pipelines.sources.coco import COCO
 from spikefleet_pipelines.sources.digits import DIGITS
 from spikefleet_pipelines.sources.fashion_mnist import FASHION_MNIST
 from spikefleet_pipelines.sources.image_folder import IMAGE_FOLDER
+from spikefleet_pipelines.sources.scenes import SCENES
 from spikefleet_pipelines.sources.source import Progress, Source, SourceError, SourceOptions
 from spikefleet_pipelines.store import Store
 from spikefleet_pipelines.writer import StoreWriter
 
-__all__ = ["SOURCES", "Progress", "Source", "SourceError", "check_options", "find_source", "list_sources", "prepare"]
+__all__ = [
+    "SOURCES",
+    "Progress",
+    "Source",
+    "SourceError",
+    "check_options",
+    "find_source",
+    "list_sources",
+    "prepare",
+]
 
 SOURCES: dict[str, Source] = {
-    source.name: source for source in (DIGITS, FASHION_MNIST, CIFAR10, CIFAR100, IMAGE_FOLDER)
+    source.name: source for source in (DIGITS, FASHION_MNIST, CIFAR10, CIFAR100, IMAGE_FOLDER, SCENES, COCO)
 }
 
 
@@ -43,21 +56,22 @@ def find_source(name: str) -> Source:
     raise SourceError(f"Unknown data source {name!r}; {hint}")
 
 
-def check_options(source: Source, options: dict[str, Any]) -> SourceOptions:
-    """The options of a source, checked.
+def check_options(source: Source, options: dict[str, Any], model: type[SourceOptions] | None = None) -> SourceOptions:
+    """The options of a source, checked; `model` says which, if not those of the whole data set.
 
     Raises:
-        SourceError: an option is unknown or its value is not allowed.
+        SourceError: an option is unknown or missing, or its value is not allowed.
     """
+    model = model or source.options
     try:
-        return source.options.model_validate(options)
+        return model.model_validate(options)
     except ValidationError as error:
         first = error.errors()[0]
         option = ".".join(str(part) for part in first["loc"])
-        allowed = ", ".join(source.options.model_fields) or "none"
+        allowed = ", ".join(model.model_fields) or "none"
+        value = "is missing" if first["type"] == "missing" else f"has value {first['input']!r}: {first['msg']}"
         raise SourceError(
-            f"Option {option!r} of source {source.name!r} has value {first['input']!r}: {first['msg']}. "
-            f"Its options are: {allowed}."
+            f"Option {option!r} of source {source.name!r} {value}. Its options are: {allowed}."
         ) from error
 
 
@@ -77,6 +91,9 @@ def prepare(
     If `out` already holds a store of the same source, options and seed, that one is opened. The store appears at `out`
     only when it is complete.
 
+    Source "coco" also takes one split by itself, with options `images`, `annotations` and `split`: it becomes a store,
+    or is added to the one at `out`. See `coco.py`.
+
     Args:
         name: of the source.
         root: directory of the raw files; None for the source's default.
@@ -93,6 +110,13 @@ def prepare(
         StoreError: `out` holds something else.
     """
     source = find_source(name)
+    if source.prepare_split is not None and source.split_options is not None and "split" in options:
+        if root is not None:
+            raise SourceError(f"A split of {name!r} is given by options images and annotations; leave root {root} out.")
+        of_split = check_options(source, options, source.split_options)
+        with _writing(out):
+            source.prepare_split(of_split, out.resolve(), progress or _quiet, parallel, seed, overwrite)
+        return Store.open(out, verify=False)
     checked = check_options(source, options)
     recorded = {**checked.model_dump(mode="json"), "seed": seed}
     if Store.is_store(out) and not overwrite:
@@ -112,17 +136,31 @@ def prepare(
         raise source.missing(root)
     contents = source.read(root or Path(), checked, seed)
     out = out.resolve()
-    try:
-        with StoreWriter(
+    with (
+        _writing(out),
+        StoreWriter(
             out,
             source=name,
             class_names=contents.class_names,
             image=contents.image,
             options=recorded,
             overwrite=overwrite,
-        ) as writer:
-            contents.write(writer, progress or (lambda done, total: None), parallel)
-            writer.commit()
+            category_ids=contents.category_ids,
+            stand_ins=contents.stand_ins,
+        ) as writer,
+    ):
+        contents.write(writer, progress or _quiet, parallel)
+        writer.commit()
+    return Store.open(out, verify=False)
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise StoreError(f"The store {out} cannot be written: {error}; check the space and the permissions.") from error
-    return Store.open(out, verify=False)
+
+
+def _quiet(done: int, total: int) -> None:
+    pass

@@ -3,9 +3,9 @@
 Files stay as they are: their bytes go into the store, after each has been decoded once to find the broken ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from spikefleet_pipelines.manifest import ImageFormat, Shard
 from spikefleet_pipelines.shards import write_shard
 from spikefleet_pipelines.sources.ray_tasks import run_tasks
 from spikefleet_pipelines.sources.source import Progress, Source, SourceError, SourceOptions, held_out
-from spikefleet_pipelines.writer import StoreWriter, content_digests, shard_name
+from spikefleet_pipelines.writer import StoreWriter, content_digests
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 _ENCODED = ImageFormat(encoding="encoded")
@@ -48,11 +48,13 @@ class FolderContents:
     class_names: tuple[str, ...]
     splits: dict[str, _Files]
     image: ImageFormat = _ENCODED
+    category_ids: None = None
+    stand_ins: Mapping[str, str] = field(default_factory=dict)
 
     def write(self, writer: StoreWriter, progress: Progress, parallel: int | None) -> None:
         total, done = sum(len(files.paths) for files in self.splits.values()), 0
         jobs = [
-            _Job(split, writer.directory / shard_name(split, number), part)
+            _Job(split, writer.directory / writer.shard_name(split, number), part)
             for split, files in self.splits.items()
             for number, part in enumerate(_parts(files, writer.shard_bytes))
         ]

@@ -1,7 +1,7 @@
 """What a source is: how the raw files of one data set become the splits of a store."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -33,6 +33,16 @@ class Contents(Protocol):
     @property
     def class_names(self) -> tuple[str, ...]: ...
     @property
+    def category_ids(self) -> tuple[int, ...] | None:
+        """Of a detection data set, the id of each class in the annotations."""
+        ...
+
+    @property
+    def stand_ins(self) -> Mapping[str, str]:
+        """Splits that are another one under a second name: see `StoreWriter`."""
+        ...
+
+    @property
     def image(self) -> ImageFormat: ...
     def write(self, writer: StoreWriter, progress: Progress, parallel: int | None) -> None: ...
 
@@ -43,6 +53,8 @@ class ArrayContents:
 
     class_names: tuple[str, ...]
     splits: dict[str, tuple[NDArray[np.uint8], NDArray[np.int64]]]
+    category_ids: tuple[int, ...] | None = None
+    stand_ins: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def image(self) -> ImageFormat:
@@ -65,6 +77,9 @@ class Source:
         read: finds and checks the raw data: (root, options, seed of the held-out samples) -> contents.
         files: what `root` must hold, for the sentence that says that it is missing; None where no files are needed.
         default_root: where the files are looked for when no root is given.
+        prepare_split: puts one split, given by itself, into a store: (options, out, progress, parallel, seed,
+            overwrite) -> nothing.
+        split_options: the options by which a split is given; None where `prepare_split` is.
     """
 
     name: str
@@ -73,6 +88,8 @@ class Source:
     options: type[SourceOptions] = SourceOptions
     files: str | None = None
     default_root: Path | None = None
+    prepare_split: Callable[[SourceOptions, Path, Progress, int | None, int, bool], None] | None = None
+    split_options: type[SourceOptions] | None = None
 
     def missing(self, looked: Path | None) -> SourceError:
         """The error for raw data that is not there: where it was looked for, and what to do."""

@@ -1,0 +1,214 @@
+"""COCO's annotation files: one JSON object with the lists `images`, `annotations` and `categories`.
+
+What is checked follows the format (cocodataset.org/#format-data) and what its evaluation relies on. Nothing is mended:
+a file that contradicts itself is refused, with the id at fault.
+"""
+
+import math
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeGuard
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spikefleet_pipelines.annotations import AnnotationColumns
+from spikefleet_pipelines.sources.json_stream import list_elements
+from spikefleet_pipelines.sources.source import SourceError
+
+_LARGEST_SIDE = 1 << 20
+
+
+@dataclass(frozen=True)
+class CocoFile:
+    """One annotation file: its categories by rising id, its pictures in the order of the file."""
+
+    path: Path
+    category_ids: tuple[int, ...]
+    class_names: tuple[str, ...]
+    file_names: tuple[str, ...]
+    columns: AnnotationColumns
+    computed_areas: NDArray[np.int64]
+    """For each picture how many of its annotations had no area, [n]."""
+
+    def check_same_categories(self, category_ids: tuple[int, ...], class_names: tuple[str, ...], where: str) -> None:
+        """Compare the categories with those of another file or of a store.
+
+        Raises:
+            SourceError: they differ; names the first that does.
+        """
+        here, there = (
+            dict(zip(*table, strict=True))
+            for table in ((self.category_ids, self.class_names), (category_ids, class_names))
+        )
+        for number in sorted({*here, *there}):
+            if here.get(number) != there.get(number):
+                raise SourceError(
+                    f"{self.path}: category {number} is {here.get(number, 'missing')!r}, and in {where} it is "
+                    f"{there.get(number, 'missing')!r}; all splits must have the same categories."
+                )
+
+
+def read_coco_json(path: Path) -> CocoFile:
+    """Read and check an annotation file. Segmentations and anything else that is not needed are dropped on the way.
+
+    Raises:
+        SourceError: it is no such file, or an entry is wrong; names the file and the id.
+    """
+    categories: dict[int, str] = {}
+    images: dict[int, tuple[str, int, int]] = {}
+    objects = _Objects(path)
+    lists: set[str] = set()
+    for section, position, entry in list_elements(path):
+        lists.add(section)
+        if section not in ("images", "annotations", "categories"):
+            continue
+        if not isinstance(entry, dict):
+            raise SourceError(f"{path}: entry {position} of {section!r} is no object.")
+        number = _id(path, section, position, entry)
+        if section == "annotations":
+            objects.add(number, entry)
+        elif section == "categories":
+            name = entry.get("name")
+            if not isinstance(name, str) or not name:
+                raise SourceError(f"{path}: category {number} has no name.")
+            if number in categories or name in categories.values():
+                raise SourceError(f"{path}: category {number} {name!r}: its id or its name occurs twice.")
+            categories[number] = name
+        else:
+            if number in images:
+                raise SourceError(f"{path}: image id {number} occurs twice.")
+            images[number] = _image(path, number, entry)
+    for section, found in (("images", images), ("categories", categories)):
+        if not found:
+            empty = "is empty" if section in lists else "is missing or empty"
+            raise SourceError(f"{path}: its list {section!r} {empty}; it is not the JSON of a COCO data set.")
+    ids = tuple(sorted(categories))
+    columns, computed = objects.columns(images, categories)
+    names = tuple(name for name, _, _ in images.values())
+    return CocoFile(path, ids, tuple(categories[number] for number in ids), names, columns, computed)
+
+
+class _Objects:
+    """The annotations that were read so far, as columns."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._ids: dict[int, None] = {}
+        self._image_ids = array("q")
+        self._category_ids = array("q")
+        self._boxes = array("d")
+        self._areas = array("d")
+        self._crowd = bytearray()
+        self._computed = bytearray()
+
+    def add(self, number: int, entry: Mapping[str, Any]) -> None:
+        """Check one annotation in itself, and keep what is needed of it."""
+        where = f"{self._path}: annotation {number}"
+        if number in self._ids:
+            raise SourceError(f"{self._path}: annotation id {number} occurs twice.")
+        for key in ("image_id", "category_id"):
+            if not _is_integer(entry.get(key)):
+                raise SourceError(f"{where}: its {key} is {entry.get(key)!r}; a whole number is wanted.")
+        box = entry.get("bbox")
+        if not isinstance(box, list) or len(box) != 4 or not all(map(_is_finite, box)) or min(box[2:]) < 0:
+            raise SourceError(
+                f"{where} of image {entry['image_id']}: its bbox is {_short(box)}; [x, y, width, height] of finite "
+                "numbers with no negative size is wanted."
+            )
+        area, crowd = entry.get("area"), entry.get("iscrowd", 0)
+        if area is not None and (not _is_finite(area) or area < 0):
+            raise SourceError(f"{where} of image {entry['image_id']}: its area is {_short(area)}.")
+        if crowd not in (0, 1):
+            raise SourceError(
+                f"{where} of image {entry['image_id']}: its iscrowd is {_short(crowd)}; 0 or 1 is wanted."
+            )
+        self._ids[number] = None
+        self._image_ids.append(entry["image_id"])
+        self._category_ids.append(entry["category_id"])
+        self._boxes.extend(box)
+        self._crowd.append(int(crowd))
+        self._areas.append(box[2] * box[3] if area is None else area)
+        self._computed.append(area is None)
+
+    def columns(
+        self, images: Mapping[int, tuple[str, int, int]], categories: Mapping[int, str]
+    ) -> tuple[AnnotationColumns, NDArray[np.int64]]:
+        """All annotations, sorted by picture, and how many areas of each picture were computed.
+
+        Raises:
+            SourceError: one is of an unknown image or category.
+        """
+        row_of = {number: row for row, number in enumerate(images)}
+        for number, image_id, category_id in zip(self._ids, self._image_ids, self._category_ids, strict=True):
+            for what, wanted, known in (("image", image_id, row_of), ("category", category_id, categories)):
+                if wanted not in known:
+                    raise SourceError(
+                        f"{self._path}: annotation {number} is of {what} {wanted}, which the file does not have."
+                    )
+        rows = np.array([row_of[image_id] for image_id in self._image_ids], np.int64)
+        order = np.argsort(rows, kind="stable")
+        counts = np.bincount(rows, minlength=len(images))
+        columns = AnnotationColumns(
+            np.fromiter(images, np.int64, len(images)),
+            np.array([height for _, height, _ in images.values()], np.int32),
+            np.array([width for _, _, width in images.values()], np.int32),
+            np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
+            np.array(self._boxes, np.float64).reshape(-1, 4)[order],
+            np.array(self._category_ids, np.int64)[order],
+            np.frombuffer(self._crowd, np.bool_)[order],
+            np.array(self._areas, np.float64)[order],
+            np.fromiter(self._ids, np.int64, len(self._ids))[order],
+        )
+        computed = np.bincount(rows, weights=np.frombuffer(self._computed, np.uint8), minlength=len(images)).astype(
+            np.int64
+        )
+        return columns, computed
+
+
+def _image(path: Path, number: int, entry: Mapping[str, Any]) -> tuple[str, int, int]:
+    name = entry.get("file_name")
+    # A file name from elsewhere must not reach outside the directory of pictures.
+    if not isinstance(name, str) or not name or "\0" in name or "\\" in name or _leaves(PurePosixPath(name)):
+        raise SourceError(
+            f"{path}: image {number}: its file_name is {_short(name)}; a path below its directory is wanted."
+        )
+    height, width = entry.get("height"), entry.get("width")
+    if not _is_side(height) or not _is_side(width):
+        raise SourceError(f"{path}: image {number} ({name}): its height and width are {height!r} and {width!r}.")
+    return name, height, width
+
+
+def _leaves(name: PurePosixPath) -> bool:
+    return name.is_absolute() or ".." in name.parts
+
+
+def _id(path: Path, section: str, position: int, entry: Mapping[str, Any]) -> int:
+    number = entry.get("id")
+    if not _is_integer(number):
+        raise SourceError(
+            f"{path}: the id of entry {position} of {section!r} is {_short(number)}; a whole number is wanted."
+        )
+    return number
+
+
+def _is_side(value: object) -> TypeGuard[int]:
+    return _is_integer(value) and 1 <= value <= _LARGEST_SIDE
+
+
+def _is_integer(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+
+
+def _is_finite(value: object) -> bool:
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,205 @@
+"""Scenes of handwritten digits: detection data that needs no download, made of scikit-learn's 1,797 real digits.
+
+A scene is a noisy coloured background with one to five digits of different sizes and colours, and with none in one
+scene of twenty. The digits of train, val and test scenes are different pictures: those of the `digits` source's splits.
+Category ids have gaps and do not start at 0, as COCO's, so that a mix-up of ids and class indices cannot go unnoticed.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, field_validator
+
+from spikefleet_pipelines.annotations import AnnotationColumns
+from spikefleet_pipelines.counter_random import Draw, uniform
+from spikefleet_pipelines.manifest import ImageFormat
+from spikefleet_pipelines.sources.digits import DigitsOptions, read_digits
+from spikefleet_pipelines.sources.source import Progress, Source, SourceOptions
+from spikefleet_pipelines.writer import StoreWriter
+
+CATEGORY_IDS = tuple(11 * (digit + 1) for digit in range(10))
+
+_SHOWN_EVERY = 64
+_SPLITS = ("train", "val", "test")
+_EMPTY = 0.05
+_LEAST_SIDE, _LARGEST_SIDE = 16, 48
+_ATTEMPTS = 8
+# An object may cover, or be covered by, so much of the smaller of two boxes.
+_OVERLAP = 0.15
+# Strokes fade at their rims; a box is drawn around what is at least so opaque.
+_VISIBLE = 0.3
+_NUMBERS_PER_OBJECT = 8 + 2 * _ATTEMPTS
+
+
+class ScenesOptions(SourceOptions):
+    """What scenes are made."""
+
+    size: int = Field(default=96, ge=64, le=1024, description="side of a scene in pixels")
+    objects: int = Field(default=5, ge=1, le=20, description="most digits in a scene")
+    train: int = Field(default=2000, ge=1, le=1_000_000, description="number of training scenes")
+    val: int = Field(default=300, ge=1, le=1_000_000, description="number of scenes for validation")
+    test: int = Field(default=300, ge=1, le=1_000_000, description="number of scenes for the test")
+
+    @field_validator("size")
+    @classmethod
+    def _whole_cells(cls, size: int) -> int:
+        if size % 8:
+            raise ValueError("it must be a multiple of 8")
+        return size
+
+
+class _Objects(NamedTuple):
+    boxes: list[tuple[int, int, int, int]]
+    digits: list[int]
+
+
+@dataclass(frozen=True)
+class SceneContents:
+    """Digits to compose scenes of; the scenes are made when they are written."""
+
+    options: ScenesOptions
+    seed: int
+    digits: Mapping[str, tuple[NDArray[np.uint8], NDArray[np.int64]]]
+    class_names: tuple[str, ...] = tuple(map(str, range(10)))
+    category_ids: tuple[int, ...] = CATEGORY_IDS
+    stand_ins: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def image(self) -> ImageFormat:
+        return ImageFormat(encoding="raw", shape=(3, self.options.size, self.options.size))
+
+    def write(self, writer: StoreWriter, progress: Progress, parallel: int | None) -> None:
+        counts = {split: getattr(self.options, split) for split in _SPLITS}
+        side, done, objects = self.options.size, 0, 0
+        at_once = max(1, writer.shard_bytes // (3 * side * side))
+        for split, count in counts.items():
+            for start in range(0, count, at_once):
+                images = np.empty((min(count - start, at_once), 3, side, side), np.uint8)
+                found: list[_Objects] = []
+                for place in range(len(images)):
+                    images[place], one = self.scene(split, start + place)
+                    found.append(one)
+                    done += 1
+                    if done % _SHOWN_EVERY == 0 or done == sum(counts.values()):
+                        progress(done, sum(counts.values()))
+                columns = _columns(found, 100_000_000 * _SPLITS.index(split) + start, objects + 1, side)
+                writer.write_images(split, images, columns)
+                objects += len(columns.ids)
+
+    def scene(self, split: str, number: int) -> tuple[NDArray[np.uint8], _Objects]:
+        """Scene `number` of a split, [3, side, side], and what is in it: a function of the seed alone."""
+        images, labels = self.digits[split]
+        side, most = self.options.size, self.options.objects
+        draws = uniform(self.seed, _SPLITS.index(split), number, Draw.SCENE + np.arange(2 + most * _NUMBERS_PER_OBJECT))
+        picture = self._background(split, number)
+        count = 0 if draws[0] < _EMPTY else 1 + int(draws[1] * most)
+        boxes: list[tuple[int, int, int, int]] = []
+        digits: list[int] = []
+        for own in draws[2:].reshape(most, _NUMBERS_PER_OBJECT)[:count]:
+            source = int(own[0] * len(labels))
+            # As many small as large ones: sizes are even on a logarithmic scale.
+            length = round(_LEAST_SIDE * (_LARGEST_SIDE / _LEAST_SIDE) ** float(own[1]))
+            opacity = enlarge(images[source, 0], length)
+            rows, columns = np.flatnonzero((opacity >= _VISIBLE).any(1)), np.flatnonzero((opacity >= _VISIBLE).any(0))
+            place = _free_place(own[8:], side - length, (rows, columns), boxes)
+            if place is None:
+                continue
+            top, left = place
+            colour = 150 + 105 * own[2:5]
+            colour[int(own[5] * 3)] = 255  # never grey and dim at once: the background is
+            window = picture[:, top : top + length, left : left + length]
+            window += opacity * (colour[:, None, None] - window)
+            boxes.append((left + int(columns[0]), top + int(rows[0]), _extent(columns), _extent(rows)))
+            digits.append(int(labels[source]))
+        return np.clip(np.rint(picture), 0, 255).astype(np.uint8), _Objects(boxes, digits)
+
+    def _background(self, split: str, number: int) -> NDArray[np.float64]:
+        """Slow changes of colour with fine noise on top, [3, side, side]."""
+        side = self.options.size
+        cells = side // 8
+        # Noise is drawn for a quarter of the pixels; the others get it turned over: the same statistics for less work.
+        half = side // 2
+        counts = 3 * 64, 3 * half * half
+        draws = uniform(self.seed, _SPLITS.index(split), number, Draw.SCENE_NOISE + np.arange(sum(counts)))
+        coarse = draws[: counts[0]].reshape(3, 8, 8)
+        slow = np.stack([_interpolate(plane, 8 * cells) for plane in coarse])
+        noise = draws[counts[0] :].reshape(3, half, half)
+        fine = np.empty((3, side, side))
+        fine[:, ::2, ::2], fine[:, 1::2, 1::2] = noise, noise[:, ::-1]
+        fine[:, ::2, 1::2], fine[:, 1::2, ::2] = noise[:, :, ::-1], noise[:, ::-1, ::-1]
+        return 20 + 100 * slow + 30 * (fine - 0.5)
+
+
+def enlarge(digit: NDArray[np.uint8], side: int) -> NDArray[np.float64]:
+    """A digit [8, 8] as opacity 0 to 1 on [side, side] pixels, interpolated between its own."""
+    return _interpolate(digit.astype(np.float64) / 255, side)
+
+
+def _extent(indices: NDArray[np.int64]) -> int:
+    """Number of pixels from the first index to the last."""
+    return int(indices[-1] - indices[0]) + 1
+
+
+def _interpolate(values: NDArray[np.float64], side: int) -> NDArray[np.float64]:
+    """Bilinear, in the same arithmetic on every machine: products and sums of two, no matrix product."""
+    length = values.shape[-1]
+    place = np.clip((np.arange(side) + 0.5) * length / side - 0.5, 0, length - 1)
+    low = np.minimum(place.astype(np.int64), length - 2)
+    part = place - low
+    rows = values[low] * (1 - part[:, None]) + values[low + 1] * part[:, None]
+    return rows[:, low] * (1 - part) + rows[:, low + 1] * part
+
+
+def _free_place(
+    draws: NDArray[np.float64],
+    room: int,
+    extent: tuple[NDArray[np.int64], NDArray[np.int64]],
+    boxes: list[tuple[int, int, int, int]],
+) -> tuple[int, int] | None:
+    """Top and left for a digit whose visible rows and columns are `extent`, or None where no attempt is free."""
+    rows, columns = extent
+    for down, right in draws.reshape(_ATTEMPTS, 2):
+        top, left = int(down * (room + 1)), int(right * (room + 1))
+        box = left + int(columns[0]), top + int(rows[0]), _extent(columns), _extent(rows)
+        if all(_overlap(box, other) <= _OVERLAP for other in boxes):
+            return top, left
+    return None
+
+
+def _overlap(one: tuple[int, int, int, int], other: tuple[int, int, int, int]) -> float:
+    """The common area as a part of the smaller box."""
+    width = min(one[0] + one[2], other[0] + other[2]) - max(one[0], other[0])
+    height = min(one[1] + one[3], other[1] + other[3]) - max(one[1], other[1])
+    return max(0, width) * max(0, height) / min(one[2] * one[3], other[2] * other[3])
+
+
+def _columns(scenes: list[_Objects], first_image_id: int, first_id: int, side: int) -> AnnotationColumns:
+    count, counts = len(scenes), [len(scene.boxes) for scene in scenes]
+    boxes = np.array([box for scene in scenes for box in scene.boxes], np.float64).reshape(-1, 4)
+    digits = [digit for scene in scenes for digit in scene.digits]
+    return AnnotationColumns(
+        first_image_id + np.arange(1, count + 1),
+        np.full(count, side, np.int32),
+        np.full(count, side, np.int32),
+        np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
+        boxes,
+        np.array([CATEGORY_IDS[digit] for digit in digits], np.int64),
+        np.zeros(len(digits), np.bool_),
+        boxes[:, 2] * boxes[:, 3],
+        first_id + np.arange(len(digits)),
+    )
+
+
+def read_scenes(root: Path, options: SourceOptions, seed: int) -> SceneContents:
+    """The seed chooses the digits of each split, and everything in the scenes."""
+    assert isinstance(options, ScenesOptions)
+    return SceneContents(options, seed, read_digits(None, DigitsOptions(), seed).splits)
+
+
+SCENES = Source(
+    "scenes", "scenes of scikit-learn's digits with boxes, for detection, built in", read_scenes, ScenesOptions
+)

@@ -1,0 +1,554 @@
+"""Detection batches: boxes stay on their objects, none is lost or doubled, and each is a function of its row alone."""
+
+import colorsys
+import io
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from spikefleet_pipelines.annotations import AnnotationColumns, Target
+from spikefleet_pipelines.counter_random import Draw
+from spikefleet_pipelines.data_config import DataConfig
+from spikefleet_pipelines.detection_batch import DetectionBatchTransform
+from spikefleet_pipelines.detection_transforms import DetectionTransformConfig
+from spikefleet_pipelines.hsv import jitter_hsv
+from spikefleet_pipelines.loading import Batch, BatchLoader
+from spikefleet_pipelines.manifest import ImageFormat, StoreError
+from spikefleet_pipelines.sampling import EpochPlan, EvaluationPlan
+from spikefleet_pipelines.shards import write_shard
+from spikefleet_pipelines.sources import prepare
+from spikefleet_pipelines.store import Split, Store
+from spikefleet_pipelines.transforms import TransformConfig
+from spikefleet_pipelines.writer import StoreWriter, content_digests
+
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")
+
+PICTURES = 16
+TABLE = tuple(11 * (number + 1) for number in range(5))
+# Every object has a colour of its own: red tells its class, green its picture, blue its number in the picture.
+SHAPES = [(96, 96), (60, 120), (150, 80), (110, 70)]  # height, width
+MOVING = {"translate": 0.1, "scale": 0.3, "horizontal_flip": 0.5}
+
+
+def painted(row: int, height: int, width: int) -> tuple[NDArray[np.uint8], list[list[float]], list[int]]:
+    """A black picture with up to four solid rectangles that do not touch: pixels [H, W, 3], boxes and classes."""
+    rng = np.random.default_rng(row)
+    image = np.zeros((height, width, 3), np.uint8)
+    boxes, classes = [], []
+    for number in range(row % 5):
+        label = int(rng.integers(len(TABLE)))
+        cell = (number // 2 * (height // 2), number % 2 * (width // 2))
+        box_height, box_width = (int(rng.integers(16, side // 2 - 8)) for side in (height, width))
+        top = cell[0] + int(rng.integers(2, height // 2 - box_height - 2))
+        left = cell[1] + int(rng.integers(2, width // 2 - box_width - 2))
+        image[top : top + box_height, left : left + box_width] = colour(label, row, number)
+        boxes.append([left, top, box_width, box_height])
+        classes.append(label)
+    return image, boxes, classes
+
+
+def colour(label: int, row: int, number: int) -> tuple[int, int, int]:
+    return 50 + 50 * label, 15 + 15 * row, 60 + 60 * number
+
+
+def columns(sizes: Sequence[tuple[int, int]], found: Sequence[Any], crowd: bool = False) -> AnnotationColumns:
+    boxes = np.array([box for _, boxes, _ in found for box in boxes], np.float64).reshape(-1, 4)
+    labels = [label for _, _, labels in found for label in labels]
+    return AnnotationColumns(
+        np.arange(len(sizes)) + 500,
+        np.array([height for height, _ in sizes], np.int32),
+        np.array([width for _, width in sizes], np.int32),
+        np.cumsum([0, *(len(labels) for _, _, labels in found)]).astype(np.int32),
+        boxes,
+        np.array([TABLE[label] for label in labels], np.int64),
+        np.full(len(labels), crowd),
+        boxes[:, 2] * boxes[:, 3],
+        np.arange(len(labels)),
+    )
+
+
+def make_store(out: Path, sizes: Sequence[tuple[int, int]], raw: bool, crowd: bool = False) -> Split:
+    found = [painted(row, *size) for row, size in enumerate(sizes)]
+    shape = (3, *sizes[0]) if raw else None
+    image = ImageFormat(encoding="raw" if raw else "encoded", shape=shape)
+    targets = columns(sizes, found, crowd)
+    with StoreWriter(
+        out, source="test", class_names="abcde", image=image, options={}, category_ids=TABLE, stand_ins={}
+    ) as writer:
+        if raw:
+            writer.write_images("train", np.stack([pixels.transpose(2, 0, 1) for pixels, _, _ in found]), targets)
+        else:
+            files = [png(pixels) for pixels, _, _ in found]
+            shard = write_shard(writer.directory / "train-00000.arrow", files, targets, image)
+            writer.add_shard("train", shard, targets, content_digests(files))
+        writer.commit()
+    return Store.open(out).split("train")
+
+
+def png(pixels: NDArray[np.uint8]) -> bytes:
+    stream = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Split:
+    return make_store(tmp_path_factory.mktemp("raw") / "store", [(96, 96)] * PICTURES, raw=True)
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory: pytest.TempPathFactory) -> Split:
+    sizes = [SHAPES[row % 4] for row in range(PICTURES)]
+    return make_store(tmp_path_factory.mktemp("encoded") / "store", sizes, raw=False)
+
+
+def load(
+    split: Split, epoch: int = 0, train: bool = True, epochs: int | None = None, seed: int = 0, **config: Any
+) -> Batch:
+    transform = DetectionTransformConfig(**{"size": 128, **config})
+    loader = BatchLoader(split, transform, train, seed=seed, epochs=epochs)
+    return next(loader.epoch(EpochPlan(samples=len(split), global_batch=len(split), shuffle=False), epoch))
+
+
+def targets_of(batch: Batch) -> tuple[Target, ...]:
+    assert isinstance(batch.targets, tuple)
+    return batch.targets
+
+
+def check_boxes_are_on_their_objects(split: Split, batch: Batch, zoom: float = 0.0) -> int:
+    """Compare the boxes of a batch with the colours that its pixels show; returns how many boxes there were.
+
+    `zoom`: by how much a letterboxed picture is enlarged at most, where objects may be cut and, if only a tenth is
+    left, have no box.
+    """
+    every = {
+        (label, row, number): colour(label, row, number)
+        for row in range(len(split))
+        for number, label in enumerate(split.annotations(row).labels.tolist())
+    }
+    total = 0
+    for image, target in zip(batch.images, targets_of(batch), strict=True):
+        pixels = (image * 255).round().to(torch.uint8).numpy().astype(int)
+        height, width = pixels.shape[1:]
+        shown = {}
+        for key, value in every.items():
+            mask = (np.abs(pixels - np.array(value)[:, None, None]) <= 2).all(0)
+            if mask.any():
+                shown[key] = mask
+        # Partners may come twice into one mosaic, so objects are told apart by their place: claim pixels box by box.
+        unclaimed = {key: mask.copy() for key, mask in shown.items()}
+        for (x1, y1, x2, y2), label in zip(target.boxes.tolist(), target.labels.tolist(), strict=True):
+            assert 0 <= x1 < x2 <= width
+            assert 0 <= y1 < y2 <= height
+            middle = int((y1 + y2) / 2), int((x1 + x2) / 2)
+            owners = [key for key, mask in shown.items() if mask[middle]]
+            if not owners and min(x2 - x1, y2 - y1) < 5:
+                continue  # all rim: interpolation leaves no pixel of the pure colour
+            (owner,) = owners
+            assert owner[0] == label
+            y, x = slice(max(0, int(y1) - 1), int(y2) + 2), slice(max(0, int(x1) - 1), int(x2) + 2)
+            inside = unclaimed[owner][y, x]
+            assert inside.any(), "two boxes for one object"
+            rows, places = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+            found = np.array([x.start + places[0], y.start + rows[0], x.start + places[-1] + 1, y.start + rows[-1] + 1])
+            assert np.abs(found - [x1, y1, x2, y2]).max() <= 2, "the box is not where its object is"
+            inside[:] = False
+            total += 1
+        for key, mask in unclaimed.items():
+            stored = split.annotations(key[1])
+            ratio = zoom * max(batch.images.shape[2:]) / max(stored.height, stored.width)
+            tenth = 0.1 * ratio**2 * float(stored.areas[key[2]])
+            assert mask.sum() <= max(tenth, 20 if zoom else 0), f"object {key} shows and has no box"
+    return total
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "letterbox": {"size": 128},
+    "smaller": {"size": 64},
+    "flip": {"size": 128, "horizontal_flip": 1.0},
+    "moving": {"size": 128, **MOVING},
+    "mosaic": {"size": 128, "mosaic": 1.0},
+    "everything": {"size": 128, "mosaic": 0.7, **MOVING},
+    "keep_ratio": {"resize": "keep_ratio", "size": 100, "longest": 160, "horizontal_flip": 0.5},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kind", ["raw", "encoded"])
+def test_boxes_are_on_their_objects_and_none_is_lost_or_doubled(
+    raw: Split, encoded: Split, kind: str, case: str
+) -> None:
+    split = raw if kind == "raw" else encoded
+    zoom = 1 + CASES[case].get("scale", 0) if "mosaic" in CASES[case] or "scale" in CASES[case] else 0.0
+    total = sum(
+        check_boxes_are_on_their_objects(split, load(split, epoch=epoch, **CASES[case]), zoom) for epoch in range(3)
+    )
+    objects = sum(len(split.annotations(row).ids) for row in range(PICTURES))
+    assert total > 2 * objects
+    if "mosaic" not in CASES[case] and "scale" not in CASES[case]:
+        assert total == 3 * objects
+
+
+def test_the_check_finds_a_lost_a_doubled_and_a_moved_box(raw: Split) -> None:
+    batch = load(raw)
+    targets = list(targets_of(batch))
+    whole = targets[4]
+
+    def changed(boxes: torch.Tensor, labels: torch.Tensor) -> Batch:
+        return batch._replace(targets=(*targets[:4], whole._replace(boxes=boxes, labels=labels), *targets[5:]))
+
+    twice = torch.cat([whole.boxes, whole.boxes[:1]]), torch.cat([whole.labels, whole.labels[:1]])
+    for boxes, labels in (
+        (whole.boxes[1:], whole.labels[1:]),
+        twice,
+        (whole.boxes + 4, whole.labels),
+        (whole.boxes, (whole.labels + 1) % 5),
+    ):
+        with pytest.raises((AssertionError, ValueError)):
+            check_boxes_are_on_their_objects(raw, changed(boxes, labels))
+
+
+# ---------------------------------------------------------------- a function of (seed, epoch, row)
+
+EVERYTHING = DetectionTransformConfig(size=96, mosaic=0.8, **MOVING, hsv=(0.015, 0.7, 0.4), close_mosaic_epochs=2)
+
+
+def assert_equal(one: Sequence[Batch], other: Sequence[Batch]) -> None:
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.indices, b.indices)
+        assert a.global_count == b.global_count
+        for x, y in zip(targets_of(a), targets_of(b), strict=True):
+            assert torch.equal(x.boxes, y.boxes)
+            assert torch.equal(x.labels, y.labels)
+            assert x.placement == y.placement
+            assert (x.annotations is None) == (y.annotations is None)
+            if x.annotations is not None and y.annotations is not None:
+                assert all(np.array_equal(p, q) for p, q in zip(x.annotations, y.annotations, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["raw", "encoded"])
+def test_loader_processes_change_no_bit(raw: Split, encoded: Split, kind: str) -> None:
+    split = raw if kind == "raw" else encoded
+    plan = EpochPlan(samples=PICTURES, global_batch=6, seed=3)
+    here = BatchLoader(split, EVERYTHING, True, seed=5, epochs=4)
+    there = BatchLoader(split, EVERYTHING, True, seed=5, processes=2, epochs=4)
+    for epoch in (0, 3):
+        whole = list(here.epoch(plan, epoch))
+        assert_equal(whole, list(there.epoch(plan, epoch)))
+        assert_equal(whole[1:], list(here.epoch(plan, epoch, start_step=1)))
+    every = EvaluationPlan(samples=PICTURES, global_batch=6)
+    evaluation = [BatchLoader(split, EVERYTHING, False, processes=processes) for processes in (0, 1)]
+    assert_equal(*(list(loader.epoch(every, 0)) for loader in evaluation))
+
+
+def test_a_picture_does_not_depend_on_its_batch(raw: Split) -> None:
+    def by_row(world: int) -> dict[int, tuple[torch.Tensor, Target]]:
+        return {
+            int(row): (image, target)
+            for rank in range(world)
+            for batch in BatchLoader(raw, EVERYTHING, True).epoch(
+                EpochPlan(samples=PICTURES, global_batch=8, world_size=world, rank=rank), 1
+            )
+            for row, image, target in zip(batch.indices, batch.images, targets_of(batch), strict=True)
+        }
+
+    alone, four = by_row(1), by_row(4)
+    assert alone.keys() == four.keys() == set(range(PICTURES))
+    for row, (image, target) in alone.items():
+        assert torch.equal(image, four[row][0])
+        assert torch.equal(target.boxes, four[row][1].boxes)
+
+
+def test_seed_and_epoch_change_the_mosaic_and_the_last_epochs_have_none(raw: Split) -> None:
+    config = {"size": 96, "mosaic": 1.0, "close_mosaic_epochs": 2, "epochs": 5}
+    plain = load(raw, size=96)
+    images = {epoch: load(raw, epoch=epoch, **config).images for epoch in range(5)}  # type: ignore[arg-type]
+    assert not torch.equal(images[0], images[1])
+    assert not torch.equal(images[0], load(raw, seed=1, **config).images)  # type: ignore[arg-type]
+    assert not torch.equal(images[2], plain.images)
+    assert torch.equal(images[3], plain.images)
+    assert torch.equal(images[4], plain.images)
+    endless = {**config, "epochs": None}
+    assert not torch.equal(load(raw, epoch=4, **endless).images, plain.images)  # type: ignore[arg-type]
+
+
+def test_draws_do_not_collide_and_old_ones_keep_their_numbers() -> None:
+    old = ["ORDER", "HOLD_OUT", "CROP_Y", "CROP_X", "FLIP", "CUTOUT_Y", "CUTOUT_X", "POLICY", "POLICY_APPLY"]
+    assert [Draw[name] for name in old] == list(range(9))
+    assert (Draw.POLICY_SIGN, Draw.RESIZED_CROP) == (10, 64)
+    taken = {"POLICY_APPLY": 2, "POLICY_SIGN": 2, "RESIZED_CROP": 40, "MOSAIC_CENTRE": 2, "MOSAIC_PARTNER": 3}
+    taken |= {"TRANSLATE": 2, "HSV": 3, "SCENE": 1024}
+    numbers = [draw + k for draw in Draw for k in range(taken.get(draw.name, 1))]
+    assert len(numbers) == len(set(numbers))
+
+
+def test_transforms_pickle_and_leave_the_global_generators_alone(raw: Split) -> None:
+    transform = DetectionBatchTransform(raw, EVERYTHING, True, 0)
+    states = torch.get_rng_state(), np.random.get_state()[1]
+    images, samples = transform(np.arange(PICTURES), 0)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.array_equal(np.random.get_state()[1], states[1])
+    again, others = pickle.loads(pickle.dumps(transform))(np.arange(PICTURES), 0)
+    assert torch.equal(images, again)
+    assert all(np.array_equal(a.boxes, b.boxes) for a, b in zip(samples, others, strict=True))
+
+
+# ---------------------------------------------------------------- geometry
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"size": 32}, {"size": 128}, {"size": 640}, {"resize": "keep_ratio", "size": 100, "longest": 133}],
+)
+def test_evaluation_maps_back_to_the_stored_picture(encoded: Split, config: dict[str, Any]) -> None:
+    batch = load(encoded, train=False, **config)
+    for row, target in enumerate(targets_of(batch)):
+        stored = encoded.annotations(row)
+        assert target.annotations is not None
+        assert np.array_equal(target.annotations.boxes, stored.boxes)
+        assert np.array_equal(target.annotations.category_ids, stored.category_ids)
+        corners = torch.from_numpy(stored.boxes.copy())
+        corners[:, 2:] += corners[:, :2]
+        assert torch.allclose(target.placement.to_picture(target.boxes).double(), corners, atol=1e-3)
+        assert target.labels.tolist() == stored.labels.tolist()
+        assert target.boxes.dtype == torch.float32
+        assert target.labels.dtype == torch.int64
+
+
+def test_a_letterbox_is_centred_and_filled(encoded: Split) -> None:
+    batch = load(encoded, train=False, size=192, fill=7)
+    assert batch.images.shape == (PICTURES, 3, 192, 192)
+    for row, target in enumerate(targets_of(batch)):
+        height, width = SHAPES[row % 4]
+        shown = torch.full((192, 192), True)
+        down, right = round(height * 192 / max(height, width)), round(width * 192 / max(height, width))
+        top, left = (192 - down) // 2, (192 - right) // 2
+        shown[top : top + down, left : left + right] = False
+        filled = (batch.images[row] * 255).round() == 7
+        assert filled.all(0)[shown].all()
+        assert not filled.all(0)[~shown].any()
+        assert (target.placement.left, target.placement.top) == (left, top)
+        assert target.placement.scale_x == right / width
+
+
+def test_keep_ratio_follows_the_shorter_side_up_to_the_longest(encoded: Split) -> None:
+    batch = load(encoded, train=False, resize="keep_ratio", size=100, longest=160)
+    # 96x96 -> 100x100, 60x120 -> 80x160, 150x80 -> 160x85, 110x70 -> 157x100; sides are multiples of 32
+    assert batch.images.shape == (PICTURES, 3, 160, 160)
+    sizes = [(100, 100), (80, 160), (160, 85), (157, 100)]
+    for row, target in enumerate(targets_of(batch)):
+        height, width = sizes[row % 4]
+        place = target.placement
+        assert (place.left, place.top) == (0, 0)
+        assert (round(place.scale_y * place.height, 6), round(place.scale_x * place.width, 6)) == (height, width)
+        assert ((batch.images[row, :, height:] * 255).round() == 114).all()
+        assert ((batch.images[row, :, :, width:] * 255).round() == 114).all()
+
+
+def test_normalisation_is_the_last_step(raw: Split) -> None:
+    plain, normal = load(raw), load(raw, normalise="imagenet")
+    mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    assert torch.allclose(normal.images, (plain.images - mean) / std, atol=1e-5)
+
+
+def make_boxes(out: Path, boxes: list[list[float]], crowd: Sequence[bool] = ()) -> Split:
+    """One picture of 100 x 100 with these boxes."""
+    given = columns([(100, 100)], [(None, boxes, [0] * len(boxes))])
+    if crowd:
+        given.crowd[:] = crowd
+    image = ImageFormat(encoding="raw", shape=(3, 100, 100))
+    with StoreWriter(out, source="test", class_names="abcde", image=image, options={}, category_ids=TABLE) as writer:
+        writer.write_images("train", np.zeros((1, 3, 100, 100), np.uint8), given)
+        writer.commit()
+    return Store.open(out).split("train")
+
+
+def test_which_boxes_are_targets(tmp_path: Path) -> None:
+    boxes: list[list[float]] = [
+        [10, 10, 20, 20],  # 0
+        [10, 10, 0, 20],  # no area
+        [90, 90, 30, 30],  # 2: clipped to 10 x 10
+        [150, 10, 20, 20],  # outside
+        [40, 40, 50, 50],  # a crowd
+        [5, 50, 2, 40],  # too thin for training
+        [1, 1, 98, 2.5],  # 6
+    ]
+    split = make_boxes(tmp_path / "store", boxes, [False] * 4 + [True] + [False] * 2)
+    expected = [[10, 10, 30, 30], [90, 90, 100, 100], [5, 50, 7, 90], [1, 1, 99, 3.5]]
+    (found,) = targets_of(load(split, train=False, size=100, divisor=4))
+    assert found.boxes.tolist() == expected
+    assert found.annotations is not None
+    assert len(found.annotations.boxes) == 7
+    (found,) = targets_of(load(split, size=100, divisor=4))
+    assert found.boxes.tolist() == [expected[0], expected[1], expected[3]]
+    assert found.annotations is None
+
+
+def test_boxes_of_which_too_little_is_left_are_dropped(tmp_path: Path) -> None:
+    """A strip of objects at the right border, seen through many shifts: kept exactly by the rule that is stated."""
+    split = make_boxes(tmp_path / "store", [[60, 4 * k, 40, 3.5] for k in range(20)] + [[0, 90, 100, 0.5]])
+    transform = DetectionBatchTransform(split, DetectionTransformConfig(size=100, divisor=4, translate=1.0), True, 0)
+    kept = dropped = 0
+    for epoch in range(200):
+        _, (sample,) = transform(np.array([0]), epoch)
+        place = sample.placement
+        expected = []
+        for x, y, width, height in split.annotations(0).boxes.tolist():
+            x1, x2 = np.clip([x + place.left, x + width + place.left], 0, 100)
+            y1, y2 = np.clip([y + place.top, y + height + place.top], 0, 100)
+            sides = sorted((x2 - x1, y2 - y1))
+            if sides[0] > 2 and sides[0] * sides[1] > 0.1 * width * height and sides[1] < 100 * sides[0]:
+                expected.append([x1, y1, x2, y2])
+            else:
+                dropped += x2 > x1 and y2 > y1
+        assert np.allclose(sample.boxes, np.array(expected).reshape(-1, 4), atol=1e-4)
+        kept += len(expected)
+    assert kept > 100 < dropped
+
+
+def test_empty_and_crowded_pictures_have_empty_targets(raw: Split, tmp_path: Path) -> None:
+    target = targets_of(load(raw))[0]
+    assert target.boxes.shape == (0, 4)
+    assert target.labels.shape == (0,)
+    crowded = make_store(tmp_path / "crowd", [(96, 96)] * 4, raw=True, crowd=True)
+    for mosaic in (0.0, 1.0):
+        assert all(not len(target.boxes) for target in targets_of(load(crowded, mosaic=mosaic)))
+
+
+def test_extreme_shapes_are_resized_to_at_least_a_pixel(tmp_path: Path) -> None:
+    sizes = [(1, 1), (400, 60), (60, 400)]
+    found = [(np.zeros((*size, 3), np.uint8), [[0, 0, size[1], size[0]]], [1]) for size in sizes]
+    image = ImageFormat(encoding="encoded")
+    targets, files = columns(sizes, found), [png(pixels) for pixels, _, _ in found]
+    with StoreWriter(
+        tmp_path / "store", source="test", class_names="abcde", image=image, options={}, category_ids=TABLE
+    ) as writer:
+        writer.add_shard(
+            "train", write_shard(writer.directory / "train-0.arrow", files, targets, image), targets, [b"1", b"2", b"3"]
+        )
+        writer.commit()
+    split = Store.open(tmp_path / "store").split("train")
+    for config in ({"size": 32}, {"size": 64, "mosaic": 1.0, **MOVING}):
+        assert load(split, **config).images.isfinite().all()
+
+
+def test_a_picture_of_another_size_than_its_annotations_is_refused(tmp_path: Path) -> None:
+    image, files = ImageFormat(encoding="encoded"), [png(np.zeros((9, 9, 3), np.uint8))]
+    targets = columns([(9, 10)], [(None, [], [])])
+    with StoreWriter(
+        tmp_path / "store", source="test", class_names="abcde", image=image, options={}, category_ids=TABLE
+    ) as writer:
+        writer.add_shard("train", write_shard(writer.directory / "a.arrow", files, targets, image), targets, [b"1"])
+        writer.commit()
+    with pytest.raises(StoreError, match=r"row 0 of split 'train' in .*: the picture is 9 x 9 pixels, .* 10 x 9"):
+        load(Store.open(tmp_path / "store").split("train"))
+
+
+# ---------------------------------------------------------------- colours
+
+
+@pytest.mark.parametrize(
+    "change", [(0.0, 1.0, 1.0), (0.1, 1.3, 0.8), (-0.3, 0.4, 1.4), (0.0, 1.7, 0.6), (0.5, 1.0, 1.0)]
+)
+def test_jitter_is_that_of_colorsys(change: tuple[float, float, float]) -> None:
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (3, 20, 30), np.uint8)
+    image[:, 0] = rng.integers(0, 256, 30)  # greys
+    image[:, 1, :10] = 0
+    image[:2, 2] = 200  # ties
+    expected = np.empty_like(image)
+    hue, saturation, value = change
+    for y in range(20):
+        for x in range(30):
+            h, s, v = colorsys.rgb_to_hsv(*(image[:, y, x] / 255))
+            rgb = colorsys.hsv_to_rgb((h + hue) % 1, min(1, s * saturation), min(1, v * value))
+            expected[:, y, x] = np.rint(np.array(rgb) * 255)
+    found = image.copy()
+    jitter_hsv(found, *change)
+    assert np.abs(found.astype(int) - expected).max() <= 1
+    if change == (0.0, 1.0, 1.0):
+        assert np.array_equal(found, image)
+
+
+def test_jitter_in_a_batch_changes_colours_and_no_box(raw: Split) -> None:
+    plain, jittered = load(raw), load(raw, hsv=(0.015, 0.7, 0.4))
+    assert not torch.equal(plain.images, jittered.images)
+    for one, other in zip(targets_of(plain), targets_of(jittered), strict=True):
+        assert torch.equal(one.boxes, other.boxes)
+
+
+# ---------------------------------------------------------------- configs
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"size": 100}, "size 100 is not a multiple of divisor 32"),
+        ({"longest": 1333}, "longest is 1333, and resize is letterbox"),
+        ({"resize": "keep_ratio"}, "longest is None; keep_ratio needs one of at least size 640"),
+        ({"resize": "keep_ratio", "size": 800, "longest": 700}, "longest is 700"),
+        ({"resize": "keep_ratio", "longest": 1333, "mosaic": 1.0}, "mosaic is 1.0, and resize is keep_ratio"),
+        ({"hsv": (0.1, 1.5, 0)}, r"hsv is \(0.1, 1.5, 0.0\)"),
+        ({"scale": 1.0}, "scale"),
+        ({"mosaic": 1.5}, "mosaic"),
+        ({"normalise": "cifar"}, "unknown normalisation 'cifar'.*imagenet"),
+        ({"mosiac": 1.0}, "mosiac"),
+    ],
+)
+def test_bad_configs_are_refused_by_field(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        DetectionTransformConfig(**fields)  # type: ignore[arg-type]
+
+
+def test_the_kind_chooses_the_transform_of_a_config() -> None:
+    data = DataConfig(source="scenes", transform={"kind": "detection", "size": 96})  # type: ignore[arg-type]
+    assert isinstance(data.transform, DetectionTransformConfig)
+    assert isinstance(DataConfig(source="digits").transform, TransformConfig)
+    assert isinstance(DataConfig(source="digits", transform={"cutout": 3}).transform, TransformConfig)  # type: ignore[arg-type]
+    for config in (data, DataConfig(source="digits")):
+        assert DataConfig.model_validate_json(config.model_dump_json()) == config
+    wrong: list[tuple[Any, str]] = [
+        ({"kind": "detektion"}, "kind must be 'image' or 'detection'"),
+        ({"kind": "detection", "cutout": 3}, "cutout"),
+        ({"size": 96}, "size"),
+    ]
+    for transform, message in wrong:
+        with pytest.raises(ValidationError, match=message):
+            DataConfig(source="scenes", transform=transform)
+
+
+def test_a_transform_for_the_other_task_is_refused(raw: Split, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"is a store for detection, and transform\.kind is 'image'; it must be 'detec"
+    ):
+        BatchLoader(raw, TransformConfig(), True)
+    digits = prepare("digits", None, tmp_path / "digits").split("train")
+    with pytest.raises(ValueError, match=r"is a store for classification, .* 'detection'; it must be 'image'"):
+        BatchLoader(digits, DetectionTransformConfig(), True)
+    for config, message in (({"hsv": (0, 0.5, 0)}, "needs 3 channels"), ({"normalise": "imagenet"}, "have 1 channel")):
+        with pytest.raises(ValueError, match=message):
+            DetectionTransformConfig(**config).check_images((1, 8, 8))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_errors_come_as_sentences_from_loader_processes(tmp_path: Path, processes: int) -> None:
+    image, targets = ImageFormat(encoding="encoded"), columns([(9, 9)], [(None, [], [])])
+    with StoreWriter(
+        tmp_path / "store", source="test", class_names="abcde", image=image, options={}, category_ids=TABLE
+    ) as writer:
+        writer.add_shard("train", write_shard(writer.directory / "a", [b"broken"], targets, image), targets, [b"1"])
+        writer.commit()
+    split = Store.open(tmp_path / "store").split("train")
+    loader = BatchLoader(split, DetectionTransformConfig(), True, processes=processes)
+    with pytest.raises(StoreError, match=r"^row 0 of split 'train' in .*: the image cannot be decoded"):
+        list(loader.epoch(EpochPlan(samples=1, global_batch=1), 0))
