@@ -16,10 +16,12 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Tag, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from spikefleet.errors import UserError
-from spikefleet_models.build import ModelConfig
+from spikefleet_models.build import ModelConfig, task_of
+from spikefleet_models.shortcut import ShortcutConfig
 from spikefleet_pipelines.data_config import DataConfig
 
 _RECIPE_LIMIT_BYTES = 1 << 20
@@ -48,7 +50,15 @@ class TrainConfig(Section):
     deterministic: bool = Field(False, description="refuse kernels that do not give the same bits twice")
     clip_norm: float | None = Field(None, gt=0, description="largest L2 norm of the whole gradient")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="decay of the exponential moving average of weights")
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    ema_ramp: float | None = Field(
+        None,
+        gt=0,
+        description="steps over which that decay grows: decay * (1 - exp(-step / ramp)); null: from the start",
+    )
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="classification only")
+    loss: Literal["mean", "sum"] = Field(
+        "mean", description="over the samples of a global batch; sum makes the rate depend on the batch (SpikeYOLO)"
+    )
 
 
 class OptimConfig(Section):
@@ -63,7 +73,16 @@ class OptimConfig(Section):
     milestones: tuple[int, ...] = Field((), description="epochs at which `step` multiplies the rate by gamma")
     gamma: float = Field(0.1, gt=0, le=1)
     warmup_epochs: float = Field(0.0, ge=0, description="epochs of linear growth from zero")
+    warmup_bias_lr: float | None = Field(None, ge=0, description="biases start warm-up from this rate instead of zero")
+    warmup_momentum: float | None = Field(None, ge=0, lt=1, description="momentum grows from this during warm-up")
     final_factor: float = Field(0.0, ge=0, le=1, description="last learning rate / lr, for cosine and linear")
+
+    @model_validator(mode="after")
+    def _warm_up_is_there(self) -> Self:
+        for name in ("warmup_bias_lr", "warmup_momentum"):
+            if getattr(self, name) is not None and not self.warmup_epochs:
+                raise ValueError(f"{name}={getattr(self, name)} has no effect without warmup_epochs")
+        return self
 
     @model_validator(mode="after")
     def _milestones_belong_to_step(self) -> Self:
@@ -114,15 +133,36 @@ class Config(Section):
     """One training run."""
 
     recipe: str = Field(pattern=_PLAIN_NAME, description="name of the recipe")
-    task: Literal["classification"] = "classification"
+    task: Literal["classification", "detection"] = "classification"
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
     optim: OptimConfig
+    shortcut: ShortcutConfig = ShortcutConfig()
     cluster: ClusterConfig = ClusterConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     registry: RegistryConfig = RegistryConfig()
+
+    @model_validator(mode="after")
+    def _task_suits_model_and_data(self) -> Self:
+        if (can := task_of(self.model)) != self.task:
+            raise ValueError(f"task={self.task}, but model.family={self.model.family} is for {can}; set task={can}")
+        kind = "image" if self.task == "classification" else "detection"
+        if self.data.transform.kind != kind:
+            raise ValueError(
+                f"task={self.task} needs data.transform.kind={kind}; the data section has {self.data.transform.kind}"
+            )
+        if self.task == "detection" and self.shortcut.enabled:
+            raise ValueError(
+                f"shortcut.where={self.shortcut.where}: side branches classify, and the task is detection; "
+                "set shortcut.where=none"
+            )
+        if self.task == "detection" and self.train.label_smoothing:
+            raise ValueError(f"train.label_smoothing={self.train.label_smoothing} is for classification only")
+        if self.train.ema_ramp is not None and self.train.ema_decay is None:
+            raise ValueError(f"train.ema_ramp={self.train.ema_ramp} has no effect without train.ema_decay")
+        return self
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Self:
@@ -331,10 +371,9 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def _sentence(error: Mapping[str, Any]) -> str:
-    location = [str(part) for part in error["loc"]]
+    location, known = _resolve([str(part) for part in error["loc"]])
     path = ".".join(location)
     if error["type"] == "extra_forbidden":
-        known = _fields_at(Config, location[:-1])
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {'.'.join([*location[:-1], near[0]])!r}?" if near else f"known here: {', '.join(known)}"
         return f"unknown key {path!r}; {hint}"
@@ -346,19 +385,33 @@ def _sentence(error: Mapping[str, Any]) -> str:
     return f"{path}={error['input']!r}: {message}"
 
 
-def _fields_at(model: type[BaseModel], location: Sequence[str]) -> list[str]:
+def _resolve(location: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A location as the user writes it, without the tags of unions that pydantic puts in, and the fields beside its
+    last part."""
+    plain: list[str] = []
+    members: list[tuple[str | None, type[BaseModel]]] = [(None, Config)]
+    beside: list[type[BaseModel]] = [Config]
     for part in location:
-        field = model.model_fields.get(part)
-        inner = _section_of(field.annotation) if field else None
-        if inner is None:
-            break
-        model = inner
-    return sorted(model.model_fields)
+        if len(members) > 1 and part in (tag for tag, _ in members):
+            members = [(tag, member) for tag, member in members if tag == part]
+            continue
+        plain.append(part)
+        beside = [member for _, member in members]
+        fields = (member.model_fields.get(part) for member in beside)
+        members = [section for field in fields if field for section in _sections_of(field)]
+    return plain, sorted({name for member in beside for name in member.model_fields})
 
 
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if get_origin(annotation) in (Union, UnionType, Annotated):
-        return next((found for arg in get_args(annotation) if (found := _section_of(arg))), None)
-    return None
+def _sections_of(annotation: Any, tag: str | None = None) -> Iterator[tuple[str | None, type[BaseModel]]]:
+    """The configurations that an annotation or a field allows, each with its tag in a union."""
+    if isinstance(annotation, FieldInfo):
+        yield from _sections_of(annotation.annotation)
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield tag, annotation
+    elif get_origin(annotation) is Annotated:
+        inner, *notes = get_args(annotation)
+        tag = next((note.tag for note in notes if isinstance(note, Tag)), tag)
+        yield from _sections_of(inner, tag)
+    elif get_origin(annotation) in (Union, UnionType):
+        for argument in get_args(annotation):
+            yield from _sections_of(argument, tag)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from spikefleet.config import Config
 from spikefleet.tasks import Task
 from spikefleet.world import World
 from spikefleet_models.health import SpikeMonitor
-from spikefleet_pipelines.loading import BatchLoader
+from spikefleet_pipelines.loading import Batch, BatchLoader
 from spikefleet_pipelines.sampling import EvaluationPlan
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,10 +59,20 @@ def evaluate(
         here = world.place(batch, config.train.channels_last)
         with autocast(config, world.device), monitor if position == 0 else nullcontext():
             predictions = task.predict(network, here)
-        rows += zip(batch.indices.tolist(), predictions, batch.targets.tolist(), strict=True)
+        rows += zip(batch.indices.tolist(), predictions, task.truth(batch), strict=True)
     network.train(was_training)
     parts = world.gather(rows)
     if parts is None:
         return None
     merged = sorted((row for part in parts for row in part), key=lambda row: row[0])
     return Evaluation([row[1] for row in merged], [row[2] for row in merged], tuple(monitor.table()), monitor.summary())
+
+
+def first_batches(loader: BatchLoader, size: int, count: int) -> Iterator[Batch]:
+    """Batches of `size` in the order of the split, until `count` samples have been seen, or all."""
+    seen = 0
+    for batch in loader.epoch(EvaluationPlan(samples=len(loader.split), global_batch=size), epoch=0):
+        yield batch
+        seen += len(batch.indices)
+        if seen >= count:
+            return

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    from spikefleet_models.build import ModelConfig
+    from spikefleet_pipelines.annotations import Annotations
+    from spikefleet_pipelines.loading import Batch
+
 WEIGHTS = "weights.safetensors"
 CONFIG = "config.json"
 CARD = "card.json"
@@ -115,21 +119,32 @@ def load_network(directory: Path, expected_content_hash: str | None = None) -> "
     Raises:
         UserError: the package is not intact, or its weights are not those of its configuration.
     """
-    from pydantic import TypeAdapter, ValidationError
-
-    from spikefleet_models.build import ModelConfig, build_model
+    from spikefleet_models.build import build_model
 
     verify_package(directory, expected_content_hash)
     config = read_config(directory)
-    try:
-        model_config = TypeAdapter(ModelConfig).validate_python(config["model"])
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, ("model", *first["loc"])))
-        raise UserError(f"{directory / CONFIG}: {where}: {first['msg']} (written by another version?)") from None
-    network = build_model(model_config)
+    network = build_model(model_config(config, str(directory / CONFIG)))
     load_weights(network, directory / WEIGHTS)
     return network.eval(), config
+
+
+def model_config(config: Mapping[str, Any], where: str) -> "ModelConfig":
+    """The section `model` of a run's configuration; `where` names it in the error.
+
+    Raises:
+        UserError: a field is wrong.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    from spikefleet_models.build import ModelConfig
+
+    try:
+        parsed: ModelConfig = TypeAdapter(ModelConfig).validate_python(config["model"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(map(str, ("model", *first["loc"])))
+        raise UserError(f"{where}: {path}: {first['msg']} (written by another version?)") from None
+    return parsed
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -186,28 +201,38 @@ def load_weights(network: "torch.nn.Module", path: Path) -> None:
         network.load_state_dict(tensors)
 
 
-def preprocess(images: "NDArray[np.uint8]", config: Mapping[str, Any]) -> "torch.Tensor":
-    """What evaluation does to images [B, C, H, W] (uint8): resize, crop, normalise -> float32 [B, C, H', W'].
+def picture_batch(images: "NDArray[np.uint8]", config: Mapping[str, Any]) -> "Batch":
+    """What evaluation gives a network for images [B, C, H, W] (uint8): resized, normalised, without a truth.
 
     Raises:
-        ValueError: the images do not suit the configuration.
+        UserError: the images are not such pixels.
+        ValueError: the images do not suit the transform.
     """
     import numpy as np
+    import torch
+    from pydantic import TypeAdapter
 
     from spikefleet_pipelines.batch_transform import BatchTransform
+    from spikefleet_pipelines.data_config import AnyTransformConfig
+    from spikefleet_pipelines.detection_batch import DetectionBatchTransform
+    from spikefleet_pipelines.detection_transforms import DetectionTransformConfig
+    from spikefleet_pipelines.loading import Batch
     from spikefleet_pipelines.store import Split
-    from spikefleet_pipelines.transforms import TransformConfig
 
-    channels = config["model"]["in_channels"]
+    channels = model_config(config, "the configuration of the network").in_channels
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != channels:
         raise UserError(
             f"images of type {images.dtype} and shape {list(images.shape)}: give uint8 pixels of shape "
             f"[B, {channels}, H, W]"
         )
-    transform = TransformConfig.model_validate(config["data"]["transform"])
-    # The transform reads three members of a split, which the pictures stand in for: one code path with evaluation.
-    pictures = cast(Split, _Pictures(images))
-    return BatchTransform(pictures, transform, train=False, seed=0)(np.arange(len(images)), epoch=0)
+    transform: Any = TypeAdapter(AnyTransformConfig).validate_python(config["data"]["transform"])
+    # A transform reads few members of a split, which the pictures stand in for: one code path with evaluation.
+    pictures, rows = cast(Split, _Pictures(images)), np.arange(len(images))
+    if isinstance(transform, DetectionTransformConfig):
+        pixels, samples = DetectionBatchTransform(pictures, transform, train=False, seed=0)(rows, epoch=0)
+        return Batch(pixels, tuple(sample.target() for sample in samples), torch.from_numpy(rows), len(rows))
+    pixels = BatchTransform(pictures, transform, train=False, seed=0)(rows, epoch=0)
+    return Batch(pixels, torch.full((len(rows),), -1), torch.from_numpy(rows), len(rows))
 
 
 class _Pictures:
@@ -224,3 +249,11 @@ class _Pictures:
         import torch
 
         return torch.from_numpy(self._images[row].copy())
+
+    def annotations(self, row: int) -> "Annotations":
+        import numpy as np
+
+        from spikefleet_pipelines.annotations import Annotations
+
+        none, height, width = np.empty(0, np.int64), *self.image_shape[1:]
+        return Annotations(row, height, width, np.empty((0, 4)), none, none, none.astype(bool), np.empty(0), none)

@@ -71,8 +71,8 @@ class RunObserver:
                 self._tracker.log_table(rows, f"{table}/epoch-{event.epoch:04d}.parquet")
 
     def finish(self, figures: Mapping[str, float], step: int, report: Path) -> None:
-        """Logs the figures of the test split, and the pictures."""
-        self._tracker.log_metrics({f"test/{name}": value for name, value in figures.items()}, step=step)
+        """Logs the figures of the whole run, and the files and pictures of its report."""
+        self._tracker.log_metrics(figures, step=step)
         for path in sorted(report.iterdir()):
             if path.is_file() and not path.name.startswith("."):
                 self._tracker.log_artifact(path, "report")

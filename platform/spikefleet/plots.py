@@ -1,9 +1,10 @@
-"""Pictures of a run: learning curves, confusion matrix, predictions."""
+"""Pictures of a run: learning curves, confusion matrix, precision and recall, predictions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -16,6 +17,9 @@ from matplotlib.figure import Figure
 
 _NAMED_CLASSES = 25
 """Beyond this many classes, names along the axes could not be read."""
+
+_READABLE_SIDE = 384
+"""Pictures are enlarged by whole numbers up to about this side before boxes and captions are drawn on them."""
 
 
 def learning_curve(history: Sequence[Mapping[str, float]], metric: str, path: Path) -> None:
@@ -68,6 +72,72 @@ def picture_grid(images: Sequence[torch.Tensor], captions: Sequence[str], right:
         pixels = image.permute(1, 2, 0).numpy()
         axis.imshow(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=255)
         axis.set_title(caption, fontsize=8, color="#1a7f37" if correct else "#cf222e")
+    _save(figure, path)
+
+
+def picture_sheet(images: Sequence[torch.Tensor], path: Path) -> None:
+    """Drawn pictures `[3, H, W]` (uint8) side by side."""
+    columns = min(4, max(1, len(images)))
+    rows = -(-len(images) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 3.2 * rows), layout="constrained", squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image in zip(axes.flat, images, strict=False):
+        axis.imshow(image.permute(1, 2, 0).numpy())
+    _save(figure, path)
+
+
+def boxes_on_picture(
+    image: torch.Tensor,
+    boxes: torch.Tensor,
+    labels: Sequence[int],
+    captions: Sequence[str],
+    truth: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A picture `[C, H, W]` (uint8) with captioned boxes `[N, 4]` coloured by label, and `truth` boxes thin and white.
+
+    Small pictures are enlarged, so that captions can be read: uint8 `[3, H', W']`.
+    """
+    from torchvision.utils import draw_bounding_boxes  # seconds to import
+
+    factor = max(1, _READABLE_SIDE // max(image.shape[-2:]))
+    picture = image.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
+    if picture.shape[0] == 1:
+        picture = picture.expand(3, -1, -1)
+    if truth is not None and len(truth):
+        picture = draw_bounding_boxes(picture, truth * factor, colors="white", width=1)
+    if len(boxes):
+        palette = plt.get_cmap("tab20").colors
+        colours = [tuple(round(255 * part) for part in palette[label % len(palette)]) for label in labels]
+        picture = draw_bounding_boxes(picture, boxes * factor, list(captions), colours, width=2)
+    return picture
+
+
+def precision_recall(curves: Mapping[str, Sequence[float]], path: Path) -> None:
+    """Precision at IoU 0.5 over recall from 0 to 1, a curve a class, and their mean."""
+    figure, axis = plt.subplots(figsize=(6, 4.5), layout="constrained")
+    for name, values in curves.items():
+        axis.plot(np.linspace(0, 1, len(values)), values, lw=1, label=name if len(curves) <= _NAMED_CLASSES else None)
+    mean = np.mean(list(curves.values()), axis=0)
+    axis.plot(np.linspace(0, 1, len(mean)), mean, color="black", lw=2.5, label=f"mean, AP50 {mean.mean():.1%}")
+    axis.set(xlabel="recall", ylabel="precision", title="IoU 0.5", xlim=(0, 1), ylim=(0, 1.02))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7, loc="lower left")
+    _save(figure, path)
+
+
+def energy_bars(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
+    """Energy of each layer in mJ, in network order: additions that spikes cause, and multiplications."""
+    shown = [row for row in rows if row["energy_mj"] > 0]
+    figure, axis = plt.subplots(figsize=(9, 1.5 + 0.2 * len(shown)), layout="constrained")
+    for kind, label, colour in (("spikes", "spikes in: additions", "#2a9d8f"), ("real", "real in: MACs", "#e76f51")):
+        places = [place for place, row in enumerate(shown) if row["input"] == kind]
+        axis.barh(places, [shown[place]["energy_mj"] for place in places], color=colour, label=label)
+    axis.set_yticks(range(len(shown)), [row["layer"] for row in shown], fontsize=7)
+    axis.invert_yaxis()
+    axis.set(xlabel="mJ", title=title)
+    axis.grid(axis="x", alpha=0.3)
+    axis.legend(fontsize=8)
     _save(figure, path)
 
 

@@ -125,9 +125,19 @@ def _step_figures(metrics: Mapping[str, float]) -> str:
     return "  ".join(parts)
 
 
+_EPOCH_FIGURES = {
+    "train/loss": ".4f",
+    "train/top1": ".2%",
+    "val/top1": ".2%",
+    "val/map50_95": ".2%",
+    "val/map50": ".2%",
+    "spikes/firing_rate": ".3f",
+}
+
+
 def _epoch_line(event: EpochDone, epochs: int) -> str:
     shown = [f"epoch {event.epoch:>3}/{epochs}"]
-    for key, form in (("train/loss", ".4f"), ("train/top1", ".2%"), ("val/top1", ".2%"), ("spikes/firing_rate", ".3f")):
+    for key, form in _EPOCH_FIGURES.items():
         if key in event.metrics:
             shown.append(f"{key} {event.metrics[key]:{form}}")
     return "  ".join(shown) + ("  best" if event.best else "")

@@ -17,6 +17,8 @@ class Standing:
     value: float | None
     data: str | None = None
     """Hash of the data that the value was measured on."""
+    refuted: bool = False
+    """Its binary form was shown to differ from the network that was trained."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,10 @@ def decide(champion: Standing | None, candidate: Standing, metric: str, mode: Mo
     """A candidate replaces the champion only if its value is better; the first version has nobody to beat."""
     if champion is not None and champion.version == candidate.version:
         return Decision("champion", f"version {candidate.version} is the champion already")
+    if candidate.refuted:
+        return Decision(
+            "challenger", f"the binary form of version {candidate.version} differs from it, see its spike_check.json"
+        )
     if candidate.value is None or isnan(candidate.value):
         return Decision("challenger", f"version {candidate.version} has no {metric} that could be compared")
     if champion is None:

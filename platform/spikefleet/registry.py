@@ -21,6 +21,8 @@ from spikefleet.registered_version import (
     CHALLENGER,
     CHAMPION,
     CONTENT_HASH,
+    REFUTED,
+    SPIKE_DRIVEN,
     RegisteredModel,
     RegisteredVersion,
     check_model_name,
@@ -280,12 +282,15 @@ def _narrow(versions: list[RegisteredVersion], key: str, wanted: str) -> list[Re
 
 
 def _model_tags(config: Mapping[str, Any]) -> dict[str, object]:
-    """What a deployer asks for and the configuration knows."""
+    """What a deployer asks for and the configuration knows; a detector's backbone answers what it leaves open."""
     model = config["model"]
-    tags = {key: model[key] for key in ("family", "timesteps", "bound", "connection", "decoder") if key in model}
-    neuron = model.get("neuron")
+    whole = {**(model.get("backbone") or {}), **model}
+    tags = {key: whole[key] for key in ("family", "timesteps", "connection", "decoder", "activation") if key in whole}
+    neuron = whole.get("neuron")
     if isinstance(neuron, Mapping) and "kind" in neuron:
         tags["neuron"] = neuron["kind"]
+        if neuron["kind"] == "ilif":
+            tags["bound"] = neuron["bound"]
     return {"task": config["task"], **tags}
 
 
@@ -320,4 +325,5 @@ def _standing(version: RegisteredVersion | None, metric: str) -> Standing | None
 
 
 def _of(version: RegisteredVersion, metric: str) -> Standing:
-    return Standing(version.version, version.metric(metric), version.tags.get("data_hash"))
+    refuted = version.tags.get(SPIKE_DRIVEN) == REFUTED
+    return Standing(version.version, version.metric(metric), version.tags.get("data_hash"), refuted)

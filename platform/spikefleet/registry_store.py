@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from spikefleet.delivery import public_uri
 from spikefleet.errors import UserError
+from spikefleet.network_package import model_config
 from spikefleet.registered_version import CONTENT_HASH, RegisteredModel, RegisteredVersion, check_model_name
 from spikefleet.tracking import check_tracking_uri, quiet_mlflow
 
@@ -125,15 +126,18 @@ def save_for_mlflow(package: Path, model: Path, config: Mapping[str, Any]) -> No
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
 
-    images = TensorSpec(np.dtype(np.uint8), (-1, config["model"]["in_channels"], -1, -1))
-    probabilities = TensorSpec(np.dtype(np.float32), (-1, config["model"]["num_classes"]))
+    network = model_config(config, "the configuration of a registered model")
+    images = TensorSpec(np.dtype(np.uint8), (-1, network.in_channels, -1, -1))
+    outputs = None  # MLflow's schemas have no word for a list of objects
+    if config["task"] == "classification":
+        outputs = Schema([TensorSpec(np.dtype(np.float32), (-1, network.num_classes))])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*An input example was not provided")
         pyfunc.save_model(
             path=str(model),
             python_model=str(Path(__file__).with_name("registered_model.py")),
             artifacts={path.name: str(path) for path in sorted(package.iterdir())},
-            signature=ModelSignature(inputs=Schema([images]), outputs=Schema([probabilities])),
+            signature=ModelSignature(inputs=Schema([images]), outputs=outputs),
             pip_requirements=[f"{name}=={metadata.version(name).split('+')[0]}" for name in _REQUIREMENTS],
         )
 

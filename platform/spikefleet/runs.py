@@ -17,7 +17,7 @@ from spikefleet.errors import UserError
 from spikefleet_pipelines.manifest import Manifest
 
 DATA_FACTS = "data.json"
-"""What a network must know of its data to be used: source, content hash, class names, image shape."""
+"""What a network must know of its data to be used: source, content hash, class names and their ids, image shape."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -90,6 +90,7 @@ class Run:
                 "source": manifest.source,
                 "content_hash": manifest.content_hash,
                 "class_names": manifest.class_names,
+                "category_ids": manifest.category_ids,
                 "image_shape": manifest.image_shape,
             }
             write_json(self.path / DATA_FACTS, facts)

@@ -21,6 +21,7 @@ from spikefleet.tasks import Task, build_task
 from spikefleet.world import World, pick_device
 from spikefleet_models.build import build_model
 from spikefleet_pipelines.loading import BatchLoader
+from spikefleet_pipelines.store import Split
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,14 @@ class TrainedNetwork:
     network: nn.Module
     config: Config
     class_names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    """For detection, the data's id of each class."""
     image_shape: tuple[int, int, int] | None
     """[C, H, W] of the training images; None where their sizes varied."""
 
     @property
     def task(self) -> Task:
-        return build_task(self.config, self.class_names)
+        return build_task(self.config, self.class_names, self.category_ids)
 
 
 def open_trained_network(reference: str, runs_dir: Path) -> TrainedNetwork:
@@ -83,7 +86,36 @@ def _from_checkpoint(reference: str, checkpoint: Path, run: Run) -> TrainedNetwo
 
 def _with_facts(reference: str, network: nn.Module, config: Config, facts: dict[str, Any]) -> TrainedNetwork:
     shape = facts["image_shape"]
-    return TrainedNetwork(reference, network, config, tuple(facts["class_names"]), tuple(shape) if shape else None)
+    return TrainedNetwork(
+        reference,
+        network,
+        config,
+        tuple(facts["class_names"]),
+        tuple(facts.get("category_ids") or ()),  # runs before detection have none
+        tuple(shape) if shape else None,
+    )
+
+
+def open_split(
+    trained: TrainedNetwork, split: str, stores_dir: Path, console: Console, *, data: str | None = None
+) -> Split:
+    """A split of the network's own data, or of the store `data`.
+
+    Raises UserError when the store holds other classes than the network knows.
+    """
+    config = trained.config.data
+    store = open_data(config.model_copy(update={"store": data}) if data else config, stores_dir, console)
+    if store.manifest.class_names != trained.class_names:
+        raise UserError(
+            f"{store.location} has the classes {', '.join(store.manifest.class_names[:5])}, ...; "
+            f"{trained.reference} was trained on {', '.join(trained.class_names[:5])}, ..."
+        )
+    if tuple(store.manifest.category_ids or ()) != trained.category_ids:
+        raise UserError(
+            f"{store.location} has other category ids for these classes than the data of {trained.reference}; "
+            "figures by class would be wrong"
+        )
+    return store.split(split)
 
 
 def evaluate_on_split(
@@ -95,19 +127,11 @@ def evaluate_on_split(
     data: str | None = None,
     gpu: bool = False,
 ) -> Evaluation:
-    """Runs the network over a split of its own data, or of the store `data`.
-
-    Raises UserError when the store holds other classes than the network knows.
-    """
+    """Runs the network over a split, as `open_split` has it. Raises as that."""
     config = trained.config.data
-    store = open_data(config.model_copy(update={"store": data}) if data else config, stores_dir, console)
-    if store.manifest.class_names != trained.class_names:
-        raise UserError(
-            f"{store.location} has the classes {', '.join(store.manifest.class_names[:5])}, ...; "
-            f"{trained.reference} was trained on {', '.join(trained.class_names[:5])}, ..."
-        )
+    rows = open_split(trained, split, stores_dir, console, data=data)
     world = World(0, 1, pick_device(gpu))
-    loader = BatchLoader(store.split(split), config.transform, train=False, processes=config.loader_processes)
+    loader = BatchLoader(rows, config.transform, train=False, processes=config.loader_processes)
     evaluation = evaluate(trained.network.to(world.device), trained.task, loader, trained.config, world)
     assert evaluation is not None, "a world of one gets its own predictions"
     return evaluation

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from spikefleet.certificates import certify
 from spikefleet.config import Config
 from spikefleet.data_access import open_data
 from spikefleet.delivery import public_uri
@@ -78,7 +79,7 @@ def run_training(
         else:
             look_at = _train_tracked(config, launch, console, run, store, tracking_uri, before_step)
         record = run.record()
-        promotion = _register_once(config, run, tracking_uri)
+        promotion = _register_once(config, run, store, tracking_uri)
         return FinishedRun(run, record["validation"], record["test"], promotion, look_at)
 
 
@@ -121,7 +122,9 @@ def _train_tracked(
         raise
     finally:
         display.close()
-    observer.finish(outcome.test, outcome.steps, run.path / "report")
+    energy = certify(config, run, store).energy_mj
+    figures = {f"test/{name}": value for name, value in outcome.test.items()}
+    observer.finish({**figures, "energy_mj": energy}, outcome.steps, run.path / "report")
     tracker.finish("FINISHED", wait_s=_FLUSH_S)
     run.note(
         status="finished",
@@ -132,7 +135,7 @@ def _train_tracked(
     return tracker.run_url
 
 
-def _register_once(config: Config, run: Run, tracking_uri: str) -> Promotion | None:
+def _register_once(config: Config, run: Run, store: Store, tracking_uri: str) -> Promotion | None:
     """Registers a finished run, unless that is done or not wanted.
 
     Raises RunError when the tracking server is away: the run is complete, and the same command registers it later.
@@ -146,7 +149,7 @@ def _register_once(config: Config, run: Run, tracking_uri: str) -> Promotion | N
             run_id = journal.delivered.run_id
         assert run_id is not None, "all records are delivered, so the run has been created"
         promotion = register_run(
-            config, run, run_id, tracking_uri, validation=record["validation"], test=record["test"]
+            config, run, run_id, tracking_uri, store=store, validation=record["validation"], test=record["test"]
         )
     except UserError as error:
         raise RunError(

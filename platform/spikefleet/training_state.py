@@ -14,9 +14,11 @@ from spikefleet.checkpoints import Snapshot, optimizer_tensors, restore_optimize
 from spikefleet.config import Config, differences
 from spikefleet.errors import UserError
 from spikefleet.evaluation import autocast
-from spikefleet.optimization import build_average, build_optimizer, learning_rate
+from spikefleet.optimization import BIASES, build_average, build_optimizer, learning_rate, momentum
 from spikefleet.world import World
 from spikefleet_models.build import build_model
+from spikefleet_models.sg_resnet import SGResNet
+from spikefleet_models.shortcut import ShortcutNetwork, balance_coefficient
 
 
 class TrainingState:
@@ -36,16 +38,28 @@ class TrainingState:
         if config.train.sync_bn and world.size > 1:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         self.network: nn.Module = network
-        self.replica = self._replicate(network)
-        self.optimizer = build_optimizer(network, config.optim)
+        """What is evaluated, exported and registered."""
+        self.trained = self._with_branches(network)
+        self.replica = self._replicate(self.trained)
+        self.optimizer = build_optimizer(self.trained, config.optim)
         decay = config.train.ema_decay
-        self.average = build_average(network, decay) if decay is not None else None
+        self.average = build_average(network, decay, config.train.ema_ramp) if decay is not None else None
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.train.precision == "fp16")
         self.epoch = 0
         self.step_in_epoch = 0
         self.best: dict[str, Any] | None = None
         self.history: list[dict[str, float]] = []
         self.sums: dict[str, float] = {}
+
+    def _with_branches(self, network: nn.Module) -> nn.Module:
+        """The network with the side branches of shortcut back-propagation, which exist only in training."""
+        if not self.config.shortcut.enabled:
+            return network
+        assert isinstance(network, SGResNet), "the configuration allows branches on classifiers only"
+        try:
+            return ShortcutNetwork(network, self.config.shortcut).to(self.world.device)
+        except ValueError as error:
+            raise UserError(f"shortcut: {error}") from None
 
     def _replicate(self, network: nn.Module) -> nn.Module:
         replica = network
@@ -66,16 +80,24 @@ class TrainingState:
         """The network whose metrics count: the average of weights where there is one."""
         return self.average.module if self.average is not None else self.network
 
+    @property
+    def balance(self) -> float:
+        """The balance coefficient of the step to come; 0 without side branches."""
+        if not self.config.shortcut.enabled:
+            return 0.0
+        return balance_coefficient(self.config.shortcut, self.step, self.config.train.epochs * self.steps_per_epoch)
+
     def autocast(self) -> AbstractContextManager[Any]:
         """The arithmetic of forward passes."""
         return autocast(self.config, self.world.device)
 
     def set_learning_rate(self) -> float:
-        """Gives the optimizer the rate of the step to come."""
-        rate = learning_rate(self.config.optim, self.step, self.steps_per_epoch, self.config.train.epochs)
+        """Gives the optimizer the rates and the momentum of the step to come; returns the weights' rate."""
+        config, position = self.config.optim, (self.step, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        return rate
+            group["lr"] = learning_rate(config, *position, self.config.train.epochs, biases=group["name"] == BIASES)
+            group["momentum"] = momentum(config, *position)
+        return learning_rate(config, *position, self.config.train.epochs)
 
     def snapshot(self) -> Snapshot:
         """The whole state. Every rank must call this: each adds the state of its random numbers."""
@@ -83,9 +105,11 @@ class TrainingState:
         random = {f"{kind}/{rank}": tensor for rank, state in enumerate(states) for kind, tensor in state.items()}
         tensors: dict[str, Mapping[str, torch.Tensor]] = {
             "model": self.network.state_dict(),
-            "optimizer": optimizer_tensors(self.optimizer, self.network),
+            "optimizer": optimizer_tensors(self.optimizer, self.trained),
             "random": random,
         }
+        if isinstance(self.trained, ShortcutNetwork):
+            tensors["branches"] = self.trained.branches.state_dict()
         if self.average is not None:
             tensors["average"] = self.average.module.state_dict()
         state = {
@@ -116,7 +140,9 @@ class TrainingState:
                 "Use the run's own values, or another --name for a new run"
             )
         self.load_weights(snapshot)
-        restore_optimizer(self.optimizer, self.network, snapshot.tensors["optimizer"])
+        if isinstance(self.trained, ShortcutNetwork):
+            self.trained.branches.load_state_dict(dict(snapshot.tensors["branches"]))
+        restore_optimizer(self.optimizer, self.trained, snapshot.tensors["optimizer"])
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         _set_random_state(snapshot.tensors["random"], self.world)

@@ -92,6 +92,7 @@ class Splits:
                 seed=config.train.seed,
                 processes=config.data.loader_processes,
                 pin_memory=world.device.type == "cuda",
+                epochs=config.train.epochs,
             )
 
         return cls(loader("train"), loader("val"), loader("test"))
@@ -131,7 +132,9 @@ def train(
 
 def prepare_parts(config: Config, store: Store, world: World) -> tuple[Task, Splits, EpochPlan]:
     """Task, loaders and plan. Raises UserError when the configuration does not suit the data."""
-    task = build_task(config, store.manifest.class_names)
+    if store.manifest.task != config.task:
+        raise UserError(f"the data at {store.location} are for {store.manifest.task}, and the task is {config.task}")
+    task = build_task(config, store.manifest.class_names, store.manifest.category_ids or ())
     shape = store.manifest.image_shape
     channels = shape[0] if shape else 3
     if config.model.in_channels != channels:
@@ -201,12 +204,18 @@ def _settle_gradient_exchange(state: TrainingState, task: Task, store: Store, pl
     world, config = state.world, state.config
     if world.size == 1:
         return
-    loader = BatchLoader(store.split("train"), config.data.transform, train=True, seed=config.train.seed)
+    loader = BatchLoader(
+        store.split("train"),
+        config.data.transform,
+        train=True,
+        seed=config.train.seed,
+        epochs=config.train.epochs,
+    )
     batch = world.place(next(loader.epoch(plan, epoch=0)), config.train.channels_last)
     buffers = {name: buffer.clone() for name, buffer in state.network.named_buffers()}
-    state.network.train()
+    state.trained.train()
     with torch.random.fork_rng(), state.autocast():
-        values = task.loss(state.replica, batch)
+        values = task.loss(state.replica, batch, state.balance)
     values["loss"].backward()
     state.optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():
@@ -220,8 +229,8 @@ def _settle_gradient_exchange(state: TrainingState, task: Task, store: Store, pl
 def _training_step(state: TrainingState, task: Task, batch: Batch, meter: Meter, outlet: Outlet) -> None:
     config, world = state.config, state.world
     monitor = _monitor_if_due(state)
-    rate = state.set_learning_rate()
-    state.network.train()
+    rate, balance = state.set_learning_rate(), state.balance
+    state.trained.train()
     state.optimizer.zero_grad(set_to_none=True)
     local: dict[str, torch.Tensor] = {}
     parts = list(_micro_batches(batch, config.train.accumulate))
@@ -232,9 +241,11 @@ def _training_step(state: TrainingState, task: Task, batch: Batch, meter: Meter,
         together = nullcontext() if last or world.size == 1 else state.replica.no_sync()  # type: ignore[operator]
         with together:
             with state.autocast(), monitor if monitor is not None and position == 0 else nullcontext():
-                values = task.loss(state.replica, here)
+                values = task.loss(state.replica, here, balance)
             # DDP divides by the number of ranks; the mean wanted is over the samples of all ranks.
             weight = len(part.targets) * world.size / batch.global_count
+            if config.train.loss == "sum":
+                weight *= batch.global_count
             state.scaler.scale(values["loss"] * weight).backward()
         for name, value in values.items():
             local[name] = local.get(name, 0) + value.detach().double() * len(part.targets)
@@ -243,7 +254,7 @@ def _training_step(state: TrainingState, task: Task, batch: Batch, meter: Meter,
     norms = _gradient_norms(state)
     _refuse_non_finite(state, means, local, norms["gradient/norm"])
     if config.train.clip_norm is not None:
-        clip_grads_with_norm_(state.network.parameters(), config.train.clip_norm, torch.tensor(norms["gradient/norm"]))
+        clip_grads_with_norm_(state.trained.parameters(), config.train.clip_norm, torch.tensor(norms["gradient/norm"]))
     state.scaler.step(state.optimizer)
     state.scaler.update()
     if state.average is not None:
@@ -255,6 +266,8 @@ def _training_step(state: TrainingState, task: Task, batch: Batch, meter: Meter,
     if _due(config.tracking.every_steps, state.step) or monitor is not None:
         figures = {f"train/{name}": mean for name, mean in means.items()} | norms
         figures |= {"lr": rate, "images_per_second": meter.rate()}
+        if config.shortcut.enabled:
+            figures["balance_coefficient"] = balance
         if monitor is not None:
             figures |= {f"spikes/{name}": value for name, value in monitor.summary().items()}
         outlet.emit(StepDone(state.epoch, state.step, figures))
@@ -262,9 +275,11 @@ def _training_step(state: TrainingState, task: Task, batch: Batch, meter: Meter,
 
 def _micro_batches(batch: Batch, parts: int) -> Iterator[Batch]:
     """Near-equal slices; the plan leaves none empty."""
-    pieces = (tensor.tensor_split(parts) for tensor in (batch.images, batch.targets, batch.indices))
-    for images, targets, indices in zip(*pieces, strict=True):
-        yield Batch(images, targets, indices, batch.global_count)
+    start = 0
+    for images, indices in zip(batch.images.tensor_split(parts), batch.indices.tensor_split(parts), strict=True):
+        stop = start + len(indices)
+        yield Batch(images, batch.targets[start:stop], indices, batch.global_count)
+        start = stop
 
 
 def _monitor_if_due(state: TrainingState) -> SpikeMonitor | None:
@@ -281,7 +296,7 @@ def _gradient_norms(state: TrainingState) -> dict[str, float]:
     """L2 norms of the averaged gradient before clipping: of the whole, and of the first layer's weight."""
     first = next(p for p in state.network.parameters() if p.ndim > 1)
     first_norm = 0.0 if first.grad is None else float(first.grad.norm())
-    whole = get_total_norm([p.grad for p in state.network.parameters() if p.grad is not None])
+    whole = get_total_norm([p.grad for p in state.trained.parameters() if p.grad is not None])
     return {"gradient/norm": float(whole), "gradient/first_layer_norm": first_norm}
 
 
@@ -298,7 +313,7 @@ def _refuse_non_finite(
     if math.isfinite(norm):
         return
     if not state.scaler.is_enabled():
-        bad = [name for name, p in state.network.named_parameters() if p.grad is not None and not _finite(p.grad)]
+        bad = [name for name, p in state.trained.named_parameters() if p.grad is not None and not _finite(p.grad)]
         named = f"{bad[0]} and {len(bad) - 1} more" if len(bad) > 1 else "".join(bad) or "their norm"
         raise NonFiniteError(f"the gradient is not finite at {where}: {named}; {remedy}")
     if state.scaler.get_scale() <= _SMALLEST_LOSS_SCALE:  # fp16 overflows now and then; the scaler skips such a step
@@ -387,7 +402,7 @@ def _test_best(
         outlet.emit(Note(f"testing {path.name}, the best of {state.config.checkpoint.metric} on the validation split"))
         details = task.details(evaluation.predictions, evaluation.targets)
         figures = details["metrics"]
-        task.report(details, run_dir / "report")
+        task.report(details, evaluation.predictions, evaluation.targets, run_dir / "report")
         pictures = min(_PICTURES, len(evaluation.targets))
         images = [splits.test.split.image(row) for row in range(pictures)]
         chart = run_dir / "report" / "predictions.png"

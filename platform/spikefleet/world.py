@@ -10,6 +10,7 @@ from torch import distributed as dist
 from torch import nn
 
 from spikefleet.errors import UserError
+from spikefleet_pipelines.annotations import Target
 from spikefleet_pipelines.loading import Batch
 
 
@@ -40,7 +41,15 @@ class World:
         """The batch on this process's device."""
         layout = torch.channels_last if channels_last else torch.contiguous_format
         images = batch.images.to(self.device, non_blocking=True, memory_format=layout)
-        return batch._replace(images=images, targets=batch.targets.to(self.device, non_blocking=True))
+        return batch._replace(images=images, targets=self._place_targets(batch.targets))
+
+    def _place_targets(self, targets: torch.Tensor | tuple[Target, ...]) -> torch.Tensor | tuple[Target, ...]:
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(self.device, non_blocking=True)
+
+        if isinstance(targets, torch.Tensor):
+            return move(targets)
+        return tuple(target._replace(boxes=move(target.boxes), labels=move(target.labels)) for target in targets)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sums a tensor over all ranks, in place."""

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from spikefleet.errors import UserError
-from spikefleet.network_package import CARD, CONFIG, WEIGHTS, load_network, preprocess, sha256_of
+from spikefleet.network_package import CARD, CONFIG, WEIGHTS, load_network, picture_batch, sha256_of
 from spikefleet.registry import RegisteredVersion, best, describe, list_models, load, promote, pull, register, show
 from spikefleet.tracking import Tracker, quiet_mlflow, resolve_tracking_uri
 from spikefleet_models.build import build_model, model_config
@@ -180,7 +180,7 @@ def test_mlflow_loads_it_in_a_fresh_process(
     probabilities = np.load(tmp_path / "out.npy")
     network, config = load_network_of(first)
     with torch.inference_mode():
-        expected = network(preprocess(images, config)).softmax(1).numpy()
+        expected = network(picture_batch(images, config).images).softmax(1).numpy()
     assert probabilities.shape == (5, 10)
     np.testing.assert_array_equal(probabilities, expected)
 

@@ -57,8 +57,8 @@ def poison_loss(*, rank: int, step: int) -> Fault:
 
             healthy = Classification.loss
 
-            def poisoned(self, network, batch):  # type: ignore[no-untyped-def]
-                values = healthy(self, network, batch)
+            def poisoned(self, network, batch, balance):  # type: ignore[no-untyped-def]
+                values = healthy(self, network, batch, balance)
                 return {**values, "loss": values["loss"] * float("nan")}
 
             Classification.loss = poisoned  # type: ignore[method-assign]

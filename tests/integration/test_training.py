@@ -162,10 +162,12 @@ def test_gradient_that_is_not_finite_names_its_parameter(
     healthy = Classification.loss
     seen = 0
 
-    def broken(self: Classification, network: torch.nn.Module, batch: object) -> dict[str, torch.Tensor]:
+    def broken(
+        self: Classification, network: torch.nn.Module, batch: object, balance: float
+    ) -> dict[str, torch.Tensor]:
         nonlocal seen
         seen += 1
-        values = healthy(self, network, batch)  # type: ignore[arg-type]
+        values = healthy(self, network, batch, balance)  # type: ignore[arg-type]
         if seen == 3:  # its value is finite, its slope is not
             bias = network.classifier.bias
             values["loss"] = values["loss"] + (bias - bias.detach()).abs().sqrt().sum()

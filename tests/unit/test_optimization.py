@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from spikefleet.config import OptimConfig
-from spikefleet.optimization import build_average, build_optimizer, learning_rate
+from spikefleet.optimization import build_average, build_optimizer, learning_rate, momentum
 
 
 def test_step_schedule_changes_at_whole_epochs() -> None:
@@ -49,9 +51,42 @@ def test_norm_and_bias_can_be_kept_from_decay() -> None:
     network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
     config = OptimConfig(lr=0.1, weight_decay=0.5, decay_norm_and_bias=False)
     groups = build_optimizer(network, config).param_groups
-    assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(1, 0.5), (3, 0.0)]
-    (every,) = build_optimizer(network, OptimConfig(lr=0.1, weight_decay=0.5)).param_groups
-    assert len(every["params"]) == 4
+    found = [(group["name"], len(group["params"]), group["weight_decay"]) for group in groups]
+    assert found == [("weights", 1, 0.5), ("scales", 1, 0.0), ("biases", 2, 0.0)]
+    every = build_optimizer(network, OptimConfig(lr=0.1, weight_decay=0.5)).param_groups
+    assert {group["weight_decay"] for group in every} == {0.5}
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    network = nn.Linear(2, 2)
+    network.bias.requires_grad_(False)
+    (weights,) = build_optimizer(network, OptimConfig(lr=0.1)).param_groups
+    assert len(weights["params"]) == 1
+
+
+def test_biases_and_momentum_warm_up_on_their_own() -> None:
+    config = OptimConfig(lr=0.01, warmup_epochs=2, warmup_bias_lr=0.1, warmup_momentum=0.8, momentum=0.9)
+    biases = [learning_rate(config, step, steps_per_epoch=5, epochs=20, biases=True) for step in range(11)]
+    assert biases[0] == pytest.approx(0.1 - 0.09 / 10)
+    assert biases[9:] == pytest.approx([0.01, 0.01])
+    assert biases[:10] == sorted(biases[:10], reverse=True)
+    momenta = [momentum(config, step, steps_per_epoch=5) for step in range(11)]
+    assert momenta[0] == pytest.approx(0.81)
+    assert momenta[9:] == pytest.approx([0.9, 0.9])
+    assert learning_rate(config, 0, steps_per_epoch=5, epochs=20) == pytest.approx(0.001)
+
+
+def test_average_forgets_the_first_steps_soon_when_it_ramps() -> None:
+    network = nn.Linear(1, 1, bias=False)
+    average = build_average(network, decay=0.9, ramp=2.0)
+    expected = float(network.weight.detach())
+    for step in range(4):
+        with torch.no_grad():
+            network.weight.fill_(float(step))
+        average.update_parameters(network)
+        decay = 0.9 * (1 - math.exp(-(step + 1) / 2)) if step else 0.0  # the first update copies
+        expected = decay * expected + (1 - decay) * step
+    assert average.module.weight.item() == pytest.approx(expected)
 
 
 def test_average_follows_weights_and_statistics() -> None:

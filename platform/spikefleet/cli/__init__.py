@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from spikefleet.cli import inspection
 from spikefleet.cli.app import app
 from spikefleet.cli.data import data_app
 from spikefleet.cli.registry import registry_app
@@ -12,6 +13,9 @@ app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 app.add_typer(registry_app, name="registry")
 app.add_typer(tracking_app, name="tracking")
+
+
+__all__ = ["app", "inspection", "main"]
 
 
 def main() -> None:

@@ -23,6 +23,8 @@ RunsDir = Annotated[
 ]
 StoresDir = Annotated[Path, typer.Option(envvar="SPIKEFLEET_STORES", help="Where prepared data sets are kept.")]
 
+Network = Annotated[str, typer.Argument(help="models:/NAME@champion, models:/NAME/3, a run's name or a checkpoint.")]
+
 
 class SentenceGroup(TyperGroup):
     """Turns what a user can mend into exit code 2 and a failed run into exit code 1."""

@@ -29,6 +29,7 @@ _SHOWN_TAGS = (
     "timesteps",
     "bound",
     "parameters",
+    "spike_driven",
     "seed",
     "run_name",
     "code_version",
@@ -69,7 +70,7 @@ def show_registered(name: str, as_json: AsJson = False, runs_dir: RunsDir = Path
 
 @registry_app.command("best")
 def best_registered(
-    task: Annotated[str, typer.Option(help="classification.")],
+    task: Annotated[str, typer.Option(help="classification or detection.")],
     metric: Annotated[str, typer.Option(help="Metric on the validation split (top1), or with a split (test/top1).")],
     dataset: Annotated[str | None, typer.Option(help="Only networks trained on this data set.")] = None,
     where: Annotated[

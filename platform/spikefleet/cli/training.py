@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 import yaml
 from rich.table import Table
 
-from spikefleet.cli.app import RunsDir, StoresDir, app, console, stderr
+from spikefleet.cli.app import Network, RunsDir, StoresDir, app, console, stderr
 from spikefleet.config import Config, list_recipes, load_config, override_config, recipe_header
 from spikefleet.errors import UserError
 
@@ -22,8 +23,6 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="Dotted overrides, for example model.timesteps=2 optim.lr=0.05.")
 ]
 _SHOWN_CLASSES = 30
-
-Network = Annotated[str, typer.Argument(help="models:/NAME@champion, models:/NAME/3, a run's name or a checkpoint.")]
 
 
 @app.command()
@@ -89,18 +88,19 @@ def evaluate(
     evaluation = evaluate_on_split(trained, split, stores_dir, console, data=data, gpu=gpu)
     details = trained.task.details(evaluation.predictions, evaluation.targets)
     console.print(f"{network} on {details['samples']} {split} samples", highlight=False, soft_wrap=True)
-    table = Table("class", "samples", "top1")
-    for row in details["classes"][:_SHOWN_CLASSES]:
-        table.add_row(row["name"], str(row["samples"]), "-" if row["top1"] is None else f"{row['top1']:.2%}")
-    if len(details["classes"]) > _SHOWN_CLASSES:
-        table.add_row("...", "", "")
+    header, *rows = trained.task.table(details)
+    table = Table(*header)
+    for row in rows[:_SHOWN_CLASSES]:
+        table.add_row(*row)
+    if len(rows) > _SHOWN_CLASSES:
+        table.add_row("...", *("" for _ in header[1:]))
     console.print(table)
     for key, value in details["metrics"].items():
         console.print(f"{key} {value:.2%}", highlight=False)
     if evaluation.health:
         console.print(f"firing rate {evaluation.health['firing_rate']:.3f}", highlight=False)
     if out is not None:
-        trained.task.report(details, out)
+        trained.task.report(details, evaluation.predictions, evaluation.targets, out)
         console.print(f"report: {out}", highlight=False)
 
 
@@ -108,28 +108,48 @@ def evaluate(
 def predict(
     network: Network,
     images: Annotated[list[Path], typer.Argument(help="Picture files or folders of them.")],
-    out: Annotated[Path | None, typer.Option(help="Picture with all predictions.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A .png with all pictures; for detection, a folder for pictures with boxes.")
+    ] = None,
+    score: Annotated[float, typer.Option(min=0, max=1, help="Detection: least score of a box.")] = 0.3,
     as_json: Annotated[bool, typer.Option("--json", help="Print predictions as JSON.")] = False,
     gpu: Annotated[bool, typer.Option("--gpu", help="Predict on a GPU.")] = False,
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
-    """Classify pictures."""
+    """Classify pictures, or find objects in them."""
     from spikefleet.prediction import predict_files
     from spikefleet.trained_network import open_trained_network
 
-    answers = predict_files(open_trained_network(network, runs_dir), images, out=out, gpu=gpu)
+    trained = open_trained_network(network, runs_dir)
+    answers = predict_files(trained, images, out=out, gpu=gpu, score=score)
     if as_json:
         json.dump(answers, sys.stdout, indent=2)
         sys.stdout.write("\n")
         return
+    detects = trained.config.task == "detection"
+    console.print(_found_objects(answers) if detects else _likeliest_classes(answers))
+    if out is not None:
+        console.print(f"{'pictures' if detects else 'picture'}: {out}", highlight=False)
+
+
+def _likeliest_classes(answers: Sequence[Mapping[str, Any]]) -> Table:
     table = Table("picture", "class", "probability", "then")
     for answer in answers:
         first, *others = answer["classes"]
         then = ", ".join(f"{other['name']} {other['probability']:.1%}" for other in others[:2])
         table.add_row(answer["picture"], first["name"], f"{first['probability']:.1%}", then)
-    console.print(table)
-    if out is not None:
-        console.print(f"picture: {out}", highlight=False)
+    return table
+
+
+def _found_objects(answers: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table("picture", "object", "score", "x1 y1 x2 y2 (pixels)")
+    for answer in answers:
+        for found in answer["objects"]:
+            corners = " ".join(f"{x:.0f}" for x in found["box"])
+            table.add_row(answer["picture"], found["name"], f"{found['score']:.2f}", corners)
+        if not answer["objects"]:
+            table.add_row(answer["picture"], "-", "-", "-")
+    return table
 
 
 @app.command()

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from spikefleet import plots
 from spikefleet.checkpoints import write_json
+from spikefleet_models.shortcut import ShortcutConfig, ShortcutLogits, shortcut_loss
 from spikefleet_pipelines.loading import Batch
 
 _KEPT = 5
@@ -30,15 +31,24 @@ class Ranking:
 class Classification:
     """Cross entropy on the logits `[B, K]`; top-1 and top-5 accuracy."""
 
-    def __init__(self, class_names: Sequence[str], label_smoothing: float = 0.0) -> None:
+    def __init__(
+        self, class_names: Sequence[str], label_smoothing: float = 0.0, shortcut: ShortcutConfig | None = None
+    ) -> None:
         self.class_names = tuple(class_names)
+        self.shortcut = shortcut or ShortcutConfig()
         self.label_smoothing = label_smoothing
         self.metric_names: tuple[str, ...] = ("top1", "top5") if len(class_names) > _KEPT else ("top1",)
 
-    def loss(self, network: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        """`loss` (mean over the batch) and `top1` (share of right answers)."""
-        logits = network(batch.images).float()
-        loss = F.cross_entropy(logits, batch.targets, label_smoothing=self.label_smoothing)
+    def loss(self, network: nn.Module, batch: Batch, balance: float = 0.0) -> dict[str, torch.Tensor]:
+        """`loss` (mean over the batch) and `top1` (share of right answers of the network itself)."""
+        assert isinstance(batch.targets, torch.Tensor)
+        output = network(batch.images)
+        if isinstance(output, ShortcutLogits):
+            logits = output.main.float()
+            loss = shortcut_loss(output, batch.targets, balance, self.shortcut, self.label_smoothing)
+        else:
+            logits = output.float()
+            loss = F.cross_entropy(logits, batch.targets, label_smoothing=self.label_smoothing)
         return {"loss": loss, "top1": (logits.detach().argmax(1) == batch.targets).float().mean()}
 
     @torch.no_grad()
@@ -48,6 +58,11 @@ class Classification:
         top = probabilities.topk(min(_KEPT, probabilities.shape[1]), dim=1)
         rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
         return [Ranking(tuple(classes), tuple(values)) for classes, values in rows]
+
+    def truth(self, batch: Batch) -> list[int]:
+        """The class of each sample."""
+        assert isinstance(batch.targets, torch.Tensor)
+        return batch.targets.tolist()
 
     def metrics(self, predictions: Sequence[Ranking], targets: Sequence[int]) -> dict[str, float]:
         """`top1`, `top5` (where there are more than five classes): accuracies in [0, 1]."""
@@ -89,7 +104,28 @@ class Classification:
             "confusion": confusion.tolist(),
         }
 
-    def report(self, details: Mapping[str, Any], folder: Path) -> None:
+    def table(self, details: Mapping[str, Any]) -> list[tuple[str, ...]]:
+        """Samples and accuracy of each class; the first row is the header."""
+        return [
+            ("class", "samples", "top1"),
+            *(
+                (one["name"], str(one["samples"]), "-" if one["top1"] is None else f"{one['top1']:.2%}")
+                for one in details["classes"]
+            ),
+        ]
+
+    def answer(self, prediction: Ranking) -> dict[str, Any]:
+        """`classes`: name and probability of the likeliest."""
+        return {
+            "classes": [
+                {"name": self.class_names[k], "probability": p}
+                for k, p in zip(prediction.classes, prediction.probabilities, strict=True)
+            ]
+        }
+
+    def report(
+        self, details: Mapping[str, Any], predictions: Sequence[Ranking], targets: Sequence[int], folder: Path
+    ) -> None:
         """`evaluation.json` and `confusion.png`."""
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "evaluation.json", details)

@@ -1,0 +1,39 @@
+"""What a finished run shows before its best checkpoint may become champion: the spike check and the energy card."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from spikefleet.checkpoints import load_checkpoint, read_json
+from spikefleet.config import Config
+from spikefleet.energy_cards import ENERGY, measure_energy, write_card
+from spikefleet.runs import Run
+from spikefleet.spike_check import PROOF, check_spikes
+from spikefleet.tasks import build_task
+from spikefleet_models.build import build_model
+from spikefleet_pipelines.store import Store
+
+
+@dataclass(frozen=True)
+class Certificates:
+    """The verdict of the spike check (`proved`, `refuted`, `not spiking`) and the energy of a picture."""
+
+    verdict: str
+    energy_mj: float
+    files: tuple[Path, ...]
+
+
+def certify(config: Config, run: Run, store: Store) -> Certificates:
+    """Checks and measures the best checkpoint on validation pictures, unless the run's report has both already."""
+    report = run.path / "report"
+    proof, energy = report / PROOF, report / ENERGY
+    if not (proof.is_file() and energy.is_file()):
+        snapshot = load_checkpoint(run.best_checkpoint())
+        network = build_model(config.model)
+        network.load_state_dict(dict(snapshot.tensors.get("average", snapshot.tensors["model"])))
+        network.eval()
+        task = build_task(config, store.manifest.class_names, store.manifest.category_ids or ())
+        check_spikes(network, task, config, store.split("val")).write(proof)
+        write_card(measure_energy(network, config, store.split("val")), report)
+    return Certificates(read_json(proof)["verdict"], float(read_json(energy)["totals"]["energy_mj"]), (proof, energy))

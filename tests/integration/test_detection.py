@@ -1,0 +1,196 @@
+"""Detection from end to end on scenes of real digits: train, resume, evaluate, prove, predict, register."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from spikefleet.checkpoints import CheckpointFolder, load_checkpoint
+from spikefleet.cli import app
+from spikefleet.coco_metrics import FIGURES
+from spikefleet.config import load_config
+from spikefleet.events import Silence
+from spikefleet.worker import train
+from spikefleet.world import World
+from spikefleet_pipelines.sources import prepare
+from spikefleet_pipelines.store import Store
+
+SMALL = {"train": 48, "val": 16, "test": 16, "size": 64}
+QUICK = ["train.epochs=2", "data.transform.size=64", "data.transform.close_mosaic_epochs=1", "checkpoint.every_steps=2"]
+RETINA = ["train.epochs=2", "data.transform.size=64", "data.transform.longest=64", "checkpoint.every_steps=2"]
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    store = tmp_path_factory.mktemp("stores") / "scenes"
+    prepare("scenes", None, store, **SMALL)
+    return store
+
+
+class PlannedFaultError(Exception):
+    """A planned fault."""
+
+
+@pytest.mark.parametrize(("recipe", "settings"), [("scenes_spike_yolo", QUICK), ("scenes_retinanet", RETINA)])
+def test_a_detector_that_is_stopped_goes_on_bit_for_bit(
+    recipe: str, settings: list[str], scenes: Path, tmp_path: Path
+) -> None:
+    config = load_config(recipe, [*settings, "cluster.workers=0"])
+    store = Store.open(scenes)
+
+    def fault(world: World, step: int) -> None:
+        if step == 3:
+            raise PlannedFaultError
+
+    train(config, store, tmp_path / "undisturbed", World.alone(), Silence())
+    with pytest.raises(PlannedFaultError):
+        train(config, store, tmp_path / "stopped", World.alone(), Silence(), fault)
+    train(config, store, tmp_path / "stopped", World.alone(), Silence())
+    ends = []
+    for name in ("undisturbed", "stopped"):
+        latest = CheckpointFolder(tmp_path / name / "checkpoints").latest()
+        assert latest is not None
+        assert latest.name == "step-00000006"
+        ends.append(load_checkpoint(latest))
+    assert ends[0].tensors.keys() == ends[1].tensors.keys()
+    for group, tensors in ends[0].tensors.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, ends[1].tensors[group][name]), f"{group}: {name}"
+    assert ends[0].state["history"] == ends[1].state["history"]
+
+
+# ---------------------------------------------------------------------------------------- as a user meets it
+
+
+class Desk:
+    """A directory in which commands are given."""
+
+    def __init__(self, folder: Path, scenes: Path) -> None:
+        self.folder, self.scenes = folder, scenes
+
+    def run(self, *words: str, code: int = 0) -> str:
+        """In this process, which has the libraries loaded."""
+        places = ["--runs-dir", str(self.folder / "runs")]
+        done = CliRunner().invoke(app, [*words, *places])
+        assert done.exit_code == code, f"{words}: exit code {done.exit_code}\n{done.output}\n{done.exception!r}"
+        return " ".join((done.stdout + done.stderr).split())
+
+
+@pytest.fixture(scope="module")
+def desk(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Desk:
+    """A desk where a small detector has been trained by the program itself, with two Ray Train workers."""
+    folder = tmp_path_factory.mktemp("desk")
+    command = [str(Path(sys.executable).with_name("spikefleet")), "train", "scenes_spike_yolo", "--name", "small"]
+    command += ["--workers", "2", f"data.store={scenes}", "--runs-dir", str(folder / "runs"), *QUICK]
+    clean = {key: value for key, value in os.environ.items() if "MLFLOW_TRACKING" not in key}
+    done = subprocess.run(command, env=clean, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "spike_yolo_scenes version 1 is champion" in done.stdout
+    return Desk(folder, scenes)
+
+
+NETWORK = "models:/spike_yolo_scenes@champion"
+
+
+def test_evaluation_gives_cocos_figures_by_class(desk: Desk, tmp_path: Path) -> None:
+    said = desk.run("evaluate", NETWORK, "--data", str(desk.scenes), "--out", str(tmp_path / "report"))
+    assert "on 16 test samples" in said
+    assert "AP50-95" in said
+    assert "map50_95" in said
+    written = {path.name for path in (tmp_path / "report").iterdir()}
+    assert written == {"evaluation.json", "ground_truth.json", "predictions.json", "precision_recall.png"}
+    assert json.loads((tmp_path / "report" / "evaluation.json").read_text())["metrics"].keys() <= set(FIGURES)
+
+
+def test_the_proof_goes_with_the_version(desk: Desk, tmp_path: Path) -> None:
+    said = desk.run("spike-check", NETWORK, "--data", str(desk.scenes), "--out", str(tmp_path / "proof.json"))
+    assert "every layer is equal in both forms" in said
+    proof = json.loads((tmp_path / "proof.json").read_text())
+    assert proof["verdict"] == "proved"
+    assert all(layer["equal"] for layer in proof["proof"]["layers"])
+    assert [count["dtype"] for count in proof["flips"]] == ["float32", "bfloat16"]
+    assert proof["figures"]["integer"].keys() == proof["figures"]["binary"].keys()
+    assert "spike_driven │ proved" in desk.run("registry", "show", "spike_yolo_scenes")
+    desk.run("registry", "pull", "spike_yolo_scenes@champion", "--out", str(tmp_path / "pulled"))
+    assert json.loads((tmp_path / "pulled" / "spike_check.json").read_text())["verdict"] == "proved"
+
+
+def test_a_network_without_spikes_has_nothing_to_prove_and_one_with_sums_is_refuted(desk: Desk, scenes: Path) -> None:
+    from spikefleet.spike_check import check_spikes
+    from spikefleet.tasks import build_task
+    from spikefleet_models.build import build_model
+
+    store = Store.open(scenes)
+    manifest = store.manifest
+
+    def verdict(*overrides: str) -> Any:
+        config = load_config("scenes_retinanet", [*RETINA, *overrides])
+        task = build_task(config, manifest.class_names, manifest.category_ids or ())
+        return check_spikes(build_model(config.model).eval(), task, config, store.split("val"), pictures=1)
+
+    assert verdict("model.backbone.connection=ann", "model.backbone.decoder=rate").verdict == "not spiking"
+    sums = verdict("model.backbone.connection=add", "model.backbone.stages=[2,1,1]")
+    assert sums.verdict == "refuted"
+    assert "not binary events" in sums.why
+
+
+def test_prediction_draws_boxes_on_each_picture(desk: Desk, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    split = Store.open(desk.scenes).split("test")
+    for row, side in ((0, 64), (1, 100)):
+        picture = Image.fromarray(split.image(row).permute(1, 2, 0).numpy()).resize((side, 64))
+        picture.save(photos / f"{row}.png")
+    out = tmp_path / "out"
+    said = desk.run("predict", NETWORK, str(photos), "--out", str(out), "--score", "0", "--json")
+    answers = json.loads(said[: said.rindex("]") + 1])
+    assert [Path(answer["picture"]).name for answer in answers] == ["0.png", "1.png"]
+    boxes = np.array([found["box"] for found in answers[1]["objects"]])
+    assert len(boxes)
+    assert boxes.min() >= 0
+    assert (boxes.max(axis=0) <= [100, 64, 100, 64]).all()
+    assert {path.name for path in out.iterdir()} == {"0.png", "1.png"}
+    assert desk.run("predict", NETWORK, str(photos), "--out", str(photos / "0.png"), code=2).endswith("give a folder")
+
+
+def test_mlflow_loads_a_detector_by_its_uri(desk: Desk) -> None:
+    import mlflow
+
+    uri = f"sqlite:///{desk.folder / 'runs' / 'mlflow.db'}"
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    model = mlflow.pyfunc.load_model(NETWORK)
+    images = Store.open(desk.scenes).split("test").gather(np.arange(2))
+    found = model.predict(images)
+    assert len(found) == 2
+    assert {"name", "score", "box"} <= found[0][0].keys()
+
+
+def test_what_does_not_go_together_is_refused_before_anything_is_written(desk: Desk, scenes: Path) -> None:
+    runs = sorted((desk.folder / "runs").iterdir())
+
+    def refuse(*words: str) -> str:
+        return desk.run("train", *words, "--workers", "0", code=2)
+
+    assert "task=classification, but model.family=spike_yolo is for detection" in refuse(
+        "scenes_spike_yolo", "task=classification"
+    )
+    assert "num_classes=7, but the data have 10 classes" in refuse(
+        "scenes_spike_yolo", "model.num_classes=7", f"data.store={scenes}"
+    )
+    assert "checkpoint.metric='top1' is not measured by this task" in refuse(
+        "scenes_spike_yolo", "checkpoint.metric=top1", f"data.store={scenes}"
+    )
+    assert "model.neuron.bound=0" in refuse("scenes_spike_yolo", "model.neuron.bound=0")
+    assert "data.root" in refuse("coco_spike_yolo_s") or "prepare" in refuse("coco_spike_yolo_s")
+    assert sorted((desk.folder / "runs").iterdir()) == runs

@@ -1,0 +1,136 @@
+"""COCO's figures: the same as pycocotools gives when it is run by hand on the files of a report."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from spikefleet.checkpoints import read_json
+from spikefleet.coco_metrics import FIGURES, FoundBoxes, evaluate_boxes, ground_truth, results
+from spikefleet.errors import UserError
+from spikefleet.tasks.detection import Detection
+from spikefleet_models.build import build_criterion, model_config
+from spikefleet_pipelines.annotations import Annotations
+
+NAMES = ("cat", "dog", "never seen")
+IDS = (3, 17, 90)
+SIDE = 200
+
+
+def annotations(image_id: int, boxes: list[list[float]], labels: list[int], crowd: list[bool]) -> Annotations:
+    corners = np.array(boxes, np.float64).reshape(-1, 4)
+    return Annotations(
+        image_id=image_id,
+        height=SIDE,
+        width=SIDE,
+        boxes=corners,
+        category_ids=np.array([IDS[label] for label in labels], np.int64),
+        labels=np.array(labels, np.int64),
+        crowd=np.array(crowd, bool),
+        areas=corners[:, 2] * corners[:, 3],
+        ids=np.arange(len(labels), dtype=np.int64) + 100 * image_id + 1,
+    )
+
+
+def found(boxes: list[list[float]], scores: list[float], labels: list[int]) -> FoundBoxes:
+    return FoundBoxes(np.array(boxes, np.float64).reshape(-1, 4), np.array(scores), np.array(labels, np.int64))
+
+
+def random_case(seed: int, pictures: int = 12) -> tuple[list[FoundBoxes], list[Annotations]]:
+    """Objects of all sizes with crowds, and detections near them with tied scores, wrong classes and strays."""
+    draw = np.random.default_rng(seed)
+    predictions, truths = [], []
+    for image_id in range(pictures):
+        number = int(draw.integers(0, 6))
+        corner, size = draw.uniform(0, 100, (number, 2)), draw.choice([8, 40, 99], (number, 2))
+        labels = draw.integers(0, 2, number)  # the third class never occurs
+        crowd = draw.random(number) < 0.2
+        truths.append(annotations(image_id, np.hstack([corner, size]).tolist(), labels.tolist(), crowd.tolist()))
+        moved = np.hstack([corner, corner + size]) + draw.normal(0, 3, (number, 4))
+        strays = np.sort(draw.uniform(0, SIDE, (3, 4)), axis=1)
+        boxes = np.vstack([moved, moved + 1, strays])
+        scores = draw.choice([0.3, 0.5, 0.9], len(boxes))
+        order = np.argsort(-scores, kind="stable")
+        predicted = np.concatenate([labels, draw.integers(0, 3, number), draw.integers(0, 3, 3)])
+        predictions.append(FoundBoxes(boxes[order], scores[order], predicted[order].astype(np.int64)))
+    return predictions, truths
+
+
+def by_hand(folder: Path) -> list[float]:
+    """The twelve numbers as somebody with pycocotools and the two files gets them."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(folder / "ground_truth.json"))
+        evaluation = COCOeval(truth, truth.loadRes(str(folder / "predictions.json")), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return list(evaluation.stats)
+
+
+@pytest.fixture(scope="module")
+def task() -> Detection:
+    return Detection(build_criterion(model_config("spike_yolo_tiny", num_classes=3)), NAMES, IDS)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_figures_equal_pycocotools_run_by_hand_on_the_report(task: Detection, seed: int, tmp_path: Path) -> None:
+    predictions, truths = random_case(seed)
+    details = task.details(predictions, truths)
+    task.report(details, predictions, truths, tmp_path)
+    expected = {name: value for name, value in zip(FIGURES, by_hand(tmp_path), strict=True) if value > -1}
+    assert details["metrics"] == expected
+    assert len(expected) >= 9
+    assert read_json(tmp_path / "evaluation.json")["metrics"] == expected
+    assert (tmp_path / "precision_recall.png").stat().st_size > 1000
+
+
+def test_ids_with_gaps_reach_the_files(task: Detection, tmp_path: Path) -> None:
+    predictions, truths = random_case(0)
+    task.report(task.details(predictions, truths), predictions, truths, tmp_path)
+    assert [one["id"] for one in read_json(tmp_path / "ground_truth.json")["categories"]] == list(IDS)
+    assert {one["category_id"] for one in read_json(tmp_path / "predictions.json")} == set(IDS)
+
+
+def test_perfect_boxes_are_perfect_and_shifted_ones_are_not() -> None:
+    truths = [annotations(1, [[10, 10, 50, 50], [100, 100, 20, 60]], [0, 1], [False, False])]
+    boxes = [[10, 10, 60, 60], [100, 100, 120, 160]]
+    truth = ground_truth(truths, NAMES, IDS)
+
+    def figures(predicted: list[list[float]], labels: list[int]) -> dict[str, float]:
+        entries = results([found(predicted, [0.9, 0.8], labels)], truths, IDS)
+        return evaluate_boxes(truth, entries).twelve
+
+    assert figures(boxes, [0, 1])["map50_95"] == pytest.approx(1.0)
+    assert figures(boxes, [1, 0])["map50"] == 0.0
+    shifted = figures([[20, 10, 70, 60], [110, 100, 130, 160]], [0, 1])
+    assert 0 < shifted["map50_95"] < shifted["map50"] < 1
+
+
+def test_no_detections_are_zeros_and_no_objects_of_a_class_is_no_figure(task: Detection) -> None:
+    _, truths = random_case(1)
+    nothing = [found([], [], []) for _ in truths]
+    details = task.details(nothing, truths)
+    assert details["metrics"]["map50_95"] == 0.0
+    assert details["metrics"]["ar100"] == 0.0
+    assert [one["ap50"] for one in details["classes"]] == [0.0, 0.0, None]
+    assert details["classes"][2]["objects"] == 0
+
+
+def test_boxes_on_a_crowd_are_neither_right_nor_wrong(task: Detection) -> None:
+    alone = [annotations(1, [[10, 10, 50, 50]], [0], [False])]
+    crowded = [annotations(1, [[10, 10, 50, 50], [100, 100, 80, 80]], [0, 0], [False, True])]
+    predictions = [found([[100, 100, 180, 180], [10, 10, 60, 60]], [0.95, 0.9], [0, 0])]
+    assert task.metrics(predictions, alone)["map50"] == pytest.approx(0.5)
+    assert task.metrics(predictions, crowded)["map50"] == pytest.approx(1.0)
+    assert task.details(predictions, crowded)["classes"][0]["objects"] == 1
+
+
+def test_pictures_without_any_object_cannot_be_measured(task: Detection) -> None:
+    with pytest.raises(UserError, match="none of the 1 pictures has an object"):
+        task.metrics([found([], [], [])], [annotations(1, [], [], [])])
