@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torchvision.ops import box_iou
 
 from spikefleet_pipelines.annotations import Annotations
 
@@ -135,6 +137,39 @@ def evaluate_boxes(truth: Any, found: Sequence[Any]) -> CocoFigures:
         for position, key in enumerate(evaluation.params.catIds)
     }
     return CocoFigures(twelve, tuple(classes[category["id"]] for category in truth["categories"]))
+
+
+def box_confusion(
+    found: Sequence[FoundBoxes], truths: Sequence[Annotations], classes: int, iou: float = 0.5
+) -> NDArray[np.int64]:
+    """Counts [K + 1, K + 1]; rows: the truth, columns: what was found; the last of each is the background.
+
+    Each object is matched with the free box of any class that overlaps it most, at least by `iou`; the largest overlaps
+    first. Crowds are left out, and so is what was found in them.
+    """
+    counts = np.zeros((classes + 1, classes + 1), np.int64)
+    for one, truth in zip(found, truths, strict=True):
+        crowd = truth.crowd.tolist()
+        corners = [[x, y, x + width, y + height] for x, y, width, height in truth.boxes.tolist()]
+        overlaps = np.zeros((len(corners), len(one.boxes)))
+        if overlaps.size:
+            boxes = torch.from_numpy(one.boxes).double()
+            overlaps = box_iou(torch.tensor(corners, dtype=torch.float64), boxes).numpy()
+        free_objects, free_boxes = {k for k, is_crowd in enumerate(crowd) if not is_crowd}, set(range(len(one.boxes)))
+        for place in np.argsort(-overlaps, axis=None, kind="stable"):
+            row, column = divmod(int(place), max(1, len(one.boxes)))
+            if overlaps[row, column] < iou:
+                break
+            if row in free_objects and column in free_boxes:
+                counts[truth.labels[row], one.labels[column]] += 1
+                free_objects.remove(row)
+                free_boxes.remove(column)
+        for row in free_objects:
+            counts[truth.labels[row], classes] += 1
+        for column in free_boxes:
+            if not any(crowd[row] and overlaps[row, column] > 0 for row in range(len(crowd))):
+                counts[classes, one.labels[column]] += 1
+    return counts
 
 
 def _detections(annotated: COCO, truth: Any, found: Sequence[Any]) -> COCO:

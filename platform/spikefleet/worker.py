@@ -35,6 +35,7 @@ from spikefleet_pipelines.sampling import EpochPlan
 from spikefleet_pipelines.store import Store
 
 _PICTURES = 32
+_SHOWN_OF_BATCH = 16
 _SMALLEST_LOSS_SCALE = 1.0
 
 
@@ -117,6 +118,8 @@ def train(
     folder = CheckpointFolder(run_dir / "checkpoints")
     _resume(state, folder, outlet)
     _settle_gradient_exchange(state, task, store, plan)
+    if world.leads and state.step == 0:
+        _draw_first_batch(config, task, store, plan, run_dir / "report" / "training_batch.png")
     meter = Meter()
     for epoch in range(state.epoch, config.train.epochs):
         for batch in splits.train.epoch(plan, epoch, start_step=state.step_in_epoch):
@@ -204,14 +207,7 @@ def _settle_gradient_exchange(state: TrainingState, task: Task, store: Store, pl
     world, config = state.world, state.config
     if world.size == 1:
         return
-    loader = BatchLoader(
-        store.split("train"),
-        config.data.transform,
-        train=True,
-        seed=config.train.seed,
-        epochs=config.train.epochs,
-    )
-    batch = world.place(next(loader.epoch(plan, epoch=0)), config.train.channels_last)
+    batch = world.place(_first_batch(config, store, plan), config.train.channels_last)
     buffers = {name: buffer.clone() for name, buffer in state.network.named_buffers()}
     state.trained.train()
     with torch.random.fork_rng(), state.autocast():
@@ -221,6 +217,23 @@ def _settle_gradient_exchange(state: TrainingState, task: Task, store: Store, pl
     with torch.no_grad():
         for name, buffer in state.network.named_buffers():
             buffer.copy_(buffers[name])
+
+
+def _first_batch(config: Config, store: Store, plan: EpochPlan) -> Batch:
+    """By a loader of its own, so that those of the training start at their place."""
+    transform, seed, epochs = config.data.transform, config.train.seed, config.train.epochs
+    loader = BatchLoader(store.split("train"), transform, train=True, seed=seed, epochs=epochs)
+    return next(loader.epoch(plan, epoch=0))
+
+
+def _draw_first_batch(config: Config, task: Task, store: Store, plan: EpochPlan, path: Path) -> None:
+    """The first pictures that the network is trained on, as it sees them but for the normalisation."""
+    batch = _first_batch(config, store, plan)
+    shown = min(_SHOWN_OF_BATCH, len(batch.indices))
+    normalise = config.data.transform.normalise
+    mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (normalise.mean, normalise.std))
+    pixels = ((batch.images[:shown] * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+    task.draw_batch(list(pixels), batch.targets[:shown], path)
 
 
 # ----------------------------------------------------------------------------------------------- one step

@@ -12,7 +12,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from spikefleet.checkpoints import read_json
-from spikefleet.coco_metrics import FIGURES, FoundBoxes, evaluate_boxes, ground_truth, results
+from spikefleet.coco_metrics import FIGURES, FoundBoxes, box_confusion, evaluate_boxes, ground_truth, results
 from spikefleet.errors import UserError
 from spikefleet.tasks.detection import Detection
 from spikefleet_models.build import build_criterion, model_config
@@ -129,6 +129,24 @@ def test_boxes_on_a_crowd_are_neither_right_nor_wrong(task: Detection) -> None:
     assert task.metrics(predictions, alone)["map50"] == pytest.approx(0.5)
     assert task.metrics(predictions, crowded)["map50"] == pytest.approx(1.0)
     assert task.details(predictions, crowded)["classes"][0]["objects"] == 1
+
+
+def test_confusion_counts_wrong_classes_misses_and_strays() -> None:
+    truths = [
+        annotations(1, [[10, 10, 50, 50], [100, 100, 40, 40], [0, 150, 30, 30]], [0, 1, 1], [False, False, False])
+    ]
+    boxes = [[10, 10, 60, 60], [12, 12, 60, 60], [100, 100, 140, 141], [150, 0, 190, 40]]
+    counts = box_confusion([found(boxes, [0.9, 0.8, 0.7, 0.6], [0, 0, 2, 1])], truths, 3)
+    expected = np.zeros((4, 4), np.int64)
+    expected[0, 0] = 1
+    expected[1, 2] = 1  # found as another class
+    expected[1, 3] = 1  # missed
+    expected[3, 0] = 1  # the second box on the same object
+    expected[3, 1] = 1  # where nothing is
+    assert counts.tolist() == expected.tolist()
+    crowd = [annotations(1, [[90, 90, 90, 90]], [1], [True])]
+    inside = [found([[100, 100, 140, 141]], [0.9], [1])]
+    assert box_confusion(inside, crowd, 3).sum() == 0
 
 
 def test_pictures_without_any_object_cannot_be_measured(task: Detection) -> None:

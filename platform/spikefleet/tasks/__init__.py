@@ -47,6 +47,10 @@ class Task(Protocol):
         """A grid of pictures `[C, H, W]` (uint8) with predictions, beside the truth where there is one."""
         ...
 
+    def draw_batch(self, images: Sequence[torch.Tensor], targets: Any, path: Path) -> None:
+        """Pictures `[C, H, W]` (uint8) of a training batch with its targets (`Batch.targets`)."""
+        ...
+
     def details(self, predictions: Sequence[Any], targets: Sequence[Any]) -> dict[str, Any]:
         """`metrics`, `samples`, and whatever else describes an evaluation; plain data."""
         ...

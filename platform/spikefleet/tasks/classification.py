@@ -87,6 +87,11 @@ class Classification:
             right.append(correct)
         plots.picture_grid(images, captions, right, path)
 
+    def draw_batch(self, images: Sequence[torch.Tensor], targets: torch.Tensor, path: Path) -> None:
+        """Pictures of a training batch under their classes."""
+        names = [self.class_names[label] for label in targets.tolist()]
+        plots.picture_grid(images, names, [True] * len(names), path)
+
     def details(self, predictions: Sequence[Ranking], targets: Sequence[int]) -> dict[str, Any]:
         """`metrics`, `samples`, `classes` (name, samples, top1 of each) and `confusion` (rows: the truth)."""
         ranked, truth = _arrays(predictions, targets)

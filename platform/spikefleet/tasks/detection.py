@@ -11,10 +11,10 @@ from torch import nn
 
 from spikefleet import plots
 from spikefleet.checkpoints import write_json
-from spikefleet.coco_metrics import FIGURES, FoundBoxes, evaluate_boxes, ground_truth, results
+from spikefleet.coco_metrics import FIGURES, FoundBoxes, box_confusion, evaluate_boxes, ground_truth, results
 from spikefleet.errors import UserError
 from spikefleet_models.detection import DetectionCriterion, Objects
-from spikefleet_pipelines.annotations import Annotations
+from spikefleet_pipelines.annotations import Annotations, Target
 from spikefleet_pipelines.loading import Batch
 
 SHOWN_SCORE = 0.3
@@ -101,7 +101,7 @@ class Detection:
         """Pictures with the boxes found (score at least 0.3) in colour, and the annotated ones thin and white."""
         drawn = []
         for position, (image, found) in enumerate(zip(images, predictions, strict=True)):
-            truth = torch.as_tensor(targets[position].boxes).float() if targets is not None else torch.empty(0, 4)
+            truth = torch.tensor(targets[position].boxes).float() if targets is not None else torch.empty(0, 4)
             corners = torch.cat([truth[:, :2], truth[:, :2] + truth[:, 2:]], dim=1)
             drawn.append(self.draw_boxes(image, found, corners))
         plots.picture_sheet(drawn, path)
@@ -114,6 +114,14 @@ class Detection:
         labels = shown.labels.tolist()
         captions = [f"{self.class_names[k]} {score:.2f}" for k, score in zip(labels, shown.scores, strict=True)]
         return plots.boxes_on_picture(image, torch.as_tensor(shown.boxes).float(), labels, captions, truth)
+
+    def draw_batch(self, images: Sequence[torch.Tensor], targets: Sequence[Target], path: Path) -> None:
+        """Pictures of a training batch with the boxes that the loss sees."""
+        drawn = []
+        for image, target in zip(images, targets, strict=True):
+            labels = target.labels.tolist()
+            drawn.append(plots.boxes_on_picture(image, target.boxes, labels, [self.class_names[k] for k in labels]))
+        plots.picture_sheet(drawn, path)
 
     def answer(self, prediction: FoundBoxes) -> dict[str, Any]:
         """`objects`: name, score and box (x1, y1, x2, y2 in pixels) of each."""
@@ -131,13 +139,18 @@ class Detection:
         targets: Sequence[Annotations],
         folder: Path,
     ) -> None:
-        """`evaluation.json`, COCO's `ground_truth.json` and `predictions.json`, and `precision_recall.png`."""
+        """`evaluation.json`, COCO's `ground_truth.json` and `predictions.json`, `precision_recall.png`, and
+        `confusion.png`: which class a box that was found (score at least 0.3, IoU at least 0.5) stood for, and what was
+        missed or found in the background."""
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "evaluation.json", details)
         write_json(folder / "ground_truth.json", ground_truth(targets, self.class_names, self._category_ids))
         write_json(folder / "predictions.json", results(predictions, targets, self._category_ids))
         curves = {one["name"]: one["precision50"] for one in details["classes"] if one["precision50"]}
         plots.precision_recall(curves, folder / "precision_recall.png")
+        shown = [one.at_least(SHOWN_SCORE) for one in predictions]
+        counts = box_confusion(shown, targets, len(self.class_names))
+        plots.confusion_matrix(counts, [*self.class_names, "background"], folder / "confusion.png")
 
 
 def _size(batch: Batch) -> tuple[int, int]:
