@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import matplotlib.font_manager
 
 matplotlib.use("Agg")
 
@@ -77,9 +78,9 @@ def picture_grid(images: Sequence[torch.Tensor], captions: Sequence[str], right:
 
 def picture_sheet(images: Sequence[torch.Tensor], path: Path) -> None:
     """Drawn pictures `[3, H, W]` (uint8) side by side."""
-    columns = min(4, max(1, len(images)))
+    columns = min(6, max(1, len(images)))
     rows = -(-len(images) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 3.2 * rows), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(2.6 * columns, 2.6 * rows), layout="constrained", squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for axis, image in zip(axes.flat, images, strict=False):
@@ -109,7 +110,8 @@ def boxes_on_picture(
     if len(boxes):
         palette = plt.get_cmap("tab20").colors
         colours = [tuple(round(255 * part) for part in palette[label % len(palette)]) for label in labels]
-        picture = draw_bounding_boxes(picture, boxes * factor, list(captions), colours, width=2)
+        font, size = matplotlib.font_manager.findfont("DejaVu Sans"), max(14, max(picture.shape[-2:]) // 18)
+        picture = draw_bounding_boxes(picture, boxes * factor, list(captions), colours, False, 2, font, size)
     return picture
 
 

@@ -1,13 +1,12 @@
-"""The training core as a one-worker trial of Ray Tune."""
+"""The training core as a one-worker trial of a search on Ray Tune."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from spikefleet.trial import as_trial
-from spikefleet_tune.trials import run_trials
+from spikefleet_tune.search import run_search
+from spikefleet_tune.search_file import search_of
 
 
 def test_trials_train_in_their_own_process(ray_on_two_cpus: None, stores_dir: Path, tmp_path: Path) -> None:
@@ -15,18 +14,13 @@ def test_trials_train_in_their_own_process(ray_on_two_cpus: None, stores_dir: Pa
         "digits", ["train.epochs=2", "model.width=0.125"], str(stores_dir / "digits"), tmp_path / "runs"
     )
     points = [{"model.timesteps": 1}, {"model.timesteps": 2}, {"model.timesteps": 0}]
-    results = run_trials(trainable, points, tmp_path / "tune", "steps")
-    assert [result.overrides for result in results] == points
-    for result in results[:2]:
-        assert result.failure is None
-        assert {"val/top1", "test/top1"} <= result.metrics.keys()
-        assert (tmp_path / "runs" / result.name / "report" / "evaluation.json").exists()
-    assert results[2].failure is not None
-    assert "model.timesteps=0" in results[2].failure
-
-
-def test_impossible_trials_are_refused(ray_on_two_cpus: None, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no points"):
-        run_trials(lambda *_: {}, [], tmp_path, "none")
-    with pytest.raises(ValueError, match="2 CPUs"):
-        run_trials(lambda *_: {}, [{}], tmp_path, "large", cpus_per_trial=3)
+    search = search_of({"recipe": "digits", "points": points, "sampler": "listed", "objectives": {"val/top1": "max"}})
+    result = run_search(search, trainable, tmp_path / "searches", "steps")
+    assert [record.overrides for record in result.records] == points
+    for record in result.records[:2]:
+        assert record.status == "finished", record.reason
+        assert {"val/top1", "test/top1"} <= record.figures.keys()
+        assert (tmp_path / "runs" / record.name / "report" / "evaluation.json").exists()
+    assert result.records[2].status == "failed"
+    assert "model.timesteps=0" in result.records[2].reason
+    assert result.knee in result.records[:2]

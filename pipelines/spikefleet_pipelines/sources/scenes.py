@@ -26,13 +26,16 @@ CATEGORY_IDS = tuple(11 * (digit + 1) for digit in range(10))
 _SHOWN_EVERY = 64
 _SPLITS = ("train", "val", "test")
 _EMPTY = 0.05
-_LEAST_SIDE, _LARGEST_SIDE = 16, 48
+_LEAST_SIDE, _LARGEST_SIDE = 12, 48
 _ATTEMPTS = 8
 # An object may cover, or be covered by, so much of the smaller of two boxes.
-_OVERLAP = 0.15
+_OVERLAP = 0.25
 # Strokes fade at their rims; a box is drawn around what is at least so opaque.
 _VISIBLE = 0.3
 _NUMBERS_PER_OBJECT = 8 + 2 * _ATTEMPTS
+_FRAGMENTS = 5
+_FRAGMENT_SIDES = (6, 16)
+_NUMBERS_PER_FRAGMENT = 10
 
 
 class ScenesOptions(SourceOptions):
@@ -94,12 +97,16 @@ class SceneContents:
         """Scene `number` of a split, [3, side, side], and what is in it: a function of the seed alone."""
         images, labels = self.digits[split]
         side, most = self.options.size, self.options.objects
-        draws = uniform(self.seed, _SPLITS.index(split), number, Draw.SCENE + np.arange(2 + most * _NUMBERS_PER_OBJECT))
+        needed = 2 + _FRAGMENTS * _NUMBERS_PER_FRAGMENT + most * _NUMBERS_PER_OBJECT
+        draws = uniform(self.seed, _SPLITS.index(split), number, Draw.SCENE + np.arange(needed))
         picture = self._background(split, number)
         count = 0 if draws[0] < _EMPTY else 1 + int(draws[1] * most)
+        fragments, objects = np.split(draws[2:], [_FRAGMENTS * _NUMBERS_PER_FRAGMENT])
+        for own in fragments.reshape(_FRAGMENTS, _NUMBERS_PER_FRAGMENT):
+            _strew(picture, images[int(own[0] * len(labels)), 0], own[1:])
         boxes: list[tuple[int, int, int, int]] = []
         digits: list[int] = []
-        for own in draws[2:].reshape(most, _NUMBERS_PER_OBJECT)[:count]:
+        for own in objects.reshape(most, _NUMBERS_PER_OBJECT)[:count]:
             source = int(own[0] * len(labels))
             # As many small as large ones: sizes are even on a logarithmic scale.
             length = round(_LEAST_SIDE * (_LARGEST_SIDE / _LEAST_SIDE) ** float(own[1]))
@@ -109,10 +116,7 @@ class SceneContents:
             if place is None:
                 continue
             top, left = place
-            colour = 150 + 105 * own[2:5]
-            colour[int(own[5] * 3)] = 255  # never grey and dim at once: the background is
-            window = picture[:, top : top + length, left : left + length]
-            window += opacity * (colour[:, None, None] - window)
+            _paint(picture, opacity, top, left, own[2:6])
             boxes.append((left + int(columns[0]), top + int(rows[0]), _extent(columns), _extent(rows)))
             digits.append(int(labels[source]))
         return np.clip(np.rint(picture), 0, 255).astype(np.uint8), _Objects(boxes, digits)
@@ -134,8 +138,26 @@ class SceneContents:
         return 20 + 100 * slow + 30 * (fine - 0.5)
 
 
+def _strew(picture: NDArray[np.float64], digit: NDArray[np.uint8], draws: NDArray[np.float64]) -> None:
+    """Puts a quarter of a digit somewhere; nobody could tell which digit it was."""
+    row, column = (int(draw * 5) for draw in draws[:2])
+    length = round(_FRAGMENT_SIDES[0] + (_FRAGMENT_SIDES[1] - _FRAGMENT_SIDES[0]) * float(draws[2]))
+    top, left = (int(draw * (picture.shape[-1] - length + 1)) for draw in draws[3:5])
+    _paint(picture, enlarge(digit[row : row + 4, column : column + 4], length), top, left, draws[5:9])
+
+
+def _paint(
+    picture: NDArray[np.float64], opacity: NDArray[np.float64], top: int, left: int, draws: NDArray[np.float64]
+) -> None:
+    """Lays a colour over a square of the picture."""
+    colour = 150 + 105 * draws[:3]
+    colour[int(draws[3] * 3)] = 255  # never grey and dim at once: the background is
+    window = picture[:, top : top + opacity.shape[0], left : left + opacity.shape[1]]
+    window += opacity * (colour[:, None, None] - window)
+
+
 def enlarge(digit: NDArray[np.uint8], side: int) -> NDArray[np.float64]:
-    """A digit [8, 8] as opacity 0 to 1 on [side, side] pixels, interpolated between its own."""
+    """A digit, or a square part of one, as opacity 0 to 1 on [side, side] pixels, interpolated between its own."""
     return _interpolate(digit.astype(np.float64) / 255, side)
 
 

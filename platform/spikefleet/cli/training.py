@@ -60,9 +60,9 @@ def train(
     except KeyboardInterrupt:
         stderr.print("interrupted; the same command goes on from the last checkpoint", highlight=False)
         raise
-    figures = Table(finished.run.name, *finished.test)
-    figures.add_row("validation", *(f"{finished.validation.get(key, float('nan')):.2%}" for key in finished.test))
-    figures.add_row("test", *(f"{value:.2%}" for value in finished.test.values()))
+    figures = Table(finished.run.name, "validation", "test")
+    for key, value in finished.test.items():
+        figures.add_row(key, f"{finished.validation.get(key, float('nan')):.2%}", f"{value:.2%}")
     console.print(figures)
     if finished.promotion is not None:
         promotion = finished.promotion

@@ -1,0 +1,484 @@
+"""Search files, their spaces and constraints, and the points that samplers propose."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spikefleet_tune.capacity import check_population, refuse_what_never_fits, trial_request, trials_at_once
+from spikefleet_tune.constraints import Constraint
+from spikefleet_tune.errors import SearchError
+from spikefleet_tune.journal import Past, SearchFolder, TrialRecord
+from spikefleet_tune.samplers import PointSampler
+from spikefleet_tune.schedulers import mutate
+from spikefleet_tune.search_check import check_search
+from spikefleet_tune.search_file import (
+    ResourcesConfig,
+    list_searches,
+    load_search,
+    parse_search,
+    search_of,
+)
+from spikefleet_tune.space import Dimension, Space, signature
+
+_TEXT = """
+recipe: digits
+overrides: {train.epochs: 2}
+space:
+  model.neuron.bound: {choice: [1, 2, 4], when: {model.neuron.kind: [ilif]}}
+  model.neuron.kind: {choice: [if, ilif]}
+  model.timesteps: {choice: [1, 2, 4]}
+  optim.lr: {log_uniform: [1e-3, 0.3]}
+objectives: {val/top1: max, energy_mj: min}
+constraints: ["timesteps * bound <= 8", "optim.lr < 0.2 or timesteps == 1"]
+sampler: {kind: tpe, startup: 4, population: 4}
+budget: {trials: 10}
+seed: 3
+"""
+
+
+def _tree(**changes: Any) -> dict[str, Any]:
+    return {
+        "recipe": "digits",
+        "space": {"a": {"choice": [1, 2]}, "b": {"uniform": [0, 1]}},
+        "objectives": {"gain": "max"},
+        "budget": {"trials": 3},
+        **changes,
+    }
+
+
+def test_a_search_is_read_and_written_back() -> None:
+    search = parse_search(_TEXT)
+    assert search_of(search.dump()) == search
+    space = search.space_view()
+    assert list(space.dimensions) == ["model.neuron.kind", "model.neuron.bound", "model.timesteps", "optim.lr"]
+    assert search.directions == ("max", "min")
+    assert search.space["optim.lr"].log_uniform == (0.001, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"spce": {}}, r"unknown key 'spce'; did you mean 'space'\?"),
+        ({"budget": {"trails": 3}}, r"unknown key 'budget.trails'; did you mean 'trials'\?"),
+        ({"space": {"a": {"choise": [1]}}}, r"unknown key 'space.a.choise'; did you mean 'choice'\?"),
+        ({"space": {"a": {"choice": []}}}, r"space.a: choice=\[\] leaves nothing to choose"),
+        ({"space": {"a": {"choice": [1, 1]}}}, r"space.a: choice names 1 twice"),
+        ({"space": {"a": {"uniform": [2, 1]}}}, r"space.a: uniform=\[2, 1\] is empty or a single value"),
+        ({"space": {"a": {"int": [1, 1]}}}, r"space.a: int=\[1, 1\] is empty or a single value"),
+        ({"space": {"a": {"log_uniform": [0, 1]}}}, r"log_uniform=\[0, 1\] must begin above 0"),
+        ({"space": {"a": {"uniform": [0, float("inf")]}}}, r"space.a.uniform.1=inf"),
+        ({"space": {"a": {}}}, "give exactly one of choice, uniform, log_uniform and int"),
+        ({"space": {"a": {"choice": [1], "int": [0, 1]}}}, "give exactly one of"),
+        ({"space": {}}, "space is empty"),
+        ({"space": {"a": {"choice": [1], "when": {"aa": [1]}}}}, r"space.a.when: 'aa' is no key of the space"),
+        (
+            {"space": {"a": {"choice": [1, 2]}, "b": {"choice": [1], "when": {"a": [3]}}}},
+            r"space.b.when: a=3 never happens",
+        ),
+        (
+            {"space": {"a": {"choice": [1], "when": {"b": [1]}}, "b": {"choice": [1], "when": {"a": [1]}}}},
+            "wait for one another",
+        ),
+        ({"overrides": {"a": 1}}, "a stands in both space and overrides"),
+        ({"objectives": {}}, "objectives={}|objectives: "),
+        ({"objectives": {"gain": "up"}}, r"objectives.gain='up': must be 'max' or 'min'"),
+        ({"budget": {"trials": 0}}, r"budget.trials=0: must be greater than or equal to 1"),
+        ({"budget": {"hours": 0}}, r"budget.hours=0: must be greater than 0"),
+        ({"budget": {}}, "budget is empty; give trials, hours or both"),
+        ({"sampler": "bayes"}, r"sampler.kind='bayes': must be 'random', 'grid'"),
+        ({"sampler": "grid"}, "space.b is continuous; sampler grid needs"),
+        ({"sampler": "grid", "space": {str(i): {"int": [0, 99]} for i in range(3)}}, "the grid has too many points"),
+        ({"sampler": "listed"}, "sampler.kind=listed needs points|leave space"),
+        (
+            {"objectives": {"gain": "max", "cost": "min"}, "scheduler": "asha"},
+            r"decides by one metric, and there are 2 objectives; name it, for example scheduler.metric=gain",
+        ),
+        (
+            {"scheduler": {"kind": "asha", "metric": "loss"}},
+            "scheduler.metric=loss is no objective; say scheduler.mode",
+        ),
+        ({"scheduler": {"kind": "asha", "mode": "min"}}, "the objective gain has the other one"),
+        ({"scheduler": {"kind": "pbt", "mutate": ["aa"]}}, "scheduler.mutate: 'aa' is no key of the space"),
+        ({"constraints": ["c <= 1"]}, "'c' is a key neither of space nor of overrides"),
+        ({"constraints": ["a > 5"]}, "no point keeps the constraints 'a > 5'"),
+        ({"points": [{"a": 7}]}, r"points\[0\]: a=7 lies outside the space \(choice: \[1, 2\]\)"),
+        ({"resources": {"workers": 0}}, "resources.workers=0"),
+    ],
+)
+def test_bad_searches_are_refused_in_a_sentence(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(SearchError, match=said):
+        search_of(_tree(**changes))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "empty or no mapping"),
+        ("- a", "empty or no mapping"),
+        ("recipe: [", "not valid YAML"),
+        ("recipe: a\nrecipe: b", "key 'recipe' stands twice"),
+        ("a: &x 1\nb: *x", "aliases"),
+        ("recipe: !!python/object/apply:os.getcwd []", "not valid YAML"),
+        ("recipe: digits", r"'objectives' is missing"),
+    ],
+)
+def test_bad_yaml_is_refused(text: str, said: str) -> None:
+    with pytest.raises(SearchError, match=said):
+        parse_search(text)
+
+
+def test_searches_are_found_by_name_or_path(tmp_path: Path) -> None:
+    with pytest.raises(
+        SearchError, match=r"there is no search 'digits_t_gate'; did you mean 'digits_t_gate_schedule'\?"
+    ):
+        load_search("digits_t_gate")
+    with pytest.raises(SearchError, match="does not exist"):
+        load_search(str(tmp_path / "none.yaml"))
+    (tmp_path / "mine.yaml").write_text(_TEXT)
+    assert load_search(str(tmp_path / "mine.yaml")) == parse_search(_TEXT)
+
+
+@pytest.mark.parametrize("name", list_searches())
+def test_built_in_searches_are_sound(name: str) -> None:
+    search = load_search(name)
+    assert set(search.objectives.values()) == {"max", "min"}
+    assert "energy_mj" in search.objectives
+    sampler = PointSampler(search)
+    for number in range(3):
+        proposal = sampler.ask(number)
+        assert proposal is not None
+        search.space_view().check(proposal.point, "proposal")
+
+
+# ------------------------------------------------------------------------------------------------ constraints
+
+
+@pytest.mark.parametrize(
+    ("text", "values", "holds"),
+    [
+        ("T * D <= 8", {"m.T": 2, "m.D": 4}, True),
+        ("T * D <= 8", {"m.T": 4, "m.D": 4}, False),
+        ("m.T * D <= 8", {"m.T": 4}, True),  # a branch without D
+        ("1 <= T < 3 and D == 4 or T == 9", {"m.T": 2, "m.D": 4}, True),
+        ("1 <= T < 3 and D == 4 or T == 9", {"m.T": 3, "m.D": 4}, False),
+        ("T / D > 1", {"m.T": 1, "m.D": 0}, False),
+        ("-T + 2 * D >= 1 - 1.5", {"m.T": 2, "m.D": 1}, True),
+        ("D != 'if'", {"m.T": 2, "m.D": "if"}, False),
+    ],
+)
+def test_constraints_hold_or_not(text: str, values: dict[str, Any], holds: bool) -> None:
+    assert Constraint(text, ["m.T", "m.D"]).holds(values) is holds
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "__import__('os').system('true') == 0",
+        "(lambda: 1)() == 1",
+        "T.__class__ == 1 if T else 2",
+        "[T for T in (1,)] == 1",
+        "T ** 99999 > 1",
+        "T << 9 > 1",
+        "T",
+        "T + D",
+        "f'{T}' == 1",
+        "(T := 3) == 3",
+        "T <= 8; D",
+        "1e999 > T",
+        "T in (1, 2)",
+        "(" * 300 + "T" + ")" * 300 + " > 1",
+        "-" * 400 + "T > 1",
+        "T <= 8 " * 100,
+        "",
+    ],
+)
+def test_anything_else_is_no_constraint(text: str) -> None:
+    with pytest.raises(SearchError, match="constraint"):
+        Constraint(text, ["m.T", "m.D"])
+
+
+def test_names_in_constraints_are_told_apart() -> None:
+    keys = ["model.timesteps", "eval.timesteps"]
+    with pytest.raises(SearchError, match=r"may be eval.timesteps or model.timesteps; write the whole key"):
+        Constraint("timesteps <= 4", keys)
+    assert Constraint("model.timesteps <= 4", keys).keys == {"model.timesteps"}
+    with pytest.raises(SearchError, match=r"did you mean 'timesteps'\?"):
+        Constraint("timestep <= 4", keys[:1])
+    with pytest.raises(SearchError, match="calculates with what is no number: a='if'"):
+        Constraint("a * 2 <= 4", ["a"]).holds({"a": "if"})
+
+
+# ---------------------------------------------------------------------------------------------- check of points
+
+
+def test_each_value_is_checked_before_anything_starts() -> None:
+    search = parse_search(_TEXT)
+    seen: list[Mapping[str, Any]] = []
+
+    def check(overrides: Mapping[str, Any]) -> str | None:
+        seen.append(overrides)
+        return (
+            "a binary neuron has no bound" if overrides["model.neuron.kind"] == "if" and "bound" in overrides else None
+        )
+
+    check_search(search, check, reportable=["val/top1", "energy_mj"])
+    assert all(point["train.epochs"] == 2 for point in seen)
+    for key, dimension in search.space.items():
+        assert {point.get(key) for point in seen} >= set(dimension.corners)
+
+    with pytest.raises(SearchError, match=r"space.model.timesteps: 4 is not possible: too long"):
+        check_search(search, lambda point: "too long" if point["model.timesteps"] == 4 else None)
+    with pytest.raises(SearchError, match=r"space.optim.lr: 0.3 is not possible: too fast"):
+        check_search(search, lambda point: "too fast" if point["optim.lr"] == 0.3 else None)
+    with pytest.raises(SearchError, match=r"no 'val/top1' is reported by this task; did you mean 'val/top5'\?"):
+        check_search(search, lambda point: None, reportable=["val/top5", "energy_mj"])
+
+
+def test_an_impossible_combination_is_refused_by_name() -> None:
+    """Each value is fine in some point; D on a binary neuron is not, unless D is a branch."""
+    space = {"kind": {"choice": ["if", "ilif"]}, "D": {"choice": [1, 2]}}
+
+    def check(overrides: Mapping[str, Any]) -> str | None:
+        return "kind=if is binary" if overrides["kind"] == "if" and overrides.get("D", 1) > 1 else None
+
+    with pytest.raises(
+        SearchError, match=r"the combination kind='if', D=2 is not possible: kind=if is binary; exclude"
+    ):
+        check_search(search_of(_tree(space=space)), check)
+    never_binary = {**space, "D": {"choice": [2, 4]}}
+    with pytest.raises(SearchError, match=r"space\.kind: 'if' is not possible: kind=if is binary"):
+        check_search(search_of(_tree(space=never_binary)), check)
+    branch = {**space, "D": {"choice": [1, 2], "when": {"kind": ["ilif"]}}}
+    check_search(search_of(_tree(space=branch)), check)
+    never = search_of(_tree(space={"a": {"choice": [1, 9]}, "b": {"choice": [1, 2]}}, constraints=["a * b < 9"]))
+    with pytest.raises(SearchError, match="9 is never tried"):
+        check_search(never, lambda point: None)
+
+
+# --------------------------------------------------------------------------------------------------- samplers
+
+
+def _figures(point: Mapping[str, Any]) -> list[float]:
+    return [
+        point["optim.lr"] * point["model.timesteps"],
+        float(point["model.timesteps"] * point.get("model.neuron.bound", 1)),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["random", "tpe", "nsga2"])
+def test_samplers_propose_what_is_allowed_and_go_on_where_they_were(kind: str) -> None:
+    search = search_of({**parse_search(_TEXT).dump(), "sampler": {"kind": kind, "startup": 4, "population": 4}})
+    space, sampler = search.space_view(), PointSampler(search)
+    proposals = []
+    for number in range(24):
+        proposal = sampler.ask(number)
+        assert proposal is not None
+        space.check(proposal.point, "proposal")
+        assert ("model.neuron.bound" in proposal.point) == (proposal.point["model.neuron.kind"] == "ilif")
+        proposals.append(proposal)
+        sampler.tell(number, None if number % 7 == 3 else _figures(proposal.point))
+    assert len({signature(proposal.point) for proposal in proposals}) == 24
+
+    restored = PointSampler(search)
+    for proposal in proposals[:15]:
+        restored.adopt(proposal.number, proposal.point, proposal.memory)
+        restored.tell(proposal.number, None if proposal.number % 7 == 3 else _figures(proposal.point))
+    for expected in proposals[15:]:
+        found = restored.ask(expected.number)
+        assert found == expected
+        assert found is not None
+        restored.tell(found.number, None if found.number % 7 == 3 else _figures(found.point))
+
+    other = PointSampler(search_of({**search.dump(), "seed": 4}))
+    assert other.ask(0) != proposals[0]
+
+
+def test_gp_takes_two_objectives_and_branches() -> None:
+    search = search_of({**parse_search(_TEXT).dump(), "sampler": {"kind": "gp", "startup": 3}})
+    sampler = PointSampler(search)
+    for number in range(5):
+        proposal = sampler.ask(number)
+        assert proposal is not None
+        search.space_view().check(proposal.point, "proposal")
+        sampler.tell(number, _figures(proposal.point))
+
+
+def test_a_model_learns_where_it_is_good() -> None:
+    """The negative control is chance: it finds the best corner of a large space much later."""
+
+    def best_of(kind: str) -> float:
+        space = {"a": {"uniform": [0, 1]}, "b": {"uniform": [0, 1]}}
+        sampler = PointSampler(search_of(_tree(space=space, sampler=kind)))
+        best = 0.0
+        for number in range(40):
+            proposal = sampler.ask(number)
+            assert proposal is not None
+            gain = 2 - abs(proposal.point["a"] - 0.9) - abs(proposal.point["b"] - 0.1)
+            best = max(best, gain)
+            sampler.tell(number, [gain])
+        return best
+
+    assert best_of("tpe") > best_of("random")
+
+
+def test_a_grid_is_tried_once_and_ends() -> None:
+    space = {
+        "kind": {"choice": ["if", "ilif"]},
+        "D": {"int": [1, 4], "when": {"kind": ["ilif"]}},
+        "T": {"choice": [1, 4]},
+    }
+    search = search_of(_tree(space=space, sampler="grid", budget={}, constraints=["T * D <= 8"]))
+    sampler, found = PointSampler(search), []
+    while (proposal := sampler.ask(len(found))) is not None:
+        found.append(proposal.point)
+        sampler.tell(proposal.number, [1.0])
+    assert len(found) == len({signature(point) for point in found}) == 2 + 6
+    assert all(point["T"] * point.get("D", 1) <= 8 for point in found)
+    assert sampler.exhausted
+    assert found != [PointSampler(search_of({**search.dump(), "seed": 1})).ask(0)]
+
+
+def test_a_small_space_is_exhausted_by_any_sampler() -> None:
+    search = search_of(_tree(space={"a": {"choice": [1, 2, 3]}, "b": {"choice": [True, None, [1]]}}, sampler="tpe"))
+    sampler = PointSampler(search)
+    points = []
+    while (proposal := sampler.ask(len(points))) is not None:
+        points.append(proposal.point)
+        sampler.tell(proposal.number, [float(proposal.point["a"])])
+    assert len(points) == 9
+    assert {signature({"b": point["b"]}) for point in points} == {'{"b": true}', '{"b": null}', '{"b": [1]}'}
+
+
+def test_points_come_first_and_listed_ones_alone() -> None:
+    search = search_of(_tree(points=[{"a": 2}, {"a": 1, "b": 0.5}]))
+    sampler = PointSampler(search, queued=[{"b": 0.25}])
+    first, second, third = (sampler.ask(number) for number in range(3))
+    assert first is not None
+    assert second is not None
+    assert third is not None
+    assert (first.point["a"], second.point, third.point["b"]) == (2, {"a": 1, "b": 0.5}, 0.25)
+    listed = search_of(_tree(space={}, sampler="listed", points=[{"train.seed": 0}, {"train.seed": 1}], budget={}))
+    sampler = PointSampler(listed)
+    assert [one.point if (one := sampler.ask(n)) else None for n in range(3)] == [
+        {"train.seed": 0},
+        {"train.seed": 1},
+        None,
+    ]
+
+
+def test_mutation_leaves_firm_keys_and_constraints_alone() -> None:
+    space = Space(
+        {"T": Dimension(choice=(1, 2, 4)), "lr": Dimension(uniform=(0.1, 1.0)), "width": Dimension(choice=(8, 16))},
+        {},
+        ("T * width <= 32",),
+    )
+    rng = random.Random(0)
+    point: dict[str, Any] = {"T": 2, "lr": 0.5, "width": 16}
+    seen = set()
+    for _ in range(50):
+        point = mutate(space, point, ["T", "lr"], 0.3, rng)
+        space.check(point, "mutant")
+        assert point["width"] == 16
+        seen.add(point["T"])
+    assert seen == {1, 2}
+
+
+# ------------------------------------------------------------------------------------------ capacity and journal
+
+
+@pytest.mark.parametrize(
+    ("resources", "nodes", "fitting"),
+    [
+        ({}, [{"CPU": 2}], 2),
+        ({"workers": 2}, [{"CPU": 2}], 1),
+        ({"workers": 2}, [{"CPU": 1}, {"CPU": 1}, {"CPU": 1}], 1),
+        ({"workers": 2, "cpus_per_worker": 2}, [{"CPU": 3}, {"CPU": 3}], 1),
+        ({"cpus_per_worker": 2}, [{"CPU": 1}, {"CPU": 1}], 0),
+        ({"gpus_per_worker": 0.25}, [{"CPU": 8, "GPU": 1}, {"CPU": 8}], 4),
+        ({"cpus_per_worker": 0.1}, [{"CPU": 1}], 10),
+        ({"max_concurrent": 1}, [{"CPU": 8}], 1),
+        ({}, [], 0),
+    ],
+)
+def test_as_many_trials_as_have_places(resources: dict[str, Any], nodes: list[dict[str, float]], fitting: int) -> None:
+    config = ResourcesConfig.model_validate(resources)
+    assert trials_at_once(config, nodes) == fitting
+    if not fitting:
+        with pytest.raises(SearchError, match=r"lower resources\.workers"):
+            refuse_what_never_fits(config, nodes)
+
+
+def test_a_population_of_groups_must_fit_as_a_whole() -> None:
+    search = search_of(_tree(resources={"workers": 2}, scheduler="pbt", budget={"trials": 3}))
+    with pytest.raises(SearchError, match=r"the cluster holds 2 trials; set budget\.trials=2 or lower"):
+        check_population(search, 3, [{"CPU": 4}])
+    check_population(search, 3, [{"CPU": 6}])
+    check_population(search_of(_tree(scheduler="pbt")), 3, [{"CPU": 1}])  # Ray Tune takes turns with one worker each
+
+
+def test_a_trial_with_its_own_workers_holds_no_cpu() -> None:
+    assert "CPU" not in trial_request(ResourcesConfig(workers=2))
+    assert trial_request(ResourcesConfig(cpus_per_worker=2, gpus_per_worker=0.5)) == {"CPU": 2, "GPU": 0.5}
+
+
+def _record(number: int) -> TrialRecord:
+    return TrialRecord(number, f"s-{number:04d}", {"a": 1}, {"a": 1}, {"gain": 1.0}, "finished", 1.5, 0)
+
+
+def test_a_journal_survives_a_torn_line_but_not_a_broken_one(tmp_path: Path) -> None:
+    folder = SearchFolder(tmp_path, "s")
+    with folder.lock():
+        folder.begin(search_of(_tree()))
+        folder.append("started", number=0, name="s-0000", overrides={"a": 1}, point={"a": 1}, memory={})
+        folder.append_record(_record(0))
+        journal = folder.path / "journal.jsonl"
+        whole = journal.read_bytes()
+        journal.write_bytes(whole + b'{"event": "ended", "numb')
+        assert folder.read().records == [_record(0)]
+        folder.drop_torn_line()
+        assert journal.read_bytes() == whole
+        journal.write_bytes(b"garbage\n" + whole)
+        with pytest.raises(SearchError, match=r"line 1 of .*journal.jsonl cannot be read"):
+            folder.read()
+
+
+def test_half_a_line_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = SearchFolder(tmp_path, "s")
+    with folder.lock():
+        folder.append("extended", trials=2)
+        whole = (folder.path / "journal.jsonl").read_bytes()
+        write = os.write
+        monkeypatch.setattr(os, "write", lambda handle, data: write(handle, data[:7]))
+        with pytest.raises(OSError, match="the disk is full"):
+            folder.append("extended", trials=3)
+        monkeypatch.undo()
+        assert (folder.path / "journal.jsonl").read_bytes() == whole
+        folder.append("extended", trials=4)
+        assert folder.read().extended == 6
+
+
+def test_a_search_is_held_by_one_launch(tmp_path: Path) -> None:
+    folder = SearchFolder(tmp_path, "s")
+    with folder.lock(), pytest.raises(SearchError, match="search s is running already"), folder.lock():
+        pass
+    with folder.lock():
+        pass  # free again
+    with pytest.raises(SearchError, match=r"name '\.\./s' must be letters"):
+        SearchFolder(tmp_path, "../s")
+
+
+def test_budget_may_change_but_not_the_search(tmp_path: Path) -> None:
+    folder = SearchFolder(tmp_path, "s")
+    with folder.lock():
+        folder.begin(search_of(_tree()))
+        folder.begin(search_of(_tree(budget={"trials": 9}, resources={"workers": 2})))
+        with pytest.raises(SearchError, match=r"objectives: .*'max'.* in the search, .*'min'.* asked for"):
+            folder.begin(search_of(_tree(objectives={"gain": "min"})))
+    assert isinstance(folder.read(), Past)
+    assert folder.read_search() == search_of(_tree(budget={"trials": 9}, resources={"workers": 2}))

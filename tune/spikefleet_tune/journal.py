@@ -1,0 +1,278 @@
+"""The durable record of a search: one JSON line for each thing that happened to a trial.
+
+It is the source of truth for results and for going on. Each line is appended with one write and synced; a last line
+that a crash cut short is dropped. Nothing in it depends on where the directory stands.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from spikefleet_tune.errors import SearchError
+from spikefleet_tune.search_file import Search
+
+Status = Literal["finished", "stopped", "pruned", "failed"]
+
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_HELD: set[str] = set()  # a lock of fcntl is the process's: it does not keep two searches of one process apart
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """A trial that has come to its end.
+
+    finished: `figures` are what the trainable returned, that is, those of its best checkpoint.
+    stopped:  early, by the scheduler or the budget; `figures` are those of its best reported epoch.
+    pruned:   its loss or an objective was not finite. failed: it raised, or its process died. Both say why in `reason`.
+    """
+
+    number: int
+    name: str
+    overrides: Mapping[str, Any]
+    point: Mapping[str, Any]
+    figures: Mapping[str, float]
+    status: Status
+    seconds: float
+    """Of the launch that it ended in."""
+    seed: int
+    """The search's."""
+    reason: str = ""
+    epoch: float | None = None
+    """Of the best report, where the trial reported any."""
+    changes: tuple[Mapping[str, Any], ...] = ()
+    """What it was started with before a change in the middle of training, and until which epoch."""
+
+    def values(self, objectives: Mapping[str, Any]) -> tuple[float, ...] | None:
+        """The objectives in order, or None when the trial has no say: pruned, failed, or without one of them."""
+        if self.status not in ("finished", "stopped") or any(name not in self.figures for name in objectives):
+            return None
+        return tuple(self.figures[name] for name in objectives)
+
+
+@dataclass(frozen=True)
+class KnownPoint:
+    """A point from elsewhere: with figures it is told to the sampler, without it is tried first."""
+
+    point: Mapping[str, Any]
+    figures: Mapping[str, float] | None = None
+    origin: str = "known point"
+
+
+@dataclass
+class Past:
+    """What a journal tells."""
+
+    started: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """What each trial was last started with, or changed to."""
+    proposed: dict[int, Mapping[str, Any]] = field(default_factory=dict)
+    """The point that the sampler proposed, whatever the trial was changed to."""
+    retried: set[int] = field(default_factory=set)
+    ended: dict[int, TrialRecord] = field(default_factory=dict)
+    order: list[tuple[str, int]] = field(default_factory=list)
+    """("started" | "ended", number) as it happened."""
+    attempts: dict[int, int] = field(default_factory=dict)
+    known: list[KnownPoint] = field(default_factory=list)
+    extended: int = 0
+
+    @property
+    def records(self) -> list[TrialRecord]:
+        return [self.ended[number] for number in sorted(self.ended)]
+
+    @property
+    def unfinished(self) -> list[int]:
+        return [number for number in self.started if number not in self.ended]
+
+
+class SearchFolder:
+    """The directory of a search: `<storage>/<name>/`. Raises SearchError for a name that is no plain word."""
+
+    def __init__(self, storage: Path, name: str) -> None:
+        if not _PLAIN_NAME.fullmatch(name):
+            raise SearchError(
+                f"name {name!r} must be letters, digits, '.', '_' and '-' (at most 100), and begin plainly"
+            )
+        self.name = name
+        self.path = storage.absolute() / name
+        self._journal, self._clock = self.path / "journal.jsonl", self.path / "clock.json"
+
+    @property
+    def exists(self) -> bool:
+        return (self.path / "search.json").is_file()
+
+    def read_search(self) -> Search:
+        """The search as it was begun. Raises SearchError when there is none."""
+        try:
+            tree = json.loads((self.path / "search.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise SearchError(f"{self.path} holds no search that can be read: {error}") from None
+        return Search.model_validate(tree)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Holds the search for this launch. Raises SearchError when it is running already."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("a+")
+        except OSError as error:
+            raise SearchError(f"search directory {self.path} cannot be written: {error}") from None
+        key = str(self.path.resolve())
+        with file:
+            try:
+                if key in _HELD:
+                    raise OSError
+                # Not flock: processes that this one starts would inherit it.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                raise SearchError(
+                    f"search {self.name} is running already ({holder}); wait for it, or give another name"
+                ) from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()}")
+            file.flush()
+            _HELD.add(key)
+            try:
+                yield
+            finally:
+                _HELD.discard(key)
+
+    def begin(self, search: Search) -> None:
+        """Writes the search down, or raises SearchError when another one was begun under this name.
+
+        Budget and resources may differ from launch to launch.
+        """
+        if self.exists:
+            held, wanted = _identity(self.read_search()), _identity(search)
+            differing = [key for key in held.keys() | wanted.keys() if held.get(key) != wanted.get(key)]
+            if differing:
+                listed = "; ".join(
+                    f"{key}: {held.get(key, 'absent')} in the search, {wanted.get(key, 'absent')} asked for"
+                    for key in sorted(differing)
+                )
+                raise SearchError(
+                    f"search {self.name} was begun otherwise: {listed}. Give another name, or its own values"
+                )
+        write_atomically(self.path / "search.json", json.dumps(search.dump(), indent=1) + "\n")
+
+    def append(self, event: str, **facts: Any) -> None:
+        """One line, written and synced before this returns."""
+        line = json.dumps({"event": event, **facts}, allow_nan=False) + "\n"
+        handle = os.open(self._journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        before = os.fstat(handle).st_size
+        try:
+            if os.write(handle, line.encode()) < len(line.encode()):
+                raise OSError(f"{self._journal} could not be written: the disk is full")
+            os.fsync(handle)
+        except OSError:
+            os.ftruncate(handle, before)  # half a line would spoil the next one
+            raise
+        finally:
+            os.close(handle)
+
+    def append_record(self, record: TrialRecord) -> None:
+        self.append("ended", **asdict(record))
+
+    def drop_torn_line(self) -> None:
+        """Cuts off a last line that was not written to its end."""
+        if not self._journal.is_file():
+            return
+        content = self._journal.read_bytes()
+        if content and not content.endswith(b"\n"):
+            with self._journal.open("rb+") as file:
+                file.truncate(content.rfind(b"\n") + 1)
+
+    def read(self) -> Past:
+        """What happened so far. Raises SearchError at a line that cannot be read, unless it is the torn last one."""
+        past = Past()
+        if not self._journal.is_file():
+            return past
+        lines = self._journal.read_bytes().split(b"\n")[:-1]
+        for position, line in enumerate(lines, start=1):
+            try:
+                _take(past, json.loads(line))
+            except (ValueError, KeyError, TypeError) as error:
+                raise SearchError(f"line {position} of {self._journal} cannot be read: {error}") from None
+        return past
+
+    def read_seconds(self) -> float:
+        """Seconds that earlier launches ran, to within a few."""
+        try:
+            return float(json.loads(self._clock.read_text())["seconds"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0.0
+
+    def write_seconds(self, seconds: float) -> None:
+        write_atomically(self._clock, json.dumps({"seconds": round(seconds, 3)}))
+
+
+class Clock:
+    """Seconds of all launches together, kept in the search's directory every few seconds."""
+
+    EVERY = 2.0
+
+    def __init__(self, folder: SearchFolder) -> None:
+        self._folder, self._before, self._since = folder, folder.read_seconds(), time.monotonic()
+        self._written = self._since
+
+    @property
+    def seconds(self) -> float:
+        return self._before + time.monotonic() - self._since
+
+    def tick(self, force: bool = False) -> None:
+        if force or time.monotonic() - self._written > self.EVERY:
+            self._folder.write_seconds(self.seconds)
+            self._written = time.monotonic()
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes a file so that a reader, or a crash, meets the old one or the new one."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with partial.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _identity(search: Search) -> dict[str, Any]:
+    return {key: value for key, value in search.dump().items() if key not in ("budget", "resources")}
+
+
+def _take(past: Past, line: dict[str, Any]) -> None:
+    event = line.pop("event")
+    match event:
+        case "started":
+            number = int(line["number"])
+            line["changes"] = past.started.get(number, {}).get("changes", [])
+            past.started[number] = line
+            past.proposed.setdefault(number, line["point"])
+            past.attempts[number] = past.attempts.get(number, 0) + 1
+            if ("started", number) not in past.order:
+                past.order.append(("started", number))
+        case "changed":
+            past.started[int(line["number"])].update(overrides=line["overrides"], point=line["point"])
+            past.started[int(line["number"])]["changes"].append(line["before"])
+        case "ended":
+            record = TrialRecord(**{**line, "changes": tuple(line["changes"])})
+            past.ended[record.number] = record
+            past.order = [one for one in past.order if one != ("ended", record.number)] + [("ended", record.number)]
+        case "again":
+            past.ended.pop(int(line["number"]), None)
+            past.retried.add(int(line["number"]))
+            past.order = [one for one in past.order if one != ("ended", int(line["number"]))]
+        case "known":
+            past.known.append(KnownPoint(line["point"], line["figures"], line["origin"]))
+        case "extended":
+            past.extended += int(line["trials"])
+        case _:
+            raise ValueError(f"unknown event {event!r}")

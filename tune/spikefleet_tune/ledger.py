@@ -1,0 +1,199 @@
+"""The books of a running search: who runs, who has ended and how, told to the journal, the sampler and the observer."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from spikefleet_tune.journal import Past, SearchFolder, Status, TrialRecord
+from spikefleet_tune.samplers import PointSampler
+from spikefleet_tune.search_file import Search
+from spikefleet_tune.trials import END, EPOCH, ROW, finite
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How far a search is."""
+
+    total: int | None
+    """Trials that it will have at its end; None when only hours or an exhausted space end it."""
+    finished: int = 0
+    stopped: int = 0
+    pruned: int = 0
+    failed: int = 0
+    running: int = 0
+
+    @property
+    def done(self) -> int:
+        return self.finished + self.stopped + self.pruned + self.failed
+
+
+@dataclass(frozen=True)
+class TrialStart:
+    """A trial that begins, or begins again."""
+
+    number: int
+    name: str
+    overrides: Mapping[str, Any]
+    point: Mapping[str, Any]
+    attempt: int
+
+
+class SearchObserver(Protocol):
+    """Is told what happens, in the driver. What it raises is logged and stops nothing."""
+
+    def on_trial_started(self, trial: TrialStart, counts: Counts) -> None: ...
+
+    def on_trial_reported(self, trial: TrialStart, metrics: Mapping[str, float]) -> None: ...
+
+    def on_trial_finished(self, record: TrialRecord, counts: Counts) -> None:
+        """Status finished or stopped."""
+
+    def on_trial_pruned(self, record: TrialRecord, counts: Counts) -> None: ...
+
+    def on_trial_failed(self, record: TrialRecord, counts: Counts) -> None: ...
+
+
+class SilentObserver:
+    """Watches and says nothing. A base for observers that care for some of it."""
+
+    def on_trial_started(self, trial: TrialStart, counts: Counts) -> None:
+        return None
+
+    def on_trial_reported(self, trial: TrialStart, metrics: Mapping[str, float]) -> None:
+        return None
+
+    def on_trial_finished(self, record: TrialRecord, counts: Counts) -> None:
+        return None
+
+    def on_trial_pruned(self, record: TrialRecord, counts: Counts) -> None:
+        return None
+
+    def on_trial_failed(self, record: TrialRecord, counts: Counts) -> None:
+        return None
+
+
+@dataclass
+class _Live:
+    start: TrialStart
+    since: float | None = None
+    """When its process began."""
+    changes: list[Mapping[str, Any]] = field(default_factory=list)
+    best: Mapping[str, float] | None = None
+    epoch: float = 0.0
+    end: Mapping[str, Any] | None = None
+
+
+class Ledger:
+    """One for each launch. Trials are known by their number; nothing is forgotten that the journal says."""
+
+    def __init__(
+        self, search: Search, folder: SearchFolder, past: Past, sampler: PointSampler, observer: SearchObserver
+    ) -> None:
+        self._search, self._folder, self._sampler, self._observer = search, folder, sampler, observer
+        self._attempts = dict(past.attempts)
+        self._earlier = {number: line["changes"] for number, line in past.started.items()}
+        self.ended = dict(past.ended)
+        self.live: dict[int, _Live] = {}
+        self.total: int | None = None
+
+    @property
+    def records(self) -> list[TrialRecord]:
+        return [self.ended[number] for number in sorted(self.ended)]
+
+    @property
+    def counts(self) -> Counts:
+        statuses = [record.status for record in self.ended.values()]
+        of: dict[Status, int] = {"finished": 0, "stopped": 0, "pruned": 0, "failed": 0}
+        for status in statuses:
+            of[status] += 1
+        return Counts(self.total, **of, running=len(self.live))
+
+    def begin(self, number: int, point: Mapping[str, Any], memory: Mapping[str, Any]) -> dict[str, Any]:
+        """Writes a trial down before it starts; returns its configuration for Ray Tune."""
+        overrides = {**self._search.overrides, **point}
+        self._attempts[number] = self._attempts.get(number, 0) + 1
+        start = TrialStart(number, f"{self._folder.name}-{number:04d}", overrides, dict(point), self._attempts[number])
+        self._folder.append(
+            "started", number=number, name=start.name, overrides=overrides, point=dict(point), memory=dict(memory)
+        )
+        self.live[number] = _Live(start, changes=list(self._earlier.get(number, [])))
+        return {"number": number, "overrides": overrides, "point": dict(point)}
+
+    def running(self, number: int, config: Mapping[str, Any]) -> None:
+        """A trial's process begins; or it begins again with what the scheduler has changed."""
+        live = self.live[number]
+        live.since = live.since or time.monotonic()
+        if config["point"] != live.start.point:
+            before = {"point": dict(live.start.point), "until_epoch": live.epoch}
+            live.changes.append(before)
+            live.start = replace(live.start, overrides=config["overrides"], point=config["point"])
+            self._folder.append(
+                "changed", number=number, overrides=config["overrides"], point=config["point"], before=before
+            )
+        self._tell("on_trial_started", live.start, self.counts)
+
+    def reported(self, number: int, result: Mapping[str, Any]) -> None:
+        """A report of an epoch, or the last one, which says how the trial ended."""
+        live = self.live[number]
+        if END in result:
+            live.end = json.loads(result[END])
+            return
+        metrics = finite(json.loads(result[ROW]))
+        live.epoch = metrics.get(EPOCH, live.epoch)
+        metric, mode = self._search.deciding
+        if metric in metrics:
+            held = live.best[metric] if live.best is not None else None
+            if held is None or (metrics[metric] > held if mode == "max" else metrics[metric] < held):
+                live.best = metrics
+        self._tell("on_trial_reported", live.start, metrics)
+
+    def completed(self, number: int, stopped: bool) -> None:
+        """A trial has left Ray Tune without an error: by its own end, or stopped by the scheduler."""
+        live = self.live[number]
+        if live.end is not None:
+            self._end(number, live.end["status"], live.end["figures"], live.end["reason"])
+        elif stopped:
+            self.cut_short(number, f"stopped by {self._search.scheduler.kind} after epoch {live.epoch:g}")
+
+    def cut_short(self, number: int, reason: str) -> None:
+        """Ends a trial with its best reported epoch; one that has reported none stays unfinished."""
+        best = self.live[number].best
+        if best is not None:
+            self._end(number, "stopped", {key: value for key, value in best.items() if key != EPOCH}, reason)
+
+    def died(self, number: int, reason: str) -> None:
+        self._end(number, "failed", {}, reason)
+
+    def _end(self, number: int, status: Status, figures: Mapping[str, float], reason: str) -> None:
+        live = self.live.pop(number)
+        record = TrialRecord(
+            number=number,
+            name=live.start.name,
+            overrides=live.start.overrides,
+            point=live.start.point,
+            figures=figures,
+            status=status,
+            seconds=0.0 if live.since is None else round(time.monotonic() - live.since, 3),
+            seed=self._search.seed,
+            reason=reason,
+            epoch=live.best.get(EPOCH) if live.best is not None else None,
+            changes=tuple(live.changes),
+        )
+        self._folder.append_record(record)
+        self.ended[number] = record
+        self._sampler.tell(number, record.values(self._search.objectives))
+        to = {"pruned": "on_trial_pruned", "failed": "on_trial_failed"}.get(status, "on_trial_finished")
+        self._tell(to, record, self.counts)
+
+    def _tell(self, method: str, *facts: Any) -> None:
+        try:
+            getattr(self._observer, method)(*facts)
+        except Exception:
+            log.exception("the observer's %s failed; the search goes on", method)

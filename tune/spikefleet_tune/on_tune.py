@@ -1,0 +1,207 @@
+"""One launch of a search on Ray Tune: where its trials come from, how their fate is heard of, and when it ends."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from ray import tune
+from ray.tune.experiment.config_parser import _create_trial_from_spec, _make_parser
+from ray.tune.search.search_algorithm import SearchAlgorithm
+from ray.tune.stopper import Stopper
+
+from spikefleet_tune.capacity import nodes_of_cluster, trial_request, trials_at_once
+from spikefleet_tune.journal import Clock, Past, SearchFolder
+from spikefleet_tune.ledger import Ledger
+from spikefleet_tune.samplers import PointSampler
+from spikefleet_tune.schedulers import Scheduler
+from spikefleet_tune.search_file import Search
+from spikefleet_tune.trials import Trainable, in_words, tune_function
+
+SCRATCH = "ray_tune"
+"""Ray Tune's own files in the search's directory; no launch reads those of another."""
+
+_CAPACITY_EVERY = 2.0
+
+
+def total_trials(search: Search, past: Past) -> int | None:
+    """Trials that the search has at its end, if a number of trials ends it."""
+    return None if search.budget.trials is None else search.budget.trials + past.extended
+
+
+class TrialSource(SearchAlgorithm):
+    """Gives Ray Tune its trials: first those that were running when the last launch ended, then new proposals.
+
+    Never more at a time than have places for all their workers.
+    """
+
+    def __init__(self, search: Search, past: Past, sampler: PointSampler, ledger: Ledger, clock: Clock) -> None:
+        self._search, self._sampler, self._ledger, self._clock = search, sampler, ledger, clock
+        self._again = [(number, past.started[number]) for number in past.unfinished]
+        self._next = max(past.started, default=-1) + 1
+        self._total = total_trials(search, past)
+        ledger.total = self._total
+        self._capacity, self._capacity_since = 0, -_CAPACITY_EVERY
+        self._spec: dict[str, Any] = {}
+        self.interrupted = False
+
+    @property
+    def left(self) -> int | None:
+        """Trials still to start, if that is known."""
+        return None if self._total is None else self._total - self._next + len(self._again)
+
+    @property
+    def total_samples(self) -> int:
+        return self._total or 0
+
+    @property
+    def out_of_time(self) -> bool:
+        hours = self._search.budget.hours
+        return hours is not None and self._clock.seconds >= hours * 3600
+
+    def add_configurations(self, experiments: Any) -> None:
+        (experiment,) = experiments if isinstance(experiments, list) else [experiments]
+        self._spec = experiment.spec
+
+    def is_finished(self) -> bool:
+        if self._finished or self.interrupted or self.out_of_time:
+            return True
+        if self._again:
+            return False
+        return (self._total is not None and self._next >= self._total) or self._sampler.exhausted
+
+    def next_trial(self) -> Any:
+        """The next trial, or None when there is no place for one, or none is left."""
+        if self.is_finished() or not self._has_place():
+            return None
+        if self._again:
+            number, line = self._again.pop(0)
+            return self._trial(number, line["point"], line["memory"])
+        proposal = self._sampler.ask(self._next)
+        if proposal is None:
+            return None
+        self._next += 1
+        return self._trial(proposal.number, proposal.point, proposal.memory)
+
+    def _has_place(self) -> bool:
+        if self._search.scheduler.kind == "pbt":
+            return True  # Ray Tune pauses some of the population for others
+        if time.monotonic() - self._capacity_since >= _CAPACITY_EVERY:
+            self._capacity = trials_at_once(self._search.resources, nodes_of_cluster())
+            self._capacity_since = time.monotonic()
+        return len(self._ledger.live) < self._capacity
+
+    def _trial(self, number: int, point: Mapping[str, Any], memory: Mapping[str, Any]) -> Any:
+        config = self._ledger.begin(number, point, memory)
+        return _create_trial_from_spec({**self._spec, "config": config}, _make_parser(), trial_id=f"{number:04d}")
+
+
+def run_on_tune(
+    search: Search,
+    trainable: Trainable,
+    folder: SearchFolder,
+    scheduler: Scheduler,
+    source: TrialSource,
+    ledger: Ledger,
+    clock: Clock,
+) -> None:
+    """One launch, up to the end of the budget or an interruption."""
+
+    class Bookkeeper(tune.Callback):
+        def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            ledger.running(int(trial.trial_id), trial.config)
+
+        def on_trial_result(
+            self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+        ) -> None:
+            ledger.reported(int(trial.trial_id), result)
+
+        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            ledger.completed(int(trial.trial_id), stopped=trial.trial_id in scheduler.stopped)
+
+        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            error = trial.get_error()
+            ledger.died(int(trial.trial_id), "its process died" if error is None else in_words(error))
+
+    class Enough(Stopper):
+        def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+            return False
+
+        def stop_all(self) -> bool:
+            clock.tick()
+            return source.interrupted or source.out_of_time
+
+    config = search.scheduler
+    deciding = None if config.kind == "none" else search.deciding[0]
+    function = tune_function(trainable, folder.name, search.objectives, deciding, config.kind == "pbt")
+    population = source.left if config.kind == "pbt" else None
+    scratch = folder.path / SCRATCH
+    shutil.rmtree(scratch, ignore_errors=True)
+    with _tune_environment(population), _interruptible(source), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Consider boosting PBT")
+        tune.Tuner(
+            tune.with_resources(function, trial_request(search.resources)),
+            tune_config=tune.TuneConfig(
+                search_alg=source, scheduler=scheduler, num_samples=-1, trial_dirname_creator=lambda one: one.trial_id
+            ),
+            run_config=tune.RunConfig(
+                name=SCRATCH,
+                storage_path=str(folder.path),
+                stop=Enough(),
+                callbacks=[Bookkeeper()],
+                failure_config=tune.FailureConfig(max_failures=search.resources.retries),
+                verbose=0,
+            ),
+        ).fit()
+    if source.out_of_time and not source.interrupted:
+        for number in list(ledger.live):
+            ledger.cut_short(number, f"the budget of {search.budget.hours:g} hours was used up")
+
+
+@contextmanager
+def _tune_environment(population: int | None) -> Iterator[None]:
+    """What Ray Tune reads from the environment of its driver, for as long as it runs."""
+    wanted = {
+        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # the last report carries an end, no metrics
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_FORCE_TRIAL_CLEANUP_S": "10",
+        "RAY_AIR_NEW_OUTPUT": "0",  # the new console prints a box at any verbosity
+        **({"TUNE_MAX_PENDING_TRIALS_PG": str(population)} if population else {}),
+    }
+    before = {key: os.environ.get(key) for key in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value
+
+
+@contextmanager
+def _interruptible(source: TrialSource) -> Iterator[None]:
+    """The first Ctrl-C lets Ray Tune stop its trials; a second one falls to whoever handled it before."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before: Callable[..., Any] | int = signal.getsignal(signal.SIGINT) or signal.SIG_DFL
+
+    def interrupt(signum: int, frame: Any) -> None:
+        source.interrupted = True
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

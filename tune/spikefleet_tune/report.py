@@ -1,0 +1,174 @@
+"""The report of a search: its table, its figures as JSON and CSV, and its pictures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import optuna
+from rich.table import Table
+
+from spikefleet_tune import pictures
+from spikefleet_tune.journal import TrialRecord, write_atomically
+from spikefleet_tune.result import SearchResult
+from spikefleet_tune.samplers import study_of
+from spikefleet_tune.space import label
+
+FEWEST_FOR_IMPORTANCE = 8
+
+
+def write_report(result: SearchResult, folder: Path) -> list[Path]:
+    """Writes results.json, results.csv and the pictures, each one whole or not at all. Returns their paths.
+
+    Pictures that cannot be drawn yet (no trial with values, no second objective) are left out.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    content: dict[str, str | bytes] = {
+        "results.json": json.dumps(summary(result), indent=1, allow_nan=False) + "\n",
+        "results.csv": _as_csv(result),
+    }
+    if result.comparable:
+        content["hypervolume.png"] = pictures.hypervolume_over_trials(result)
+        content["parallel.png"] = pictures.parallel_coordinates(result)
+        if len(result.search.objectives) >= 2:
+            content["front.png"] = pictures.front_of_two(result)
+    for name, text in content.items():
+        write_atomically(folder / name, text)
+    return [folder / name for name in content]
+
+
+def summary(result: SearchResult) -> dict[str, Any]:
+    """All that a search has found, as plain data."""
+    front, knee = result.front, result.knee
+    counts = dict.fromkeys(("finished", "stopped", "pruned", "failed"), 0)
+    for record in result.records:
+        counts[record.status] += 1
+    return {
+        "name": result.name,
+        "search": result.search.dump(),
+        "complete": result.complete,
+        "hours": round(result.seconds / 3600, 4),
+        "counts": counts,
+        "objectives": dict(result.search.objectives),
+        "front": [record.name for record in front],
+        "knee": None if knee is None else knee.name,
+        "reference_point": result.reference,
+        "hypervolume": result.hypervolume_curve,
+        "importance": importance(result),
+        "trials": [_row(record) for record in result.records],
+    }
+
+
+def pareto_rows(result: SearchResult) -> list[dict[str, Any]]:
+    """The front, best in the first objective first: name, chosen values, objectives, and whether it is the knee."""
+    knee = result.knee
+    return [
+        {
+            "trial": record.name,
+            **dict(record.point),
+            **{name: record.figures[name] for name in result.search.objectives},
+            "status": record.status,
+            "knee": knee is not None and record.number == knee.number,
+        }
+        for record in result.front
+    ]
+
+
+def pareto_table(result: SearchResult) -> Table:
+    """The front for a terminal; the knee is marked."""
+    table = Table(title=f"{result.name}: {len(result.front)} of {len(result.records)} trials are on the front")
+    keys = [key for key in result.search.space if any(key in record.point for record in result.front)]
+    keys = keys or sorted({key for record in result.front for key in record.point})
+    for title in ("trial", *keys):
+        table.add_column(title)
+    for name, direction in result.search.objectives.items():
+        table.add_column(f"{name} ({direction})", justify="right")
+    table.add_column("")
+    for row in pareto_rows(result):
+        values = [_plain(row[key]) if key in row else "-" for key in keys]
+        table.add_row(
+            row["trial"],
+            *values,
+            *(f"{row[name]:.5g}" for name in result.search.objectives),
+            "knee" if row["knee"] else ("stopped early" if row["status"] == "stopped" else ""),
+        )
+    return table
+
+
+def importance(result: SearchResult) -> dict[str, dict[str, float] | str]:
+    """For each objective, the share of its variance that each key explains (fANOVA), largest first.
+
+    Only keys that every trial has are weighed. A sentence stands instead where there are fewer than eight trials with
+    values, where the objective does not vary, or where no two trials differ in such a key.
+    """
+    trials = result.comparable
+    found: dict[str, dict[str, float] | str] = {}
+    for position, name in enumerate(result.search.objectives):
+        if len(trials) < FEWEST_FOR_IMPORTANCE:
+            found[name] = f"needs {FEWEST_FOR_IMPORTANCE} trials with values, and there are {len(trials)}"
+        elif len({record.figures[name] for record in trials}) == 1:
+            found[name] = "all trials have the same value"
+        else:
+            found[name] = _importance(result, position) or "no key that all trials have differs between them"
+    return found
+
+
+def _importance(result: SearchResult, position: int) -> dict[str, float]:
+    rows = [(record.point, record.values(result.search.objectives) or ()) for record in result.comparable]
+    varied = {key for key in result.search.space if len({label(point.get(key)) for point, _ in rows}) > 1}
+    shared = [key for key in result.search.space if key in varied and all(key in point for point, _ in rows)]
+    if not shared:
+        return {}
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=result.search.seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        shares = optuna.importance.get_param_importances(
+            study_of(result.search, rows), evaluator=evaluator, params=shared, target=lambda one: one.values[position]
+        )
+    return {key: round(float(share), 4) for key, share in shares.items()}
+
+
+def _row(record: TrialRecord) -> dict[str, Any]:
+    return {
+        "trial": record.name,
+        "status": record.status,
+        "reason": record.reason,
+        "seconds": record.seconds,
+        "seed": record.seed,
+        "epoch": record.epoch,
+        "overrides": dict(record.overrides),
+        "figures": dict(record.figures),
+        "changes": list(record.changes),
+    }
+
+
+def _as_csv(result: SearchResult) -> str:
+    keys = sorted({key for record in result.records for key in record.overrides})
+    figures = sorted({key for record in result.records for key in record.figures})
+    front = {record.number for record in result.front}
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["trial", "status", "on_front", *keys, *figures, "seconds", "seed", "epoch", "reason"])
+    for record in result.records:
+        writer.writerow(
+            [record.name, record.status, int(record.number in front)]
+            + [_plain(record.overrides[key]) if key in record.overrides else "" for key in keys]
+            + [record.figures.get(key, "") for key in figures]
+            + [record.seconds, record.seed, "" if record.epoch is None else record.epoch, _unformulated(record.reason)]
+        )
+    return out.getvalue()
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return _unformulated(value) if isinstance(value, str) else label(value)
+
+
+def _unformulated(text: str) -> str:
+    """Text that no spreadsheet takes for a formula."""
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text

@@ -1,0 +1,163 @@
+"""Runs a search on Ray Tune, and goes on with it after whatever has ended the last launch.
+
+Ray Tune starts, schedules and stops trials; its own files are scratch. The journal in the search's directory is what a
+later launch reads: trials that ended are not run again, those that were running are, under their names.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from spikefleet_tune.capacity import check_population, nodes_of_cluster, refuse_what_never_fits
+from spikefleet_tune.errors import SearchError
+from spikefleet_tune.journal import Clock, KnownPoint, Past, SearchFolder, TrialRecord
+from spikefleet_tune.ledger import Ledger, SearchObserver, SilentObserver
+from spikefleet_tune.on_tune import SCRATCH, TrialSource, run_on_tune, total_trials
+from spikefleet_tune.result import SearchResult
+from spikefleet_tune.samplers import PointSampler
+from spikefleet_tune.schedulers import Mutable, Population, build_scheduler
+from spikefleet_tune.search_file import Search
+from spikefleet_tune.space import signature
+from spikefleet_tune.trials import Trainable
+
+
+def read_search_result(storage: Path, name: str) -> SearchResult:
+    """What a search has found, without running it. Raises SearchError when there is none."""
+    folder = SearchFolder(storage, name)
+    search, past = folder.read_search(), folder.read()
+    sampler = _restored(search, past)
+    return _result(folder, search, past.records, folder.read_seconds(), _complete(search, past, sampler))
+
+
+def run_search(
+    search: Search,
+    trainable: Trainable,
+    storage: Path,
+    name: str,
+    observer: SearchObserver | None = None,
+    *,
+    mutable: Mutable | None = None,
+    warm_start: Sequence[KnownPoint] = (),
+    extend: int = 0,
+    retry_failed: bool = False,
+) -> SearchResult:
+    """Runs a search, or goes on with the one of this name, until its budget is spent.
+
+    Ray must be initialised. `mutable` says which keys the scheduler pbt may change. `warm_start` is remembered: known
+    points with figures inform the sampler, those without are tried first. `extend` adds trials to a search that is
+    done. `retry_failed` runs trials that failed once more, once.
+    A failing trial is recorded with its reason and stops nothing. Ctrl-C stops the trials, leaves them to be gone on
+    with under the same name, and raises KeyboardInterrupt; a second one does not wait.
+    Raises SearchError when the search is running already, was begun otherwise, or can never run on this cluster.
+    """
+    folder = SearchFolder(storage, name)
+    scheduler = build_scheduler(search, mutable)
+    nodes = nodes_of_cluster()
+    refuse_what_never_fits(search.resources, nodes)
+    _check_known(search, warm_start)
+    with folder.lock():
+        folder.begin(search)
+        folder.drop_torn_line()
+        past = folder.read()
+        _remember(folder, past, warm_start)
+        sampler = _restored(search, past)
+        _extend(folder, search, past, sampler, extend)
+        if retry_failed:
+            past, sampler = _again(folder, search, past)
+        clock = Clock(folder)
+        ledger = Ledger(search, folder, past, sampler, observer or SilentObserver())
+        source = TrialSource(search, past, sampler, ledger, clock)
+        if isinstance(scheduler, Population):
+            check_population(search, source.left, nodes)
+        if not source.is_finished():
+            run_on_tune(search, trainable, folder, scheduler, source, ledger, clock)
+            clock.tick(force=True)
+        shutil.rmtree(folder.path / SCRATCH, ignore_errors=True)
+        if source.interrupted:
+            raise KeyboardInterrupt
+        done = _complete(search, folder.read(), sampler)
+        return _result(folder, search, ledger.records, clock.seconds, done)
+
+
+def _result(
+    folder: SearchFolder, search: Search, records: Sequence[TrialRecord], seconds: float, complete: bool
+) -> SearchResult:
+    return SearchResult(folder.name, folder.path, search, tuple(records), seconds, complete)
+
+
+# ------------------------------------------------------------------------------------------------ going on
+
+
+def _check_known(search: Search, warm_start: Sequence[KnownPoint]) -> None:
+    space = search.space_view()
+    for known in warm_start:
+        space.check(known.point, known.origin)
+        if known.figures is not None:
+            if missing := [name for name in search.objectives if name not in known.figures]:
+                raise SearchError(f"{known.origin} has no figure for the objective {missing[0]}")
+            if lost := [key for key in space.dimensions if space.active(key, known.point) and key not in known.point]:
+                raise SearchError(f"{known.origin} has figures, but no value for {lost[0]}")
+
+
+def _remember(folder: SearchFolder, past: Past, warm_start: Sequence[KnownPoint]) -> None:
+    """Writes known points down, once each."""
+    held = {(signature(known.point), known.figures is None) for known in past.known}
+    for known in warm_start:
+        if (key := (signature(known.point), known.figures is None)) not in held:
+            held.add(key)
+            past.known.append(known)
+            figures = None if known.figures is None else dict(known.figures)
+            folder.append("known", point=dict(known.point), figures=figures, origin=known.origin)
+
+
+def _restored(search: Search, past: Past) -> PointSampler:
+    """The sampler as it was when the last launch ended."""
+    queued = [known.point for known in past.known if known.figures is None]
+    sampler = PointSampler(search, queued)
+    for known in past.known:
+        if known.figures is not None:
+            sampler.tell_known(known.point, [known.figures[name] for name in search.objectives])
+    for event, number in past.order:
+        if event == "started":
+            sampler.adopt(number, past.proposed[number], past.started[number]["memory"])
+        else:
+            sampler.tell(number, past.ended[number].values(search.objectives))
+    return sampler
+
+
+def _complete(search: Search, past: Past, sampler: PointSampler) -> bool:
+    if past.unfinished:
+        return False
+    total = total_trials(search, past)
+    return sampler.exhausted or (total is not None and len(past.ended) >= total)
+
+
+def _extend(folder: SearchFolder, search: Search, past: Past, sampler: PointSampler, trials: int) -> None:
+    if trials < 0:
+        raise SearchError(f"a search cannot be extended by {trials} trials")
+    if not trials:
+        return
+    if search.budget.trials is None:
+        raise SearchError("a search that only hours end is extended by a larger budget.hours")
+    total = total_trials(search, past)
+    if not _complete(search, past, sampler):
+        raise SearchError(
+            f"search {folder.name} is not done ({len(past.ended)} of {total} trials); go on with it first"
+        )
+    if sampler.exhausted:
+        raise SearchError(f"search {folder.name} has tried every point of its space; there is nothing to extend")
+    if search.budget.hours is not None and folder.read_seconds() >= search.budget.hours * 3600:
+        raise SearchError(f"search {folder.name} has used up its {search.budget.hours:g} hours; raise budget.hours too")
+    folder.append("extended", trials=trials)
+    past.extended += trials
+
+
+def _again(folder: SearchFolder, search: Search, past: Past) -> tuple[Past, PointSampler]:
+    """Takes back the end of trials that failed, once each."""
+    for record in past.records:
+        if record.status == "failed" and record.number not in past.retried:
+            folder.append("again", number=record.number)
+    renewed = folder.read()
+    return renewed, _restored(search, renewed)
