@@ -35,6 +35,10 @@ class Snapshot:
     state: Mapping[str, Any]
     config: Mapping[str, Any]
 
+    def under(self, config: Mapping[str, Any], **state: Any) -> Snapshot:
+        """The same tensors for a training of another configuration, with parts of the state replaced."""
+        return Snapshot(self.tensors, {**self.state, **state}, config)
+
 
 class CheckpointFolder:
     """The checkpoints of one run. One process writes; any process reads."""

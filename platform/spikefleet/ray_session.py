@@ -29,9 +29,12 @@ def quiet_ray() -> None:
 
 
 @contextmanager
-def ray_session(address: str | None = None, *, cpus: float = 1, gpus: int = 0, verbose: bool = False) -> Iterator[None]:
+def ray_session(
+    address: str | None = None, *, cpus: float = 1, gpus: float = 0, verbose: bool = False, dashboard: bool = False
+) -> Iterator[None]:
     """Connects to the cluster at `address` (or RAY_ADDRESS), else starts Ray on this machine; inside one, does nothing.
 
+    `dashboard` starts its process too: a Ray Train run inside of a trial asks it for the state of the cluster.
     Raises UserError when nothing answers at the address, or when there are fewer CPUs or GPUs than asked for.
     """
     quiet_ray()
@@ -53,7 +56,7 @@ def ray_session(address: str | None = None, *, cpus: float = 1, gpus: int = 0, v
             address="local",
             log_to_driver=verbose,
             logging_level=level,
-            include_dashboard=False,
+            include_dashboard=dashboard,
             object_store_memory=_OBJECT_STORE_BYTES,
         )
     # The raylet's own words about a dead worker pass by log_to_driver; the run says in a line what happened.

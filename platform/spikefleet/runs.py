@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -105,6 +106,10 @@ class Run:
         latest = self.checkpoints.latest()
         if latest is not None:
             verify_checkpoint(latest)
+
+    def forget_checkpoints(self) -> None:
+        """Removes all checkpoints: the run starts anew, or from another run's."""
+        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
 
     def _complaints(self, config: Config, data_hash: str) -> list[str]:
         saved: Mapping[str, Any] = read_json(self.path / "config.json")

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from spikefleet.trial import as_trial
+from spikefleet.search_trial import TrialSetting, as_trial
 from spikefleet_tune.search import run_search
 from spikefleet_tune.search_file import search_of
 
 
 def test_trials_train_in_their_own_process(ray_on_two_cpus: None, stores_dir: Path, tmp_path: Path) -> None:
-    trainable = as_trial(
-        "digits", ["train.epochs=2", "model.width=0.125"], str(stores_dir / "digits"), tmp_path / "runs"
-    )
+    trainable = as_trial(TrialSetting("digits", str(stores_dir / "digits"), tmp_path / "runs"))
+    fixed = {"train.epochs": 2, "model.width": 0.125}
     points = [{"model.timesteps": 1}, {"model.timesteps": 2}, {"model.timesteps": 0}]
-    search = search_of({"recipe": "digits", "points": points, "sampler": "listed", "objectives": {"val/top1": "max"}})
+    search = search_of(
+        {
+            "recipe": "digits",
+            "overrides": fixed,
+            "points": points,
+            "sampler": "listed",
+            "objectives": {"val/top1": "max", "energy_mj": "min"},
+        }
+    )
     result = run_search(search, trainable, tmp_path / "searches", "steps")
-    assert [record.overrides for record in result.records] == points
+    assert [record.point for record in result.records] == points
     for record in result.records[:2]:
         assert record.status == "finished", record.reason
-        assert {"val/top1", "test/top1"} <= record.figures.keys()
+        assert {"val/top1", "test/top1", "energy_mj", "parameters"} <= record.figures.keys()
         assert (tmp_path / "runs" / record.name / "report" / "evaluation.json").exists()
     assert result.records[2].status == "failed"
     assert "model.timesteps=0" in result.records[2].reason

@@ -103,6 +103,10 @@ class Ledger:
         self.live: dict[int, _Live] = {}
         self.total: int | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Ray Tune pickles what a search hangs on, for a restoration that is never asked for; observers hold locks."""
+        return {**self.__dict__, "_observer": SilentObserver()}
+
     @property
     def records(self) -> list[TrialRecord]:
         return [self.ended[number] for number in sorted(self.ended)]

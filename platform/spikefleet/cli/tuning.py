@@ -1,0 +1,95 @@
+"""tune, searches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from spikefleet.cli.app import RunsDir, StoresDir, app, console, stderr
+from spikefleet.errors import UserError
+
+
+@app.command()
+def tune(
+    search: Annotated[str, typer.Argument(help="Name of a search (`spikefleet searches`) or path of a YAML file.")],
+    name: Annotated[
+        str | None, typer.Option(help="Name of this search's directory; the same name goes on where it stopped.")
+    ] = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="Budget of trials instead of the file's.")] = None,
+    hours: Annotated[float | None, typer.Option(help="Budget of hours instead of the file's.")] = None,
+    extend: Annotated[int, typer.Option(min=0, help="Add so many trials to a search that is done.")] = 0,
+    warm_start: Annotated[str | None, typer.Option(help="Begin with what this earlier search has found.")] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed trials again, once.")] = False,
+    confirm: Annotated[int, typer.Option(min=0, help="Train each member of the front with so many other seeds.")] = 0,
+    register: Annotated[str | None, typer.Option(help="Register a trial: knee, best, or its name.")] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster, HOST:PORT; RAY_ADDRESS if not given.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show what Ray and its workers log.")] = False,
+    runs_dir: RunsDir = Path("runs"),
+    stores_dir: StoresDir = Path("stores"),
+) -> None:
+    """Search over configurations; each trial is a training. The same command goes on with an interrupted search."""
+    from spikefleet.searching import SearchLaunch, confirm_front, register_trial, report_of, run_tracked_search
+    from spikefleet_tune.errors import SearchError
+    from spikefleet_tune.report import pareto_table
+    from spikefleet_tune.search_file import load_search, search_of
+
+    try:
+        tree = load_search(search).dump()
+        budget = {key: value for key, value in (("trials", trials), ("hours", hours)) if value is not None}
+        wanted = search_of({**tree, "budget": {**tree["budget"], **budget}}, f"search {search}")
+    except SearchError as error:
+        raise UserError(str(error)) from None
+    launch = SearchLaunch(
+        name=name or Path(search).stem,
+        runs_dir=runs_dir,
+        stores_dir=stores_dir,
+        address=address,
+        verbose=verbose,
+        extend=extend,
+        warm_start=warm_start,
+        retry_failed=retry_failed,
+    )
+    try:
+        result = run_tracked_search(wanted, launch, console)
+        console.print(pareto_table(result))
+        if confirm:
+            rows = confirm_front(result, confirm, launch, console)
+            console.print(_confirmation(rows, list(result.search.objectives)))
+    except KeyboardInterrupt:
+        stderr.print(
+            f"interrupted; `spikefleet tune {search} --name {launch.name}` goes on with this search", highlight=False
+        )
+        raise
+    console.print(f"report: {report_of(result)}", highlight=False, soft_wrap=True)
+    if register is not None:
+        promotion = register_trial(result, register, launch, console)
+        console.print(f"{promotion.name} version {promotion.version} is {promotion.alias}: {promotion.reason}")
+
+
+def _confirmation(rows: list[dict[str, Any]], objectives: list[str]) -> Table:
+    table = Table("trial", "seeds", *(f"{name}: mean ± std (in the search)" for name in objectives), title="confirmed")
+    for row in rows:
+        cells = []
+        for name in objectives:
+            figures = row[name]
+            spread = "" if figures["std"] is None else f" ± {figures['std']:.2g}"
+            mean = "-" if figures["mean"] is None else f"{figures['mean']:.5g}"
+            cells.append(f"{mean}{spread} ({figures['search']:.5g})")
+        table.add_row(row["trial"], str(row["seeds"]), *cells)
+    return table
+
+
+@app.command()
+def searches() -> None:
+    """List the searches that come with spikefleet."""
+    from spikefleet_tune.search_file import list_searches, load_search
+
+    table = Table("search", "recipe", "space", "objectives")
+    for name in list_searches():
+        found = load_search(name)
+        goals = ", ".join(f"{metric} {direction}" for metric, direction in found.objectives.items())
+        table.add_row(name, found.recipe, ", ".join(found.space), goals)
+    console.print(table)

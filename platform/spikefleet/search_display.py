@@ -1,0 +1,73 @@
+"""What a running search shows: a bar with trials and ETA on a terminal, a line for each trial everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from spikefleet_tune.journal import TrialRecord
+from spikefleet_tune.ledger import Counts, TrialStart
+from spikefleet_tune.search_file import Search
+
+
+class SearchDisplay:
+    """An observer of a search that draws it; a context manager."""
+
+    def __init__(self, console: Console, search: Search) -> None:
+        self._console, self._search = console, search
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn(
+                "{task.completed:.0f}/{task.total:.0f} trials" if search.budget.trials else "{task.completed:.0f}"
+            ),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._bar.add_task("searching", total=search.budget.trials)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def on_trial_started(self, trial: TrialStart, counts: Counts) -> None:
+        self._update(counts)
+
+    def on_trial_reported(self, trial: TrialStart, metrics: Mapping[str, float]) -> None:
+        shown = [f"{name} {metrics[name]:.4g}" for name in self._search.objectives if name in metrics]
+        epoch = f"epoch {metrics['epoch']:.0f}" if "epoch" in metrics else ""
+        self._bar.update(self._task, description=" ".join([trial.name, epoch, *shown]))
+
+    def on_trial_finished(self, record: TrialRecord, counts: Counts) -> None:
+        figures = "  ".join(f"{name} {record.figures[name]:.4g}" for name in self._search.objectives)
+        self._say(record, counts, figures)
+
+    def on_trial_pruned(self, record: TrialRecord, counts: Counts) -> None:
+        self._say(record, counts, f"pruned: {record.reason}")
+
+    def on_trial_failed(self, record: TrialRecord, counts: Counts) -> None:
+        self._say(record, counts, f"failed: {record.reason}")
+
+    def _say(self, record: TrialRecord, counts: Counts, what: str) -> None:
+        self._update(counts)
+        done = f"{counts.done}/{counts.total}" if counts.total else str(counts.done)
+        point = " ".join(f"{key}={_plain(value)}" for key, value in record.point.items())
+        line = f"trial {done}  {record.name}  {what}  ({record.seconds:.0f} s)  {point}"
+        self._bar.console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    def _update(self, counts: Counts) -> None:
+        self._bar.update(self._task, completed=counts.done, total=counts.total)
+
+
+def _plain(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

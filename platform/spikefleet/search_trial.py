@@ -1,0 +1,178 @@
+"""One trial of a search: a training with the trial's overrides, and the figures of its best checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spikefleet.checkpoints import load_checkpoint, write_json
+from spikefleet.config import Config, load_config
+from spikefleet.energy_cards import measure_energy, write_card
+from spikefleet.events import CheckpointSaved, EpochDone, Event
+from spikefleet.runs import Run
+from spikefleet.worker import NonFiniteError, Outcome, train
+from spikefleet.world import World
+from spikefleet_models.build import build_model
+from spikefleet_models.decoders import AttentionSpikeDecoder
+from spikefleet_pipelines.store import Store
+from spikefleet_tune.trials import Overrides, Report, TrialPruned
+
+_CHANGEABLE = (
+    "model.timesteps",
+    "model.neuron.bound",
+    "shortcut.schedule",
+    "shortcut.lambda0",
+    "optim.lr",
+    "optim.momentum",
+    "optim.weight_decay",
+)
+"""What population based training may change in the middle: no weight's shape depends on it."""
+
+
+@dataclass(frozen=True)
+class TrialSetting:
+    """What all trials of a search share."""
+
+    recipe: str
+    store: str
+    runs_dir: Path
+    workers: int = 1
+    cpus_per_worker: float = 1.0
+    gpu: bool = False
+    hands_on: bool = False
+    """Trials take over one another's checkpoints (pbt)."""
+
+    def config(self, overrides: Overrides) -> Config:
+        """The configuration of a trial. Raises UserError naming what is wrong."""
+        in_process = self.workers == 1
+        return load_config(
+            self.recipe,
+            [
+                *(f"{key}={json.dumps(value)}" for key, value in overrides.items()),
+                f"cluster.workers={0 if in_process else self.workers}",
+                f"cluster.cpus_per_worker={self.cpus_per_worker:g}",
+                f"cluster.gpu={json.dumps(self.gpu)}",
+                *(["checkpoint.every_epochs=1"] if self.hands_on else []),
+            ],
+        )
+
+
+def mutable_keys(setting: TrialSetting, overrides: Overrides, keys: Sequence[str]) -> Callable[[str], bool]:
+    """Which keys may change in the middle of training.
+
+    T is not among them where the decoder is an ASD in any branch of the space: its temporal attention has T inputs.
+    """
+    network = build_model(setting.config(overrides).model)
+    bound_to_time = any(isinstance(module, AttentionSpikeDecoder) for module in network.modules())
+    bound_to_time |= any(key.endswith(".decoder") for key in keys)
+
+    def mutable(key: str) -> bool:
+        if key.endswith("timesteps") and bound_to_time:
+            return False
+        return key in _CHANGEABLE
+
+    return mutable
+
+
+class ReportOutlet:
+    """Hands the figures of each epoch to the search; with its checkpoint where trials hand theirs on."""
+
+    def __init__(self, report: Report, hands_on: bool) -> None:
+        self._report, self._hands_on = report, hands_on
+        self._waiting: dict[str, float] | None = None
+
+    def emit(self, event: Event) -> None:
+        if isinstance(event, EpochDone):
+            self._waiting = {**event.metrics, "epoch": float(event.epoch)}
+            if not self._hands_on:
+                self._flush(None)
+        elif isinstance(event, CheckpointSaved) and self._waiting is not None:
+            self._flush(Path(event.path))
+
+    def _flush(self, checkpoint: Path | None) -> None:
+        metrics, self._waiting = self._waiting, None
+        assert metrics is not None
+        self._report(metrics, checkpoint)
+
+
+def as_trial(setting: TrialSetting) -> Callable[[Overrides, str, Report], dict[str, float]]:
+    """A trainable for `spikefleet_tune`: a plain in-process training, or a Ray Train run of several workers.
+
+    Its figures are those of the best checkpoint: `val/...`, `test/...`, `energy_mj` and `parameters`. A trial that is
+    started again by the same name goes on from its last checkpoint. A loss that is not finite prunes it.
+    """
+
+    def trainable(overrides: Overrides, name: str, report: Report) -> dict[str, float]:
+        config = setting.config(overrides)
+        store = Store.open(setting.store, verify=False)  # the driver has verified it
+        run = Run(setting.runs_dir / name)
+        if report.start_from is not None:
+            _take_over(run, config, report.start_from)
+        run.begin(config, store.manifest)
+        outlet = ReportOutlet(report, setting.hands_on)
+        try:
+            outcome = _train(config, store, run, outlet)
+        except NonFiniteError as error:
+            raise TrialPruned(str(error)) from None
+        card = measure_energy(_best_network(config, outcome), config, store.split("val"))
+        write_card(card, run.path / "report")
+        run.note(status="finished", validation=dict(outcome.validation), test=dict(outcome.test))
+        figures = {f"val/{key}": value for key, value in outcome.validation.items()}
+        figures |= {f"test/{key}": value for key, value in outcome.test.items()}
+        parameters = sum(parameter.numel() for parameter in build_model(config.model).parameters())
+        return {**figures, "energy_mj": card.energy_mj, "parameters": float(parameters)}
+
+    return trainable
+
+
+def _train(config: Config, store: Store, run: Run, outlet: ReportOutlet) -> Outcome:
+    if config.cluster.workers == 0:
+        return train(config, store, run.path, World.alone(config.cluster.gpu), outlet)
+    from spikefleet.ray_training import train_on_ray
+
+    return train_on_ray(config, store, run.path, outlet)
+
+
+def _take_over(run: Run, config: Config, start_from: Path) -> None:
+    """Lays another trial's checkpoint into this run, under this trial's configuration."""
+    snapshot = load_checkpoint(start_from)
+    run.forget_checkpoints()
+    run.path.mkdir(parents=True, exist_ok=True)
+    write_json(run.path / "config.json", config.dump())
+    step = snapshot.state["epoch"] * snapshot.state["steps_per_epoch"] + snapshot.state["step_in_epoch"]
+    # The best so far was another configuration's: what counts for this trial begins here.
+    run.checkpoints.save(step, snapshot.under(config.dump(), best=None))
+
+
+def _best_network(config: Config, outcome: Outcome) -> Any:
+    snapshot = load_checkpoint(Path(outcome.best_checkpoint))
+    network = build_model(config.model)
+    network.load_state_dict(dict(snapshot.tensors.get("average", snapshot.tensors["model"])))
+    return network.eval()
+
+
+def reportable(metric_names: Sequence[str]) -> set[str]:
+    """What a trial of a task gives back that a search may pursue; test figures are for the report alone."""
+    return {*(f"val/{name}" for name in metric_names), "energy_mj", "parameters"}
+
+
+def refusal_of(setting: TrialSetting) -> Callable[[Mapping[str, Any]], str | None]:
+    """What is wrong with the overrides of a trial, or None."""
+    from spikefleet.errors import UserError
+
+    def complaint(overrides: Mapping[str, Any]) -> str | None:
+        for key in overrides:
+            if key.startswith("data.") and not key.startswith("data.transform."):
+                return f"{key} would need other data; all trials of a search share one store"
+            if key.startswith("cluster."):
+                return f"{key} is set by the search's resources"
+        try:
+            setting.config(overrides)
+        except UserError as error:
+            return str(error)
+        return None
+
+    return complaint

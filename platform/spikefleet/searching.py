@@ -1,0 +1,300 @@
+"""A whole search: checked against the configuration before anything starts, tracked in MLflow, drawn, reported.
+
+Each trial is a nested run under the search's own; its directory is that of any run, so a trial can be evaluated,
+predicted with and registered like one. `spikefleet_tune` runs the search and knows none of this.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from spikefleet.config import Config, leaves
+from spikefleet.data_access import open_data
+from spikefleet.errors import RunError, UserError
+from spikefleet.ray_session import quiet_ray
+from spikefleet.registration import register_run
+from spikefleet.registry import Promotion
+from spikefleet.runs import Run
+from spikefleet.search_display import SearchDisplay
+from spikefleet.search_trial import TrialSetting, as_trial, mutable_keys, refusal_of, reportable
+from spikefleet.tasks import build_task
+from spikefleet.tracking import Tracker, resolve_tracking_uri
+from spikefleet.versions import code_version
+from spikefleet_pipelines.store import Store
+from spikefleet_tune.errors import SearchError
+from spikefleet_tune.journal import KnownPoint, TrialRecord
+from spikefleet_tune.ledger import Counts, TrialStart
+from spikefleet_tune.report import write_report
+from spikefleet_tune.result import SearchResult
+from spikefleet_tune.search import read_search_result, run_search
+from spikefleet_tune.search_check import check_search
+from spikefleet_tune.search_file import Search, search_of
+
+_FLUSH_S = 30.0
+
+
+@dataclass(frozen=True)
+class SearchLaunch:
+    """How a search is started: nothing here decides what it finds."""
+
+    name: str
+    runs_dir: Path = Path("runs")
+    stores_dir: Path = Path("stores")
+    address: str | None = None
+    verbose: bool = False
+    extend: int = 0
+    warm_start: str | None = None
+    retry_failed: bool = False
+
+    @property
+    def folder(self) -> Path:
+        return self.runs_dir.resolve() / "searches"
+
+    @property
+    def trials_dir(self) -> Path:
+        """Runs of the trials."""
+        return self.folder / self.name / "trials"
+
+
+class SearchTracker:
+    """Tells MLflow of the search and its trials: a parent run, and one nested run for each trial."""
+
+    def __init__(self, launch: SearchLaunch, search: Search, display: SearchDisplay) -> None:
+        self._launch, self._search, self._display = launch, search, display
+        self._uri = resolve_tracking_uri(launch.runs_dir)
+        self._experiment = f"search-{launch.name}"
+        self.parent = Tracker.open(launch.folder / launch.name, launch.name, self._experiment, self._uri)
+        self.parent.log_params(dict(leaves(search.dump())))
+        self.parent.set_tags({"recipe": search.recipe, "code_version": code_version(), "kind": "search"})
+        self.parent.flush(_FLUSH_S)  # trials name it as their parent
+        self._trials: dict[str, Tracker] = {}
+
+    def on_trial_started(self, trial: TrialStart, counts: Counts) -> None:
+        self._display.on_trial_started(trial, counts)
+        tracker = self._trials.get(trial.name)
+        if tracker is None:
+            run_dir = self._launch.trials_dir / trial.name
+            tracker = Tracker.open(run_dir, trial.name, self._experiment, self._uri, self.parent.run_id)
+            self._trials[trial.name] = tracker
+        tracker.log_params(trial.overrides)
+        tracker.set_tags({"trial": trial.number, "attempt": trial.attempt, "search": self._launch.name})
+
+    def on_trial_reported(self, trial: TrialStart, metrics: Mapping[str, float]) -> None:
+        self._display.on_trial_reported(trial, metrics)
+        epoch = int(metrics.get("epoch", 0))
+        rows = {f"epoch/{key}": value for key, value in metrics.items() if key != "epoch"}
+        self._trials[trial.name].log_metrics(rows, step=epoch)
+
+    def on_trial_finished(self, record: TrialRecord, counts: Counts) -> None:
+        self._display.on_trial_finished(record, counts)
+        self._end(record)
+
+    def on_trial_pruned(self, record: TrialRecord, counts: Counts) -> None:
+        self._display.on_trial_pruned(record, counts)
+        self._end(record)
+
+    def on_trial_failed(self, record: TrialRecord, counts: Counts) -> None:
+        self._display.on_trial_failed(record, counts)
+        self._end(record)
+
+    def _end(self, record: TrialRecord) -> None:
+        tracker = self._trials.pop(record.name, None)
+        if tracker is None:
+            return
+        tracker.log_metrics(record.figures, step=0)
+        tracker.set_tags({"status": record.status, "reason": record.reason})
+        report = self._launch.trials_dir / record.name / "report"
+        for path in sorted(report.iterdir()) if report.is_dir() else ():
+            if path.is_file() and not path.name.startswith("."):
+                tracker.log_artifact(path, "report")
+        tracker.finish("FAILED" if record.status == "failed" else "FINISHED", wait_s=_FLUSH_S)
+
+    def finish(self, result: SearchResult, report: Sequence[Path]) -> None:
+        """Closes the parent run with the search's figures and report."""
+        figures = {"trials": float(len(result.records)), "front": float(len(result.front))}
+        if result.hypervolume_curve:
+            figures["hypervolume"] = result.hypervolume_curve[-1]
+        self.parent.log_metrics(figures, step=len(result.records))
+        for path in report:
+            self.parent.log_artifact(path, "report")
+        self.parent.finish("FINISHED" if result.complete else "KILLED", wait_s=_FLUSH_S)
+
+    def abandon(self) -> None:
+        """Leaves open runs to be gone on with."""
+        for tracker in (*self._trials.values(), self.parent):
+            tracker.finish("KILLED", wait_s=3.0)
+
+
+def run_tracked_search(search: Search, launch: SearchLaunch, console: Console) -> SearchResult:
+    """Runs a search, or goes on with the one of this name; writes its report beside it.
+
+    Raises UserError before anything is started for whatever could not run; KeyboardInterrupt passes through, and leaves
+    a search that goes on by the same command.
+    """
+    setting, config, store = _setting(search, launch, console)
+    task = build_task(config, store.manifest.class_names, store.manifest.category_ids or ())
+    try:
+        check_search(search, refusal_of(setting), reportable(task.metric_names))
+        known = _known_points(search, launch)
+        with _session(search, launch), SearchDisplay(console, search) as display:
+            tracker = SearchTracker(launch, search, display)
+            try:
+                result = run_search(
+                    search,
+                    as_trial(setting),
+                    launch.folder,
+                    launch.name,
+                    tracker,
+                    mutable=mutable_keys(setting, search.overrides, list(search.space)),
+                    warm_start=known,
+                    extend=launch.extend,
+                    retry_failed=launch.retry_failed,
+                )
+            except BaseException:
+                tracker.abandon()
+                raise
+        tracker.finish(result, write_report(result, report_of(result)))
+    except SearchError as error:
+        raise UserError(str(error)) from None
+    return result
+
+
+def report_of(result: SearchResult) -> Path:
+    """Where the report of a search lies."""
+    return result.folder / "report"
+
+
+def _setting(search: Search, launch: SearchLaunch, console: Console) -> tuple[TrialSetting, Config, Store]:
+    resources = search.resources
+    setting = TrialSetting(
+        recipe=search.recipe,
+        store="",
+        runs_dir=launch.trials_dir,
+        workers=resources.workers,
+        cpus_per_worker=resources.cpus_per_worker,
+        gpu=resources.gpus_per_worker > 0,
+        hands_on=search.scheduler.kind == "pbt",
+    )
+    config = setting.config(search.overrides)
+    store = open_data(config.data, launch.stores_dir, console)
+    return replace(setting, store=str(Path(store.location).absolute())), config, store
+
+
+def _session(search: Search, launch: SearchLaunch) -> Any:
+    quiet_ray()
+    from spikefleet.ray_session import ray_session
+
+    resources = search.resources
+    gpus = resources.workers * resources.gpus_per_worker
+    return ray_session(
+        launch.address,
+        cpus=resources.workers * resources.cpus_per_worker,
+        gpus=gpus,
+        verbose=launch.verbose,
+        dashboard=resources.workers > 1,
+    )
+
+
+def _known_points(search: Search, launch: SearchLaunch) -> list[KnownPoint]:
+    """Points of an earlier search; with their figures where it pursued the same objectives on the same recipe."""
+    if launch.warm_start is None:
+        return []
+    earlier = read_search_result(launch.folder, launch.warm_start)
+    same = earlier.search.recipe == search.recipe and earlier.search.objectives == search.objectives
+    same = same and earlier.search.overrides == search.overrides
+    points = []
+    for record in earlier.comparable:
+        point = {key: value for key, value in record.point.items() if key in search.space}
+        figures = {name: record.figures[name] for name in search.objectives} if same else None
+        points.append(KnownPoint(point, figures, f"{launch.warm_start}, trial {record.name}"))
+    return points
+
+
+# ----------------------------------------------------------------------------------------- after the search
+
+
+def confirm_front(result: SearchResult, seeds: int, launch: SearchLaunch, console: Console) -> list[dict[str, Any]]:
+    """Trains each member of the front with other seeds; mean and standard deviation of each objective.
+
+    The trainings are a search of their own, `NAME-confirm`, with its trials and its resumption.
+    """
+    members = result.front
+    if not members:
+        raise RunError(f"search {result.name} has no trial with figures, so there is nothing to confirm")
+    first = result.search.seed
+    points = [{**record.overrides, "train.seed": first + 1 + seed} for record in members for seed in range(seeds)]
+    tree = {
+        "recipe": result.search.recipe,
+        "points": points,
+        "sampler": "listed",
+        "objectives": dict(result.search.objectives),
+        "resources": result.search.resources.model_dump(mode="json"),
+    }
+    again = run_tracked_search(
+        search_of(tree), replace(launch, name=f"{launch.name}-confirm", extend=0, warm_start=None), console
+    )
+    rows = []
+    for record in members:
+        wanted = {**record.overrides}
+        runs = [
+            one for one in again.comparable if {**one.overrides, "train.seed": None} == {**wanted, "train.seed": None}
+        ]
+        row: dict[str, Any] = {"trial": record.name, "seeds": len(runs)}
+        for name in result.search.objectives:
+            values = [one.figures[name] for one in runs]
+            row[name] = {
+                "mean": statistics.fmean(values) if values else None,
+                "std": statistics.stdev(values) if len(values) > 1 else None,
+                "search": record.figures[name],
+            }
+        rows.append(row)
+    (report_of(result) / "confirmation.json").write_text(json.dumps(rows, indent=2) + "\n")
+    return rows
+
+
+def register_trial(result: SearchResult, chosen: str, launch: SearchLaunch, console: Console) -> Promotion:
+    """Registers a trial of a search with its proof and its energy card: `knee`, `best`, or a trial's name."""
+    record = _chosen(result, chosen)
+    setting, _, store = _setting(result.search, launch, console)
+    config = setting.config(record.overrides)
+    run = Run(launch.trials_dir / record.name)
+    done = run.record()
+    tracking_uri = resolve_tracking_uri(launch.runs_dir)
+    tracker = Tracker.open(run.path, record.name, f"search-{launch.name}", tracking_uri)
+    tracker.finish("FINISHED", wait_s=_FLUSH_S)
+    if tracker.run_id is None:
+        raise RunError(f"the tracking server does not answer, so trial {record.name} cannot be registered now")
+    return register_run(
+        config,
+        run,
+        tracker.run_id,
+        tracking_uri,
+        store=store,
+        validation=done["validation"],
+        test=done["test"],
+    )
+
+
+def _chosen(result: SearchResult, chosen: str) -> TrialRecord:
+    finished = [record for record in result.comparable if record.status == "finished"]
+    if not finished:
+        raise RunError(f"search {result.name} has no finished trial to register")
+    if chosen == "knee":
+        if result.knee is None or result.knee.status != "finished":
+            raise UserError(f"the knee of search {result.name} is no finished trial; name another one")
+        return result.knee
+    if chosen == "best":
+        name, direction = next(iter(result.search.objectives.items()))
+        return (max if direction == "max" else min)(finished, key=lambda record: record.figures[name])
+    for record in finished:
+        if record.name == chosen:
+            return record
+    listed = ", ".join(record.name for record in finished[:10])
+    raise UserError(f"search {result.name} has no finished trial {chosen!r}; it has {listed}")
