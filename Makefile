@@ -28,8 +28,10 @@ train: $(SYNCED)
 	@echo "next: spikefleet recipes; spikefleet predict models:/sg_resnet_digits@champion PICTURE; spikefleet ui"
 	@echo "      (in $(BIN)/, or with 'uv run')"
 
+# Unit tests in two processes; what starts Ray goes alone.
 test: lint types
-	$(PYTEST)
+	$(PYTEST) tests/unit -n 2
+	$(PYTEST) tests/integration
 
 lint: $(SYNCED)
 	$(BIN)/ruff check .
@@ -40,7 +42,7 @@ types: $(SYNCED)
 	$(BIN)/mypy
 
 unit: $(SYNCED)
-	$(PYTEST) tests/unit
+	$(PYTEST) tests/unit -n 2
 
 bench: $(SYNCED)
 	for bench in tests/bench/bench_*.py; do $(BIN)/python $$bench || exit 1; done

@@ -11,7 +11,7 @@ from spikefleet.energy_cards import ENERGY, measure_energy, write_card
 from spikefleet.runs import Run
 from spikefleet.spike_check import PROOF, check_spikes
 from spikefleet.tasks import build_task
-from spikefleet_models.build import build_model
+from spikefleet.trained_network import best_network
 from spikefleet_pipelines.store import Store
 
 
@@ -29,11 +29,12 @@ def certify(config: Config, run: Run, store: Store) -> Certificates:
     report = run.path / "report"
     proof, energy = report / PROOF, report / ENERGY
     if not (proof.is_file() and energy.is_file()):
-        snapshot = load_checkpoint(run.best_checkpoint())
-        network = build_model(config.model)
-        network.load_state_dict(dict(snapshot.tensors.get("average", snapshot.tensors["model"])))
-        network.eval()
+        network = best_network(load_checkpoint(run.best_checkpoint()), config)
         task = build_task(config, store.manifest.class_names, store.manifest.category_ids or ())
         check_spikes(network, task, config, store.split("val")).write(proof)
         write_card(measure_energy(network, config, store.split("val")), report)
-    return Certificates(read_json(proof)["verdict"], float(read_json(energy)["totals"]["energy_mj"]), (proof, energy))
+    return Certificates(
+        read_json(proof)["verdict"],
+        float(read_json(energy)["totals"]["energy_mj"]),
+        (proof, energy, energy.with_suffix(".png")),
+    )

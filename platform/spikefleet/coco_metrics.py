@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,13 +78,17 @@ class CocoFigures:
 
 
 def ground_truth(truths: Sequence[Annotations], class_names: Sequence[str], category_ids: Sequence[int]) -> Any:
-    """COCO's annotation format. Boxes without area stand in it as they were given."""
+    """COCO's annotation format. Boxes without area stand in it as they were given.
+
+    Annotations are numbered anew from 1: pycocotools takes the id 0 for "not matched".
+    """
+    numbers = itertools.count(1)
     return {
         "images": [{"id": truth.image_id, "height": truth.height, "width": truth.width} for truth in truths],
         "categories": [{"id": key, "name": name} for key, name in zip(category_ids, class_names, strict=True)],
         "annotations": [
             {
-                "id": int(number),
+                "id": next(numbers),
                 "image_id": truth.image_id,
                 "category_id": int(category),
                 "bbox": box.tolist(),
@@ -91,8 +96,8 @@ def ground_truth(truths: Sequence[Annotations], class_names: Sequence[str], cate
                 "iscrowd": int(crowd),
             }
             for truth in truths
-            for number, category, box, area, crowd in zip(
-                truth.ids, truth.category_ids, truth.boxes, truth.areas, truth.crowd, strict=True
+            for category, box, area, crowd in zip(
+                truth.category_ids, truth.boxes, truth.areas, truth.crowd, strict=True
             )
         ],
     }
@@ -158,7 +163,7 @@ def box_confusion(
         free_objects, free_boxes = {k for k, is_crowd in enumerate(crowd) if not is_crowd}, set(range(len(one.boxes)))
         for place in np.argsort(-overlaps, axis=None, kind="stable"):
             row, column = divmod(int(place), max(1, len(one.boxes)))
-            if overlaps[row, column] < iou:
+            if not overlaps[row, column] >= iou:  # NaN for two boxes without area
                 break
             if row in free_objects and column in free_boxes:
                 counts[truth.labels[row], one.labels[column]] += 1

@@ -22,6 +22,7 @@ from pydantic.fields import FieldInfo
 from spikefleet.errors import UserError
 from spikefleet_models.build import ModelConfig, task_of
 from spikefleet_models.shortcut import ShortcutConfig
+from spikefleet_models.spike_yolo.config import SpikeYoloConfig, SpikingYoloV8Config
 from spikefleet_pipelines.data_config import DataConfig
 
 _RECIPE_LIMIT_BYTES = 1 << 20
@@ -153,6 +154,13 @@ class Config(Section):
             raise ValueError(
                 f"task={self.task} needs data.transform.kind={kind}; the data section has {self.data.transform.kind}"
             )
+        if isinstance(self.model, SpikeYoloConfig | SpikingYoloV8Config):
+            coarsest, sides = self.model.strides[-1], self.data.transform.divisor  # type: ignore[union-attr]
+            if sides % coarsest:
+                raise ValueError(
+                    f"data.transform.divisor={sides} is no multiple of the network's coarsest stride {coarsest}; "
+                    f"set data.transform.divisor={coarsest} and a size that it divides"
+                )
         if self.task == "detection" and self.shortcut.enabled:
             raise ValueError(
                 f"shortcut.where={self.shortcut.where}: side branches classify, and the task is detection; "
@@ -222,12 +230,20 @@ def _identity(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """Field-by-field differences of two dumped configurations, of the fields that decide what is learnt."""
-    left, right = dict(leaves(_identity(saved))), dict(leaves(_identity(wanted)))
+    left, right = dict(leaves(_identity(_completed(saved)))), dict(leaves(_identity(wanted)))
     return [
         f"{path}: {left.get(path, 'absent')!s} in the run, {right.get(path, 'absent')!s} asked for"
         for path in sorted(left.keys() | right.keys())
         if left.get(path, "absent") != right.get(path, "absent")
     ]
+
+
+def _completed(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A configuration that an earlier version wrote, with this version's defaults for fields that it did not have."""
+    try:
+        return Config.model_validate(saved).dump()
+    except ValidationError:
+        return saved
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -20,8 +20,6 @@ ENERGY = "energy.json"
 REGISTERED_CONSTANTS = "fp32-45nm"
 """Of every registered version, so that `energy_mj` compares networks of all families."""
 
-_BATCH = 8
-
 
 def measure_energy(
     network: nn.Module,
@@ -33,12 +31,12 @@ def measure_energy(
     form: Form = "merged",
     shortcuts: bool = True,
 ) -> EnergyCard:
-    """The card of a network on the first pictures of a split; rates do not depend on how they are batched.
+    """The card of a network on the first pictures of a split, one at a time: a batch may be padded to its largest.
 
     Raises ValueError for unknown constants.
     """
     loader = BatchLoader(split, config.data.transform, train=False)
-    batches = (batch.images for batch in first_batches(loader, min(_BATCH, pictures), pictures))
+    batches = (batch.images for batch in first_batches(loader, 1, pictures))
     return energy_card(network, batches, constants, form, shortcuts)
 
 

@@ -33,6 +33,8 @@ from spikefleet.events import (
 STOPPED = "stopped.json"
 """In a launch's directory: why its workers must not go on."""
 
+TAKEN_OVER = "a later launch has taken over the run"
+
 _KINDS: dict[str, Callable[..., Event]] = {
     kind.__name__: kind for kind in (Started, StepDone, EpochDone, CheckpointSaved, Note, WorkerFailed)
 }
@@ -103,7 +105,7 @@ class TakingOver:
         self._outlet = outlet
         self._earlier = sorted((run_dir / "ray").glob("launch-*"))
         for launch in self._earlier:
-            write_json(launch / STOPPED, {"reason": "a later launch has taken over the run", "mendable": False})
+            write_json(launch / STOPPED, {"reason": TAKEN_OVER, "mendable": False})
 
     def emit(self, event: Event) -> None:
         if isinstance(event, Started) and self._earlier:

@@ -93,9 +93,8 @@ def boxes_on_picture(
     boxes: torch.Tensor,
     labels: Sequence[int],
     captions: Sequence[str],
-    truth: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """A picture `[C, H, W]` (uint8) with captioned boxes `[N, 4]` coloured by label, and `truth` boxes thin and white.
+    """A picture `[C, H, W]` (uint8) with captioned boxes `[N, 4]` coloured by label.
 
     Small pictures are enlarged, so that captions can be read: uint8 `[3, H', W']`.
     """
@@ -105,8 +104,6 @@ def boxes_on_picture(
     picture = image.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
     if picture.shape[0] == 1:
         picture = picture.expand(3, -1, -1)
-    if truth is not None and len(truth):
-        picture = draw_bounding_boxes(picture, truth * factor, colors="white", width=1)
     if len(boxes):
         palette = plt.get_cmap("tab20").colors
         colours = [tuple(round(255 * part) for part in palette[label % len(palette)]) for label in labels]

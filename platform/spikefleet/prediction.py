@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from spikefleet.coco_metrics import FoundBoxes
 from spikefleet.errors import UserError
 from spikefleet.evaluation import autocast
 from spikefleet.network_package import picture_batch
@@ -39,44 +37,47 @@ def predict_files(
     if out is not None and detects and out.is_file():
         raise UserError(f"--out {out} is a file; for detection, give a folder")
     files = list(_picture_files(paths))
-    shape = None if detects else trained.image_shape
-    pictures = [_read(file, trained.config.model.in_channels, shape) for file in files]
+    for file in files:
+        _check(file)
     device = pick_device(gpu)
-    world, network, config = World(0, 1, device), trained.network.to(device), trained.config.dump()
-    predictions = []
-    for pixels in pictures:
-        batch = world.place(picture_batch(pixels[None], config), channels_last=False)
+    world, network = World(0, 1, device), trained.network.to(device)
+    names = _names(files, out) if out is not None and detects else []
+    answers: list[dict[str, Any]] = []
+    pictures, predictions = [], []
+    # One picture at a time: photographs are large, and a folder may hold thousands.
+    for position, file in enumerate(files):
+        pixels = _read(file, trained.config.model.in_channels, None if detects else trained.image_shape)
+        batch = world.place(picture_batch(pixels[None], trained.config.dump()), channels_last=False)
         with autocast(trained.config, device):
-            predictions += trained.task.predict(network, batch)
-    if isinstance(trained.task, Detection):
-        predictions = [prediction.at_least(score) for prediction in predictions]
-        if out is not None:
-            _draw_each(trained.task, files, pictures, predictions, out)
-    elif out is not None:
-        trained.task.draw([torch.from_numpy(pixels) for pixels in pictures], predictions, None, out)
-    return [
-        {"picture": str(file), **trained.task.answer(prediction)}
-        for file, prediction in zip(files, predictions, strict=True)
-    ]
+            (prediction,) = trained.task.predict(network, batch)
+        if isinstance(trained.task, Detection):
+            prediction = prediction.at_least(score)
+            if names:
+                _write_picture(
+                    trained.task.draw_boxes(torch.from_numpy(pixels), prediction, least=0.0), names[position]
+                )
+        elif out is not None:
+            pictures.append(torch.from_numpy(pixels))
+            predictions.append(prediction)
+        answers.append({"picture": str(file), **trained.task.answer(prediction)})
+    if pictures and out is not None:
+        trained.task.draw(pictures, predictions, None, out)
+    return answers
 
 
-def _draw_each(
-    task: Detection,
-    files: Sequence[Path],
-    pictures: Sequence[NDArray[np.uint8]],
-    predictions: Sequence[FoundBoxes],
-    folder: Path,
-) -> None:
-    """PICTURE.png for each picture; of two pictures with one name, the second is PICTURE-2.png."""
-    folder.mkdir(parents=True, exist_ok=True)
-    taken: Counter[str] = Counter()
-    for file, pixels, found in zip(files, pictures, predictions, strict=True):
-        taken[file.stem] += 1
-        name = file.stem if taken[file.stem] == 1 else f"{file.stem}-{taken[file.stem]}"
-        drawn = task.draw_boxes(torch.from_numpy(pixels), found, least=0.0)
-        partial = folder / f".{name}.partial"
-        Image.fromarray(drawn.permute(1, 2, 0).numpy()).save(partial, format="png")
-        partial.replace(folder / f"{name}.png")
+def _names(files: Sequence[Path], folder: Path) -> list[Path]:
+    """A PNG for each picture, by its name; no two are the same, and none is one of the pictures."""
+    names: list[Path] = []
+    for file in files:
+        number, path = 1, folder / f"{file.stem}.png"
+        while path in names:
+            number += 1
+            path = folder / f"{file.stem}-{number}.png"
+        names.append(path)
+    originals = {file.resolve() for file in files}
+    if lost := [path for path in names if path.resolve() in originals]:
+        raise UserError(f"--out {folder} would overwrite the picture {lost[0]}; give another folder")
+    return names
 
 
 def _picture_files(paths: Sequence[Path]) -> Iterator[Path]:
@@ -90,6 +91,22 @@ def _picture_files(paths: Sequence[Path]) -> Iterator[Path]:
             yield path
         else:
             raise UserError(f"picture {path} does not exist")
+
+
+def _write_picture(picture: torch.Tensor, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(partial, format="png")
+    partial.replace(path)
+
+
+def _check(file: Path) -> None:
+    """Reads the header only, so that all files are looked at before anything is written."""
+    try:
+        with Image.open(file):
+            pass
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"picture {file} cannot be read: {error}") from None
 
 
 def _read(file: Path, channels: int, shape: tuple[int, int, int] | None) -> NDArray[np.uint8]:

@@ -19,8 +19,9 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from spikefleet.checkpoints import read_json, write_json
 from spikefleet.config import Config, parse_config
+from spikefleet.data_access import absolute_location
 from spikefleet.errors import RunError, UserError
-from spikefleet.event_files import STOPPED, EventReader, EventWriter, new_launch
+from spikefleet.event_files import STOPPED, TAKEN_OVER, EventReader, EventWriter, new_launch
 from spikefleet.events import Outlet, Silence, WorkerFailed
 from spikefleet.ray_session import ray_session
 from spikefleet.worker import BeforeStep, NonFiniteError, Outcome, train
@@ -49,8 +50,11 @@ class Stopped:
     reason: str
     mendable: bool
     """By the user: exit code 2 instead of 1."""
+    non_finite: bool = False
 
     def error(self) -> UserError | RunError:
+        if self.non_finite:
+            return NonFiniteError(self.reason)
         return (UserError if self.mendable else RunError)(self.reason)
 
 
@@ -91,7 +95,7 @@ def train_on_ray(
     cluster = config.cluster
     with session_for(config, address, verbose):
         launch = new_launch(run_dir)
-        arguments = WorkerArguments(config.dump(), _anywhere(store.location), str(run_dir), str(launch), before_step)
+        arguments = WorkerArguments(config.dump(), absolute_location(store), str(run_dir), str(launch), before_step)
         trainer = TorchTrainer(
             _worker,
             train_loop_config={"arguments": arguments},
@@ -117,11 +121,6 @@ def train_on_ray(
     return outcome
 
 
-def _anywhere(location: str) -> str:
-    """A local path made absolute: workers have other working directories. URIs stay."""
-    return location if "://" in location else str(Path(location).absolute())
-
-
 def _worker(loop_config: dict[str, Any]) -> Outcome | Stopped:
     """The body of a Ray Train worker.
 
@@ -140,8 +139,11 @@ def _worker(loop_config: dict[str, Any]) -> Outcome | Stopped:
     outlet: Outlet = EventWriter(launch) if world.leads else Silence()
 
     def before_step(world: World, step: int) -> None:
+        # Workers of a killed driver may outlive it for a while; the next driver removes their launch when it has begun.
+        if world.leads and not launch.is_dir():
+            raise RunError(TAKEN_OVER)
         if world.leads and stopped.is_file():
-            raise Stopped(**read_json(stopped)).error()  # workers of a killed driver may outlive it for a while
+            raise Stopped(**read_json(stopped)).error()
         if arguments.before_step is not None:
             arguments.before_step(world, step)
 
@@ -149,7 +151,9 @@ def _worker(loop_config: dict[str, Any]) -> Outcome | Stopped:
         store = Store.open(arguments.store, verify=False)  # the driver has verified it
         return train(config, store, Path(arguments.run_dir), world, outlet, before_step)
     except NonFiniteError as error:
-        return Stopped(str(error), mendable=False)  # all ranks raise it together, so this ends the group by itself
+        return Stopped(
+            str(error), mendable=False, non_finite=True
+        )  # all ranks raise it together, so this ends the group by itself
     except (UserError, StoreError, RunError) as error:
         with suppress(OSError):
             stopped.parent.mkdir(parents=True, exist_ok=True)
@@ -201,14 +205,20 @@ def _followed(launch: Path, outlet: Outlet) -> Iterator[None]:
     """Hands the events of a launch to the outlet while the block runs, and what is left when it ends."""
     done = threading.Event()
     reader = EventReader(launch)
+    refused: list[Exception] = []
 
     def hand_on() -> None:
         for event in reader.new():
-            outlet.emit(event)
+            if not refused:
+                outlet.emit(event)
 
     def follow() -> None:
         while not done.wait(_POLL_S):
-            hand_on()
+            try:
+                hand_on()
+            except Exception as error:  # a search's outlet ends its trial so
+                refused.append(error)
+                write_json(launch / STOPPED, {"reason": str(error), "mendable": False})
 
     thread = threading.Thread(target=follow, name="events", daemon=True)
     thread.start()
@@ -218,3 +228,5 @@ def _followed(launch: Path, outlet: Outlet) -> Iterator[None]:
         done.set()
         thread.join()
         hand_on()
+        if refused:
+            raise refused[0]

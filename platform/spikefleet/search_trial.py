@@ -11,8 +11,10 @@ from typing import Any
 from spikefleet.checkpoints import load_checkpoint, write_json
 from spikefleet.config import Config, load_config
 from spikefleet.energy_cards import measure_energy, write_card
+from spikefleet.event_files import TakingOver
 from spikefleet.events import CheckpointSaved, EpochDone, Event
 from spikefleet.runs import Run
+from spikefleet.trained_network import best_network
 from spikefleet.worker import NonFiniteError, Outcome, train
 from spikefleet.world import World
 from spikefleet_models.build import build_model
@@ -85,7 +87,7 @@ class ReportOutlet:
         self._waiting: dict[str, float] | None = None
 
     def emit(self, event: Event) -> None:
-        if isinstance(event, EpochDone):
+        if isinstance(event, EpochDone) and any(key.startswith("val/") for key in event.metrics):
             self._waiting = {**event.metrics, "epoch": float(event.epoch)}
             if not self._hands_on:
                 self._flush(None)
@@ -110,19 +112,20 @@ def as_trial(setting: TrialSetting) -> Callable[[Overrides, str, Report], dict[s
         store = Store.open(setting.store, verify=False)  # the driver has verified it
         run = Run(setting.runs_dir / name)
         if report.start_from is not None:
-            _take_over(run, config, report.start_from)
+            _take_over(run, config, store, report.start_from)
         run.begin(config, store.manifest)
         outlet = ReportOutlet(report, setting.hands_on)
         try:
             outcome = _train(config, store, run, outlet)
         except NonFiniteError as error:
             raise TrialPruned(str(error)) from None
-        card = measure_energy(_best_network(config, outcome), config, store.split("val"))
+        network = best_network(load_checkpoint(Path(outcome.best_checkpoint)), config)
+        card = measure_energy(network, config, store.split("val"))
         write_card(card, run.path / "report")
         run.note(status="finished", validation=dict(outcome.validation), test=dict(outcome.test))
         figures = {f"val/{key}": value for key, value in outcome.validation.items()}
         figures |= {f"test/{key}": value for key, value in outcome.test.items()}
-        parameters = sum(parameter.numel() for parameter in build_model(config.model).parameters())
+        parameters = sum(parameter.numel() for parameter in network.parameters())
         return {**figures, "energy_mj": card.energy_mj, "parameters": float(parameters)}
 
     return trainable
@@ -133,25 +136,27 @@ def _train(config: Config, store: Store, run: Run, outlet: ReportOutlet) -> Outc
         return train(config, store, run.path, World.alone(config.cluster.gpu), outlet)
     from spikefleet.ray_training import train_on_ray
 
-    return train_on_ray(config, store, run.path, outlet)
+    return train_on_ray(config, store, run.path, TakingOver(run.path, outlet))
 
 
-def _take_over(run: Run, config: Config, start_from: Path) -> None:
-    """Lays another trial's checkpoint into this run, under this trial's configuration."""
+def _take_over(run: Run, config: Config, store: Store, start_from: Path) -> None:
+    """Lays another trial's checkpoint into this run, under this trial's configuration.
+
+    A trial that was only paused is given its own one, and keeps what it has.
+    """
     snapshot = load_checkpoint(start_from)
+    state, wanted = snapshot.state, config.dump()
+    step = state["epoch"] * state["steps_per_epoch"] + state["step_in_epoch"]
+    own = run.checkpoints.latest()
+    if own is not None and own == run.checkpoints.at(step) and load_checkpoint(own).config == wanted:
+        return
+    if state["epoch"] >= config.train.epochs:
+        raise TrialPruned("it was to go on from the end of another trial, which leaves nothing to train")
     run.forget_checkpoints()
     run.path.mkdir(parents=True, exist_ok=True)
-    write_json(run.path / "config.json", config.dump())
-    step = snapshot.state["epoch"] * snapshot.state["steps_per_epoch"] + snapshot.state["step_in_epoch"]
+    write_json(run.path / "config.json", wanted)
     # The best so far was another configuration's: what counts for this trial begins here.
-    run.checkpoints.save(step, snapshot.under(config.dump(), best=None))
-
-
-def _best_network(config: Config, outcome: Outcome) -> Any:
-    snapshot = load_checkpoint(Path(outcome.best_checkpoint))
-    network = build_model(config.model)
-    network.load_state_dict(dict(snapshot.tensors.get("average", snapshot.tensors["model"])))
-    return network.eval()
+    run.checkpoints.save(step, snapshot.under(wanted, best=None))
 
 
 def reportable(metric_names: Sequence[str]) -> set[str]:

@@ -6,6 +6,7 @@ predicted with and registered like one. `spikefleet_tune` runs the search and kn
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -15,8 +16,9 @@ from typing import Any
 
 from rich.console import Console
 
+from spikefleet.checkpoints import write_json
 from spikefleet.config import Config, leaves
-from spikefleet.data_access import open_data
+from spikefleet.data_access import absolute_location, open_data
 from spikefleet.errors import RunError, UserError
 from spikefleet.ray_session import quiet_ray
 from spikefleet.registration import register_run
@@ -70,18 +72,26 @@ class SearchTracker:
         self._launch, self._search, self._display = launch, search, display
         self._uri = resolve_tracking_uri(launch.runs_dir)
         self._experiment = f"search-{launch.name}"
-        self.parent = Tracker.open(launch.folder / launch.name, launch.name, self._experiment, self._uri)
-        self.parent.log_params(dict(leaves(search.dump())))
-        self.parent.set_tags({"recipe": search.recipe, "code_version": code_version(), "kind": "search"})
-        self.parent.flush(_FLUSH_S)  # trials name it as their parent
+        self._parent: Tracker | None = None
         self._trials: dict[str, Tracker] = {}
+
+    def _begun(self) -> Tracker:
+        """The search's own run; opened with the first trial, so that a refused launch changes nothing."""
+        if self._parent is None:
+            self._parent = Tracker.open(
+                self._launch.folder / self._launch.name, self._launch.name, self._experiment, self._uri
+            )
+            self._parent.log_params(dict(leaves(self._search.dump())))
+            self._parent.set_tags({"recipe": self._search.recipe, "code_version": code_version(), "kind": "search"})
+            self._parent.flush(_FLUSH_S)  # trials name it as their parent
+        return self._parent
 
     def on_trial_started(self, trial: TrialStart, counts: Counts) -> None:
         self._display.on_trial_started(trial, counts)
         tracker = self._trials.get(trial.name)
         if tracker is None:
             run_dir = self._launch.trials_dir / trial.name
-            tracker = Tracker.open(run_dir, trial.name, self._experiment, self._uri, self.parent.run_id)
+            tracker = Tracker.open(run_dir, trial.name, self._experiment, self._uri, self._begun().run_id)
             self._trials[trial.name] = tracker
         tracker.log_params(trial.overrides)
         tracker.set_tags({"trial": trial.number, "attempt": trial.attempt, "search": self._launch.name})
@@ -114,22 +124,27 @@ class SearchTracker:
         for path in sorted(report.iterdir()) if report.is_dir() else ():
             if path.is_file() and not path.name.startswith("."):
                 tracker.log_artifact(path, "report")
+        if (config := self._launch.trials_dir / record.name / "config.json").is_file():
+            tracker.log_artifact(config)
         tracker.finish("FAILED" if record.status == "failed" else "FINISHED", wait_s=_FLUSH_S)
 
     def finish(self, result: SearchResult, report: Sequence[Path]) -> None:
-        """Closes the parent run with the search's figures and report."""
+        """Closes the parent run with the search's figures and report, unless nothing was run."""
+        if self._parent is None:
+            return
         figures = {"trials": float(len(result.records)), "front": float(len(result.front))}
         if result.hypervolume_curve:
             figures["hypervolume"] = result.hypervolume_curve[-1]
-        self.parent.log_metrics(figures, step=len(result.records))
+        self._parent.log_metrics(figures, step=len(result.records))
         for path in report:
-            self.parent.log_artifact(path, "report")
-        self.parent.finish("FINISHED" if result.complete else "KILLED", wait_s=_FLUSH_S)
+            self._parent.log_artifact(path, "report")
+        self._parent.finish("FINISHED" if result.complete else "KILLED", wait_s=_FLUSH_S)
 
     def abandon(self) -> None:
         """Leaves open runs to be gone on with."""
-        for tracker in (*self._trials.values(), self.parent):
-            tracker.finish("KILLED", wait_s=3.0)
+        for tracker in (*self._trials.values(), self._parent):
+            if tracker is not None:
+                tracker.finish("KILLED", wait_s=3.0)
 
 
 def run_tracked_search(search: Search, launch: SearchLaunch, console: Console) -> SearchResult:
@@ -173,6 +188,11 @@ def report_of(result: SearchResult) -> Path:
 
 def _setting(search: Search, launch: SearchLaunch, console: Console) -> tuple[TrialSetting, Config, Store]:
     resources = search.resources
+    if resources.workers > 1 and resources.gpus_per_worker not in (0, 1):
+        raise UserError(
+            f"resources.gpus_per_worker={resources.gpus_per_worker:g}: of several workers each has a GPU of its own "
+            "or none; a fraction is for trials with one worker"
+        )
     setting = TrialSetting(
         recipe=search.recipe,
         store="",
@@ -184,7 +204,7 @@ def _setting(search: Search, launch: SearchLaunch, console: Console) -> tuple[Tr
     )
     config = setting.config(search.overrides)
     store = open_data(config.data, launch.stores_dir, console)
-    return replace(setting, store=str(Path(store.location).absolute())), config, store
+    return replace(setting, store=absolute_location(store)), config, store
 
 
 def _session(search: Search, launch: SearchLaunch) -> Any:
@@ -223,13 +243,16 @@ def _known_points(search: Search, launch: SearchLaunch) -> list[KnownPoint]:
 def confirm_front(result: SearchResult, seeds: int, launch: SearchLaunch, console: Console) -> list[dict[str, Any]]:
     """Trains each member of the front with other seeds; mean and standard deviation of each objective.
 
-    The trainings are a search of their own, `NAME-confirm`, with its trials and its resumption.
+    The trainings are a search of their own, `NAME-confirm-...`, named by the members and seeds, with its resumption.
     """
     members = result.front
     if not members:
         raise RunError(f"search {result.name} has no trial with figures, so there is nothing to confirm")
-    first = result.search.seed
-    points = [{**record.overrides, "train.seed": first + 1 + seed} for record in members for seed in range(seeds)]
+    setting, _, _ = _setting(result.search, launch, console)
+    points = []
+    for record in members:
+        own = setting.config(record.overrides).train.seed
+        points += [{**record.overrides, "train.seed": own + 1 + seed} for seed in range(seeds)]
     tree = {
         "recipe": result.search.recipe,
         "points": points,
@@ -237,15 +260,13 @@ def confirm_front(result: SearchResult, seeds: int, launch: SearchLaunch, consol
         "objectives": dict(result.search.objectives),
         "resources": result.search.resources.model_dump(mode="json"),
     }
-    again = run_tracked_search(
-        search_of(tree), replace(launch, name=f"{launch.name}-confirm", extend=0, warm_start=None), console
-    )
+    digest = hashlib.sha256(json.dumps(points, sort_keys=True).encode()).hexdigest()[:8]
+    name = f"{launch.name}-confirm-{digest}"
+    again = run_tracked_search(search_of(tree), replace(launch, name=name, extend=0, warm_start=None), console)
     rows = []
     for record in members:
-        wanted = {**record.overrides}
-        runs = [
-            one for one in again.comparable if {**one.overrides, "train.seed": None} == {**wanted, "train.seed": None}
-        ]
+        wanted = {**record.overrides, "train.seed": None}
+        runs = [one for one in again.comparable if {**one.overrides, "train.seed": None} == wanted]
         row: dict[str, Any] = {"trial": record.name, "seeds": len(runs)}
         for name in result.search.objectives:
             values = [one.figures[name] for one in runs]
@@ -255,7 +276,12 @@ def confirm_front(result: SearchResult, seeds: int, launch: SearchLaunch, consol
                 "search": record.figures[name],
             }
         rows.append(row)
-    (report_of(result) / "confirmation.json").write_text(json.dumps(rows, indent=2) + "\n")
+    path = report_of(result) / "confirmation.json"
+    write_json(path, rows)
+    uri = resolve_tracking_uri(launch.runs_dir)
+    tracker = Tracker.open(launch.folder / launch.name, launch.name, f"search-{launch.name}", uri)
+    tracker.log_artifact(path, "report")
+    tracker.finish("FINISHED" if result.complete else "KILLED", wait_s=_FLUSH_S)
     return rows
 
 

@@ -42,6 +42,8 @@ class SpikeCheck:
     flips: tuple[FlipCount, ...] = ()
     figures: dict[str, dict[str, float]] | None = None
     """The task's figures of the integer and of the binary form in fp32, over the same pictures."""
+    remark: str | None = None
+    """Why flips or figures are missing beside a proof."""
 
     @property
     def verdict(self) -> str:
@@ -55,7 +57,8 @@ class SpikeCheck:
         """What refuted it, in words."""
         if self.proof is None or self.proof.passed:
             return self.refusal
-        return self.proof.failure or f"it differs in {', '.join((*self.proof.unequal, 'its outputs'))}"
+        outputs = () if self.proof.outputs_equal else ("its outputs",)
+        return self.proof.failure or f"it differs in {', '.join((*self.proof.unequal, *outputs))}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -65,6 +68,7 @@ class SpikeCheck:
             "proof": None if self.proof is None else self.proof.to_dict(),
             "flips": [count.to_dict() for count in self.flips],
             "figures": self.figures,
+            "remark": self.remark,
         }
 
     def write(self, path: Path) -> None:
@@ -98,9 +102,12 @@ def check_spikes(
         proof = check_equivalence(deployed, images)
     except ValueError as error:
         return SpikeCheck(None, str(error))
-    flips = tuple(count_flips(deployed, images, dtype) for dtype in _FLIP_TYPES)
-    forms = {"integer": deployed, "binary": spike_driven(deployed)}
-    figures = _figures(forms, task, config, loader, measured) if measured else None
+    try:
+        flips = tuple(count_flips(deployed, images, dtype) for dtype in _FLIP_TYPES)
+        forms = {"integer": deployed, "binary": spike_driven(deployed)}
+        figures = _figures(forms, task, config, loader, measured) if measured else None
+    except ValueError as error:
+        return SpikeCheck(proof, None, remark=str(error))
     return SpikeCheck(proof, None, flips, figures)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
-from spikefleet.checkpoints import load_checkpoint, read_json
+from spikefleet.checkpoints import Snapshot, load_checkpoint, read_json
 from spikefleet.config import Config, parse_config
 from spikefleet.data_access import open_data
 from spikefleet.errors import UserError
@@ -79,9 +79,14 @@ def _from_package(reference: str, folder: Path) -> TrainedNetwork:
 def _from_checkpoint(reference: str, checkpoint: Path, run: Run) -> TrainedNetwork:
     snapshot = load_checkpoint(checkpoint)
     config = parse_config(snapshot.config, origin=str(checkpoint))
+    return _with_facts(reference, best_network(snapshot, config), config, read_json(run.path / DATA_FACTS))
+
+
+def best_network(snapshot: Snapshot, config: Config) -> nn.Module:
+    """The network of a checkpoint in evaluation mode: the average of its weights where there is one."""
     network = build_model(config.model)
     network.load_state_dict(dict(snapshot.tensors.get("average", snapshot.tensors["model"])))
-    return _with_facts(reference, network.eval(), config, read_json(run.path / DATA_FACTS))
+    return network.eval()
 
 
 def _with_facts(reference: str, network: nn.Module, config: Config, facts: dict[str, Any]) -> TrainedNetwork:

@@ -2,6 +2,7 @@
 
 Data-parallel back-propagation through time: each worker runs all T steps on its slice of the global batch, DDP averages
 the gradients. The mean over the global batch is exact whatever the number of workers and however uneven the last batch.
+(A detector's loss has divisors of its own, which are those of one worker's part of the batch, as in its paper's code.)
 """
 
 from __future__ import annotations
@@ -138,6 +139,7 @@ def prepare_parts(config: Config, store: Store, world: World) -> tuple[Task, Spl
     if store.manifest.task != config.task:
         raise UserError(f"the data at {store.location} are for {store.manifest.task}, and the task is {config.task}")
     task = build_task(config, store.manifest.class_names, store.manifest.category_ids or ())
+    _refuse_splits_without_objects(store)
     shape = store.manifest.image_shape
     channels = shape[0] if shape else 3
     if config.model.in_channels != channels:
@@ -155,6 +157,14 @@ def prepare_parts(config: Config, store: Store, world: World) -> tuple[Task, Spl
     except ValueError as error:
         raise UserError(f"the configuration does not suit the data: {error}") from error
     return task, splits, plan
+
+
+def _refuse_splits_without_objects(store: Store) -> None:
+    """They could not be measured, which else would be found out after the first epoch."""
+    boxes = store.manifest.audit.boxes or {}
+    for name in ("val", "test"):
+        if name in boxes and not sum(boxes[name].objects_per_class):
+            raise UserError(f"split {name!r} of {store.location} has no object, so nothing can be measured on it")
 
 
 def _set_arithmetic(config: Config) -> None:
@@ -220,10 +230,10 @@ def _settle_gradient_exchange(state: TrainingState, task: Task, store: Store, pl
 
 
 def _first_batch(config: Config, store: Store, plan: EpochPlan) -> Batch:
-    """By a loader of its own, so that those of the training start at their place."""
+    """Its first part, by a loader of its own, so that those of the training start at their place."""
     transform, seed, epochs = config.data.transform, config.train.seed, config.train.epochs
     loader = BatchLoader(store.split("train"), transform, train=True, seed=seed, epochs=epochs)
-    return next(loader.epoch(plan, epoch=0))
+    return next(_micro_batches(next(loader.epoch(plan, epoch=0)), config.train.accumulate))
 
 
 def _draw_first_batch(config: Config, task: Task, store: Store, plan: EpochPlan, path: Path) -> None:
@@ -354,6 +364,11 @@ def _finish_epoch(state: TrainingState, task: Task, splits: Splits, folder: Chec
     if last or _due(config.train.evaluate_every, state.epoch + 1):
         evaluation = _evaluate(state, task, splits.val)
         measured = state.world.from_leader(evaluation and task.metrics(evaluation.predictions, evaluation.targets))
+        if config.checkpoint.metric not in measured:
+            raise UserError(
+                f"checkpoint.metric={config.checkpoint.metric} cannot be measured: nothing in the validation split is "
+                f"of its kind; choose one of {', '.join(measured)}"
+            )
         row |= {f"val/{name}": value for name, value in measured.items()}
     if evaluation is not None:
         row |= {f"spikes/{name}": value for name, value in evaluation.health.items()}

@@ -170,6 +170,12 @@ def test_prediction_draws_boxes_on_each_picture(desk: Desk, tmp_path: Path) -> N
     assert (boxes.max(axis=0) <= [100, 64, 100, 64]).all()
     assert {path.name for path in out.iterdir()} == {"0.png", "1.png"}
     assert desk.run("predict", NETWORK, str(photos), "--out", str(photos / "0.png"), code=2).endswith("give a folder")
+    before = {path.name: path.read_bytes() for path in photos.iterdir()}
+    assert "would overwrite the picture" in desk.run("predict", NETWORK, str(photos), "--out", str(photos), code=2)
+    (photos / "torn.png").write_bytes(before["0.png"][:20])
+    fresh = tmp_path / "fresh"
+    assert "torn.png cannot be read" in desk.run("predict", NETWORK, str(photos), "--out", str(fresh), code=2)
+    assert not fresh.exists()
 
 
 def test_mlflow_loads_a_detector_by_its_uri(desk: Desk) -> None:
@@ -199,6 +205,9 @@ def test_what_does_not_go_together_is_refused_before_anything_is_written(desk: D
     )
     assert "checkpoint.metric='top1' is not measured by this task" in refuse(
         "scenes_spike_yolo", "checkpoint.metric=top1", f"data.store={scenes}"
+    )
+    assert "no multiple of the network's coarsest stride 16" in refuse(
+        "scenes_spike_yolo", "data.transform.divisor=4", "data.transform.size=100"
     )
     assert "model.neuron.bound=0" in refuse("scenes_spike_yolo", "model.neuron.bound=0")
     assert "data.root" in refuse("coco_spike_yolo_s") or "prepare" in refuse("coco_spike_yolo_s")

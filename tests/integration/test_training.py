@@ -120,6 +120,7 @@ class StopTrainingError(Exception):
         ["train.precision=fp16"],
         ["train.accumulate=2", "train.ema_decay=0.9"],
         ["data.loader_processes=2"],
+        ["shortcut.where=block", "shortcut.combine=convex", "shortcut.schedule=cosine", "train.ema_decay=0.9"],
     ],
 )
 def test_resumption_is_exact(settings: list[str], store: Store, tmp_path: Path) -> None:
@@ -176,6 +177,24 @@ def test_gradient_that_is_not_finite_names_its_parameter(
     monkeypatch.setattr(Classification, "loss", broken)
     with pytest.raises(NonFiniteError, match=r"gradient is not finite at step 3 \(epoch 1\): classifier.bias;"):
         run(load_config("digits", SMALL), store, tmp_path)
+
+
+def test_side_branches_exist_in_training_only(store: Store, tmp_path: Path) -> None:
+    plain, branched = (
+        load_config("digits", [*SMALL, *extra]) for extra in ([], ["shortcut.where=stage", "shortcut.lambda0=0.5"])
+    )
+    _, without = run(plain, store, tmp_path / "plain")
+    _, steps = run(branched, store, tmp_path / "branched")
+    balances = [row["balance_coefficient"] for row in steps.rows]
+    assert balances[0] == 0.5
+    assert balances == sorted(balances, reverse=True)
+    assert 0 < balances[-1] < 0.05
+    assert "balance_coefficient" not in without.rows[0]
+    ends = [end(tmp_path / name) for name in ("plain", "branched")]
+    assert ends[0].tensors["model"].keys() == ends[1].tensors["model"].keys()
+    assert "branches" not in ends[0].tensors
+    assert ends[1].tensors["branches"].keys() == {f"{k}.{part}" for k in (0, 1) for part in ("weight", "bias")}
+    assert steps.rows[0]["train/loss"] != without.rows[0]["train/loss"]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

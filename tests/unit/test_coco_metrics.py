@@ -112,6 +112,14 @@ def test_perfect_boxes_are_perfect_and_shifted_ones_are_not() -> None:
     assert 0 < shifted["map50_95"] < shifted["map50"] < 1
 
 
+def test_an_annotation_with_the_id_0_counts() -> None:
+    """pycocotools takes 0 for "not matched", and COCO's format allows it."""
+    truth = annotations(0, [[10, 10, 50, 50], [100, 100, 20, 60]], [0, 1], [False, False])
+    truths = [truth._replace(ids=truth.ids - truth.ids[0])]
+    entries = results([found([[10, 10, 60, 60], [100, 100, 120, 160]], [0.9, 0.8], [0, 1])], truths, IDS)
+    assert evaluate_boxes(ground_truth(truths, NAMES, IDS), entries).twelve["map50_95"] == pytest.approx(1.0)
+
+
 def test_no_detections_are_zeros_and_no_objects_of_a_class_is_no_figure(task: Detection) -> None:
     _, truths = random_case(1)
     nothing = [found([], [], []) for _ in truths]

@@ -43,7 +43,7 @@ class ScenesOptions(SourceOptions):
 
     size: int = Field(default=96, ge=64, le=1024, description="side of a scene in pixels")
     objects: int = Field(default=5, ge=1, le=20, description="most digits in a scene")
-    train: int = Field(default=2000, ge=1, le=1_000_000, description="number of training scenes")
+    train: int = Field(default=4000, ge=1, le=1_000_000, description="number of training scenes")
     val: int = Field(default=300, ge=1, le=1_000_000, description="number of scenes for validation")
     test: int = Field(default=300, ge=1, le=1_000_000, description="number of scenes for the test")
 

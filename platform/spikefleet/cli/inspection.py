@@ -64,6 +64,8 @@ def spike_check(
         for name, integer in check.figures["integer"].items():
             binary = check.figures["binary"][name]
             console.print(f"{name}: integer {integer:.4%}, binary {binary:.4%} (fp32)", highlight=False)
+    if check.remark is not None:
+        console.print(f"flips and figures are missing: {check.remark}", highlight=False)
     console.print(f"proof: {out}", highlight=False, soft_wrap=True)
     if check.verdict == "refuted":
         raise RunError(f"{network}: the binary form is not equal to the network: {check.why}")

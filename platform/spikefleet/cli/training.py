@@ -22,7 +22,7 @@ Recipe = Annotated[str, typer.Argument(help="Name of a recipe (`spikefleet recip
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Dotted overrides, for example model.timesteps=2 optim.lr=0.05.")
 ]
-_SHOWN_CLASSES = 30
+_SHOWN_CLASSES = 100
 
 
 @app.command()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,7 +62,9 @@ def tune(
             console.print(_confirmation(rows, list(result.search.objectives)))
     except KeyboardInterrupt:
         stderr.print(
-            f"interrupted; `spikefleet tune {search} --name {launch.name}` goes on with this search", highlight=False
+            f"interrupted; the same command goes on: spikefleet {shlex.join(sys.argv[1:])}",
+            highlight=False,
+            markup=False,
         )
         raise
     console.print(f"report: {report_of(result)}", highlight=False, soft_wrap=True)

@@ -98,22 +98,24 @@ class Detection:
         targets: Sequence[Annotations] | None,
         path: Path,
     ) -> None:
-        """Pictures with the boxes found (score at least 0.3) in colour, and the annotated ones thin and white."""
+        """Pictures with the boxes that were found (score at least 0.3), each to the right of the annotated one."""
         drawn = []
         for position, (image, found) in enumerate(zip(images, predictions, strict=True)):
-            truth = torch.tensor(targets[position].boxes).float() if targets is not None else torch.empty(0, 4)
-            corners = torch.cat([truth[:, :2], truth[:, :2] + truth[:, 2:]], dim=1)
-            drawn.append(self.draw_boxes(image, found, corners))
+            if targets is not None:
+                truth = targets[position]
+                boxes = torch.tensor(truth.boxes).float()
+                corners = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)
+                names = [self.class_names[label] for label in truth.labels]
+                drawn.append(plots.boxes_on_picture(image, corners, truth.labels.tolist(), names))
+            drawn.append(self.draw_boxes(image, found))
         plots.picture_sheet(drawn, path)
 
-    def draw_boxes(
-        self, image: torch.Tensor, found: FoundBoxes, truth: torch.Tensor | None = None, least: float = SHOWN_SCORE
-    ) -> torch.Tensor:
+    def draw_boxes(self, image: torch.Tensor, found: FoundBoxes, least: float = SHOWN_SCORE) -> torch.Tensor:
         """One picture `[C, H, W]` (uint8) with boxes of score `least` and above drawn on it, uint8 `[3, H', W']`."""
         shown = found.at_least(least)
         labels = shown.labels.tolist()
         captions = [f"{self.class_names[k]} {score:.2f}" for k, score in zip(labels, shown.scores, strict=True)]
-        return plots.boxes_on_picture(image, torch.as_tensor(shown.boxes).float(), labels, captions, truth)
+        return plots.boxes_on_picture(image, torch.as_tensor(shown.boxes).float(), labels, captions)
 
     def draw_batch(self, images: Sequence[torch.Tensor], targets: Sequence[Target], path: Path) -> None:
         """Pictures of a training batch with the boxes that the loss sees."""
