@@ -112,7 +112,7 @@ def as_trial(setting: TrialSetting) -> Callable[[Overrides, str, Report], dict[s
         store = Store.open(setting.store, verify=False)  # the driver has verified it
         run = Run(setting.runs_dir / name)
         if report.start_from is not None:
-            _take_over(run, config, store, report.start_from)
+            _take_over(run, config, report.start_from)
         run.begin(config, store.manifest)
         outlet = ReportOutlet(report, setting.hands_on)
         try:
@@ -139,7 +139,7 @@ def _train(config: Config, store: Store, run: Run, outlet: ReportOutlet) -> Outc
     return train_on_ray(config, store, run.path, TakingOver(run.path, outlet))
 
 
-def _take_over(run: Run, config: Config, store: Store, start_from: Path) -> None:
+def _take_over(run: Run, config: Config, start_from: Path) -> None:
     """Lays another trial's checkpoint into this run, under this trial's configuration.
 
     A trial that was only paused is given its own one, and keeps what it has.

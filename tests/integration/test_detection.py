@@ -33,7 +33,7 @@ QUICK = [
     "data.transform.close_mosaic_epochs=1",
     "checkpoint.every_steps=2",
 ]
-RETINA = ["train.epochs=2", "data.transform.size=64", "data.transform.longest=64", "checkpoint.every_steps=2"]
+RETINA = ["train.epochs=2", "data.transform.size=64", "checkpoint.every_steps=2"]
 
 
 @pytest.fixture(scope="module")

@@ -29,11 +29,11 @@ _EMPTY = 0.05
 _LEAST_SIDE, _LARGEST_SIDE = 12, 48
 _ATTEMPTS = 8
 # An object may cover, or be covered by, so much of the smaller of two boxes.
-_OVERLAP = 0.25
+_OVERLAP = 0.2
 # Strokes fade at their rims; a box is drawn around what is at least so opaque.
 _VISIBLE = 0.3
 _NUMBERS_PER_OBJECT = 8 + 2 * _ATTEMPTS
-_FRAGMENTS = 5
+_FRAGMENTS = 3
 _FRAGMENT_SIDES = (6, 16)
 _NUMBERS_PER_FRAGMENT = 10
 

@@ -1,0 +1,99 @@
+"""What a search may change in a training, and how a trial goes on from another one's checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from spikefleet.checkpoints import load_checkpoint
+from spikefleet.events import Silence
+from spikefleet.runs import Run
+from spikefleet.search_trial import TrialSetting, _take_over, mutable_keys, refusal_of, reportable
+from spikefleet.worker import train
+from spikefleet.world import World
+from spikefleet_pipelines.store import Store
+from spikefleet_tune.trials import TrialPruned
+
+SMALL = {"model.width": 0.125, "model.stages": [1], "train.epochs": 2, "train.global_batch": 512}
+
+
+@pytest.fixture
+def setting(stores_dir: Path, tmp_path: Path) -> TrialSetting:
+    return TrialSetting("digits", str(stores_dir / "digits"), tmp_path / "trials", hands_on=True)
+
+
+def test_a_trial_with_one_worker_needs_no_group(setting: TrialSetting) -> None:
+    config = setting.config(SMALL)
+    assert config.cluster.workers == 0
+    assert config.checkpoint.every_epochs == 1
+    assert config.model.width == 0.125
+
+
+def test_time_steps_change_only_where_no_weight_depends_on_them(setting: TrialSetting) -> None:
+    by_rate = mutable_keys(setting, SMALL, ["model.timesteps", "optim.lr"])
+    assert by_rate("model.timesteps")
+    assert by_rate("optim.lr")
+    assert by_rate("shortcut.lambda0")
+    assert not by_rate("model.width")
+    by_attention = mutable_keys(setting, {**SMALL, "model.decoder": "asd", "model.asd_channel_reduction": 4}, [])
+    assert not by_attention("model.timesteps")
+    assert by_attention("optim.lr")
+    either = mutable_keys(setting, SMALL, ["model.timesteps", "model.decoder"])
+    assert not either("model.timesteps")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        ({"model.timesteps": 0}, "model.timesteps=0"),
+        ({"model.neuron.bound": 2}, "does not use bound=2"),
+        ({"data.seed": 3}, "share one store"),
+        ({"cluster.workers": 2}, "set by the search's resources"),
+        ({"optim.lrr": 2}, "optim.lr"),
+    ],
+)
+def test_what_no_training_accepts_is_refused_by_name(
+    overrides: dict[str, object], part: str, setting: TrialSetting
+) -> None:
+    complaint = refusal_of(setting)(overrides)
+    assert complaint is not None
+    assert part in complaint
+    assert refusal_of(setting)({"data.transform.crop_padding": 0}) is None
+
+
+def test_a_search_pursues_no_test_figure() -> None:
+    assert reportable(("top1", "top5")) == {"val/top1", "val/top5", "energy_mj", "parameters"}
+
+
+def test_a_take_over_brings_weights_but_not_the_best_of_another_configuration(
+    setting: TrialSetting, stores_dir: Path
+) -> None:
+    store = Store.open(stores_dir / "digits", verify=False)
+    donor, taker = Run(setting.runs_dir / "donor"), Run(setting.runs_dir / "taker")
+    config = setting.config(SMALL)
+    donor.begin(config, store.manifest)
+    train(config, store, donor.path, World.alone(), Silence())
+    middle, end = donor.checkpoints.committed()
+    changed = setting.config({**SMALL, "optim.lr": 0.01})
+    _take_over(taker, changed, middle)
+    taken = load_checkpoint(taker.checkpoints.latest())  # type: ignore[arg-type]
+    assert taken.state["best"] is None
+    assert taken.config == changed.dump()
+    assert taken.tensors["model"].keys() == load_checkpoint(middle).tensors["model"].keys()
+    outcome = train(changed, store, taker.path, World.alone(), Silence())
+    assert outcome.steps == load_checkpoint(end).state["epoch"] * load_checkpoint(end).state["steps_per_epoch"]
+    with pytest.raises(TrialPruned, match="nothing to train"):
+        _take_over(taker, setting.config({**SMALL, "optim.lr": 0.02}), end)
+
+
+def test_a_trial_that_was_only_paused_keeps_its_best(setting: TrialSetting, stores_dir: Path) -> None:
+    store = Store.open(stores_dir / "digits", verify=False)
+    run, config = Run(setting.runs_dir / "paused"), setting.config(SMALL)
+    run.begin(config, store.manifest)
+    train(config, store, run.path, World.alone(), Silence())
+    latest = run.checkpoints.latest()
+    assert latest is not None
+    _take_over(run, config, latest)
+    assert load_checkpoint(latest).state["best"] is not None
+    assert len(run.checkpoints.committed()) == 2
