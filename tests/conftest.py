@@ -6,6 +6,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+# Before torch is imported: processes that share two cores lose more by waiting for each other's threads than they gain.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 
 from spikefleet.ray_session import quiet_ray
