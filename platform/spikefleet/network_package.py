@@ -142,7 +142,7 @@ def model_config(config: Mapping[str, Any], where: str) -> "ModelConfig":
         parsed: ModelConfig = TypeAdapter(ModelConfig).validate_python(config["model"])
     except ValidationError as error:
         first = error.errors()[0]
-        path = ".".join(map(str, ("model", *first["loc"][1:])))  # the first part is the family, which tells unions apart
+        path = ".".join(map(str, ("model", *first["loc"][1:])))  # without the family, which tells unions apart
         raise UserError(f"{where}: {path}: {first['msg']} (written by another version?)") from None
     return parsed
 
