@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from spikefleet.tracking import quiet_mlflow
 
 quiet_ray()
 quiet_mlflow()
-os.environ.pop("MLFLOW_TRACKING_URI", None)
-os.environ.pop("RAY_ADDRESS", None)
+for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "RAY_ADDRESS"):
+    os.environ.pop(name, None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -31,9 +32,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_tracking_server_of_another_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    """MLflow writes the last URI that it was given into the environment, where a test's subprocesses would find it."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+def mlflow_forgets() -> Iterator[None]:
+    """MLflow keeps the last URIs it was given, also in the environment: no test hands them to the next."""
+    yield
+    if mlflow := sys.modules.get("mlflow"):
+        mlflow.set_tracking_uri(None)
+        mlflow.set_registry_uri("")
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    os.environ.pop("MLFLOW_REGISTRY_URI", None)
 
 
 @pytest.fixture(scope="session")

@@ -183,7 +183,6 @@ def test_mlflow_loads_a_detector_by_its_uri(desk: Desk) -> None:
 
     uri = f"sqlite:///{desk.folder / 'runs' / 'mlflow.db'}"
     mlflow.set_tracking_uri(uri)
-    mlflow.set_registry_uri(uri)
     model = mlflow.pyfunc.load_model(NETWORK)
     images = Store.open(desk.scenes).split("test").gather(np.arange(2))
     found = model.predict(images)
