@@ -340,15 +340,20 @@ def _overlay(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def parse_override(override: str) -> tuple[str, Any]:
+    """Dotted key and value of `section.key=value`. Raises UserError when it has another form."""
     path, equals, text = override.partition("=")
-    keys = path.strip().split(".")
-    if not equals or not all(keys):
+    if not equals or not all(path.strip().split(".")):
         raise UserError(f"override {override!r} is not of the form section.key=value, for example optim.lr=0.05")
     try:
-        value = _parse_yaml(text)
+        return path.strip(), _parse_yaml(text)
     except yaml.YAMLError:
         raise UserError(f"override {override!r}: the value {text!r} is not valid YAML") from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    path, value = parse_override(override)
+    keys = path.split(".")
     node: Any = tree
     for key in keys[:-1]:
         node = node.setdefault(key, {})

@@ -140,6 +140,30 @@ def energy_bars(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> No
     _save(figure, path)
 
 
+def paper_and_ours(
+    panels: Mapping[str, Sequence[tuple[str, float | None, float | None, float | None]]], title: str, path: Path
+) -> None:
+    """A panel for each kind of figure: rows (name, the paper's, our mean, our standard deviation) as points."""
+    rows = max(len(points) for points in panels.values())
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(4.6 * len(panels) + 1.5, 1.6 + 0.34 * rows), layout="constrained", squeeze=False
+    )
+    for axis, (label, points) in zip(axes.flat, panels.items(), strict=True):
+        for place, (_, paper, mean, deviation) in enumerate(points):
+            if paper is not None:
+                axis.plot(paper, place, "D", color="#6c757d")
+            axis.errorbar(mean, place, xerr=deviation, fmt="o", color="#2a9d8f", capsize=3)
+        axis.plot([], [], "D", color="#6c757d", label="paper")
+        axis.errorbar([], [], fmt="o", color="#2a9d8f", label="ours: mean, standard deviation")
+        axis.set_yticks(range(len(points)), [name for name, *_ in points], fontsize=8)
+        axis.invert_yaxis()
+        axis.set(xlabel=label)
+        axis.grid(axis="x", alpha=0.3)
+        axis.legend(fontsize=7)
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
 def _save(figure: Figure, path: Path) -> None:
     """Writes a PNG under a temporary name and moves it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)

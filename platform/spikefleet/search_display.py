@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from spikefleet_tune.journal import TrialRecord
 from spikefleet_tune.ledger import Counts, TrialStart
@@ -22,9 +22,8 @@ class SearchDisplay:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn(
-                "{task.completed:.0f}/{task.total:.0f} trials" if search.budget.trials else "{task.completed:.0f}"
-            ),
+            MofNCompleteColumn(),
+            TextColumn("trials"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )

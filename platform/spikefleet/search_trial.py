@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from spikefleet.event_files import TakingOver
 from spikefleet.events import CheckpointSaved, EpochDone, Event
 from spikefleet.runs import Run
 from spikefleet.trained_network import best_network
+from spikefleet.versions import code_version
 from spikefleet.worker import NonFiniteError, Outcome, train
 from spikefleet.world import World
 from spikefleet_models.build import build_model
@@ -46,6 +47,8 @@ class TrialSetting:
     gpu: bool = False
     hands_on: bool = False
     """Trials take over one another's checkpoints (pbt)."""
+    data: tuple[str, ...] = ()
+    """Overrides that say where the data lie and how they are loaded."""
 
     def config(self, overrides: Overrides) -> Config:
         """The configuration of a trial. Raises UserError naming what is wrong."""
@@ -53,6 +56,7 @@ class TrialSetting:
         return load_config(
             self.recipe,
             [
+                *self.data,
                 *(f"{key}={json.dumps(value)}" for key, value in overrides.items()),
                 f"cluster.workers={0 if in_process else self.workers}",
                 f"cluster.cpus_per_worker={self.cpus_per_worker:g}",
@@ -122,7 +126,12 @@ def as_trial(setting: TrialSetting) -> Callable[[Overrides, str, Report], dict[s
         network = best_network(load_checkpoint(Path(outcome.best_checkpoint)), config)
         card = measure_energy(network, config, store.split("val"))
         write_card(card, run.path / "report")
-        run.note(status="finished", validation=dict(outcome.validation), test=dict(outcome.test))
+        run.note(
+            status="finished",
+            validation=dict(outcome.validation),
+            test=dict(outcome.test),
+            code_version=code_version(),
+        )
         figures = {f"val/{key}": value for key, value in outcome.validation.items()}
         figures |= {f"test/{key}": value for key, value in outcome.test.items()}
         parameters = sum(parameter.numel() for parameter in network.parameters())
@@ -164,13 +173,13 @@ def reportable(metric_names: Sequence[str]) -> set[str]:
     return {*(f"val/{name}" for name in metric_names), "energy_mj", "parameters"}
 
 
-def refusal_of(setting: TrialSetting) -> Callable[[Mapping[str, Any]], str | None]:
-    """What is wrong with the overrides of a trial, or None."""
+def refusal_of(setting: TrialSetting, fixed: Collection[str] = ()) -> Callable[[Mapping[str, Any]], str | None]:
+    """What is wrong with the overrides of a trial, or None; `fixed` are keys that have the same value in all trials."""
     from spikefleet.errors import UserError
 
     def complaint(overrides: Mapping[str, Any]) -> str | None:
         for key in overrides:
-            if key.startswith("data.") and not key.startswith("data.transform."):
+            if key.startswith("data.") and not key.startswith("data.transform.") and key not in fixed:
                 return f"{key} would need other data; all trials of a search share one store"
             if key.startswith("cluster."):
                 return f"{key} is set by the search's resources"

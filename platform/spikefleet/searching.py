@@ -54,6 +54,8 @@ class SearchLaunch:
     extend: int = 0
     warm_start: str | None = None
     retry_failed: bool = False
+    data: tuple[str, ...] = ()
+    """Overrides that say where the data lie and how they are loaded, such as data.root=/data/cifar."""
 
     @property
     def folder(self) -> Path:
@@ -156,7 +158,7 @@ def run_tracked_search(search: Search, launch: SearchLaunch, console: Console) -
     setting, config, store = _setting(search, launch, console)
     task = build_task(config, store.manifest.class_names, store.manifest.category_ids or ())
     try:
-        check_search(search, refusal_of(setting), reportable(task.metric_names))
+        check_search(search, refusal_of(setting, search.overrides), reportable(task.metric_names))
         known = _known_points(search, launch)
         with _session(search, launch), SearchDisplay(console, search) as display:
             tracker = SearchTracker(launch, search, display)
@@ -181,6 +183,16 @@ def run_tracked_search(search: Search, launch: SearchLaunch, console: Console) -
     return result
 
 
+def read_tracked_search(launch: SearchLaunch) -> SearchResult | None:
+    """What the search of this name has found, without running it; None when there is none. Raises UserError."""
+    if not (launch.folder / launch.name).is_dir():
+        return None
+    try:
+        return read_search_result(launch.folder, launch.name)
+    except SearchError as error:
+        raise UserError(str(error)) from None
+
+
 def report_of(result: SearchResult) -> Path:
     """Where the report of a search lies."""
     return result.folder / "report"
@@ -201,6 +213,7 @@ def _setting(search: Search, launch: SearchLaunch, console: Console) -> tuple[Tr
         cpus_per_worker=resources.cpus_per_worker,
         gpu=resources.gpus_per_worker > 0,
         hands_on=search.scheduler.kind == "pbt",
+        data=launch.data,
     )
     config = setting.config(search.overrides)
     store = open_data(config.data, launch.stores_dir, console)

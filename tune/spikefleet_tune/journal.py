@@ -149,7 +149,7 @@ class SearchFolder:
     def begin(self, search: Search) -> None:
         """Writes the search down, or raises SearchError when another one was begun under this name.
 
-        Budget and resources may differ from launch to launch.
+        Budget and resources may differ from launch to launch, and so may the points of a list: what was tried stays.
         """
         if self.exists:
             held, wanted = _identity(self.read_search()), _identity(search)
@@ -245,7 +245,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def _identity(search: Search) -> dict[str, Any]:
-    return {key: value for key, value in search.dump().items() if key not in ("budget", "resources")}
+    free = {"budget", "resources"} | ({"points"} if search.sampler.kind == "listed" else set())
+    return {key: value for key, value in search.dump().items() if key not in free}
 
 
 def _take(past: Past, line: dict[str, Any]) -> None:

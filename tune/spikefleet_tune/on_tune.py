@@ -47,10 +47,16 @@ class TrialSource(SearchAlgorithm):
         self._again = [(number, past.started[number]) for number in past.unfinished]
         self._next = max(past.started, default=-1) + 1
         self._total = total_trials(search, past)
-        ledger.total = self._total
+        ledger.total = self._foreseen(past)
         self._capacity, self._capacity_since = 0, -_CAPACITY_EVERY
         self._spec: dict[str, Any] = {}
         self.interrupted = False
+
+    def _foreseen(self, past: Past) -> int | None:
+        """Trials that there will have been, if that is known."""
+        left = self._sampler.left
+        listed = None if left is None else len(past.started) + left
+        return min((number for number in (self._total, listed) if number is not None), default=None)
 
     @property
     def left(self) -> int | None:

@@ -95,6 +95,14 @@ class PointSampler:
             return False
         return self._listed is not None and all(signature(point) in self._tried for point in self._listed)
 
+    @property
+    def left(self) -> int | None:
+        """Points still to propose of a grid or a list; None for samplers that choose."""
+        if self._config.kind not in ("grid", "listed"):
+            return None
+        every = {signature(point) for point in (*self._queue, *(self._listed or ()))}
+        return len(every - self._tried)
+
     # ------------------------------------------------------------------------------------------ proposals
 
     def _suggested(self, number: int) -> Proposal:

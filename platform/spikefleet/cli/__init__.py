@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spikefleet.cli import inspection, tuning
+from spikefleet.cli import inspection, reproduction, tuning
 from spikefleet.cli.app import app
 from spikefleet.cli.data import data_app
 from spikefleet.cli.registry import registry_app
@@ -15,7 +15,7 @@ app.add_typer(registry_app, name="registry")
 app.add_typer(tracking_app, name="tracking")
 
 
-__all__ = ["app", "inspection", "main", "tuning"]
+__all__ = ["app", "inspection", "main", "reproduction", "tuning"]
 
 
 def main() -> None:

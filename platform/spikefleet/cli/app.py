@@ -23,6 +23,12 @@ RunsDir = Annotated[
 ]
 StoresDir = Annotated[Path, typer.Option(envvar="SPIKEFLEET_STORES", help="Where prepared data sets are kept.")]
 
+TrialWorkers = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Ray Train workers of each training, instead of the file's.")
+]
+CpusPerWorker = Annotated[float | None, typer.Option(min=0.01, help="CPUs of each worker, instead of the file's.")]
+GpusPerWorker = Annotated[float | None, typer.Option(min=0, help="GPUs of each worker, instead of the file's.")]
+
 Network = Annotated[str, typer.Argument(help="models:/NAME@champion, models:/NAME/3, a run's name or a checkpoint.")]
 
 

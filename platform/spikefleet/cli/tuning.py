@@ -4,19 +4,47 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from spikefleet.cli.app import RunsDir, StoresDir, app, console, stderr
+from spikefleet.cli.app import CpusPerWorker, GpusPerWorker, RunsDir, StoresDir, TrialWorkers, app, console, stderr
+from spikefleet.cli.training import Overrides
+from spikefleet.config import parse_override
 from spikefleet.errors import UserError
+
+_WHERE_DATA_LIE = ("data.root", "data.store", "data.loader_processes")
+
+
+def split_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Overrides that decide what is learnt, by key; and those that only say where data lie and how they are loaded."""
+    parsed = [(parse_override(override), override) for override in overrides]
+    data = tuple(text for (key, _), text in parsed if key in _WHERE_DATA_LIE)
+    return {key: value for (key, value), _ in parsed if key not in _WHERE_DATA_LIE}, data
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Prints the command to go on with when it is interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        stderr.print(
+            f"interrupted; the same command goes on: spikefleet {shlex.join(sys.argv[1:])}",
+            highlight=False,
+            markup=False,
+        )
+        raise
 
 
 @app.command()
 def tune(
     search: Annotated[str, typer.Argument(help="Name of a search (`spikefleet searches`) or path of a YAML file.")],
+    overrides: Overrides = None,
     name: Annotated[
         str | None, typer.Option(help="Name of this search's directory; the same name goes on where it stopped.")
     ] = None,
@@ -27,6 +55,9 @@ def tune(
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed trials again, once.")] = False,
     confirm: Annotated[int, typer.Option(min=0, help="Train each member of the front with so many other seeds.")] = 0,
     register: Annotated[str | None, typer.Option(help="Register a trial: knee, best, or its name.")] = None,
+    workers: TrialWorkers = None,
+    cpus_per_worker: CpusPerWorker = None,
+    gpus_per_worker: GpusPerWorker = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster, HOST:PORT; RAY_ADDRESS if not given.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show what Ray and its workers log.")] = False,
     runs_dir: RunsDir = Path("runs"),
@@ -38,10 +69,21 @@ def tune(
     from spikefleet_tune.report import pareto_table
     from spikefleet_tune.search_file import load_search, search_of
 
+    fixed, data = split_overrides(overrides or [])
+    changes: dict[str, dict[str, Any]] = {
+        "overrides": fixed,
+        "budget": {"trials": trials, "hours": hours},
+        "resources": {
+            "workers": workers,
+            "cpus_per_worker": cpus_per_worker,
+            "gpus_per_worker": gpus_per_worker,
+        },
+    }
     try:
         tree = load_search(search).dump()
-        budget = {key: value for key, value in (("trials", trials), ("hours", hours)) if value is not None}
-        wanted = search_of({**tree, "budget": {**tree["budget"], **budget}}, f"search {search}")
+        for section, values in changes.items():
+            tree[section] = {**tree[section], **{key: value for key, value in values.items() if value is not None}}
+        wanted = search_of(tree, f"search {search}")
     except SearchError as error:
         raise UserError(str(error)) from None
     launch = SearchLaunch(
@@ -53,20 +95,14 @@ def tune(
         extend=extend,
         warm_start=warm_start,
         retry_failed=retry_failed,
+        data=data,
     )
-    try:
+    with resumable():
         result = run_tracked_search(wanted, launch, console)
         console.print(pareto_table(result))
         if confirm:
             rows = confirm_front(result, confirm, launch, console)
             console.print(_confirmation(rows, list(result.search.objectives)))
-    except KeyboardInterrupt:
-        stderr.print(
-            f"interrupted; the same command goes on: spikefleet {shlex.join(sys.argv[1:])}",
-            highlight=False,
-            markup=False,
-        )
-        raise
     console.print(f"report: {report_of(result)}", highlight=False, soft_wrap=True)
     if register is not None:
         promotion = register_trial(result, register, launch, console)

@@ -1,0 +1,74 @@
+"""reproduce, tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from spikefleet.cli.app import CpusPerWorker, GpusPerWorker, RunsDir, StoresDir, TrialWorkers, app, console
+from spikefleet.cli.training import Overrides
+from spikefleet.cli.tuning import resumable, split_overrides
+from spikefleet.paper_table import Scale
+
+
+@app.command()
+def reproduce(
+    table: Annotated[str, typer.Argument(help="Name of a paper's table (`spikefleet tables`).")],
+    overrides: Overrides = None,
+    scale: Annotated[
+        Scale, typer.Option(help="full: the paper's networks and data; the others stand for it on two CPU cores.")
+    ] = "digits",
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each row, with one seed after the other.")] = 3,
+    only: Annotated[str, typer.Option(help="Rows whose name (or 'GROUP: NAME') matches this pattern.")] = "*",
+    report_only: Annotated[bool, typer.Option("--report-only", help="Train nothing; report what is there.")] = False,
+    workers: TrialWorkers = None,
+    cpus_per_worker: CpusPerWorker = None,
+    gpus_per_worker: GpusPerWorker = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster, HOST:PORT; RAY_ADDRESS if not given.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show what Ray and its workers log.")] = False,
+    runs_dir: RunsDir = Path("runs"),
+    stores_dir: StoresDir = Path("stores"),
+) -> None:
+    """Reproduce a table of a paper: train its rows with several seeds, and set ours beside the paper's figures.
+
+    Rows that are trained already are not trained again, whichever table they were trained for.
+    """
+    from spikefleet.paper_table import Resources, load_table
+    from spikefleet.reproduction import ReproductionPlan, reproduce, track_reproduction
+    from spikefleet.reproduction_report import REPORT, as_table, order_sentences, write_reproduction
+    from spikefleet.searching import SearchLaunch
+
+    fixed, data = split_overrides(overrides or [])
+    given = {"workers": workers, "cpus_per_worker": cpus_per_worker, "gpus_per_worker": gpus_per_worker}
+    changed = {key: value for key, value in given.items() if value is not None}
+    plan = ReproductionPlan(
+        load_table(table), scale, seeds, only, fixed, Resources(**changed) if changed else None, train=not report_only
+    )
+    launch = SearchLaunch(
+        name=table, runs_dir=runs_dir, stores_dir=stores_dir, address=address, verbose=verbose, data=data
+    )
+    with resumable():
+        found = reproduce(plan, launch, console)
+    folder = runs_dir / "reproductions" / found.name
+    paths = write_reproduction(found, folder)
+    track_reproduction(found, paths, folder, runs_dir)
+    console.print(as_table(found))
+    for sentence in order_sentences(found):
+        console.print(sentence, highlight=False)
+    console.print(f"report: {folder / REPORT}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def tables() -> None:
+    """List the papers' tables that can be reproduced."""
+    from spikefleet.paper_table import list_tables, load_table
+
+    listed = Table("table", "what it shows", "paper", "rows", "scales")
+    for name in list_tables():
+        found = load_table(name)
+        scales = dict.fromkeys(scale for group in found.groups for scale in group.scales)
+        listed.add_row(name, found.title, found.paper, str(len(list(found.entries()))), ", ".join(sorted(scales)))
+    console.print(listed)

@@ -1,0 +1,144 @@
+"""Tables of the papers: what stands for each row, what is counted exactly, and what a report says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from spikefleet.errors import UserError
+from spikefleet.paper_table import PaperTable, Scale, list_tables, load_table
+from spikefleet.reproduction import Cell, ReproducedRow, Reproduction, ReproductionPlan, _cells, _config, _distinct
+from spikefleet.reproduction_report import as_data, as_markdown, order_sentences, write_reproduction
+
+SCALES: tuple[Scale, ...] = ("digits", "fashion_mnist", "full")
+
+
+@pytest.mark.parametrize("name", list_tables())
+@pytest.mark.parametrize("scale", SCALES)
+def test_each_row_can_run_at_its_scales_or_says_why_not(name: str, scale: Scale) -> None:
+    table = load_table(name)
+    digests = set()
+    for entry in table.entries():
+        refusal = entry.group.refusal(entry.row, scale)
+        if refusal is None:
+            config = _config(entry.group.scales[scale].recipe, entry.group.overrides(entry.row, scale))
+            assert (entry.group.name, config.digest()) not in digests, "two rows are the same training"
+            digests.add((entry.group.name, config.digest()))
+        else:
+            assert len(refusal) > 10
+
+
+def test_all_tables_are_here() -> None:
+    sg_resnet = {f"sg_resnet_table{number}" for number in (3, 5, 6, 7, 8, 9)}
+    assert set(list_tables()) == sg_resnet | {"shortcut_table1", *(f"spike_yolo_table{number}" for number in (1, 4, 5))}
+    with pytest.raises(UserError, match="did you mean 'sg_resnet_table3'"):
+        load_table("sg_resnet_tabel3")
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "figures"),
+    [
+        ("sg_resnet_table5", "parameters", [11.220132, 11.253030]),
+        ("sg_resnet_table5", "macs", [549.177344, 1.903]),
+        ("sg_resnet_table5", "energy_uj", [1702.45, 40.79]),
+        ("spike_yolo_table1", "parameters", [13.271632, *[23.153024] * 4, 47.841856, 68.4784]),
+        ("spike_yolo_table5", "parameters", [23.153024, 23.179, 19.918, 24.505, 21.235]),
+    ],
+)
+def test_what_takes_no_training_is_exact(name: str, column: str, figures: list[float]) -> None:
+    table = load_table(name)
+    cells = [_cells(table, entry, [])[column] for entry in table.entries()]
+    assert [cell.mean for cell in cells] == pytest.approx(figures, rel=1e-3)
+    assert [cell.values[0] for cell in cells] == pytest.approx([cell.paper for cell in cells], rel=0.01)
+
+
+def test_tables_share_their_trainings() -> None:
+    """Table 6's column of rate decoding, and the left columns of 7, 8 and 9, are the same networks."""
+
+    def points(name: str) -> set[str]:
+        plan = ReproductionPlan(load_table(name), "digits", seeds=2)
+        rows = list(plan.table.entries("CIFAR-100*"))
+        return {_config("digits", point).digest() for point in _distinct(plan, rows)}
+
+    shared = points("sg_resnet_table6") & points("sg_resnet_table7") & points("sg_resnet_table8")
+    assert len(shared & points("sg_resnet_table9")) == 3 * 2
+    assert points("sg_resnet_table3") < points("sg_resnet_table6")
+    assert len(points("sg_resnet_table8")) == 9 * 2
+
+
+def test_seeds_come_one_after_the_other() -> None:
+    plan = ReproductionPlan(load_table("sg_resnet_table7"), "digits", seeds=2)
+    seeds = [point["train.seed"] for point in _distinct(plan, list(plan.table.entries()))]
+    assert seeds == [0] * 6 + [1] * 6
+
+
+def reproduction(means: dict[str, float], scale: Scale = "digits") -> Reproduction:
+    """Table 9 with our figures for some rows."""
+    plan = ReproductionPlan(load_table("sg_resnet_table9"), scale, seeds=2)
+    rows = []
+    for entry in plan.table.entries():
+        paper = entry.row.paper["test/top1"]
+        name = entry.row.name
+        if name in means:
+            cell = Cell(paper, (means[name] - 1, means[name] + 1))
+            rows.append(ReproducedRow(entry, {"test/top1": cell}, (0, 1), ("t-0", "t-1"), ("d" * 64,), ("abc",)))
+        else:
+            rows.append(ReproducedRow(entry, {"test/top1": Cell(paper)}, remark="not run: its data are not there"))
+    return Reproduction(plan, tuple(rows))
+
+
+def test_the_order_of_rows_is_told_from_the_means() -> None:
+    agreeing = reproduction({"SG ResNet10, BSG": 90.0, "SG ResNet18, BSG": 95.0, "SG ResNet34, BSG": 99.0})
+    assert agreeing.pairs_in_order("test/top1") == (3, 3)
+    reversed_ = reproduction({"SG ResNet10, BSG": 99.0, "SG ResNet18, BSG": 95.0, "SG ResNet34, BSG": 90.0})
+    assert reversed_.pairs_in_order("test/top1") == (0, 3)
+    assert list(order_sentences(reversed_)) == ["top-1: 0 of 3 pairs of rows stand in the paper's order"]
+    assert reproduction({"SG ResNet10, BSG": 99.0}).pairs_in_order("test/top1") == (0, 0)
+
+
+def test_a_report_says_what_was_not_run_and_where_figures_come_from(tmp_path: Path) -> None:
+    found = reproduction({"SG ResNet10, BSG": 90.0, "SG ResNet18, BSG": 95.0})
+    text = as_markdown(found)
+    assert "| CIFAR-100: SG ResNet18, BSG | 74.62 | 95 ± 1.4 | +20.4 | 0 1 |  |" in text
+    assert text.count("not run: its data are not there") == 4
+    assert "| CIFAR-100: SG ResNet18, BSG | t-0, t-1 | dddddddddddd | abc |" in text
+    assert "Differences to the paper are differences of data" in text
+    assert "Differences to the paper" not in as_markdown(reproduction({}, "full"))
+    paths = write_reproduction(found, tmp_path / "report")
+    assert {path.name for path in paths} == {"report.md", "report.json", "report.png"}
+    assert json.loads((tmp_path / "report" / "report.json").read_text()) == json.loads(json.dumps(as_data(found)))
+    nothing = write_reproduction(reproduction({}), tmp_path / "none")
+    assert {path.name for path in nothing} == {"report.md", "report.json"}
+
+
+def test_a_cell_compares_only_what_is_there() -> None:
+    assert Cell(70.0, (71.0,)).difference == 1.0
+    assert Cell(70.0, (71.0,)).deviation is None
+    assert Cell(70.0).difference is None
+    assert Cell(None, (71.0, 73.0)).deviation == pytest.approx(2**0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"columns": {}}, "is no column of the table"),
+        (
+            {"columns": {"test/top1": {"label": "a", "unit": "b", "from": "card"}}},
+            "counted is missing",
+        ),
+        ({"counted": {"side": 32, "constants": "int8", "shortcuts": True}}, "unknown energy constants"),
+    ],
+)
+def test_a_table_that_does_not_hang_together_is_refused(change: dict[str, object], part: str) -> None:
+    tree = load_table("sg_resnet_table9").model_dump(by_alias=True)
+    with pytest.raises(ValueError, match=part):
+        PaperTable.model_validate({**tree, **change})
+
+
+def test_a_row_must_say_why_it_cannot_run() -> None:
+    tree = load_table("sg_resnet_table9").model_dump(by_alias=True)
+    tree["groups"][0]["scales"].pop("fashion_mnist")
+    with pytest.raises(ValueError, match="does not say why it cannot run at scale fashion_mnist"):
+        PaperTable.model_validate(tree)
