@@ -28,10 +28,10 @@ train: $(SYNCED)
 	@echo "next: spikefleet recipes; spikefleet predict models:/sg_resnet_digits@champion PICTURE; spikefleet ui"
 	@echo "      (in $(BIN)/, or with 'uv run')"
 
-# Unit tests in two processes; what starts Ray goes alone.
+# In two processes, for much of what starts Ray is waiting; the tests of a file share a Ray, so they stay together.
 test: lint types
 	$(PYTEST) tests/unit -n 2
-	$(PYTEST) tests/integration
+	$(PYTEST) tests/integration -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(SYNCED)
 	$(BIN)/ruff check .

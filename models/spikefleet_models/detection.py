@@ -5,7 +5,6 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms
 
 
 class Objects(NamedTuple):
@@ -70,6 +69,8 @@ def suppress(
         max_candidates: only so many of the best go in.
         max_detections: only so many of the best come out.
     """
+    from torchvision.ops import batched_nms  # seconds to import
+
     # torchvision's order of equal scores depends on how many boxes there are. Sorted input makes position the order.
     order = scores.sort(descending=True, stable=True).indices[:max_candidates]
     boxes, scores, labels = boxes[order], scores[order], labels[order]

@@ -15,8 +15,6 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
-from torchvision.models.detection.retinanet import RetinaNetClassificationHead, RetinaNetRegressionHead
-from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelP6P7
 
 from spikefleet_models.retinanet_loss import RetinaCriterionConfig
 from spikefleet_models.sg_resnet import SGResNetBackbone, SGResNetConfig, build_decoder
@@ -85,6 +83,12 @@ class RetinaNet(nn.Module):
     """The network of a `RetinaNetConfig`."""
 
     def __init__(self, config: RetinaNetConfig) -> None:
+        from torchvision.models.detection.retinanet import (  # seconds to import, as all of torchvision
+            RetinaNetClassificationHead,
+            RetinaNetRegressionHead,
+        )
+        from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelP6P7
+
         super().__init__()
         self.config = config
         self.backbone = SGResNetBackbone(config.backbone)

@@ -18,9 +18,6 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torchvision.models.detection._utils import BoxCoder, Matcher
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.ops import box_iou, clip_boxes_to_image, sigmoid_focal_loss
 
 from spikefleet_models.detection import Detections, Objects, check_objects, check_outputs, suppress, wide
 
@@ -72,6 +69,9 @@ class RetinaCriterion:
     """
 
     def __init__(self, config: RetinaCriterionConfig, num_classes: int, strides: Sequence[int]) -> None:
+        from torchvision.models.detection._utils import BoxCoder, Matcher  # seconds to import, as all of torchvision
+        from torchvision.models.detection.anchor_utils import AnchorGenerator
+
         self.config = config
         self.num_classes = num_classes
         self.strides = tuple(strides)
@@ -95,6 +95,8 @@ class RetinaCriterion:
         Raises:
             ValueError: outputs, objects and image size do not fit together.
         """
+        from torchvision.ops import sigmoid_focal_loss
+
         config = self.config
         check_objects(objects, len(outputs[0]), self.num_classes)
         with torch.autocast(outputs[0].device.type, enabled=False):
@@ -109,7 +111,7 @@ class RetinaCriterion:
             target = torch.zeros_like(logits)
             target[b, m, labels[b, owner[b, m]]] = 1.0
             focal = sigmoid_focal_loss(logits, target, config.focal_alpha, config.focal_gamma)
-            cls = (focal * (owner != Matcher.BETWEEN_THRESHOLDS).unsqueeze(-1)).sum() / positives
+            cls = (focal * (owner != self._matcher.BETWEEN_THRESHOLDS).unsqueeze(-1)).sum() / positives
             target_codes = self._coder.encode_single(boxes[b, owner[b, m]], anchors[m])
             beta = config.smooth_l1_beta if config.box_loss == "smooth_l1" else 0.0
             box = F.smooth_l1_loss(codes[b, m], target_codes, reduction="sum", beta=beta) / positives
@@ -132,6 +134,8 @@ class RetinaCriterion:
 
     def _detect(self, levels: list[tuple[Tensor, Tensor, Tensor]], image_size: tuple[int, int]) -> Detections:
         """Detections of one picture, of logits [M, K], codes [M, 4] and anchors [M, 4] of each level."""
+        from torchvision.ops import clip_boxes_to_image
+
         boxes, scores, labels = [], [], []
         for logits, codes, anchors in levels:
             level_scores = logits.sigmoid()
@@ -154,10 +158,12 @@ class RetinaCriterion:
 
     def _match(self, boxes: Tensor, anchors: Tensor) -> Tensor:
         """[M] index of each anchor's object; -1 for background, -2 for anchors to ignore."""
+        from torchvision.ops import box_iou
+
         overlaps = box_iou(boxes, anchors)
         seen = overlaps.amax(1).nonzero().squeeze(1)
         if not len(seen):
-            return torch.full((len(anchors),), Matcher.BELOW_LOW_THRESHOLD, device=anchors.device)
+            return torch.full((len(anchors),), self._matcher.BELOW_LOW_THRESHOLD, device=anchors.device)
         matches: Tensor = self._matcher(overlaps[seen])
         return torch.where(matches >= 0, seen[matches.clamp_min(0)], matches)
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision.transforms.v2.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -119,6 +118,8 @@ def _amount(name: str, magnitude: int | None, negative: bool, side: int) -> floa
 @lru_cache(maxsize=128)
 def _value_table(name: str, magnitude: int | None, negative: bool) -> Pixels:
     """What an operation makes of each value, [256]."""
+    import torchvision.transforms.v2.functional as F  # seconds to import
+
     values, level = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 256), magnitude or 0
     match name:
         case "Brightness":
@@ -137,6 +138,8 @@ def _source_table(
     name: str, magnitude: int | None, negative: bool, height: int, width: int
 ) -> tuple[NDArray[np.int64], Pixels]:
     """Which place each place takes its value from, [H * W], and whether that lies inside the image (1 or 0)."""
+    import torchvision.transforms.v2.functional as F
+
     places = torch.arange(1, height * width + 1, dtype=torch.float32).reshape(1, height, width)
     amount = _amount(name, magnitude, negative, {"TranslateX": width, "TranslateY": height}.get(name, 1))
     match name:
@@ -153,6 +156,8 @@ def _source_table(
 
 
 def _affine(image: Tensor, **changes: list[int] | list[float]) -> Tensor:
+    import torchvision.transforms.v2.functional as F
+
     return F.affine(image, **{"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0], **changes})
 
 

@@ -4,7 +4,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 
 
 def decode_rgb(encoded: NDArray[np.uint8]) -> Tensor:
@@ -15,6 +14,8 @@ def decode_rgb(encoded: NDArray[np.uint8]) -> Tensor:
     Raises:
         ValueError: the bytes are empty, truncated, or no such image.
     """
+    from torchvision.io import ImageReadMode, decode_image  # seconds to import
+
     if not len(encoded):
         raise ValueError("the image is empty (0 bytes).")
     try:

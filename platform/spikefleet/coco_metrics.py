@@ -18,7 +18,6 @@ import torch
 from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torchvision.ops import box_iou
 
 from spikefleet_pipelines.annotations import Annotations
 
@@ -152,6 +151,8 @@ def box_confusion(
     Each object is matched with the free box of any class that overlaps it most, at least by `iou`; the largest overlaps
     first. Crowds are left out, and so is what was found in them.
     """
+    from torchvision.ops import box_iou  # seconds to import
+
     counts = np.zeros((classes + 1, classes + 1), np.int64)
     for one, truth in zip(found, truths, strict=True):
         crowd = truth.crowd.tolist()

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from spikefleet.cli import app
 from spikefleet_pipelines.store import Store
@@ -43,12 +43,19 @@ class Desk:
         assert "Traceback" not in done.stderr
         return done
 
+    def ask(self, *words: str) -> str:
+        """What a command prints; in this process, which has the libraries loaded."""
+        return self._here(words, 0).stdout
+
     def refuse(self, *words: str) -> str:
-        """The sentence of a command that ends with exit code 2; in this process, which has the libraries loaded."""
+        """The sentence of a command that ends with exit code 2; in this process."""
+        return " ".join(self._here(words, 2).stderr.split())
+
+    def _here(self, words: tuple[str, ...], code: int) -> Result:
         with contextlib.chdir(self.folder):
-            done = CliRunner().invoke(app, words)
-        assert done.exit_code == 2, f"{words}: exit code {done.exit_code}\n{done.output}\n{done.exception!r}"
-        return " ".join(done.stderr.split())
+            done = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"}).invoke(app, words)
+        assert done.exit_code == code, f"{words}: exit code {done.exit_code}\n{done.output}\n{done.exception!r}"
+        return done
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +86,10 @@ def picture(desk: Desk) -> Path:
 
 
 def test_the_same_command_again_finds_the_run_complete(desk: Desk) -> None:
-    done = desk.run("train", "digits", "--workers", "2", "--name", "main", *QUICK)
-    assert "run main is complete" in done.stdout
-    resumed = desk.run("train", "digits", "--resume", "main")
-    assert "run main is complete" in resumed.stdout
-    assert json.loads(desk.run("registry", "list", "--json").stdout)[0]["versions"][1:] == []
+    again = desk.run("train", "digits", "--workers", "2", "--name", "main", *QUICK)
+    assert "run main is complete" in again.stdout
+    assert "run main is complete" in desk.ask("train", "digits", "--resume", "main")
+    assert json.loads(desk.ask("registry", "list", "--json"))[0]["versions"][1:] == []
 
 
 def test_evaluation_of_champion_run_and_checkpoint_agree(desk: Desk) -> None:
@@ -91,7 +97,7 @@ def test_evaluation_of_champion_run_and_checkpoint_agree(desk: Desk) -> None:
     checkpoints = sorted((desk.folder / "runs/main/checkpoints").iterdir())
     wanted = f"top1 {run['test']['top1']:.2%}"
     for reference in ("models:/sg_resnet_digits@champion", "models:/sg_resnet_digits/1", "main"):
-        assert wanted in desk.run("evaluate", reference).stdout
+        assert wanted in desk.ask("evaluate", reference)
     done = desk.run("evaluate", str(checkpoints[-1]), "--split", "val", "--out", "report")
     assert "on 143 val samples" in done.stdout
     assert {path.name for path in (desk.folder / "report").iterdir()} == {"confusion.png", "evaluation.json"}
@@ -106,7 +112,7 @@ def test_prediction_of_files_and_folders(desk: Desk, picture: Path) -> None:
     folder = desk.folder / "pictures"
     folder.mkdir()
     picture.rename(folder / picture.name)
-    answers = json.loads(desk.run("predict", model, "pictures", "--json").stdout)
+    answers = json.loads(desk.ask("predict", model, "pictures", "--json"))
     (folder / picture.name).rename(picture)
     (answer,) = answers
     assert len(answer["classes"]) == 5
@@ -114,17 +120,17 @@ def test_prediction_of_files_and_folders(desk: Desk, picture: Path) -> None:
 
 
 def test_registry_answers(desk: Desk) -> None:
-    (best,) = json.loads(desk.run("registry", "best", "--task", "classification", "--metric", "top1", "--json").stdout)
+    (best,) = json.loads(desk.ask("registry", "best", "--task", "classification", "--metric", "top1", "--json"))
     assert best["aliases"] == ["champion"]
     assert best["tags"]["connection"] == "bsg"
     assert best["tags"]["timesteps"] == "4"
     where = ["--where", "timesteps<=2"]
     sentence = desk.refuse("registry", "best", "--task", "classification", "--metric", "top1", *where)
     assert "timesteps" in sentence
-    assert "sg_resnet_digits/1" in desk.run("registry", "show", "sg_resnet_digits").stdout
-    assert "sg_resnet_digits" in desk.run("registry", "list").stdout
-    desk.run("registry", "pull", "sg_resnet_digits@champion", "--out", "pulled")
-    assert "top1" in desk.run("evaluate", "pulled").stdout
+    assert "sg_resnet_digits/1" in desk.ask("registry", "show", "sg_resnet_digits")
+    assert "sg_resnet_digits" in desk.ask("registry", "list")
+    desk.ask("registry", "pull", "sg_resnet_digits@champion", "--out", "pulled")
+    assert "top1" in desk.ask("evaluate", "pulled")
 
 
 def test_registered_model_is_what_mlflow_loads(desk: Desk) -> None:
@@ -167,11 +173,11 @@ def test_what_mlflow_holds(desk: Desk) -> None:
 
 
 def test_recipes_config_sources_and_doctor(desk: Desk) -> None:
-    assert "imagenet_sg_resnet50" in desk.run("recipes").stdout
-    assert "timesteps: 2" in desk.run("config", "show", "digits", "model.timesteps=2").stdout
-    assert "fashion_mnist" in desk.run("data", "sources").stdout
-    assert "1295" in desk.run("data", "show", "stores/digits").stdout
-    assert "torch 2" in desk.run("doctor").stdout
+    assert "imagenet_sg_resnet50" in desk.ask("recipes")
+    assert "timesteps: 2" in desk.ask("config", "show", "digits", "model.timesteps=2")
+    assert "fashion_mnist" in desk.ask("data", "sources")
+    assert "1295" in desk.ask("data", "show", "stores/digits")
+    assert "torch 2" in desk.ask("doctor")
 
 
 # ------------------------------------------------------------------------------------------------ bad input
@@ -259,7 +265,7 @@ def test_pictures_that_cannot_be_read(desk: Desk) -> None:
 
 
 def test_corrupt_shard_is_named_with_its_hash(desk: Desk) -> None:
-    desk.run("data", "prepare", "digits", "--out", "spoilt")
+    desk.ask("data", "prepare", "digits", "--out", "spoilt")
     shard = max((desk.folder / "spoilt").glob("*.arrow"), key=lambda path: path.stat().st_size)
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
@@ -301,4 +307,4 @@ def test_interruption_leaves_a_run_that_goes_on(desk: Desk) -> None:
     assert process.returncode == 130
     assert "the same command goes on from the last checkpoint" in errors
     assert json.loads((run_dir / "run.json").read_text())["status"] == "interrupted"
-    assert "top1" in desk.run("evaluate", "interrupted").stdout
+    assert "top1" in desk.ask("evaluate", "interrupted")

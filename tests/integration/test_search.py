@@ -110,10 +110,32 @@ def test_every_trial_is_recorded_with_its_fate(ray_on_two_cpus: None, tmp_path: 
     assert result.complete
     assert {record.overrides["x"] for record in result.front} == {7}
     assert result.records[0].figures.get("fixed", 5.0) == 5.0
-    assert diary.last == Counts(total=None, finished=2, pruned=3, failed=3)
+    assert diary.last == Counts(total=8, finished=2, pruned=3, failed=3)
     assert sum(kind == "started" for kind, _ in diary.entries) >= 8
     read = read_search_result(tmp_path, "fates")
     assert (read.records, read.complete) == (result.records, True)
+
+
+def test_a_list_grows_and_what_was_tried_stays(ray_on_two_cpus: None, tmp_path: Path) -> None:
+    def listed(*values: int) -> Search:
+        return search_of(
+            {
+                "recipe": "none",
+                "sampler": "listed",
+                "points": [{"x": value} for value in values],
+                "objectives": {"gain": "max"},
+            }
+        )
+
+    diary = Diary()
+    run_search(listed(3, 5), _counting(tmp_path), tmp_path / "searches", "list", diary)
+    assert diary.last == Counts(total=2, finished=2)
+    grown = run_search(listed(5, 7, 3), _counting(tmp_path), tmp_path / "searches", "list", diary)
+    assert diary.last == Counts(total=3, finished=3)
+    assert [record.overrides["x"] for record in grown.records] == [3, 5, 7]
+    assert grown.complete
+    assert run_search(listed(5), _counting(tmp_path), tmp_path / "searches", "list").records == grown.records
+    assert _runs(tmp_path) == {"list-0000": 1, "list-0001": 1, "list-0002": 1}
 
 
 def test_a_finished_search_runs_nothing_moves_and_is_extended(ray_on_two_cpus: None, tmp_path: Path) -> None:

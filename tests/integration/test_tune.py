@@ -102,3 +102,74 @@ def test_what_could_not_run_is_refused_before_anything_starts(
     for part in parts:
         assert part in " ".join(done.stderr.split())
     assert not (tmp_path / "runs").exists()
+
+
+def test_overrides_and_resources_are_laid_over_the_file(stores_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "small.yaml").write_text(SEARCH)
+
+    def refuse(*words: str) -> str:
+        places = ["--runs-dir", str(tmp_path / "runs"), "--stores-dir", str(stores_dir)]
+        done = CliRunner().invoke(app, ["tune", str(tmp_path / "small.yaml"), *words, *places])
+        assert done.exit_code == 2, f"{done.output}\n{done.exception!r}"
+        return " ".join(done.stderr.split())
+
+    assert "stands in both space and overrides" in refuse("model.timesteps=4")
+    assert "did you mean 'optim.lr'" in refuse("optim.lrr=0.1")
+    assert "data.store" in refuse(f"data.store={tmp_path}/none") or "none" in refuse(f"data.store={tmp_path}/none")
+    assert "gpus_per_worker=0.5" in refuse("--workers", "2", "--gpus-per-worker", "0.5")
+    assert not (tmp_path / "runs").exists()
+
+
+# ------------------------------------------------------------------------------------------------ reproduce
+
+
+def reproduce(folder: Path, stores_dir: Path, *words: str, code: int = 0) -> str:
+    command = [str(Path(sys.executable).with_name("spikefleet")), "reproduce", *words]
+    command += ["--runs-dir", str(folder / "runs"), "--stores-dir", str(stores_dir)]
+    done = subprocess.run(
+        command, env={**os.environ, "COLUMNS": "200"}, capture_output=True, text=True, check=False, timeout=280
+    )
+    assert done.returncode == code, f"{done.stdout}\n{done.stderr}"
+    return " ".join((done.stdout if code == 0 else done.stderr).split())
+
+
+def test_rows_of_a_table_are_trained_once_for_all_tables(stores_dir: Path, tmp_path: Path) -> None:
+    small = ("train.epochs=1", "model.width=0.125")
+    said = reproduce(tmp_path, stores_dir, "sg_resnet_table9", *small, "--only", "SG ResNet10*", "--seeds", "1")
+    assert "trial 2/2" in said
+    folder = tmp_path / "runs" / "reproductions" / "sg_resnet_table9-digits"
+    assert {path.name for path in folder.iterdir()} >= {"report.md", "report.json", "report.png"}
+    rows = json.loads((folder / "report.json").read_text())["rows"]
+    assert [row["row"] for row in rows] == ["SG ResNet10, BSG", "SG ResNet10, BSG*"]
+    for row in rows:
+        figures = row["figures"]["test/top1"]
+        assert 0 < figures["mean"] < 100
+        assert figures["difference"] == pytest.approx(figures["mean"] - figures["paper"])
+        assert len(row["data_hashes"][0]) == 64
+        assert row["code_versions"] not in ([], ["unknown"])
+        assert row["seeds"] == [0]
+    # The first row of table 7 is that of table 9; the second one, and further seeds, were not run.
+    said = reproduce(
+        tmp_path, stores_dir, "sg_resnet_table7", *small, "--only", "*ResNet10", "--seeds", "2", "--report-only"
+    )
+    assert "trial " not in said
+    rows = json.loads((folder.with_name("sg_resnet_table7-digits") / "report.json").read_text())["rows"]
+    assert rows[0]["trials"] == ["paper-digits-digits-0000"]
+    assert rows[0]["remark"] == "seed 1 was not run"
+    assert rows[1]["remark"] == "not run: seed 0 was not run; seed 1 was not run"
+    assert rows[1]["figures"]["test/top1"]["mean"] is None
+
+
+def test_tables_that_cannot_be_reproduced_say_why(stores_dir: Path, tmp_path: Path) -> None:
+    def refuse(*words: str) -> str:
+        return reproduce(tmp_path, stores_dir, *words, code=2)
+
+    assert "did you mean 'sg_resnet_table3'" in refuse("sg_resnet_tabel3")
+    assert "names no row" in refuse("sg_resnet_table3", "--only", "VGG*")
+    assert "the event data set Gen1 is not here yet" in refuse("spike_yolo_table4", "--scale", "full")
+    assert "cifar100" in refuse("sg_resnet_table7", "--scale", "full")
+    assert "names one data set" in refuse("sg_resnet_table3", "data.root=/data", "--scale", "full")
+    assert "optim.lr" in refuse("sg_resnet_table7", "optim.lrr=1")
+    assert not (tmp_path / "runs" / "searches").exists()
+    # What takes no training is told all the same.
+    assert "23.15" in reproduce(tmp_path, stores_dir, "spike_yolo_table5", "--scale", "fashion_mnist")

@@ -27,7 +27,6 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torchvision.ops import complete_box_iou_loss
 
 from spikefleet_models.detection import Detections, Objects, check_objects, check_outputs, suppress
 from spikefleet_models.spike_yolo.decode import (
@@ -107,7 +106,7 @@ def assign(
         candidate |= torch.zeros_like(candidate).scatter_(2, nearest, lonely)
 
     b, n, a = candidate.nonzero(as_tuple=True)
-    overlap = (1 - complete_box_iou_loss(boxes[b, a], object_boxes[b, n])).clamp_min(0)
+    overlap = (1 - _complete_iou_loss(boxes[b, a], object_boxes[b, n])).clamp_min(0)
     iou = boxes.new_zeros(candidate.shape).index_put_((b, n, a), overlap)
     aligned = scores[b, a, labels[b, n]].pow(config.alpha) * overlap.pow(config.beta)
     # Below every candidate, whose alignment may well be 0.
@@ -172,7 +171,7 @@ class YoloCriterion:
             weights = weights[foreground] / total
             distances = boxes_to_distances(target.boxes, anchors)[foreground]
             cls = F.binary_cross_entropy_with_logits(logits, target.scores, reduction="sum") / total
-            box = (weights * complete_box_iou_loss(boxes[foreground], target.boxes[foreground])).sum()
+            box = (weights * _complete_iou_loss(boxes[foreground], target.boxes[foreground])).sum()
             dfl = (weights * distribution_focal_loss(bins[foreground], distances)).sum()
             parts = {"box": config.box_gain * box, "cls": config.cls_gain * cls, "dfl": config.dfl_gain * dfl}
             loss = parts["box"] + parts["cls"] + parts["dfl"]
@@ -214,3 +213,11 @@ class YoloCriterion:
         bins, logits = split_outputs(outputs, self.num_classes)
         anchors = anchor_points(grids, self.strides, logits)
         return bins, logits, distances_to_boxes(expected_distances(bins), anchors), anchors
+
+
+def _complete_iou_loss(boxes: Tensor, others: Tensor) -> Tensor:
+    """1 - CIoU of each of [M, 4] boxes x1 y1 x2 y2 with its counterpart, [M]."""
+    from torchvision.ops import complete_box_iou_loss  # seconds to import
+
+    loss: Tensor = complete_box_iou_loss(boxes, others)
+    return loss
