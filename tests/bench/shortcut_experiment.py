@@ -3,8 +3,8 @@
     python tests/bench/shortcut_experiment.py [--epochs N] [--seeds N] [--processes N] [--out FOLDER]
 
 Trains it with and without side branches from the same seeds, by the training core itself.
-Prints, and writes as JSON, the test accuracy of each seed, and the L2 norm of the first layer's gradient over all steps;
-draws its histogram.
+Prints, and writes as JSON, the test accuracy of each seed, and the L2 norm of the first layer's gradient over all
+steps; draws its histogram.
 """
 
 import argparse
@@ -97,8 +97,8 @@ def main() -> None:
             for row in pool.map(run, jobs):
                 rows.append(row)
                 print(
-                    f"seed {row['seed']}, {row['variant']}: test {row['test_top1']:.2%}, first layer's gradient: median "
-                    f"{statistics.median(row['norms']):.3g}, in the first epoch {row['first_epoch_median']:.3g}",
+                    f"seed {row['seed']}, {row['variant']}: test {row['test_top1']:.2%}, first layer's gradient: "
+                    f"median {statistics.median(row['norms']):.3g}, in the first epoch {row['first_epoch_median']:.3g}",
                     flush=True,
                 )
     for variant in VARIANTS:
