@@ -20,6 +20,7 @@ What a card says it counted:
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, Self
@@ -239,15 +240,15 @@ def energy_card(
     """
     chosen = energy_constants(constants)
     form, counted = _in_form(network, form)
-    sizes: list[tuple[int, int]] = []
+    sizes: Counter[tuple[int, int]] = Counter()
 
     def seen() -> Iterable[Tensor]:
         for images in batches:
-            sizes.append((images.shape[-2], images.shape[-1]))
+            sizes[(images.shape[-2], images.shape[-1])] += images.shape[-4]
             yield images
 
     counts = count_operations(counted, seen())
-    return _card(network, counts, chosen, form, shortcuts, twin_form, sizes[0], counts.pictures)
+    return _card(network, counts, chosen, form, shortcuts, twin_form, sizes, counts.pictures)
 
 
 def energy_at_rates(
@@ -287,7 +288,7 @@ def energy_at_rates(
         for layer in counts.layers
     )
     counts = replace(counts, layers=layers)
-    return _card(network, counts, chosen, form, shortcuts, twin_form, image_size, pictures=0)
+    return _card(network, counts, chosen, form, shortcuts, twin_form, {image_size: 1}, pictures=0)
 
 
 def twin_config(config: ModelConfig) -> ModelConfig:
@@ -350,9 +351,10 @@ def _card(
     form: Form,
     shortcuts: bool,
     twin_form: Form | None,
-    image_size: tuple[int, int],
+    sizes: Mapping[tuple[int, int], int],
     pictures: int,
 ) -> EnergyCard:
+    """The card of what was counted on so many pictures of each size (H, W); the twin is counted on the same ones."""
     nodes = spiking_nodes(network)
     twin = None
     config = getattr(network, "config", None)
@@ -360,13 +362,16 @@ def _card(
         with torch.device("meta"):
             ann = build_model(twin_config(config))
         twin_form, counted = _in_form(ann, twin_form)
-        dense = _count_without_pictures(counted, image_size).layers
-        twin = TwinEnergy(twin_form, math.fsum(layer.dense for layer in _chosen(ann, dense, shortcuts)))
+        dense = 0.0
+        for size, share in sizes.items():
+            layers = _chosen(ann, _count_without_pictures(counted, size).layers, shortcuts)
+            dense += math.fsum(layer.dense for layer in layers) * share / sum(sizes.values())
+        twin = TwinEnergy(twin_form, dense)
     return EnergyCard(
         network=type(network).__name__,
         form=form,
         shortcuts=shortcuts,
-        image_size=image_size,
+        image_size=next(iter(sizes)),
         timesteps=getattr(network, "timesteps", 1),
         bound=max((node.bound for node in nodes.values()), default=0),
         pictures=pictures,

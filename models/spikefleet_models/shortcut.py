@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from spikefleet_models.sg_resnet import SGResNet
+from spikefleet_models.sg_resnet import SGResNet, SGResNetConfig
 
 
 class ShortcutConfig(BaseModel):
@@ -102,6 +102,29 @@ _FALL: dict[str, Callable[[float, ShortcutConfig], float]] = {
 """lambda / lambda0 at a part of training in [0, 1]."""
 
 
+def branch_channels(model: SGResNetConfig, config: ShortcutConfig) -> list[int]:
+    """Channels that each side branch of a network sees, first to last.
+
+    Raises:
+        ValueError: there is no place for a branch, or `convex` would give the network's own output a negative weight.
+    """
+    channels = [
+        out
+        for out, blocks in zip(model.stage_channels, model.stages, strict=True)
+        for _ in range(blocks if config.where == "block" else 1)
+    ][:-1]
+    if not channels:
+        raise ValueError(
+            f"where={config.where}: the network has only one {config.where}, and no branch follows the last"
+        )
+    if config.combine == "convex" and config.lambda0 * len(channels) > 1.0:
+        raise ValueError(
+            f"lambda0={config.lambda0} for each of {len(channels)} side branches leaves the network's own output a "
+            f"negative weight under combine=convex; give at most {1 / len(channels):.4g}"
+        )
+    return channels
+
+
 class ShortcutLogits(NamedTuple):
     """Outputs of one forward pass in training, each [B, K]."""
 
@@ -129,24 +152,10 @@ class ShortcutNetwork(nn.Module):
             raise ValueError(f"where={config.where} asks for no side branches; train the network itself")
         if not isinstance(network, SGResNet):
             raise ValueError(f"side branches classify the stages of an SGResNet; {type(network).__name__} is none")
-        model = network.config
-        channels = [
-            out
-            for out, blocks in zip(model.stage_channels, model.stages, strict=True)
-            for _ in range(blocks if config.where == "block" else 1)
-        ][:-1]
-        if not channels:
-            raise ValueError(
-                f"where={config.where}: the network has only one {config.where}, and no branch follows the last"
-            )
-        if config.combine == "convex" and config.lambda0 * len(channels) > 1.0:
-            raise ValueError(
-                f"lambda0={config.lambda0} for each of {len(channels)} side branches leaves the network's own output a "
-                f"negative weight under combine=convex; give at most {1 / len(channels):.4g}"
-            )
+        channels = branch_channels(network.config, config)
         self.network = network
         self.config = config
-        self.branches = nn.ModuleList(nn.Linear(out, model.num_classes) for out in channels)
+        self.branches = nn.ModuleList(nn.Linear(out, network.config.num_classes) for out in channels)
 
     def forward(self, images: Tensor) -> ShortcutLogits | Tensor:
         """All logits in training, the network's own [B, K] in evaluation. Arguments and errors as the network's."""

@@ -21,7 +21,8 @@ from pydantic.fields import FieldInfo
 
 from spikefleet.errors import UserError
 from spikefleet_models.build import ModelConfig, task_of
-from spikefleet_models.shortcut import ShortcutConfig
+from spikefleet_models.sg_resnet import SGResNetConfig
+from spikefleet_models.shortcut import ShortcutConfig, branch_channels
 from spikefleet_models.spike_yolo.config import SpikeYoloConfig, SpikingYoloV8Config
 from spikefleet_pipelines.data_config import DataConfig
 
@@ -166,6 +167,11 @@ class Config(Section):
                 f"shortcut.where={self.shortcut.where}: side branches classify, and the task is detection; "
                 "set shortcut.where=none"
             )
+        if self.shortcut.enabled and isinstance(self.model, SGResNetConfig):
+            try:
+                branch_channels(self.model, self.shortcut)
+            except ValueError as error:
+                raise ValueError(f"shortcut.{error}") from None
         if self.task == "detection" and self.train.label_smoothing:
             raise ValueError(f"train.label_smoothing={self.train.label_smoothing} is for classification only")
         if self.train.ema_ramp is not None and self.train.ema_decay is None:

@@ -9,7 +9,7 @@ from torch import nn
 from spikefleet import plots
 from spikefleet.checkpoints import write_json
 from spikefleet.config import Config
-from spikefleet.evaluation import first_batches
+from spikefleet.evaluation import SpreadPlan
 from spikefleet_models.energy import EnergyCard, Form, energy_card
 from spikefleet_pipelines.loading import BatchLoader
 from spikefleet_pipelines.store import Split
@@ -31,12 +31,12 @@ def measure_energy(
     form: Form = "merged",
     shortcuts: bool = True,
 ) -> EnergyCard:
-    """The card of a network on the first pictures of a split, one at a time: a batch may be padded to its largest.
+    """The card of a network on pictures spread over a split, one at a time: a batch may be padded to its largest.
 
     Raises ValueError for unknown constants.
     """
     loader = BatchLoader(split, config.data.transform, train=False)
-    batches = (batch.images for batch in first_batches(loader, 1, pictures))
+    batches = (batch.images for batch in loader.epoch(SpreadPlan(len(split), pictures), epoch=0))
     return energy_card(network, batches, constants, form, shortcuts)
 
 

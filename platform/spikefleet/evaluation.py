@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -15,7 +16,7 @@ from spikefleet.tasks import Task
 from spikefleet.world import World
 from spikefleet_models.health import SpikeMonitor
 from spikefleet_pipelines.loading import Batch, BatchLoader
-from spikefleet_pipelines.sampling import EvaluationPlan
+from spikefleet_pipelines.sampling import EvaluationPlan, StepBatch
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -66,6 +67,23 @@ def evaluate(
         return None
     merged = sorted((row for part in parts for row in part), key=lambda row: row[0])
     return Evaluation([row[1] for row in merged], [row[2] for row in merged], tuple(monitor.table()), monitor.summary())
+
+
+@dataclass(frozen=True)
+class SpreadPlan:
+    """Single samples, evenly spread over a split: its first ones may all be of one class."""
+
+    samples: int
+    count: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return min(self.count, self.samples)
+
+    def batches(self, epoch: int = 0, start_step: int = 0) -> Iterator[StepBatch]:
+        rows = np.linspace(0, self.samples - 1, self.steps_per_epoch).round().astype(np.int64)
+        for step in range(start_step, len(rows)):
+            yield StepBatch(step, rows[step : step + 1], 1)
 
 
 def first_batches(loader: BatchLoader, size: int, count: int) -> Iterator[Batch]:

@@ -36,9 +36,9 @@ class Column(Section):
 class Counted(Section):
     """How operations and energy are counted."""
 
-    side: int = Field(ge=1, description="side of the full network's pictures")
-    constants: str
-    shortcuts: bool = Field(description="1x1 convolutions of shortcuts count")
+    constants: str = Field(description="of energies")
+    side: int = Field(32, ge=1, description="side of the full network's pictures, for its operations")
+    shortcuts: bool = Field(True, description="1x1 convolutions of shortcuts count among its operations")
 
     @model_validator(mode="after")
     def _constants_are_known(self) -> Self:
@@ -112,6 +112,11 @@ class PaperTable(Section):
             for scale in scales:
                 if entry.group.refusal(entry.row, scale) == "":
                     raise ValueError(f"row {entry.row.name} does not say why it cannot run at scale {scale}")
+        counted = {key for key, column in self.columns.items() if column.origin == "network"}
+        if unknown := counted - {"parameters", "macs", "energy_uj"}:
+            raise ValueError(f"column {sorted(unknown)[0]} cannot be counted without training")
+        if "energy_uj" in counted and not {"macs", "acs"} <= self.columns.keys():
+            raise ValueError("energy_uj is that of the network's MACs and the paper's ACs; both need a column")
         if self.counted is None and any(column.origin != "run" for column in self.columns.values()):
             raise ValueError("counted is missing: it says how operations and energy are counted")
         return self

@@ -6,6 +6,7 @@ trained, another one finds there, and more seeds add to what is there.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from spikefleet.checkpoints import read_json
 from spikefleet.config import Config, load_config
 from spikefleet.energy_cards import ENERGY
 from spikefleet.errors import UserError
-from spikefleet.paper_table import Column, Entry, PaperTable, Resources, Scale
+from spikefleet.paper_table import Column, Entry, PaperTable, Scale
 from spikefleet.runs import Run
 from spikefleet.searching import SearchLaunch, read_tracked_search, run_tracked_search
 from spikefleet.tracking import Tracker, resolve_tracking_uri
@@ -49,16 +50,16 @@ class ReproductionPlan:
     """fnmatch pattern of rows, by name or "GROUP: NAME"."""
     overrides: Mapping[str, Any] | None = None
     """Dotted overrides laid over every row."""
-    resources: Resources | None = None
-    """What a training takes instead of what the table says."""
+    resources: Mapping[str, float] | None = None
+    """What a training takes, by the fields of Resources, where it is not what the table says."""
     train: bool = True
     """False reads what is there and trains nothing."""
 
     def point(self, entry: Entry, seed: int) -> dict[str, Any]:
         """All overrides of a row's training with one of its seeds, counted from 0."""
         point = {**entry.group.overrides(entry.row, self.scale), **(self.overrides or {})}
-        first = _resolved(entry.group.scales[self.scale].recipe, ()).train.seed
-        return {**point, "train.seed": point.get("train.seed", first) + seed}
+        first = _config(entry.group.scales[self.scale].recipe, point).train.seed
+        return {**point, "train.seed": first + seed}
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,12 @@ class Reproduction:
 
     @property
     def name(self) -> str:
-        return f"{self.plan.table.name}-{self.plan.scale}"
+        """Table and scale; with a digest of rows and overrides where these are not the table's own."""
+        name = f"{self.plan.table.name}-{self.plan.scale}"
+        if self.plan.only == "*" and not self.plan.overrides:
+            return name
+        own = json.dumps([self.plan.only, dict(self.plan.overrides or {})], sort_keys=True)
+        return f"{name}-{hashlib.sha256(own.encode()).hexdigest()[:8]}"
 
     def pairs_in_order(self, column: str) -> tuple[int, int]:
         """Pairs of rows of a group whose figures ours put in the paper's order, and how many can be compared.
@@ -132,7 +138,7 @@ class Reproduction:
 def reproduce(plan: ReproductionPlan, launch: SearchLaunch, console: Console) -> Reproduction:
     """Trains what is missing and gathers the table. Interrupted, the same call goes on.
 
-    Rows whose data are not there are left out with that reason, unless no row has its data.
+    Rows whose data are not there, or whose search is refused, are left out with that reason, unless none is left.
     Raises UserError for a pattern that names no row, for a scale at which no row can run, and for whatever a search
     refuses; SourceError or StoreError when no data are there.
     """
@@ -147,7 +153,8 @@ def reproduce(plan: ReproductionPlan, launch: SearchLaunch, console: Console) ->
     if not by_recipe and not any(column.origin == "network" for column in plan.table.columns.values()):
         reasons = "; ".join(dict.fromkeys(filter(None, (e.group.refusal(e.row, plan.scale) for e in entries))))
         raise UserError(f"no row of {plan.table.name} can run at scale {plan.scale}: {reasons}")
-    if len(by_recipe) > 1 and (placed := [key for key in launch.data if key in ("data.root", "data.store")]):
+    placed = [key for key in map(_key, launch.data) if key in ("data.root", "data.store")]
+    if len(by_recipe) > 1 and placed:
         groups = ", ".join(dict.fromkeys(entry.group.name for rows in by_recipe.values() for entry in rows))
         raise UserError(
             f"{placed[0]} names one data set, and these rows need several ({groups}); choose rows by --only 'GROUP*', "
@@ -158,8 +165,8 @@ def reproduce(plan: ReproductionPlan, launch: SearchLaunch, console: Console) ->
     for recipe, rows in by_recipe.items():
         try:
             results[recipe] = _trained(plan, recipe, rows, launch, console)
-        except (SourceError, StoreError) as error:
-            if len(by_recipe) == 1:
+        except (SourceError, StoreError, UserError) as error:
+            if len(missing) + 1 == len(by_recipe):  # the last hope
                 raise
             missing[recipe] = str(error)
             console.print(f"{rows[0].group.name} is left out: {error}", highlight=False, soft_wrap=True, markup=False)
@@ -184,13 +191,13 @@ def _trained(
     if not plan.train:
         return read_tracked_search(named)
     chosen = load_config(recipe).checkpoint
-    resources = plan.resources or rows[0].group.scales[plan.scale].resources
+    resources = {**rows[0].group.scales[plan.scale].resources.model_dump(), **(plan.resources or {})}
     tree = {
         "recipe": recipe,
         "sampler": "listed",
         "points": list(_distinct(plan, rows)),
         "objectives": {f"val/{chosen.metric}": chosen.mode},
-        "resources": resources.model_dump(mode="json"),
+        "resources": resources,
     }
     return run_tracked_search(search_of(tree), named, console)
 
@@ -285,6 +292,10 @@ def _network_figures(table: PaperTable, entry: Entry) -> dict[str, float]:
     additions = entry.row.paper.get("acs", 0.0) / table.columns["acs"].factor
     picojoules = card.macs * constants.mac_pj + additions * constants.ac_pj
     return {**figures, "macs": card.macs, "energy_uj": picojoules / 1e6}
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0]
 
 
 def _digest(recipe: str, overrides: Mapping[str, Any]) -> str:

@@ -30,6 +30,7 @@ def write_reproduction(found: Reproduction, folder: Path) -> list[Path]:
     write_json(folder / "report.json", as_data(found))
     write_atomically(folder / REPORT, as_markdown(found))
     paths = [folder / "report.json", folder / REPORT]
+    (folder / "report.png").unlink(missing_ok=True)
     drawn = [key for key in found.plan.table.columns if any(row.cells[key].values for row in found.rows)]
     if drawn:
         panels = {

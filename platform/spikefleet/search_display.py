@@ -48,7 +48,8 @@ class SearchDisplay:
         self._bar.update(self._task, description=" ".join([trial.name, epoch, *shown]))
 
     def on_trial_finished(self, record: TrialRecord, counts: Counts) -> None:
-        figures = "  ".join(f"{name} {record.figures[name]:.4g}" for name in self._search.objectives)
+        known = [name for name in self._search.objectives if name in record.figures]
+        figures = "  ".join(f"{name} {record.figures[name]:.4g}" for name in known)
         self._say(record, counts, figures)
 
     def on_trial_pruned(self, record: TrialRecord, counts: Counts) -> None:

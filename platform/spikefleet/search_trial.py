@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from spikefleet.checkpoints import load_checkpoint, write_json
 from spikefleet.config import Config, load_config
 from spikefleet.energy_cards import measure_energy, write_card
@@ -25,6 +27,7 @@ from spikefleet_tune.trials import Overrides, Report, TrialPruned
 
 _CHANGEABLE = (
     "model.timesteps",
+    "model.backbone.timesteps",
     "model.neuron.bound",
     "shortcut.schedule",
     "shortcut.lambda0",
@@ -47,6 +50,8 @@ class TrialSetting:
     gpu: bool = False
     hands_on: bool = False
     """Trials take over one another's checkpoints (pbt)."""
+    energy_by_epoch: bool = False
+    """Energy is measured with each new best checkpoint, so that a trial that is stopped early has one too."""
     data: tuple[str, ...] = ()
     """Overrides that say where the data lie and how they are loaded."""
 
@@ -71,7 +76,8 @@ def mutable_keys(setting: TrialSetting, overrides: Overrides, keys: Sequence[str
 
     T is not among them where the decoder is an ASD in any branch of the space: its temporal attention has T inputs.
     """
-    network = build_model(setting.config(overrides).model)
+    with torch.device("meta"):
+        network = build_model(setting.config(overrides).model)
     bound_to_time = any(isinstance(module, AttentionSpikeDecoder) for module in network.modules())
     bound_to_time |= any(key.endswith(".decoder") for key in keys)
 
@@ -84,16 +90,21 @@ def mutable_keys(setting: TrialSetting, overrides: Overrides, keys: Sequence[str
 
 
 class ReportOutlet:
-    """Hands the figures of each epoch to the search; with its checkpoint where trials hand theirs on."""
+    """Hands the figures of each epoch to the search; with its checkpoint where trials hand theirs on.
 
-    def __init__(self, report: Report, hands_on: bool) -> None:
-        self._report, self._hands_on = report, hands_on
+    `energy_of`, where it is given, measures each new best checkpoint, before its epoch is reported.
+    """
+
+    def __init__(self, report: Report, hands_on: bool, energy_of: Callable[[Path], float] | None = None) -> None:
+        self._report, self._hands_on, self._energy_of = report, hands_on, energy_of
         self._waiting: dict[str, float] | None = None
+        self._measure = False
 
     def emit(self, event: Event) -> None:
         if isinstance(event, EpochDone) and any(key.startswith("val/") for key in event.metrics):
             self._waiting = {**event.metrics, "epoch": float(event.epoch)}
-            if not self._hands_on:
+            self._measure = event.best and self._energy_of is not None
+            if not self._hands_on and not self._measure:
                 self._flush(None)
         elif isinstance(event, CheckpointSaved) and self._waiting is not None:
             self._flush(Path(event.path))
@@ -101,7 +112,9 @@ class ReportOutlet:
     def _flush(self, checkpoint: Path | None) -> None:
         metrics, self._waiting = self._waiting, None
         assert metrics is not None
-        self._report(metrics, checkpoint)
+        if self._measure and checkpoint is not None and self._energy_of is not None:
+            metrics["energy_mj"] = self._energy_of(checkpoint)
+        self._report(metrics, checkpoint if self._hands_on else None)
 
 
 def as_trial(setting: TrialSetting) -> Callable[[Overrides, str, Report], dict[str, float]]:
@@ -118,14 +131,22 @@ def as_trial(setting: TrialSetting) -> Callable[[Overrides, str, Report], dict[s
         if report.start_from is not None:
             _take_over(run, config, report.start_from)
         run.begin(config, store.manifest)
-        outlet = ReportOutlet(report, setting.hands_on)
+
+        def energy_of(checkpoint: Path) -> float:
+            with torch.random.fork_rng(devices=[]):  # a new network draws from the generator of the training
+                network = best_network(load_checkpoint(checkpoint), config)
+            card = measure_energy(network, config, store.split("val"))
+            write_card(card, run.path / "report")
+            return card.energy_mj
+
+        outlet = ReportOutlet(report, setting.hands_on, energy_of if setting.energy_by_epoch else None)
+        if not setting.hands_on:
+            _report_best_so_far(run, outlet)
         try:
             outcome = _train(config, store, run, outlet)
         except NonFiniteError as error:
             raise TrialPruned(str(error)) from None
-        network = best_network(load_checkpoint(Path(outcome.best_checkpoint)), config)
-        card = measure_energy(network, config, store.split("val"))
-        write_card(card, run.path / "report")
+        energy_mj = energy_of(Path(outcome.best_checkpoint))
         run.note(
             status="finished",
             validation=dict(outcome.validation),
@@ -134,10 +155,22 @@ def as_trial(setting: TrialSetting) -> Callable[[Overrides, str, Report], dict[s
         )
         figures = {f"val/{key}": value for key, value in outcome.validation.items()}
         figures |= {f"test/{key}": value for key, value in outcome.test.items()}
-        parameters = sum(parameter.numel() for parameter in network.parameters())
-        return {**figures, "energy_mj": card.energy_mj, "parameters": float(parameters)}
+        with torch.device("meta"):
+            parameters = sum(parameter.numel() for parameter in build_model(config.model).parameters())
+        return {**figures, "energy_mj": energy_mj, "parameters": float(parameters)}
 
     return trainable
+
+
+def _report_best_so_far(run: Run, outlet: ReportOutlet) -> None:
+    """A trial that goes on after its process died tells its best epoch again: what it told before is lost."""
+    latest = run.checkpoints.latest()
+    if latest is None or (state := load_checkpoint(latest).state)["best"] is None:
+        return
+    best = state["best"]
+    row = next(row for row in state["history"] if row["epoch"] == best["epoch"])
+    outlet.emit(EpochDone(best["epoch"], best["step"], row, best=True, layers=(), gradients=()))
+    outlet.emit(CheckpointSaved(best["step"], str(run.checkpoints.at(best["step"]))))
 
 
 def _train(config: Config, store: Store, run: Run, outlet: ReportOutlet) -> Outcome:
@@ -190,3 +223,8 @@ def refusal_of(setting: TrialSetting, fixed: Collection[str] = ()) -> Callable[[
         return None
 
     return complaint
+
+
+def reported_by_epoch(metric_names: Sequence[str]) -> set[str]:
+    """What a trial of a task reports after each epoch that a scheduler may decide by."""
+    return {f"val/{name}" for name in metric_names}

@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from spikefleet.checkpoints import write_json
+from spikefleet.checkpoints import read_json, write_json
 from spikefleet.config import Config, leaves
 from spikefleet.data_access import absolute_location, open_data
 from spikefleet.errors import RunError, UserError
@@ -25,7 +25,7 @@ from spikefleet.registration import register_run
 from spikefleet.registry import Promotion
 from spikefleet.runs import Run
 from spikefleet.search_display import SearchDisplay
-from spikefleet.search_trial import TrialSetting, as_trial, mutable_keys, refusal_of, reportable
+from spikefleet.search_trial import TrialSetting, as_trial, mutable_keys, refusal_of, reportable, reported_by_epoch
 from spikefleet.tasks import build_task
 from spikefleet.tracking import Tracker, resolve_tracking_uri
 from spikefleet.versions import code_version
@@ -67,11 +67,31 @@ class SearchLaunch:
         return self.folder / self.name / "trials"
 
 
+@dataclass(frozen=True)
+class _DataFacts:
+    """Which data a search is about: written with its first trial, and compared at each later launch."""
+
+    path: Path
+    content_hash: str
+
+    def check(self) -> None:
+        """Raises UserError when the search was begun on other data."""
+        held = read_json(self.path)["content_hash"] if self.path.is_file() else self.content_hash
+        if held != self.content_hash:
+            raise UserError(
+                f"search {self.path.parent.name} was begun on data with content hash {held[:12]}, and the store now "
+                f"has {self.content_hash[:12]}; give the same data, or another --name"
+            )
+
+    def write(self) -> None:
+        write_json(self.path, {"content_hash": self.content_hash})
+
+
 class SearchTracker:
     """Tells MLflow of the search and its trials: a parent run, and one nested run for each trial."""
 
-    def __init__(self, launch: SearchLaunch, search: Search, display: SearchDisplay) -> None:
-        self._launch, self._search, self._display = launch, search, display
+    def __init__(self, launch: SearchLaunch, search: Search, display: SearchDisplay, facts: _DataFacts) -> None:
+        self._launch, self._search, self._display, self._facts = launch, search, display, facts
         self._uri = resolve_tracking_uri(launch.runs_dir)
         self._experiment = f"search-{launch.name}"
         self._parent: Tracker | None = None
@@ -80,6 +100,7 @@ class SearchTracker:
     def _begun(self) -> Tracker:
         """The search's own run; opened with the first trial, so that a refused launch changes nothing."""
         if self._parent is None:
+            self._facts.write()
             self._parent = Tracker.open(
                 self._launch.folder / self._launch.name, self._launch.name, self._experiment, self._uri
             )
@@ -105,16 +126,16 @@ class SearchTracker:
         self._trials[trial.name].log_metrics(rows, step=epoch)
 
     def on_trial_finished(self, record: TrialRecord, counts: Counts) -> None:
-        self._display.on_trial_finished(record, counts)
         self._end(record)
+        self._display.on_trial_finished(record, counts)
 
     def on_trial_pruned(self, record: TrialRecord, counts: Counts) -> None:
-        self._display.on_trial_pruned(record, counts)
         self._end(record)
+        self._display.on_trial_pruned(record, counts)
 
     def on_trial_failed(self, record: TrialRecord, counts: Counts) -> None:
-        self._display.on_trial_failed(record, counts)
         self._end(record)
+        self._display.on_trial_failed(record, counts)
 
     def _end(self, record: TrialRecord) -> None:
         tracker = self._trials.pop(record.name, None)
@@ -158,10 +179,13 @@ def run_tracked_search(search: Search, launch: SearchLaunch, console: Console) -
     setting, config, store = _setting(search, launch, console)
     task = build_task(config, store.manifest.class_names, store.manifest.category_ids or ())
     try:
-        check_search(search, refusal_of(setting, search.overrides), reportable(task.metric_names))
-        known = _known_points(search, launch)
+        names = task.metric_names
+        check_search(search, refusal_of(setting, search.overrides), reportable(names), reported_by_epoch(names))
+        facts = _DataFacts(launch.folder / launch.name / "data.json", store.manifest.content_hash)
+        facts.check()
+        known = _known_points(search, launch, console)
         with _session(search, launch), SearchDisplay(console, search) as display:
-            tracker = SearchTracker(launch, search, display)
+            tracker = SearchTracker(launch, search, display, facts)
             try:
                 result = run_search(
                     search,
@@ -169,7 +193,7 @@ def run_tracked_search(search: Search, launch: SearchLaunch, console: Console) -
                     launch.folder,
                     launch.name,
                     tracker,
-                    mutable=mutable_keys(setting, search.overrides, list(search.space)),
+                    mutable=mutable_keys(setting, search.overrides, list(search.space)) if setting.hands_on else None,
                     warm_start=known,
                     extend=launch.extend,
                     retry_failed=launch.retry_failed,
@@ -213,9 +237,11 @@ def _setting(search: Search, launch: SearchLaunch, console: Console) -> tuple[Tr
         cpus_per_worker=resources.cpus_per_worker,
         gpu=resources.gpus_per_worker > 0,
         hands_on=search.scheduler.kind == "pbt",
+        energy_by_epoch="energy_mj" in search.objectives and search.may_stop_early,
         data=launch.data,
     )
-    config = setting.config(search.overrides)
+    points = search.points if search.sampler.kind == "listed" else ()
+    config = setting.config({**search.overrides, **next(iter(points), {})})
     store = open_data(config.data, launch.stores_dir, console)
     return replace(setting, store=absolute_location(store)), config, store
 
@@ -235,18 +261,38 @@ def _session(search: Search, launch: SearchLaunch) -> Any:
     )
 
 
-def _known_points(search: Search, launch: SearchLaunch) -> list[KnownPoint]:
-    """Points of an earlier search; with their figures where it pursued the same objectives on the same recipe."""
+def _known_points(search: Search, launch: SearchLaunch, console: Console) -> list[KnownPoint]:
+    """Points of an earlier search that this one's space has.
+
+    With their figures where it pursued the same objectives on the same recipe, and varied nothing else.
+    """
     if launch.warm_start is None:
         return []
     earlier = read_search_result(launch.folder, launch.warm_start)
     same = earlier.search.recipe == search.recipe and earlier.search.objectives == search.objectives
     same = same and earlier.search.overrides == search.overrides
-    points = []
+    space, points, misfits = search.space_view(), [], 0
     for record in earlier.comparable:
         point = {key: value for key, value in record.point.items() if key in search.space}
-        figures = {name: record.figures[name] for name in search.objectives} if same else None
-        points.append(KnownPoint(point, figures, f"{launch.warm_start}, trial {record.name}"))
+        told = (
+            same
+            and len(point) == len(record.point)
+            and all(key in point for key in space.dimensions if space.active(key, point))
+        )
+        figures = {name: record.figures[name] for name in search.objectives} if told else None
+        origin = f"{launch.warm_start}, trial {record.name}"
+        try:
+            space.check(point, origin)
+        except SearchError:
+            misfits += 1
+        else:
+            points.append(KnownPoint(point, figures, origin))
+    if misfits:
+        console.print(
+            f"{misfits} of {len(earlier.comparable)} trials of {launch.warm_start} lie outside of this space; "
+            "they are left out",
+            highlight=False,
+        )
     return points
 
 
@@ -256,30 +302,32 @@ def _known_points(search: Search, launch: SearchLaunch) -> list[KnownPoint]:
 def confirm_front(result: SearchResult, seeds: int, launch: SearchLaunch, console: Console) -> list[dict[str, Any]]:
     """Trains each member of the front with other seeds; mean and standard deviation of each objective.
 
-    The trainings are a search of their own, `NAME-confirm-...`, named by the members and seeds, with its resumption.
+    The trainings are a search of their own, `NAME-confirm-...`, named by the members, which goes on and grows.
     """
     members = result.front
     if not members:
         raise RunError(f"search {result.name} has no trial with figures, so there is nothing to confirm")
     setting, _, _ = _setting(result.search, launch, console)
-    points = []
+    fixed = {key: value for key, value in result.search.overrides.items() if key != "train.seed"}
+    points = {}
     for record in members:
         own = setting.config(record.overrides).train.seed
-        points += [{**record.overrides, "train.seed": own + 1 + seed} for seed in range(seeds)]
+        points[record.name] = [{**record.point, "train.seed": own + 1 + seed} for seed in range(seeds)]
     tree = {
         "recipe": result.search.recipe,
-        "points": points,
+        "overrides": fixed,
+        "points": [points[record.name][seed] for seed in range(seeds) for record in members],
         "sampler": "listed",
         "objectives": dict(result.search.objectives),
         "resources": result.search.resources.model_dump(mode="json"),
     }
-    digest = hashlib.sha256(json.dumps(points, sort_keys=True).encode()).hexdigest()[:8]
+    named = sorted(json.dumps(dict(record.point), sort_keys=True) for record in members)
+    digest = hashlib.sha256(json.dumps(named).encode()).hexdigest()[:8]
     name = f"{launch.name}-confirm-{digest}"
     again = run_tracked_search(search_of(tree), replace(launch, name=name, extend=0, warm_start=None), console)
     rows = []
     for record in members:
-        wanted = {**record.overrides, "train.seed": None}
-        runs = [one for one in again.comparable if {**one.overrides, "train.seed": None} == wanted]
+        runs = [one for one in again.comparable if dict(one.point) in points[record.name]]
         row: dict[str, Any] = {"trial": record.name, "seeds": len(runs)}
         for name in result.search.objectives:
             values = [one.figures[name] for one in runs]
@@ -301,10 +349,9 @@ def confirm_front(result: SearchResult, seeds: int, launch: SearchLaunch, consol
 def register_trial(result: SearchResult, chosen: str, launch: SearchLaunch, console: Console) -> Promotion:
     """Registers a trial of a search with its proof and its energy card: `knee`, `best`, or a trial's name."""
     record = _chosen(result, chosen)
-    setting, _, store = _setting(result.search, launch, console)
-    config = setting.config(record.overrides)
+    _, _, store = _setting(result.search, launch, console)
     run = Run(launch.trials_dir / record.name)
-    done = run.record()
+    config, done = run.config(), run.record()
     tracking_uri = resolve_tracking_uri(launch.runs_dir)
     tracker = Tracker.open(run.path, record.name, f"search-{launch.name}", tracking_uri)
     tracker.finish("FINISHED", wait_s=_FLUSH_S)

@@ -124,12 +124,9 @@ def test_overrides_and_resources_are_laid_over_the_file(stores_dir: Path, tmp_pa
 
 
 def reproduce(folder: Path, stores_dir: Path, *words: str, code: int = 0) -> str:
-    command = [str(Path(sys.executable).with_name("spikefleet")), "reproduce", *words]
-    command += ["--runs-dir", str(folder / "runs"), "--stores-dir", str(stores_dir)]
-    done = subprocess.run(
-        command, env={**os.environ, "COLUMNS": "200"}, capture_output=True, text=True, check=False, timeout=280
-    )
-    assert done.returncode == code, f"{done.stdout}\n{done.stderr}"
+    places = ["--runs-dir", str(folder / "runs"), "--stores-dir", str(stores_dir)]
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["reproduce", *words, *places])
+    assert done.exit_code == code, f"{done.output}\n{done.exception!r}"
     return " ".join((done.stdout if code == 0 else done.stderr).split())
 
 
@@ -137,7 +134,7 @@ def test_rows_of_a_table_are_trained_once_for_all_tables(stores_dir: Path, tmp_p
     small = ("train.epochs=1", "model.width=0.125")
     said = reproduce(tmp_path, stores_dir, "sg_resnet_table9", *small, "--only", "SG ResNet10*", "--seeds", "1")
     assert "trial 2/2" in said
-    folder = tmp_path / "runs" / "reproductions" / "sg_resnet_table9-digits"
+    (folder,) = (tmp_path / "runs" / "reproductions").glob("sg_resnet_table9-digits-*")
     assert {path.name for path in folder.iterdir()} >= {"report.md", "report.json", "report.png"}
     rows = json.loads((folder / "report.json").read_text())["rows"]
     assert [row["row"] for row in rows] == ["SG ResNet10, BSG", "SG ResNet10, BSG*"]
@@ -153,8 +150,9 @@ def test_rows_of_a_table_are_trained_once_for_all_tables(stores_dir: Path, tmp_p
         tmp_path, stores_dir, "sg_resnet_table7", *small, "--only", "*ResNet10", "--seeds", "2", "--report-only"
     )
     assert "trial " not in said
-    rows = json.loads((folder.with_name("sg_resnet_table7-digits") / "report.json").read_text())["rows"]
-    assert rows[0]["trials"] == ["paper-digits-digits-0000"]
+    (other,) = folder.parent.glob("sg_resnet_table7-digits-*")
+    rows = json.loads((other / "report.json").read_text())["rows"]
+    assert rows[0]["trials"] == ["paper-digits-digits_narrow-0000"]
     assert rows[0]["remark"] == "seed 1 was not run"
     assert rows[1]["remark"] == "not run: seed 0 was not run; seed 1 was not run"
     assert rows[1]["figures"]["test/top1"]["mean"] is None
@@ -168,6 +166,8 @@ def test_tables_that_cannot_be_reproduced_say_why(stores_dir: Path, tmp_path: Pa
     assert "names no row" in refuse("sg_resnet_table3", "--only", "VGG*")
     assert "the event data set Gen1 is not here yet" in refuse("spike_yolo_table4", "--scale", "full")
     assert "cifar100" in refuse("sg_resnet_table7", "--scale", "full")
+    assert "train.seed='abc'" in refuse("sg_resnet_table7", "train.seed=abc")
+    assert "cannot be divided by 5" in refuse("sg_resnet_table7", "--workers", "5")
     assert "names one data set" in refuse("sg_resnet_table3", "data.root=/data", "--scale", "full")
     assert "optim.lr" in refuse("sg_resnet_table7", "optim.lrr=1")
     assert not (tmp_path / "runs" / "searches").exists()

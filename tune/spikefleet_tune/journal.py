@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from spikefleet_tune.errors import SearchError
-from spikefleet_tune.search_file import Search
+from spikefleet_tune.search_file import Search, search_of
 
 Status = Literal["finished", "stopped", "pruned", "failed"]
 
@@ -114,7 +114,7 @@ class SearchFolder:
             tree = json.loads((self.path / "search.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise SearchError(f"{self.path} holds no search that can be read: {error}") from None
-        return Search.model_validate(tree)
+        return search_of(tree, f"{self.path / 'search.json'}")
 
     @contextmanager
     def lock(self) -> Iterator[None]:

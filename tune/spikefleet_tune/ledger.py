@@ -137,6 +137,7 @@ class Ledger:
         if config["point"] != live.start.point:
             before = {"point": dict(live.start.point), "until_epoch": live.epoch}
             live.changes.append(before)
+            live.best = None  # that was another point's
             live.start = replace(live.start, overrides=config["overrides"], point=config["point"])
             self._folder.append(
                 "changed", number=number, overrides=config["overrides"], point=config["point"], before=before

@@ -58,9 +58,10 @@ def run_search(
     refuse_what_never_fits(search.resources, nodes)
     _check_known(search, warm_start)
     with folder.lock():
-        folder.begin(search)
         folder.drop_torn_line()
         past = folder.read()
+        _check_resources(folder, search, past)
+        folder.begin(search)
         _remember(folder, past, warm_start)
         sampler = _restored(search, past)
         _extend(folder, search, past, sampler, extend)
@@ -88,6 +89,19 @@ def _result(
 
 
 # ------------------------------------------------------------------------------------------------ going on
+
+
+def _check_resources(folder: SearchFolder, search: Search, past: Past) -> None:
+    """Trials that are under way go on with what they were begun with."""
+    if not past.unfinished:
+        return
+    held, wanted = (one.resources.model_dump() for one in (folder.read_search(), search))
+    for key in ("workers", "cpus_per_worker", "gpus_per_worker"):
+        if held[key] != wanted[key]:
+            raise SearchError(
+                f"search {folder.name} has {len(past.unfinished)} trials under way, begun with "
+                f"resources.{key}={held[key]:g}; go on with that, and change it to {wanted[key]:g} after them"
+            )
 
 
 def _check_known(search: Search, warm_start: Sequence[KnownPoint]) -> None:
@@ -142,14 +156,14 @@ def _extend(folder: SearchFolder, search: Search, past: Past, sampler: PointSamp
     if search.budget.trials is None:
         raise SearchError("a search that only hours end is extended by a larger budget.hours")
     total = total_trials(search, past)
+    if search.budget.hours is not None and folder.read_seconds() >= search.budget.hours * 3600:
+        raise SearchError(f"search {folder.name} has used up its {search.budget.hours:g} hours; raise budget.hours too")
     if not _complete(search, past, sampler):
         raise SearchError(
             f"search {folder.name} is not done ({len(past.ended)} of {total} trials); go on with it first"
         )
     if sampler.exhausted:
         raise SearchError(f"search {folder.name} has tried every point of its space; there is nothing to extend")
-    if search.budget.hours is not None and folder.read_seconds() >= search.budget.hours * 3600:
-        raise SearchError(f"search {folder.name} has used up its {search.budget.hours:g} hours; raise budget.hours too")
     folder.append("extended", trials=trials)
     past.extended += trials
 

@@ -19,24 +19,35 @@ CheckPoint = Callable[[Mapping[str, Any]], str | None]
 """Dotted overrides -> what is wrong with them, or None."""
 
 
-def check_search(search: Search, check_point: CheckPoint, reportable: Collection[str] | None = None) -> None:
+def check_search(
+    search: Search,
+    check_point: CheckPoint,
+    reportable: Collection[str] | None = None,
+    by_epoch: Collection[str] | None = None,
+) -> None:
     """Checks every choice, every end of a range and many combinations against what a run accepts.
 
     `check_point` is given the whole overrides of a trial. A value must be accepted in some point that keeps the
     constraints; and of the combinations (all when there are at most 256, else as many at random), each must be.
-    `reportable` are the metrics that the task reports.
+    `reportable` are the figures that a trial gives back, `by_epoch` those that it reports after each epoch.
     Raises SearchError naming key and value, combination, or objective.
     """
     if reportable is not None:
-        for name in (*search.objectives, *filter(None, [search.scheduler.metric])):
+        for name in search.objectives:
             if name not in reportable:
                 raise SearchError(f"no {name!r} is reported by this task; {nearest(name, reportable)}")
+    if by_epoch is not None and search.scheduler.kind != "none" and (name := search.deciding[0]) not in by_epoch:
+        raise SearchError(
+            f"scheduler {search.scheduler.kind} cannot decide by {name!r}, which is not reported after each epoch; "
+            f"{nearest(name, by_epoch)}"
+        )
     space = search.space_view()
     rng = random.Random(search.seed)
     for key, dimension in space.dimensions.items():
         for value in dimension.corners:
             _check_value(space, key, value, check_point, rng)
-    for point in [*_combinations(space, rng), *(dict(point) for point in search.points)]:
+    combinations = [] if search.sampler.kind == "listed" else _combinations(space, rng)
+    for point in [*combinations, *(dict(point) for point in search.points)]:
         if complaint := check_point({**space.fixed, **point}):
             chosen = ", ".join(f"{key}={value!r}" for key, value in point.items()) or "of the fixed overrides"
             raise SearchError(

@@ -98,6 +98,9 @@ class Search(Part):
         if self.sampler.kind == "listed":
             if self.space or self.constraints:
                 raise SearchError("sampler listed tries `points` and nothing else; leave space and constraints out")
+            for position, point in enumerate(self.points):
+                if both := sorted(point.keys() & self.overrides.keys()):
+                    raise SearchError(f"{both[0]} stands in both points[{position}] and overrides; keep one")
             return
         if not self.space:
             raise SearchError("space is empty: there is nothing to search; give at least one key")
@@ -139,6 +142,10 @@ class Search(Part):
                 f"scheduler.mode={scheduler.mode}, but the objective {self.deciding[0]} has the other one"
             )
         if scheduler.kind == "pbt":
+            if self.resources.max_concurrent is not None:
+                raise SearchError(
+                    "resources.max_concurrent has no effect with scheduler pbt, which pauses trials itself"
+                )
             for key in scheduler.mutate or ():
                 if key not in self.space:
                     raise SearchError(f"scheduler.mutate: {key!r} is no key of the space; {nearest(key, self.space)}")
@@ -150,6 +157,11 @@ class Search(Part):
         """Metric and direction by which a scheduler decides, and by which the best epoch of a stopped trial is told."""
         metric = self.scheduler.metric or next(iter(self.objectives))
         return metric, self.objectives.get(metric) or self.scheduler.mode or "max"
+
+    @property
+    def may_stop_early(self) -> bool:
+        """Whether a trial may end before its training does, with the figures of its best epoch."""
+        return self.scheduler.kind != "none" or self.budget.hours is not None
 
     @property
     def directions(self) -> tuple[Direction, ...]:

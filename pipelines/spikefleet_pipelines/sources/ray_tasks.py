@@ -52,7 +52,9 @@ def run_tasks(
             raise error.cause from None
         raise
     finally:
-        for reference in running:
-            ray.cancel(reference)
         if started:
             ray.shutdown()
+        elif running:
+            # Not ray.cancel: where a task ends just then, it brings the whole process down (Ray 2.60 checks that it was
+            # pending).
+            ray.wait(list(running), num_returns=len(running))

@@ -24,6 +24,7 @@ def reproduce(
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each row, with one seed after the other.")] = 3,
     only: Annotated[str, typer.Option(help="Rows whose name (or 'GROUP: NAME') matches this pattern.")] = "*",
     report_only: Annotated[bool, typer.Option("--report-only", help="Train nothing; report what is there.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed trainings again, once.")] = False,
     workers: TrialWorkers = None,
     cpus_per_worker: CpusPerWorker = None,
     gpus_per_worker: GpusPerWorker = None,
@@ -36,7 +37,7 @@ def reproduce(
 
     Rows that are trained already are not trained again, whichever table they were trained for.
     """
-    from spikefleet.paper_table import Resources, load_table
+    from spikefleet.paper_table import load_table
     from spikefleet.reproduction import ReproductionPlan, reproduce, track_reproduction
     from spikefleet.reproduction_report import REPORT, as_table, order_sentences, write_reproduction
     from spikefleet.searching import SearchLaunch
@@ -44,11 +45,15 @@ def reproduce(
     fixed, data = split_overrides(overrides or [])
     given = {"workers": workers, "cpus_per_worker": cpus_per_worker, "gpus_per_worker": gpus_per_worker}
     changed = {key: value for key, value in given.items() if value is not None}
-    plan = ReproductionPlan(
-        load_table(table), scale, seeds, only, fixed, Resources(**changed) if changed else None, train=not report_only
-    )
+    plan = ReproductionPlan(load_table(table), scale, seeds, only, fixed, changed, train=not report_only)
     launch = SearchLaunch(
-        name=table, runs_dir=runs_dir, stores_dir=stores_dir, address=address, verbose=verbose, data=data
+        name=table,
+        runs_dir=runs_dir,
+        stores_dir=stores_dir,
+        address=address,
+        verbose=verbose,
+        retry_failed=retry_failed,
+        data=data,
     )
     with resumable():
         found = reproduce(plan, launch, console)

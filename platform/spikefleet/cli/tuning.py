@@ -29,12 +29,15 @@ def split_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], tuple[str
 
 @contextmanager
 def resumable() -> Iterator[None]:
-    """Prints the command to go on with when it is interrupted."""
+    """Prints the command to go on with when it is interrupted: without --extend, for the extension is noted already."""
     try:
         yield
     except KeyboardInterrupt:
+        words = sys.argv[1:]
+        while any(extension := [place for place, word in enumerate(words) if word.partition("=")[0] == "--extend"]):
+            del words[extension[0] : extension[0] + (1 if "=" in words[extension[0]] else 2)]
         stderr.print(
-            f"interrupted; the same command goes on: spikefleet {shlex.join(sys.argv[1:])}",
+            f"interrupted; this goes on: spikefleet {shlex.join(words)}",
             highlight=False,
             markup=False,
         )
