@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from spikefleet.cli import app
+from spikefleet_pipelines.sources import prepare
 
 SEARCH = """
 recipe: digits
@@ -39,8 +40,9 @@ def tune(folder: Path, stores_dir: Path, *words: str) -> str:
 def folder(stores_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("search")
     (folder / "small.yaml").write_text(SEARCH)
-    said = tune(folder, stores_dir, "--register", "best")
+    said = tune(folder, stores_dir, "--register", "best", "--confirm", "1", "train.label_smoothing=0.1")
     assert "trial 2/2" in said
+    assert "confirmed" in said
     assert "sg_resnet_digits version 1 is champion" in said
     return folder
 
@@ -72,8 +74,32 @@ def test_the_report_has_front_and_pictures(folder: Path) -> None:
     assert set(results["front"]) <= {"small-0000", "small-0001"}
 
 
+def test_members_of_the_front_are_trained_with_another_seed(folder: Path) -> None:
+    report = folder / "runs" / "searches" / "small" / "report"
+    rows = json.loads((report / "confirmation.json").read_text())
+    assert [row["trial"] for row in rows] == json.loads((report / "results.json").read_text())["front"]
+    for row in rows:
+        assert row["seeds"] == 1
+        assert row["val/top1"]["mean"] > 0
+    (again,) = (folder / "runs" / "searches").glob("small-confirm-*")
+    held = json.loads((again / "search.json").read_text())
+    assert held["overrides"]["train.label_smoothing"] == 0.1
+    assert {point["train.seed"] for point in held["points"]} == {1}
+
+
+def test_other_data_are_refused(folder: Path, stores_dir: Path) -> None:
+    store = stores_dir / "other"
+    if not store.exists():
+        prepare("digits", None, store, seed=7)
+    places = ["--runs-dir", str(folder / "runs"), "--stores-dir", str(stores_dir)]
+    words = ["tune", str(folder / "small.yaml"), "train.label_smoothing=0.1", f"data.store={store}", *places]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 2
+    assert "was begun on data with content hash" in " ".join(done.stderr.split())
+
+
 def test_the_same_command_runs_nothing_again(folder: Path, stores_dir: Path) -> None:
-    said = tune(folder, stores_dir)
+    said = tune(folder, stores_dir, "train.label_smoothing=0.1")
     assert "trial " not in said.partition("on the front")[0].replace("trials are", "")
     assert "report:" in said
 

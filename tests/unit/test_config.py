@@ -128,3 +128,15 @@ def test_identity_covers_what_is_learnt_and_nothing_else() -> None:
         assert other.digest() != config.digest(), different
         (line,) = differences(config.dump(), other.dump())
         assert line.startswith(different.partition("=")[0])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (["shortcut.combine=convex", "shortcut.lambda0=0.6"], "shortcut.lambda0=0.6 for each of 2 side branches"),
+        (["model.stages=[1]"], "shortcut.where=stage: the network has only one stage"),
+    ],
+)
+def test_branches_that_cannot_be_are_refused_with_the_configuration(overrides: list[str], part: str) -> None:
+    with pytest.raises(UserError, match=part):
+        load_config("digits", ["shortcut.where=stage", *overrides])

@@ -369,3 +369,16 @@ def test_twins_of_all_families() -> None:
         network = bare(name)
         assert energy_at_rates(network, (32, 32), 0.1).twin is not None
         assert energy_at_rates(bare_twin(network), (32, 32), 0.1).twin is None
+
+
+def test_the_twin_is_counted_on_the_pictures_that_were_measured() -> None:
+    """Whichever came first: pictures of two sizes, and the mean of the cards of each alone."""
+    torch.manual_seed(0)
+    network = build_model(model_config("sg_resnet_tiny", timesteps=1)).eval()
+    small, large = torch.rand(1, 1, 8, 8), torch.rand(1, 1, 32, 8)
+    alone = [energy_card(network, [images]) for images in (small, large)]
+    both, turned = energy_card(network, [small, large]), energy_card(network, [large, small])
+    assert both.twin is not None
+    assert turned.twin is not None
+    assert both.twin.macs == turned.twin.macs == sum(card.twin.macs for card in alone if card.twin) / 2
+    assert both.dense == pytest.approx(sum(card.dense for card in alone) / 2)

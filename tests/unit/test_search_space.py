@@ -109,6 +109,11 @@ def test_a_search_is_read_and_written_back() -> None:
         ({"constraints": ["a > 5"]}, "no point keeps the constraints 'a > 5'"),
         ({"points": [{"a": 7}]}, r"points\[0\]: a=7 lies outside the space \(choice: \[1, 2\]\)"),
         ({"resources": {"workers": 0}}, "resources.workers=0"),
+        (
+            {"space": {}, "sampler": "listed", "points": [{"c": 1}], "overrides": {"c": 2}},
+            r"c stands in both points\[0\] and overrides",
+        ),
+        ({"scheduler": "pbt", "resources": {"max_concurrent": 1}}, "max_concurrent has no effect with scheduler pbt"),
     ],
 )
 def test_bad_searches_are_refused_in_a_sentence(changes: dict[str, Any], said: str) -> None:
@@ -238,6 +243,32 @@ def test_each_value_is_checked_before_anything_starts() -> None:
         check_search(search, lambda point: "too fast" if point["optim.lr"] == 0.3 else None)
     with pytest.raises(SearchError, match=r"no 'val/top1' is reported by this task; did you mean 'val/top5'\?"):
         check_search(search, lambda point: None, reportable=["val/top5", "energy_mj"])
+
+
+def test_a_scheduler_decides_by_what_each_epoch_reports() -> None:
+    def check(metric: str) -> None:
+        search = search_of(
+            _tree(scheduler={"kind": "asha", "metric": metric, "mode": "min"}, objectives={"cost": "min"})
+        )
+        check_search(search, lambda overrides: None, {"cost", "gain"}, {"gain"})
+
+    check("gain")
+    with pytest.raises(SearchError, match="scheduler asha cannot decide by 'cost', which is not reported after each"):
+        check("cost")
+
+
+def test_of_a_list_the_points_are_checked_and_not_what_lies_under_them() -> None:
+    seen: list[dict[str, Any]] = []
+
+    def refuse(overrides: Mapping[str, Any]) -> str | None:
+        seen.append(dict(overrides))
+        return "too large" if overrides["x"] > 1 else None
+
+    tree = {"recipe": "r", "sampler": "listed", "objectives": {"gain": "max"}}
+    check_search(search_of({**tree, "points": [{"x": 1}]}), refuse)
+    assert seen == [{"x": 1}]
+    with pytest.raises(SearchError, match="x=2 is not possible: too large"):
+        check_search(search_of({**tree, "points": [{"x": 1}, {"x": 2}]}), refuse)
 
 
 def test_an_impossible_combination_is_refused_by_name() -> None:

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from spikefleet.checkpoints import load_checkpoint
-from spikefleet.events import Silence
+from spikefleet.events import CheckpointSaved, EpochDone, Silence
 from spikefleet.runs import Run
-from spikefleet.search_trial import TrialSetting, _take_over, mutable_keys, refusal_of, reportable
+from spikefleet.search_trial import (
+    ReportOutlet,
+    TrialSetting,
+    _report_best_so_far,
+    _take_over,
+    as_trial,
+    mutable_keys,
+    refusal_of,
+    reportable,
+)
 from spikefleet.worker import train
 from spikefleet.world import World
 from spikefleet_pipelines.store import Store
@@ -60,6 +71,7 @@ def test_what_no_training_accepts_is_refused_by_name(
     assert complaint is not None
     assert part in complaint
     assert refusal_of(setting)({"data.transform.crop_padding": 0}) is None
+    assert refusal_of(setting, fixed=["data.seed"])({"data.seed": 3}) is None
 
 
 def test_a_search_pursues_no_test_figure() -> None:
@@ -97,3 +109,45 @@ def test_a_trial_that_was_only_paused_keeps_its_best(setting: TrialSetting, stor
     _take_over(run, config, latest)
     assert load_checkpoint(latest).state["best"] is not None
     assert len(run.checkpoints.committed()) == 2
+
+
+class Reports:
+    """Keeps what a trial reports."""
+
+    start_from = None
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+        self.checkpoints: list[Path | None] = []
+
+    def __call__(self, metrics: Mapping[str, float], checkpoint: Path | None = None) -> None:
+        self.rows.append(dict(metrics))
+        self.checkpoints.append(checkpoint)
+
+
+def test_energy_comes_with_each_new_best_epoch() -> None:
+    reports = Reports()
+    outlet = ReportOutlet(reports, hands_on=False, energy_of=lambda checkpoint: float(checkpoint.name))
+    outlet.emit(EpochDone(1, 10, {"val/top1": 0.5}, best=True))
+    assert reports.rows == []  # its checkpoint is still to come
+    outlet.emit(CheckpointSaved(10, "7"))
+    outlet.emit(EpochDone(2, 20, {"val/top1": 0.4}, best=False))
+    outlet.emit(CheckpointSaved(20, "8"))
+    assert reports.rows == [{"val/top1": 0.5, "epoch": 1.0, "energy_mj": 7.0}, {"val/top1": 0.4, "epoch": 2.0}]
+    assert reports.checkpoints == [None, None]
+
+
+def test_a_trial_that_goes_on_tells_its_best_epoch_again(setting: TrialSetting, stores_dir: Path) -> None:
+    """And a trial that may be stopped early has its energy, and its card, with each best epoch."""
+    alone = replace(setting, hands_on=False, energy_by_epoch=True)
+    first = Reports()
+    figures = as_trial(alone)(SMALL, "trial", first)
+    best = max(first.rows, key=lambda row: (row["val/top1"], -row["epoch"]))
+    assert best["energy_mj"] == figures["energy_mj"]
+    assert best["val/top1"] == figures["val/top1"]
+    assert (setting.runs_dir / "trial" / "report" / "energy.json").is_file()
+    again = Reports()
+    _report_best_so_far(Run(setting.runs_dir / "trial"), ReportOutlet(again, hands_on=False))
+    assert again.rows == [{key: value for key, value in best.items() if key != "energy_mj"}]
+    _report_best_so_far(Run(setting.runs_dir / "none"), ReportOutlet(again, hands_on=False))
+    assert len(again.rows) == 1
