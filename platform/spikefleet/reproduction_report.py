@@ -49,15 +49,21 @@ def write_reproduction(found: Reproduction, folder: Path) -> list[Path]:
 def as_table(found: Reproduction) -> Table:
     """For a terminal: the paper's figure, then ours."""
     table = Table(title=f"{found.plan.table.paper}; {found.plan.scale}")
-    table.add_column("row")
+    table.add_column("row", overflow="fold")
     for column in found.plan.table.columns.values():
         table.add_column(f"{column.label}, {column.unit}\npaper | ours", justify="right")
     table.add_column("seeds", justify="right")
-    table.add_column("")
     for row in found.rows:
         cells = [f"{_plain(cell.paper)} | {_ours(cell)}" for cell in row.cells.values()]
-        table.add_row(row.entry.full_name, *cells, str(len(row.seeds) or "-"), row.remark)
+        table.add_row(row.entry.full_name, *cells, str(len(row.seeds) or "-"))
     return table
+
+
+def remarks(found: Reproduction) -> Iterator[str]:
+    """Why rows were not run, or not with all seeds."""
+    for row in found.rows:
+        if row.remark:
+            yield f"{row.entry.full_name}: {row.remark}"
 
 
 def order_sentences(found: Reproduction) -> Iterator[str]:

@@ -31,7 +31,7 @@ from spikefleet.tracking import Tracker, resolve_tracking_uri
 from spikefleet.versions import code_version
 from spikefleet_pipelines.store import Store
 from spikefleet_tune.errors import SearchError
-from spikefleet_tune.journal import KnownPoint, TrialRecord
+from spikefleet_tune.journal import KnownPoint, SearchFolder, TrialRecord
 from spikefleet_tune.ledger import Counts, TrialStart
 from spikefleet_tune.report import write_report
 from spikefleet_tune.result import SearchResult
@@ -183,6 +183,9 @@ def run_tracked_search(search: Search, launch: SearchLaunch, console: Console) -
         check_search(search, refusal_of(setting, search.overrides), reportable(names), reported_by_epoch(names))
         facts = _DataFacts(launch.folder / launch.name / "data.json", store.manifest.content_hash)
         facts.check()
+        if (launch.folder / launch.name).is_dir():  # before Ray is started: that takes seconds
+            with SearchFolder(launch.folder, launch.name).lock():
+                pass
         known = _known_points(search, launch, console)
         with _session(search, launch), SearchDisplay(console, search) as display:
             tracker = SearchTracker(launch, search, display, facts)

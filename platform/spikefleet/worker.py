@@ -357,6 +357,8 @@ def _finish_epoch(state: TrainingState, task: Task, splits: Splits, folder: Chec
     config = state.config
     row = {"epoch": float(state.epoch + 1)}
     row |= {f"train/{name}": total / len(splits.train.split) for name, total in state.sums.items()}
+    if config.shortcut.enabled:
+        row["balance_coefficient"] = state.balance
     gradients = _gradient_table(state)
     last = state.epoch + 1 == config.train.epochs
     evaluation: Evaluation | None = None

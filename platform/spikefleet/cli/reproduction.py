@@ -39,7 +39,7 @@ def reproduce(
     """
     from spikefleet.paper_table import load_table
     from spikefleet.reproduction import ReproductionPlan, reproduce, track_reproduction
-    from spikefleet.reproduction_report import REPORT, as_table, order_sentences, write_reproduction
+    from spikefleet.reproduction_report import REPORT, as_table, order_sentences, remarks, write_reproduction
     from spikefleet.searching import SearchLaunch
 
     fixed, data = split_overrides(overrides or [])
@@ -61,8 +61,8 @@ def reproduce(
     paths = write_reproduction(found, folder)
     track_reproduction(found, paths, folder, runs_dir)
     console.print(as_table(found))
-    for sentence in order_sentences(found):
-        console.print(sentence, highlight=False)
+    for sentence in (*remarks(found), *order_sentences(found)):
+        console.print(sentence, highlight=False, soft_wrap=True, markup=False)
     console.print(f"report: {folder / REPORT}", highlight=False, soft_wrap=True)
 
 
@@ -71,9 +71,13 @@ def tables() -> None:
     """List the papers' tables that can be reproduced."""
     from spikefleet.paper_table import list_tables, load_table
 
-    listed = Table("table", "what it shows", "paper", "rows", "scales")
+    listed = Table()
+    listed.add_column("table", no_wrap=True)
+    for title in ("what it shows", "rows", "scales"):
+        listed.add_column(title)
     for name in list_tables():
         found = load_table(name)
         scales = dict.fromkeys(scale for group in found.groups for scale in group.scales)
-        listed.add_row(name, found.title, found.paper, str(len(list(found.entries()))), ", ".join(sorted(scales)))
+        what = f"{found.title} ({found.paper})"
+        listed.add_row(name, what, str(len(list(found.entries()))), ", ".join(sorted(scales)))
     console.print(listed)
