@@ -25,7 +25,8 @@ from spikefleet.energy_cards import ENERGY
 from spikefleet.errors import UserError
 from spikefleet.paper_table import Column, Entry, PaperTable, Scale
 from spikefleet.runs import Run
-from spikefleet.searching import SearchLaunch, read_tracked_search, run_tracked_search
+from spikefleet.search_tracking import FLUSH_S, SearchLaunch
+from spikefleet.searching import read_tracked_search, run_tracked_search
 from spikefleet.tracking import Tracker, resolve_tracking_uri
 from spikefleet.versions import code_version
 from spikefleet_models.build import build_model
@@ -35,8 +36,6 @@ from spikefleet_pipelines.sources import SourceError
 from spikefleet_tune.journal import TrialRecord
 from spikefleet_tune.result import SearchResult
 from spikefleet_tune.search_file import search_of
-
-_FLUSH_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -220,7 +219,7 @@ def track_reproduction(found: Reproduction, report: Sequence[Path], folder: Path
     tracker.set_tags({"paper": found.plan.table.paper, "scale": found.plan.scale, "code_version": code_version()})
     for path in report:
         tracker.log_artifact(path)
-    tracker.finish("FINISHED", wait_s=_FLUSH_S)
+    tracker.finish("FINISHED", wait_s=FLUSH_S)
 
 
 # ------------------------------------------------------------------------------------------------ figures

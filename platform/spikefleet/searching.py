@@ -9,15 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from spikefleet.checkpoints import read_json, write_json
-from spikefleet.config import Config, leaves
+from spikefleet.checkpoints import write_json
+from spikefleet.config import Config
 from spikefleet.data_access import absolute_location, open_data
 from spikefleet.errors import RunError, UserError
 from spikefleet.ray_session import quiet_ray
@@ -25,149 +24,18 @@ from spikefleet.registration import register_run
 from spikefleet.registry import Promotion
 from spikefleet.runs import Run
 from spikefleet.search_display import SearchDisplay
+from spikefleet.search_tracking import FLUSH_S, DataFacts, SearchLaunch, SearchTracker
 from spikefleet.search_trial import TrialSetting, as_trial, mutable_keys, refusal_of, reportable, reported_by_epoch
 from spikefleet.tasks import build_task
 from spikefleet.tracking import Tracker, resolve_tracking_uri
-from spikefleet.versions import code_version
 from spikefleet_pipelines.store import Store
 from spikefleet_tune.errors import SearchError
 from spikefleet_tune.journal import KnownPoint, SearchFolder, TrialRecord
-from spikefleet_tune.ledger import Counts, TrialStart
 from spikefleet_tune.report import write_report
 from spikefleet_tune.result import SearchResult
 from spikefleet_tune.search import read_search_result, run_search
 from spikefleet_tune.search_check import check_search
 from spikefleet_tune.search_file import Search, search_of
-
-_FLUSH_S = 30.0
-
-
-@dataclass(frozen=True)
-class SearchLaunch:
-    """How a search is started: nothing here decides what it finds."""
-
-    name: str
-    runs_dir: Path = Path("runs")
-    stores_dir: Path = Path("stores")
-    address: str | None = None
-    verbose: bool = False
-    extend: int = 0
-    warm_start: str | None = None
-    retry_failed: bool = False
-    data: tuple[str, ...] = ()
-    """Overrides that say where the data lie and how they are loaded, such as data.root=/data/cifar."""
-
-    @property
-    def folder(self) -> Path:
-        return self.runs_dir.resolve() / "searches"
-
-    @property
-    def trials_dir(self) -> Path:
-        """Runs of the trials."""
-        return self.folder / self.name / "trials"
-
-
-@dataclass(frozen=True)
-class _DataFacts:
-    """Which data a search is about: written with its first trial, and compared at each later launch."""
-
-    path: Path
-    content_hash: str
-
-    def check(self) -> None:
-        """Raises UserError when the search was begun on other data."""
-        held = read_json(self.path)["content_hash"] if self.path.is_file() else self.content_hash
-        if held != self.content_hash:
-            raise UserError(
-                f"search {self.path.parent.name} was begun on data with content hash {held[:12]}, and the store now "
-                f"has {self.content_hash[:12]}; give the same data, or another --name"
-            )
-
-    def write(self) -> None:
-        write_json(self.path, {"content_hash": self.content_hash})
-
-
-class SearchTracker:
-    """Tells MLflow of the search and its trials: a parent run, and one nested run for each trial."""
-
-    def __init__(self, launch: SearchLaunch, search: Search, display: SearchDisplay, facts: _DataFacts) -> None:
-        self._launch, self._search, self._display, self._facts = launch, search, display, facts
-        self._uri = resolve_tracking_uri(launch.runs_dir)
-        self._experiment = f"search-{launch.name}"
-        self._parent: Tracker | None = None
-        self._trials: dict[str, Tracker] = {}
-
-    def _begun(self) -> Tracker:
-        """The search's own run; opened with the first trial, so that a refused launch changes nothing."""
-        if self._parent is None:
-            self._facts.write()
-            self._parent = Tracker.open(
-                self._launch.folder / self._launch.name, self._launch.name, self._experiment, self._uri
-            )
-            self._parent.log_params(dict(leaves(self._search.dump())))
-            self._parent.set_tags({"recipe": self._search.recipe, "code_version": code_version(), "kind": "search"})
-            self._parent.flush(_FLUSH_S)  # trials name it as their parent
-        return self._parent
-
-    def on_trial_started(self, trial: TrialStart, counts: Counts) -> None:
-        self._display.on_trial_started(trial, counts)
-        tracker = self._trials.get(trial.name)
-        if tracker is None:
-            run_dir = self._launch.trials_dir / trial.name
-            tracker = Tracker.open(run_dir, trial.name, self._experiment, self._uri, self._begun().run_id)
-            self._trials[trial.name] = tracker
-        tracker.log_params(trial.overrides)
-        tracker.set_tags({"trial": trial.number, "attempt": trial.attempt, "search": self._launch.name})
-
-    def on_trial_reported(self, trial: TrialStart, metrics: Mapping[str, float]) -> None:
-        self._display.on_trial_reported(trial, metrics)
-        epoch = int(metrics.get("epoch", 0))
-        rows = {f"epoch/{key}": value for key, value in metrics.items() if key != "epoch"}
-        self._trials[trial.name].log_metrics(rows, step=epoch)
-
-    def on_trial_finished(self, record: TrialRecord, counts: Counts) -> None:
-        self._end(record)
-        self._display.on_trial_finished(record, counts)
-
-    def on_trial_pruned(self, record: TrialRecord, counts: Counts) -> None:
-        self._end(record)
-        self._display.on_trial_pruned(record, counts)
-
-    def on_trial_failed(self, record: TrialRecord, counts: Counts) -> None:
-        self._end(record)
-        self._display.on_trial_failed(record, counts)
-
-    def _end(self, record: TrialRecord) -> None:
-        tracker = self._trials.pop(record.name, None)
-        if tracker is None:
-            return
-        tracker.log_metrics(record.figures, step=0)
-        tracker.set_tags({"status": record.status, "reason": record.reason})
-        report = self._launch.trials_dir / record.name / "report"
-        for path in sorted(report.iterdir()) if report.is_dir() else ():
-            if path.is_file() and not path.name.startswith("."):
-                tracker.log_artifact(path, "report")
-        if (config := self._launch.trials_dir / record.name / "config.json").is_file():
-            tracker.log_artifact(config)
-        tracker.finish("FAILED" if record.status == "failed" else "FINISHED", wait_s=_FLUSH_S)
-
-    def finish(self, result: SearchResult, report: Sequence[Path]) -> None:
-        """Closes the parent run with the search's figures and report, unless nothing was run."""
-        if self._parent is None:
-            return
-        figures = {"trials": float(len(result.records)), "front": float(len(result.front))}
-        if result.hypervolume_curve:
-            figures["hypervolume"] = result.hypervolume_curve[-1]
-        self._parent.log_metrics(figures, step=len(result.records))
-        for path in report:
-            self._parent.log_artifact(path, "report")
-        self._parent.finish("FINISHED" if result.complete else "KILLED", wait_s=_FLUSH_S)
-
-    def abandon(self) -> None:
-        """Leaves open runs to be gone on with."""
-        for tracker in (*self._trials.values(), self._parent):
-            if tracker is not None:
-                tracker.finish("KILLED", wait_s=3.0)
 
 
 def run_tracked_search(search: Search, launch: SearchLaunch, console: Console) -> SearchResult:
@@ -181,7 +49,7 @@ def run_tracked_search(search: Search, launch: SearchLaunch, console: Console) -
     try:
         names = task.metric_names
         check_search(search, refusal_of(setting, search.overrides), reportable(names), reported_by_epoch(names))
-        facts = _DataFacts(launch.folder / launch.name / "data.json", store.manifest.content_hash)
+        facts = DataFacts(launch.folder / launch.name / "data.json", store.manifest.content_hash)
         facts.check()
         if (launch.folder / launch.name).is_dir():  # before Ray is started: that takes seconds
             with SearchFolder(launch.folder, launch.name).lock():
@@ -345,7 +213,7 @@ def confirm_front(result: SearchResult, seeds: int, launch: SearchLaunch, consol
     uri = resolve_tracking_uri(launch.runs_dir)
     tracker = Tracker.open(launch.folder / launch.name, launch.name, f"search-{launch.name}", uri)
     tracker.log_artifact(path, "report")
-    tracker.finish("FINISHED" if result.complete else "KILLED", wait_s=_FLUSH_S)
+    tracker.finish("FINISHED" if result.complete else "KILLED", wait_s=FLUSH_S)
     return rows
 
 
@@ -357,7 +225,7 @@ def register_trial(result: SearchResult, chosen: str, launch: SearchLaunch, cons
     config, done = run.config(), run.record()
     tracking_uri = resolve_tracking_uri(launch.runs_dir)
     tracker = Tracker.open(run.path, record.name, f"search-{launch.name}", tracking_uri)
-    tracker.finish("FINISHED", wait_s=_FLUSH_S)
+    tracker.finish("FINISHED", wait_s=FLUSH_S)
     if tracker.run_id is None:
         raise RunError(f"the tracking server does not answer, so trial {record.name} cannot be registered now")
     return register_run(

@@ -40,7 +40,7 @@ def reproduce(
     from spikefleet.paper_table import load_table
     from spikefleet.reproduction import ReproductionPlan, reproduce, track_reproduction
     from spikefleet.reproduction_report import REPORT, as_table, order_sentences, remarks, write_reproduction
-    from spikefleet.searching import SearchLaunch
+    from spikefleet.search_tracking import SearchLaunch
 
     fixed, data = split_overrides(overrides or [])
     given = {"workers": workers, "cpus_per_worker": cpus_per_worker, "gpus_per_worker": gpus_per_worker}

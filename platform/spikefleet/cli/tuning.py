@@ -67,7 +67,8 @@ def tune(
     stores_dir: StoresDir = Path("stores"),
 ) -> None:
     """Search over configurations; each trial is a training. The same command goes on with an interrupted search."""
-    from spikefleet.searching import SearchLaunch, confirm_front, register_trial, report_of, run_tracked_search
+    from spikefleet.search_tracking import SearchLaunch
+    from spikefleet.searching import confirm_front, register_trial, report_of, run_tracked_search
     from spikefleet_tune.errors import SearchError
     from spikefleet_tune.report import pareto_table
     from spikefleet_tune.search_file import load_search, search_of
