@@ -24,6 +24,7 @@ def quiet_ray() -> None:
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else `uv run` builds an environment for each worker
         "RAY_worker_niceness": "0",
+        "RAY_prestart_worker_first_driver": "0",  # Ray Train starts its own; idle ones take seconds of two cores
     }.items():
         os.environ.setdefault(name, value)
 

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +84,11 @@ def pareto_table(result: SearchResult) -> Table:
     table = Table(title=f"{result.name}: {len(result.front)} of {len(result.records)} trials are on the front")
     keys = [key for key in result.search.space if any(key in record.point for record in result.front)]
     keys = keys or sorted({key for record in result.front for key in record.point})
-    for title in ("trial", *keys):
-        table.add_column(title)
+    table.add_column("trial", no_wrap=True)
+    for key in keys:
+        table.add_column(_shortest(key, keys), overflow="fold")
     for name, direction in result.search.objectives.items():
-        table.add_column(f"{name} ({direction})", justify="right")
+        table.add_column(f"{name} ({direction})", justify="right", no_wrap=True)
     table.add_column("")
     for row in pareto_rows(result):
         values = [_plain(row[key]) if key in row else "-" for key in keys]
@@ -97,6 +99,13 @@ def pareto_table(result: SearchResult) -> Table:
             "knee" if row["knee"] else ("stopped early" if row["status"] == "stopped" else ""),
         )
     return table
+
+
+def _shortest(key: str, keys: Sequence[str]) -> str:
+    """The end of a key, as much of it as tells it from the others."""
+    parts = key.split(".")
+    ends = (".".join(parts[-length:]) for length in range(1, len(parts)))
+    return next((end for end in ends if sum(f".{other}".endswith(f".{end}") for other in keys) == 1), key)
 
 
 def importance(result: SearchResult) -> dict[str, dict[str, float] | str]:

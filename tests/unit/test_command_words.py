@@ -1,7 +1,8 @@
-"""The words of `spikefleet tune`: what overrides mean, and what is printed when a search is interrupted."""
+"""The command line itself: how it starts, what overrides of a search mean, what an interruption prints."""
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
@@ -27,3 +28,9 @@ def test_the_command_to_go_on_with_extends_nothing_again(
         raise KeyboardInterrupt
     said = " ".join(capsys.readouterr().err.split())
     assert said == "interrupted; this goes on: spikefleet tune digits --confirm 3"
+
+
+def test_commands_start_without_torchvision() -> None:
+    """It takes as long to import as torch itself."""
+    code = "import sys, spikefleet.cli; sys.exit('torchvision' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
