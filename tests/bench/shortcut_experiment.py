@@ -1,6 +1,6 @@
 """What shortcut back-propagation does to a deep network: Spiking ResNet34 (post-addition, IF), narrow, on digits.
 
-    python tests/bench/shortcut_experiment.py [--epochs N] [--seeds N] [--processes N] [--out FOLDER]
+    python tests/bench/shortcut_experiment.py [--epochs N] [--seeds N] [--processes N] [--variants NAME ...] [--out DIR]
 
 Trains it with and without side branches from the same seeds, by the training core itself.
 Prints, and writes as JSON, the test accuracy of each seed, and the L2 norm of the first layer's gradient over all
@@ -40,6 +40,7 @@ VARIANTS = {
         "shortcut.lambda0=1.0",
     ],
     "evolutionary, 0.25 to 0": ["model.connection=post_add", "shortcut.where=stage"],
+    "evolutionary, 1 to 0": ["model.connection=post_add", "shortcut.where=stage", "shortcut.lambda0=1.0"],
 }
 
 
@@ -85,12 +86,17 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=2, help="trainings at a time, each with one thread")
+    parser.add_argument(
+        "--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), help="all if not given"
+    )
     parser.add_argument("--out", type=Path, help="folder for shortcut.json and shortcut.png")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         prepare("digits", None, Path(scratch) / "digits")
         jobs = [
-            Job(variant, seed, arguments.epochs, scratch) for seed in range(arguments.seeds) for variant in VARIANTS
+            Job(variant, seed, arguments.epochs, scratch)
+            for seed in range(arguments.seeds)
+            for variant in arguments.variants
         ]
         rows = []
         with ProcessPoolExecutor(arguments.processes) as pool:
@@ -101,7 +107,7 @@ def main() -> None:
                     f"median {statistics.median(row['norms']):.3g}, in the first epoch {row['first_epoch_median']:.3g}",
                     flush=True,
                 )
-    for variant in VARIANTS:
+    for variant in arguments.variants:
         mine = [row for row in rows if row["variant"] == variant]
         top1 = [row["test_top1"] for row in mine]
         spread = statistics.stdev(top1) if len(top1) > 1 else 0.0
@@ -125,7 +131,7 @@ def write(rows: list[dict[str, Any]], folder: Path) -> None:
     everything = np.array(norms_of(rows))
     edges = np.geomspace(max(everything[everything > 0].min(), 1e-8), everything.max(), 60)
     figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    for variant in VARIANTS:
+    for variant in dict.fromkeys(row["variant"] for row in rows):
         norms = norms_of([row for row in rows if row["variant"] == variant])
         axis.hist(np.maximum(norms, edges[0]), edges, alpha=0.55, label=variant)
     seeds = len({row["seed"] for row in rows})
