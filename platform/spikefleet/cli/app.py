@@ -23,6 +23,9 @@ RunsDir = Annotated[
 ]
 StoresDir = Annotated[Path, typer.Option(envvar="SPIKEFLEET_STORES", help="Where prepared data sets are kept.")]
 
+Address = Annotated[str | None, typer.Option(help="Ray cluster, HOST:PORT; RAY_ADDRESS if not given.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show what Ray and its workers log.")]
+
 TrialWorkers = Annotated[
     int | None, typer.Option("--workers", min=1, help="Ray Train workers of each training, instead of the file's.")
 ]

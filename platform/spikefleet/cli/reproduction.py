@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from spikefleet.cli.app import CpusPerWorker, GpusPerWorker, RunsDir, StoresDir, TrialWorkers, app, console
+from spikefleet.cli.app import (
+    Address,
+    CpusPerWorker,
+    GpusPerWorker,
+    RunsDir,
+    StoresDir,
+    TrialWorkers,
+    Verbose,
+    app,
+    console,
+)
 from spikefleet.cli.training import Overrides
 from spikefleet.cli.tuning import resumable, split_overrides
 from spikefleet.paper_table import Scale
@@ -28,8 +38,8 @@ def reproduce(
     workers: TrialWorkers = None,
     cpus_per_worker: CpusPerWorker = None,
     gpus_per_worker: GpusPerWorker = None,
-    address: Annotated[str | None, typer.Option(help="Ray cluster, HOST:PORT; RAY_ADDRESS if not given.")] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show what Ray and its workers log.")] = False,
+    address: Address = None,
+    verbose: Verbose = False,
     runs_dir: RunsDir = Path("runs"),
     stores_dir: StoresDir = Path("stores"),
 ) -> None:

@@ -12,7 +12,16 @@ import typer
 import yaml
 from rich.table import Table
 
-from spikefleet.cli.app import Network, RunsDir, StoresDir, app, console, stderr
+from spikefleet.cli.app import (
+    Address,
+    Network,
+    RunsDir,
+    StoresDir,
+    Verbose,
+    app,
+    console,
+    stderr,
+)
 from spikefleet.config import Config, list_recipes, load_config, override_config, recipe_header
 from spikefleet.errors import UserError
 
@@ -33,8 +42,8 @@ def train(
     gpu: Annotated[bool, typer.Option("--gpu", help="One GPU for each worker.")] = False,
     name: Annotated[str | None, typer.Option(help="Name of the run; the same name goes on where it stopped.")] = None,
     resume: Annotated[str | None, typer.Option(help="Go on with this run, which must exist.")] = None,
-    address: Annotated[str | None, typer.Option(help="Ray cluster, HOST:PORT; RAY_ADDRESS if not given.")] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show what Ray and its workers log.")] = False,
+    address: Address = None,
+    verbose: Verbose = False,
     runs_dir: RunsDir = Path("runs"),
     stores_dir: StoresDir = Path("stores"),
 ) -> None:

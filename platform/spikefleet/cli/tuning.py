@@ -12,7 +12,18 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from spikefleet.cli.app import CpusPerWorker, GpusPerWorker, RunsDir, StoresDir, TrialWorkers, app, console, stderr
+from spikefleet.cli.app import (
+    Address,
+    CpusPerWorker,
+    GpusPerWorker,
+    RunsDir,
+    StoresDir,
+    TrialWorkers,
+    Verbose,
+    app,
+    console,
+    stderr,
+)
 from spikefleet.cli.training import Overrides
 from spikefleet.config import parse_override
 from spikefleet.errors import UserError
@@ -61,8 +72,8 @@ def tune(
     workers: TrialWorkers = None,
     cpus_per_worker: CpusPerWorker = None,
     gpus_per_worker: GpusPerWorker = None,
-    address: Annotated[str | None, typer.Option(help="Ray cluster, HOST:PORT; RAY_ADDRESS if not given.")] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show what Ray and its workers log.")] = False,
+    address: Address = None,
+    verbose: Verbose = False,
     runs_dir: RunsDir = Path("runs"),
     stores_dir: StoresDir = Path("stores"),
 ) -> None:
