@@ -21,6 +21,7 @@ import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from spikefleet import plots
+from spikefleet.allocator import keep_freed_memory
 from spikefleet.checkpoints import CheckpointFolder, load_checkpoint
 from spikefleet.config import CheckpointConfig, Config
 from spikefleet.errors import RunError, UserError
@@ -114,6 +115,8 @@ def train(
     Raises NonFiniteError on all ranks together; UserError when the run in `run_dir` belongs to another configuration.
     """
     _set_arithmetic(config)
+    if world.device.type == "cpu":
+        keep_freed_memory()
     task, splits, plan = prepare_parts(config, store, world)
     state = TrainingState(config, world, store.manifest.content_hash, plan.steps_per_epoch)
     folder = CheckpointFolder(run_dir / "checkpoints")
