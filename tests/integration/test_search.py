@@ -196,7 +196,12 @@ def test_groups_of_workers_never_wait_for_one_another(ray_on_two_cpus: None, tmp
         run_search(_search(resources={"workers": 3}), trainable, tmp_path, "large")
 
 
-def test_asha_stops_trials_and_keeps_their_best_epoch(ray_on_two_cpus: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "scheduler", [{"kind": "asha", "grace_epochs": 2, "reduction": 2}, {"kind": "median", "grace_epochs": 2}]
+)
+def test_schedulers_stop_trials_and_keep_their_best_epoch(
+    scheduler: dict[str, Any], ray_on_two_cpus: None, tmp_path: Path
+) -> None:
     def trainable(overrides: Mapping[str, Any], name: str, report: Report) -> dict[str, float]:
         x = overrides["x"]
         for epoch in range(1, 7):
@@ -208,14 +213,14 @@ def test_asha_stops_trials_and_keeps_their_best_epoch(ray_on_two_cpus: None, tmp
     points = [{"x": x} for x in (3, 2, 1, 0)]
     search = _search(
         points=points,
-        scheduler={"kind": "asha", "metric": "gain", "grace_epochs": 2, "reduction": 2},
+        scheduler={**scheduler, "metric": "gain"},
         resources={"max_concurrent": 1},
     )
-    result = run_search(search, trainable, tmp_path, "asha")
+    result = run_search(search, trainable, tmp_path, "stopping")
     by_x = {record.overrides["x"]: record for record in result.records}
     assert by_x[3].status == "finished"
     assert by_x[0].status == "stopped"
-    assert by_x[0].reason == "stopped by asha after epoch 2"
+    assert by_x[0].reason == f"stopped by {scheduler['kind']} after epoch 2"
     assert by_x[0].figures == {"gain": 0.5, "cost": 1.0}  # of epoch 1, not of epoch 2
     assert by_x[0].epoch == 1.0
 

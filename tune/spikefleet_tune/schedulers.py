@@ -52,6 +52,11 @@ class Asha(_MindsTheEnd, ASHAScheduler):
 class Median(_MindsTheEnd, MedianStoppingRule):
     """Stops a trial whose best is below the median of the others' means, by epochs."""
 
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Ray's rule would count the last report as one more epoch."""
+        if END not in result:
+            super().on_trial_complete(tune_controller, trial, result)
+
 
 class Population(_MindsTheEnd, PopulationBasedTraining):
     """Trials that fall behind go on from the state of one that leads, with a few values changed."""
