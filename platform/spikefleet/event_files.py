@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from spikefleet.checkpoints import write_json
+from spikefleet.checkpoints import read_json, write_json
 from spikefleet.events import (
     CheckpointSaved,
     EpochDone,
@@ -35,6 +35,10 @@ STOPPED = "stopped.json"
 
 TAKEN_OVER = "a later launch has taken over the run"
 
+_HANDED_ON = ".handed-on"
+"""Suffix of the file beside a file of events that says how many of its bytes the driver has handed on."""
+_WAIT_S = 0.05
+
 _KINDS: dict[str, Callable[..., Event]] = {
     kind.__name__: kind for kind in (Started, StepDone, EpochDone, CheckpointSaved, Note, WorkerFailed)
 }
@@ -50,9 +54,14 @@ def new_launch(run_dir: Path) -> Path:
 
 
 class EventWriter:
-    """The outlet of one process of a launch; does not wait for the driver."""
+    """The outlet of one process of a launch.
 
-    def __init__(self, launch: Path) -> None:
+    Does not wait for the driver, unless it is `in_step`: then it goes on after a checkpoint when the driver has handed
+    on what was sent, so that the driver finds the checkpoint as it is, and decides before more is trained.
+    """
+
+    def __init__(self, launch: Path, in_step: bool = False) -> None:
+        self._launch, self._in_step = launch, in_step
         self._path = launch / f"events-{time.time_ns():020d}-{os.getpid()}.jsonl"
 
     def emit(self, event: Event) -> None:
@@ -66,6 +75,17 @@ class EventWriter:
                 os.close(descriptor)
         except OSError as error:
             log.warning("%s: an event is lost: %s", self._path, error)  # a full disk ends the run at its checkpoint
+            return
+        if self._in_step and isinstance(event, CheckpointSaved):
+            self._wait()
+
+    def _wait(self) -> None:
+        """Until all is handed on, or the launch is stopped or gone, which is for the next step to find out."""
+        mark = self._path.with_suffix(_HANDED_ON)
+        while self._launch.is_dir() and not (self._launch / STOPPED).is_file():
+            if mark.is_file() and read_json(mark) >= self._path.stat().st_size:
+                return
+            time.sleep(_WAIT_S)
 
 
 class EventReader:
@@ -74,9 +94,17 @@ class EventReader:
     def __init__(self, launch: Path) -> None:
         self._launch = launch
         self._read: dict[Path, int] = {}
+        self._handed_on: dict[Path, int] = {}
 
     def new(self) -> list[Event]:
         return [_decode(line) for path in sorted(self._launch.glob("events-*.jsonl")) for line in self._lines(path)]
+
+    def handed_on(self) -> None:
+        """Lets writers that are in step know that what was read so far has been dealt with."""
+        for path, size in self._read.items():
+            if self._handed_on.get(path) != size:
+                write_json(path.with_suffix(_HANDED_ON), size)
+                self._handed_on[path] = size
 
     def _lines(self, path: Path) -> Iterator[bytes]:
         with path.open("rb") as file:

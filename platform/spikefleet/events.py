@@ -72,7 +72,7 @@ Event = Started | StepDone | EpochDone | CheckpointSaved | Note | WorkerFailed |
 
 
 class Outlet(Protocol):
-    """Takes events; never blocks training and never raises."""
+    """Takes events; blocks no training and never raises, but for that of a trial, whose search decides on it."""
 
     def emit(self, event: Event) -> None: ...
 

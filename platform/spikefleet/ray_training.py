@@ -68,6 +68,7 @@ class WorkerArguments:
     launch: str
     """The directory of this launch, which all nodes share."""
     before_step: BeforeStep | None
+    in_step: bool
 
 
 def session_for(config: Config, address: str | None, verbose: bool) -> AbstractContextManager[None]:
@@ -86,16 +87,20 @@ def train_on_ray(
     address: str | None = None,
     verbose: bool = False,
     before_step: BeforeStep | None = None,
+    in_step: bool = False,
 ) -> Outcome:
     """Runs the training core on `config.cluster.workers` workers.
 
+    With `in_step` they wait after each checkpoint until the outlet has dealt with it: a search's does more than look.
     A dead worker restarts the group from the latest committed checkpoint, `config.cluster.max_failures` times.
     Raises RunError when that does not help, and UserError when Ray cannot be reached.
     """
     cluster = config.cluster
     with session_for(config, address, verbose):
         launch = new_launch(run_dir)
-        arguments = WorkerArguments(config.dump(), absolute_location(store), str(run_dir), str(launch), before_step)
+        arguments = WorkerArguments(
+            config.dump(), absolute_location(store), str(run_dir), str(launch), before_step, in_step
+        )
         trainer = TorchTrainer(
             _worker,
             train_loop_config={"arguments": arguments},
@@ -136,7 +141,7 @@ def _worker(loop_config: dict[str, Any]) -> Outcome | Stopped:
     stopped = launch / STOPPED
     if stopped.is_file():
         return Stopped(**read_json(stopped))
-    outlet: Outlet = EventWriter(launch) if world.leads else Silence()
+    outlet: Outlet = EventWriter(launch, arguments.in_step) if world.leads else Silence()
 
     def before_step(world: World, step: int) -> None:
         # Workers of a killed driver may outlive it for a while; the next driver removes their launch when it has begun.
@@ -211,6 +216,7 @@ def _followed(launch: Path, outlet: Outlet) -> Iterator[None]:
         for event in reader.new():
             if not refused:
                 outlet.emit(event)
+        reader.handed_on()
 
     def follow() -> None:
         while not done.wait(_POLL_S):

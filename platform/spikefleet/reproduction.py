@@ -26,6 +26,7 @@ from spikefleet.errors import UserError
 from spikefleet.paper_table import Column, Entry, PaperTable, Scale
 from spikefleet.runs import Run
 from spikefleet.search_tracking import FLUSH_S, SearchLaunch
+from spikefleet.search_trial import chooses_data
 from spikefleet.searching import read_tracked_search, run_tracked_search
 from spikefleet.tracking import Tracker, resolve_tracking_uri
 from spikefleet.versions import code_version
@@ -53,6 +54,11 @@ class ReproductionPlan:
     """What a training takes, by the fields of Resources, where it is not what the table says."""
     train: bool = True
     """False reads what is there and trains nothing."""
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """Overrides that choose other data: the same in all trainings of a search, which share one store."""
+        return {key: value for key, value in (self.overrides or {}).items() if chooses_data(key)}
 
     def point(self, entry: Entry, seed: int) -> dict[str, Any]:
         """All overrides of a row's training with one of its seeds, counted from 0."""
@@ -111,8 +117,7 @@ class Reproduction:
         name = f"{self.plan.table.name}-{self.plan.scale}"
         if self.plan.only == "*" and not self.plan.overrides:
             return name
-        own = json.dumps([self.plan.only, dict(self.plan.overrides or {})], sort_keys=True)
-        return f"{name}-{hashlib.sha256(own.encode()).hexdigest()[:8]}"
+        return f"{name}-{_short_digest([self.plan.only, dict(self.plan.overrides or {})])}"
 
     def pairs_in_order(self, column: str) -> tuple[int, int]:
         """Pairs of rows of a group whose figures ours put in the paper's order, and how many can be compared.
@@ -186,13 +191,15 @@ def _trained(
     plan: ReproductionPlan, recipe: str, rows: Sequence[Entry], launch: SearchLaunch, console: Console
 ) -> SearchResult | None:
     """The search that holds the rows' trainings, after what was missing in it has been trained."""
-    named = replace(launch, name=f"paper-{plan.scale}-{recipe}", extend=0, warm_start=None)
+    name = f"paper-{plan.scale}-{recipe}" + (f"-{_short_digest(plan.data)}" if plan.data else "")
+    named = replace(launch, name=name, extend=0, warm_start=None)
     if not plan.train:
         return read_tracked_search(named)
     chosen = load_config(recipe).checkpoint
     resources = {**rows[0].group.scales[plan.scale].resources.model_dump(), **(plan.resources or {})}
     tree = {
         "recipe": recipe,
+        "overrides": plan.data,
         "sampler": "listed",
         "points": list(_distinct(plan, rows)),
         "objectives": {f"val/{chosen.metric}": chosen.mode},
@@ -210,7 +217,7 @@ def _distinct(plan: ReproductionPlan, rows: Sequence[Entry]) -> Iterator[dict[st
             digest = _digest(entry.group.scales[plan.scale].recipe, point)
             if digest not in seen:
                 seen.add(digest)
-                yield point
+                yield {key: value for key, value in point.items() if key not in plan.data}
 
 
 def track_reproduction(found: Reproduction, report: Sequence[Path], folder: Path, runs_dir: Path) -> None:
@@ -291,6 +298,10 @@ def _network_figures(table: PaperTable, entry: Entry) -> dict[str, float]:
     additions = entry.row.paper.get("acs", 0.0) / table.columns["acs"].factor
     picojoules = card.macs * constants.mac_pj + additions * constants.ac_pj
     return {**figures, "macs": card.macs, "energy_uj": picojoules / 1e6}
+
+
+def _short_digest(what: Any) -> str:
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _key(override: str) -> str:

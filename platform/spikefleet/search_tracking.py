@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from spikefleet.checkpoints import read_json, write_json
-from spikefleet.config import leaves
+from spikefleet.config import Config, leaves
 from spikefleet.errors import UserError
 from spikefleet.search_display import SearchDisplay
 from spikefleet.tracking import Tracker, resolve_tracking_uri
-from spikefleet.versions import code_version
+from spikefleet.versions import code_version, library_versions
 from spikefleet_tune.journal import TrialRecord
 from spikefleet_tune.ledger import Counts, TrialStart
 from spikefleet_tune.result import SearchResult
@@ -68,8 +69,17 @@ class DataFacts:
 class SearchTracker:
     """Tells MLflow of the search and its trials: a parent run, and one nested run for each trial."""
 
-    def __init__(self, launch: SearchLaunch, search: Search, display: SearchDisplay, facts: DataFacts) -> None:
+    def __init__(
+        self,
+        launch: SearchLaunch,
+        search: Search,
+        display: SearchDisplay,
+        facts: DataFacts,
+        resolve: Callable[[Mapping[str, Any]], Config],
+    ) -> None:
+        """`resolve` gives the whole configuration of a trial's overrides."""
         self._launch, self._search, self._display, self._facts = launch, search, display, facts
+        self._resolve = resolve
         self._uri = resolve_tracking_uri(launch.runs_dir)
         self._experiment = f"search-{launch.name}"
         self._parent: Tracker | None = None
@@ -94,8 +104,12 @@ class SearchTracker:
             run_dir = self._launch.trials_dir / trial.name
             tracker = Tracker.open(run_dir, trial.name, self._experiment, self._uri, self._begun().run_id)
             self._trials[trial.name] = tracker
-        tracker.log_params(trial.overrides)
+        config = self._resolve(trial.overrides)
+        tracker.log_params(dict(leaves(config.dump())))  # what pbt changes later becomes a tag
         tracker.set_tags({"trial": trial.number, "attempt": trial.attempt, "search": self._launch.name})
+        tracker.set_tags({"recipe": config.recipe, "task": config.task, "code_version": code_version()})
+        tracker.set_tags({"dataset": config.data.source, "data_hash": self._facts.content_hash})
+        tracker.set_tags({f"fact.{name}": version for name, version in library_versions().items()})
 
     def on_trial_reported(self, trial: TrialStart, metrics: Mapping[str, float]) -> None:
         self._display.on_trial_reported(trial, metrics)

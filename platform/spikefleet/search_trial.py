@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from spikefleet.checkpoints import load_checkpoint, write_json
 from spikefleet.config import Config, load_config
 from spikefleet.energy_cards import measure_energy, write_card
+from spikefleet.errors import UserError
 from spikefleet.event_files import TakingOver
 from spikefleet.events import CheckpointSaved, EpochDone, Event
 from spikefleet.runs import Run
@@ -23,7 +26,7 @@ from spikefleet.world import World
 from spikefleet_models.build import build_model
 from spikefleet_models.decoders import AttentionSpikeDecoder
 from spikefleet_pipelines.store import Store
-from spikefleet_tune.trials import Overrides, Report, TrialPruned
+from spikefleet_tune.trials import BEST, Overrides, Report, TrialPruned
 
 _CHANGEABLE = (
     "model.timesteps",
@@ -36,6 +39,8 @@ _CHANGEABLE = (
     "optim.weight_decay",
 )
 """What population based training may change in the middle: no weight's shape depends on it."""
+
+_PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -71,13 +76,13 @@ class TrialSetting:
         )
 
 
-def mutable_keys(setting: TrialSetting, overrides: Overrides, keys: Sequence[str]) -> Callable[[str], bool]:
-    """Which keys may change in the middle of training.
+def mutable_keys(config: Config, keys: Sequence[str]) -> Callable[[str], bool]:
+    """Which of the keys of a space may change in the middle of training; `config` is that of some point.
 
     T is not among them where the decoder is an ASD in any branch of the space: its temporal attention has T inputs.
     """
     with torch.device("meta"):
-        network = build_model(setting.config(overrides).model)
+        network = build_model(config.model)
     bound_to_time = any(isinstance(module, AttentionSpikeDecoder) for module in network.modules())
     bound_to_time |= any(key.endswith(".decoder") for key in keys)
 
@@ -102,7 +107,7 @@ class ReportOutlet:
 
     def emit(self, event: Event) -> None:
         if isinstance(event, EpochDone) and any(key.startswith("val/") for key in event.metrics):
-            self._waiting = {**event.metrics, "epoch": float(event.epoch)}
+            self._waiting = {**event.metrics, "epoch": float(event.epoch), BEST: float(event.best)}
             self._measure = event.best and self._energy_of is not None
             if not self._hands_on and not self._measure:
                 self._flush(None)
@@ -128,6 +133,10 @@ def as_trial(setting: TrialSetting) -> Callable[[Overrides, str, Report], dict[s
         config = setting.config(overrides)
         store = Store.open(setting.store, verify=False)  # the driver has verified it
         run = Run(setting.runs_dir / name)
+        with _held(run):
+            return train_trial(run, config, store, report)
+
+    def train_trial(run: Run, config: Config, store: Store, report: Report) -> dict[str, float]:
         if report.start_from is not None:
             _take_over(run, config, report.start_from)
         run.begin(config, store.manifest)
@@ -162,6 +171,22 @@ def as_trial(setting: TrialSetting) -> Callable[[Overrides, str, Report], dict[s
     return trainable
 
 
+@contextmanager
+def _held(run: Run) -> Iterator[None]:
+    """The lock of a trial's run; waits for a process of an earlier launch that Ray has not ended yet."""
+    give_up = time.monotonic() + _PATIENCE_S
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(run.lock())
+                break
+            except UserError:
+                if time.monotonic() > give_up:
+                    raise
+                time.sleep(1.0)
+        yield
+
+
 def _report_best_so_far(run: Run, outlet: ReportOutlet) -> None:
     """A trial that goes on after its process died tells its best epoch again: what it told before is lost."""
     latest = run.checkpoints.latest()
@@ -178,26 +203,29 @@ def _train(config: Config, store: Store, run: Run, outlet: ReportOutlet) -> Outc
         return train(config, store, run.path, World.alone(config.cluster.gpu), outlet)
     from spikefleet.ray_training import train_on_ray
 
-    return train_on_ray(config, store, run.path, TakingOver(run.path, outlet))
+    return train_on_ray(config, store, run.path, TakingOver(run.path, outlet), in_step=True)
 
 
 def _take_over(run: Run, config: Config, start_from: Path) -> None:
     """Lays another trial's checkpoint into this run, under this trial's configuration.
 
-    A trial that was only paused is given its own one, and keeps what it has.
+    A trial that was only paused, or whose process died, is given its own one, and keeps what it has: its history then
+    begins with that of the checkpoint.
     """
     snapshot = load_checkpoint(start_from)
     state, wanted = snapshot.state, config.dump()
-    step = state["epoch"] * state["steps_per_epoch"] + state["step_in_epoch"]
     own = run.checkpoints.latest()
-    if own is not None and own == run.checkpoints.at(step) and load_checkpoint(own).config == wanted:
-        return
+    if own is not None and snapshot.config == wanted:
+        held = load_checkpoint(own)
+        if held.config == wanted and held.state["history"][: len(state["history"])] == state["history"]:
+            return
     if state["epoch"] >= config.train.epochs:
         raise TrialPruned("it was to go on from the end of another trial, which leaves nothing to train")
     run.forget_checkpoints()
     run.path.mkdir(parents=True, exist_ok=True)
     write_json(run.path / "config.json", wanted)
     # The best so far was another configuration's: what counts for this trial begins here.
+    step = state["epoch"] * state["steps_per_epoch"] + state["step_in_epoch"]
     run.checkpoints.save(step, snapshot.under(wanted, best=None))
 
 
@@ -206,13 +234,17 @@ def reportable(metric_names: Sequence[str]) -> set[str]:
     return {*(f"val/{name}" for name in metric_names), "energy_mj", "parameters"}
 
 
+def chooses_data(key: str) -> bool:
+    """Whether an override asks for another store, and not only for another way to show its pictures."""
+    return key.startswith("data.") and not key.startswith("data.transform.")
+
+
 def refusal_of(setting: TrialSetting, fixed: Collection[str] = ()) -> Callable[[Mapping[str, Any]], str | None]:
     """What is wrong with the overrides of a trial, or None; `fixed` are keys that have the same value in all trials."""
-    from spikefleet.errors import UserError
 
     def complaint(overrides: Mapping[str, Any]) -> str | None:
         for key in overrides:
-            if key.startswith("data.") and not key.startswith("data.transform.") and key not in fixed:
+            if chooses_data(key) and key not in fixed:
                 return f"{key} would need other data; all trials of a search share one store"
             if key.startswith("cluster."):
                 return f"{key} is set by the search's resources"

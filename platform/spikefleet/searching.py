@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ from spikefleet_tune.search import read_search_result, run_search
 from spikefleet_tune.search_check import check_search
 from spikefleet_tune.search_file import Search, search_of
 
+_LOOKED_AT = 200
+
 
 def run_tracked_search(search: Search, launch: SearchLaunch, console: Console) -> SearchResult:
     """Runs a search, or goes on with the one of this name; writes its report beside it.
@@ -56,7 +59,7 @@ def run_tracked_search(search: Search, launch: SearchLaunch, console: Console) -
                 pass
         known = _known_points(search, launch, console)
         with _session(search, launch), SearchDisplay(console, search) as display:
-            tracker = SearchTracker(launch, search, display, facts)
+            tracker = SearchTracker(launch, search, display, facts, setting.config)
             try:
                 result = run_search(
                     search,
@@ -64,7 +67,7 @@ def run_tracked_search(search: Search, launch: SearchLaunch, console: Console) -
                     launch.folder,
                     launch.name,
                     tracker,
-                    mutable=mutable_keys(setting, search.overrides, list(search.space)) if setting.hands_on else None,
+                    mutable=mutable_keys(config, list(search.space)) if setting.hands_on else None,
                     warm_start=known,
                     extend=launch.extend,
                     retry_failed=launch.retry_failed,
@@ -84,6 +87,15 @@ def read_tracked_search(launch: SearchLaunch) -> SearchResult | None:
         return None
     try:
         return read_search_result(launch.folder, launch.name)
+    except SearchError as error:
+        raise UserError(str(error)) from None
+
+
+def extension_of(launch: SearchLaunch) -> int:
+    """Trials by which the search of this name was extended so far. Raises UserError."""
+    try:
+        folder = SearchFolder(launch.folder, launch.name)
+        return folder.read().extended if folder.path.is_dir() else 0
     except SearchError as error:
         raise UserError(str(error)) from None
 
@@ -111,10 +123,22 @@ def _setting(search: Search, launch: SearchLaunch, console: Console) -> tuple[Tr
         energy_by_epoch="energy_mj" in search.objectives and search.may_stop_early,
         data=launch.data,
     )
-    points = search.points if search.sampler.kind == "listed" else ()
-    config = setting.config({**search.overrides, **next(iter(points), {})})
+    config = _possible_config(search, setting)
     store = open_data(config.data, launch.stores_dir, console)
     return replace(setting, store=absolute_location(store)), config, store
+
+
+def _possible_config(search: Search, setting: TrialSetting) -> Config:
+    """A configuration that the search tries: task and data are the same in all.
+
+    Where no point is possible, that under the space, if it can be: `check_search` then says what is wrong.
+    """
+    space = search.space_view()
+    others = () if search.sampler.kind == "listed" else space.points(corners=True, look_at=_LOOKED_AT)
+    for point in (*search.points, *others):
+        with suppress(UserError):
+            return setting.config({**search.overrides, **point})
+    return setting.config(search.overrides)
 
 
 def _session(search: Search, launch: SearchLaunch) -> Any:

@@ -134,13 +134,12 @@ class Tracker:
     def log_params(self, params: Mapping[str, object]) -> None:
         """Logs parameters; a value of more than 6,000 characters is cut and goes whole into an artifact.
 
-        MLflow never changes a parameter: the value of the first call stays.
+        MLflow never changes a parameter: the value of the first call stays, and a later one becomes tag `changed.KEY`.
         """
         with self._guard:
             fitted = {_key(key): _fit("params", key, str(value), MAX_PARAM_LENGTH) for key, value in params.items()}
-            changed = [key for key, value in fitted.items() if self._params.get(key, value) != value]
-            if changed:
-                log.warning("MLflow keeps the values that the run began with for: %s", ", ".join(changed))
+            changed = {key: value for key, value in fitted.items() if self._params.get(key, value) != value}
+            self.set_tags({f"changed.{key}": value for key, value in changed.items()})
             new = {key: value for key, value in fitted.items() if key not in self._params}
             self._keep_whole("params", {key: str(params[key]) for key in new}, MAX_PARAM_LENGTH)
             for part in _parts(new, MAX_PARAMS_OR_TAGS):

@@ -19,9 +19,14 @@ from urllib.request import urlopen
 
 import pyarrow.parquet
 import pytest
+from rich.console import Console
 
 from spikefleet.errors import UserError
+from spikefleet.events import CheckpointSaved, Recovered, Started, StepDone, WorkerFailed
 from spikefleet.journal import DELIVERED
+from spikefleet.observer import RunObserver
+from spikefleet.progress import PlainDisplay
+from spikefleet.runs import Run
 from spikefleet.tracking import Tracker, quiet_mlflow, resolve_tracking_uri, sync
 
 quiet_mlflow()
@@ -108,9 +113,7 @@ def test_a_run_reaches_mlflow_whole(runs: Path, uri: str, client: MlflowClient, 
     assert run.info.artifact_uri.startswith((runs / "artifacts").as_uri())
 
 
-def test_a_run_that_is_opened_again_goes_on_and_repeats_no_step(
-    runs: Path, uri: str, client: MlflowClient, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_run_that_is_opened_again_goes_on_and_repeats_no_step(runs: Path, uri: str, client: MlflowClient) -> None:
     first = Tracker.open(runs / "again", "again", "digits", uri)
     first.log_params({"lr": 0.1, "seed": 1, "long": "y" * 7000})
     log_losses(first, range(50))
@@ -119,7 +122,6 @@ def test_a_run_that_is_opened_again_goes_on_and_repeats_no_step(
 
     second = Tracker.open(runs / "again", "another name", "another experiment", uri)
     second.log_params({"lr": 0.1, "seed": 2, "long": "y" * 7000, "new": "x"})
-    assert "MLflow keeps the values that the run began with for: seed" in caplog.text
     log_losses(second, range(30, 80))
     assert second.flush(wait_s=30) == 0
     assert second.run_id == first.run_id
@@ -129,7 +131,30 @@ def test_a_run_that_is_opened_again_goes_on_and_repeats_no_step(
     run = client.get_run(first.run_id)
     assert run.info.status == "FINISHED"
     assert {key: run.data.params[key] for key in ("lr", "seed", "new")} == {"lr": "0.1", "seed": "1", "new": "x"}
+    assert {key: value for key, value in run.data.tags.items() if key.startswith("changed.")} == {"changed.seed": "2"}
     assert history(client, first.run_id, "train/loss") == losses(80)
+
+
+def test_restarts_and_what_an_earlier_driver_missed_are_tracked(runs: Path, uri: str, client: MlflowClient) -> None:
+    run = Run(runs / "restarted")
+    run.path.mkdir()
+    run.note(restarts=0)
+    tracker = Tracker.open(run.path, "restarted", "digits", uri)
+    observer = RunObserver(run, tracker, PlainDisplay(Console(quiet=True)))
+    missed = StepDone(0, 1, {"train/loss": loss(1)})
+    for event in (
+        Recovered((missed, CheckpointSaved(1, "step-00000001"))),
+        Started(1, 9, 9, 1),
+        StepDone(0, 2, {"train/loss": loss(2)}),
+        WorkerFailed("rank 1: killed"),
+        Started(2, 9, 9, 1),
+        StepDone(0, 3, {"train/loss": loss(3)}),
+    ):
+        observer.emit(event)
+    assert tracker.finish("FINISHED", wait_s=30) == 0
+    assert client.get_run(tracker.run_id).data.tags["restarts"] == "1"
+    assert run.record()["restarts"] == 1
+    assert history(client, tracker.run_id, "train/loss") == losses(4)[1:]
 
 
 PROGRAM = """

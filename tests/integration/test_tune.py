@@ -62,6 +62,8 @@ def test_each_trial_is_a_nested_run_with_its_figures(folder: Path) -> None:
         assert trial.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert trial.info.status == "FINISHED"
         assert trial.data.metrics["energy_mj"] > 0
+        assert trial.data.params["optim.momentum"] == "0.9"  # also what no override says
+        assert trial.data.tags.keys() >= {"code_version", "data_hash", "dataset", "recipe", "fact.torch"}
         assert {one.path for one in client.list_artifacts(trial.info.run_id, "report")} >= {"report/energy.json"}
     assert {run.data.params.get("model.timesteps") for run in runs.values()} == {None, "1", "2"}
 
@@ -144,6 +146,36 @@ def test_overrides_and_resources_are_laid_over_the_file(stores_dir: Path, tmp_pa
     assert "data.store" in refuse(f"data.store={tmp_path}/none") or "none" in refuse(f"data.store={tmp_path}/none")
     assert "gpus_per_worker=0.5" in refuse("--workers", "2", "--gpus-per-worker", "0.5")
     assert not (tmp_path / "runs").exists()
+
+
+GROUPS = """
+recipe: digits
+overrides: {train.epochs: 3, model.width: 0.125, model.stages: [1, 1], checkpoint.keep_last: 1}
+space:
+  optim.lr: {choice: [0.1, 1.0e-7]}
+objectives: {val/top1: max, energy_mj: min}
+sampler: grid
+points: [{optim.lr: 0.1}, {optim.lr: 1.0e-7}]
+scheduler: {kind: asha, metric: val/top1, grace_epochs: 2, reduction: 2}
+budget: {trials: 2}
+resources: {workers: 2, max_concurrent: 1}
+"""
+
+
+def test_trials_that_are_groups_of_workers_are_measured_and_stopped(stores_dir: Path, tmp_path: Path) -> None:
+    """Ray Train inside of Ray Tune. The second group learns nothing and is stopped, with the energy of its best epoch.
+
+    A group keeps one checkpoint only, so each must wait until its energy is measured.
+    """
+    (tmp_path / "small.yaml").write_text(GROUPS)
+    tune(tmp_path, stores_dir)
+    results = json.loads((tmp_path / "runs" / "searches" / "small" / "report" / "results.json").read_text())
+    learnt, stopped = results["trials"]
+    assert (learnt["status"], stopped["status"]) == ("finished", "stopped")
+    assert stopped["reason"] == "stopped by asha after epoch 2"
+    assert learnt["figures"]["val/top1"] > stopped["figures"]["val/top1"]
+    assert min(trial["figures"]["energy_mj"] for trial in (learnt, stopped)) > 0
+    assert (tmp_path / "runs/searches/small/trials/small-0001/report/energy.json").is_file()
 
 
 # ------------------------------------------------------------------------------------------------ reproduce

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
+from spikefleet.checkpoints import write_json
 from spikefleet.event_files import STOPPED, EventReader, EventWriter, TakingOver, new_launch
 from spikefleet.events import CheckpointSaved, EpochDone, Event, Note, Recovered, Started, StepDone, WorkerFailed
 
@@ -48,6 +50,33 @@ def test_an_unfinished_line_waits_for_its_end(tmp_path: Path) -> None:
     assert reader.new() == []
     path.write_text(line)
     assert reader.new() == [Note("whole")]
+
+
+def test_a_writer_in_step_goes_on_after_a_checkpoint_when_all_is_handed_on(tmp_path: Path) -> None:
+    launch = new_launch(tmp_path)
+    writer, reader = EventWriter(launch, in_step=True), EventReader(launch)
+    writer.emit(EVENTS[2])  # an epoch: does not wait
+
+    def save() -> threading.Thread:
+        thread = threading.Thread(target=writer.emit, args=(EVENTS[3],))
+        thread.start()
+        return thread
+
+    saving = save()
+    read: list[Event] = []
+    while EVENTS[3] not in read:
+        read += reader.new()
+    saving.join(0.2)
+    assert saving.is_alive(), "read, and not yet dealt with"
+    reader.handed_on()
+    saving.join(10)
+    assert not saving.is_alive()
+    stopped = save()
+    stopped.join(0.2)
+    assert stopped.is_alive()
+    write_json(launch / STOPPED, {})
+    stopped.join(10)
+    assert not stopped.is_alive(), "a launch that is stopped waits for nobody"
 
 
 def test_a_full_disk_stops_no_training(tmp_path: Path) -> None:

@@ -68,6 +68,16 @@ def test_tables_share_their_trainings() -> None:
     assert len(points("sg_resnet_table8")) == 9 * 2
 
 
+def test_other_data_are_the_same_for_all_trainings_of_a_search() -> None:
+    plan = ReproductionPlan(
+        load_table("sg_resnet_table7"), "digits", seeds=1, overrides={"data.seed": 3, "data.transform.crop_padding": 1}
+    )
+    assert plan.data == {"data.seed": 3}
+    for point in _distinct(plan, list(plan.table.entries())):
+        assert "data.seed" not in point
+        assert point["data.transform.crop_padding"] == 1
+
+
 def test_seeds_come_one_after_the_other() -> None:
     plan = ReproductionPlan(load_table("sg_resnet_table7"), "digits", seeds=2)
     seeds = [point["train.seed"] for point in _distinct(plan, list(plan.table.entries()))]

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from spikefleet.checkpoints import load_checkpoint
 from spikefleet.events import CheckpointSaved, EpochDone, Silence
@@ -21,9 +22,11 @@ from spikefleet.search_trial import (
     refusal_of,
     reportable,
 )
+from spikefleet.searching import _possible_config
 from spikefleet.worker import train
 from spikefleet.world import World
 from spikefleet_pipelines.store import Store
+from spikefleet_tune.search_file import search_of
 from spikefleet_tune.trials import TrialPruned
 
 SMALL = {"model.width": 0.125, "model.stages": [1], "train.epochs": 2, "train.global_batch": 512}
@@ -42,15 +45,15 @@ def test_a_trial_with_one_worker_needs_no_group(setting: TrialSetting) -> None:
 
 
 def test_time_steps_change_only_where_no_weight_depends_on_them(setting: TrialSetting) -> None:
-    by_rate = mutable_keys(setting, SMALL, ["model.timesteps", "optim.lr"])
+    by_rate = mutable_keys(setting.config(SMALL), ["model.timesteps", "optim.lr"])
     assert by_rate("model.timesteps")
     assert by_rate("optim.lr")
     assert by_rate("shortcut.lambda0")
     assert not by_rate("model.width")
-    by_attention = mutable_keys(setting, {**SMALL, "model.decoder": "asd", "model.asd_channel_reduction": 4}, [])
+    by_attention = mutable_keys(setting.config({**SMALL, "model.decoder": "asd", "model.asd_channel_reduction": 4}), [])
     assert not by_attention("model.timesteps")
     assert by_attention("optim.lr")
-    either = mutable_keys(setting, SMALL, ["model.timesteps", "model.decoder"])
+    either = mutable_keys(setting.config(SMALL), ["model.timesteps", "model.decoder"])
     assert not either("model.timesteps")
 
 
@@ -72,6 +75,17 @@ def test_what_no_training_accepts_is_refused_by_name(
     assert part in complaint
     assert refusal_of(setting)({"data.transform.crop_padding": 0}) is None
     assert refusal_of(setting, fixed=["data.seed"])({"data.seed": 3}) is None
+
+
+def test_what_the_space_replaces_need_not_be_possible(setting: TrialSetting) -> None:
+    """64 samples cannot be divided among three workers, and no trial asks for that."""
+    tree = {
+        "recipe": "digits",
+        "space": {"train.global_batch": {"choice": [63, 96]}},
+        "objectives": {"val/top1": "max"},
+    }
+    search = search_of({**tree, "sampler": "grid"})
+    assert _possible_config(search, replace(setting, workers=3)).train.global_batch == 63
 
 
 def test_a_search_pursues_no_test_figure() -> None:
@@ -99,16 +113,54 @@ def test_a_take_over_brings_weights_but_not_the_best_of_another_configuration(
         _take_over(taker, setting.config({**SMALL, "optim.lr": 0.02}), end)
 
 
-def test_a_trial_that_was_only_paused_keeps_its_best(setting: TrialSetting, stores_dir: Path) -> None:
+BRANCHED = {"model.stages": [1, 1], "shortcut.where": "stage"}
+COUNTING = {"model.neuron.kind": "ilif", "model.connection": "add", "model.neuron.bound": 4}
+
+
+@pytest.mark.parametrize(
+    ("fixed", "change"),
+    [
+        ({}, {"model.timesteps": 1}),
+        (COUNTING, {"model.neuron.bound": 1, "model.timesteps": 2}),
+        (BRANCHED, {"shortcut.lambda0": 0.1}),
+        (BRANCHED, {"shortcut.schedule": "cosine"}),
+    ],
+    ids=["T", "D and T", "lambda0", "schedule"],
+)
+def test_a_training_goes_on_under_other_time_steps_bound_and_balance(
+    fixed: dict[str, object], change: dict[str, object], setting: TrialSetting, stores_dir: Path
+) -> None:
+    """With the donor's weights, optimizer and position, to a figure of its own."""
+    store = Store.open(stores_dir / "digits", verify=False)
+    donor, taker = Run(setting.runs_dir / "donor"), Run(setting.runs_dir / "taker")
+    config, changed = setting.config({**SMALL, **fixed}), setting.config({**SMALL, **fixed, **change})
+    assert all(map(mutable_keys(config, list(change)), change))
+    donor.begin(config, store.manifest)
+    train(config, store, donor.path, World.alone(), Silence())
+    middle, _ = donor.checkpoints.committed()
+    _take_over(taker, changed, middle)
+    taken, given = (load_checkpoint(path) for path in (taker.checkpoints.committed()[-1], middle))
+    for group in ("model", "optimizer"):
+        for name, tensor in given.tensors[group].items():
+            assert torch.equal(taken.tensors[group][name], tensor)
+    outcome = train(changed, store, taker.path, World.alone(), Silence())
+    assert [row["epoch"] for row in outcome.history] == [1.0, 2.0]
+    assert load_checkpoint(taker.checkpoints.committed()[-1]).state["best"]["epoch"] == 2
+
+
+@pytest.mark.parametrize("given", [0, 1])
+def test_a_trial_that_is_given_its_own_checkpoint_keeps_what_it_has(
+    given: int, setting: TrialSetting, stores_dir: Path
+) -> None:
+    """One that was paused, at its last checkpoint; one whose process died, at an earlier one."""
     store = Store.open(stores_dir / "digits", verify=False)
     run, config = Run(setting.runs_dir / "paused"), setting.config(SMALL)
     run.begin(config, store.manifest)
     train(config, store, run.path, World.alone(), Silence())
-    latest = run.checkpoints.latest()
-    assert latest is not None
-    _take_over(run, config, latest)
-    assert load_checkpoint(latest).state["best"] is not None
-    assert len(run.checkpoints.committed()) == 2
+    before = run.checkpoints.committed()
+    _take_over(run, config, before[given])
+    assert run.checkpoints.committed() == before
+    assert load_checkpoint(before[-1]).state["best"] is not None
 
 
 class Reports:
@@ -133,7 +185,10 @@ def test_energy_comes_with_each_new_best_epoch() -> None:
     outlet.emit(CheckpointSaved(10, "7"))
     outlet.emit(EpochDone(2, 20, {"val/top1": 0.4}, best=False))
     outlet.emit(CheckpointSaved(20, "8"))
-    assert reports.rows == [{"val/top1": 0.5, "epoch": 1.0, "energy_mj": 7.0}, {"val/top1": 0.4, "epoch": 2.0}]
+    assert reports.rows == [
+        {"val/top1": 0.5, "epoch": 1.0, "best": 1.0, "energy_mj": 7.0},
+        {"val/top1": 0.4, "epoch": 2.0, "best": 0.0},
+    ]
     assert reports.checkpoints == [None, None]
 
 
@@ -142,7 +197,8 @@ def test_a_trial_that_goes_on_tells_its_best_epoch_again(setting: TrialSetting, 
     alone = replace(setting, hands_on=False, energy_by_epoch=True)
     first = Reports()
     figures = as_trial(alone)(SMALL, "trial", first)
-    best = max(first.rows, key=lambda row: (row["val/top1"], -row["epoch"]))
+    *_, best = (row for row in first.rows if row["best"])
+    assert best["val/top1"] == max(row["val/top1"] for row in first.rows)
     assert best["energy_mj"] == figures["energy_mj"]
     assert best["val/top1"] == figures["val/top1"]
     assert (setting.runs_dir / "trial" / "report" / "energy.json").is_file()

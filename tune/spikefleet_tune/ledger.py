@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from spikefleet_tune.journal import Past, SearchFolder, Status, TrialRecord
 from spikefleet_tune.samplers import PointSampler
 from spikefleet_tune.search_file import Search
-from spikefleet_tune.trials import END, EPOCH, ROW, finite
+from spikefleet_tune.trials import BEST, END, EPOCH, ROW, finite
 
 log = logging.getLogger(__name__)
 
@@ -152,12 +152,17 @@ class Ledger:
             return
         metrics = finite(json.loads(result[ROW]))
         live.epoch = metrics.get(EPOCH, live.epoch)
-        metric, mode = self._search.deciding
-        if metric in metrics:
-            held = live.best[metric] if live.best is not None else None
-            if held is None or (metrics[metric] > held if mode == "max" else metrics[metric] < held):
-                live.best = metrics
+        kept = metrics.pop(BEST, None)
+        if self._decides(metrics, live.best) if kept is None else kept:
+            live.best = metrics
         self._tell("on_trial_reported", live.start, metrics)
+
+    def _decides(self, metrics: Mapping[str, float], best: Mapping[str, float] | None) -> bool:
+        """Whether an epoch is better than the best so far by the deciding metric."""
+        metric, mode = self._search.deciding
+        if metric not in metrics or best is None:
+            return metric in metrics
+        return metrics[metric] > best[metric] if mode == "max" else metrics[metric] < best[metric]
 
     def completed(self, number: int, stopped: bool) -> None:
         """A trial has left Ray Tune without an error: by its own end, or stopped by the scheduler."""

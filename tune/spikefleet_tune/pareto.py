@@ -30,12 +30,6 @@ def front(rows: Rows, directions: Sequence[Direction]) -> list[int]:
     return [i for i, gain in enumerate(gains) if not ((gains >= gain).all(axis=1) & (gains > gain).any(axis=1)).any()]
 
 
-def dominates(a: Sequence[float], b: Sequence[float], directions: Sequence[Direction]) -> bool:
-    """Whether `a` is at least as good as `b` in every objective and better in one."""
-    better, worse = _gains([a, b], directions)
-    return bool((better >= worse).all() and (better > worse).any())
-
-
 def reference_point(rows: Rows, directions: Sequence[Direction]) -> list[float]:
     """The worst value of each objective, and a tenth of its range (or of 1 where all are equal) beyond.
 

@@ -13,6 +13,8 @@ Overrides = Mapping[str, Any]
 """Dotted configuration keys and their values, for example `{"model.timesteps": 2}`."""
 
 EPOCH = "epoch"
+BEST = "best"
+"""Under this key a report says whether the trial keeps this epoch's weights as its best so far: 1 or 0."""
 ROW = "search/row"
 """Under this key a report carries all its metrics as JSON, apart from what Ray Tune adds to it."""
 END = "search/end"
@@ -22,6 +24,8 @@ END = "search/end"
 class Report(Protocol):
     """What a trial calls after each epoch, with the metrics of that epoch and `epoch`, the number of epochs done.
 
+    A trial that keeps its best weights says with `best` which those are; of one that does not, the epoch that is best
+    by the deciding metric counts.
     Raises TrialPruned when the loss is not finite: let it pass. It does not return when the trial is stopped early.
     `checkpoint` is a directory from which another trial can go on; the scheduler pbt needs it, others ignore it.
     """
