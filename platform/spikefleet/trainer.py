@@ -111,6 +111,9 @@ def _train_tracked(
     console.print(f"run {run.name}: {_scale(config)}", highlight=False)
     try:
         outcome = _train(config, store, run, TakingOver(run.path, observer), launch, before_step)
+        energy = certify(config, run, store).energy_mj
+        figures = {f"test/{name}": value for name, value in outcome.test.items()}
+        observer.finish({**figures, "energy_mj": energy}, outcome.steps, run.path / "report")
     except KeyboardInterrupt:
         run.note(status="interrupted")
         tracker.finish("KILLED", wait_s=_INTERRUPTED_FLUSH_S)
@@ -122,9 +125,6 @@ def _train_tracked(
         raise
     finally:
         display.close()
-    energy = certify(config, run, store).energy_mj
-    figures = {f"test/{name}": value for name, value in outcome.test.items()}
-    observer.finish({**figures, "energy_mj": energy}, outcome.steps, run.path / "report")
     tracker.finish("FINISHED", wait_s=_FLUSH_S)
     run.note(
         status="finished",

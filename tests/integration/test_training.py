@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from spikefleet.checkpoints import CheckpointFolder, Snapshot, load_checkpoint
 from spikefleet.config import Config, load_config
 from spikefleet.errors import RunError, UserError
 from spikefleet.events import Event, StepDone
 from spikefleet.ray_training import train_on_ray
+from spikefleet.runs import Run
 from spikefleet.tasks.classification import Classification
+from spikefleet.trainer import Launch, run_training
 from spikefleet.worker import NonFiniteError, Outcome, train
 from spikefleet.world import World
 from spikefleet_pipelines.sources import prepare
@@ -147,6 +150,27 @@ def test_same_seed_same_bits_and_another_seed_others(store: Store, tmp_path: Pat
     )
     assert [row["train/loss"] for row in one] == [row["train/loss"] for row in two]
     assert one[0]["train/loss"] != other[0]["train/loss"]
+
+
+@pytest.mark.parametrize(
+    ("trouble", "status"), [(KeyboardInterrupt(), "interrupted"), (ValueError("no proof"), "failed")]
+)
+def test_a_run_that_ends_during_its_proof_goes_on_from_there(
+    trouble: BaseException, status: str, stores_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def certify(*parts: object) -> None:
+        raise trouble
+
+    config, launch = load_config("digits", SMALL), Launch("cut", tmp_path / "runs", stores_dir)
+    with monkeypatch.context() as patch:
+        patch.setattr("spikefleet.trainer.certify", certify)
+        with pytest.raises(type(trouble)):
+            run_training(config, launch, Console(quiet=True))
+    record = Run(tmp_path / "runs" / "cut").record()
+    assert record["status"] == status
+    finished = run_training(config, launch, Console(quiet=True))
+    assert finished.run.record()["status"] == "finished"
+    assert finished.promotion is not None
 
 
 def test_golden_losses(store: Store, tmp_path: Path) -> None:
