@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from spikefleet.ray_session import quiet_ray
+from spikefleet.ray_session import quiet_ray, ray_session
 from spikefleet_pipelines.data_config import DataConfig, open_or_prepare
 from spikefleet_pipelines.sources import prepare
 from spikefleet_pipelines.store import Store
@@ -32,11 +32,19 @@ def absolute_location(store: Store) -> str:
 
 
 def prepare_store(
-    source: str, root: Path | None, out: Path, console: Console, options: Mapping[str, Any], **how: Any
+    source: str,
+    root: Path | None,
+    out: Path,
+    console: Console,
+    options: Mapping[str, Any],
+    *,
+    address: str | None = None,
+    **how: Any,
 ) -> Store:
-    """Converts a data set into a store at `out`."""
+    """Converts a data set into a store at `out`; on a Ray cluster, if its `address` is given, whose nodes see both."""
     quiet_ray()
-    with _shown(console, f"preparing {source}") as progress:
+    cluster = nullcontext() if address is None else ray_session(address, cpus=1, gpus=0, verbose=False)
+    with cluster, _shown(console, f"preparing {source}") as progress:
         return prepare(source, root, out, progress=progress, **how, **options)
 
 

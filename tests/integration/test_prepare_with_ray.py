@@ -132,15 +132,22 @@ def test_a_running_ray_is_used_and_left_running(cluster: None) -> None:
     def number_and_process(number: int) -> tuple[int, int]:
         return number, os.getpid()
 
-    results = list(run_tasks(number_and_process, [0, 1, 2], None))
+    results = list(run_tasks(number_and_process, [0, 1, 2], None, pictures=3))
     assert [number for number, _ in results] == [0, 1, 2]
     assert os.getpid() not in {process for _, process in results}
     assert ray.is_initialized()
 
 
-def test_ray_is_started_and_shut_down_when_asked_for(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("parallel", [2, None])
+def test_ray_is_started_and_shut_down_when_asked_for_and_when_there_is_much(
+    parallel: int | None, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ray.shutdown()
-    store = prepare("image_folder", folder, tmp_path / "store", parallel=2)
+    started = []
+    monkeypatch.setattr("spikefleet_pipelines.sources.ray_tasks._WORTH_RAY", 48)
+    monkeypatch.setattr(ray, "init", lambda begin=ray.init, **how: started.append(how) or begin(**how))
+    store = prepare("image_folder", folder, tmp_path / "store", parallel=parallel)
+    assert [how["num_cpus"] for how in started] == [parallel]
     assert store.manifest.splits == {"train": 38, "val": 2, "test": 8}
     assert not ray.is_initialized()
     assert prepare("image_folder", folder, tmp_path / "alone", parallel=1).manifest == store.manifest

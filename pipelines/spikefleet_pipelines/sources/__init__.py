@@ -99,8 +99,8 @@ def prepare(
         root: directory of the raw files; None for the source's default.
         out: directory of the store.
         progress: called with (images done, images in all).
-        parallel: number of Ray tasks that convert encoded images. None: as many as a running Ray gives, and in this
-            process where Ray is not running. More than 1 starts a local Ray if there is none.
+        parallel: number of Ray tasks that convert encoded images. None: as many as the running Ray has CPUs, or this
+            machine where there is none and there is much to convert. More than 1 starts a local Ray if there is none.
         seed: chooses the samples that are held out of the training data for val (and for test where the source has
             none).
         overwrite: replace another store at `out`.

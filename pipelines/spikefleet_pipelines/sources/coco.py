@@ -110,7 +110,7 @@ class CocoContents:
             for split, pictures in self.splits.items()
             for number, part in enumerate(pictures.parts(writer.shard_bytes))
         ]
-        with closing(run_tasks(_convert, jobs, parallel)) as results:
+        with closing(run_tasks(_convert, jobs, parallel, total)) as results:
             for job, (shard, digests) in zip(jobs, results, strict=True):
                 computed = int(job.pictures.computed_areas.sum())
                 writer.add_shard(job.split, shard, job.pictures.columns, digests, computed)

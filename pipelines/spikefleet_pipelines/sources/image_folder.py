@@ -58,7 +58,7 @@ class FolderContents:
             for split, files in self.splits.items()
             for number, part in enumerate(_parts(files, writer.shard_bytes))
         ]
-        with closing(run_tasks(_convert, jobs, parallel)) as results:
+        with closing(run_tasks(_convert, jobs, parallel, total)) as results:
             for job, (shard, digests) in zip(jobs, results, strict=True):
                 writer.add_shard(job.split, shard, job.files.labels, digests)
                 done += shard.rows

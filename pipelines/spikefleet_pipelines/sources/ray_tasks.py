@@ -6,18 +6,23 @@ from collections.abc import Callable, Generator, Sequence
 from itertools import islice
 from typing import Any, TypeVar
 
+_WORTH_RAY = 10_000
+"""Pictures from which on a local Ray, whose start takes seconds, pays for itself."""
+
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
 def run_tasks(
-    function: Callable[[Job], Result], jobs: Sequence[Job], parallel: int | None
+    function: Callable[[Job], Result], jobs: Sequence[Job], parallel: int | None, pictures: int
 ) -> Generator[Result, None, None]:
     """`function` of each job, in the order of the jobs.
 
     Args:
-        parallel: how many at a time. None: as many as the running Ray has CPUs, or one, in this process, without Ray. A
-            local Ray is started for more than one, and shut down afterwards, if none is running.
+        parallel: how many at a time. None: as many as the running Ray has CPUs; where none is running, as many as this
+            machine has, or one, in this process, when there are fewer than 10,000 pictures. A local Ray is started for
+            more than one, and shut down afterwards, if none is running.
+        pictures: how many the jobs convert in all.
 
     Raises:
         ValueError: what `function` raised first, as it raised it.
@@ -25,14 +30,14 @@ def run_tasks(
     if parallel is not None and parallel < 1:
         raise ValueError(f"parallel is {parallel}; it must be at least 1.")
     # Importing Ray takes a second, and one that is not imported is not running.
-    if parallel == 1 or (parallel is None and not ("ray" in sys.modules and sys.modules["ray"].is_initialized())):
+    running_ray = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+    if parallel == 1 or (parallel is None and not running_ray and pictures < _WORTH_RAY):
         for job in jobs:
             yield function(job)
         return
     import ray
 
-    started = not ray.is_initialized()
-    if started:
+    if not running_ray:
         ray.init(
             address="local", num_cpus=parallel, include_dashboard=False, log_to_driver=False, logging_level="warning"
         )
@@ -52,7 +57,7 @@ def run_tasks(
             raise error.cause from None
         raise
     finally:
-        if started:
+        if not running_ray:
             ray.shutdown()
         elif running:
             # Not ray.cancel: where a task ends just then, it brings the whole process down (Ray 2.60 checks that it was

@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from spikefleet.cli.app import console
+from spikefleet.cli.app import Address, console
 from spikefleet.errors import UserError
 from spikefleet_pipelines.manifest import BoxAudit, Manifest
 
@@ -32,7 +32,11 @@ def prepare_data(
     ] = None,
     option: Annotated[list[str] | None, typer.Option(help="Option of the source, for example upsample=4.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the validation split, where the source has none.")] = 0,
-    parallel: Annotated[int, typer.Option(min=1, help="Ray tasks at a time, for large sources.")] = 1,
+    parallel: Annotated[
+        int | None,
+        typer.Option(min=1, help="Ray tasks at a time, for encoded pictures; all CPUs, where there are many pictures."),
+    ] = None,
+    address: Address = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a store that is there (with --split: only that split).")
     ] = False,
@@ -51,7 +55,8 @@ def prepare_data(
             raise UserError(f"--option {item!r} is not of the form key=value, for example upsample=4")
         options[key] = value
     where = out or Path("stores") / source
-    store = prepare_store(source, root, where, console, options, seed=seed, parallel=parallel, overwrite=overwrite)
+    how = {"seed": seed, "parallel": parallel, "overwrite": overwrite}
+    store = prepare_store(source, root, where, console, options, address=address, **how)
     console.print(_summary(store.manifest, str(where)))
 
 
