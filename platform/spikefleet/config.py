@@ -283,7 +283,7 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
     """
     tree = _read_recipe(recipe)
     for override in overrides:
-        _apply(tree, override)
+        apply_override(tree, override)
     tree.setdefault("recipe", Path(recipe).stem)
     return parse_config(tree, origin=f"recipe {recipe}")
 
@@ -292,7 +292,7 @@ def override_config(config: Config, overrides: Sequence[str], origin: str) -> Co
     """A configuration with dotted overrides laid over it. Raises as `load_config`."""
     tree = config.dump()
     for override in overrides:
-        _apply(tree, override)
+        apply_override(tree, override)
     return parse_config(tree, origin)
 
 
@@ -357,7 +357,8 @@ def parse_override(override: str) -> tuple[str, Any]:
         raise UserError(f"override {override!r}: the value {text!r} is not valid YAML") from None
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Sets the value of `section.key=value` in a tree of plain data. Raises UserError."""
     path, value = parse_override(override)
     keys = path.split(".")
     node: Any = tree

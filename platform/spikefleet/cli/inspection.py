@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from pydantic import ValidationError
 from rich.table import Table
 
 from spikefleet.cli.app import Network, RunsDir, StoresDir, app, console
+from spikefleet.config import apply_override, list_recipes, load_config, parse_override
 from spikefleet.errors import RunError, UserError
 
 if TYPE_CHECKING:
@@ -78,6 +81,10 @@ def spike_check(
 @app.command()
 def energy(
     network: Network,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="For the name of a model or recipe: dotted overrides, for example model.num_classes=100."),
+    ] = None,
     constants: Annotated[str, typer.Option(help="fp32-45nm (MAC 4.6, AC 0.9 pJ) or int32-45nm (3.1, 0.1).")] = (
         "fp32-45nm"
     ),
@@ -90,16 +97,17 @@ def energy(
     split: Annotated[Literal["train", "val", "test"], typer.Option(help="Part of the data.")] = "val",
     data: Annotated[str | None, typer.Option(help="Another store than the one that the configuration names.")] = None,
     rate: Annotated[
-        float | None, typer.Option(min=0, help="For the name of a model: mean input of layers that spikes feed.")
+        float | None,
+        typer.Option(min=0, help="For the name of a model or recipe: mean input of layers that spikes feed."),
     ] = None,
-    size: Annotated[int, typer.Option(min=1, help="For the name of a model: side of the pictures.")] = 224,
+    size: Annotated[int, typer.Option(min=1, help="For the name of a model or recipe: side of the pictures.")] = 224,
     out: Annotated[Path | None, typer.Option(help="Folder for energy.json and its picture.")] = None,
     runs_dir: RunsDir = Path("runs"),
     stores_dir: StoresDir = Path("stores"),
 ) -> None:
     """Operations and estimated energy of one picture, layer by layer, from measured firing rates.
 
-    With --rate, NETWORK is the name of a model (spike_yolo_s) and nothing is run.
+    With --rate, NETWORK is the name of a model (spike_yolo_s) or recipe (cifar100_sg_resnet18), and nothing is run.
     """
     from spikefleet.energy_cards import measure_energy, write_card
     from spikefleet.trained_network import open_split, open_trained_network
@@ -107,7 +115,12 @@ def energy(
 
     try:
         if rate is not None:
-            card = energy_at_rates(_untrained(network), (size, size), rate, constants, form, shortcuts)
+            card = energy_at_rates(_untrained(network, overrides or []), (size, size), rate, constants, form, shortcuts)
+        elif overrides:
+            raise UserError(
+                f"{overrides[0]}: a trained network has the configuration that it was trained by; "
+                "overrides are for the name of a model or recipe, with --rate"
+            )
         else:
             trained = open_trained_network(network, runs_dir)
             rows = open_split(trained, split, stores_dir, console, data=data)
@@ -154,13 +167,35 @@ def energy(
         console.print(f"card: {out}", highlight=False, soft_wrap=True)
 
 
-def _untrained(name: str) -> nn.Module:
+def _untrained(name: str, overrides: Sequence[str]) -> nn.Module:
+    """A network without weights, of a recipe or of a named model. Raises UserError or ValueError."""
     import torch
 
     from spikefleet_models.build import build_model, model_config
 
+    if name in list_recipes():
+        config = load_config(name, overrides).model
+    else:
+        try:
+            config = model_config(name, **_model_fields(overrides))
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(["model", *map(str, first["loc"])])
+            raise UserError(f"{name}: {key}={first['input']!r}: {first['msg']}") from None
     with torch.device("meta"):
-        return build_model(model_config(name))
+        return build_model(config)
+
+
+def _model_fields(overrides: Sequence[str]) -> dict[str, Any]:
+    """The fields of a model's configuration that overrides such as model.neuron.bound=2 set."""
+    tree: dict[str, Any] = {}
+    for override in overrides:
+        path, _ = parse_override(override)
+        if path.partition(".")[0] != "model":
+            raise UserError(f"{override}: a model by its name has only keys model...; give a recipe for the others")
+        apply_override(tree, override)
+    fields: dict[str, Any] = tree.get("model", {})
+    return fields
 
 
 def _shown(value: int | None) -> str:
