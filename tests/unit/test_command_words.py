@@ -19,15 +19,17 @@ def test_where_data_lie_is_no_part_of_what_a_search_is() -> None:
         split_overrides(["optim.lr"])
 
 
+@pytest.mark.parametrize("noted", [True, False])
 @pytest.mark.parametrize("extension", [["--extend", "20"], ["--extend=20"], []])
-def test_the_command_to_go_on_with_extends_nothing_again(
-    extension: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_command_to_go_on_with_extends_once(
+    extension: list[str], noted: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["spikefleet", "tune", "digits", *extension, "--confirm", "3"])
-    with pytest.raises(KeyboardInterrupt), resumable():
+    with pytest.raises(KeyboardInterrupt), resumable(lambda: noted):
         raise KeyboardInterrupt
     said = " ".join(capsys.readouterr().err.split())
-    assert said == "interrupted; this goes on: spikefleet tune digits --confirm 3"
+    words = ["tune", "digits", *([] if noted else extension), "--confirm", "3"]
+    assert said == f"interrupted; this goes on: spikefleet {' '.join(words)}"
 
 
 def test_commands_start_without_torchvision() -> None:

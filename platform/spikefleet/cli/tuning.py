@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,20 +39,32 @@ def split_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], tuple[str
 
 
 @contextmanager
-def resumable() -> Iterator[None]:
-    """Prints the command to go on with when it is interrupted: without --extend, for the extension is noted already."""
+def resumable(extended: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Prints the command to go on with when it is interrupted: without --extend, where the extension is noted."""
     try:
         yield
     except KeyboardInterrupt:
         words = sys.argv[1:]
-        while any(extension := [place for place, word in enumerate(words) if word.partition("=")[0] == "--extend"]):
-            del words[extension[0] : extension[0] + (1 if "=" in words[extension[0]] else 2)]
+        if extended():
+            words = _without(words, "--extend")
         stderr.print(
             f"interrupted; this goes on: spikefleet {shlex.join(words)}",
             highlight=False,
             markup=False,
         )
         raise
+
+
+def _without(words: Sequence[str], option: str) -> list[str]:
+    """Words of a command without an option and its value."""
+    kept: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        if word == option:
+            next(rest, None)
+        elif not word.startswith(f"{option}="):
+            kept.append(word)
+    return kept
 
 
 @app.command()
@@ -79,7 +91,7 @@ def tune(
 ) -> None:
     """Search over configurations; each trial is a training. The same command goes on with an interrupted search."""
     from spikefleet.search_tracking import SearchLaunch
-    from spikefleet.searching import confirm_front, register_trial, report_of, run_tracked_search
+    from spikefleet.searching import confirm_front, extension_of, register_trial, report_of, run_tracked_search
     from spikefleet_tune.errors import SearchError
     from spikefleet_tune.report import pareto_table
     from spikefleet_tune.search_file import load_search, search_of
@@ -112,7 +124,8 @@ def tune(
         retry_failed=retry_failed,
         data=data,
     )
-    with resumable():
+    extended = extension_of(launch)
+    with resumable(lambda: extension_of(launch) > extended):
         result = run_tracked_search(wanted, launch, console)
         console.print(pareto_table(result))
         if confirm:
