@@ -45,9 +45,9 @@ def images(size: int = 16) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("connection", ["bsg", "bsg_star", "and", "iand", "post_add"])
-def test_stage_outputs_are_spikes(connection: str) -> None:
+def test_block_outputs_are_spikes(connection: str) -> None:
     model = build_model(tiny(connection=connection))
-    for output in model.forward_features(images()):
+    for output in model.forward_blocks(images()):
         assert set(output.unique().tolist()) <= {0.0, 1.0}
 
 

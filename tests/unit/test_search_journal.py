@@ -1,0 +1,75 @@
+"""The durable record of a search: torn lines, one launch at a time, and what may change under a name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spikefleet_tune.errors import SearchError
+from spikefleet_tune.journal import Past, SearchFolder, TrialRecord
+from spikefleet_tune.search_file import search_of
+
+
+def _tree(**changes: Any) -> dict[str, Any]:
+    space = {"a": {"choice": [1, 2]}}
+    return {"recipe": "digits", "space": space, "objectives": {"gain": "max"}, "budget": {"trials": 3}, **changes}
+
+
+def _record(number: int) -> TrialRecord:
+    return TrialRecord(number, f"s-{number:04d}", {"a": 1}, {"a": 1}, {"gain": 1.0}, "finished", 1.5, 0)
+
+
+def test_a_journal_survives_a_torn_line_but_not_a_broken_one(tmp_path: Path) -> None:
+    folder = SearchFolder(tmp_path, "s")
+    with folder.lock():
+        folder.begin(search_of(_tree()))
+        folder.append("started", number=0, name="s-0000", overrides={"a": 1}, point={"a": 1}, memory={})
+        folder.append_record(_record(0))
+        journal = folder.path / "journal.jsonl"
+        whole = journal.read_bytes()
+        journal.write_bytes(whole + b'{"event": "ended", "numb')
+        assert folder.read().records == [_record(0)]
+        folder.drop_torn_line()
+        assert journal.read_bytes() == whole
+        journal.write_bytes(b"garbage\n" + whole)
+        with pytest.raises(SearchError, match=r"line 1 of .*journal.jsonl cannot be read"):
+            folder.read()
+
+
+def test_half_a_line_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = SearchFolder(tmp_path, "s")
+    with folder.lock():
+        folder.append("extended", trials=2)
+        whole = (folder.path / "journal.jsonl").read_bytes()
+        write = os.write
+        monkeypatch.setattr(os, "write", lambda handle, data: write(handle, data[:7]))
+        with pytest.raises(OSError, match="the disk is full"):
+            folder.append("extended", trials=3)
+        monkeypatch.undo()
+        assert (folder.path / "journal.jsonl").read_bytes() == whole
+        folder.append("extended", trials=4)
+        assert folder.read().extended == 6
+
+
+def test_a_search_is_held_by_one_launch(tmp_path: Path) -> None:
+    folder = SearchFolder(tmp_path, "s")
+    with folder.lock(), pytest.raises(SearchError, match="search s is running already"), folder.lock():
+        pass
+    with folder.lock():
+        pass  # free again
+    with pytest.raises(SearchError, match=r"name '\.\./s' must be letters"):
+        SearchFolder(tmp_path, "../s")
+
+
+def test_budget_may_change_but_not_the_search(tmp_path: Path) -> None:
+    folder = SearchFolder(tmp_path, "s")
+    with folder.lock():
+        folder.begin(search_of(_tree()))
+        folder.begin(search_of(_tree(budget={"trials": 9}, resources={"workers": 2})))
+        with pytest.raises(SearchError, match=r"objectives: .*'max'.* in the search, .*'min'.* asked for"):
+            folder.begin(search_of(_tree(objectives={"gain": "min"})))
+    assert isinstance(folder.read(), Past)
+    assert folder.read_search() == search_of(_tree(budget={"trials": 9}, resources={"workers": 2}))
