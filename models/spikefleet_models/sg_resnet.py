@@ -41,7 +41,9 @@ class SGResNetConfig(BaseModel):
     )
     block: Literal["basic", "bottleneck"] = Field("basic", description="3x3, 3x3; or 1x1, 3x3, 1x1 times 4.")
     width: float = Field(1.0, gt=0.0, description="Channels of the first stage over 64; they double each stage.")
-    stem: Literal["cifar", "imagenet"] = Field("cifar", description="3x3 stride 1; or 7x7 stride 2 and 3x3 max-pool.")
+    stem: Literal["cifar", "strided", "imagenet"] = Field(
+        "cifar", description="3x3 stride 1; 3x3 stride 2, for small members; or 7x7 stride 2 and 3x3 max-pool."
+    )
     connection: Literal["bsg", "bsg_star", "add", "and", "iand", "post_add", "ann"] = Field(
         "bsg", description="How a block joins its shortcut; ann is the ANN twin."
     )
@@ -102,7 +104,7 @@ class Stem(nn.Module):
     def __init__(self, config: SGResNetConfig) -> None:
         super().__init__()
         imagenet = config.stem == "imagenet"
-        kernel, stride, padding = (7, 2, 3) if imagenet else (3, 1, 1)
+        kernel, stride, padding = {"cifar": (3, 1, 1), "strided": (3, 2, 1), "imagenet": (7, 2, 3)}[config.stem]
         self.conv = nn.Conv2d(config.in_channels, config.base_channels, kernel, stride, padding, bias=False)
         self.unit = _unit(config, config.base_channels)
         self.pool = nn.MaxPool2d(3, stride=2, padding=1) if imagenet else nn.Identity()

@@ -51,6 +51,11 @@ def test_block_outputs_are_spikes(connection: str) -> None:
         assert set(output.unique().tolist()) <= {0.0, 1.0}
 
 
+@pytest.mark.parametrize(("stem", "side"), [("cifar", 16), ("strided", 8), ("imagenet", 4)])
+def test_stems_reduce_pictures(stem: str, side: int) -> None:
+    assert [output.shape[-1] for output in build_model(tiny(stem=stem)).forward_features(images())] == [side, side // 2]
+
+
 def test_add_makes_integers_up_to_three_in_resnet18() -> None:
     # Each block adds at most 1 to its shortcut's spikes, and the first block's shortcut is at most 1.
     torch.manual_seed(0)
