@@ -74,9 +74,10 @@ class RetinaNetConfig(BaseModel):
     @property
     def strides(self) -> tuple[int, ...]:
         """Pixels a cell of each level, finest first."""
-        first = 4 if self.backbone.stem == "imagenet" else 1
         stages = len(self.backbone.stages)
-        return tuple(first * 2**level for level in range(stages - self.taps, stages + self.extra_levels))
+        return tuple(
+            self.backbone.stem_stride * 2**level for level in range(stages - self.taps, stages + self.extra_levels)
+        )
 
 
 class RetinaNet(nn.Module):

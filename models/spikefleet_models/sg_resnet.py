@@ -82,6 +82,11 @@ class SGResNetConfig(BaseModel):
         return int(STEM_CHANNELS * self.width)
 
     @property
+    def stem_stride(self) -> int:
+        """Pixels a cell of the first stage."""
+        return {"cifar": 1, "strided": 2, "imagenet": 4}[self.stem]
+
+    @property
     def stage_channels(self) -> tuple[int, ...]:
         """Output channels of each stage."""
         expansion = 4 if self.block == "bottleneck" else 1

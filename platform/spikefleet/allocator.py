@@ -5,19 +5,18 @@ What that costs a training step on CPU workers is what `python tests/bench/bench
 """
 
 import ctypes
-from ctypes.util import find_library
 
 # From malloc.h; see mallopt(3).
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _LARGEST_MMAP_THRESHOLD = 32 << 20
 """glibc refuses more on 64-bit machines: tensors above 32 MiB are mapped and unmapped as before."""
-_NEVER_TRIM = 2**31 - 1
+_NEVER = -1
 
 
 def keep_freed_memory() -> bool:
     """Lets this process keep what it frees, for good; False where the C library is not glibc, which has no such say."""
-    mallopt = getattr(ctypes.CDLL(find_library("c")), "mallopt", None)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD) and mallopt(_M_TRIM_THRESHOLD, _NEVER_TRIM))
+    return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD) and mallopt(_M_TRIM_THRESHOLD, _NEVER))

@@ -16,7 +16,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Tag, TypeAdapter, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from spikefleet.errors import UserError
@@ -264,6 +264,9 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 # ---------------------------------------------------------------------------------------------------- recipes
 
 
+_MODEL: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)
+
+
 def list_recipes() -> list[str]:
     """Names of the recipes that come with the package."""
     folder = resources.files("spikefleet") / "recipes"
@@ -294,6 +297,22 @@ def override_config(config: Config, overrides: Sequence[str], origin: str) -> Co
     for override in overrides:
         apply_override(tree, override)
     return parse_config(tree, origin)
+
+
+def override_model(model: ModelConfig, overrides: Sequence[str], origin: str) -> ModelConfig:
+    """A model's configuration with overrides such as model.timesteps=2 laid over it. Raises as `load_config`."""
+    tree: dict[str, Any] = {"model": model.model_dump(mode="json")}
+    for override in overrides:
+        apply_override(tree, override)
+    if others := tree.keys() - {"model"}:
+        raise UserError(
+            f"{origin}: a model by its name has only keys model..., not {others.pop()}; give a recipe for those"
+        )
+    try:
+        return _MODEL.validate_python(tree["model"])
+    except ValidationError as error:
+        complaints = [_sentence({**item, "loc": ("model", *item["loc"])}) for item in error.errors()]
+        raise UserError(f"{origin}: " + "; ".join(dict.fromkeys(complaints))) from None
 
 
 def parse_config(tree: Mapping[str, Any], origin: str) -> Config:

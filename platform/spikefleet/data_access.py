@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -41,9 +42,9 @@ def prepare_store(
     address: str | None = None,
     **how: Any,
 ) -> Store:
-    """Converts a data set into a store at `out`; on a Ray cluster, if its `address` is given, whose nodes see both."""
+    """Converts a data set into a store at `out`; on the cluster at `address` or RAY_ADDRESS, whose nodes see both."""
     quiet_ray()
-    cluster = nullcontext() if address is None else ray_session(address, cpus=1, gpus=0, verbose=False)
+    cluster = ray_session(address) if address or os.environ.get("RAY_ADDRESS") else nullcontext()
     with cluster, _shown(console, f"preparing {source}") as progress:
         return prepare(source, root, out, progress=progress, **how, **options)
 

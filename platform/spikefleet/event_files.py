@@ -7,17 +7,20 @@ events up to a checkpoint are never lost, whoever is killed.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from spikefleet.checkpoints import read_json, write_json
+from spikefleet.errors import UserError
 from spikefleet.events import (
     CheckpointSaved,
     EpochDone,
@@ -70,7 +73,8 @@ class EventWriter:
             # Opened anew each time: on a network file system, closing is what makes it seen elsewhere.
             descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             try:
-                os.write(descriptor, line)
+                if os.write(descriptor, line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             finally:
                 os.close(descriptor)
         except OSError as error:
@@ -83,8 +87,9 @@ class EventWriter:
         """Until all is handed on, or the launch is stopped or gone, which is for the next step to find out."""
         mark = self._path.with_suffix(_HANDED_ON)
         while self._launch.is_dir() and not (self._launch / STOPPED).is_file():
-            if mark.is_file() and read_json(mark) >= self._path.stat().st_size:
-                return
+            with suppress(OSError, UserError):  # not written yet, or the launch is being removed
+                if read_json(mark) >= self._path.stat().st_size:
+                    return
             time.sleep(_WAIT_S)
 
 
@@ -100,7 +105,7 @@ class EventReader:
         return [_decode(line) for path in sorted(self._launch.glob("events-*.jsonl")) for line in self._lines(path)]
 
     def handed_on(self) -> None:
-        """Lets writers that are in step know that what was read so far has been dealt with."""
+        """Lets writers that are in step know that what was read so far has been dealt with. Raises OSError."""
         for path, size in self._read.items():
             if self._handed_on.get(path) != size:
                 write_json(path.with_suffix(_HANDED_ON), size)

@@ -118,7 +118,7 @@ def train_on_ray(
                 callbacks=[FailureNotes(launch)],
             ),
         )
-        with _followed(launch, outlet):
+        with _followed(launch, outlet, in_step):
             outcome = _fit(trainer)
         shutil.rmtree(launch, ignore_errors=True)
     if isinstance(outcome, Stopped):
@@ -206,7 +206,7 @@ def _headline(error: BaseException) -> str:
 
 
 @contextmanager
-def _followed(launch: Path, outlet: Outlet) -> Iterator[None]:
+def _followed(launch: Path, outlet: Outlet, in_step: bool) -> Iterator[None]:
     """Hands the events of a launch to the outlet while the block runs, and what is left when it ends."""
     done = threading.Event()
     reader = EventReader(launch)
@@ -216,7 +216,9 @@ def _followed(launch: Path, outlet: Outlet) -> Iterator[None]:
         for event in reader.new():
             if not refused:
                 outlet.emit(event)
-        reader.handed_on()
+        if in_step:
+            with suppress(OSError):  # the next look writes it again
+                reader.handed_on()
 
     def follow() -> None:
         while not done.wait(_POLL_S):
@@ -224,7 +226,10 @@ def _followed(launch: Path, outlet: Outlet) -> Iterator[None]:
                 hand_on()
             except Exception as error:  # a search's outlet ends its trial so
                 refused.append(error)
-                write_json(launch / STOPPED, {"reason": str(error), "mendable": False})
+                try:
+                    write_json(launch / STOPPED, {"reason": str(error), "mendable": False})
+                except OSError:  # no space: to be gone stops the workers too
+                    shutil.rmtree(launch, ignore_errors=True)
 
     thread = threading.Thread(target=follow, name="events", daemon=True)
     thread.start()

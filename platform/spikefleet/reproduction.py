@@ -236,6 +236,7 @@ def _measured(plan: ReproductionPlan, entry: Entry, result: SearchResult, launch
     """A row from the finished trainings of its configuration."""
     recipe = result.search.recipe
     by_digest = {_digest(recipe, record.overrides): record for record in result.records}
+    trials = replace(launch, name=result.name).trials_dir
     runs: list[tuple[TrialRecord, Run]] = []
     seeds: list[int] = []
     trouble: list[str] = []
@@ -246,9 +247,14 @@ def _measured(plan: ReproductionPlan, entry: Entry, result: SearchResult, launch
             trouble.append(f"seed {point['train.seed']} was not run")
         elif record.status != "finished":
             trouble.append(f"seed {point['train.seed']} {record.status}: {record.reason}")
+        elif _learnt_otherwise(run := Run(trials / record.name), _config(recipe, point)):
+            trouble.append(
+                f"seed {point['train.seed']} was trained by an earlier form of recipe {recipe}; "
+                f"move {trials.parent} away to train it anew"
+            )
         else:
             seeds.append(point["train.seed"])
-            runs.append((record, Run(replace(launch, name=result.name).trials_dir / record.name)))
+            runs.append((record, run))
     return ReproducedRow(
         entry,
         _cells(plan.table, entry, runs),
@@ -258,6 +264,17 @@ def _measured(plan: ReproductionPlan, entry: Entry, result: SearchResult, launch
         tuple(dict.fromkeys(str(run.record().get("code_version", "unknown")) for _, run in runs)),
         "; ".join(trouble) if runs or not trouble else f"not run: {'; '.join(trouble)}",
     )
+
+
+def _learnt_otherwise(run: Run, config: Config) -> bool:
+    """Whether a trial's run learnt under values that its recipe no longer has; where its data lay does not count."""
+
+    def learnt(one: Config) -> dict[str, Any]:
+        kept = ("model", "train", "optim", "shortcut", "checkpoint")
+        tree = one.dump()
+        return {**{key: tree[key] for key in kept}, "transform": tree["data"]["transform"]}
+
+    return learnt(run.config()) != learnt(config)
 
 
 def _cells(table: PaperTable, entry: Entry, runs: Sequence[tuple[TrialRecord, Run]]) -> dict[str, Cell]:

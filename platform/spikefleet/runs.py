@@ -6,11 +6,12 @@ import fcntl
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from spikefleet.checkpoints import CheckpointFolder, read_json, verify_checkpoint, write_json
 from spikefleet.config import Config, differences, parse_config
@@ -20,6 +21,7 @@ from spikefleet_pipelines.manifest import Manifest
 DATA_FACTS = "data.json"
 """What a network must know of its data to be used: source, content hash, class names and their ids, image shape."""
 
+_LOOK_S = 0.5
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -119,27 +121,37 @@ class Run:
         return complaints
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Holds the run for this process. Raises UserError when another process trains it already."""
+    def lock(self, patience_s: float = 0.0) -> Iterator[None]:
+        """Holds the run for this process. Raises UserError when another process trains it, after waiting for it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             file = (self.path / ".lock").open("a+")
         except OSError as error:
             raise UserError(f"run directory {self.path} cannot be written: {error}; give another --runs-dir") from None
         with file:
-            try:
-                # Not flock: loader processes would inherit it, and hold it when this process is killed.
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            give_up = time.monotonic() + patience_s
+            while not _locked(file) and time.monotonic() < give_up:
+                time.sleep(_LOOK_S)
+            if not _locked(file):
                 file.seek(0)
                 raise UserError(
                     f"run {self.name} is being trained by another process ({file.read().strip() or 'unknown'}); "
                     "wait for it, or give another --name"
-                ) from None
+                )
             file.truncate(0)
             file.write(f"process {os.getpid()}")
             file.flush()
             yield
+
+
+def _locked(file: IO[str]) -> bool:
+    """Whether this process holds the lock of a file now. Not flock, which loader processes would inherit and hold when
+    this process is killed."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def find_run(runs_dir: Path, name: str) -> Run:

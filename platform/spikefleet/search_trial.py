@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +15,13 @@ from spikefleet.config import Config, load_config
 from spikefleet.energy_cards import measure_energy, write_card
 from spikefleet.errors import UserError
 from spikefleet.event_files import TakingOver
-from spikefleet.events import CheckpointSaved, EpochDone, Event
+from spikefleet.events import CheckpointSaved, EpochDone, Event, Started
 from spikefleet.runs import Run
 from spikefleet.trained_network import best_network
 from spikefleet.versions import code_version
 from spikefleet.worker import NonFiniteError, Outcome, train
 from spikefleet.world import World
 from spikefleet_models.build import build_model
-from spikefleet_models.decoders import AttentionSpikeDecoder
 from spikefleet_pipelines.store import Store
 from spikefleet_tune.trials import BEST, Overrides, Report, TrialPruned
 
@@ -81,10 +78,7 @@ def mutable_keys(config: Config, keys: Sequence[str]) -> Callable[[str], bool]:
 
     T is not among them where the decoder is an ASD in any branch of the space: its temporal attention has T inputs.
     """
-    with torch.device("meta"):
-        network = build_model(config.model)
-    bound_to_time = any(isinstance(module, AttentionSpikeDecoder) for module in network.modules())
-    bound_to_time |= any(key.endswith(".decoder") for key in keys)
+    bound_to_time = getattr(config.model, "decoder", None) == "asd" or any(key.endswith(".decoder") for key in keys)
 
     def mutable(key: str) -> bool:
         if key.endswith("timesteps") and bound_to_time:
@@ -97,7 +91,8 @@ def mutable_keys(config: Config, keys: Sequence[str]) -> Callable[[str], bool]:
 class ReportOutlet:
     """Hands the figures of each epoch to the search; with its checkpoint where trials hand theirs on.
 
-    `energy_of`, where it is given, measures each new best checkpoint, before its epoch is reported.
+    A best epoch is reported when its checkpoint is there, since the search may end the trial in that moment.
+    `energy_of`, where it is given, measures it before.
     """
 
     def __init__(self, report: Report, hands_on: bool, energy_of: Callable[[Path], float] | None = None) -> None:
@@ -109,8 +104,10 @@ class ReportOutlet:
         if isinstance(event, EpochDone) and any(key.startswith("val/") for key in event.metrics):
             self._waiting = {**event.metrics, "epoch": float(event.epoch), BEST: float(event.best)}
             self._measure = event.best and self._energy_of is not None
-            if not self._hands_on and not self._measure:
+            if not self._hands_on and not event.best:
                 self._flush(None)
+        elif isinstance(event, Started):  # a group begins again, and that epoch with it
+            self._waiting = None
         elif isinstance(event, CheckpointSaved) and self._waiting is not None:
             self._flush(Path(event.path))
 
@@ -133,7 +130,7 @@ def as_trial(setting: TrialSetting) -> Callable[[Overrides, str, Report], dict[s
         config = setting.config(overrides)
         store = Store.open(setting.store, verify=False)  # the driver has verified it
         run = Run(setting.runs_dir / name)
-        with _held(run):
+        with run.lock(patience_s=_PATIENCE_S):  # a process of an earlier launch may not have ended yet
             return train_trial(run, config, store, report)
 
     def train_trial(run: Run, config: Config, store: Store, report: Report) -> dict[str, float]:
@@ -169,22 +166,6 @@ def as_trial(setting: TrialSetting) -> Callable[[Overrides, str, Report], dict[s
         return {**figures, "energy_mj": energy_mj, "parameters": float(parameters)}
 
     return trainable
-
-
-@contextmanager
-def _held(run: Run) -> Iterator[None]:
-    """The lock of a trial's run; waits for a process of an earlier launch that Ray has not ended yet."""
-    give_up = time.monotonic() + _PATIENCE_S
-    with ExitStack() as stack:
-        while True:
-            try:
-                stack.enter_context(run.lock())
-                break
-            except UserError:
-                if time.monotonic() > give_up:
-                    raise
-                time.sleep(1.0)
-        yield
 
 
 def _report_best_so_far(run: Run, outlet: ReportOutlet) -> None:

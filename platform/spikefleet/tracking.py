@@ -28,6 +28,7 @@ from spikefleet.journal import JOURNAL, Journal, Record
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 # MLflow's limits (mlflow.utils.validation).
+_CHANGED = "changed."
 MAX_PARAM_LENGTH = 6000
 MAX_TAG_LENGTH = 8000
 MAX_KEY_LENGTH = 250
@@ -92,6 +93,8 @@ class Tracker:
         self._create: Record = {}
         self._last_step: dict[str, float] = {}
         self._params: dict[str, str] = {}
+        self._changed: set[str] = set()
+        """Tags of parameters that were logged with another value later."""
         self._status = "RUNNING"
         self._lossy = False
         self._guard = threading.RLock()
@@ -138,8 +141,9 @@ class Tracker:
         """
         with self._guard:
             fitted = {_key(key): _fit("params", key, str(value), MAX_PARAM_LENGTH) for key, value in params.items()}
-            changed = {key: value for key, value in fitted.items() if self._params.get(key, value) != value}
-            self.set_tags({f"changed.{key}": value for key, value in changed.items()})
+            again = {key for key, value in fitted.items() if self._params.get(key, value) != value}
+            again |= {key for key in fitted if _CHANGED + key in self._changed}
+            self.set_tags({_CHANGED + key: params[key] for key in again})
             new = {key: value for key, value in fitted.items() if key not in self._params}
             self._keep_whole("params", {key: str(params[key]) for key in new}, MAX_PARAM_LENGTH)
             for part in _parts(new, MAX_PARAMS_OR_TAGS):
@@ -234,6 +238,8 @@ class Tracker:
                 self._last_step.update(dict.fromkeys(record["values"], record["step"]))
             case "params":
                 self._params |= record["values"]
+            case "tags":
+                self._changed |= {key for key in record["values"] if key.startswith(_CHANGED)}
             case "status":
                 self._status = record["status"]
 

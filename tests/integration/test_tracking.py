@@ -121,7 +121,8 @@ def test_a_run_that_is_opened_again_goes_on_and_repeats_no_step(runs: Path, uri:
     assert client.get_run(first.run_id).info.status == "FAILED"
 
     second = Tracker.open(runs / "again", "another name", "another experiment", uri)
-    second.log_params({"lr": 0.1, "seed": 2, "long": "y" * 7000, "new": "x"})
+    second.log_params({"lr": 0.2, "seed": 2, "long": "y" * 7000, "new": "x"})
+    second.log_params({"lr": 0.1})
     log_losses(second, range(30, 80))
     assert second.flush(wait_s=30) == 0
     assert second.run_id == first.run_id
@@ -131,7 +132,10 @@ def test_a_run_that_is_opened_again_goes_on_and_repeats_no_step(runs: Path, uri:
     run = client.get_run(first.run_id)
     assert run.info.status == "FINISHED"
     assert {key: run.data.params[key] for key in ("lr", "seed", "new")} == {"lr": "0.1", "seed": "1", "new": "x"}
-    assert {key: value for key, value in run.data.tags.items() if key.startswith("changed.")} == {"changed.seed": "2"}
+    assert {key: value for key, value in run.data.tags.items() if key.startswith("changed.")} == {
+        "changed.seed": "2",
+        "changed.lr": "0.1",
+    }
     assert history(client, first.run_id, "train/loss") == losses(80)
 
 

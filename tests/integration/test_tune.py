@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from spikefleet.cli import app
+from spikefleet.runs import Run
 from spikefleet_pipelines.sources import prepare
 
 SEARCH = """
@@ -175,7 +176,9 @@ def test_trials_that_are_groups_of_workers_are_measured_and_stopped(stores_dir: 
     assert stopped["reason"] == "stopped by asha after epoch 2"
     assert learnt["figures"]["val/top1"] > stopped["figures"]["val/top1"]
     assert min(trial["figures"]["energy_mj"] for trial in (learnt, stopped)) > 0
-    assert (tmp_path / "runs/searches/small/trials/small-0001/report/energy.json").is_file()
+    run = Run(tmp_path / "runs/searches/small/trials/small-0001")
+    assert (run.path / "report" / "energy.json").is_file()
+    assert json.loads((run.best_checkpoint() / "state.json").read_text())["best"]["epoch"] == stopped["epoch"]
 
 
 # ------------------------------------------------------------------------------------------------ reproduce
@@ -214,6 +217,11 @@ def test_rows_of_a_table_are_trained_once_for_all_tables(stores_dir: Path, tmp_p
     assert rows[0]["remark"] == "seed 1 was not run"
     assert rows[1]["remark"] == "not run: seed 0 was not run; seed 1 was not run"
     assert rows[1]["figures"]["test/top1"]["mean"] is None
+    # What an earlier form of the recipe has learnt is not this one's.
+    config = tmp_path / "runs/searches/paper-digits-digits_narrow/trials/paper-digits-digits_narrow-0000/config.json"
+    config.write_text(json.dumps({**(tree := json.loads(config.read_text())), "optim": {**tree["optim"], "lr": 9.0}}))
+    said = reproduce(tmp_path, stores_dir, "sg_resnet_table7", *small, "--only", "*ResNet10", "--report-only")
+    assert "seed 0 was trained by an earlier form of recipe digits_narrow" in said
 
 
 def test_tables_that_cannot_be_reproduced_say_why(stores_dir: Path, tmp_path: Path) -> None:

@@ -53,6 +53,8 @@ def test_time_steps_change_only_where_no_weight_depends_on_them(setting: TrialSe
     by_attention = mutable_keys(setting.config({**SMALL, "model.decoder": "asd", "model.asd_channel_reduction": 4}), [])
     assert not by_attention("model.timesteps")
     assert by_attention("optim.lr")
+    twin = {**SMALL, "model.decoder": "asd", "model.asd_channel_reduction": 4, "model.connection": "ann"}
+    assert not mutable_keys(setting.config(twin), ["model.connection"])("model.timesteps")
     either = mutable_keys(setting.config(SMALL), ["model.timesteps", "model.decoder"])
     assert not either("model.timesteps")
 

@@ -53,6 +53,7 @@ def test_block_outputs_are_spikes(connection: str) -> None:
 
 @pytest.mark.parametrize(("stem", "side"), [("cifar", 16), ("strided", 8), ("imagenet", 4)])
 def test_stems_reduce_pictures(stem: str, side: int) -> None:
+    assert tiny(stem=stem).stem_stride == 16 // side
     assert [output.shape[-1] for output in build_model(tiny(stem=stem)).forward_features(images())] == [side, side // 2]
 
 

@@ -53,9 +53,7 @@ class Median(_MindsTheEnd, MedianStoppingRule):
     """Stops a trial whose best is below the median of the others' means, by epochs."""
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """Ray's rule would count the last report as one more epoch."""
-        if END not in result:
-            super().on_trial_complete(tune_controller, trial, result)
+        """Each epoch has been counted when it was reported; Ray's rule would count the last report once more."""
 
 
 class Population(_MindsTheEnd, PopulationBasedTraining):

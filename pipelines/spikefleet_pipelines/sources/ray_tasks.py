@@ -1,5 +1,6 @@
 """Running the jobs of a conversion one after another, or as Ray tasks."""
 
+import os
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -8,6 +9,9 @@ from typing import Any, TypeVar
 
 _WORTH_RAY = 10_000
 """Pictures from which on a local Ray, whose start takes seconds, pays for itself."""
+
+_OBJECT_STORE_BYTES = 200_000_000
+"""Jobs and results are names and hashes; pictures go from file to file."""
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -31,7 +35,8 @@ def run_tasks(
         raise ValueError(f"parallel is {parallel}; it must be at least 1.")
     # Importing Ray takes a second, and one that is not imported is not running.
     running_ray = "ray" in sys.modules and sys.modules["ray"].is_initialized()
-    if parallel == 1 or (parallel is None and not running_ray and pictures < _WORTH_RAY):
+    little = pictures < _WORTH_RAY or os.cpu_count() == 1
+    if parallel == 1 or (parallel is None and not running_ray and little):
         for job in jobs:
             yield function(job)
         return
@@ -39,7 +44,12 @@ def run_tasks(
 
     if not running_ray:
         ray.init(
-            address="local", num_cpus=parallel, include_dashboard=False, log_to_driver=False, logging_level="warning"
+            address="local",
+            num_cpus=parallel,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="warning",
+            object_store_memory=_OBJECT_STORE_BYTES,
         )
     at_once = parallel or max(1, int(ray.cluster_resources().get("CPU", 1)))
     task = ray.remote(num_cpus=1)(function)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from pydantic import ValidationError
 from rich.table import Table
 
 from spikefleet.cli.app import Network, RunsDir, StoresDir, app, console
-from spikefleet.config import apply_override, list_recipes, load_config, parse_override
+from spikefleet.config import list_recipes, load_config, override_model
 from spikefleet.errors import RunError, UserError
 
 if TYPE_CHECKING:
@@ -100,7 +100,9 @@ def energy(
         float | None,
         typer.Option(min=0, help="For the name of a model or recipe: mean input of layers that spikes feed."),
     ] = None,
-    size: Annotated[int, typer.Option(min=1, help="For the name of a model or recipe: side of the pictures.")] = 224,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="For the name of a model or recipe: side of the pictures.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for energy.json and its picture.")] = None,
     runs_dir: RunsDir = Path("runs"),
     stores_dir: StoresDir = Path("stores"),
@@ -115,6 +117,8 @@ def energy(
 
     try:
         if rate is not None:
+            if size is None:
+                raise UserError("--rate counts a network that sees no data: give the side of its pictures by --size")
             card = energy_at_rates(_untrained(network, overrides or []), (size, size), rate, constants, form, shortcuts)
         elif overrides:
             raise UserError(
@@ -171,31 +175,18 @@ def _untrained(name: str, overrides: Sequence[str]) -> nn.Module:
     """A network without weights, of a recipe or of a named model. Raises UserError or ValueError."""
     import torch
 
-    from spikefleet_models.build import build_model, model_config
+    from spikefleet_models.build import build_model, list_models, model_config
 
-    if name in list_recipes():
+    if name in list_models():
+        config = override_model(model_config(name), overrides, name)
+    elif name in list_recipes() or name.endswith((".yaml", ".yml")):
         config = load_config(name, overrides).model
     else:
-        try:
-            config = model_config(name, **_model_fields(overrides))
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(["model", *map(str, first["loc"])])
-            raise UserError(f"{name}: {key}={first['input']!r}: {first['msg']}") from None
+        near = difflib.get_close_matches(name, [*list_models(), *list_recipes()], n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else "`spikefleet recipes` lists the recipes"
+        raise UserError(f"{name!r} is neither a model nor a recipe; {hint}")
     with torch.device("meta"):
         return build_model(config)
-
-
-def _model_fields(overrides: Sequence[str]) -> dict[str, Any]:
-    """The fields of a model's configuration that overrides such as model.neuron.bound=2 set."""
-    tree: dict[str, Any] = {}
-    for override in overrides:
-        path, _ = parse_override(override)
-        if path.partition(".")[0] != "model":
-            raise UserError(f"{override}: a model by its name has only keys model...; give a recipe for the others")
-        apply_override(tree, override)
-    fields: dict[str, Any] = tree.get("model", {})
-    return fields
 
 
 def _shown(value: int | None) -> str:
