@@ -37,6 +37,7 @@ from spikefleet.registry_store import (
     publish,
     resolve,
     save_for_mlflow,
+    set_alias,
 )
 from spikefleet.tracking import resolve_tracking_uri
 
@@ -152,12 +153,12 @@ def promote(name: str, version: int, metric: str, mode: Mode = "max", *, trackin
             winner = winner_of(champion, [_of(v, metric) for v in asked], metric, mode)
             if winner is None or winner == champion:
                 break
-            client.set_registered_model_alias(name, CHAMPION, str(winner.version))
+            set_alias(client, name, CHAMPION, winner.version)
         won = winner is not None and winner.version == version
         decision = decide(_standing(before.champion, metric) if won else winner, own, metric, mode)
         challenger = next((v for v in model.versions if CHALLENGER in v.aliases), None)
         if not won:
-            client.set_registered_model_alias(name, CHALLENGER, str(version))
+            set_alias(client, name, CHALLENGER, version)
         elif challenger is not None and challenger.version == version:
             client.delete_registered_model_alias(name, CHALLENGER)
         client.set_model_version_tag(name, str(version), _PROMOTION, settled)

@@ -45,6 +45,20 @@ def connect(tracking_uri: str) -> "Iterator[MlflowClient]":
         raise UserError(f"the registry at {shown} fails: {reason.replace(tracking_uri, shown)}") from error
 
 
+def set_alias(client: "MlflowClient", name: str, alias: str, version: int) -> None:
+    """Points an alias at a version. Raises MlflowException.
+
+    MLflow writes a new row when it has not found the alias: of two jobs that do so at once, one is refused, and finds
+    the other's row the next time.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.set_registered_model_alias(name, alias, str(version))
+    except MlflowException:
+        client.set_registered_model_alias(name, alias, str(version))
+
+
 def download(client: "MlflowClient", version: RegisteredVersion, name: str, directory: Path) -> None:
     """Fetches one file, or all, of a version's package into a directory that only this user can read."""
     import mlflow.artifacts

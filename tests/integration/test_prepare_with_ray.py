@@ -138,16 +138,15 @@ def test_a_running_ray_is_used_and_left_running(cluster: None) -> None:
     assert ray.is_initialized()
 
 
-@pytest.mark.parametrize("parallel", [2, None])
-def test_ray_is_started_and_shut_down_when_asked_for_and_when_there_is_much(
-    parallel: int | None, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_ray_is_started_and_shut_down_when_there_is_much(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ray.shutdown()
     started = []
     monkeypatch.setattr("spikefleet_pipelines.sources.ray_tasks._WORTH_RAY", 48)
     monkeypatch.setattr(ray, "init", lambda begin=ray.init, **how: started.append(how) or begin(**how))
-    store = prepare("image_folder", folder, tmp_path / "store", parallel=parallel)
-    assert [how["num_cpus"] for how in started] == [parallel]
+    store = prepare("image_folder", folder, tmp_path / "store", parallel=None)
+    assert [how["num_cpus"] for how in started] == [None]
     assert store.manifest.splits == {"train": 38, "val": 2, "test": 8}
     assert not ray.is_initialized()
     assert prepare("image_folder", folder, tmp_path / "alone", parallel=1).manifest == store.manifest

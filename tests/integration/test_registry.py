@@ -389,6 +389,24 @@ def test_many_jobs_that_promote_at_once_leave_the_best_one(first: Trained, tmp_p
     assert outcomes[1].alias == "champion"
 
 
+def test_an_alias_that_another_job_writes_at_the_same_time_is_written_after_it(
+    first: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow refuses the second of two new rows for one alias."""
+    first.again(70, tmp_path).register("raced", 0.9)
+    real, raced = MlflowClient.set_registered_model_alias, []
+
+    def lose_the_race(self: MlflowClient, name: str, alias: str, version: str) -> None:
+        real(self, name, alias, version)
+        if not raced:
+            raced.append(alias)
+            raise mlflow.exceptions.MlflowException("UNIQUE constraint failed: registered_model_aliases.alias")
+
+    monkeypatch.setattr(MlflowClient, "set_registered_model_alias", lose_the_race)
+    assert promote("raced", 1, "top1", tracking_uri=first.uri).alias == "champion"
+    assert raced == ["champion"]
+
+
 def test_a_promotion_that_was_killed_is_made_good_by_the_next_one(
     first: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

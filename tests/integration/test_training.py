@@ -93,7 +93,9 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(
     assert torch.allclose(cut.tensors["model"][first], whole.tensors["model"][first], rtol=1e-2, atol=1e-3)
 
 
-def test_two_workers_have_the_gradient_of_one(store: Store, ray_on_two_cpus: None, tmp_path: Path) -> None:
+def test_two_workers_have_the_gradient_of_one(
+    store: Store, ray_on_two_cpus: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At every step, also the last one, whose 15 samples go 7 to one rank and 8 to the other.
 
     Batch norm is frozen and the rate tiny, so that nothing but the exchange of gradients could make a difference.
@@ -107,14 +109,14 @@ def test_two_workers_have_the_gradient_of_one(store: Store, ray_on_two_cpus: Non
 
         SGResNet.train = train_without_batch_norm  # type: ignore[method-assign]
 
-    norms = []
-    for workers in (1, 2):
-        config = load_config("digits", [*SMALL, f"cluster.workers={workers}", "optim.lr=1.0e-7"])
-        steps = Steps()
-        train_on_ray(config, store, tmp_path / str(workers), steps, before_step=freeze)
-        norms.append([row["gradient/norm"] for row in steps.rows])
-    assert len(norms[0]) == 21
-    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+    both = Steps()
+    config = load_config("digits", [*SMALL, "cluster.workers=2", "optim.lr=1.0e-7"])
+    train_on_ray(config, store, tmp_path / "two", both, before_step=freeze)
+    frozen_statistics(monkeypatch)
+    _, alone = run(load_config("digits", [*SMALL, "optim.lr=1.0e-7"]), store, tmp_path / "one")
+    norms = [row["gradient/norm"] for row in alone.rows]
+    assert len(norms) == 21
+    assert [row["gradient/norm"] for row in both.rows] == pytest.approx(norms, rel=1e-3)
 
 
 class StopTrainingError(Exception):
