@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, Tag, TypeAdapter, ValidationE
 from pydantic.fields import FieldInfo
 
 from spikefleet.errors import UserError
+from spikefleet.strict_yaml import parse_yaml
 from spikefleet_models.build import ModelConfig, task_of
 from spikefleet_models.sg_resnet import SGResNetConfig
 from spikefleet_models.shortcut import ShortcutConfig, branch_channels
@@ -346,7 +347,7 @@ def _read_recipe(recipe: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
     if recipe in below:
         raise UserError(f"recipe {recipe}: its chain of bases comes back to itself: {' -> '.join((*below, recipe))}")
     try:
-        tree = _parse_yaml(_recipe_text(recipe))
+        tree = parse_yaml(_recipe_text(recipe))
     except yaml.YAMLError as error:
         raise UserError(f"recipe {recipe} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
@@ -371,7 +372,7 @@ def parse_override(override: str) -> tuple[str, Any]:
     if not equals or not all(path.strip().split(".")):
         raise UserError(f"override {override!r} is not of the form section.key=value, for example optim.lr=0.05")
     try:
-        return path.strip(), _parse_yaml(text)
+        return path.strip(), parse_yaml(text)
     except yaml.YAMLError:
         raise UserError(f"override {override!r}: the value {text!r} is not valid YAML") from None
 
@@ -386,32 +387,6 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise UserError(f"override {override!r}: {key!r} is a value, not a section")
     node[keys[-1]] = value
-
-
-def _parse_yaml(text: str) -> Any:
-    loader = _StrictLoader(text)
-    try:
-        return loader.get_single_data()
-    finally:
-        loader.dispose()
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """The safe loader, which also refuses repeated keys (the last one would win silently) and aliases."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.constructor.ConstructorError(None, None, "aliases (*name) are not allowed in a recipe")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
 
 
 # --------------------------------------------------------------------------------------------------- sentences
