@@ -12,8 +12,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
-from spikefleet.ray_session import quiet_ray
-from spikefleet.tracking import quiet_mlflow
+from spikefleet.cluster.session import quiet_ray
+from spikefleet.tracking.tracker import quiet_mlflow
 
 quiet_ray()
 quiet_mlflow()

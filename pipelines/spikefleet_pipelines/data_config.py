@@ -9,11 +9,11 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag, field_validator, model_validator
 
-from spikefleet_pipelines.detection_transforms import DetectionTransformConfig
-from spikefleet_pipelines.manifest import StoreError
 from spikefleet_pipelines.sources import Progress, check_options, find_source, prepare
-from spikefleet_pipelines.store import Store
-from spikefleet_pipelines.transforms import TransformConfig
+from spikefleet_pipelines.store.manifest import StoreError
+from spikefleet_pipelines.store.reader import Store
+from spikefleet_pipelines.transforms.classification_config import TransformConfig
+from spikefleet_pipelines.transforms.detection_config import DetectionTransformConfig
 
 
 def _transform_kind(transform: object) -> str:

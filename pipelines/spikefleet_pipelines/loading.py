@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from spikefleet_pipelines.annotations import Target
-from spikefleet_pipelines.batch_transform import BatchTransform
-from spikefleet_pipelines.detection_batch import DetectionBatchTransform, Sample
-from spikefleet_pipelines.detection_transforms import DetectionTransformConfig
 from spikefleet_pipelines.sampling import Plan
-from spikefleet_pipelines.store import Split
-from spikefleet_pipelines.transforms import TransformConfig
+from spikefleet_pipelines.store.annotations import Target
+from spikefleet_pipelines.store.reader import Split
+from spikefleet_pipelines.transforms.classification import BatchTransform
+from spikefleet_pipelines.transforms.classification_config import TransformConfig
+from spikefleet_pipelines.transforms.detection import DetectionBatchTransform, Sample
+from spikefleet_pipelines.transforms.detection_config import DetectionTransformConfig
 
 
 class Batch(NamedTuple):

@@ -11,10 +11,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from spikefleet.ray_session import quiet_ray, ray_session
+from spikefleet.cluster.session import quiet_ray, ray_session
 from spikefleet_pipelines.data_config import DataConfig, open_or_prepare
 from spikefleet_pipelines.sources import prepare
-from spikefleet_pipelines.store import Store
+from spikefleet_pipelines.store.reader import Store
 
 
 def open_data(config: DataConfig, stores_dir: Path, console: Console) -> Store:

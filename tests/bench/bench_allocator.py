@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
 
-from spikefleet.allocator import keep_freed_memory
-from spikefleet.config import load_config
+from spikefleet.config.schema import load_config
+from spikefleet.training.malloc import keep_freed_memory
 from spikefleet_models.build import build_model
 
 if TYPE_CHECKING:

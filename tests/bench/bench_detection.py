@@ -27,11 +27,11 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 
-from spikefleet.coco_metrics import FoundBoxes, evaluate_boxes, ground_truth, results
+from spikefleet.tasks.coco_metrics import FoundBoxes, evaluate_boxes, ground_truth, results
 from spikefleet_models.build import build_criterion, build_model, model_config
 from spikefleet_models.detection import Objects
 from spikefleet_models.reparam import deploy
-from spikefleet_pipelines.annotations import Annotations
+from spikefleet_pipelines.store.annotations import Annotations
 
 SIDE, BATCH, CLASSES = 320, 2, 80
 MODELS = {"spike_yolo_s": "spike_yolo_s", "ANN twin": "spike_yolo_ann_s"}

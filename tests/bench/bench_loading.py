@@ -31,8 +31,8 @@ from torchvision.datasets import CIFAR10, ImageFolder
 from spikefleet_pipelines.loading import BatchLoader
 from spikefleet_pipelines.sampling import EpochPlan
 from spikefleet_pipelines.sources import prepare
-from spikefleet_pipelines.store import Split
-from spikefleet_pipelines.transforms import NORMALISATIONS, TransformConfig
+from spikefleet_pipelines.store.reader import Split
+from spikefleet_pipelines.transforms.classification_config import NORMALISATIONS, TransformConfig
 
 CIFAR_BATCH, JPEG_BATCH = 128, 64
 

@@ -20,13 +20,13 @@ from pathlib import Path
 
 import torch
 
-from spikefleet.config import Config, load_config
-from spikefleet.events import Silence
-from spikefleet.ray_session import quiet_ray
-from spikefleet.worker import train
-from spikefleet.world import World
+from spikefleet.cluster.session import quiet_ray
+from spikefleet.config.schema import Config, load_config
+from spikefleet.training.distributed import World
+from spikefleet.training.events import Silence
+from spikefleet.training.loop import train
 from spikefleet_pipelines.sources import prepare
-from spikefleet_pipelines.store import Store
+from spikefleet_pipelines.store.reader import Store
 
 _WARM_UP = 20
 
@@ -49,7 +49,7 @@ def without_ray(config: Config, store: Path, folder: Path, steps: int) -> None:
 
 
 def with_ray(config: Config, store: Path, folder: Path, steps: int) -> None:
-    from spikefleet.ray_training import train_on_ray
+    from spikefleet.cluster.ray_train import train_on_ray
 
     train_on_ray(config, Store.open(store), folder, Silence(), before_step=stopwatch(folder / "times.json", steps))
 

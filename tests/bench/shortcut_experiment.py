@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from matplotlib import pyplot as plt
 
-from spikefleet.config import load_config
-from spikefleet.events import Event, StepDone
-from spikefleet.worker import train
-from spikefleet.world import World
+from spikefleet.config.schema import load_config
+from spikefleet.training.distributed import World
+from spikefleet.training.events import Event, StepDone
+from spikefleet.training.loop import train
 from spikefleet_pipelines.sources import prepare
-from spikefleet_pipelines.store import Store
+from spikefleet_pipelines.store.reader import Store
 
 NETWORK = ["model.stages=[3,4,6,3]", "model.width=0.25", "tracking.every_steps=1", "train.evaluate_every=4"]
 VARIANTS = {

@@ -17,7 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from spikefleet.cli import app
-from spikefleet_pipelines.store import Store
+from spikefleet_pipelines.store.reader import Store
 
 SPIKEFLEET = str(Path(sys.executable).with_name("spikefleet"))
 QUICK = ["train.epochs=6", "model.width=0.25"]

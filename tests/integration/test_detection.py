@@ -15,15 +15,15 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from spikefleet.checkpoints import CheckpointFolder, load_checkpoint
 from spikefleet.cli import app
-from spikefleet.coco_metrics import FIGURES
-from spikefleet.config import load_config
-from spikefleet.events import Silence
-from spikefleet.worker import train
-from spikefleet.world import World
+from spikefleet.config.schema import load_config
+from spikefleet.tasks.coco_metrics import FIGURES
+from spikefleet.training.checkpoints import CheckpointFolder, load_checkpoint
+from spikefleet.training.distributed import World
+from spikefleet.training.events import Silence
+from spikefleet.training.loop import train
 from spikefleet_pipelines.sources import prepare
-from spikefleet_pipelines.store import Store
+from spikefleet_pipelines.store.reader import Store
 
 SMALL = {"train": 48, "val": 16, "test": 16, "size": 64}
 QUICK = [
@@ -135,7 +135,7 @@ def test_the_proof_goes_with_the_version(desk: Desk, tmp_path: Path) -> None:
 
 
 def test_a_network_without_spikes_has_nothing_to_prove_and_one_with_sums_is_refuted(desk: Desk, scenes: Path) -> None:
-    from spikefleet.spike_check import check_spikes
+    from spikefleet.certificates.spike_check import check_spikes
     from spikefleet.tasks import build_task
     from spikefleet_models.build import build_model
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from spikefleet.config import load_config
-from spikefleet.events import Silence
-from spikefleet.worker import train
-from spikefleet.world import World
+from spikefleet.config.schema import load_config
+from spikefleet.training.distributed import World
+from spikefleet.training.events import Silence
+from spikefleet.training.loop import train
 from spikefleet_models.build import build_model, model_config
 from spikefleet_models.spiking_unit import use_implementation
-from spikefleet_pipelines.store import Store
+from spikefleet_pipelines.store.reader import Store
 
 pytestmark = pytest.mark.gpu
 

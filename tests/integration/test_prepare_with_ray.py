@@ -16,8 +16,8 @@ from spikefleet_pipelines.sources.coco import CocoOptions, read_coco
 from spikefleet_pipelines.sources.image_folder import FolderContents, read_image_folder
 from spikefleet_pipelines.sources.ray_tasks import run_tasks
 from spikefleet_pipelines.sources.source import SourceOptions
-from spikefleet_pipelines.store import Store
-from spikefleet_pipelines.writer import StoreWriter
+from spikefleet_pipelines.store.reader import Store
+from spikefleet_pipelines.store.writer import StoreWriter
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")
 

@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from spikefleet.checkpoints import CheckpointFolder, load_checkpoint
-from spikefleet.config import Config, load_config
+from spikefleet.cluster.ray_train import train_on_ray
+from spikefleet.config.schema import Config, load_config
 from spikefleet.errors import RunError, UserError
-from spikefleet.events import Event, StepDone, WorkerFailed
-from spikefleet.ray_training import train_on_ray
-from spikefleet.world import World
-from spikefleet_pipelines.store import Store
+from spikefleet.training.checkpoints import CheckpointFolder, load_checkpoint
+from spikefleet.training.distributed import World
+from spikefleet.training.events import Event, StepDone, WorkerFailed
+from spikefleet_pipelines.store.reader import Store
 
 SETTINGS = [
     "model.width=0.125",

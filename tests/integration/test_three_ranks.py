@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import distributed as dist
 
-from spikefleet.checkpoints import load_checkpoint
-from spikefleet.config import load_config
-from spikefleet.events import Silence
-from spikefleet.worker import train
-from spikefleet.world import World
-from spikefleet_pipelines.store import Store
+from spikefleet.config.schema import load_config
+from spikefleet.training.checkpoints import load_checkpoint
+from spikefleet.training.distributed import World
+from spikefleet.training.events import Silence
+from spikefleet.training.loop import train
+from spikefleet_pipelines.store.reader import Store
 
 RANKS = 3
 # Above 1 MiB of parameters: DDP then has several buckets, which it arranges anew after its first backward.

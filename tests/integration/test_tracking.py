@@ -22,12 +22,12 @@ import pytest
 from rich.console import Console
 
 from spikefleet.errors import UserError
-from spikefleet.events import CheckpointSaved, Recovered, Started, StepDone, WorkerFailed
-from spikefleet.journal import DELIVERED
-from spikefleet.observer import RunObserver
-from spikefleet.progress import PlainDisplay
-from spikefleet.runs import Run
-from spikefleet.tracking import Tracker, quiet_mlflow, resolve_tracking_uri, sync
+from spikefleet.runs.observer import RunObserver
+from spikefleet.runs.progress import PlainDisplay
+from spikefleet.runs.run_dir import Run
+from spikefleet.tracking.journal import DELIVERED
+from spikefleet.tracking.tracker import Tracker, quiet_mlflow, resolve_tracking_uri, sync
+from spikefleet.training.events import CheckpointSaved, Recovered, Started, StepDone, WorkerFailed
 
 quiet_mlflow()
 
@@ -164,7 +164,7 @@ def test_restarts_and_what_an_earlier_driver_missed_are_tracked(runs: Path, uri:
 PROGRAM = """
     import os, signal, sys
     from pathlib import Path
-    from spikefleet.tracking import Tracker
+    from spikefleet.tracking.tracker import Tracker
     tracker = Tracker.open(Path(sys.argv[1]), "killed", "digits", sys.argv[2])
     delivered = sys.argv[3] == "delivered"
     for step in range(60):

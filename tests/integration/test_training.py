@@ -10,18 +10,18 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from spikefleet.checkpoints import CheckpointFolder, Snapshot, load_checkpoint
-from spikefleet.config import Config, load_config
+from spikefleet.cluster.ray_train import train_on_ray
+from spikefleet.config.schema import Config, load_config
 from spikefleet.errors import RunError, UserError
-from spikefleet.events import Event, StepDone
-from spikefleet.ray_training import train_on_ray
-from spikefleet.runs import Run
+from spikefleet.runs.run_dir import Run
+from spikefleet.runs.train_run import Launch, run_training
 from spikefleet.tasks.classification import Classification
-from spikefleet.trainer import Launch, run_training
-from spikefleet.worker import NonFiniteError, Outcome, train
-from spikefleet.world import World
+from spikefleet.training.checkpoints import CheckpointFolder, Snapshot, load_checkpoint
+from spikefleet.training.distributed import World
+from spikefleet.training.events import Event, StepDone
+from spikefleet.training.loop import NonFiniteError, Outcome, train
 from spikefleet_pipelines.sources import prepare
-from spikefleet_pipelines.store import Store
+from spikefleet_pipelines.store.reader import Store
 
 SMALL = ["model.width=0.125", "train.epochs=1", "tracking.every_steps=1", "cluster.workers=0"]
 
@@ -170,7 +170,7 @@ def test_a_run_that_ends_during_its_proof_goes_on_from_there(
 
     config, launch = load_config("digits", SMALL), Launch("cut", tmp_path / "runs", stores_dir)
     with monkeypatch.context() as patch:
-        patch.setattr("spikefleet.trainer.certify", certify)
+        patch.setattr("spikefleet.runs.train_run.certify", certify)
         with pytest.raises(type(trouble)):
             run_training(config, launch, Console(quiet=True))
     record = Run(tmp_path / "runs" / "cut").record()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from spikefleet.search_trial import TrialSetting, as_trial
+from spikefleet.search.trial import TrialSetting, as_trial
 from spikefleet_tune.search import run_search
 from spikefleet_tune.search_file import search_of
 

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from spikefleet.cli import app
-from spikefleet.runs import Run
+from spikefleet.runs.run_dir import Run
 from spikefleet_pipelines.sources import prepare
 
 SEARCH = """

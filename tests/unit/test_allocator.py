@@ -8,7 +8,7 @@ import pytest
 PAGES_OF_A_BLOCK = 4096
 CODE = """
 import ctypes, resource, sys
-from spikefleet.allocator import keep_freed_memory
+from spikefleet.training.malloc import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 libc = ctypes.CDLL(None)

@@ -10,12 +10,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from spikefleet_pipelines.annotations import AnnotationColumns, Placement, class_indices
-from spikefleet_pipelines.manifest import ImageFormat, Shard, StoreError
-from spikefleet_pipelines.shard_cache import file_sha256
-from spikefleet_pipelines.shards import open_shard, row_schema, write_shard
-from spikefleet_pipelines.store import Store
-from spikefleet_pipelines.writer import StoreWriter
+from spikefleet_pipelines.store.annotations import AnnotationColumns, Placement, class_indices
+from spikefleet_pipelines.store.manifest import ImageFormat, Shard, StoreError
+from spikefleet_pipelines.store.reader import Store
+from spikefleet_pipelines.store.remote import file_sha256
+from spikefleet_pipelines.store.shards import open_shard, row_schema, write_shard
+from spikefleet_pipelines.store.writer import StoreWriter
 
 TABLE = (1, 3, 90)
 RAW = ImageFormat(encoding="raw", shape=(3, 8, 10))

@@ -11,9 +11,15 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from spikefleet import checkpoints
-from spikefleet.checkpoints import CheckpointFolder, Snapshot, load_checkpoint, optimizer_tensors, restore_optimizer
 from spikefleet.errors import RunError, UserError
+from spikefleet.training import checkpoints
+from spikefleet.training.checkpoints import (
+    CheckpointFolder,
+    Snapshot,
+    load_checkpoint,
+    optimizer_tensors,
+    restore_optimizer,
+)
 
 
 def snapshot(value: float = 1.0) -> Snapshot:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from spikefleet.config import differences, list_recipes, load_config, parse_config, recipe_header
+from spikefleet.config.schema import differences, list_recipes, load_config, parse_config, recipe_header
 from spikefleet.errors import UserError
 from spikefleet_models.build import build_model
 

@@ -14,20 +14,20 @@ import torch
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from spikefleet_pipelines.annotations import AnnotationColumns, Target
 from spikefleet_pipelines.counter_random import Draw
 from spikefleet_pipelines.data_config import DataConfig
-from spikefleet_pipelines.detection_batch import DetectionBatchTransform
-from spikefleet_pipelines.detection_transforms import DetectionTransformConfig
-from spikefleet_pipelines.hsv import jitter_hsv
 from spikefleet_pipelines.loading import Batch, BatchLoader
-from spikefleet_pipelines.manifest import ImageFormat, StoreError
 from spikefleet_pipelines.sampling import EpochPlan, EvaluationPlan
-from spikefleet_pipelines.shards import write_shard
 from spikefleet_pipelines.sources import prepare
-from spikefleet_pipelines.store import Split, Store
-from spikefleet_pipelines.transforms import TransformConfig
-from spikefleet_pipelines.writer import StoreWriter, content_digests
+from spikefleet_pipelines.store.annotations import AnnotationColumns, Target
+from spikefleet_pipelines.store.manifest import ImageFormat, StoreError
+from spikefleet_pipelines.store.reader import Split, Store
+from spikefleet_pipelines.store.shards import write_shard
+from spikefleet_pipelines.store.writer import StoreWriter, content_digests
+from spikefleet_pipelines.transforms.classification_config import TransformConfig
+from spikefleet_pipelines.transforms.detection import DetectionBatchTransform
+from spikefleet_pipelines.transforms.detection_config import DetectionTransformConfig
+from spikefleet_pipelines.transforms.hsv import jitter_hsv
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")
 

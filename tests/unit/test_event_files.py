@@ -6,9 +6,18 @@ import json
 import threading
 from pathlib import Path
 
-from spikefleet.checkpoints import write_json
-from spikefleet.event_files import STOPPED, EventReader, EventWriter, TakingOver, new_launch
-from spikefleet.events import CheckpointSaved, EpochDone, Event, Note, Recovered, Started, StepDone, WorkerFailed
+from spikefleet.training.checkpoints import write_json
+from spikefleet.training.event_log import STOPPED, EventReader, EventWriter, TakingOver, new_launch
+from spikefleet.training.events import (
+    CheckpointSaved,
+    EpochDone,
+    Event,
+    Note,
+    Recovered,
+    Started,
+    StepDone,
+    WorkerFailed,
+)
 
 EVENTS = [
     Started(3, 10, 5, 2, {"parameters": 7}),

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spikefleet.delivery import MAX_METRICS, MAX_PARAMS_OR_TAGS, next_batch, public_uri
 from spikefleet.errors import UserError
-from spikefleet.journal import DELIVERED, JOURNAL, Entry, Journal
+from spikefleet.tracking.delivery import MAX_METRICS, MAX_PARAMS_OR_TAGS, next_batch, public_uri
+from spikefleet.tracking.journal import DELIVERED, JOURNAL, Entry, Journal
 
 
 def number(journal: Journal, count: int, first: int = 0) -> None:
@@ -106,7 +106,10 @@ def test_a_record_longer_than_the_reading_size_is_read_whole(tmp_path: Path) -> 
 
 
 def test_a_second_process_is_refused_until_the_first_one_is_gone(tmp_path: Path) -> None:
-    program = "import sys; from pathlib import Path; from spikefleet.journal import Journal; Journal(Path(sys.argv[1]))"
+    program = (
+        "import sys; from pathlib import Path; "
+        "from spikefleet.tracking.journal import Journal; Journal(Path(sys.argv[1]))"
+    )
     journal = Journal(tmp_path)
 
     def other() -> subprocess.CompletedProcess[str]:

@@ -14,13 +14,13 @@ from pydantic import ValidationError
 
 from spikefleet_pipelines.data_config import DataConfig, open_or_prepare, store_name
 from spikefleet_pipelines.loading import Batch, BatchLoader
-from spikefleet_pipelines.manifest import ImageFormat, StoreError
 from spikefleet_pipelines.sampling import EpochPlan, EvaluationPlan
-from spikefleet_pipelines.shards import write_shard
 from spikefleet_pipelines.sources import SourceError, prepare
-from spikefleet_pipelines.store import Split, Store
-from spikefleet_pipelines.transforms import TransformConfig
-from spikefleet_pipelines.writer import StoreWriter
+from spikefleet_pipelines.store.manifest import ImageFormat, StoreError
+from spikefleet_pipelines.store.reader import Split, Store
+from spikefleet_pipelines.store.shards import write_shard
+from spikefleet_pipelines.store.writer import StoreWriter
+from spikefleet_pipelines.transforms.classification_config import TransformConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")
 
@@ -125,8 +125,8 @@ KILL_A_LOADER_PROCESS = """
 import multiprocessing, os, signal, sys
 from spikefleet_pipelines.loading import BatchLoader
 from spikefleet_pipelines.sampling import EpochPlan
-from spikefleet_pipelines.store import Store
-from spikefleet_pipelines.transforms import TransformConfig
+from spikefleet_pipelines.store.reader import Store
+from spikefleet_pipelines.transforms.classification_config import TransformConfig
 
 split = Store.open(sys.argv[1]).split("train")
 loader = BatchLoader(split, TransformConfig(), train=True, processes=1)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spikefleet.errors import UserError
-from spikefleet.network_package import (
+from spikefleet.registry.package import (
     CARD,
     CONFIG,
     WEIGHTS,
@@ -22,7 +22,7 @@ from spikefleet.network_package import (
     write_package,
 )
 from spikefleet_models.build import build_model, model_config
-from spikefleet_pipelines.transforms import TransformConfig
+from spikefleet_pipelines.transforms.classification_config import TransformConfig
 
 MODEL = model_config("sg_resnet_tiny", stages=(1, 1))
 CONFIGURATION: dict[str, Any] = {

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from spikefleet.config import OptimConfig
-from spikefleet.optimization import build_average, build_optimizer, learning_rate, momentum
+from spikefleet.config.schema import OptimConfig
+from spikefleet.training.optimizer import build_average, build_optimizer, learning_rate, momentum
 
 
 def test_step_schedule_changes_at_whole_epochs() -> None:

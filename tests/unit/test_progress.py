@@ -7,8 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from spikefleet.events import CheckpointSaved, EpochDone, Event, Note, Started, StepDone, WorkerFailed
-from spikefleet.progress import LiveDisplay, PlainDisplay, build_display
+from spikefleet.runs.progress import LiveDisplay, PlainDisplay, build_display
+from spikefleet.training.events import CheckpointSaved, EpochDone, Event, Note, Started, StepDone, WorkerFailed
 
 FIGURES = {"train/loss": 0.5, "train/top1": 0.75, "images_per_second": 1234.0}
 RUN: list[Event] = [

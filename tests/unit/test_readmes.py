@@ -13,9 +13,9 @@ import typer
 
 from spikefleet.cli import app
 from spikefleet.cli.inspection import _untrained
-from spikefleet.config import list_recipes, load_config
+from spikefleet.config.schema import list_recipes, load_config
 from spikefleet.errors import UserError
-from spikefleet.paper_table import list_tables, load_table
+from spikefleet.reproduction.table import list_tables, load_table
 from spikefleet_tune.errors import SearchError
 from spikefleet_tune.search_file import list_searches, load_search
 

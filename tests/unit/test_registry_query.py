@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spikefleet.errors import UserError
-from spikefleet.promotion import Standing, decide, winner_of
-from spikefleet.registry_query import Condition, parse_where
+from spikefleet.registry.promotion import Standing, decide, winner_of
+from spikefleet.registry.query import Condition, parse_where
 
 KEYS = ["timesteps", "energy_mj", "connection", "val/top1", "a-b.c"]
 WORDS = ["bsg", "bsg_star", "cifar10", "1e5x", "and", "v1.2-3"]

@@ -8,9 +8,17 @@ from pathlib import Path
 import pytest
 
 from spikefleet.errors import UserError
-from spikefleet.paper_table import PaperTable, Scale, list_tables, load_table
-from spikefleet.reproduction import Cell, ReproducedRow, Reproduction, ReproductionPlan, _cells, _config, _distinct
-from spikefleet.reproduction_report import as_data, as_markdown, order_sentences, write_reproduction
+from spikefleet.reproduction.report import as_data, as_markdown, order_sentences, write_reproduction
+from spikefleet.reproduction.reproduce import (
+    Cell,
+    ReproducedRow,
+    Reproduction,
+    ReproductionPlan,
+    _cells,
+    _config,
+    _distinct,
+)
+from spikefleet.reproduction.table import PaperTable, Scale, list_tables, load_table
 
 SCALES: tuple[Scale, ...] = ("digits", "fashion_mnist", "full")
 

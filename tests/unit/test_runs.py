@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from spikefleet.checkpoints import Snapshot
-from spikefleet.config import Config, load_config
+from spikefleet.config.schema import Config, load_config
 from spikefleet.errors import UserError
-from spikefleet.runs import Run, check_run_name, default_run_name, find_run
-from spikefleet_pipelines.manifest import Manifest
-from spikefleet_pipelines.store import Store
+from spikefleet.runs.run_dir import Run, check_run_name, default_run_name, find_run
+from spikefleet.training.checkpoints import Snapshot
+from spikefleet_pipelines.store.manifest import Manifest
+from spikefleet_pipelines.store.reader import Store
 
 
 @pytest.fixture

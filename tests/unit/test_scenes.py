@@ -10,7 +10,7 @@ from spikefleet_pipelines.data_config import DataConfig, open_or_prepare
 from spikefleet_pipelines.sources import SourceError, prepare
 from spikefleet_pipelines.sources.digits import DigitsOptions, read_digits
 from spikefleet_pipelines.sources.scenes import CATEGORY_IDS, ScenesOptions, enlarge, read_scenes
-from spikefleet_pipelines.store import Store
+from spikefleet_pipelines.store.reader import Store
 
 SMALL = {"train": 200, "val": 20, "test": 20}
 

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from spikefleet.checkpoints import load_checkpoint
-from spikefleet.events import CheckpointSaved, EpochDone, Silence
-from spikefleet.runs import Run
-from spikefleet.search_trial import (
+from spikefleet.runs.run_dir import Run
+from spikefleet.search.run_search import _possible_config
+from spikefleet.search.trial import (
     ReportOutlet,
     TrialSetting,
     _report_best_so_far,
@@ -22,10 +21,11 @@ from spikefleet.search_trial import (
     refusal_of,
     reportable,
 )
-from spikefleet.searching import _possible_config
-from spikefleet.worker import train
-from spikefleet.world import World
-from spikefleet_pipelines.store import Store
+from spikefleet.training.checkpoints import load_checkpoint
+from spikefleet.training.distributed import World
+from spikefleet.training.events import CheckpointSaved, EpochDone, Silence
+from spikefleet.training.loop import train
+from spikefleet_pipelines.store.reader import Store
 from spikefleet_tune.search_file import search_of
 from spikefleet_tune.trials import TrialPruned
 

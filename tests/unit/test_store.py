@@ -12,10 +12,10 @@ import pyarrow.fs
 import pytest
 from numpy.typing import NDArray
 
-from spikefleet_pipelines.manifest import ImageFormat, StoreError, parse_manifest
 from spikefleet_pipelines.sources import prepare
-from spikefleet_pipelines.store import Store
-from spikefleet_pipelines.writer import StoreWriter
+from spikefleet_pipelines.store.manifest import ImageFormat, StoreError, parse_manifest
+from spikefleet_pipelines.store.reader import Store
+from spikefleet_pipelines.store.writer import StoreWriter
 
 SHAPE = (3, 4, 5)
 RAW = ImageFormat(encoding="raw", shape=SHAPE)

@@ -11,14 +11,14 @@ import torchvision.transforms.v2 as v2
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from spikefleet_pipelines.auto_augment import CIFAR10_POLICIES, apply_operation, auto_augment
-from spikefleet_pipelines.batch_transform import BatchTransform, resized_crop_box, shifted_crop
-from spikefleet_pipelines.image_decoding import decode_rgb
-from spikefleet_pipelines.manifest import ImageFormat
-from spikefleet_pipelines.shards import write_shard
-from spikefleet_pipelines.store import Split, Store
-from spikefleet_pipelines.transforms import NORMALISATIONS, TransformConfig
-from spikefleet_pipelines.writer import StoreWriter, content_digests
+from spikefleet_pipelines.store.decode import decode_rgb
+from spikefleet_pipelines.store.manifest import ImageFormat
+from spikefleet_pipelines.store.reader import Split, Store
+from spikefleet_pipelines.store.shards import write_shard
+from spikefleet_pipelines.store.writer import StoreWriter, content_digests
+from spikefleet_pipelines.transforms.auto_augment import CIFAR10_POLICIES, apply_operation, auto_augment
+from spikefleet_pipelines.transforms.classification import BatchTransform, resized_crop_box, shifted_crop
+from spikefleet_pipelines.transforms.classification_config import NORMALISATIONS, TransformConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")
 

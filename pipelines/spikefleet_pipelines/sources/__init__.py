@@ -11,7 +11,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from spikefleet_pipelines.manifest import StoreError
 from spikefleet_pipelines.sources.cifar import CIFAR10, CIFAR100
 from spikefleet_pipelines.sources.coco import COCO
 from spikefleet_pipelines.sources.digits import DIGITS
@@ -19,8 +18,9 @@ from spikefleet_pipelines.sources.fashion_mnist import FASHION_MNIST
 from spikefleet_pipelines.sources.image_folder import IMAGE_FOLDER
 from spikefleet_pipelines.sources.scenes import SCENES
 from spikefleet_pipelines.sources.source import Progress, Source, SourceError, SourceOptions
-from spikefleet_pipelines.store import Store
-from spikefleet_pipelines.writer import StoreWriter
+from spikefleet_pipelines.store.manifest import StoreError
+from spikefleet_pipelines.store.reader import Store
+from spikefleet_pipelines.store.writer import StoreWriter
 
 __all__ = [
     "SOURCES",

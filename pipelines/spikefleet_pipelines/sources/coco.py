@@ -21,16 +21,16 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, JsonValue
 
-from spikefleet_pipelines.annotations import AnnotationColumns
 from spikefleet_pipelines.counter_random import Draw, random_bits
-from spikefleet_pipelines.extension import StoreExtension
-from spikefleet_pipelines.manifest import ImageFormat, Manifest, Shard, StoreError
-from spikefleet_pipelines.shards import write_shard
 from spikefleet_pipelines.sources.coco_json import CocoFile, read_coco_json
 from spikefleet_pipelines.sources.ray_tasks import run_tasks
 from spikefleet_pipelines.sources.source import Progress, Source, SourceError, SourceOptions
-from spikefleet_pipelines.store import Store
-from spikefleet_pipelines.writer import StoreWriter, content_digests
+from spikefleet_pipelines.store.annotations import AnnotationColumns
+from spikefleet_pipelines.store.extension import StoreExtension
+from spikefleet_pipelines.store.manifest import ImageFormat, Manifest, Shard, StoreError
+from spikefleet_pipelines.store.reader import Store
+from spikefleet_pipelines.store.shards import write_shard
+from spikefleet_pipelines.store.writer import StoreWriter, content_digests
 
 SplitName = Literal["train", "val", "test"]
 
@@ -268,7 +268,7 @@ def _divide(split: str, pictures: _Pictures, holdout: float, seed: int) -> dict[
 
 
 def _convert(job: _Job) -> tuple[Shard, list[bytes]]:
-    from spikefleet_pipelines.image_decoding import decode_rgb  # here, because torchvision takes seconds to import
+    from spikefleet_pipelines.store.decode import decode_rgb  # here, because torchvision takes seconds to import
 
     images, columns = [], job.pictures.columns
     for row, path in enumerate(job.pictures.paths):

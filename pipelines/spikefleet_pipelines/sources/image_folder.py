@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from spikefleet_pipelines.manifest import ImageFormat, Shard
-from spikefleet_pipelines.shards import write_shard
 from spikefleet_pipelines.sources.ray_tasks import run_tasks
 from spikefleet_pipelines.sources.source import Progress, Source, SourceError, SourceOptions, held_out
-from spikefleet_pipelines.writer import StoreWriter, content_digests
+from spikefleet_pipelines.store.manifest import ImageFormat, Shard
+from spikefleet_pipelines.store.shards import write_shard
+from spikefleet_pipelines.store.writer import StoreWriter, content_digests
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 _ENCODED = ImageFormat(encoding="encoded")
@@ -118,7 +118,7 @@ def _parts(files: _Files, shard_bytes: int) -> list[_Files]:
 
 
 def _convert(job: _Job) -> tuple[Shard, list[bytes]]:
-    from spikefleet_pipelines.image_decoding import decode_rgb  # here, because torchvision takes seconds to import
+    from spikefleet_pipelines.store.decode import decode_rgb  # here, because torchvision takes seconds to import
 
     images = []
     for path in job.files.paths:

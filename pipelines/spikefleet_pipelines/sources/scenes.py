@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
-from spikefleet_pipelines.annotations import AnnotationColumns
 from spikefleet_pipelines.counter_random import Draw, uniform
-from spikefleet_pipelines.manifest import ImageFormat
 from spikefleet_pipelines.sources.digits import DigitsOptions, read_digits
 from spikefleet_pipelines.sources.source import Progress, Source, SourceOptions
-from spikefleet_pipelines.writer import StoreWriter
+from spikefleet_pipelines.store.annotations import AnnotationColumns
+from spikefleet_pipelines.store.manifest import ImageFormat
+from spikefleet_pipelines.store.writer import StoreWriter
 
 CATEGORY_IDS = tuple(11 * (digit + 1) for digit in range(10))
 

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from spikefleet_pipelines.counter_random import Draw, random_bits
-from spikefleet_pipelines.manifest import ImageFormat
-from spikefleet_pipelines.writer import StoreWriter
+from spikefleet_pipelines.store.manifest import ImageFormat
+from spikefleet_pipelines.store.writer import StoreWriter
 
 Progress = Callable[[int, int], None]
 """Called with (images done, images in all)."""

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from spikefleet.cli.app import Address, console
 from spikefleet.errors import UserError
-from spikefleet_pipelines.manifest import BoxAudit, Manifest
+from spikefleet_pipelines.store.manifest import BoxAudit, Manifest
 
 data_app = typer.Typer(help="Prepare and look at data sets.", no_args_is_help=True)
 
@@ -63,7 +63,7 @@ def prepare_data(
 @data_app.command("show")
 def show_store(store: Annotated[str, typer.Argument(help="Directory or URI of a store.")]) -> None:
     """Verify every shard of a store and print what it holds."""
-    from spikefleet_pipelines.store import Store
+    from spikefleet_pipelines.store.reader import Store
 
     console.print(_summary(Store.open(store, verify=True).manifest, store))
 

@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from spikefleet.cli.app import Network, RunsDir, StoresDir, app, console
-from spikefleet.config import list_recipes, load_config, override_model
+from spikefleet.config.schema import list_recipes, load_config, override_model
 from spikefleet.errors import RunError, UserError
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ def spike_check(
     Both forms run in fp64 and every layer is compared bit by bit; then rounding is counted in fp32 and bf16, and what
     it does to the figures is measured. Exit code 1 if they differ.
     """
-    from spikefleet.spike_check import check_spikes
-    from spikefleet.trained_network import open_split, open_trained_network
+    from spikefleet.certificates.spike_check import check_spikes
+    from spikefleet.inference.trained_network import open_split, open_trained_network
 
     trained = open_trained_network(network, runs_dir)
     rows = open_split(trained, split, stores_dir, console, data=data)
@@ -111,8 +111,8 @@ def energy(
 
     With --rate, NETWORK is the name of a model (spike_yolo_s) or recipe (cifar100_sg_resnet18), and nothing is run.
     """
-    from spikefleet.energy_cards import measure_energy, write_card
-    from spikefleet.trained_network import open_split, open_trained_network
+    from spikefleet.certificates.energy_card import measure_energy, write_card
+    from spikefleet.inference.trained_network import open_split, open_trained_network
     from spikefleet_models.energy import energy_at_rates
 
     try:

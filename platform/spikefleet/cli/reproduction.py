@@ -21,7 +21,7 @@ from spikefleet.cli.app import (
 )
 from spikefleet.cli.training import Overrides
 from spikefleet.cli.tuning import resumable, split_overrides
-from spikefleet.paper_table import Scale
+from spikefleet.reproduction.table import Scale
 
 
 @app.command()
@@ -47,10 +47,10 @@ def reproduce(
 
     Rows that are trained already are not trained again, whichever table they were trained for.
     """
-    from spikefleet.paper_table import load_table
-    from spikefleet.reproduction import ReproductionPlan, reproduce, track_reproduction
-    from spikefleet.reproduction_report import REPORT, as_table, order_sentences, remarks, write_reproduction
-    from spikefleet.search_tracking import SearchLaunch
+    from spikefleet.reproduction.report import REPORT, as_table, order_sentences, remarks, write_reproduction
+    from spikefleet.reproduction.reproduce import ReproductionPlan, reproduce, track_reproduction
+    from spikefleet.reproduction.table import load_table
+    from spikefleet.search.mlflow_observer import SearchLaunch
 
     fixed, data = split_overrides(overrides or [])
     given = {"workers": workers, "cpus_per_worker": cpus_per_worker, "gpus_per_worker": gpus_per_worker}
@@ -79,7 +79,7 @@ def reproduce(
 @app.command()
 def tables() -> None:
     """List the papers' tables that can be reproduced."""
-    from spikefleet.paper_table import list_tables, load_table
+    from spikefleet.reproduction.table import list_tables, load_table
 
     listed = Table()
     listed.add_column("table", no_wrap=True)

@@ -20,7 +20,7 @@ tracking_app = typer.Typer(help="Look after tracking records.", no_args_is_help=
 @app.command()
 def doctor(runs_dir: RunsDir = Path("runs")) -> None:
     """Check this machine: versions, devices, memory, Ray, the tracking server."""
-    from spikefleet.diagnosis import examine
+    from spikefleet.cli.doctor import examine
 
     findings = examine(runs_dir)
     table = Table("", "what", "finding")
@@ -39,8 +39,8 @@ def ui(
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Serve MLflow's pages over the local tracking database, on this machine only."""
-    from spikefleet.delivery import public_uri
-    from spikefleet.tracking import quiet_mlflow, resolve_tracking_uri
+    from spikefleet.tracking.delivery import public_uri
+    from spikefleet.tracking.tracker import quiet_mlflow, resolve_tracking_uri
 
     quiet_mlflow()
     uri = resolve_tracking_uri(runs_dir)
@@ -63,6 +63,6 @@ def sync_run(
     run_dir: Annotated[Path, typer.Argument(help="Directory of a run, for example runs/digits.")],
 ) -> None:
     """Deliver the records of a run that the tracking server did not get while it was away."""
-    from spikefleet.tracking import sync
+    from spikefleet.tracking.tracker import sync
 
     console.print(f"{sync(run_dir)} records delivered", highlight=False)

@@ -22,7 +22,7 @@ from spikefleet.cli.app import (
     console,
     stderr,
 )
-from spikefleet.config import Config, list_recipes, load_config, override_config, recipe_header
+from spikefleet.config.schema import Config, list_recipes, load_config, override_config, recipe_header
 from spikefleet.errors import UserError
 
 config_app = typer.Typer(help="Look at configurations.", no_args_is_help=True)
@@ -48,8 +48,8 @@ def train(
     stores_dir: StoresDir = Path("stores"),
 ) -> None:
     """Train a recipe, test and register its best checkpoint. The same command goes on with an interrupted run."""
-    from spikefleet.runs import find_run
-    from spikefleet.trainer import Launch, run_training
+    from spikefleet.runs.run_dir import find_run
+    from spikefleet.runs.train_run import Launch, run_training
 
     extra = [f"cluster.workers={workers}"] if workers is not None else []
     extra += ["cluster.gpu=true"] if gpu else []
@@ -91,7 +91,7 @@ def evaluate(
     stores_dir: StoresDir = Path("stores"),
 ) -> None:
     """Measure a trained network on a split of its data."""
-    from spikefleet.trained_network import evaluate_on_split, open_trained_network
+    from spikefleet.inference.trained_network import evaluate_on_split, open_trained_network
 
     trained = open_trained_network(network, runs_dir)
     evaluation = evaluate_on_split(trained, split, stores_dir, console, data=data, gpu=gpu)
@@ -126,8 +126,8 @@ def predict(
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Classify pictures, or find objects in them."""
-    from spikefleet.prediction import predict_files
-    from spikefleet.trained_network import open_trained_network
+    from spikefleet.inference.prediction import predict_files
+    from spikefleet.inference.trained_network import open_trained_network
 
     trained = open_trained_network(network, runs_dir)
     answers = predict_files(trained, images, out=out, gpu=gpu, score=score)

@@ -25,7 +25,7 @@ from spikefleet.cli.app import (
     stderr,
 )
 from spikefleet.cli.training import Overrides
-from spikefleet.config import parse_override
+from spikefleet.config.schema import parse_override
 from spikefleet.errors import UserError
 
 _WHERE_DATA_LIE = ("data.root", "data.store", "data.loader_processes")
@@ -90,8 +90,8 @@ def tune(
     stores_dir: StoresDir = Path("stores"),
 ) -> None:
     """Search over configurations; each trial is a training. The same command goes on with an interrupted search."""
-    from spikefleet.search_tracking import SearchLaunch
-    from spikefleet.searching import confirm_front, extension_of, register_trial, report_of, run_tracked_search
+    from spikefleet.search.mlflow_observer import SearchLaunch
+    from spikefleet.search.run_search import confirm_front, extension_of, register_trial, report_of, run_tracked_search
     from spikefleet_tune.errors import SearchError
     from spikefleet_tune.report import pareto_table
     from spikefleet_tune.search_file import load_search, search_of

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from spikefleet.config import Config
+from spikefleet.config.schema import Config
 from spikefleet.errors import UserError
 from spikefleet.tasks.classification import Classification
 from spikefleet.tasks.detection import Detection

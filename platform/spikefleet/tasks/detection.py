@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from spikefleet import plots
-from spikefleet.checkpoints import write_json
-from spikefleet.coco_metrics import FIGURES, FoundBoxes, box_confusion, evaluate_boxes, ground_truth, results
 from spikefleet.errors import UserError
+from spikefleet.tasks.coco_metrics import FIGURES, FoundBoxes, box_confusion, evaluate_boxes, ground_truth, results
+from spikefleet.training.checkpoints import write_json
 from spikefleet_models.detection import DetectionCriterion, Objects
-from spikefleet_pipelines.annotations import Annotations, Target
 from spikefleet_pipelines.loading import Batch
+from spikefleet_pipelines.store.annotations import Annotations, Target
 
 SHOWN_SCORE = 0.3
 """Boxes below this score are not drawn."""

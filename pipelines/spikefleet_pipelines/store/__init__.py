@@ -1,0 +1,1 @@
+"""A store: Arrow shards with a manifest; written, read, extended, fetched."""

@@ -1,0 +1,129 @@
+"""Adding a split to a store that is there: its new shards come beside the old ones, then its manifest is replaced.
+
+Replacing one file is what makes it atomic: a reader finds the store without the split or with it, and a writer that
+dies leaves at most a shard that no manifest names, which the next one overwrites.
+"""
+
+import fcntl
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from pydantic import JsonValue
+
+from spikefleet_pipelines.store.manifest import MANIFEST_NAME, Manifest, Shard, StoreError, parse_manifest
+from spikefleet_pipelines.store.reader import Split, Store
+from spikefleet_pipelines.store.writer import SHARD_BYTES, StoreWriter, content_digests
+
+_ORDER = ("train", "val", "test")
+
+
+class StoreExtension(StoreWriter):
+    """Writes splits into the store at `out`; splits of the same names that it holds are replaced.
+
+    Args:
+        options: added to those of the store.
+
+    Raises:
+        StoreError: there is no store, or it is corrupt.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        *,
+        options: Mapping[str, JsonValue],
+        stand_ins: Mapping[str, str] | None = None,
+        shard_bytes: int = SHARD_BYTES,
+    ) -> None:
+        there = Store.open(out).manifest
+        super().__init__(
+            out,
+            source=there.source,
+            class_names=there.class_names,
+            image=there.image,
+            options=dict(options),
+            shard_bytes=shard_bytes,
+            category_ids=there.category_ids,
+            stand_ins=stand_ins,
+        )
+        self._there = there
+
+    def shard_name(self, split: str, number: int) -> str:
+        # A replaced split must not touch the shards that readers have open: its numbers go on from theirs.
+        used = [int(shard.file.split("-")[-1].split(".")[0]) for shard in self._own_shards(self._there, split)]
+        return super().shard_name(split, number + max(used, default=-1) + 1)
+
+    def commit(self) -> Manifest:
+        """Move the shards into the store and replace its manifest.
+
+        Raises:
+            StoreError: another process has changed the same splits, or the store's classes, in the meantime.
+        """
+        with _locked(self.out):
+            there = _read_manifest(self.out)
+            added = tuple(self._shards)
+            same_place = all(self._own_shards(there, split) == self._own_shards(self._there, split) for split in added)
+            same_kind = (there.class_names, there.category_ids, there.image) == (
+                self.class_names, self.category_ids, self.image
+            )  # fmt: skip
+            if not same_place or not same_kind:
+                raise StoreError(f"{self.out} was changed by another process while splits were added; add them again.")
+            self._keep(there)
+            self.options = {**there.options, **self.options}
+            manifest = self.manifest()
+            for split in added:
+                for shard in self._shards[split]:
+                    (self.directory / shard.file).replace(self.out / shard.file)
+            (self.directory / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+            (self.directory / MANIFEST_NAME).replace(self.out / MANIFEST_NAME)
+            named = {shard.file for shards in manifest.shards.values() for shard in shards}
+            for shards in there.shards.values():
+                for shard in shards:
+                    if shard.file not in named:
+                        (self.out / shard.file).unlink(missing_ok=True)
+        return manifest
+
+    def _own_shards(self, manifest: Manifest, split: str) -> tuple[Shard, ...]:
+        """The shards of a split, none where it is only another one's second name."""
+        return () if split in (manifest.audit.same_as or {}) else manifest.shards.get(split, ())
+
+    def _keep(self, there: Manifest) -> None:
+        """Take over the splits that are not replaced, with what the audit needs of them."""
+        for split, shards in there.shards.items():
+            if split in self._shards or not self._own_shards(there, split):
+                continue
+            self._shards[split] = list(shards)
+            self._counts[split] = np.array(there.audit.images_per_class[split], np.int64)
+            if there.audit.boxes is not None:
+                self._boxes[split] = [there.audit.boxes[split]]
+            rows = Split(split, str(self.out), there, [self.out / shard.file for shard in shards])
+            self._digests[split] = _digests(rows)
+        names = sorted(self._shards, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
+        self._shards = {name: self._shards[name] for name in names}
+        self._counts = {name: self._counts[name] for name in names}
+        self._boxes = {name: self._boxes[name] for name in names if name in self._boxes}
+
+
+def _digests(split: Split) -> list[bytes]:
+    if split.image_shape is None:
+        return content_digests(split.encoded_image(row) for row in range(len(split)))
+    return content_digests(split.gather(np.array([row]))[0] for row in range(len(split)))
+
+
+def _read_manifest(store: Path) -> Manifest:
+    path = store / MANIFEST_NAME
+    return parse_manifest(path.read_bytes(), str(path))
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold a directory against other writers; the system lets go of it when the process ends."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,195 @@
+"""Reading a store: memory-mapped Arrow IPC shards with random access.
+
+A store is a directory with `manifest.json` and the shards that it lists for every split (`shards.py` has their
+columns). A directory without a manifest is not a store.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spikefleet_pipelines.store.annotations import Annotations
+from spikefleet_pipelines.store.manifest import MANIFEST_NAME, Manifest, StoreError, parse_manifest
+from spikefleet_pipelines.store.remote import RemoteStore, default_cache_dir, locate
+from spikefleet_pipelines.store.shards import check_shard, open_shard
+
+
+class Store:
+    """An opened data set; see `Store.open`."""
+
+    def __init__(self, location: str, manifest: Manifest, files: dict[str, tuple[Path, ...]]) -> None:
+        self.location = location
+        self.manifest = manifest
+        self._files = files
+        self._splits: dict[str, Split] = {}
+
+    @classmethod
+    def open(
+        cls,
+        store: str | os.PathLike[str],
+        cache_dir: Path | None = None,
+        verify: bool = True,
+        filesystem: Any = None,
+    ) -> "Store":
+        """Open a store at a local path, or at any `pyarrow.fs` URI (s3://, gs://, file://).
+
+        Args:
+            store: path or URI of the directory; a path inside `filesystem` when that is given.
+            cache_dir: where shards of a remote store are kept; default `$XDG_CACHE_HOME/spikefleet/shards`.
+            verify: check the SHA-256 of every shard, at 0.5 to 2 GB/s. One process of a job needs to do so; its workers
+                can compare `manifest.content_hash`. Sizes and row counts are always checked.
+            filesystem: a `pyarrow.fs.FileSystem`, for end points that no URI describes.
+
+        Raises:
+            StoreError: no store there, or a part of it is missing or corrupt; names the file.
+        """
+        where = locate(store, filesystem)
+        if isinstance(where, RemoteStore):
+            manifest = parse_manifest(where.read_manifest(), f"{where.uri}/{MANIFEST_NAME}")
+            cache = cache_dir or default_cache_dir()
+            files = {
+                name: tuple(where.fetch(shard, cache, verify) for shard in shards)
+                for name, shards in manifest.shards.items()
+            }
+            return cls(where.uri, manifest, files)
+        manifest_file = where / MANIFEST_NAME
+        if not manifest_file.is_file():
+            raise StoreError(f"{where} is not a store: it has no {MANIFEST_NAME}.")
+        manifest = parse_manifest(manifest_file.read_bytes(), str(manifest_file))
+        for shards in manifest.shards.values():
+            for shard in shards:
+                check_shard(where / shard.file, shard, verify)
+        files = {name: tuple(where / shard.file for shard in shards) for name, shards in manifest.shards.items()}
+        return cls(str(where), manifest, files)
+
+    @staticmethod
+    def is_store(path: str | os.PathLike[str]) -> bool:
+        """Whether a local directory holds a manifest."""
+        return (Path(path) / MANIFEST_NAME).is_file()
+
+    def split(self, name: str) -> "Split":
+        """The rows of "train", "val" or "test".
+
+        Raises:
+            StoreError: the store has no such split, or a shard is not what the manifest says.
+        """
+        if name not in self._files:
+            raise StoreError(f"{self.location} has no split {name!r}; it has {', '.join(map(repr, self._files))}.")
+        if name not in self._splits:
+            self._splits[name] = Split(name, self.location, self.manifest, self._files[name])
+        return self._splits[name]
+
+
+class Split:
+    """Random access to the rows of one split.
+
+    It pickles by its paths, so that spawned loader processes map the files anew.
+
+    Attributes:
+        image_shape: [C, H, W] of raw images; None for encoded ones, whose sizes vary.
+    """
+
+    def __init__(self, name: str, location: str, manifest: Manifest, files: Sequence[Path]) -> None:
+        self.name = name
+        self.location = location
+        self.manifest = manifest
+        self.image_shape = manifest.image_shape
+        self._files = tuple(files)
+        if self.image_shape is None:
+            # Late: torchvision takes seconds to import, and only this needs it. In time for loader processes.
+            from spikefleet_pipelines.store.decode import decode_rgb
+
+            self._decode = decode_rgb
+        shards = manifest.shards[name]
+        self._shards = [
+            open_shard(file, shard, manifest.image, len(manifest.class_names), manifest.category_ids)
+            for file, shard in zip(files, shards, strict=True)
+        ]
+        self._starts = np.cumsum([0, *(shard.rows for shard in shards)])
+        self._labels: NDArray[np.int64] | None = None
+        if not self.is_detection:
+            self._labels = np.concatenate([np.empty(0, np.int64), *(columns.labels for columns in self._shards)])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Split, (self.name, self.location, self.manifest, self._files)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.manifest.class_names
+
+    @property
+    def is_detection(self) -> bool:
+        """Whether rows have `annotations`, else they have `labels`."""
+        return self.manifest.task == "detection"
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """Class of each picture, [n].
+
+        Raises:
+            StoreError: this is a detection store.
+        """
+        if self._labels is None:
+            raise StoreError(f"split {self.name!r} of {self.location} is for detection: it has annotations, no labels.")
+        return self._labels
+
+    def label(self, row: int) -> int:
+        return int(self.labels[self._check(row)])
+
+    def annotations(self, row: int) -> Annotations:
+        """The objects of one picture, as views into the mapped shard.
+
+        Raises:
+            StoreError: this is a classification store.
+        """
+        number = int(np.searchsorted(self._starts, self._check(row), side="right")) - 1
+        columns = self._shards[number]
+        if columns.annotations is None:
+            raise StoreError(f"split {self.name!r} of {self.location} is for classification: it has no annotations.")
+        return columns.annotations.picture(row - int(self._starts[number]), columns.labels)
+
+    def image(self, row: int) -> Tensor:
+        """One image, uint8 [C, H, W]; an encoded one is decoded to RGB.
+
+        Raises:
+            StoreError: it cannot be decoded; names the row.
+        """
+        if self.image_shape is not None:
+            return torch.from_numpy(self.gather(np.array([self._check(row)]))[0])
+        try:
+            return self._decode(self.encoded_image(row))
+        except ValueError as error:
+            raise StoreError(f"row {row} of split {self.name!r} in {self.location}: {error}") from error
+
+    def gather(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Copy raw images into a batch, [B, C, H, W]: one vectorised operation for each shard that is touched."""
+        if self.image_shape is None:
+            raise StoreError(f"split {self.name!r} of {self.location} holds encoded images of varying size.")
+        if len(self._shards) == 1:
+            pixels = self._shards[0].data.take(rows, axis=0)
+        else:
+            pixels = np.empty((len(rows), int(np.prod(self.image_shape))), np.uint8)
+            shard_of = np.searchsorted(self._starts, rows, side="right") - 1
+            for number in np.unique(shard_of):
+                inside = shard_of == number
+                pixels[inside] = self._shards[number].data.take(rows[inside] - self._starts[number], axis=0)
+        return pixels.reshape(-1, *self.image_shape)
+
+    def encoded_image(self, row: int) -> NDArray[np.uint8]:
+        """The bytes of an image file: a view into the mapped shard."""
+        number = int(np.searchsorted(self._starts, self._check(row), side="right")) - 1
+        return self._shards[number].encoded_image(row - int(self._starts[number]))
+
+    def _check(self, row: int) -> int:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} is outside split {self.name!r} with {len(self)} rows")
+        return row

@@ -1,0 +1,249 @@
+"""Writing a store: into a temporary directory beside it, which is renamed when everything is there."""
+
+import hashlib
+import secrets
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import JsonValue
+
+from spikefleet_pipelines.store.annotations import AnnotationColumns
+from spikefleet_pipelines.store.manifest import (
+    MANIFEST_NAME,
+    Audit,
+    BoxAudit,
+    ImageFormat,
+    Manifest,
+    Shard,
+    StoreError,
+    parse_manifest,
+)
+from spikefleet_pipelines.store.shards import Targets, check_annotations, write_shard
+
+SHARD_BYTES = 256 << 20
+
+
+def content_digests(images: Iterable[Any]) -> list[bytes]:
+    """A 16-byte BLAKE2b digest of each stored image (anything with a buffer), by which duplicates are found."""
+    return [hashlib.blake2b(image, digest_size=16).digest() for image in images]
+
+
+class StoreWriter:
+    """Collects the splits of one data set; a context manager that leaves nothing behind unless `commit` was called.
+
+    Args:
+        out: the directory to become the store. Another writer may win the race for it; see `commit`.
+        overwrite: replace a store that is already there.
+        shard_bytes: about how large a shard of raw images may become.
+        category_ids: of a detection store, the id of each class in the annotations; None for classification.
+        stand_ins: splits that become another one under a second name where they are not written: {"test": "val"}.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        *,
+        source: str,
+        class_names: Sequence[str],
+        image: ImageFormat,
+        options: dict[str, JsonValue],
+        overwrite: bool = False,
+        shard_bytes: int = SHARD_BYTES,
+        category_ids: Sequence[int] | None = None,
+        stand_ins: Mapping[str, str] | None = None,
+    ) -> None:
+        self.out = out
+        self.source = source
+        self.class_names = tuple(class_names)
+        self.image = image
+        self.options = options
+        self.overwrite = overwrite
+        self.shard_bytes = shard_bytes
+        self.directory = out.parent / f".{out.name}.{secrets.token_hex(8)}.part"
+        self.category_ids = None if category_ids is None else tuple(category_ids)
+        self.stand_ins = dict(stand_ins or {})
+        self._shards: dict[str, list[Shard]] = {}
+        self._digests: dict[str, list[bytes]] = {}
+        self._counts: dict[str, NDArray[np.int64]] = {}
+        self._boxes: dict[str, list[BoxAudit]] = {}
+
+    def __enter__(self) -> Self:
+        self.directory.mkdir(parents=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def shard_name(self, split: str, number: int) -> str:
+        """The file name of the shard with this number, from 0."""
+        return f"{split}-{number:05d}.arrow"
+
+    def write_images(self, split: str, images: NDArray[np.uint8], targets: Targets) -> None:
+        """Add raw images [n, C, H, W] and their labels [n] or objects to a split, in as many shards as they need."""
+        if images.dtype != np.uint8 or images.shape[1:] != self.image.shape or len(images) != len(targets):
+            raise StoreError(
+                f"images of split {split!r} are {images.dtype} {list(images.shape)} with {len(targets)} labels; "
+                f"uint8 [n, C, H, W] with [C, H, W] = {self.image.shape} and n labels are wanted."
+            )
+        rows = max(1, self.shard_bytes // max(1, images[:1].nbytes))
+        for start in range(0, len(images), rows):
+            part = np.ascontiguousarray(images[start : start + rows])
+            stop = start + rows
+            of_part = targets.rows(start, stop) if isinstance(targets, AnnotationColumns) else targets[start:stop]
+            path = self.directory / self.shard_name(split, len(self._shards.get(split, ())))
+            self.add_shard(split, write_shard(path, part, of_part, self.image), of_part, content_digests(part))
+
+    def add_shard(
+        self, split: str, shard: Shard, targets: Targets, digests: list[bytes], computed_areas: int = 0
+    ) -> None:
+        """Add a shard that was written, perhaps by another process, to `directory`.
+
+        Args:
+            computed_areas: how many of its annotations were given no area, for the audit.
+
+        Raises:
+            StoreError: the file is not there, or a label, box or category is wrong.
+        """
+        path = self.directory / shard.file
+        if not path.is_file() or path.stat().st_size != shard.bytes:
+            raise StoreError(
+                f"shard {path} is not here as it was written; all workers must see directory {self.directory.parent}."
+            )
+        if isinstance(targets, AnnotationColumns) != (self.category_ids is not None):
+            raise StoreError(f"source {self.source!r}: a store holds either labels or annotations.")
+        if isinstance(targets, AnnotationColumns):
+            counts = self._count_objects(split, targets, computed_areas)
+        else:
+            counts = self._count_labels(split, shard, targets)
+        self._shards.setdefault(split, []).append(shard)
+        self._digests.setdefault(split, []).extend(digests)
+        self._counts[split] = self._counts.get(split, np.zeros_like(counts)) + counts
+
+    def _count_labels(self, split: str, shard: Shard, labels: NDArray[np.int64]) -> NDArray[np.int64]:
+        classes = len(self.class_names)
+        outside = (labels < 0) | (labels >= classes)
+        if outside.any():
+            row = int(outside.argmax())
+            raise StoreError(
+                f"source {self.source!r}, split {split!r}: label {labels[row]} (image {row} of shard {shard.file}) is "
+                f"outside 0 to {classes - 1}."
+            )
+        return np.bincount(labels, minlength=classes)
+
+    def _count_objects(self, split: str, columns: AnnotationColumns, computed_areas: int) -> NDArray[np.int64]:
+        """Audit the boxes; returns the number of pictures that show each class, crowds left out."""
+        assert self.category_ids is not None
+        labels = check_annotations(f"source {self.source!r}, split {split!r}", columns, self.category_ids)
+        self._boxes.setdefault(split, []).append(
+            audit_boxes(columns, labels, len(self.class_names), computed_areas),
+        )
+        shown = np.unique(np.stack([columns.picture_of_objects(), labels])[:, ~columns.crowd], axis=1)
+        return np.bincount(shown[1], minlength=len(self.class_names))
+
+    def manifest(self) -> Manifest:
+        """The manifest of what was added.
+
+        Raises:
+            StoreError: a class has no training image (for detection it is only noted).
+        """
+        shards = {split: tuple(shards) for split, shards in self._shards.items()}
+        stand_ins = {
+            name: original for name, original in self.stand_ins.items() if name not in shards and original in shards
+        }
+        return Manifest(
+            source=self.source,
+            task="classification" if self.category_ids is None else "detection",
+            class_names=self.class_names,
+            category_ids=self.category_ids,
+            image=self.image,
+            options=self.options,
+            shards={**shards, **{name: shards[original] for name, original in stand_ins.items()}},
+            audit=self._audit(stand_ins or None),
+        )
+
+    def commit(self) -> Manifest:
+        """Write the manifest and rename the directory to `out`.
+
+        If another process has put an equal store there in the meantime, that one stays.
+
+        Raises:
+            StoreError: `out` holds something else, or a class has no training image.
+        """
+        manifest = self.manifest()
+        (self.directory / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+        try:
+            self.directory.replace(self.out)  # works where `out` is missing or an empty directory
+        except OSError as error:
+            if not (self.out / MANIFEST_NAME).is_file():
+                raise StoreError(
+                    f"{self.out} cannot be written: {error.strerror}; choose another directory."
+                ) from error
+            self._replace_store(manifest)
+        return manifest
+
+    def _replace_store(self, manifest: Manifest) -> None:
+        if not self.overwrite:
+            there = self.out / MANIFEST_NAME
+            if parse_manifest(there.read_bytes(), str(there)) == manifest:
+                return
+            raise StoreError(f"{self.out} already holds another store; choose another directory or overwrite it.")
+        old = self.directory.with_suffix(".old")
+        self.out.replace(old)
+        self.directory.replace(self.out)
+        shutil.rmtree(old)
+
+    def _audit(self, same_as: dict[str, str] | None) -> Audit:
+        empty = {
+            split: tuple(name for name, count in zip(self.class_names, counts, strict=True) if count == 0)
+            for split, counts in self._counts.items()
+        }
+        if empty.get("train") and self.category_ids is None:
+            raise StoreError(
+                f"source {self.source!r}: no training image of class {', '.join(map(repr, empty['train']))}."
+            )
+        unique = {split: set(digests) for split, digests in self._digests.items()}
+        occurrences = Counter(digest for digests in unique.values() for digest in digests)
+        return Audit(
+            duplicates=sum(map(len, self._digests.values())) - len(occurrences),
+            cross_split_duplicates=sum(1 for count in occurrences.values() if count > 1),
+            images_per_class={split: tuple(map(int, counts)) for split, counts in self._counts.items()},
+            empty_classes={split: names for split, names in empty.items() if names},
+            boxes={split: _sum(parts) for split, parts in self._boxes.items()} or None,
+            same_as=same_as,
+        )
+
+
+def audit_boxes(columns: AnnotationColumns, labels: NDArray[np.int64], classes: int, computed_areas: int) -> BoxAudit:
+    """Count what is unusual in the boxes of some pictures; `labels` are the class indices of the objects."""
+    picture = columns.picture_of_objects()
+    limits = np.stack([columns.widths[picture], columns.heights[picture]], axis=1)
+    start, size = columns.boxes[:, :2], columns.boxes[:, 2:]
+    end = start + size
+    no_area = (size <= 0).any(1)
+    outside = ~no_area & ((end <= 0) | (start >= limits)).any(1)
+    beyond = ~no_area & ~outside & ((start < -1) | (end > limits + 1)).any(1)
+    return BoxAudit(
+        objects=len(labels),
+        objects_per_class=tuple(np.bincount(labels[~columns.crowd], minlength=classes).tolist()),
+        crowds=int(columns.crowd.sum()),
+        empty_images=int((np.diff(columns.offsets) == 0).sum()),
+        no_area=int(no_area.sum()),
+        beyond_border=int(beyond.sum()),
+        outside=int(outside.sum()),
+        computed_areas=computed_areas,
+    )
+
+
+def _sum(parts: Sequence[BoxAudit]) -> BoxAudit:
+    per_class = np.sum([part.objects_per_class for part in parts], axis=0)
+    names = [name for name in BoxAudit.model_fields if name != "objects_per_class"]
+    sums = {name: sum(getattr(part, name) for part in parts) for name in names}
+    return BoxAudit(objects_per_class=tuple(per_class.tolist()), **sums)

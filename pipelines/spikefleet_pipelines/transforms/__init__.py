@@ -1,0 +1,1 @@
+"""From stored images to normalised batches: configurations, and what does as they say."""

@@ -1,0 +1,171 @@
+"""From rows of a split to a normalised batch.
+
+Raw images are gathered, cropped and flipped as whole batches of uint8; encoded ones are decoded, cropped and resized
+one by one, in as many threads as torch has (one in a loader process). Both end in the same float stage. Every random
+number is a function of (seed, epoch, row, what it is for): see `counter_random.py`.
+"""
+
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from spikefleet_pipelines.counter_random import Draw, integers, uniform
+from spikefleet_pipelines.store.reader import Split
+from spikefleet_pipelines.transforms.classification_config import TransformConfig
+from spikefleet_pipelines.transforms.normalise import FloatStage
+
+Pixels = NDArray[np.uint8]
+
+_ATTEMPTS = 10
+_RATIO = (3 / 4, 4 / 3)
+
+
+class BatchTransform:
+    """Loads and transforms batches of one split: `transform(rows, epoch)` -> float32 [B, C, H, W].
+
+    Raises:
+        ValueError: the config does not suit the images of the split.
+    """
+
+    def __init__(self, split: Split, config: TransformConfig, train: bool, seed: int) -> None:
+        config.check_images(split.image_shape)
+        self.split = split
+        self.config = config
+        self.train = train
+        self.seed = seed
+        self._normalise = FloatStage(config.normalise)
+        self._pool: ThreadPoolExecutor | None = None
+        if config.auto_augment != "none":
+            # Late: torchvision takes seconds to import, and only this needs it. In time for loader processes.
+            from spikefleet_pipelines.transforms.auto_augment import auto_augment
+
+            self._auto_augment = auto_augment
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pool": None}
+
+    def __call__(self, rows: NDArray[np.int64], epoch: int) -> Tensor:
+        config = self.config
+        if not self.train:
+            return self._normalise(self._evaluation_images(rows))
+        images = self._cropped(rows, epoch)
+        if config.horizontal_flip:
+            flip = uniform(self.seed, epoch, rows, Draw.FLIP) < config.horizontal_flip
+            images[flip] = images[flip][..., ::-1]
+        if config.auto_augment != "none":
+            images = self._auto_augment(images, self.seed, epoch, rows)
+        batch = self._normalise(images)
+        if config.cutout:
+            pixels = batch.numpy()
+            pixels *= self._cutout_mask(rows, epoch, images.shape[-2], images.shape[-1])
+        return batch
+
+    def _cropped(self, rows: NDArray[np.int64], epoch: int) -> Pixels:
+        side = self.config.random_resized_crop
+        if side is not None:
+            numbers = Draw.RESIZED_CROP + np.arange(4 * _ATTEMPTS)
+            draws = uniform(self.seed, epoch, rows[:, None], numbers).reshape(-1, _ATTEMPTS, 4)
+
+            def crop(image: Pixels, position: int) -> Pixels:
+                top, left, height, width = resized_crop_box(
+                    draws[position], image.shape[-2], image.shape[-1], self.config.random_resized_crop_scale
+                )
+                return resize(image[:, top : top + height, left : left + width], side, side)
+
+            return self._each(rows, side, crop)
+        images = self.split.gather(rows)
+        if padding := self.config.crop_padding:
+            down = integers(self.seed, epoch, rows, Draw.CROP_Y, 2 * padding + 1)
+            right = integers(self.seed, epoch, rows, Draw.CROP_X, 2 * padding + 1)
+            images = shifted_crop(images, padding, down, right)
+        return images
+
+    def _evaluation_images(self, rows: NDArray[np.int64]) -> Pixels:
+        shorter, side = self.config.resize, self.config.center_crop
+        if shorter is None or side is None:
+            return self.split.gather(rows)
+
+        def crop(image: Pixels, position: int) -> Pixels:
+            height, width = image.shape[-2:]
+            if height <= width:
+                height, width = shorter, int(shorter * width / height)
+            else:
+                height, width = int(shorter * height / width), shorter
+            top, left = round((height - side) / 2), round((width - side) / 2)
+            return resize(image, height, width)[:, top : top + side, left : left + side]
+
+        return self._each(rows, side, crop)
+
+    def _each(self, rows: NDArray[np.int64], side: int, crop: Callable[[Pixels, int], Pixels]) -> Pixels:
+        """Read images one by one and put what `crop(image, position in the batch)` makes of them into one batch."""
+        channels = 3 if self.split.image_shape is None else self.split.image_shape[0]
+        batch = np.empty((len(rows), channels, side, side), np.uint8)
+
+        def load(position: int) -> None:
+            batch[position] = crop(self.split.image(int(rows[position])).numpy(), position)
+
+        threads = torch.get_num_threads()
+        if threads == 1:
+            for position in range(len(rows)):
+                load(position)
+        else:
+            self._pool = self._pool or ThreadPoolExecutor(threads, "decode")
+            for _ in self._pool.map(load, range(len(rows))):
+                pass
+        return batch
+
+    def _cutout_mask(self, rows: NDArray[np.int64], epoch: int, height: int, width: int) -> NDArray[np.bool_]:
+        """DeVries and Taylor, 2017: the centre lies anywhere in the image, the square is clipped at the border."""
+        inside = []
+        for draw, length in ((Draw.CUTOUT_Y, height), (Draw.CUTOUT_X, width)):
+            start = integers(self.seed, epoch, rows, draw, length)[:, None] - self.config.cutout // 2
+            position = np.arange(length)
+            inside.append((position >= start) & (position < start + self.config.cutout))
+        return ~(inside[0][:, None, :, None] & inside[1][:, None, None, :])
+
+
+def shifted_crop(images: Pixels, padding: int, down: NDArray[np.int64], right: NDArray[np.int64]) -> Pixels:
+    """Pad images [B, C, H, W] with zeros on all sides and crop each at its (down, right), 0 to 2 * padding."""
+    batch, channels, height, width = images.shape
+    padded = np.zeros((batch, channels, height + 2 * padding, width + 2 * padding), np.uint8)
+    padded[:, :, padding : padding + height, padding : padding + width] = images
+    windows = sliding_window_view(padded, (height, width), axis=(2, 3))
+    return windows[np.arange(batch), :, down, right]
+
+
+def resized_crop_box(
+    draws: NDArray[np.float64], height: int, width: int, scale: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """The part of a random resized crop, (top, left, height, width), as torchvision's RandomResizedCrop defines it.
+
+    Args:
+        draws: [10, 4] numbers in [0, 1): area, aspect ratio, top and left of each attempt.
+    """
+    low, high = math.log(_RATIO[0]), math.log(_RATIO[1])
+    for area, ratio, top, left in draws.tolist():
+        target = height * width * (scale[0] + area * (scale[1] - scale[0]))
+        aspect = math.exp(low + ratio * (high - low))
+        crop_width, crop_height = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            return int(top * (height - crop_height + 1)), int(left * (width - crop_width + 1)), crop_height, crop_width
+    # No attempt fitted: the largest centred part with an allowed aspect ratio.
+    crop_width = min(width, round(height * _RATIO[1]))
+    crop_height = min(height, round(width / _RATIO[0]))
+    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+
+
+def resize(image: Pixels, height: int, width: int) -> Pixels:
+    """Bilinear with antialiasing, [C, h, w] to [C, height, width]."""
+    if image.shape[-2:] == (height, width):
+        return image
+    # Contiguous in the order [h, w, C] that decoding gives: torch would else copy it, in threads that get in the way.
+    pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(1, 2, 0))).permute(2, 0, 1)
+    return interpolate(pixels[None], (height, width), mode="bilinear", antialias=True)[0].numpy()

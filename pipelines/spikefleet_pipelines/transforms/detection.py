@@ -1,0 +1,282 @@
+"""From rows of a detection split to a normalised batch with its boxes.
+
+Every picture of a batch is one or four tiles: stored pictures, resized and laid somewhere on a canvas, of which a
+window shows. Mosaic, scale and shift are thus one resize of each picture, not a warp of a warp, and a box goes through
+the same two numbers for each axis as its pixels. Every random number is a function of (seed, epoch, row, what it is
+for), also the partners of a mosaic.
+
+Which boxes are targets: crowds and boxes without area, or wholly outside their picture, never are. In training a box is
+clipped to what its tile shows, and kept if more than 2 pixels of both sides and a tenth of its area are left, and its
+longer side is less than 100 times its shorter one (the rule that is usual with mosaics).
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spikefleet_pipelines.counter_random import Draw, integers, uniform
+from spikefleet_pipelines.store.annotations import Annotations, Placement, Target
+from spikefleet_pipelines.store.manifest import StoreError
+from spikefleet_pipelines.store.reader import Split
+from spikefleet_pipelines.transforms.classification import resize
+from spikefleet_pipelines.transforms.detection_config import DetectionTransformConfig
+from spikefleet_pipelines.transforms.hsv import jitter_hsv
+from spikefleet_pipelines.transforms.normalise import FloatStage
+
+_LEAST_SIDE = 2.0
+_LEAST_VISIBLE = 0.1
+_LARGEST_ASPECT = 100.0
+
+_SINGLE_DRAWS = np.array([Draw.SCALE, Draw.TRANSLATE, Draw.TRANSLATE + 1])
+_MOSAIC_DRAWS = np.array([Draw.MOSAIC, Draw.MOSAIC_CENTRE, Draw.MOSAIC_CENTRE + 1])
+
+
+class Sample(NamedTuple):
+    """A `Target` in numpy's arrays, which travel between processes without a file descriptor each."""
+
+    boxes: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    placement: Placement
+    annotations: Annotations | None
+
+    def target(self) -> Target:
+        return Target(torch.from_numpy(self.boxes), torch.from_numpy(self.labels), self.placement, self.annotations)
+
+
+class _Tile(NamedTuple):
+    """A stored picture on the canvas: resized to `height` x `width`, at (left, top), shown in the window."""
+
+    row: int
+    annotations: Annotations
+    height: int
+    width: int
+    left: int
+    top: int
+    window: tuple[int, int, int, int]
+    """x1 y1 x2 y2 on the canvas, within it; empty where x2 <= x1."""
+
+    @property
+    def placement(self) -> Placement:
+        stored = self.annotations
+        return Placement(
+            self.width / stored.width, self.height / stored.height, self.left, self.top, stored.height, stored.width
+        )
+
+
+class DetectionBatchTransform:
+    """Loads and transforms batches of one split: `transform(rows, epoch)` -> (float32 [B, C, H, W], samples).
+
+    Args:
+        epochs: how many the run has, so that mosaics can end before it does; None where that is unknown.
+
+    Raises:
+        ValueError: the config does not suit the images of the split.
+    """
+
+    def __init__(
+        self, split: Split, config: DetectionTransformConfig, train: bool, seed: int, epochs: int | None = None
+    ) -> None:
+        config.check_images(split.image_shape)
+        self.split = split
+        self.config = config
+        self.train = train
+        self.seed = seed
+        self.epochs = epochs
+        self._normalise = FloatStage(config.normalise)
+        self._pool: ThreadPoolExecutor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pool": None}
+
+    def __call__(self, rows: NDArray[np.int64], epoch: int) -> tuple[Tensor, list[Sample]]:
+        config = self.config
+        if self.train and config.resize == "letterbox":
+            pictures = self._augmented(rows, epoch)
+        else:
+            pictures = [[self._resized(int(row))] for row in rows]
+        height, width = self._canvas(pictures)
+        channels = 3 if self.split.image_shape is None else self.split.image_shape[0]
+        images = np.full((len(rows), channels, height, width), config.fill, np.uint8)
+        self._draw(images, pictures)
+        samples = [self._sample(tiles) for tiles in pictures]
+        if self.train:
+            self._jitter(images, rows, epoch)
+            flips = uniform(self.seed, epoch, rows, Draw.FLIP) < config.horizontal_flip
+            images[flips] = images[flips][..., ::-1]
+            for sample, flip in zip(samples, flips, strict=True):
+                if flip:
+                    sample.boxes[:, [0, 2]] = width - sample.boxes[:, [2, 0]]
+        return self._normalise(images), samples
+
+    def _resized(self, row: int) -> _Tile:
+        """One picture without anything random."""
+        stored, config = self.split.annotations(row), self.config
+        if config.resize == "letterbox":
+            ratio = config.size / max(stored.height, stored.width)
+        else:
+            assert config.longest is not None
+            shorter, longer = sorted((stored.height, stored.width))
+            ratio = min(config.size / shorter, config.longest / longer)
+        height, width = _scaled(stored.height, ratio), _scaled(stored.width, ratio)
+        left, top = 0, 0
+        if config.resize == "letterbox":
+            left, top = (config.size - width) // 2, (config.size - height) // 2
+        return _Tile(row, stored, height, width, left, top, (left, top, left + width, top + height))
+
+    def _augmented(self, rows: NDArray[np.int64], epoch: int) -> list[list[_Tile]]:
+        """The tiles of each picture of a training batch."""
+        side, config = self.config.size, self.config
+        draws = uniform(self.seed, epoch, rows[:, None], _SINGLE_DRAWS).reshape(-1, 3)
+        gains = (1 + config.scale * (2 * draws[:, 0] - 1)).tolist()
+        shifts = (side * config.translate * (2 * draws[:, 1:] - 1)).tolist()
+        if not config.has_mosaic(epoch, self.epochs):
+            return [
+                [self._moved(row, gain, *shift)] for row, gain, shift in zip(rows.tolist(), gains, shifts, strict=True)
+            ]
+        mosaic = uniform(self.seed, epoch, rows[:, None], _MOSAIC_DRAWS).reshape(-1, 3)
+        numbers = Draw.MOSAIC_PARTNER + np.arange(3)
+        partners = integers(self.seed, epoch, rows[:, None], numbers, len(self.split)).reshape(-1, 3)
+        return [
+            self._mosaic([row, *others], (side * (0.5 + cx), side * (0.5 + cy)), gain, *shift)
+            if chance < config.mosaic
+            else [self._moved(row, gain, *shift)]
+            for row, others, (chance, cx, cy), gain, shift in zip(
+                rows.tolist(), partners.tolist(), mosaic.tolist(), gains, shifts, strict=True
+            )
+        ]
+
+    def _moved(self, row: int, gain: float, right: float, down: float) -> _Tile:
+        """A letterboxed picture, scaled about the middle of the canvas and shifted."""
+        stored, side = self.split.annotations(row), self.config.size
+        ratio = gain * side / max(stored.height, stored.width)
+        height, width = _scaled(stored.height, ratio), _scaled(stored.width, ratio)
+        left, top = round((side - width) / 2 + right), round((side - height) / 2 + down)
+        return _Tile(row, stored, height, width, left, top, _within(side, left, top, left + width, top + height))
+
+    def _mosaic(
+        self, rows: list[int], centre: tuple[float, float], gain: float, right: float, down: float
+    ) -> list[_Tile]:
+        """Four pictures around a point of a canvas of twice the side, whose middle is scaled, shifted and shown."""
+        side = self.config.size
+        # From the large canvas to the shown one: x -> gain * (x - side) + side / 2 + shift.
+        (middle_x, first_x, last_x), (middle_y, first_y, last_y) = (
+            [round(gain * (place - side) + side / 2 + shift) for place in (point, 0, 2 * side)]
+            for point, shift in zip(centre, (right, down), strict=True)
+        )
+        tiles = []
+        for number, row in enumerate(rows):
+            stored = self.split.annotations(row)
+            ratio = gain * side / max(stored.height, stored.width)
+            height, width = _scaled(stored.height, ratio), _scaled(stored.width, ratio)
+            left = middle_x if number % 2 else middle_x - width
+            top = middle_y if number // 2 else middle_y - height
+            window = _within(
+                side,
+                max(left, first_x),
+                max(top, first_y),
+                min(left + width, last_x),
+                min(top + height, last_y),
+            )
+            tiles.append(_Tile(row, stored, height, width, left, top, window))
+        return tiles
+
+    def _canvas(self, pictures: list[list[_Tile]]) -> tuple[int, int]:
+        """Height and width of the batch."""
+        config = self.config
+        if config.resize == "letterbox":
+            return config.size, config.size
+        height, width = (max(getattr(tiles[0], name) for tiles in pictures) for name in ("height", "width"))
+        return -(-height // config.divisor) * config.divisor, -(-width // config.divisor) * config.divisor
+
+    def _draw(self, images: NDArray[np.uint8], pictures: list[list[_Tile]]) -> None:
+        tiles = [
+            (number, tile) for number, tiles in enumerate(pictures) for tile in tiles if not _is_empty(tile.window)
+        ]
+        raw = None
+        if self.split.image_shape is not None:
+            raw = self.split.gather(np.array([tile.row for _, tile in tiles], np.int64))
+
+        def draw(place: int) -> None:
+            number, tile = tiles[place]
+            stored = self.split.image(tile.row).numpy() if raw is None else raw[place]
+            if stored.shape[1:] != (tile.annotations.height, tile.annotations.width):
+                raise StoreError(
+                    f"row {tile.row} of split {self.split.name!r} in {self.split.location}: the picture is "
+                    f"{stored.shape[2]} x {stored.shape[1]} pixels, and its annotations say "
+                    f"{tile.annotations.width} x {tile.annotations.height}; prepare the store again."
+                )
+            x1, y1, x2, y2 = tile.window
+            shown = resize(stored, tile.height, tile.width)
+            images[number, :, y1:y2, x1:x2] = shown[:, y1 - tile.top : y2 - tile.top, x1 - tile.left : x2 - tile.left]
+
+        threads = torch.get_num_threads()
+        if threads == 1 or raw is not None:
+            for place in range(len(tiles)):
+                draw(place)
+        else:
+            self._pool = self._pool or ThreadPoolExecutor(threads, "decode")
+            for _ in self._pool.map(draw, range(len(tiles))):
+                pass
+
+    def _sample(self, tiles: list[_Tile]) -> Sample:
+        parts = [_visible_boxes(tile, self.train) for tile in tiles if not _is_empty(tile.window)]
+        if len(parts) == 1:
+            boxes, labels = parts[0]
+        elif parts:
+            boxes, labels = np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+        else:
+            boxes, labels = np.empty((0, 4), np.float32), np.empty(0, np.int64)
+        return Sample(boxes, labels, tiles[0].placement, None if self.train else tiles[0].annotations)
+
+    def _jitter(self, images: NDArray[np.uint8], rows: NDArray[np.int64], epoch: int) -> None:
+        if not any(self.config.hsv):
+            return
+        draws = uniform(self.seed, epoch, rows[:, None], Draw.HSV + np.arange(3)).reshape(-1, 3)
+        changes = np.array(self.config.hsv) * (2 * draws - 1)
+        for image, (hue, saturation, value) in zip(images, changes.tolist(), strict=True):
+            jitter_hsv(image, hue, 1 + saturation, 1 + value)
+
+
+def _visible_boxes(tile: _Tile, by_rule: bool) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """The targets of a tile: boxes x1 y1 x2 y2 on the canvas, and their classes.
+
+    Args:
+        by_rule: as in training, drop boxes of which too little is left; else drop only those of which nothing is.
+    """
+    stored = tile.annotations
+    if not len(stored.boxes):
+        return np.empty((0, 4), np.float32), np.empty(0, np.int64)
+    scale = np.array([tile.width / stored.width, tile.height / stored.height] * 2)
+    shift = np.array([tile.left, tile.top] * 2, np.float64)
+    corners = stored.boxes.copy()
+    corners[:, 2:] += corners[:, :2]
+    np.clip(corners, 0, [stored.width, stored.height] * 2, out=corners)
+    corners *= scale
+    corners += shift
+    whole = (corners[:, 2] - corners[:, 0]) * (corners[:, 3] - corners[:, 1])
+    x1, y1, x2, y2 = tile.window
+    np.clip(corners, [x1, y1] * 2, [x2, y2] * 2, out=corners)
+    width, height = corners[:, 2] - corners[:, 0], corners[:, 3] - corners[:, 1]
+    kept = ~stored.crowd & (width > 0) & (height > 0)
+    if by_rule:
+        shorter, longer = np.minimum(width, height), np.maximum(width, height)
+        kept &= (
+            (shorter > _LEAST_SIDE) & (width * height > _LEAST_VISIBLE * whole) & (longer < _LARGEST_ASPECT * shorter)
+        )
+    return corners[kept].astype(np.float32), stored.labels[kept]
+
+
+def _scaled(length: int, ratio: float) -> int:
+    return max(1, round(length * ratio))
+
+
+def _within(side: int, x1: int, y1: int, x2: int, y2: int) -> tuple[int, int, int, int]:
+    return max(0, x1), max(0, y1), min(side, x2), min(side, y2)
+
+
+def _is_empty(window: tuple[int, int, int, int]) -> bool:
+    return window[2] <= window[0] or window[3] <= window[1]

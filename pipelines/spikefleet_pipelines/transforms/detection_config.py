@@ -1,0 +1,81 @@
+"""What is done to images and boxes on their way into a detection batch: the config.
+
+Training, in this order: mosaic of four pictures, random scale and shift, jitter of hue, saturation and value,
+horizontal flip, normalisation. Evaluation: resize, normalisation. `detection.py` does it.
+"""
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from spikefleet_pipelines.transforms.classification_config import NamedNormalisation, Normalisation, check_channels
+
+
+class DetectionTransformConfig(BaseModel):
+    """Resizing, augmentation and normalisation of images with boxes.
+
+    SpikeYOLO: letterbox 640, mosaic 1, translate 0.1, scale 0.5, horizontal_flip 0.5, hsv (0.015, 0.7, 0.4). RetinaNet:
+    keep_ratio with size 800 and longest 1333, horizontal_flip 0.5, normalise imagenet.
+
+    Raises:
+        ValueError: fields that do not go together, by name.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["detection"] = Field(default="detection", description="detection: images with boxes")
+    resize: Literal["letterbox", "keep_ratio"] = Field(
+        default="letterbox",
+        description="letterbox: fit into a square, in the middle; keep_ratio: the shorter side gets a length, and the "
+        "batch is filled up to the right and below",
+    )
+    size: int = Field(default=640, ge=32, le=4096, description="side of the square, or length of the shorter side")
+    longest: int | None = Field(default=None, ge=32, le=8192, description="keep_ratio: most for the longer side")
+    divisor: int = Field(default=32, ge=1, le=256, description="sides of a batch are multiples of this")
+    fill: int = Field(default=114, ge=0, le=255, description="value of pixels beyond the picture")
+    mosaic: float = Field(default=0.0, ge=0.0, le=1.0, description="training: probability of a mosaic of four pictures")
+    close_mosaic_epochs: int = Field(
+        default=10, ge=0, description="the last so many epochs have no mosaic (none at all in a run of no more epochs)"
+    )
+    translate: float = Field(default=0.0, ge=0.0, le=1.0, description="training: largest shift, as a part of the side")
+    scale: float = Field(default=0.0, ge=0.0, lt=1.0, description="training: scaled by 1 - scale to 1 + scale")
+    horizontal_flip: float = Field(default=0.0, ge=0.0, le=1.0, description="training: probability")
+    hsv: tuple[float, float, float] = Field(
+        default=(0.0, 0.0, 0.0),
+        description="training: largest change of the hue, as a part of its circle, and of saturation and value, as a "
+        "factor of 1 - x to 1 + x; each 0 to 1",
+    )
+    normalise: NamedNormalisation = Normalisation()
+
+    @model_validator(mode="after")
+    def _go_together(self) -> Self:
+        if self.size % self.divisor and self.resize == "letterbox":
+            raise ValueError(
+                f"size {self.size} is not a multiple of divisor {self.divisor}, which a letterbox has to be"
+            )
+        if self.resize == "letterbox" and self.longest is not None:
+            raise ValueError(f"longest is {self.longest}, and resize is letterbox; it is for keep_ratio")
+        if self.resize == "keep_ratio":
+            if self.longest is None or self.longest < self.size:
+                raise ValueError(f"longest is {self.longest}; keep_ratio needs one of at least size {self.size}")
+            for name in ("mosaic", "translate", "scale"):
+                if getattr(self, name):
+                    raise ValueError(f"{name} is {getattr(self, name)}, and resize is keep_ratio; it is for letterbox")
+        if not all(0 <= part <= 1 for part in self.hsv):
+            raise ValueError(f"hsv is {self.hsv}; each must be from 0 to 1")
+        return self
+
+    def check_images(self, image_shape: tuple[int, int, int] | None) -> None:
+        """Check the config against images of shape [C, H, W], or encoded ones of varying size (None).
+
+        Raises:
+            ValueError: a field does not suit such images.
+        """
+        channels = 3 if image_shape is None else image_shape[0]
+        check_channels(self.normalise, channels)
+        if any(self.hsv) and channels != 3:
+            raise ValueError(f"hsv {self.hsv} needs 3 channels, and the images have {channels}.")
+
+    def has_mosaic(self, epoch: int, epochs: int | None) -> bool:
+        """Whether pictures of an epoch may be mosaics; `epochs` is the length of the run, None where it is unknown."""
+        return self.mosaic > 0 and (epochs is None or epoch < epochs - self.close_mosaic_epochs)

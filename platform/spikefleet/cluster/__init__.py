@@ -1,0 +1,1 @@
+"""Ray: sessions, and the training core on Ray Train workers."""

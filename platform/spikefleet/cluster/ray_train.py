@@ -1,0 +1,243 @@
+"""The training core on Ray Train V2: worker processes, their restart after a death, and their way to the driver."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+from ray.exceptions import RayError
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from spikefleet.cluster.session import ray_session
+from spikefleet.config.schema import Config, parse_config
+from spikefleet.data_access import absolute_location
+from spikefleet.errors import RunError, UserError
+from spikefleet.training.checkpoints import read_json, write_json
+from spikefleet.training.distributed import World
+from spikefleet.training.event_log import STOPPED, TAKEN_OVER, EventReader, EventWriter, new_launch
+from spikefleet.training.events import Outlet, Silence, WorkerFailed
+from spikefleet.training.loop import BeforeStep, NonFiniteError, Outcome, train
+from spikefleet_pipelines.store.manifest import StoreError
+from spikefleet_pipelines.store.reader import Store
+
+_POLL_S = 0.2
+
+
+class FailureNotes(UserCallback):
+    """Runs in Ray Train's controller, where an exception would end the run: it only sends."""
+
+    def __init__(self, launch: Path) -> None:
+        self._launch = launch
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        reasons = {f"rank {rank}: {_headline(error)}" for rank, error in worker_exceptions.items()}
+        EventWriter(self._launch).emit(WorkerFailed("; ".join(sorted(reasons))))
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """Why a training ended early in a way that no restart could heal."""
+
+    reason: str
+    mendable: bool
+    """By the user: exit code 2 instead of 1."""
+    non_finite: bool = False
+
+    def error(self) -> UserError | RunError:
+        if self.non_finite:
+            return NonFiniteError(self.reason)
+        return (UserError if self.mendable else RunError)(self.reason)
+
+
+@dataclass(frozen=True)
+class WorkerArguments:
+    """What a worker gets from the driver, in a form that any node can read."""
+
+    config: dict[str, Any]
+    store: str
+    run_dir: str
+    launch: str
+    """The directory of this launch, which all nodes share."""
+    before_step: BeforeStep | None
+    in_step: bool
+
+
+def session_for(config: Config, address: str | None, verbose: bool) -> AbstractContextManager[None]:
+    """A Ray session that has what a configuration needs. Raises as `ray_session`."""
+    cluster = config.cluster
+    gpus = cluster.workers if cluster.gpu else 0
+    return ray_session(address, cpus=cluster.workers * cluster.cpus_per_worker, gpus=gpus, verbose=verbose)
+
+
+def train_on_ray(
+    config: Config,
+    store: Store,
+    run_dir: Path,
+    outlet: Outlet,
+    *,
+    address: str | None = None,
+    verbose: bool = False,
+    before_step: BeforeStep | None = None,
+    in_step: bool = False,
+) -> Outcome:
+    """Runs the training core on `config.cluster.workers` workers.
+
+    With `in_step` they wait after each checkpoint until the outlet has dealt with it: a search's does more than look.
+    A dead worker restarts the group from the latest committed checkpoint, `config.cluster.max_failures` times.
+    Raises RunError when that does not help, and UserError when Ray cannot be reached.
+    """
+    cluster = config.cluster
+    with session_for(config, address, verbose):
+        launch = new_launch(run_dir)
+        arguments = WorkerArguments(
+            config.dump(), absolute_location(store), str(run_dir), str(launch), before_step, in_step
+        )
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={"arguments": arguments},
+            torch_config=TorchConfig(backend="nccl" if cluster.gpu else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=cluster.workers,
+                use_gpu=cluster.gpu,
+                resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if cluster.gpu else {})},
+            ),
+            run_config=RunConfig(
+                # Ray's own record of a launch; what a run resumes from are spikefleet's checkpoints.
+                name=launch.name,
+                storage_path=str(launch.parent),
+                failure_config=FailureConfig(max_failures=cluster.max_failures),
+                callbacks=[FailureNotes(launch)],
+            ),
+        )
+        with _followed(launch, outlet, in_step):
+            outcome = _fit(trainer)
+        shutil.rmtree(launch, ignore_errors=True)
+    if isinstance(outcome, Stopped):
+        raise outcome.error()
+    return outcome
+
+
+def _worker(loop_config: dict[str, Any]) -> Outcome | Stopped:
+    """The body of a Ray Train worker.
+
+    What a restart cannot heal is written down before it ends the group; the group that Ray then starts only reads it.
+    """
+    arguments: WorkerArguments = loop_config["arguments"]
+    config = parse_config(arguments.config, origin="configuration of the run")
+    context = ray.train.get_context()
+    world = World(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    launch = Path(arguments.launch)
+    stopped = launch / STOPPED
+    if stopped.is_file():
+        return Stopped(**read_json(stopped))
+    outlet: Outlet = EventWriter(launch, arguments.in_step) if world.leads else Silence()
+
+    def before_step(world: World, step: int) -> None:
+        # Workers of a killed driver may outlive it for a while; the next driver removes their launch when it has begun.
+        if world.leads and not launch.is_dir():
+            raise RunError(TAKEN_OVER)
+        if world.leads and stopped.is_file():
+            raise Stopped(**read_json(stopped)).error()
+        if arguments.before_step is not None:
+            arguments.before_step(world, step)
+
+    try:
+        store = Store.open(arguments.store, verify=False)  # the driver has verified it
+        return train(config, store, Path(arguments.run_dir), world, outlet, before_step)
+    except NonFiniteError as error:
+        return Stopped(
+            str(error), mendable=False, non_finite=True
+        )  # all ranks raise it together, so this ends the group by itself
+    except (UserError, StoreError, RunError) as error:
+        with suppress(OSError):
+            stopped.parent.mkdir(parents=True, exist_ok=True)
+            write_json(stopped, {"reason": str(error), "mendable": not isinstance(error, RunError)})
+        raise
+
+
+def _fit(trainer: TorchTrainer) -> Outcome | Stopped:
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        result = trainer.fit()
+    except SystemExit:
+        # Ray's handler of Ctrl-C ends the workers, then the program as if all were done.
+        raise KeyboardInterrupt from None
+    except TrainingFailedError as error:
+        cause = _cause(error)
+        if isinstance(cause, UserError | RunError):
+            raise cause from None
+        if isinstance(cause, StoreError):
+            raise UserError(str(cause)) from None
+        raise RunError(f"the workers failed more often than cluster.max_failures allows: {_headline(cause)}") from error
+    except RayError as error:
+        raise RunError(
+            f"Ray lost the run: {_headline(error)}; the same command goes on from the last checkpoint"
+        ) from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)  # fit leaves its own behind
+    outcome: Outcome | Stopped = result.return_value
+    return outcome
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The first exception of a worker inside of Ray's wrappers."""
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        error = next(iter(failures.values()))
+    inner = getattr(error, "cause", None)
+    return inner if isinstance(inner, BaseException) else error
+
+
+def _headline(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+@contextmanager
+def _followed(launch: Path, outlet: Outlet, in_step: bool) -> Iterator[None]:
+    """Hands the events of a launch to the outlet while the block runs, and what is left when it ends."""
+    done = threading.Event()
+    reader = EventReader(launch)
+    refused: list[Exception] = []
+
+    def hand_on() -> None:
+        for event in reader.new():
+            if not refused:
+                outlet.emit(event)
+        if in_step:
+            with suppress(OSError):  # the next look writes it again
+                reader.handed_on()
+
+    def follow() -> None:
+        while not done.wait(_POLL_S):
+            try:
+                hand_on()
+            except Exception as error:  # a search's outlet ends its trial so
+                refused.append(error)
+                try:
+                    write_json(launch / STOPPED, {"reason": str(error), "mendable": False})
+                except OSError:  # no space: to be gone stops the workers too
+                    shutil.rmtree(launch, ignore_errors=True)
+
+    thread = threading.Thread(target=follow, name="events", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        hand_on()
+        if refused:
+            raise refused[0]

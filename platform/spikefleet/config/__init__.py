@@ -1,0 +1,1 @@
+"""The configuration of a run: schema, recipes, overrides and the sentences of its errors."""

@@ -1,0 +1,1 @@
+"""Trained networks in use: opened by a reference, evaluated, asked."""

@@ -1,0 +1,122 @@
+"""Predictions for picture files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from spikefleet.errors import UserError
+from spikefleet.inference.trained_network import TrainedNetwork
+from spikefleet.registry.package import picture_batch
+from spikefleet.tasks.detection import Detection
+from spikefleet.training.distributed import World, pick_device
+from spikefleet.training.evaluation import autocast
+
+_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
+
+
+def predict_files(
+    trained: TrainedNetwork, paths: Sequence[Path], *, out: Path | None = None, gpu: bool = False, score: float = 0.3
+) -> list[dict[str, Any]]:
+    """What the network says of each picture, in order: `{"picture", "classes": [{"name", "probability"}, ...]}`, or
+    `{"picture", "objects": [{"name", "score", "box"}, ...]}` with boxes x1 y1 x2 y2 in the picture's own pixels.
+
+    For classification, pictures are brought to the size of the training images; `out` gets one PNG with all of them.
+    For detection, `out` is a folder that gets each picture with its boxes drawn; boxes below `score` are left out.
+    Raises UserError naming the file that is missing or no picture, or the folder without any.
+    """
+    detects = isinstance(trained.task, Detection)
+    if out is not None and not detects and out.suffix.lower() != ".png":
+        raise UserError(f"--out {out} must end in .png")
+    if out is not None and detects and out.is_file():
+        raise UserError(f"--out {out} is a file; for detection, give a folder")
+    files = list(_picture_files(paths))
+    for file in files:
+        _check(file)
+    device = pick_device(gpu)
+    world, network = World(0, 1, device), trained.network.to(device)
+    names = _names(files, out) if out is not None and detects else []
+    answers: list[dict[str, Any]] = []
+    pictures, predictions = [], []
+    # One picture at a time: photographs are large, and a folder may hold thousands.
+    for position, file in enumerate(files):
+        pixels = _read(file, trained.config.model.in_channels, None if detects else trained.image_shape)
+        batch = world.place(picture_batch(pixels[None], trained.config.dump()), channels_last=False)
+        with autocast(trained.config, device):
+            (prediction,) = trained.task.predict(network, batch)
+        if isinstance(trained.task, Detection):
+            prediction = prediction.at_least(score)
+            if names:
+                _write_picture(
+                    trained.task.draw_boxes(torch.from_numpy(pixels), prediction, least=0.0), names[position]
+                )
+        elif out is not None:
+            pictures.append(torch.from_numpy(pixels))
+            predictions.append(prediction)
+        answers.append({"picture": str(file), **trained.task.answer(prediction)})
+    if pictures and out is not None:
+        trained.task.draw(pictures, predictions, None, out)
+    return answers
+
+
+def _names(files: Sequence[Path], folder: Path) -> list[Path]:
+    """A PNG for each picture, by its name; no two are the same, and none is one of the pictures."""
+    names: list[Path] = []
+    for file in files:
+        number, path = 1, folder / f"{file.stem}.png"
+        while path in names:
+            number += 1
+            path = folder / f"{file.stem}-{number}.png"
+        names.append(path)
+    originals = {file.resolve() for file in files}
+    if lost := [path for path in names if path.resolve() in originals]:
+        raise UserError(f"--out {folder} would overwrite the picture {lost[0]}; give another folder")
+    return names
+
+
+def _picture_files(paths: Sequence[Path]) -> Iterator[Path]:
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in _SUFFIXES)
+            if not inside:
+                raise UserError(f"folder {path} holds no pictures ({', '.join(sorted(_SUFFIXES))})")
+            yield from inside
+        elif path.is_file():
+            yield path
+        else:
+            raise UserError(f"picture {path} does not exist")
+
+
+def _write_picture(picture: torch.Tensor, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(partial, format="png")
+    partial.replace(path)
+
+
+def _check(file: Path) -> None:
+    """Reads the header only, so that all files are looked at before anything is written."""
+    try:
+        with Image.open(file):
+            pass
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"picture {file} cannot be read: {error}") from None
+
+
+def _read(file: Path, channels: int, shape: tuple[int, int, int] | None) -> NDArray[np.uint8]:
+    """Pixels uint8 [C, H, W], upright."""
+    try:
+        with Image.open(file) as opened:
+            picture = ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"picture {file} cannot be read: {error}") from None
+    if shape is not None and picture.size != (shape[2], shape[1]):
+        picture = picture.resize((shape[2], shape[1]), Image.Resampling.BILINEAR)
+    pixels = np.asarray(picture, dtype=np.uint8)
+    return np.ascontiguousarray(pixels[None] if channels == 1 else pixels.transpose(2, 0, 1))

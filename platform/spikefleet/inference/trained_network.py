@@ -1,0 +1,142 @@
+"""A trained network by its reference: a registered version, a package, a run, or a checkpoint."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import nn
+
+from spikefleet.config.schema import Config, parse_config
+from spikefleet.data_access import open_data
+from spikefleet.errors import UserError
+from spikefleet.registry.package import CARD, load_network
+from spikefleet.runs.run_dir import DATA_FACTS, Run, find_run
+from spikefleet.tasks import Task, build_task
+from spikefleet.training.checkpoints import Snapshot, load_checkpoint, read_json
+from spikefleet.training.distributed import World, pick_device
+from spikefleet.training.evaluation import Evaluation, evaluate
+from spikefleet_models.build import build_model
+from spikefleet_pipelines.loading import BatchLoader
+from spikefleet_pipelines.store.reader import Split
+
+
+@dataclass(frozen=True)
+class TrainedNetwork:
+    """A network in evaluation mode on the CPU, with what is needed to use it."""
+
+    reference: str
+    network: nn.Module
+    config: Config
+    class_names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    """For detection, the data's id of each class."""
+    image_shape: tuple[int, int, int] | None
+    """[C, H, W] of the training images; None where their sizes varied."""
+
+    @property
+    def task(self) -> Task:
+        return build_task(self.config, self.class_names, self.category_ids)
+
+
+def open_trained_network(reference: str, runs_dir: Path) -> TrainedNetwork:
+    """Loads the network that a reference names; nothing is unpickled, every file is checked against its hash.
+
+    Args:
+        reference: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, the directory of a pulled package or of a checkpoint,
+            or the name of a run (its best checkpoint).
+
+    Raises:
+        UserError: there is nothing by that reference, or what is there is damaged.
+    """
+    if reference.startswith("models:"):
+        from spikefleet import registry
+        from spikefleet.tracking.tracker import resolve_tracking_uri
+
+        with tempfile.TemporaryDirectory(prefix="spikefleet-") as scratch:
+            folder = Path(scratch) / "package"
+            registry.pull(reference, folder, tracking_uri=resolve_tracking_uri(runs_dir))
+            return _from_package(reference, folder)
+    path = Path(reference)
+    if (path / CARD).is_file():
+        return _from_package(reference, path)
+    if path.is_dir() and path.parent.name == "checkpoints":
+        return _from_checkpoint(reference, path, Run(path.parent.parent))
+    if path.is_dir():
+        raise UserError(f"{path} holds neither a registered network ({CARD}) nor a checkpoint of a run")
+    run = find_run(runs_dir, reference)
+    return _from_checkpoint(reference, run.best_checkpoint(), run)
+
+
+def _from_package(reference: str, folder: Path) -> TrainedNetwork:
+    network, config = load_network(folder)
+    return _with_facts(reference, network, parse_config(config, origin=reference), read_json(folder / DATA_FACTS))
+
+
+def _from_checkpoint(reference: str, checkpoint: Path, run: Run) -> TrainedNetwork:
+    snapshot = load_checkpoint(checkpoint)
+    config = parse_config(snapshot.config, origin=str(checkpoint))
+    return _with_facts(reference, best_network(snapshot, config), config, read_json(run.path / DATA_FACTS))
+
+
+def best_network(snapshot: Snapshot, config: Config) -> nn.Module:
+    """The network of a checkpoint in evaluation mode: the average of its weights where there is one."""
+    network = build_model(config.model)
+    network.load_state_dict(dict(snapshot.tensors.get("average", snapshot.tensors["model"])))
+    return network.eval()
+
+
+def _with_facts(reference: str, network: nn.Module, config: Config, facts: dict[str, Any]) -> TrainedNetwork:
+    shape = facts["image_shape"]
+    return TrainedNetwork(
+        reference,
+        network,
+        config,
+        tuple(facts["class_names"]),
+        tuple(facts.get("category_ids") or ()),  # runs before detection have none
+        tuple(shape) if shape else None,
+    )
+
+
+def open_split(
+    trained: TrainedNetwork, split: str, stores_dir: Path, console: Console, *, data: str | None = None
+) -> Split:
+    """A split of the network's own data, or of the store `data`.
+
+    Raises UserError when the store holds other classes than the network knows.
+    """
+    config = trained.config.data
+    store = open_data(config.model_copy(update={"store": data}) if data else config, stores_dir, console)
+    if store.manifest.class_names != trained.class_names:
+        raise UserError(
+            f"{store.location} has the classes {', '.join(store.manifest.class_names[:5])}, ...; "
+            f"{trained.reference} was trained on {', '.join(trained.class_names[:5])}, ..."
+        )
+    if tuple(store.manifest.category_ids or ()) != trained.category_ids:
+        raise UserError(
+            f"{store.location} has other category ids for these classes than the data of {trained.reference}; "
+            "figures by class would be wrong"
+        )
+    return store.split(split)
+
+
+def evaluate_on_split(
+    trained: TrainedNetwork,
+    split: str,
+    stores_dir: Path,
+    console: Console,
+    *,
+    data: str | None = None,
+    gpu: bool = False,
+) -> Evaluation:
+    """Runs the network over a split, as `open_split` has it. Raises as that."""
+    config = trained.config.data
+    rows = open_split(trained, split, stores_dir, console, data=data)
+    world = World(0, 1, pick_device(gpu))
+    loader = BatchLoader(rows, config.transform, train=False, processes=config.loader_processes)
+    evaluation = evaluate(trained.network.to(world.device), trained.task, loader, trained.config, world)
+    assert evaluation is not None, "a world of one gets its own predictions"
+    return evaluation

@@ -1,0 +1,178 @@
+"""The calls to MLflow's model registry: connection, search, download, publication."""
+
+import difflib
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spikefleet.errors import UserError
+from spikefleet.registry.package import model_config
+from spikefleet.registry.version import CONTENT_HASH, RegisteredModel, RegisteredVersion, check_model_name
+from spikefleet.tracking.delivery import public_uri
+from spikefleet.tracking.tracker import check_tracking_uri, quiet_mlflow
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+METRIC_PREFIX = "metric."  # of the version tags that hold metrics
+
+_ARTIFACTS = "artifacts"  # where MLflow keeps a pyfunc model's files
+_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[A-Za-z0-9_-]{1,100})|/(?P<version>[0-9]{1,9}))")
+_REQUIREMENTS = ("spikefleet", "torch", "torchvision", "spikingjelly", "safetensors", "numpy", "pydantic", "mlflow")
+
+
+@contextmanager
+def connect(tracking_uri: str) -> "Iterator[MlflowClient]":
+    """A client; what MLflow raises becomes a sentence."""
+    quiet_mlflow()
+    check_tracking_uri(tracking_uri)
+    database = tracking_uri.removeprefix("sqlite:///")
+    if database != tracking_uri and not Path(database).is_file():
+        raise UserError(f"there is no registry at {tracking_uri}; a run registers its best network there")
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+    except (MlflowException, OSError) as error:  # an artifact store answers by requests' errors, which are OSErrors
+        reason = str(error).splitlines()[0][:300]
+        shown = public_uri(tracking_uri)
+        raise UserError(f"the registry at {shown} fails: {reason.replace(tracking_uri, shown)}") from error
+
+
+def set_alias(client: "MlflowClient", name: str, alias: str, version: int) -> None:
+    """Points an alias at a version. Raises MlflowException.
+
+    MLflow writes a new row when it has not found the alias: of two jobs that do so at once, one is refused, and finds
+    the other's row the next time.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.set_registered_model_alias(name, alias, str(version))
+    except MlflowException:
+        client.set_registered_model_alias(name, alias, str(version))
+
+
+def download(client: "MlflowClient", version: RegisteredVersion, name: str, directory: Path) -> None:
+    """Fetches one file, or all, of a version's package into a directory that only this user can read."""
+    import mlflow.artifacts
+
+    # Not by its models:/ URI: MLflow would look that up in its global registry instead of the client's.
+    place = client.get_model_version_download_uri(version.name, str(version.version))
+    source = f"{place.rstrip('/')}/{_ARTIFACTS}/{name}".rstrip("/")
+    try:
+        found = Path(
+            mlflow.artifacts.download_artifacts(source, dst_path=str(directory), tracking_uri=client.tracking_uri)
+        )
+    except OSError as error:
+        raise UserError(f"the files of {version.uri} cannot be fetched: {error}") from error
+    for file in found.iterdir() if found.is_dir() else [found]:
+        if file.parent != directory:
+            file.replace(directory / file.name)
+
+
+def resolve(client: "MlflowClient", uri: str) -> RegisteredVersion:
+    parts = _URI.fullmatch(uri)
+    if parts is None:
+        raise UserError(f"{uri[:200]!r} is not a registered version; give models:/NAME@champion or models:/NAME/3")
+    model = find_model(client, parts["name"])
+    return model.pick(int(parts["version"])) if parts["version"] else model.pick_alias(parts["alias"])
+
+
+def find_model(client: "MlflowClient", name: str) -> RegisteredModel:
+    versions = find_versions(client, check_model_name(name))
+    if not versions:
+        known = sorted({version.name for version in find_versions(client)})
+        near = difflib.get_close_matches(name, known, n=3) or known[:10]
+        raise UserError(f"there is no registered model {name!r}; there are {', '.join(near) or 'none'}")
+    return RegisteredModel(name, tuple(versions))
+
+
+def find_versions(client: "MlflowClient", name: str | None = None) -> list[RegisteredVersion]:
+    """The versions that spikefleet registered, of one model or of all, the newest first."""
+    found: list[Any] = []
+    token = None
+    while True:
+        page = client.search_model_versions(f"name = '{name}'" if name else None, page_token=token)
+        found += page
+        if not (token := page.token):
+            break
+    ours = [version for version in found if CONTENT_HASH in version.tags]
+    # A search does not fill in the aliases.
+    aliases = {model: client.get_registered_model(model).aliases for model in {version.name for version in ours}}
+    read = [_read_version(version, aliases[version.name]) for version in ours]
+    return sorted(read, key=lambda version: (version.name, -version.version))
+
+
+def _read_version(version: Any, aliases: Mapping[str, str | int]) -> RegisteredVersion:
+    number = int(version.version)
+    return RegisteredVersion(
+        name=version.name,
+        version=number,
+        run_id=version.run_id,
+        created=datetime.fromtimestamp(version.creation_timestamp / 1000, UTC),
+        tags={key: value for key, value in version.tags.items() if not key.startswith(METRIC_PREFIX)},
+        metrics=_metrics(version.tags),
+        # SQLite gives numbers, a server gives strings.
+        aliases=tuple(sorted(alias for alias, target in aliases.items() if int(target) == number)),
+    )
+
+
+def _metrics(tags: Mapping[str, str]) -> dict[str, float]:
+    metrics = {}
+    for key, value in tags.items():
+        if key.startswith(METRIC_PREFIX):
+            with suppress(ValueError):  # somebody has edited the tag by hand
+                metrics[key.removeprefix(METRIC_PREFIX)] = float(value)
+    return metrics
+
+
+def save_for_mlflow(package: Path, model: Path, config: Mapping[str, Any]) -> None:
+    """MLflow's directory around a package: the code file, the signature and the requirements."""
+    import numpy as np
+    from mlflow import pyfunc
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    network = model_config(config, "the configuration of a registered model")
+    images = TensorSpec(np.dtype(np.uint8), (-1, network.in_channels, -1, -1))
+    outputs = None  # MLflow's schemas have no word for a list of objects
+    if config["task"] == "classification":
+        outputs = Schema([TensorSpec(np.dtype(np.float32), (-1, network.num_classes))])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*An input example was not provided")
+        pyfunc.save_model(
+            path=str(model),
+            python_model=str(Path(__file__).with_name("pyfunc_model.py")),
+            artifacts={path.name: str(path) for path in sorted(package.iterdir())},
+            signature=ModelSignature(inputs=Schema([images]), outputs=outputs),
+            pip_requirements=[f"{name}=={metadata.version(name).split('+')[0]}" for name in _REQUIREMENTS],
+        )
+
+
+def publish(
+    client: "MlflowClient", name: str, model: Path, run_id: str, tags: Mapping[str, str], tracking_uri: str
+) -> RegisteredVersion:
+    """Uploads first and creates the version with all its tags last: what a crash leaves behind is no version."""
+    from mlflow.exceptions import MlflowException
+
+    experiment = client.get_run(run_id).info.experiment_id
+    plain = name.replace(".", "-")  # MLflow allows fewer characters here than in the registry
+    logged = client.create_logged_model(experiment, name=plain, source_run_id=run_id, model_type="spikefleet")
+    client.log_model_artifacts(logged.model_id, str(model))
+    client.finalize_logged_model(logged.model_id, "READY")
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    # Without a server, MLflow would look up models:/m-... in its global tracking URI instead of the client's.
+    source = f"models:/{logged.model_id}" if tracking_uri.startswith("http") else logged.artifact_location
+    version = client.create_model_version(name, source, run_id=run_id, tags=dict(tags), model_id=logged.model_id)
+    return _read_version(version, {})

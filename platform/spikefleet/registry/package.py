@@ -1,0 +1,259 @@
+"""A trained network as files that hold no code: weights.safetensors, config.json, further JSON, and card.json.
+
+The card lists the SHA-256 of every other file. Nothing here unpickles, and no file is used that the card does not list.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from spikefleet.errors import UserError
+from spikefleet.hashing import sha256_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+    from spikefleet_models.build import ModelConfig
+    from spikefleet_pipelines.loading import Batch
+    from spikefleet_pipelines.store.annotations import Annotations
+
+WEIGHTS = "weights.safetensors"
+CONFIG = "config.json"
+CARD = "card.json"
+FORMAT = 1
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_MAX_CARD_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Card:
+    """The list of a package's files with their hashes, and what is known about the network."""
+
+    sha256: Mapping[str, str]
+    facts: Mapping[str, Any]
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 over the names and hashes of all files."""
+        return hashlib.sha256(json.dumps(dict(self.sha256), sort_keys=True).encode()).hexdigest()
+
+
+def write_package(
+    directory: Path, weights: Path, config: Mapping[str, Any], extra_files: Mapping[str, Path], facts: Mapping[str, Any]
+) -> Card:
+    """Fills an empty directory with a package.
+
+    Raises:
+        UserError: a file is missing, an extra file's name is a path or taken, or the configuration lacks a section.
+    """
+    _check_sections(config, "the configuration of a registered model")
+    for name, source in {WEIGHTS: weights, **extra_files}.items():
+        if not _FILE_NAME.fullmatch(name) or name in (CONFIG, CARD) or (name == WEIGHTS and source is not weights):
+            raise UserError(f"file {name[:80]!r} of a registered model: give a plain file name other than {WEIGHTS}")
+        if not source.is_file():
+            raise UserError(f"file {source} of a registered model: there is no such file")
+        shutil.copyfile(source, directory / name)
+    (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    card = Card({path.name: sha256_of(path) for path in sorted(directory.iterdir())}, facts)
+    content = {"format": FORMAT, "sha256": card.sha256, "facts": card.facts}
+    (directory / CARD).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    return card
+
+
+def read_card(directory: Path, expected_content_hash: str | None = None) -> Card:
+    """Reads the card; the hashes of the files that are there must be those that it states.
+
+    Args:
+        expected_content_hash: what the registry says about the package; None to rely on the card alone.
+
+    Raises:
+        UserError: no card, a file whose hash differs (the sentence names file, expected and found hash), a file name
+            that leaves the directory, or a package other than the registered one.
+    """
+    path = directory / CARD
+    if not path.is_file() or path.stat().st_size > _MAX_CARD_BYTES:
+        raise UserError(f"{directory} holds no registered network: there is no valid {CARD}")
+    content = _read_json(path)
+    try:
+        card = Card({str(name): str(digest) for name, digest in content["sha256"].items()}, dict(content["facts"]))
+        version = content["format"]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(f"{path} is damaged; it cannot be read as the card of a network") from None
+    if version != FORMAT:
+        raise UserError(f"{path} has format {version!r}; this version of spikefleet reads {FORMAT}")
+    for name in card.sha256:
+        if not _FILE_NAME.fullmatch(name):
+            raise UserError(f"{path} names {name[:80]!r}, which is not a plain file name; the package is not trusted")
+    if expected_content_hash not in (None, card.content_hash):
+        raise UserError(
+            f"{path} is not the card that was registered: expected content hash {expected_content_hash}, found "
+            f"{card.content_hash}; the stored files have been changed"
+        )
+    for name, expected in card.sha256.items():
+        file = directory / name
+        if file.is_file() and (found := sha256_of(file)) != expected:
+            raise UserError(f"{file} is not the file that was registered: expected SHA-256 {expected}, found {found}")
+    return card
+
+
+def verify_package(directory: Path, expected_content_hash: str | None = None) -> Card:
+    """As `read_card`, and every file must be there."""
+    card = read_card(directory, expected_content_hash)
+    for name in {*card.sha256, WEIGHTS, CONFIG}:
+        if name not in card.sha256 or not (directory / name).is_file():
+            raise UserError(f"{directory / name} is missing; fetch the network again")
+    return card
+
+
+def load_network(directory: Path, expected_content_hash: str | None = None) -> "tuple[torch.nn.Module, dict[str, Any]]":
+    """The network of a verified package, in evaluation mode on the CPU, and its configuration.
+
+    Raises:
+        UserError: the package is not intact, or its weights are not those of its configuration.
+    """
+    from spikefleet_models.build import build_model
+
+    verify_package(directory, expected_content_hash)
+    config = read_config(directory)
+    network = build_model(model_config(config, str(directory / CONFIG)))
+    load_weights(network, directory / WEIGHTS)
+    return network.eval(), config
+
+
+def model_config(config: Mapping[str, Any], where: str) -> "ModelConfig":
+    """The section `model` of a run's configuration; `where` names it in the error.
+
+    Raises:
+        UserError: a field is wrong.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    from spikefleet_models.build import ModelConfig
+
+    try:
+        parsed: ModelConfig = TypeAdapter(ModelConfig).validate_python(config["model"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(map(str, ("model", *first["loc"][1:])))  # without the family, which tells unions apart
+        raise UserError(f"{where}: {path}: {first['msg']} (written by another version?)") from None
+    return parsed
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The run's configuration; raises UserError unless it has the sections of a network."""
+    config = _read_json(directory / CONFIG)
+    _check_sections(config, str(directory / CONFIG))
+    return dict(config)
+
+
+def _check_sections(config: Any, where: str) -> None:
+    if not isinstance(config, Mapping) or not {"model", "data", "task"} <= config.keys():
+        raise UserError(f"{where} lacks the sections model, data and task of a run's configuration")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged; it cannot be read as JSON: {str(error)[:100]}") from None
+
+
+def load_weights(network: "torch.nn.Module", path: Path) -> None:
+    """Copies tensors from safetensors; names, shapes and types must be exactly the network's.
+
+    They are compared from the header, before any tensor is read: a hostile file costs no memory.
+
+    Raises:
+        UserError: not valid safetensors, or other tensors than the network's.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    wanted = network.state_dict()
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            if names != wanted.keys():
+                name = min(names ^ wanted.keys())
+                problem = "is not one of the network's tensors" if name in names else "is missing"
+                raise UserError(
+                    f"{path}: tensor {name[:80]!r} {problem} ({len(names)} tensors, {len(wanted)} expected)"
+                )
+            for name, tensor in wanted.items():
+                shape = list(file.get_slice(name).get_shape())
+                if shape != list(tensor.shape):
+                    raise UserError(f"{path}: tensor {name!r} has shape {shape}; the network's is {list(tensor.shape)}")
+            tensors = {name: file.get_tensor(name) for name in wanted}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a valid safetensors file: {error}") from None
+    for name, tensor in tensors.items():
+        if tensor.dtype != wanted[name].dtype:
+            raise UserError(f"{path}: tensor {name!r} has type {tensor.dtype}; the network's is {wanted[name].dtype}")
+    with torch.no_grad():
+        network.load_state_dict(tensors)
+
+
+def picture_batch(images: "NDArray[np.uint8]", config: Mapping[str, Any]) -> "Batch":
+    """What evaluation gives a network for images [B, C, H, W] (uint8): resized, normalised, without a truth.
+
+    Raises:
+        UserError: the images are not such pixels.
+        ValueError: the images do not suit the transform.
+    """
+    import numpy as np
+    import torch
+    from pydantic import TypeAdapter
+
+    from spikefleet_pipelines.data_config import AnyTransformConfig
+    from spikefleet_pipelines.loading import Batch
+    from spikefleet_pipelines.store.reader import Split
+    from spikefleet_pipelines.transforms.classification import BatchTransform
+    from spikefleet_pipelines.transforms.detection import DetectionBatchTransform
+    from spikefleet_pipelines.transforms.detection_config import DetectionTransformConfig
+
+    channels = model_config(config, "the configuration of the network").in_channels
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != channels:
+        raise UserError(
+            f"images of type {images.dtype} and shape {list(images.shape)}: give uint8 pixels of shape "
+            f"[B, {channels}, H, W]"
+        )
+    transform: Any = TypeAdapter(AnyTransformConfig).validate_python(config["data"]["transform"])
+    # A transform reads few members of a split, which the pictures stand in for: one code path with evaluation.
+    pictures, rows = cast(Split, _Pictures(images)), np.arange(len(images))
+    if isinstance(transform, DetectionTransformConfig):
+        pixels, samples = DetectionBatchTransform(pictures, transform, train=False, seed=0)(rows, epoch=0)
+        return Batch(pixels, tuple(sample.target() for sample in samples), torch.from_numpy(rows), len(rows))
+    pixels = BatchTransform(pictures, transform, train=False, seed=0)(rows, epoch=0)
+    return Batch(pixels, torch.full((len(rows),), -1), torch.from_numpy(rows), len(rows))
+
+
+class _Pictures:
+    """Images in memory, read like a split of a store."""
+
+    def __init__(self, images: "NDArray[np.uint8]") -> None:
+        self._images = images
+        self.image_shape = images.shape[1:]
+
+    def gather(self, rows: "NDArray[np.int64]") -> "NDArray[np.uint8]":
+        return self._images[rows]
+
+    def image(self, row: int) -> "torch.Tensor":
+        import torch
+
+        return torch.from_numpy(self._images[row].copy())
+
+    def annotations(self, row: int) -> "Annotations":
+        import numpy as np
+
+        from spikefleet_pipelines.store.annotations import Annotations
+
+        none, height, width = np.empty(0, np.int64), *self.image_shape[1:]
+        return Annotations(row, height, width, np.empty((0, 4)), none, none, none.astype(bool), np.empty(0), none)

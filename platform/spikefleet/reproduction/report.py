@@ -1,0 +1,157 @@
+"""The report of a reproduced table: for a terminal, as Markdown, as JSON and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from spikefleet import plots
+from spikefleet.reproduction.reproduce import Cell, ReproducedRow, Reproduction
+from spikefleet.reproduction.table import Column
+from spikefleet.training.checkpoints import write_json
+from spikefleet_tune.journal import write_atomically
+
+REPORT = "report.md"
+
+_OTHER_DATA = "Differences to the paper are differences of data; what can be compared is the order of rows"
+_SCALES = {
+    "full": "the paper's networks and data",
+    "digits": f"scaled down: narrow networks on digits (detection: on scenes of them). {_OTHER_DATA}",
+    "fashion_mnist": f"scaled down: narrow networks on Fashion-MNIST. {_OTHER_DATA}",
+}
+
+
+def write_reproduction(found: Reproduction, folder: Path) -> list[Path]:
+    """`report.md`, `report.json` and, where there is something to draw, `report.png`. Returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "report.json", as_data(found))
+    write_atomically(folder / REPORT, as_markdown(found))
+    paths = [folder / "report.json", folder / REPORT]
+    (folder / "report.png").unlink(missing_ok=True)
+    drawn = [key for key in found.plan.table.columns if any(row.cells[key].values for row in found.rows)]
+    if drawn:
+        panels = {
+            f"{found.plan.table.columns[key].label}, {found.plan.table.columns[key].unit}": [
+                (row.entry.full_name, row.cells[key].paper, row.cells[key].mean, row.cells[key].deviation)
+                for row in found.rows
+                if row.cells[key].values
+            ]
+            for key in drawn
+        }
+        plots.paper_and_ours(panels, f"{found.plan.table.paper}; scale {found.plan.scale}", folder / "report.png")
+        paths.append(folder / "report.png")
+    return paths
+
+
+def as_table(found: Reproduction) -> Table:
+    """For a terminal: the paper's figure, then ours."""
+    table = Table(title=f"{found.plan.table.paper}; {found.plan.scale}")
+    table.add_column("row", overflow="fold")
+    for column in found.plan.table.columns.values():
+        table.add_column(f"{column.label}, {column.unit}\npaper | ours", justify="right")
+    table.add_column("seeds", justify="right")
+    for row in found.rows:
+        cells = [f"{_plain(cell.paper)} | {_ours(cell)}" for cell in row.cells.values()]
+        table.add_row(row.entry.full_name, *cells, str(len(row.seeds) or "-"))
+    return table
+
+
+def remarks(found: Reproduction) -> Iterator[str]:
+    """Why rows were not run, or not with all seeds."""
+    for row in found.rows:
+        if row.remark:
+            yield f"{row.entry.full_name}: {row.remark}"
+
+
+def order_sentences(found: Reproduction) -> Iterator[str]:
+    """How far ours put the rows in the paper's order, column by column."""
+    for key, column in found.plan.table.columns.items():
+        kept, compared = found.pairs_in_order(key)
+        if compared:
+            yield f"{column.label}: {kept} of {compared} pairs of rows stand in the paper's order"
+
+
+def as_markdown(found: Reproduction) -> str:
+    """The whole report as text."""
+    table, columns = found.plan.table, found.plan.table.columns
+    lines = [f"# {table.title}", "", f"{table.paper}. Scale `{found.plan.scale}`: {_SCALES[found.plan.scale]}.", ""]
+    if found.plan.overrides:
+        changed = ", ".join(f"`{key}={value}`" for key, value in found.plan.overrides.items())
+        lines += [f"All rows were run with {changed}.", ""]
+    heads = [part for column in columns.values() for part in _heads(column)]
+    lines += _markdown_row(["row", *heads, "seeds", "remark"]), _markdown_row(["---"] * (len(heads) + 3))
+    for row in found.rows:
+        figures = [part for cell in row.cells.values() for part in (_plain(cell.paper), _ours(cell), _difference(cell))]
+        seeds = " ".join(map(str, row.seeds)) or "-"
+        lines.append(_markdown_row([row.entry.full_name, *figures, seeds, row.remark]))
+    lines += ["", "Ours: mean ± standard deviation over seeds; difference: ours minus the paper's.", ""]
+    lines += [f"* {sentence}." for sentence in order_sentences(found)]
+    lines += [f"* {note}" for note in table.notes]
+    lines += ["", _markdown_row(["row", "trials", "data", "code"]), _markdown_row(["---"] * 4)]
+    for row in found.rows:
+        if row.trials:
+            data = ", ".join(digest[:12] for digest in row.data_hashes)
+            lines.append(_markdown_row([row.entry.full_name, ", ".join(row.trials), data, ", ".join(row.commits)]))
+    return "\n".join(lines) + "\n"
+
+
+def as_data(found: Reproduction) -> dict[str, Any]:
+    """The whole report as plain data."""
+    return {
+        "table": found.plan.table.name,
+        "paper": found.plan.table.paper,
+        "scale": found.plan.scale,
+        "overrides": dict(found.plan.overrides or {}),
+        "columns": {key: {"label": one.label, "unit": one.unit} for key, one in found.plan.table.columns.items()},
+        "rows": [_row_as_data(row) for row in found.rows],
+        "pairs_in_order_and_compared": {key: list(found.pairs_in_order(key)) for key in found.plan.table.columns},
+        "notes": list(found.plan.table.notes),
+    }
+
+
+def _row_as_data(row: ReproducedRow) -> dict[str, Any]:
+    figures = {
+        key: {
+            "paper": cell.paper,
+            "mean": cell.mean,
+            "deviation": cell.deviation,
+            "values": list(cell.values),
+            "difference": cell.difference,
+        }
+        for key, cell in row.cells.items()
+    }
+    return {
+        "group": row.entry.group.name,
+        "row": row.entry.row.name,
+        "figures": figures,
+        "seeds": list(row.seeds),
+        "trials": list(row.trials),
+        "data_hashes": list(row.data_hashes),
+        "code_versions": list(row.commits),
+        "remark": row.remark,
+    }
+
+
+def _heads(column: Column) -> list[str]:
+    return [f"{column.label}, {column.unit}: paper", "ours", "difference"]
+
+
+def _markdown_row(cells: list[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+
+
+def _plain(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _ours(cell: Cell) -> str:
+    if cell.mean is None:
+        return "-"
+    return _plain(cell.mean) if cell.deviation is None else f"{_plain(cell.mean)} ± {cell.deviation:.2g}"
+
+
+def _difference(cell: Cell) -> str:
+    return "-" if cell.difference is None else f"{cell.difference:+.3g}"

@@ -1,0 +1,337 @@
+"""Reproduces a table of a paper: its rows as trainings over seeds, beside the paper's figures.
+
+All rows of a recipe and scale, of whichever table, are trials of one search, `paper-SCALE-RECIPE`: what one table has
+trained, another one finds there, and more seeds add to what is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from spikefleet.certificates.energy_card import ENERGY
+from spikefleet.config.schema import Config, load_config
+from spikefleet.errors import UserError
+from spikefleet.reproduction.table import Column, Entry, PaperTable, Scale
+from spikefleet.runs.run_dir import Run
+from spikefleet.search.mlflow_observer import FLUSH_S, SearchLaunch
+from spikefleet.search.run_search import read_tracked_search, run_tracked_search
+from spikefleet.search.trial import chooses_data
+from spikefleet.tracking.tracker import Tracker, resolve_tracking_uri
+from spikefleet.training.checkpoints import read_json
+from spikefleet.versions import code_version
+from spikefleet_models.build import build_model
+from spikefleet_models.energy import EnergyCard, energy_at_rates, energy_constants
+from spikefleet_pipelines.sources import SourceError
+from spikefleet_pipelines.store.manifest import StoreError
+from spikefleet_tune.journal import TrialRecord
+from spikefleet_tune.result import SearchResult
+from spikefleet_tune.search_file import search_of
+
+
+@dataclass(frozen=True)
+class ReproductionPlan:
+    """What is to be reproduced."""
+
+    table: PaperTable
+    scale: Scale
+    seeds: int = 3
+    only: str = "*"
+    """fnmatch pattern of rows, by name or "GROUP: NAME"."""
+    overrides: Mapping[str, Any] | None = None
+    """Dotted overrides laid over every row."""
+    resources: Mapping[str, float] | None = None
+    """What a training takes, by the fields of Resources, where it is not what the table says."""
+    train: bool = True
+    """False reads what is there and trains nothing."""
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """Overrides that choose other data: the same in all trainings of a search, which share one store."""
+        return {key: value for key, value in (self.overrides or {}).items() if chooses_data(key)}
+
+    def point(self, entry: Entry, seed: int) -> dict[str, Any]:
+        """All overrides of a row's training with one of its seeds, counted from 0."""
+        point = {**entry.group.overrides(entry.row, self.scale), **(self.overrides or {})}
+        first = _config(entry.group.scales[self.scale].recipe, point).train.seed
+        return {**point, "train.seed": first + seed}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure of the paper and ours, in the paper's unit."""
+
+    paper: float | None
+    values: tuple[float, ...] = ()
+    """Ours, one for each seed; one alone where no training was needed."""
+
+    @property
+    def mean(self) -> float | None:
+        return statistics.fmean(self.values) if self.values else None
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation over seeds; None with fewer than two."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+    @property
+    def difference(self) -> float | None:
+        """Ours minus the paper's."""
+        return None if self.mean is None or self.paper is None else self.mean - self.paper
+
+
+@dataclass(frozen=True)
+class ReproducedRow:
+    """A row of the table with where its figures come from."""
+
+    entry: Entry
+    cells: Mapping[str, Cell]
+    seeds: tuple[int, ...] = ()
+    trials: tuple[str, ...] = ()
+    data_hashes: tuple[str, ...] = ()
+    commits: tuple[str, ...] = ()
+    remark: str = ""
+    """Why it was not run, or not with all seeds."""
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """A table with ours beside the paper's."""
+
+    plan: ReproductionPlan
+    rows: tuple[ReproducedRow, ...]
+
+    @property
+    def name(self) -> str:
+        """Table and scale; with a digest of rows and overrides where these are not the table's own."""
+        name = f"{self.plan.table.name}-{self.plan.scale}"
+        if self.plan.only == "*" and not self.plan.overrides:
+            return name
+        return f"{name}-{_short_digest([self.plan.only, dict(self.plan.overrides or {})])}"
+
+    def pairs_in_order(self, column: str) -> tuple[int, int]:
+        """Pairs of rows of a group whose figures ours put in the paper's order, and how many can be compared.
+
+        Networks that were only counted have no say: their order is no finding.
+        """
+        if self.plan.table.columns[column].origin == "network":
+            return 0, 0
+        kept = compared = 0
+        for one, other in combinations(self.rows, 2):
+            mine, theirs = one.cells[column], other.cells[column]
+            if one.entry.group is not other.entry.group or None in (mine.mean, mine.paper, theirs.mean, theirs.paper):
+                continue
+            wanted = mine.paper - theirs.paper  # type: ignore[operator]
+            found = mine.mean - theirs.mean  # type: ignore[operator]
+            if wanted:
+                compared += 1
+                kept += wanted * found > 0
+        return kept, compared
+
+
+def reproduce(plan: ReproductionPlan, launch: SearchLaunch, console: Console) -> Reproduction:
+    """Trains what is missing and gathers the table. Interrupted, the same call goes on.
+
+    Rows whose data are not there, or whose search is refused, are left out with that reason, unless none is left.
+    Raises UserError for a pattern that names no row, for a scale at which no row can run, and for whatever a search
+    refuses; SourceError or StoreError when no data are there.
+    """
+    entries = list(plan.table.entries(plan.only))
+    if not entries:
+        known = ", ".join(entry.full_name for entry in plan.table.entries())
+        raise UserError(f"--only {plan.only!r} names no row of {plan.table.name}; it has {known}")
+    by_recipe: dict[str, list[Entry]] = {}
+    for entry in entries:
+        if entry.group.refusal(entry.row, plan.scale) is None:
+            by_recipe.setdefault(entry.group.scales[plan.scale].recipe, []).append(entry)
+    if not by_recipe and not any(column.origin == "network" for column in plan.table.columns.values()):
+        reasons = "; ".join(dict.fromkeys(filter(None, (e.group.refusal(e.row, plan.scale) for e in entries))))
+        raise UserError(f"no row of {plan.table.name} can run at scale {plan.scale}: {reasons}")
+    placed = [key for key in map(_key, launch.data) if key in ("data.root", "data.store")]
+    if len(by_recipe) > 1 and placed:
+        groups = ", ".join(dict.fromkeys(entry.group.name for rows in by_recipe.values() for entry in rows))
+        raise UserError(
+            f"{placed[0]} names one data set, and these rows need several ({groups}); choose rows by --only 'GROUP*', "
+            "or prepare each store under the stores directory first (`spikefleet data prepare`)"
+        )
+    results: dict[str, SearchResult | None] = {}
+    missing: dict[str, str] = {}
+    for recipe, rows in by_recipe.items():
+        try:
+            results[recipe] = _trained(plan, recipe, rows, launch, console)
+        except (SourceError, StoreError, UserError) as error:
+            if len(missing) + 1 == len(by_recipe):  # the last hope
+                raise
+            missing[recipe] = str(error)
+            console.print(f"{rows[0].group.name} is left out: {error}", highlight=False, soft_wrap=True, markup=False)
+    found: list[ReproducedRow] = []
+    for entry in entries:
+        reason = entry.group.refusal(entry.row, plan.scale)
+        recipe = "" if reason is not None else entry.group.scales[plan.scale].recipe
+        reason = missing.get(recipe) if reason is None else reason
+        if reason is None and (result := results[recipe]) is not None:
+            found.append(_measured(plan, entry, result, launch))
+        else:
+            cells = _cells(plan.table, entry, [])
+            found.append(ReproducedRow(entry, cells, remark=f"not run: {reason or 'nothing was trained yet'}"))
+    return Reproduction(plan, tuple(found))
+
+
+def _trained(
+    plan: ReproductionPlan, recipe: str, rows: Sequence[Entry], launch: SearchLaunch, console: Console
+) -> SearchResult | None:
+    """The search that holds the rows' trainings, after what was missing in it has been trained."""
+    name = f"paper-{plan.scale}-{recipe}" + (f"-{_short_digest(plan.data)}" if plan.data else "")
+    named = replace(launch, name=name, extend=0, warm_start=None)
+    if not plan.train:
+        return read_tracked_search(named)
+    chosen = load_config(recipe).checkpoint
+    resources = {**rows[0].group.scales[plan.scale].resources.model_dump(), **(plan.resources or {})}
+    tree = {
+        "recipe": recipe,
+        "overrides": plan.data,
+        "sampler": "listed",
+        "points": list(_distinct(plan, rows)),
+        "objectives": {f"val/{chosen.metric}": chosen.mode},
+        "resources": resources,
+    }
+    return run_tracked_search(search_of(tree), named, console)
+
+
+def _distinct(plan: ReproductionPlan, rows: Sequence[Entry]) -> Iterator[dict[str, Any]]:
+    """The trainings of the rows, all with their first seed before the next, and none twice under two spellings."""
+    seen: set[str] = set()
+    for seed in range(plan.seeds):
+        for entry in rows:
+            point = plan.point(entry, seed)
+            digest = _digest(entry.group.scales[plan.scale].recipe, point)
+            if digest not in seen:
+                seen.add(digest)
+                yield {key: value for key, value in point.items() if key not in plan.data}
+
+
+def track_reproduction(found: Reproduction, report: Sequence[Path], folder: Path, runs_dir: Path) -> None:
+    """Puts the report into MLflow, in the experiment `reproductions`; the trainings are runs of their searches."""
+    tracker = Tracker.open(folder, found.name, "reproductions", resolve_tracking_uri(runs_dir))
+    tracker.set_tags({"paper": found.plan.table.paper, "scale": found.plan.scale, "code_version": code_version()})
+    for path in report:
+        tracker.log_artifact(path)
+    tracker.finish("FINISHED", wait_s=FLUSH_S)
+
+
+# ------------------------------------------------------------------------------------------------ figures
+
+
+def _measured(plan: ReproductionPlan, entry: Entry, result: SearchResult, launch: SearchLaunch) -> ReproducedRow:
+    """A row from the finished trainings of its configuration."""
+    recipe = result.search.recipe
+    by_digest = {_digest(recipe, record.overrides): record for record in result.records}
+    trials = replace(launch, name=result.name).trials_dir
+    runs: list[tuple[TrialRecord, Run]] = []
+    seeds: list[int] = []
+    trouble: list[str] = []
+    for seed in range(plan.seeds):
+        point = plan.point(entry, seed)
+        record = by_digest.get(_digest(recipe, point))
+        if record is None:
+            trouble.append(f"seed {point['train.seed']} was not run")
+        elif record.status != "finished":
+            trouble.append(f"seed {point['train.seed']} {record.status}: {record.reason}")
+        elif _learnt_otherwise(run := Run(trials / record.name), _config(recipe, point)):
+            trouble.append(
+                f"seed {point['train.seed']} was trained by an earlier form of recipe {recipe}; "
+                f"move {trials.parent} away to train it anew"
+            )
+        else:
+            seeds.append(point["train.seed"])
+            runs.append((record, run))
+    return ReproducedRow(
+        entry,
+        _cells(plan.table, entry, runs),
+        tuple(seeds),
+        tuple(record.name for record, _ in runs),
+        tuple(dict.fromkeys(run.data_facts()["content_hash"] for _, run in runs)),
+        tuple(dict.fromkeys(str(run.record().get("code_version", "unknown")) for _, run in runs)),
+        "; ".join(trouble) if runs or not trouble else f"not run: {'; '.join(trouble)}",
+    )
+
+
+def _learnt_otherwise(run: Run, config: Config) -> bool:
+    """Whether a trial's run learnt under values that its recipe no longer has; where its data lay does not count."""
+
+    def learnt(one: Config) -> dict[str, Any]:
+        kept = ("model", "train", "optim", "shortcut", "checkpoint")
+        tree = one.dump()
+        return {**{key: tree[key] for key in kept}, "transform": tree["data"]["transform"]}
+
+    return learnt(run.config()) != learnt(config)
+
+
+def _cells(table: PaperTable, entry: Entry, runs: Sequence[tuple[TrialRecord, Run]]) -> dict[str, Cell]:
+    counted = _network_figures(table, entry) if any(c.origin == "network" for c in table.columns.values()) else {}
+    cells = {}
+    for key, column in table.columns.items():
+        if column.origin == "network":
+            values = [counted[key]] if key in counted else []
+        else:
+            found = (_trial_figure(table, key, column, record, run) for record, run in runs)
+            values = [value for value in found if value is not None]
+        cells[key] = Cell(entry.row.paper.get(key), tuple(value * column.factor for value in values))
+    return cells
+
+
+def _trial_figure(table: PaperTable, key: str, column: Column, record: TrialRecord, run: Run) -> float | None:
+    if column.origin == "run":
+        return record.figures.get(key)
+    assert table.counted is not None, "the table was checked to say how energy is counted"
+    card = EnergyCard.from_dict(read_json(run.path / "report" / ENERGY)).under(table.counted.constants)
+    value: float | None = getattr(card, key)
+    return value
+
+
+def _network_figures(table: PaperTable, entry: Entry) -> dict[str, float]:
+    """What is counted on the full network, without training: parameters, MACs, and energy at the paper's additions."""
+    if "full" not in entry.group.scales:
+        return {}
+    assert table.counted is not None, "the table was checked to say how it counts"
+    config = _config(entry.group.scales["full"].recipe, entry.group.overrides(entry.row, "full"))
+    with torch.device("meta"):
+        network = build_model(config.model)
+    figures = {"parameters": float(sum(parameter.numel() for parameter in network.parameters()))}
+    if "macs" not in table.columns:
+        return figures
+    side, constants = table.counted.side, energy_constants(table.counted.constants)
+    card = energy_at_rates(network, (side, side), 0.0, constants, shortcuts=table.counted.shortcuts)
+    additions = entry.row.paper.get("acs", 0.0) / table.columns["acs"].factor
+    picojoules = card.macs * constants.mac_pj + additions * constants.ac_pj
+    return {**figures, "macs": card.macs, "energy_uj": picojoules / 1e6}
+
+
+def _short_digest(what: Any) -> str:
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0]
+
+
+def _digest(recipe: str, overrides: Mapping[str, Any]) -> str:
+    """What a training learns, however its overrides are spelled."""
+    return _config(recipe, overrides).digest()
+
+
+def _config(recipe: str, overrides: Mapping[str, Any]) -> Config:
+    return _resolved(recipe, tuple(sorted(f"{key}={json.dumps(value)}" for key, value in overrides.items())))
+
+
+_resolved = cache(load_config)

@@ -1,0 +1,78 @@
+"""Turns the events of a training into progress on the screen and records in MLflow. Lives in the driver of a run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spikefleet.config.schema import Config, leaves
+from spikefleet.training.events import CheckpointSaved, EpochDone, Event, Note, Recovered, Started, StepDone, WorkerFailed
+from spikefleet.runs.progress import Display
+from spikefleet.runs.run_dir import Run
+from spikefleet.tracking.tracker import Tracker
+from spikefleet.versions import code_version
+
+log = logging.getLogger(__name__)
+
+
+class RunObserver:
+    """The outlet of a run: shows and tracks each event, and counts restarts."""
+
+    def __init__(self, run: Run, tracker: Tracker, display: Display) -> None:
+        self._run, self._tracker, self._display = run, tracker, display
+        self._started = False
+
+    def begin(self, config: Config, data: Mapping[str, Any]) -> None:
+        """Logs what is known before the first step: every field of the configuration, code version and data."""
+        dump = config.dump()
+        self._tracker.log_params(dict(leaves(dump)))
+        self._tracker.log_dict(dump, "config.json")
+        self._tracker.set_tags({"recipe": config.recipe, "task": config.task, "code_version": code_version(), **data})
+        self._tracker.set_tags({"restarts": self._run.record()["restarts"], "failure": ""})
+
+    def emit(self, event: Event) -> None:
+        """Never raises for want of disk space: a training is worth more than its curves."""
+        self._display.show(event)
+        try:
+            self._track(event)
+        except OSError as error:
+            log.warning("%s: could not be tracked: %s", type(event).__name__, error)
+
+    def _track(self, event: Event) -> None:
+        match event:
+            case Started():
+                self._tracker.set_tags({f"fact.{name}": value for name, value in event.facts.items()})
+                if self._started:
+                    restarts = self._run.record()["restarts"] + 1
+                    self._run.note(restarts=restarts)
+                    self._tracker.set_tags({"restarts": restarts})
+                self._started = True
+            case StepDone():
+                self._tracker.log_metrics(event.metrics, step=event.step)
+            case EpochDone():
+                self._epoch(event)
+            case Recovered():
+                for earlier in event.events:
+                    if isinstance(earlier, StepDone | EpochDone):
+                        self._track(earlier)
+            case CheckpointSaved() | Note() | WorkerFailed():
+                pass
+
+    def _epoch(self, event: EpochDone) -> None:
+        metrics = {f"epoch/{name}": value for name, value in event.metrics.items() if name != "epoch"}
+        self._tracker.log_metrics(metrics, step=event.step)
+        if event.best:
+            best = {f"best/{name}": value for name, value in event.metrics.items() if name.startswith("val/")}
+            self._tracker.log_metrics({**best, "best/epoch": event.epoch}, step=event.step)
+        for table, rows in (("layers", event.layers), ("gradients", event.gradients)):
+            if rows:
+                self._tracker.log_table(rows, f"{table}/epoch-{event.epoch:04d}.parquet")
+
+    def finish(self, figures: Mapping[str, float], step: int, report: Path) -> None:
+        """Logs the figures of the whole run, and the files and pictures of its report."""
+        self._tracker.log_metrics(figures, step=step)
+        for path in sorted(report.iterdir()):
+            if path.is_file() and not path.name.startswith("."):
+                self._tracker.log_artifact(path, "report")

@@ -1,0 +1,67 @@
+"""From a finished run to a registered version: what goes with the weights, and the contest with the champion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from spikefleet import registry
+from spikefleet.certificates.certify import certify
+from spikefleet.config.schema import Config
+from spikefleet.registry.version import SPIKE_DRIVEN
+from spikefleet.registry.api import Promotion
+from spikefleet.runs.run_dir import DATA_FACTS, Run
+from spikefleet.versions import code_version
+from spikefleet_pipelines.store.reader import Store
+
+
+def register_run(
+    config: Config,
+    run: Run,
+    run_id: str,
+    tracking_uri: str,
+    *,
+    store: Store,
+    validation: Mapping[str, float],
+    test: Mapping[str, float],
+) -> Promotion:
+    """Registers the best checkpoint of a run with the proof that its binary form is equal to it, and
+    with its energy card.
+
+    It becomes champion if its validation metric beats the champion's and the proof has not failed.
+    Raises UserError when the registry does not answer.
+    """
+    best = run.best_checkpoint()
+    certificates = certify(config, run, store)
+    average = best / "average.safetensors"
+    facts = run.data_facts()
+    metric = config.checkpoint.metric
+    version = registry.register(
+        config.registered_name,
+        weights=average if average.is_file() else best / "model.safetensors",
+        config=config.dump(),
+        tags={
+            "dataset": facts["source"],
+            "data_hash": facts["content_hash"],
+            "recipe": config.recipe,
+            "run_name": run.name,
+            "metric": metric,
+            "code_version": code_version(),
+            "seed": config.train.seed,
+            SPIKE_DRIVEN: certificates.verdict,
+        },
+        metrics={
+            **{f"val/{name}": value for name, value in validation.items()},
+            **{f"test/{name}": value for name, value in test.items()},
+            "energy_mj": certificates.energy_mj,
+        },
+        run_id=run_id,
+        tracking_uri=tracking_uri,
+        extra_files={
+            DATA_FACTS: run.path / DATA_FACTS,
+            "evaluation.json": run.path / "report" / "evaluation.json",
+            **{path.name: path for path in certificates.files},
+        },
+    )
+    return registry.promote(
+        version.name, version.version, f"val/{metric}", mode=config.checkpoint.mode, tracking_uri=tracking_uri
+    )

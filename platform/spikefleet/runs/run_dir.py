@@ -1,0 +1,164 @@
+"""The directory of a run. The run's name is its identity: the same name goes on where it stopped."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from spikefleet.training.checkpoints import CheckpointFolder, read_json, verify_checkpoint, write_json
+from spikefleet.config.schema import Config, differences, parse_config
+from spikefleet.errors import UserError
+from spikefleet_pipelines.store.manifest import Manifest
+
+DATA_FACTS = "data.json"
+"""What a network must know of its data to be used: source, content hash, class names and their ids, image shape."""
+
+_LOOK_S = 0.5
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def check_run_name(name: str) -> str:
+    """Raises UserError unless the name is a plain file name."""
+    if not _NAME.fullmatch(name) or ".." in name:
+        raise UserError(
+            f"run name {name!r} must be 1 to 100 letters, digits, '.', '_' or '-', beginning with a letter or digit; "
+            "it names a directory, so it has no path separators"
+        )
+    return name
+
+
+def default_run_name(config: Config) -> str:
+    """The recipe with a digest of all that decides the result: the same command goes on with the same run."""
+    return f"{config.recipe}-{config.digest()[:8]}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's directory: run.json (status), config.json, data.json, checkpoints/, report/ and the tracking journal."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def checkpoints(self) -> CheckpointFolder:
+        return CheckpointFolder(self.path / "checkpoints")
+
+    @property
+    def exists(self) -> bool:
+        return (self.path / "run.json").is_file()
+
+    def record(self) -> dict[str, Any]:
+        """Status and result as last written; empty for a run that has not begun."""
+        return dict(read_json(self.path / "run.json")) if self.exists else {}
+
+    def note(self, **facts: Any) -> None:
+        """Adds facts to run.json, atomically."""
+        write_json(self.path / "run.json", {**self.record(), **facts})
+
+    def data_facts(self) -> dict[str, Any]:
+        return dict(read_json(self.path / DATA_FACTS))
+
+    def best_checkpoint(self) -> Path:
+        """The checkpoint with the best validation metric so far. Raises UserError when there is none yet."""
+        latest = self.checkpoints.latest()
+        best = read_json(latest / "state.json")["best"] if latest is not None else None
+        if best is None:
+            raise UserError(f"run {self.name} has no evaluated checkpoint yet; train it to the end of an epoch first")
+        return self.checkpoints.at(best["step"])
+
+    def config(self) -> Config:
+        """The configuration that the run was started with."""
+        return parse_config(read_json(self.path / "config.json"), origin=f"run {self.name}")
+
+    def begin(self, config: Config, manifest: Manifest) -> None:
+        """Creates the run, or makes sure that it is the same training.
+
+        Raises UserError with a field-by-field difference, or naming the damaged file of the latest checkpoint.
+        """
+        if not self.exists:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(self.path / "config.json", config.dump())
+            facts = {
+                "source": manifest.source,
+                "content_hash": manifest.content_hash,
+                "class_names": manifest.class_names,
+                "category_ids": manifest.category_ids,
+                "image_shape": manifest.image_shape,
+            }
+            write_json(self.path / DATA_FACTS, facts)
+            self.note(name=self.name, recipe=config.recipe, status="begun", restarts=0)
+            return
+        complaints = self._complaints(config, manifest.content_hash)
+        if complaints:
+            raise UserError(
+                f"run {self.name} was started with another configuration: {'; '.join(complaints)}. "
+                "Ask for the run's own values to go on with it, or give another --name"
+            )
+        latest = self.checkpoints.latest()
+        if latest is not None:
+            verify_checkpoint(latest)
+
+    def forget_checkpoints(self) -> None:
+        """Removes all checkpoints: the run starts anew, or from another run's."""
+        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+
+    def _complaints(self, config: Config, data_hash: str) -> list[str]:
+        saved: Mapping[str, Any] = read_json(self.path / "config.json")
+        complaints = differences(saved, config.dump())
+        if (held := self.data_facts()["content_hash"]) != data_hash:
+            complaints.append(f"data: content {held[:12]} in the run, {data_hash[:12]} now")
+        return complaints
+
+    @contextmanager
+    def lock(self, patience_s: float = 0.0) -> Iterator[None]:
+        """Holds the run for this process. Raises UserError when another process trains it, after waiting for it."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("a+")
+        except OSError as error:
+            raise UserError(f"run directory {self.path} cannot be written: {error}; give another --runs-dir") from None
+        with file:
+            give_up = time.monotonic() + patience_s
+            while not _locked(file) and time.monotonic() < give_up:
+                time.sleep(_LOOK_S)
+            if not _locked(file):
+                file.seek(0)
+                raise UserError(
+                    f"run {self.name} is being trained by another process ({file.read().strip() or 'unknown'}); "
+                    "wait for it, or give another --name"
+                )
+            file.truncate(0)
+            file.write(f"process {os.getpid()}")
+            file.flush()
+            yield
+
+
+def _locked(file: IO[str]) -> bool:
+    """Whether this process holds the lock of a file now. Not flock, which loader processes would inherit and hold when
+    this process is killed."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def find_run(runs_dir: Path, name: str) -> Run:
+    """An existing run. Raises UserError naming those that exist."""
+    run = Run(runs_dir / check_run_name(name))
+    if not run.exists:
+        known = sorted(path.parent.name for path in runs_dir.glob("*/run.json"))
+        listed = f"it holds {', '.join(known)}" if known else "it holds none"
+        raise UserError(f"there is no run {name!r} in {runs_dir}; {listed}")
+    return run

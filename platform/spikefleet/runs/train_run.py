@@ -1,0 +1,192 @@
+"""A whole run: data, directory, tracking, training, report, registration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from spikefleet.certificates.certify import certify
+from spikefleet.config.schema import Config
+from spikefleet.data_access import open_data
+from spikefleet.tracking.delivery import public_uri
+from spikefleet.errors import RunError, UserError
+from spikefleet.training.event_log import TakingOver
+from spikefleet.training.events import Outlet
+from spikefleet.tracking.journal import Journal
+from spikefleet.runs.observer import RunObserver
+from spikefleet.runs.progress import build_display
+from spikefleet.cluster.session import quiet_ray
+from spikefleet.runs.registration import register_run
+from spikefleet.registry.api import Promotion
+from spikefleet.runs.run_dir import Run, check_run_name, default_run_name
+from spikefleet.tracking.tracker import Tracker, resolve_tracking_uri, sync
+from spikefleet.training.loop import BeforeStep, Outcome, prepare_parts, train
+from spikefleet.training.distributed import World, pick_device
+from spikefleet_pipelines.store.reader import Store
+
+_FLUSH_S = 30.0
+_INTERRUPTED_FLUSH_S = 3.0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a run is started: nothing here decides what is learnt."""
+
+    name: str | None = None
+    runs_dir: Path = Path("runs")
+    stores_dir: Path = Path("stores")
+    address: str | None = None
+    verbose: bool = False
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run at its end."""
+
+    run: Run
+    validation: Mapping[str, float]
+    test: Mapping[str, float]
+    promotion: Promotion | None
+    """What became of the version that was registered now; None if there was nothing to register."""
+    look_at: str
+
+
+def run_training(
+    config: Config,
+    launch: Launch,
+    console: Console,
+    before_step: BeforeStep | None = None,
+) -> FinishedRun:
+    """Trains, or goes on with, the run that the launch names; tests and registers its best checkpoint.
+
+    Raises UserError for what the user can mend, before anything is started; RunError when the training itself fails.
+    """
+    run = Run(launch.runs_dir.resolve() / check_run_name(launch.name or default_run_name(config)))
+    pick_device(config.cluster.gpu and config.cluster.workers == 0)
+    store = open_data(config.data, launch.stores_dir, console)
+    prepare_parts(config, store, World(0, max(1, config.cluster.workers), torch.device("cpu")))
+    with _processes(config, launch, run), run.lock():
+        run.begin(config, store.manifest)
+        tracking_uri = resolve_tracking_uri(launch.runs_dir)
+        if run.record()["status"] == "finished":
+            console.print(f"run {run.name} is complete; for another one, give another --name or other overrides")
+            look_at = public_uri(tracking_uri)
+        else:
+            look_at = _train_tracked(config, launch, console, run, store, tracking_uri, before_step)
+        record = run.record()
+        promotion = _register_once(config, run, store, tracking_uri)
+        return FinishedRun(run, record["validation"], record["test"], promotion, look_at)
+
+
+def _processes(config: Config, launch: Launch, run: Run) -> AbstractContextManager[None]:
+    """The Ray session of a run: reached before anything is written, so that a refusal leaves nothing behind."""
+    if config.cluster.workers == 0 or run.record().get("status") == "finished":
+        return nullcontext()
+    quiet_ray()
+    from spikefleet.cluster.ray_train import session_for  # imports Ray, which reads those switches
+
+    return session_for(config, launch.address, launch.verbose)
+
+
+def _train_tracked(
+    config: Config,
+    launch: Launch,
+    console: Console,
+    run: Run,
+    store: Store,
+    tracking_uri: str,
+    before_step: BeforeStep | None,
+) -> str:
+    """Trains under the eyes of an observer, leaves the result in run.json and returns where to look at it."""
+    run.note(status="running")
+    tracker = Tracker.open(run.path, run.name, config.tracking.experiment or config.recipe, tracking_uri)
+    display = build_display(console)
+    observer = RunObserver(run, tracker, display)
+    observer.begin(config, {"dataset": store.manifest.source, "data_hash": store.manifest.content_hash})
+    console.print(f"run {run.name}: {_scale(config)}", highlight=False)
+    try:
+        outcome = _train(config, store, run, TakingOver(run.path, observer), launch, before_step)
+        energy = certify(config, run, store).energy_mj
+        figures = {f"test/{name}": value for name, value in outcome.test.items()}
+        observer.finish({**figures, "energy_mj": energy}, outcome.steps, run.path / "report")
+    except KeyboardInterrupt:
+        run.note(status="interrupted")
+        tracker.finish("KILLED", wait_s=_INTERRUPTED_FLUSH_S)
+        raise
+    except Exception as error:
+        run.note(status="failed", reason=str(error))
+        tracker.set_tags({"failure": str(error)})
+        tracker.finish("FAILED", wait_s=_FLUSH_S)
+        raise
+    finally:
+        display.close()
+    tracker.finish("FINISHED", wait_s=_FLUSH_S)
+    run.note(
+        status="finished",
+        reason=None,
+        validation=dict(outcome.validation),
+        test=dict(outcome.test),
+    )
+    return tracker.run_url
+
+
+def _register_once(config: Config, run: Run, store: Store, tracking_uri: str) -> Promotion | None:
+    """Registers a finished run, unless that is done or not wanted.
+
+    Raises RunError when the tracking server is away: the run is complete, and the same command registers it later.
+    """
+    record = run.record()
+    if not config.registry.register_best or "registered" in record:
+        return None
+    try:
+        sync(run.path, tracking_uri)
+        with closing(Journal(run.path)) as journal:
+            run_id = journal.delivered.run_id
+        assert run_id is not None, "all records are delivered, so the run has been created"
+        promotion = register_run(
+            config, run, run_id, tracking_uri, store=store, validation=record["validation"], test=record["test"]
+        )
+    except UserError as error:
+        raise RunError(
+            f"run {run.name} is trained, but it could not be registered: {error} "
+            "The same command registers it once that is mended"
+        ) from error
+    run.note(registered=f"{promotion.name}/{promotion.version}")
+    return promotion
+
+
+def _train(
+    config: Config,
+    store: Store,
+    run: Run,
+    outlet: Outlet,
+    launch: Launch,
+    before_step: BeforeStep | None,
+) -> Outcome:
+    if config.cluster.workers == 0:
+        return train(config, store, run.path, World.alone(config.cluster.gpu), outlet, before_step)
+    from spikefleet.cluster.ray_train import train_on_ray
+
+    return train_on_ray(
+        config,
+        store,
+        run.path,
+        outlet,
+        address=launch.address,
+        verbose=launch.verbose,
+        before_step=before_step,
+    )
+
+
+def _scale(config: Config) -> str:
+    workers = config.cluster.workers
+    where = f"{workers} Ray Train worker{'s' * (workers > 1)}" if workers else "this process, without Ray"
+    kind = "GPU" if config.cluster.gpu else "CPU"
+    share = config.train.global_batch // (max(1, workers) * config.train.accumulate)
+    parts = f" x {config.train.accumulate} micro-batches" if config.train.accumulate > 1 else ""
+    return f"{where} on {kind}; global batch {config.train.global_batch} = {share} x {max(1, workers)}{parts}"

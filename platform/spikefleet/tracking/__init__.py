@@ -1,0 +1,1 @@
+"""Runs in MLflow: a journal that is written first, and its delivery."""

@@ -1,0 +1,283 @@
+"""Delivery of journaled tracking records to MLflow: once in effect, although a crash may repeat a request.
+
+* The run is looked up by the tag `spikefleet.run_uid` before it is created.
+* MLflow's metric table has the primary key (run, key, timestamp, step, value), and a record keeps its first timestamp.
+* Parameters, tags, artifacts and the status are overwritten with the same content, in order.
+"""
+
+import getpass
+import logging
+import threading
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from spikefleet.errors import UserError
+from spikefleet.tracking.journal import Delivered, Entry, Journal, Record
+
+RUN_UID_TAG = "spikefleet.run_uid"
+SPOOL = "tracking-artifacts"  # in the run directory: the files that artifact records name
+
+# MLflow's limits (mlflow.utils.validation).
+MAX_METRICS = 1000
+MAX_PARAMS_OR_TAGS = 100
+
+READ_BYTES = 128 * 1024  # of the journal at a time; far below MLflow's limit of 1 MB a request
+GATHER_S = 0.5  # records of this long go out in one request
+MAX_BACKOFF_S = 10.0
+
+log = logging.getLogger(__name__)
+
+
+def public_uri(uri: str) -> str:
+    """The URI without user name and password, for whatever is shown or stored."""
+    return _without_credentials(uri, uri)
+
+
+def _without_credentials(text: str, uri: str) -> str:
+    user_and_password = urlsplit(uri).netloc.rpartition("@")[0]
+    return text.replace(user_and_password + "@", "") if user_and_password else text
+
+
+class Delivery:
+    """Sends the records of a journal to MLflow, in order; one thread uses it."""
+
+    def __init__(self, journal: Journal, tracking_uri: str) -> None:
+        self.journal = journal
+        self.problem: str | None = None  # why the last attempt failed
+        self._uri = tracking_uri
+        self._client: Any = None
+        if journal.delivered.tracking_uri != public_uri(tracking_uri):
+            # Another server knows nothing of this run: it gets all of it.
+            journal.mark_delivered(Delivered(tracking_uri=public_uri(tracking_uri)))
+
+    def attempt(self) -> bool:
+        """Sends the next records; False when none are left.
+
+        Raises:
+            Exception: whatever MLflow and the network raise; the records stay where they are.
+            RunGoneError: the run, or its experiment, has been deleted in MLflow.
+        """
+        try:
+            batch = next_batch(self.journal.unsent(READ_BYTES))
+            if batch:
+                self.journal.sync()  # MLflow must not know more than a journal that lost power
+                self._deliver(batch)
+        except Exception as error:
+            self.problem = self._reason(error)
+            raise
+        self.problem = None
+        return bool(batch)
+
+    def _deliver(self, batch: list[Entry]) -> None:
+        """Sends a batch. What the server refuses for good is left out, or it would hold up all that follows."""
+        delivered = self.journal.delivered
+        try:
+            delivered = self._send(batch, delivered)
+        except Exception as error:
+            if batch[0].record["kind"] == "create" or not self._refused(error):
+                raise
+            self._check_run(delivered)
+            if len(batch) > 1:
+                middle = len(batch) // 2
+                self._deliver(batch[:middle])
+                self._deliver(batch[middle:])
+                return
+            log.warning("MLflow refuses a record (%s): %s", batch[0].record["kind"], self._reason(error))
+        self.journal.mark_delivered(replace(delivered, offset=batch[-1].end, records=delivered.records + len(batch)))
+
+    def _refused(self, error: Exception) -> bool:
+        """Whether MLflow says that it will never take this request; a proxy or the network cannot say so."""
+        from mlflow.exceptions import MlflowException, RestException
+        from requests import HTTPError
+
+        if isinstance(error, HTTPError) and error.response is not None:
+            return error.response.status_code in (400, 413, 422)
+        if isinstance(error, MlflowException) and (
+            isinstance(error, RestException) or not self._uri.startswith("http")
+        ):
+            return error.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST")
+        return isinstance(error, UserError)
+
+    def _send(self, batch: list[Entry], delivered: Delivered) -> Delivered:
+        from mlflow import MlflowClient
+        from mlflow.entities import Metric, Param, RunTag
+
+        if self._client is None:
+            self._client = MlflowClient(tracking_uri=self._uri)
+        first = batch[0].record
+        match first["kind"]:
+            case "create":
+                experiment_id = self._experiment(first["experiment"])
+                return replace(delivered, experiment_id=experiment_id, run_id=self._run(first, experiment_id))
+            case "status":
+                if first["status"] == "RUNNING":
+                    self._client.update_run(delivered.run_id, status="RUNNING")
+                else:
+                    self._client.set_terminated(delivered.run_id, status=first["status"], end_time=first["time"])
+            case "artifact":
+                file = self.journal.directory / SPOOL / first["digest"] / first["name"]
+                if not file.is_file():
+                    raise UserError(f"artifact {file} has been removed before it was uploaded")
+                self._client.log_artifact(delivered.run_id, str(file), first["folder"] or None)
+            case _:
+                metrics: list[Metric] = []
+                params: dict[str, str] = {}
+                tags: dict[str, str] = {}
+                for record in (entry.record for entry in batch):
+                    match record["kind"]:
+                        case "metrics":
+                            time, step = record["time"], record["step"]
+                            metrics += [Metric(key, value, time, step) for key, value in record["values"].items()]
+                        case "params":
+                            params |= record["values"]
+                        case "tags":
+                            tags |= record["values"]
+                self._client.log_batch(
+                    delivered.run_id,
+                    metrics=metrics,
+                    params=[Param(*item) for item in params.items()],
+                    tags=[RunTag(*item) for item in tags.items()],
+                )
+        return delivered
+
+    def _experiment(self, name: str) -> str:
+        from mlflow.exceptions import MlflowException
+
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is None:
+            try:
+                return self._client.create_experiment(name, artifact_location=self._artifact_location())
+            except MlflowException:  # another run may have been faster
+                experiment = self._client.get_experiment_by_name(name)
+                if experiment is None:
+                    raise
+        if experiment.lifecycle_stage != "active":
+            raise RunGoneError(f"experiment {name} has been deleted in MLflow; restore it there or choose another name")
+        return experiment.experiment_id
+
+    def _artifact_location(self) -> str | None:
+        """A server decides itself; for a bare database MLflow would choose a directory below the current one."""
+        if self._uri.startswith("sqlite"):
+            database = Path(self._uri.split(":///", 1)[-1]).resolve()
+            return (database.parent / "artifacts").as_uri()
+        if self._uri.startswith(("http", "databricks")):
+            return None
+        return (self.journal.directory.resolve().parent / "artifacts").as_uri()
+
+    def _run(self, create: Record, experiment_id: str) -> str:
+        from mlflow.entities import ViewType
+
+        uid = create["uid"]
+        found = self._client.search_runs([experiment_id], f"tags.`{RUN_UID_TAG}` = '{uid}'", ViewType.ALL)
+        if found:
+            return found[0].info.run_id
+        tags = {RUN_UID_TAG: uid}
+        with suppress(KeyError, OSError):  # a container's user may have no name
+            tags["mlflow.user"] = getpass.getuser()
+        if create["parent_run_id"]:
+            tags["mlflow.parentRunId"] = create["parent_run_id"]
+        run = self._client.create_run(experiment_id, start_time=create["time"], tags=tags, run_name=create["run_name"])
+        return run.info.run_id
+
+    def _check_run(self, delivered: Delivered) -> None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            stage = self._client.get_run(delivered.run_id).info.lifecycle_stage
+        except MlflowException as error:
+            if not self._refused(error):
+                raise
+            stage = "deleted"
+        if stage != "active":
+            raise RunGoneError(
+                f"run {delivered.run_id} has been deleted in MLflow; restore it (mlflow runs restore --run-id "
+                f"{delivered.run_id}) or use another run name"
+            )
+
+    def _reason(self, error: Exception) -> str:
+        """The first line of an error."""
+        text = (str(error) or type(error).__name__).splitlines()[0]
+        return _without_credentials(text, self._uri)[:300]
+
+
+class RunGoneError(Exception):
+    """The run cannot take records any more; repeating the request does not help."""
+
+
+class Sender(threading.Thread):
+    """Delivers in the background, with growing pauses while the server is away."""
+
+    def __init__(self, delivery: Delivery) -> None:
+        super().__init__(name="spikefleet-tracking", daemon=True)
+        self._delivery = delivery
+        self._journal = delivery.journal
+        self._change = threading.Condition()
+        self._flushing = False  # somebody waits: pauses stay short
+        self._hurry = False  # the present pause is cut short
+        self._stopping = False
+        self._gone = False
+
+    def wake(self) -> None:
+        with self._change:
+            self._change.notify_all()
+
+    def flush(self, wait_s: float) -> int:
+        with self._change:
+            self._flushing = self._hurry = True
+            self._change.notify_all()
+            self._change.wait_for(lambda: self._gone or not self._journal.pending, wait_s)
+            self._flushing = False
+            return self._journal.pending
+
+    def stop(self) -> None:
+        """Ends the thread; one that waits for the server ends when its request does."""
+        with self._change:
+            self._stopping = True
+            self._change.notify_all()
+        self.join(timeout=1.0)
+
+    def run(self) -> None:
+        pause = GATHER_S
+        failing = False
+        while self._wait(pause):
+            try:
+                while not self._stopping and self._delivery.attempt():
+                    pass
+                pause, failing = GATHER_S, False
+            except Exception as error:
+                self._gone = isinstance(error, RunGoneError)
+                if not failing or self._gone:
+                    log.warning(
+                        "tracking at %s fails: %s; the run goes on and its records wait in %s",
+                        self._journal.delivered.tracking_uri,
+                        self._delivery.problem,
+                        self._journal.directory,
+                    )
+                pause, failing = GATHER_S if self._flushing else min(2 * pause, MAX_BACKOFF_S), True
+            self.wake()
+        self._journal.close()
+
+    def _wait(self, pause: float) -> bool:
+        """Until there is something to send and `pause` seconds have gone by; False when the thread is to end."""
+        with self._change:
+            self._change.wait_for(lambda: self._stopping or (self._journal.pending and not self._gone))
+            self._change.wait_for(lambda: self._stopping or self._hurry, pause)
+            self._hurry = False
+            return not self._stopping
+
+
+def next_batch(entries: list[Entry]) -> list[Entry]:
+    """The longest run of records, from the first one on, that go out in one request."""
+    limits = {"metrics": MAX_METRICS, "params": MAX_PARAMS_OR_TAGS, "tags": MAX_PARAMS_OR_TAGS}
+    counts = dict.fromkeys(limits, 0)
+    for position, entry in enumerate(entries):
+        kind = entry.record["kind"]
+        if kind not in limits:
+            return entries[: max(position, 1)]
+        counts[kind] += len(entry.record["values"])
+        if counts[kind] > limits[kind] or sum(counts.values()) > MAX_METRICS:
+            return entries[:position]
+    return entries

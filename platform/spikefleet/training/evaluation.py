@@ -1,0 +1,96 @@
+"""Evaluation of a network on a split, each sample once, whatever the number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from spikefleet.config.schema import Config
+from spikefleet.tasks import Task
+from spikefleet.training.distributed import World
+from spikefleet_models.health import SpikeMonitor
+from spikefleet_pipelines.loading import Batch, BatchLoader
+from spikefleet_pipelines.sampling import EvaluationPlan, StepBatch
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any]:
+    """The arithmetic of forward passes that a configuration asks for, in training and in all use afterwards."""
+    dtype = _AUTOCAST.get(config.train.precision)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Predictions in the order of the split, their targets, and the firing of the first batch by layer."""
+
+    predictions: list[Any]
+    targets: list[Any]
+    layers: tuple[dict[str, Any], ...]
+    health: dict[str, float]
+
+
+@torch.no_grad()
+def evaluate(
+    network: nn.Module,
+    task: Task,
+    loader: BatchLoader,
+    config: Config,
+    world: World,
+) -> Evaluation | None:
+    """Predictions for every sample of the loader's split; on rank 0, None elsewhere."""
+    was_training = network.training
+    network.eval()
+    plan = EvaluationPlan(
+        samples=len(loader.split),
+        global_batch=config.train.eval_batch * world.size,
+        world_size=world.size,
+        rank=world.rank,
+    )
+    monitor = SpikeMonitor(network)
+    rows: list[tuple[int, Any, Any]] = []
+    for position, batch in enumerate(loader.epoch(plan, epoch=0)):
+        here = world.place(batch, config.train.channels_last)
+        with autocast(config, world.device), monitor if position == 0 else nullcontext():
+            predictions = task.predict(network, here)
+        rows += zip(batch.indices.tolist(), predictions, task.truth(batch), strict=True)
+    network.train(was_training)
+    parts = world.gather(rows)
+    if parts is None:
+        return None
+    merged = sorted((row for part in parts for row in part), key=lambda row: row[0])
+    return Evaluation([row[1] for row in merged], [row[2] for row in merged], tuple(monitor.table()), monitor.summary())
+
+
+@dataclass(frozen=True)
+class SpreadPlan:
+    """Single samples, evenly spread over a split: its first ones may all be of one class."""
+
+    samples: int
+    count: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return min(self.count, self.samples)
+
+    def batches(self, epoch: int = 0, start_step: int = 0) -> Iterator[StepBatch]:
+        rows = np.linspace(0, self.samples - 1, self.steps_per_epoch).round().astype(np.int64)
+        for step in range(start_step, len(rows)):
+            yield StepBatch(step, rows[step : step + 1], 1)
+
+
+def first_batches(loader: BatchLoader, size: int, count: int) -> Iterator[Batch]:
+    """Batches of `size` in the order of the split, until `count` samples have been seen, or all."""
+    seen = 0
+    for batch in loader.epoch(EvaluationPlan(samples=len(loader.split), global_batch=size), epoch=0):
+        yield batch
+        seen += len(batch.indices)
+        if seen >= count:
+            return

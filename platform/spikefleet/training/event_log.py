@@ -1,0 +1,152 @@
+"""Events on their way from workers to the driver: files in the run's directory, which outlive every process.
+
+A launch has a directory. Each process that sends events appends to a file of its own there, one line of JSON an event;
+the driver reads all of them. Rank 0 writes the event of a step before it commits the checkpoint of that step, so the
+events up to a checkpoint are never lost, whoever is killed.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from spikefleet.errors import UserError
+from spikefleet.training.checkpoints import read_json, write_json
+from spikefleet.training.events import (
+    CheckpointSaved,
+    EpochDone,
+    Event,
+    Note,
+    Outlet,
+    Recovered,
+    Started,
+    StepDone,
+    WorkerFailed,
+)
+
+STOPPED = "stopped.json"
+"""In a launch's directory: why its workers must not go on."""
+
+TAKEN_OVER = "a later launch has taken over the run"
+
+_HANDED_ON = ".handed-on"
+"""Suffix of the file beside a file of events that says how many of its bytes the driver has handed on."""
+_WAIT_S = 0.05
+
+_KINDS: dict[str, Callable[..., Event]] = {
+    kind.__name__: kind for kind in (Started, StepDone, EpochDone, CheckpointSaved, Note, WorkerFailed)
+}
+
+log = logging.getLogger(__name__)
+
+
+def new_launch(run_dir: Path) -> Path:
+    """The directory of one more launch of a run; later launches sort behind earlier ones."""
+    folder = run_dir / "ray" / f"launch-{time.time_ns():020d}"
+    folder.mkdir(parents=True)
+    return folder
+
+
+class EventWriter:
+    """The outlet of one process of a launch.
+
+    Does not wait for the driver, unless it is `in_step`: then it goes on after a checkpoint when the driver has handed
+    on what was sent, so that the driver finds the checkpoint as it is, and decides before more is trained.
+    """
+
+    def __init__(self, launch: Path, in_step: bool = False) -> None:
+        self._launch, self._in_step = launch, in_step
+        self._path = launch / f"events-{time.time_ns():020d}-{os.getpid()}.jsonl"
+
+    def emit(self, event: Event) -> None:
+        line = json.dumps({"event": type(event).__name__, **asdict(event)}).encode() + b"\n"
+        try:
+            # Opened anew each time: on a network file system, closing is what makes it seen elsewhere.
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            try:
+                if os.write(descriptor, line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            log.warning("%s: an event is lost: %s", self._path, error)  # a full disk ends the run at its checkpoint
+            return
+        if self._in_step and isinstance(event, CheckpointSaved):
+            self._wait()
+
+    def _wait(self) -> None:
+        """Until all is handed on, or the launch is stopped or gone, which is for the next step to find out."""
+        mark = self._path.with_suffix(_HANDED_ON)
+        while self._launch.is_dir() and not (self._launch / STOPPED).is_file():
+            with suppress(OSError, UserError):  # not written yet, or the launch is being removed
+                if read_json(mark) >= self._path.stat().st_size:
+                    return
+            time.sleep(_WAIT_S)
+
+
+class EventReader:
+    """Reads what the processes of a launch have written since the last look."""
+
+    def __init__(self, launch: Path) -> None:
+        self._launch = launch
+        self._read: dict[Path, int] = {}
+        self._handed_on: dict[Path, int] = {}
+
+    def new(self) -> list[Event]:
+        return [_decode(line) for path in sorted(self._launch.glob("events-*.jsonl")) for line in self._lines(path)]
+
+    def handed_on(self) -> None:
+        """Lets writers that are in step know that what was read so far has been dealt with. Raises OSError."""
+        for path, size in self._read.items():
+            if self._handed_on.get(path) != size:
+                write_json(path.with_suffix(_HANDED_ON), size)
+                self._handed_on[path] = size
+
+    def _lines(self, path: Path) -> Iterator[bytes]:
+        with path.open("rb") as file:
+            file.seek(self._read.get(path, 0))
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return  # still being written, or its writer was killed
+                self._read[path] = self._read.get(path, 0) + len(line)
+                yield line
+
+
+def _decode(line: bytes) -> Event:
+    fields: dict[str, Any] = json.loads(line)
+    kind = _KINDS[fields.pop("event")]
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+
+
+class TakingOver:
+    """Wraps the outlet of a driver that goes on with a run whose earlier driver may have died.
+
+    Workers of the earlier launches are told to stop. What they sent after their driver's death is handed on when the
+    training has picked its checkpoint, because until then they may have committed more.
+    """
+
+    def __init__(self, run_dir: Path, outlet: Outlet) -> None:
+        self._outlet = outlet
+        self._earlier = sorted((run_dir / "ray").glob("launch-*"))
+        for launch in self._earlier:
+            write_json(launch / STOPPED, {"reason": TAKEN_OVER, "mendable": False})
+
+    def emit(self, event: Event) -> None:
+        if isinstance(event, Started) and self._earlier:
+            self._recover()
+        self._outlet.emit(event)
+
+    def _recover(self) -> None:
+        for launch in self._earlier:
+            self._outlet.emit(Recovered(tuple(EventReader(launch).new())))
+            shutil.rmtree(launch, ignore_errors=True)
+        self._earlier = []

@@ -1,0 +1,444 @@
+"""The one training core. Ray Train workers, a one-worker trial and `--workers 0` all call `train`.
+
+Data-parallel back-propagation through time: each worker runs all T steps on its slice of the global batch, DDP averages
+the gradients. The mean over the global batch is exact whatever the number of workers and however uneven the last batch.
+(A detector's loss has divisors of its own, which are those of one worker's part of the batch, as in its paper's code.)
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from spikefleet import plots
+from spikefleet.config.schema import CheckpointConfig, Config
+from spikefleet.errors import RunError, UserError
+from spikefleet.tasks import Task, build_task
+from spikefleet.training.checkpoints import CheckpointFolder, load_checkpoint
+from spikefleet.training.distributed import World
+from spikefleet.training.evaluation import Evaluation, evaluate
+from spikefleet.training.events import CheckpointSaved, EpochDone, Note, Outlet, Started, StepDone
+from spikefleet.training.malloc import keep_freed_memory
+from spikefleet.training.state import TrainingState
+from spikefleet.versions import library_versions
+from spikefleet_models.health import SpikeMonitor
+from spikefleet_pipelines.loading import Batch, BatchLoader
+from spikefleet_pipelines.sampling import EpochPlan
+from spikefleet_pipelines.store.reader import Store
+
+_PICTURES = 32
+_SHOWN_OF_BATCH = 16
+_SMALLEST_LOSS_SCALE = 1.0
+
+
+BeforeStep = Callable[[World, int], None]
+
+
+class NonFiniteError(RunError):
+    """A loss or gradient is not finite; every rank raises it at the same step, before the optimizer's."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished training leaves behind."""
+
+    steps: int
+    best_checkpoint: str
+    validation: Mapping[str, float]
+    test: Mapping[str, float]
+    history: tuple[Mapping[str, float], ...]
+
+
+class Meter:
+    """Images per second of all workers since the last look, with the time for loading but not that for evaluation."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self._images, self._since = 0, time.perf_counter()
+
+    def count(self, images: int) -> None:
+        self._images += images
+
+    def rate(self) -> float:
+        rate = self._images / (time.perf_counter() - self._since)
+        self.restart()
+        return rate
+
+
+@dataclass(frozen=True)
+class Splits:
+    """How a worker reads the three splits."""
+
+    train: BatchLoader
+    val: BatchLoader
+    test: BatchLoader
+
+    @classmethod
+    def of(cls, store: Store, config: Config, world: World) -> Splits:
+        def loader(split: str) -> BatchLoader:
+            return BatchLoader(
+                store.split(split),
+                config.data.transform,
+                train=split == "train",
+                seed=config.train.seed,
+                processes=config.data.loader_processes,
+                pin_memory=world.device.type == "cuda",
+                epochs=config.train.epochs,
+            )
+
+        return cls(loader("train"), loader("val"), loader("test"))
+
+
+def train(
+    config: Config,
+    store: Store,
+    run_dir: Path,
+    world: World,
+    outlet: Outlet,
+    before_step: BeforeStep | None = None,
+) -> Outcome:
+    """Trains from the latest committed checkpoint in `run_dir`, or from the start, to the end; then tests the best.
+
+    `before_step(world, step)` is called before each optimizer step (fault injection, profiling).
+    Raises NonFiniteError on all ranks together; UserError when the run in `run_dir` belongs to another configuration.
+    """
+    _set_arithmetic(config)
+    if world.device.type == "cpu":
+        keep_freed_memory()
+    task, splits, plan = prepare_parts(config, store, world)
+    state = TrainingState(config, world, store.manifest.content_hash, plan.steps_per_epoch)
+    folder = CheckpointFolder(run_dir / "checkpoints")
+    _resume(state, folder, outlet)
+    _settle_gradient_exchange(state, task, store, plan)
+    if world.leads and state.step == 0:
+        _draw_first_batch(config, task, store, plan, run_dir / "report" / "training_batch.png")
+    meter = Meter()
+    for epoch in range(state.epoch, config.train.epochs):
+        for batch in splits.train.epoch(plan, epoch, start_step=state.step_in_epoch):
+            if before_step is not None:
+                before_step(world, state.step)
+            _training_step(state, task, batch, meter, outlet)
+            if _due(config.checkpoint.every_steps, state.step) and state.step_in_epoch < state.steps_per_epoch:
+                _save(state, folder, outlet)
+        _finish_epoch(state, task, splits, folder, outlet)
+        meter.restart()
+    return _test_best(state, task, splits, folder, run_dir, outlet)
+
+
+def prepare_parts(config: Config, store: Store, world: World) -> tuple[Task, Splits, EpochPlan]:
+    """Task, loaders and plan. Raises UserError when the configuration does not suit the data."""
+    if store.manifest.task != config.task:
+        raise UserError(f"the data at {store.location} are for {store.manifest.task}, and the task is {config.task}")
+    task = build_task(config, store.manifest.class_names, store.manifest.category_ids or ())
+    _refuse_splits_without_objects(store)
+    shape = store.manifest.image_shape
+    channels = shape[0] if shape else 3
+    if config.model.in_channels != channels:
+        raise UserError(f"model.in_channels={config.model.in_channels}, but the images have {channels} channels")
+    try:
+        splits = Splits.of(store, config, world)
+        plan = EpochPlan(
+            samples=len(splits.train.split),
+            global_batch=config.train.global_batch,
+            world_size=world.size,
+            rank=world.rank,
+            seed=config.train.seed,
+            accumulate=config.train.accumulate,
+        )
+    except ValueError as error:
+        raise UserError(f"the configuration does not suit the data: {error}") from error
+    return task, splits, plan
+
+
+def _refuse_splits_without_objects(store: Store) -> None:
+    """They could not be measured, which else would be found out after the first epoch."""
+    boxes = store.manifest.audit.boxes or {}
+    for name in ("val", "test"):
+        if name in boxes and not sum(boxes[name].objects_per_class):
+            raise UserError(f"split {name!r} of {store.location} has no object, so nothing can be measured on it")
+
+
+def _set_arithmetic(config: Config) -> None:
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS is not deterministic
+    torch.use_deterministic_algorithms(config.train.deterministic)
+    torch.backends.cudnn.benchmark = not config.train.deterministic
+
+
+def _resume(state: TrainingState, folder: CheckpointFolder, outlet: Outlet) -> None:
+    """Every rank reads the checkpoint that rank 0 has picked."""
+    if state.world.leads:
+        folder.clean()
+    _refuse_unshared_storage(state.world, folder)
+    latest = state.world.from_leader(folder.latest())
+    if latest is not None:
+        state.restore(load_checkpoint(latest))
+        outlet.emit(Note(f"going on from {latest.name} (epoch {state.epoch + 1}, step {state.step})"))
+    parameters = sum(p.numel() for p in state.network.parameters())
+    facts = {"parameters": parameters, "device": str(state.world.device), **library_versions()}
+    epochs = state.config.train.epochs
+    outlet.emit(Started(state.step, epochs * state.steps_per_epoch, state.steps_per_epoch, epochs, facts))
+
+
+def _refuse_unshared_storage(world: World, folder: CheckpointFolder) -> None:
+    """Each rank must see what rank 0 writes; all ranks raise together."""
+    probe = folder.folder / f"partial-probe-{world.from_leader(uuid.uuid4().hex)}"
+    try:
+        if world.leads:
+            probe.mkdir(parents=True)
+    except OSError as error:
+        raise RunError(f"{folder.folder} could not be written: {error}") from error
+    world.from_leader(None)
+    blind = [rank for rank, sees in enumerate(world.gather_all(probe.is_dir())) if not sees]
+    if world.leads:
+        probe.rmdir()
+    if blind:
+        raise UserError(
+            f"ranks {', '.join(map(str, blind))} do not see the run directory {folder.folder.parent}; "
+            "give a --runs-dir that all nodes share"
+        )
+
+
+def _settle_gradient_exchange(state: TrainingState, task: Task, store: Store, plan: EpochPlan) -> None:
+    """Runs a step that is thrown away, so that a resumed run adds gradients up in the order of one never stopped.
+
+    DDP arranges its buckets anew after the first backward, and with three or more ranks their arrangement decides in
+    which order floating-point numbers are added.
+    """
+    world, config = state.world, state.config
+    if world.size == 1:
+        return
+    batch = world.place(_first_batch(config, store, plan), config.train.channels_last)
+    buffers = {name: buffer.clone() for name, buffer in state.network.named_buffers()}
+    state.trained.train()
+    with torch.random.fork_rng(), state.autocast():
+        values = task.loss(state.replica, batch, state.balance)
+    values["loss"].backward()
+    state.optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for name, buffer in state.network.named_buffers():
+            buffer.copy_(buffers[name])
+
+
+def _first_batch(config: Config, store: Store, plan: EpochPlan) -> Batch:
+    """Its first part, by a loader of its own, so that those of the training start at their place."""
+    transform, seed, epochs = config.data.transform, config.train.seed, config.train.epochs
+    loader = BatchLoader(store.split("train"), transform, train=True, seed=seed, epochs=epochs)
+    return next(_micro_batches(next(loader.epoch(plan, epoch=0)), config.train.accumulate))
+
+
+def _draw_first_batch(config: Config, task: Task, store: Store, plan: EpochPlan, path: Path) -> None:
+    """The first pictures that the network is trained on, as it sees them but for the normalisation."""
+    batch = _first_batch(config, store, plan)
+    shown = min(_SHOWN_OF_BATCH, len(batch.indices))
+    normalise = config.data.transform.normalise
+    mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (normalise.mean, normalise.std))
+    pixels = ((batch.images[:shown] * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+    task.draw_batch(list(pixels), batch.targets[:shown], path)
+
+
+# ----------------------------------------------------------------------------------------------- one step
+
+
+def _training_step(state: TrainingState, task: Task, batch: Batch, meter: Meter, outlet: Outlet) -> None:
+    config, world = state.config, state.world
+    monitor = _monitor_if_due(state)
+    rate, balance = state.set_learning_rate(), state.balance
+    state.trained.train()
+    state.optimizer.zero_grad(set_to_none=True)
+    local: dict[str, torch.Tensor] = {}
+    parts = list(_micro_batches(batch, config.train.accumulate))
+    for position, part in enumerate(parts):
+        here = world.place(part, config.train.channels_last)
+        last = position == len(parts) - 1
+        # DDP exchanges gradients in the backward of the last part only.
+        together = nullcontext() if last or world.size == 1 else state.replica.no_sync()  # type: ignore[operator]
+        with together:
+            with state.autocast(), monitor if monitor is not None and position == 0 else nullcontext():
+                values = task.loss(state.replica, here, balance)
+            # DDP divides by the number of ranks; the mean wanted is over the samples of all ranks.
+            weight = len(part.targets) * world.size / batch.global_count
+            if config.train.loss == "sum":
+                weight *= batch.global_count
+            state.scaler.scale(values["loss"] * weight).backward()
+        for name, value in values.items():
+            local[name] = local.get(name, 0) + value.detach().double() * len(part.targets)
+    means = _global_means(local, batch, world)
+    state.scaler.unscale_(state.optimizer)
+    norms = _gradient_norms(state)
+    _refuse_non_finite(state, means, local, norms["gradient/norm"])
+    if config.train.clip_norm is not None:
+        clip_grads_with_norm_(state.trained.parameters(), config.train.clip_norm, torch.tensor(norms["gradient/norm"]))
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    if state.average is not None:
+        state.average.update_parameters(state.network)
+    for name, mean in means.items():
+        state.sums[name] = state.sums.get(name, 0.0) + mean * batch.global_count
+    state.step_in_epoch += 1
+    meter.count(batch.global_count)
+    if _due(config.tracking.every_steps, state.step) or monitor is not None:
+        figures = {f"train/{name}": mean for name, mean in means.items()} | norms
+        figures |= {"lr": rate, "images_per_second": meter.rate()}
+        if config.shortcut.enabled:
+            figures["balance_coefficient"] = balance
+        if monitor is not None:
+            figures |= {f"spikes/{name}": value for name, value in monitor.summary().items()}
+        outlet.emit(StepDone(state.epoch, state.step, figures))
+
+
+def _micro_batches(batch: Batch, parts: int) -> Iterator[Batch]:
+    """Near-equal slices; the plan leaves none empty."""
+    start = 0
+    for images, indices in zip(batch.images.tensor_split(parts), batch.indices.tensor_split(parts), strict=True):
+        stop = start + len(indices)
+        yield Batch(images, batch.targets[start:stop], indices, batch.global_count)
+        start = stop
+
+
+def _monitor_if_due(state: TrainingState) -> SpikeMonitor | None:
+    due = state.world.leads and _due(state.config.tracking.health_every_steps, state.step + 1)
+    return SpikeMonitor(state.network) if due else None
+
+
+def _global_means(local: Mapping[str, torch.Tensor], batch: Batch, world: World) -> dict[str, float]:
+    sums = world.sum(torch.stack([value.double() for value in local.values()]))
+    return {name: total / batch.global_count for name, total in zip(local, sums.tolist(), strict=True)}
+
+
+def _gradient_norms(state: TrainingState) -> dict[str, float]:
+    """L2 norms of the averaged gradient before clipping: of the whole, and of the first layer's weight."""
+    first = next(p for p in state.network.parameters() if p.ndim > 1)
+    first_norm = 0.0 if first.grad is None else float(first.grad.norm())
+    whole = get_total_norm([p.grad for p in state.trained.parameters() if p.grad is not None])
+    return {"gradient/norm": float(whole), "gradient/first_layer_norm": first_norm}
+
+
+def _refuse_non_finite(
+    state: TrainingState, means: Mapping[str, float], local: Mapping[str, torch.Tensor], norm: float
+) -> None:
+    """The loss mean and the averaged gradient are the same on all ranks, so all ranks decide alike."""
+    where = f"step {state.step + 1} (epoch {state.epoch + 1})"
+    remedy = "the weights are those before it; lower optim.lr, set train.clip_norm, or look at the data of this step"
+    if not math.isfinite(means["loss"]):
+        losses = state.world.gather_all(float(local["loss"]))
+        ranks = [str(rank) for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+        raise NonFiniteError(f"the loss is {means['loss']} at {where}, from rank {', '.join(ranks)}; {remedy}")
+    if math.isfinite(norm):
+        return
+    if not state.scaler.is_enabled():
+        bad = [name for name, p in state.trained.named_parameters() if p.grad is not None and not _finite(p.grad)]
+        named = f"{bad[0]} and {len(bad) - 1} more" if len(bad) > 1 else "".join(bad) or "their norm"
+        raise NonFiniteError(f"the gradient is not finite at {where}: {named}; {remedy}")
+    if state.scaler.get_scale() <= _SMALLEST_LOSS_SCALE:  # fp16 overflows now and then; the scaler skips such a step
+        raise NonFiniteError(
+            f"the fp16 gradient overflows at {where} even at loss scale {state.scaler.get_scale()}; {remedy}"
+        )
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
+
+
+# ------------------------------------------------------------------------------------- epochs and checkpoints
+
+
+def _finish_epoch(state: TrainingState, task: Task, splits: Splits, folder: CheckpointFolder, outlet: Outlet) -> None:
+    """Evaluates, moves the position to the next epoch, and saves when it is time to or when this is the best so far."""
+    config = state.config
+    row = {"epoch": float(state.epoch + 1)}
+    row |= {f"train/{name}": total / len(splits.train.split) for name, total in state.sums.items()}
+    if config.shortcut.enabled:
+        row["balance_coefficient"] = state.balance
+    gradients = _gradient_table(state)
+    last = state.epoch + 1 == config.train.epochs
+    evaluation: Evaluation | None = None
+    measured: dict[str, float] = {}
+    if last or _due(config.train.evaluate_every, state.epoch + 1):
+        evaluation = _evaluate(state, task, splits.val)
+        measured = state.world.from_leader(evaluation and task.metrics(evaluation.predictions, evaluation.targets))
+        if config.checkpoint.metric not in measured:
+            raise UserError(
+                f"checkpoint.metric={config.checkpoint.metric} cannot be measured: nothing in the validation split is "
+                f"of its kind; choose one of {', '.join(measured)}"
+            )
+        row |= {f"val/{name}": value for name, value in measured.items()}
+    if evaluation is not None:
+        row |= {f"spikes/{name}": value for name, value in evaluation.health.items()}
+    state.epoch, state.step_in_epoch, state.sums = state.epoch + 1, 0, {}
+    state.history.append(row)
+    best = bool(measured) and _improves(config.checkpoint, state.best, measured)
+    if best:
+        state.best = {"step": state.step, "epoch": state.epoch, "metrics": measured}
+    layers = () if evaluation is None else evaluation.layers
+    outlet.emit(EpochDone(state.epoch, state.step, row, best, layers, gradients))
+    timely = _due(config.checkpoint.every_epochs, state.epoch) or _due(config.checkpoint.every_steps, state.step)
+    if best or last or timely:
+        _save(state, folder, outlet)
+
+
+def _evaluate(state: TrainingState, task: Task, loader: BatchLoader) -> Evaluation | None:
+    state.world.share_buffers(state.evaluated)
+    return evaluate(state.evaluated, task, loader, state.config, state.world)
+
+
+def _improves(config: CheckpointConfig, best: Mapping[str, Any] | None, measured: Mapping[str, float]) -> bool:
+    if best is None:
+        return True
+    gain = measured[config.metric] - best["metrics"][config.metric]
+    return gain > 0 if config.mode == "max" else gain < 0
+
+
+def _gradient_table(state: TrainingState) -> tuple[dict[str, Any], ...]:
+    """L2 norm of each parameter's gradient in the last step of the epoch."""
+    if not state.world.leads:
+        return ()
+    named = [(name, p.grad) for name, p in state.network.named_parameters() if p.grad is not None]
+    norms = torch.stack([gradient.norm() for _, gradient in named]).tolist() if named else []
+    return tuple({"parameter": name, "gradient_norm": norm} for (name, _), norm in zip(named, norms, strict=True))
+
+
+def _due(every: int | None, count: int) -> bool:
+    return every is not None and count % every == 0
+
+
+def _save(state: TrainingState, folder: CheckpointFolder, outlet: Outlet) -> None:
+    snapshot = state.snapshot()
+    if state.world.leads:
+        path = folder.save(state.step, snapshot)
+        folder.prune(state.config.checkpoint.keep_last, {state.best["step"]} if state.best else set())
+        outlet.emit(CheckpointSaved(state.step, str(path)))
+
+
+def _test_best(
+    state: TrainingState, task: Task, splits: Splits, folder: CheckpointFolder, run_dir: Path, outlet: Outlet
+) -> Outcome:
+    """Loads the best checkpoint, measures it on the test split and writes the report of the run."""
+    assert state.best is not None, "the last epoch is always evaluated"
+    path = state.world.from_leader(folder.at(state.best["step"]))  # not before rank 0 has committed it
+    state.load_weights(load_checkpoint(path))
+    evaluation = _evaluate(state, task, splits.test)
+    figures: dict[str, float] = {}
+    if evaluation is not None:
+        outlet.emit(Note(f"testing {path.name}, the best of {state.config.checkpoint.metric} on the validation split"))
+        details = task.details(evaluation.predictions, evaluation.targets)
+        figures = details["metrics"]
+        task.report(details, evaluation.predictions, evaluation.targets, run_dir / "report")
+        pictures = min(_PICTURES, len(evaluation.targets))
+        images = [splits.test.split.image(row) for row in range(pictures)]
+        chart = run_dir / "report" / "predictions.png"
+        task.draw(images, evaluation.predictions[:pictures], evaluation.targets[:pictures], chart)
+        plots.learning_curve(state.history, state.config.checkpoint.metric, run_dir / "report" / "learning_curve.png")
+    return Outcome(state.step, str(path), state.best["metrics"], state.world.from_leader(figures), tuple(state.history))

@@ -1,0 +1,170 @@
+"""All that changes while a network is trained, as one object that can be saved and put back bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from spikefleet.config.schema import Config, differences
+from spikefleet.errors import UserError
+from spikefleet.training.checkpoints import Snapshot, optimizer_tensors, restore_optimizer
+from spikefleet.training.distributed import World
+from spikefleet.training.evaluation import autocast
+from spikefleet.training.optimizer import BIASES, build_average, build_optimizer, learning_rate, momentum
+from spikefleet_models.build import build_model
+from spikefleet_models.sg_resnet import SGResNet
+from spikefleet_models.shortcut import ShortcutNetwork, balance_coefficient
+
+
+class TrainingState:
+    """Network, optimizer, average of weights, loss scale, and the position: next epoch, step within it, total steps.
+
+    `best` is the checkpoint step with the best validation metric so far and that metric; `history` has one row of
+    metrics for each finished epoch; `sums` adds up the metrics of the epoch under way.
+    """
+
+    def __init__(self, config: Config, world: World, data_hash: str, steps_per_epoch: int) -> None:
+        self.config, self.world, self.data_hash = config, world, data_hash
+        self.steps_per_epoch = steps_per_epoch
+        torch.manual_seed(config.train.seed)
+        network = build_model(config.model).to(world.device)
+        if config.train.channels_last:
+            network = network.to(memory_format=torch.channels_last)
+        if config.train.sync_bn and world.size > 1:
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        self.network: nn.Module = network
+        """What is evaluated, exported and registered."""
+        self.trained = self._with_branches(network)
+        self.replica = self._replicate(self.trained)
+        self.optimizer = build_optimizer(self.trained, config.optim)
+        decay = config.train.ema_decay
+        self.average = build_average(network, decay, config.train.ema_ramp) if decay is not None else None
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.train.precision == "fp16")
+        self.epoch = 0
+        self.step_in_epoch = 0
+        self.best: dict[str, Any] | None = None
+        self.history: list[dict[str, float]] = []
+        self.sums: dict[str, float] = {}
+
+    def _with_branches(self, network: nn.Module) -> nn.Module:
+        """The network with the side branches of shortcut back-propagation, which exist only in training."""
+        if not self.config.shortcut.enabled:
+            return network
+        assert isinstance(network, SGResNet), "the configuration allows branches on classifiers only"
+        try:
+            return ShortcutNetwork(network, self.config.shortcut).to(self.world.device)
+        except ValueError as error:
+            raise UserError(f"shortcut: {error}") from None
+
+    def _replicate(self, network: nn.Module) -> nn.Module:
+        replica = network
+        if self.world.size > 1:
+            devices = [self.world.device] if self.world.device.type == "cuda" else None
+            replica = DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)
+        if self.config.train.compile:
+            replica = torch.compile(replica)  # type: ignore[assignment]
+        return replica
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.epoch * self.steps_per_epoch + self.step_in_epoch
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network whose metrics count: the average of weights where there is one."""
+        return self.average.module if self.average is not None else self.network
+
+    @property
+    def balance(self) -> float:
+        """The balance coefficient of the step to come; 0 without side branches."""
+        if not self.config.shortcut.enabled:
+            return 0.0
+        return balance_coefficient(self.config.shortcut, self.step, self.config.train.epochs * self.steps_per_epoch)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The arithmetic of forward passes."""
+        return autocast(self.config, self.world.device)
+
+    def set_learning_rate(self) -> float:
+        """Gives the optimizer the rates and the momentum of the step to come; returns the weights' rate."""
+        config, position = self.config.optim, (self.step, self.steps_per_epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, *position, self.config.train.epochs, biases=group["name"] == BIASES)
+            group["momentum"] = momentum(config, *position)
+        return learning_rate(config, *position, self.config.train.epochs)
+
+    def snapshot(self) -> Snapshot:
+        """The whole state. Every rank must call this: each adds the state of its random numbers."""
+        states = self.world.gather_all(_random_state(self.world.device))
+        random = {f"{kind}/{rank}": tensor for rank, state in enumerate(states) for kind, tensor in state.items()}
+        tensors: dict[str, Mapping[str, torch.Tensor]] = {
+            "model": self.network.state_dict(),
+            "optimizer": optimizer_tensors(self.optimizer, self.trained),
+            "random": random,
+        }
+        if isinstance(self.trained, ShortcutNetwork):
+            tensors["branches"] = self.trained.branches.state_dict()
+        if self.average is not None:
+            tensors["average"] = self.average.module.state_dict()
+        state = {
+            "epoch": self.epoch,
+            "step_in_epoch": self.step_in_epoch,
+            "steps_per_epoch": self.steps_per_epoch,
+            "world_size": self.world.size,
+            "data_hash": self.data_hash,
+            "best": self.best,
+            "history": self.history,
+            "sums": self.sums,
+            "scaler": self.scaler.state_dict(),
+            "averaged": 0 if self.average is None else int(self.average.n_averaged),
+        }
+        return Snapshot(tensors, state, self.config.dump())
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Puts a snapshot back. Raises UserError, field by field, if it belongs to another training."""
+        state = snapshot.state
+        complaints = differences(snapshot.config, self.config.dump())
+        if state["data_hash"] != self.data_hash:
+            complaints.append(f"data: content {state['data_hash'][:12]} in the run, {self.data_hash[:12]} here")
+        if state["world_size"] != self.world.size:
+            complaints.append(f"cluster.workers: {state['world_size']} in the run, {self.world.size} asked for")
+        if complaints:
+            raise UserError(
+                "the run cannot go on with another configuration: " + "; ".join(complaints) + ". "
+                "Use the run's own values, or another --name for a new run"
+            )
+        self.load_weights(snapshot)
+        if isinstance(self.trained, ShortcutNetwork):
+            self.trained.branches.load_state_dict(dict(snapshot.tensors["branches"]))
+        restore_optimizer(self.optimizer, self.trained, snapshot.tensors["optimizer"])
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        _set_random_state(snapshot.tensors["random"], self.world)
+        self.epoch, self.step_in_epoch = state["epoch"], state["step_in_epoch"]
+        self.best, self.history, self.sums = state["best"], list(state["history"]), dict(state["sums"])
+
+    def load_weights(self, snapshot: Snapshot) -> None:
+        """Puts back the weights and their average, nothing else."""
+        self.network.load_state_dict(dict(snapshot.tensors["model"]))
+        if self.average is not None:
+            self.average.module.load_state_dict(dict(snapshot.tensors["average"]))
+            self.average.n_averaged.fill_(snapshot.state["averaged"])
+
+
+def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _set_random_state(states: Mapping[str, torch.Tensor], world: World) -> None:
+    torch.set_rng_state(states[f"cpu/{world.rank}"])
+    if world.device.type == "cuda":
+        torch.cuda.set_rng_state(states[f"cuda/{world.rank}"], world.device)
