@@ -16,6 +16,8 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from spikefleet_tune.atomic import replacing
+
 _NAMED_CLASSES = 25
 """Beyond this many classes, names along the axes could not be read."""
 
@@ -169,7 +171,6 @@ def paper_and_ours(
 def _save(figure: Figure, path: Path) -> None:
     """Writes a PNG under a temporary name and moves it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png", dpi=110)
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=110)
     plt.close(figure)
-    partial.replace(path)

@@ -54,7 +54,7 @@ def test_partial_checkpoint_is_never_picked(tmp_path: Path, monkeypatch: pytest.
     assert not list(tmp_path.glob("partial-*"))
 
 
-@pytest.mark.parametrize("stage", ["save_file", "write_json", "_flush"])
+@pytest.mark.parametrize("stage", ["save_file", "write_json", "sync"])
 def test_killed_writer_leaves_the_older_checkpoint(stage: str, tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path)
     folder.save(1, snapshot())

@@ -12,9 +12,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from spikefleet.errors import UserError
+from spikefleet.files import read_json
 from spikefleet.tasks.coco_metrics import FIGURES, FoundBoxes, box_confusion, evaluate_boxes, ground_truth, results
 from spikefleet.tasks.detection import Detection
-from spikefleet.training.checkpoints import read_json
 from spikefleet_models.build import build_criterion, model_config
 from spikefleet_pipelines.store.annotations import Annotations
 

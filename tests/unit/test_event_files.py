@@ -6,7 +6,7 @@ import json
 import threading
 from pathlib import Path
 
-from spikefleet.training.checkpoints import write_json
+from spikefleet.files import write_json
 from spikefleet.training.event_log import STOPPED, EventReader, EventWriter, TakingOver, new_launch
 from spikefleet.training.events import (
     CheckpointSaved,

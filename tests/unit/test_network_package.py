@@ -203,7 +203,7 @@ def test_a_damaged_configuration_is_named(package: Path) -> None:
 )
 def test_a_damaged_card_is_named(package: Path, content: str) -> None:
     (package / CARD).write_text(content)
-    with pytest.raises(UserError, match=r"card\.json is damaged"):
+    with pytest.raises(UserError, match=r"card\.json (is damaged|cannot be read as JSON)"):
         load_network(package)
 
 

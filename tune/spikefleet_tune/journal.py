@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from spikefleet_tune.atomic import write_atomically
 from spikefleet_tune.errors import SearchError
 from spikefleet_tune.search_file import Search, search_of
 
@@ -232,16 +233,6 @@ class Clock:
         if force or time.monotonic() - self._written > self.EVERY:
             self._folder.write_seconds(self.seconds)
             self._written = time.monotonic()
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a file so that a reader, or a crash, meets the old one or the new one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _identity(search: Search) -> dict[str, Any]:

@@ -14,7 +14,8 @@ import optuna
 from rich.table import Table
 
 from spikefleet_tune import pictures
-from spikefleet_tune.journal import TrialRecord, write_atomically
+from spikefleet_tune.atomic import write_atomically
+from spikefleet_tune.journal import TrialRecord
 from spikefleet_tune.result import SearchResult
 from spikefleet_tune.samplers import study_of
 from spikefleet_tune.space import label

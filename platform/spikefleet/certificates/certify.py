@@ -8,10 +8,11 @@ from pathlib import Path
 from spikefleet.certificates.energy_card import ENERGY, measure_energy, write_card
 from spikefleet.certificates.spike_check import PROOF, check_spikes
 from spikefleet.config.schema import Config
+from spikefleet.files import read_json
 from spikefleet.inference.trained_network import best_network
 from spikefleet.runs.run_dir import Run
 from spikefleet.tasks import build_task
-from spikefleet.training.checkpoints import load_checkpoint, read_json
+from spikefleet.training.checkpoints import load_checkpoint
 from spikefleet_pipelines.store.reader import Store
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from spikefleet import plots
 from spikefleet.config.schema import Config
-from spikefleet.training.checkpoints import write_json
+from spikefleet.files import write_json
 from spikefleet.training.evaluation import SpreadPlan
 from spikefleet_models.energy import EnergyCard, Form, energy_card
 from spikefleet_pipelines.loading import BatchLoader

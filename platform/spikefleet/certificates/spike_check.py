@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from spikefleet.config.schema import Config
+from spikefleet.files import write_json
 from spikefleet.registry.version import NOT_SPIKING, PROVED, REFUTED
 from spikefleet.tasks import Task
-from spikefleet.training.checkpoints import write_json
 from spikefleet.training.evaluation import first_batches
 from spikefleet_models.equivalence import EquivalenceProof, FlipCount, check_equivalence, count_flips
 from spikefleet_models.neurons import spiking_nodes

@@ -21,7 +21,7 @@ from spikefleet.cluster.session import ray_session
 from spikefleet.config.schema import Config, parse_config
 from spikefleet.data_access import absolute_location
 from spikefleet.errors import RunError, UserError
-from spikefleet.training.checkpoints import read_json, write_json
+from spikefleet.files import read_json, write_json
 from spikefleet.training.distributed import World
 from spikefleet.training.event_log import STOPPED, TAKEN_OVER, EventReader, EventWriter, new_launch
 from spikefleet.training.events import Outlet, Silence, WorkerFailed

@@ -17,6 +17,7 @@ from spikefleet.registry.package import picture_batch
 from spikefleet.tasks.detection import Detection
 from spikefleet.training.distributed import World, pick_device
 from spikefleet.training.evaluation import autocast
+from spikefleet_tune.atomic import replacing
 
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
 
@@ -95,9 +96,8 @@ def _picture_files(paths: Sequence[Path]) -> Iterator[Path]:
 
 def _write_picture(picture: torch.Tensor, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(partial, format="png")
-    partial.replace(path)
+    with replacing(path) as partial:
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(partial, format="png")
 
 
 def _check(file: Path) -> None:

@@ -13,10 +13,11 @@ from torch import nn
 from spikefleet.config.schema import Config, parse_config
 from spikefleet.data_access import open_data
 from spikefleet.errors import UserError
+from spikefleet.files import read_json
 from spikefleet.registry.package import CARD, load_network
 from spikefleet.runs.run_dir import DATA_FACTS, Run, find_run
 from spikefleet.tasks import Task, build_task
-from spikefleet.training.checkpoints import Snapshot, load_checkpoint, read_json
+from spikefleet.training.checkpoints import Snapshot, load_checkpoint
 from spikefleet.training.distributed import World, pick_device
 from spikefleet.training.evaluation import Evaluation, evaluate
 from spikefleet_models.build import build_model

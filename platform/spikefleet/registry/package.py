@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from spikefleet.errors import UserError
-from spikefleet.hashing import sha256_of
+from spikefleet.files import read_json, sha256_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -81,7 +81,7 @@ def read_card(directory: Path, expected_content_hash: str | None = None) -> Card
     path = directory / CARD
     if not path.is_file() or path.stat().st_size > _MAX_CARD_BYTES:
         raise UserError(f"{directory} holds no registered network: there is no valid {CARD}")
-    content = _read_json(path)
+    content = read_json(path)
     try:
         card = Card({str(name): str(digest) for name, digest in content["sha256"].items()}, dict(content["facts"]))
         version = content["format"]
@@ -149,7 +149,7 @@ def model_config(config: Mapping[str, Any], where: str) -> "ModelConfig":
 
 def read_config(directory: Path) -> dict[str, Any]:
     """The run's configuration; raises UserError unless it has the sections of a network."""
-    config = _read_json(directory / CONFIG)
+    config = read_json(directory / CONFIG)
     _check_sections(config, str(directory / CONFIG))
     return dict(config)
 
@@ -157,13 +157,6 @@ def read_config(directory: Path) -> dict[str, Any]:
 def _check_sections(config: Any, where: str) -> None:
     if not isinstance(config, Mapping) or not {"model", "data", "task"} <= config.keys():
         raise UserError(f"{where} lacks the sections model, data and task of a run's configuration")
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged; it cannot be read as JSON: {str(error)[:100]}") from None
 
 
 def load_weights(network: "torch.nn.Module", path: Path) -> None:

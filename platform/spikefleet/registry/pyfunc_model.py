@@ -7,10 +7,10 @@ import mlflow
 import numpy as np
 import torch
 
+from spikefleet.files import read_json
 from spikefleet.registry.package import CARD, load_network, model_config, picture_batch
 from spikefleet.runs.run_dir import DATA_FACTS
 from spikefleet.tasks.detection import Detection
-from spikefleet.training.checkpoints import read_json
 from spikefleet_models.build import build_criterion
 
 

@@ -9,10 +9,10 @@ from typing import Any
 from rich.table import Table
 
 from spikefleet import plots
+from spikefleet.files import write_json
 from spikefleet.reproduction.reproduce import Cell, ReproducedRow, Reproduction
 from spikefleet.reproduction.table import Column
-from spikefleet.training.checkpoints import write_json
-from spikefleet_tune.journal import write_atomically
+from spikefleet_tune.atomic import write_atomically
 
 REPORT = "report.md"
 

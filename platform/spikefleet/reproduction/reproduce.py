@@ -22,13 +22,13 @@ from rich.console import Console
 from spikefleet.certificates.energy_card import ENERGY
 from spikefleet.config.schema import Config, load_config
 from spikefleet.errors import UserError
+from spikefleet.files import read_json
 from spikefleet.reproduction.table import Column, Entry, PaperTable, Scale
 from spikefleet.runs.run_dir import Run
 from spikefleet.search.mlflow_observer import FLUSH_S, SearchLaunch
 from spikefleet.search.run_search import read_tracked_search, run_tracked_search
 from spikefleet.search.trial import chooses_data
 from spikefleet.tracking.tracker import Tracker, resolve_tracking_uri
-from spikefleet.training.checkpoints import read_json
 from spikefleet.versions import code_version
 from spikefleet_models.build import build_model
 from spikefleet_models.energy import EnergyCard, energy_at_rates, energy_constants

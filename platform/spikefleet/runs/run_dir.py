@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from spikefleet.training.checkpoints import CheckpointFolder, read_json, verify_checkpoint, write_json
+from spikefleet.training.checkpoints import CheckpointFolder, verify_checkpoint
+from spikefleet.files import read_json, write_json
 from spikefleet.config.schema import Config, differences, parse_config
 from spikefleet.errors import UserError
 from spikefleet_pipelines.store.manifest import Manifest

@@ -9,9 +9,9 @@ from typing import Any
 
 from spikefleet.config.schema import Config, leaves
 from spikefleet.errors import UserError
+from spikefleet.files import read_json, write_json
 from spikefleet.search.display import SearchDisplay
 from spikefleet.tracking.tracker import Tracker, resolve_tracking_uri
-from spikefleet.training.checkpoints import read_json, write_json
 from spikefleet.versions import code_version, library_versions
 from spikefleet_tune.journal import TrialRecord
 from spikefleet_tune.ledger import Counts, TrialStart

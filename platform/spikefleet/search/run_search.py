@@ -20,6 +20,7 @@ from spikefleet.cluster.session import quiet_ray
 from spikefleet.config.schema import Config
 from spikefleet.data_access import absolute_location, open_data
 from spikefleet.errors import RunError, UserError
+from spikefleet.files import write_json
 from spikefleet.registry.api import Promotion
 from spikefleet.runs.registration import register_run
 from spikefleet.runs.run_dir import Run
@@ -28,7 +29,6 @@ from spikefleet.search.mlflow_observer import FLUSH_S, DataFacts, SearchLaunch, 
 from spikefleet.search.trial import TrialSetting, as_trial, mutable_keys, refusal_of, reportable, reported_by_epoch
 from spikefleet.tasks import build_task
 from spikefleet.tracking.tracker import Tracker, resolve_tracking_uri
-from spikefleet.training.checkpoints import write_json
 from spikefleet_pipelines.store.reader import Store
 from spikefleet_tune.errors import SearchError
 from spikefleet_tune.journal import KnownPoint, SearchFolder, TrialRecord

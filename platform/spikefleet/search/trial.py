@@ -13,9 +13,10 @@ import torch
 from spikefleet.certificates.energy_card import measure_energy, write_card
 from spikefleet.config.schema import Config, load_config
 from spikefleet.errors import UserError
+from spikefleet.files import write_json
 from spikefleet.inference.trained_network import best_network
 from spikefleet.runs.run_dir import Run
-from spikefleet.training.checkpoints import load_checkpoint, write_json
+from spikefleet.training.checkpoints import load_checkpoint
 from spikefleet.training.distributed import World
 from spikefleet.training.event_log import TakingOver
 from spikefleet.training.events import CheckpointSaved, EpochDone, Event, Started

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from spikefleet import plots
-from spikefleet.training.checkpoints import write_json
+from spikefleet.files import write_json
 from spikefleet_models.shortcut import ShortcutConfig, ShortcutLogits, shortcut_loss
 from spikefleet_pipelines.loading import Batch
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from spikefleet import plots
 from spikefleet.errors import UserError
+from spikefleet.files import write_json
 from spikefleet.tasks.coco_metrics import FIGURES, FoundBoxes, box_confusion, evaluate_boxes, ground_truth, results
-from spikefleet.training.checkpoints import write_json
 from spikefleet_models.detection import DetectionCriterion, Objects
 from spikefleet_pipelines.loading import Batch
 from spikefleet_pipelines.store.annotations import Annotations, Target

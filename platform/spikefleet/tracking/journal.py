@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from spikefleet.errors import UserError
+from spikefleet.files import write_json
 
 JOURNAL = "tracking.jsonl"
 DELIVERED = "tracking.delivered.json"
@@ -111,12 +112,7 @@ class Journal:
 
     def mark_delivered(self, delivered: Delivered) -> None:
         """Moves the delivered position, atomically."""
-        temporary = self.directory / (DELIVERED + ".tmp")
-        with temporary.open("w") as file:
-            json.dump(asdict(delivered), file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.directory / DELIVERED)
+        write_json(self.directory / DELIVERED, asdict(delivered))
         self.delivered = delivered
 
     def close(self) -> None:

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from spikefleet.errors import UserError
-from spikefleet.hashing import sha256_of
+from spikefleet.files import sha256_of
 from spikefleet.tracking.delivery import MAX_METRICS, MAX_PARAMS_OR_TAGS, SPOOL, Delivery, Sender, public_uri
 from spikefleet.tracking.journal import JOURNAL, Journal, Record
+from spikefleet_tune.atomic import replacing
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -257,9 +258,8 @@ class Tracker:
         directory = self._journal.directory / SPOOL / digest[:16]
         directory.mkdir(parents=True, exist_ok=True)
         if not (directory / name).exists():
-            temporary = directory / (name + ".tmp")
-            write(temporary)
-            temporary.replace(directory / name)
+            with replacing(directory / name) as partial:
+                write(partial)
         self._append("artifact", digest=digest[:16], name=name, folder=folder)
 
 

@@ -6,8 +6,6 @@ the SHA-256 of every other file, is written last; then the directory is renamed.
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from spikefleet.errors import RunError, UserError
-from spikefleet.hashing import sha256_of
+from spikefleet.files import read_json, sha256_of, write_json
 from spikefleet.versions import library_versions
+from spikefleet_tune.atomic import sync
 
 _MANIFEST = "checkpoint.json"
 _FORMAT = 1
@@ -75,11 +74,11 @@ class CheckpointFolder:
             manifest = {"format": _FORMAT, "step": step, "versions": library_versions(), "sha256": files}
             write_json(partial / _MANIFEST, manifest)
             for path in partial.iterdir():
-                _flush(path)
-            _flush(partial)
+                sync(path)
+            sync(partial)
             shutil.rmtree(final, ignore_errors=True)
             partial.replace(final)
-            _flush(self.folder)
+            sync(self.folder)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise RunError(
@@ -167,30 +166,3 @@ def restore_optimizer(
         name, _, key = path.rpartition("/")
         parameter = parameters[name]
         optimizer.state[parameter][key] = tensor.to(parameter.device) if tensor.ndim else tensor
-
-
-# ------------------------------------------------------------------------------------------------------ files
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Writes JSON under a temporary name and moves it into place."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
-def read_json(path: Path) -> Any:
-    """Reads JSON. Raises UserError naming the file when it is none."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from None
-
-
-def _flush(path: Path) -> None:
-    """Makes a file or directory entry survive a crash of the machine."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from spikefleet.errors import UserError
-from spikefleet.training.checkpoints import read_json, write_json
+from spikefleet.files import read_json, write_json
 from spikefleet.training.events import (
     CheckpointSaved,
     EpochDone,
