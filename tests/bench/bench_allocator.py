@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
 
-from spikefleet.config.schema import load_config
+from spikefleet.config.recipes import load_config, parse_overrides
 from spikefleet.training.malloc import keep_freed_memory
 from spikefleet_models.build import build_model
 
@@ -36,7 +36,7 @@ def median_step(recipe: str, overrides: list[str], steps: int, keep: bool, resul
     torch.set_num_threads(1)
     if keep:
         keep_freed_memory()
-    config = load_config(recipe, overrides)
+    config = load_config(recipe, parse_overrides(overrides))
     model = build_model(config.model).to(memory_format=torch.channels_last).train()
     images = torch.randn(config.train.global_batch // _WORKERS, config.model.in_channels, 28, 28)
     labels = torch.randint(0, 10, (len(images),))

@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 
 from spikefleet.cluster.session import quiet_ray
-from spikefleet.config.schema import Config, load_config
+from spikefleet.config.recipes import load_config, parse_overrides
+from spikefleet.config.schema import Config
 from spikefleet.training.distributed import World
 from spikefleet.training.events import Silence
 from spikefleet.training.loop import train
@@ -66,7 +67,9 @@ def main() -> None:
     options = parser.parse_args()
     quiet_ray()
     rounds, epochs = (2, 3) if options.quick else (5, 6)
-    config = load_config("digits", [f"train.epochs={epochs}", "checkpoint.every_epochs=100", "cluster.workers=1"])
+    config = load_config(
+        "digits", parse_overrides([f"train.epochs={epochs}", "checkpoint.every_epochs=100", "cluster.workers=1"])
+    )
     pairs = []
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)

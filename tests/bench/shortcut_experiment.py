@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from matplotlib import pyplot as plt
 
-from spikefleet.config.schema import load_config
+from spikefleet.config.recipes import load_config, parse_overrides
 from spikefleet.training.distributed import World
 from spikefleet.training.events import Event, StepDone
 from spikefleet.training.loop import train
@@ -67,7 +67,7 @@ class Norms:
 def run(job: Job) -> dict[str, Any]:
     torch.set_num_threads(1)
     settings = [*NETWORK, *VARIANTS[job.variant], f"train.epochs={job.epochs}", f"train.seed={job.seed}"]
-    config = load_config("digits", [*settings, "cluster.workers=0"])
+    config = load_config("digits", parse_overrides([*settings, "cluster.workers=0"]))
     norms = Norms()
     store = Store.open(f"{job.folder}/digits")
     outcome = train(config, store, Path(job.folder) / f"{job.variant}-{job.seed}", World.alone(), norms)

@@ -16,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from spikefleet.cli import app
-from spikefleet.config.schema import load_config
+from spikefleet.config.recipes import load_config, parse_overrides
 from spikefleet.tasks.coco_metrics import FIGURES
 from spikefleet.training.checkpoints import CheckpointFolder, load_checkpoint
 from spikefleet.training.distributed import World
@@ -51,7 +51,7 @@ class PlannedFaultError(Exception):
 def test_a_detector_that_is_stopped_goes_on_bit_for_bit(
     recipe: str, settings: list[str], scenes: Path, tmp_path: Path
 ) -> None:
-    config = load_config(recipe, [*settings, "cluster.workers=0"])
+    config = load_config(recipe, parse_overrides([*settings, "cluster.workers=0"]))
     store = Store.open(scenes)
 
     def fault(world: World, step: int) -> None:
@@ -143,7 +143,7 @@ def test_a_network_without_spikes_has_nothing_to_prove_and_one_with_sums_is_refu
     manifest = store.manifest
 
     def verdict(*overrides: str) -> Any:
-        config = load_config("scenes_retinanet", [*RETINA, *overrides])
+        config = load_config("scenes_retinanet", parse_overrides([*RETINA, *overrides]))
         task = build_task(config, manifest.class_names, manifest.category_ids or ())
         return check_spikes(build_model(config.model).eval(), task, config, store.split("val"), pictures=1)
 

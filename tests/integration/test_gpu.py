@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from spikefleet.config.schema import load_config
+from spikefleet.config.recipes import load_config, parse_overrides
 from spikefleet.training.distributed import World
 from spikefleet.training.events import Silence
 from spikefleet.training.loop import train
@@ -45,7 +45,7 @@ def test_lean_form_equals_the_reference_on_cuda(connection: str, layout: torch.m
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_training_on_cuda(precision: str, stores_dir: Path, tmp_path: Path) -> None:
     settings = [f"train.precision={precision}", "train.epochs=4", "train.channels_last=true", "cluster.gpu=true"]
-    config = load_config("digits", [*settings, "cluster.workers=0"])
+    config = load_config("digits", parse_overrides([*settings, "cluster.workers=0"]))
     store = Store.open(stores_dir / "digits")
     outcome = train(config, store, tmp_path, World.alone(gpu=True), Silence())
     assert outcome.validation["top1"] > 0.6

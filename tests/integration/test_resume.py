@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from spikefleet.cluster.ray_train import train_on_ray
-from spikefleet.config.schema import Config, load_config
+from spikefleet.config.recipes import load_config, parse_overrides
+from spikefleet.config.schema import Config
 from spikefleet.errors import RunError, UserError
 from spikefleet.training.checkpoints import CheckpointFolder, load_checkpoint
 from spikefleet.training.distributed import World
@@ -90,7 +91,7 @@ class Recorder:
 
 @pytest.fixture(scope="module")
 def config() -> Config:
-    return load_config("digits", SETTINGS)
+    return load_config("digits", parse_overrides(SETTINGS))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import distributed as dist
 
-from spikefleet.config.schema import load_config
+from spikefleet.config.recipes import load_config, parse_overrides
 from spikefleet.training.checkpoints import load_checkpoint
 from spikefleet.training.distributed import World
 from spikefleet.training.events import Silence
@@ -31,7 +31,14 @@ def rank_process(rank: int, rendezvous: str, store: Path, run_dir: Path, stop_at
             os._exit(9)
 
     world = World(rank, RANKS, torch.device("cpu"))
-    train(load_config("digits", SETTINGS), Store.open(store, verify=False), run_dir, world, Silence(), before_step)
+    train(
+        load_config("digits", parse_overrides(SETTINGS)),
+        Store.open(store, verify=False),
+        run_dir,
+        world,
+        Silence(),
+        before_step,
+    )
     dist.destroy_process_group()
 
 

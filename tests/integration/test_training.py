@@ -11,7 +11,8 @@ from PIL import Image
 from rich.console import Console
 
 from spikefleet.cluster.ray_train import train_on_ray
-from spikefleet.config.schema import Config, load_config
+from spikefleet.config.recipes import load_config, parse_overrides
+from spikefleet.config.schema import Config
 from spikefleet.errors import RunError, UserError
 from spikefleet.runs.run_dir import Run
 from spikefleet.runs.train_run import Launch, run_training
@@ -84,7 +85,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(
     frozen_statistics(monkeypatch)
     ends = []
     for parts in (1, 4):
-        config = load_config("digits", [*SMALL, f"train.accumulate={parts}"])
+        config = load_config("digits", parse_overrides([*SMALL, f"train.accumulate={parts}"]))
         _, steps = run(config, store, tmp_path / str(parts))
         ends.append((end(tmp_path / str(parts)), [row["train/loss"] for row in steps.rows]))
     (whole, losses), (cut, cut_losses) = ends
@@ -110,10 +111,10 @@ def test_two_workers_have_the_gradient_of_one(
         SGResNet.train = train_without_batch_norm  # type: ignore[method-assign]
 
     both = Steps()
-    config = load_config("digits", [*SMALL, "cluster.workers=2", "optim.lr=1.0e-7"])
+    config = load_config("digits", parse_overrides([*SMALL, "cluster.workers=2", "optim.lr=1.0e-7"]))
     train_on_ray(config, store, tmp_path / "two", both, before_step=freeze)
     frozen_statistics(monkeypatch)
-    _, alone = run(load_config("digits", [*SMALL, "optim.lr=1.0e-7"]), store, tmp_path / "one")
+    _, alone = run(load_config("digits", parse_overrides([*SMALL, "optim.lr=1.0e-7"])), store, tmp_path / "one")
     norms = [row["gradient/norm"] for row in alone.rows]
     assert len(norms) == 21
     assert [row["gradient/norm"] for row in both.rows] == pytest.approx(norms, rel=1e-3)
@@ -138,7 +139,7 @@ def test_resumption_is_exact(settings: list[str], store: Store, tmp_path: Path) 
         if step == 11:
             raise StopTrainingError
 
-    config = load_config("digits", [*SMALL, "checkpoint.every_steps=4", *settings])
+    config = load_config("digits", parse_overrides([*SMALL, "checkpoint.every_steps=4", *settings]))
     train(config, store, tmp_path / "whole", World.alone(), Steps())
     with pytest.raises(StopTrainingError):
         train(config, store, tmp_path / "cut", World.alone(), Steps(), before_step=stop)
@@ -152,7 +153,7 @@ def test_resumption_is_exact(settings: list[str], store: Store, tmp_path: Path) 
 
 def test_same_seed_same_bits_and_another_seed_others(store: Store, tmp_path: Path) -> None:
     one, two, other = (
-        run(load_config("digits", [*SMALL, f"train.seed={seed}"]), store, tmp_path / name)[1].rows
+        run(load_config("digits", parse_overrides([*SMALL, f"train.seed={seed}"])), store, tmp_path / name)[1].rows
         for name, seed in (("one", 0), ("two", 0), ("other", 1))
     )
     assert [row["train/loss"] for row in one] == [row["train/loss"] for row in two]
@@ -168,7 +169,7 @@ def test_a_run_that_ends_during_its_proof_goes_on_from_there(
     def certify(*parts: object) -> None:
         raise trouble
 
-    config, launch = load_config("digits", SMALL), Launch("cut", tmp_path / "runs", stores_dir)
+    config, launch = load_config("digits", parse_overrides(SMALL)), Launch("cut", tmp_path / "runs", stores_dir)
     with monkeypatch.context() as patch:
         patch.setattr("spikefleet.runs.train_run.certify", certify)
         with pytest.raises(type(trouble)):
@@ -191,7 +192,7 @@ def test_golden_losses(recipe: str, store: Store, tmp_path: Path) -> None:
         if step == len(GOLDEN[recipe]):
             raise EnoughError
 
-    config, steps = load_config(recipe, ["tracking.every_steps=1", "cluster.workers=0"]), Steps()
+    config, steps = load_config(recipe, parse_overrides(["tracking.every_steps=1", "cluster.workers=0"])), Steps()
     with pytest.raises(EnoughError):
         train(config, store, tmp_path, World.alone(), steps, stop)
     assert [row["train/loss"] for row in steps.rows] == pytest.approx(GOLDEN[recipe], rel=2e-3)
@@ -216,12 +217,13 @@ def test_gradient_that_is_not_finite_names_its_parameter(
 
     monkeypatch.setattr(Classification, "loss", broken)
     with pytest.raises(NonFiniteError, match=r"gradient is not finite at step 3 \(epoch 1\): classifier.bias;"):
-        run(load_config("digits", SMALL), store, tmp_path)
+        run(load_config("digits", parse_overrides(SMALL)), store, tmp_path)
 
 
 def test_side_branches_exist_in_training_only(store: Store, tmp_path: Path) -> None:
     plain, branched = (
-        load_config("digits", [*SMALL, *extra]) for extra in ([], ["shortcut.where=stage", "shortcut.lambda0=0.5"])
+        load_config("digits", parse_overrides([*SMALL, *extra]))
+        for extra in ([], ["shortcut.where=stage", "shortcut.lambda0=0.5"])
     )
     _, without = run(plain, store, tmp_path / "plain")
     _, steps = run(branched, store, tmp_path / "branched")
@@ -239,7 +241,9 @@ def test_side_branches_exist_in_training_only(store: Store, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_learns(precision: str, store: Store, tmp_path: Path) -> None:
-    outcome, steps = run(load_config("digits", [*SMALL, f"train.precision={precision}"]), store, tmp_path)
+    outcome, steps = run(
+        load_config("digits", parse_overrides([*SMALL, f"train.precision={precision}"])), store, tmp_path
+    )
     assert steps.rows[-1]["train/loss"] < steps.rows[0]["train/loss"]
     assert {tensor.dtype for tensor in end(tmp_path).tensors["model"].values()} == {torch.float32, torch.int64}
     assert outcome.steps == 21
@@ -247,19 +251,21 @@ def test_mixed_precision_learns(precision: str, store: Store, tmp_path: Path) ->
 
 def test_wrong_number_of_classes_and_unknown_metric_are_refused(store: Store, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model.num_classes=7, but the data have 10 classes; set model.num_classes=10"):
-        run(load_config("digits", [*SMALL, "model.num_classes=7"]), store, tmp_path)
+        run(load_config("digits", parse_overrides([*SMALL, "model.num_classes=7"])), store, tmp_path)
     with pytest.raises(UserError, match=r"checkpoint.metric='map50'.*top1"):
-        run(load_config("digits", [*SMALL, "checkpoint.metric=map50"]), store, tmp_path)
+        run(load_config("digits", parse_overrides([*SMALL, "checkpoint.metric=map50"])), store, tmp_path)
 
 
 def test_storage_that_refuses_ends_the_run_with_a_sentence(store: Store, tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("in the way")
     with pytest.raises(RunError, match="could not be written"):
-        run(load_config("digits", SMALL), store, tmp_path)
+        run(load_config("digits", parse_overrides(SMALL)), store, tmp_path)
 
 
 def test_health_and_gradients_are_reported(store: Store, tmp_path: Path) -> None:
-    outcome, steps = run(load_config("digits", [*SMALL, "tracking.health_every_steps=10"]), store, tmp_path)
+    outcome, steps = run(
+        load_config("digits", parse_overrides([*SMALL, "tracking.health_every_steps=10"])), store, tmp_path
+    )
     measured = [row for row in steps.rows if "spikes/firing_rate" in row]
     assert len(measured) == 2
     for row in measured:
@@ -287,6 +293,6 @@ def test_encoded_pictures_of_varying_size(layout: str, tmp_path: Path) -> None:
     small = ["model.width=0.125", "model.num_classes=2", "train.epochs=3", "train.global_batch=8", "optim.lr=0.01"]
     crops = ["data.transform.random_resized_crop=32", "data.transform.resize=36", "data.transform.center_crop=32"]
     settings = [*small, *crops, "data.loader_processes=1", "cluster.workers=0", f"train.channels_last={layout}"]
-    outcome, _ = run(load_config("imagenet_sg_resnet18", settings), store, tmp_path / "run")
+    outcome, _ = run(load_config("imagenet_sg_resnet18", parse_overrides(settings)), store, tmp_path / "run")
     assert outcome.steps == 9
     assert outcome.test["top1"] >= 0.5

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from spikefleet.config.schema import differences, list_recipes, load_config, parse_config, recipe_header
+from spikefleet.config.recipes import list_recipes, load_config, parse_config, parse_overrides, recipe_header
+from spikefleet.config.schema import differences
 from spikefleet.errors import UserError
 from spikefleet_models.build import build_model
 
@@ -25,7 +26,9 @@ def test_recipe_resolves_and_names_command_hardware_time_and_expectation(name: s
 @pytest.mark.parametrize("connection", ["bsg_star", "add", "and", "iand", "post_add", "ann"])
 def test_ablations_are_overrides(name: str, connection: str) -> None:
     overrides = [f"model.connection={connection}", "model.decoder=rate", "model.width=0.0625"]
-    assert build_model(load_config(name, overrides).model).timesteps == (1 if connection == "ann" else 4)
+    assert build_model(load_config(name, parse_overrides(overrides)).model).timesteps == (
+        1 if connection == "ann" else 4
+    )
 
 
 def test_paper_schedules() -> None:
@@ -62,7 +65,7 @@ def test_paper_schedules() -> None:
 )
 def test_bad_override_is_named_with_its_remedy(override: str, parts: tuple[str, ...]) -> None:
     with pytest.raises(UserError) as caught:
-        load_config("digits", ["cluster.workers=2", override])
+        load_config("digits", parse_overrides(["cluster.workers=2", override]))
     for part in parts:
         assert part in str(caught.value)
 
@@ -112,7 +115,7 @@ def test_base_that_comes_back_to_itself(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_dump_reads_back() -> None:
-    config = load_config("imagenet_sg_resnet18", ["model.neuron.kind=plif"])
+    config = load_config("imagenet_sg_resnet18", parse_overrides(["model.neuron.kind=plif"]))
     assert parse_config(config.dump(), "dump") == config
 
 
@@ -120,11 +123,11 @@ def test_identity_covers_what_is_learnt_and_nothing_else() -> None:
     config = load_config("digits")
     here = ("tracking.every_steps=3", "cluster.max_failures=0", "data.loader_processes=1", "checkpoint.keep_last=9")
     for same in here:
-        other = load_config("digits", [same])
+        other = load_config("digits", parse_overrides([same]))
         assert other.digest() == config.digest(), same
         assert differences(config.dump(), other.dump()) == [], same
     for different in ("optim.lr=0.2", "model.timesteps=2", "train.seed=1", "cluster.workers=2", "cluster.gpu=true"):
-        other = load_config("digits", [different])
+        other = load_config("digits", parse_overrides([different]))
         assert other.digest() != config.digest(), different
         (line,) = differences(config.dump(), other.dump())
         assert line.startswith(different.partition("=")[0])
@@ -139,4 +142,4 @@ def test_identity_covers_what_is_learnt_and_nothing_else() -> None:
 )
 def test_branches_that_cannot_be_are_refused_with_the_configuration(overrides: list[str], part: str) -> None:
     with pytest.raises(UserError, match=part):
-        load_config("digits", ["shortcut.where=stage", *overrides])
+        load_config("digits", parse_overrides(["shortcut.where=stage", *overrides]))

@@ -23,7 +23,7 @@ import yaml
 from jsonschema import Draft202012Validator
 
 import spikefleet.cli
-from spikefleet.config.schema import list_recipes
+from spikefleet.config.recipes import list_recipes
 
 Manifest = dict[str, Any]
 

@@ -13,7 +13,7 @@ import typer
 
 from spikefleet.cli import app
 from spikefleet.cli.inspection import _untrained
-from spikefleet.config.schema import list_recipes, load_config
+from spikefleet.config.recipes import list_recipes, load_config, parse_overrides
 from spikefleet.errors import UserError
 from spikefleet.reproduction.table import list_tables, load_table
 from spikefleet_tune.errors import SearchError
@@ -68,7 +68,7 @@ def check(words: list[str]) -> None:
         recipes = [scale.recipe for group in table.groups for at, scale in group.scales.items() if at == given["scale"]]
         assert recipes
     for recipe in set(recipes) - {"gen1_spike_yolo_s"}:  # event data are still to come
-        load_config(recipe, overrides)
+        load_config(recipe, parse_overrides(overrides))
 
 
 @pytest.mark.parametrize("path", [*READMES, *HEADERS], ids=lambda path: str(path.relative_to(ROOT)))

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from spikefleet.config.schema import Config, load_config
+from spikefleet.config.recipes import load_config, parse_overrides
+from spikefleet.config.schema import Config
 from spikefleet.errors import UserError
 from spikefleet.runs.run_dir import Run, check_run_name, default_run_name, find_run
 from spikefleet.training.checkpoints import Snapshot
@@ -22,7 +23,7 @@ def manifest(stores_dir: Path) -> Manifest:
 
 @pytest.fixture
 def config() -> Config:
-    return load_config("digits", ["cluster.workers=2"])
+    return load_config("digits", parse_overrides(["cluster.workers=2"]))
 
 
 @pytest.mark.parametrize("name", ["a/b", "../a", "a\\b", "", ".hidden", "a" * 101, "a..b", "a\0b", "a b", "ａ"])
@@ -32,10 +33,10 @@ def test_names_that_could_leave_the_folder_are_refused(name: str) -> None:
 
 
 def test_default_name_follows_what_is_learnt(config: Config) -> None:
-    same = load_config("digits", ["cluster.workers=2", "cluster.max_failures=0"])
+    same = load_config("digits", parse_overrides(["cluster.workers=2", "cluster.max_failures=0"]))
     assert default_run_name(config) == default_run_name(same)
     for other in (["optim.lr=0.3", "cluster.workers=2"], ["cluster.workers=1"]):
-        assert default_run_name(config) != default_run_name(load_config("digits", other))
+        assert default_run_name(config) != default_run_name(load_config("digits", parse_overrides(other)))
 
 
 def test_resumption_with_other_values_is_refused_field_by_field(
@@ -44,7 +45,7 @@ def test_resumption_with_other_values_is_refused_field_by_field(
     run = Run(tmp_path / "mine")
     run.begin(config, manifest)
     run.begin(config, manifest)
-    other = load_config("digits", ["model.timesteps=2", "optim.lr=0.3", "cluster.workers=4"])
+    other = load_config("digits", parse_overrides(["model.timesteps=2", "optim.lr=0.3", "cluster.workers=4"]))
     with pytest.raises(UserError) as caught:
         run.begin(other, manifest)
     for part in ("model.timesteps: 4 in the run, 2", "optim.lr: 0.1 in the run, 0.3", "workers: 2 in the run, 4"):

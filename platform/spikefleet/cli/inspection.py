@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -11,7 +10,8 @@ import typer
 from rich.table import Table
 
 from spikefleet.cli.app import Network, RunsDir, StoresDir, app, console
-from spikefleet.config.schema import list_recipes, load_config, override_model
+from spikefleet.config.messages import did_you_mean
+from spikefleet.config.recipes import list_recipes, load_config, override_model, parse_overrides
 from spikefleet.errors import RunError, UserError
 
 if TYPE_CHECKING:
@@ -177,13 +177,14 @@ def _untrained(name: str, overrides: Sequence[str]) -> nn.Module:
 
     from spikefleet_models.build import build_model, list_models, model_config
 
+    changes = parse_overrides(overrides)
     if name in list_models():
-        config = override_model(model_config(name), overrides, name)
+        config = override_model(model_config(name), changes, name)
     elif name in list_recipes() or name.endswith((".yaml", ".yml")):
-        config = load_config(name, overrides).model
+        config = load_config(name, changes).model
     else:
-        near = difflib.get_close_matches(name, [*list_models(), *list_recipes()], n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else "`spikefleet recipes` lists the recipes"
+        known = [*list_models(), *list_recipes()]
+        hint = did_you_mean(name, known, "`spikefleet recipes` lists the recipes", most=3)
         raise UserError(f"{name!r} is neither a model nor a recipe; {hint}")
     with torch.device("meta"):
         return build_model(config)

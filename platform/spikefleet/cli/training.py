@@ -22,7 +22,8 @@ from spikefleet.cli.app import (
     console,
     stderr,
 )
-from spikefleet.config.schema import Config, list_recipes, load_config, override_config, recipe_header
+from spikefleet.config.recipes import list_recipes, load_config, override_config, parse_overrides, recipe_header
+from spikefleet.config.schema import Config
 from spikefleet.errors import UserError
 
 config_app = typer.Typer(help="Look at configurations.", no_args_is_help=True)
@@ -51,9 +52,11 @@ def train(
     from spikefleet.runs.run_dir import find_run
     from spikefleet.runs.train_run import Launch, run_training
 
-    extra = [f"cluster.workers={workers}"] if workers is not None else []
-    extra += ["cluster.gpu=true"] if gpu else []
-    wanted = [*(overrides or []), *extra]
+    wanted = parse_overrides(overrides or [])
+    if workers is not None:
+        wanted["cluster.workers"] = workers
+    if gpu:
+        wanted["cluster.gpu"] = True
     if resume is None:
         config = load_config(recipe, wanted)
     elif name not in (None, resume):
@@ -173,5 +176,5 @@ def recipes() -> None:
 @config_app.command("show")
 def show_config(recipe: Recipe, overrides: Overrides = None) -> None:
     """Print a recipe with its overrides, resolved and checked."""
-    config: Config = load_config(recipe, overrides or [])
+    config: Config = load_config(recipe, parse_overrides(overrides or []))
     sys.stdout.write(yaml.safe_dump(config.dump(), sort_keys=False))

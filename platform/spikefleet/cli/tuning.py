@@ -25,17 +25,17 @@ from spikefleet.cli.app import (
     stderr,
 )
 from spikefleet.cli.training import Overrides
-from spikefleet.config.schema import parse_override
+from spikefleet.config.recipes import parse_overrides
 from spikefleet.errors import UserError
 
 _WHERE_DATA_LIE = ("data.root", "data.store", "data.loader_processes")
 
 
-def split_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Overrides that decide what is learnt, by key; and those that only say where data lie and how they are loaded."""
-    parsed = [(parse_override(override), override) for override in overrides]
-    data = tuple(text for (key, _), text in parsed if key in _WHERE_DATA_LIE)
-    return {key: value for (key, value), _ in parsed if key not in _WHERE_DATA_LIE}, data
+def split_overrides(texts: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Overrides that decide what is learnt, and those that only say where data lie and how they are loaded."""
+    overrides = parse_overrides(texts)
+    data = {key: value for key, value in overrides.items() if key in _WHERE_DATA_LIE}
+    return {key: value for key, value in overrides.items() if key not in data}, data
 
 
 @contextmanager

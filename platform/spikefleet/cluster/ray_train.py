@@ -18,7 +18,8 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from spikefleet.cluster.session import ray_session
-from spikefleet.config.schema import Config, parse_config
+from spikefleet.config.recipes import parse_config
+from spikefleet.config.schema import Config
 from spikefleet.data_access import absolute_location
 from spikefleet.errors import RunError, UserError
 from spikefleet.files import read_json, write_json

@@ -1,33 +1,23 @@
 """The configuration of a run: typed, frozen, checked as a whole before anything starts.
 
-A recipe is a YAML file inside the package; `base: NAME` lays a recipe over another one, dotted overrides
-(`model.timesteps=2`) lay over both. Each section is owned by the component it configures.
+Each section is owned by the component it configures.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from importlib import resources
-from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, Tag, TypeAdapter, ValidationError, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from spikefleet.config.strict_yaml import parse_yaml
-from spikefleet.errors import UserError
 from spikefleet_models.build import ModelConfig, task_of
 from spikefleet_models.sg_resnet import SGResNetConfig
 from spikefleet_models.shortcut import ShortcutConfig, branch_channels
 from spikefleet_models.spike_yolo.config import SpikeYoloConfig, SpikingYoloV8Config
 from spikefleet_pipelines.data_config import DataConfig
 
-_RECIPE_LIMIT_BYTES = 1 << 20
 _PLAIN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
 
@@ -260,180 +250,3 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-# ---------------------------------------------------------------------------------------------------- recipes
-
-
-_MODEL: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)
-
-
-def list_recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
-    folder = resources.files("spikefleet") / "recipes"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-
-
-def recipe_header(name: str) -> str:
-    """The comment at the head of a recipe: command, hardware, time, expected metric."""
-    lines = _recipe_text(name).splitlines()
-    return "\n".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
-
-
-def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
-    """Resolves a recipe (a name or a path to a YAML file) and its dotted overrides.
-
-    Raises UserError naming the recipe, key or value that is wrong, the nearest that exists and what is allowed.
-    """
-    tree = _read_recipe(recipe)
-    for override in overrides:
-        apply_override(tree, override)
-    tree.setdefault("recipe", Path(recipe).stem)
-    return parse_config(tree, origin=f"recipe {recipe}")
-
-
-def override_config(config: Config, overrides: Sequence[str], origin: str) -> Config:
-    """A configuration with dotted overrides laid over it. Raises as `load_config`."""
-    tree = config.dump()
-    for override in overrides:
-        apply_override(tree, override)
-    return parse_config(tree, origin)
-
-
-def override_model(model: ModelConfig, overrides: Sequence[str], origin: str) -> ModelConfig:
-    """A model's configuration with overrides such as model.timesteps=2 laid over it. Raises as `load_config`."""
-    tree: dict[str, Any] = {"model": model.model_dump(mode="json")}
-    for override in overrides:
-        apply_override(tree, override)
-    if others := tree.keys() - {"model"}:
-        raise UserError(
-            f"{origin}: a model by its name has only keys model..., not {others.pop()}; give a recipe for those"
-        )
-    try:
-        return _MODEL.validate_python(tree["model"])
-    except ValidationError as error:
-        complaints = [_sentence({**item, "loc": ("model", *item["loc"])}) for item in error.errors()]
-        raise UserError(f"{origin}: " + "; ".join(dict.fromkeys(complaints))) from None
-
-
-def parse_config(tree: Mapping[str, Any], origin: str) -> Config:
-    """Checks plain data against the schema. Raises UserError with one line for each field that is wrong."""
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        complaints = [_sentence(item) for item in error.errors()]
-        raise UserError(f"{origin}: " + "; ".join(dict.fromkeys(complaints))) from None
-
-
-def _recipe_text(recipe: str) -> str:
-    path = Path(recipe)
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise UserError(f"recipe file {recipe} does not exist")
-        if path.stat().st_size > _RECIPE_LIMIT_BYTES:
-            raise UserError(f"recipe file {recipe} has {path.stat().st_size} bytes; a recipe has at most 1 MiB")
-        try:
-            return path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise UserError(f"recipe file {recipe} is not UTF-8 text") from None
-    if recipe not in list_recipes():
-        near = difflib.get_close_matches(recipe, list_recipes(), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "`spikefleet recipes` lists them"
-        raise UserError(f"there is no recipe {recipe!r}; {hint}")
-    return (resources.files("spikefleet") / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
-
-
-def _read_recipe(recipe: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
-    if recipe in below:
-        raise UserError(f"recipe {recipe}: its chain of bases comes back to itself: {' -> '.join((*below, recipe))}")
-    try:
-        tree = parse_yaml(_recipe_text(recipe))
-    except yaml.YAMLError as error:
-        raise UserError(f"recipe {recipe} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"recipe {recipe} is empty or no mapping; it needs at least model, data, train and optim")
-    base = tree.pop("base", None)
-    if base is None:
-        return tree
-    return _overlay(_read_recipe(str(base), (*below, recipe)), tree)
-
-
-def _overlay(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(under)
-    for key, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), dict)
-        merged[key] = _overlay(merged[key], value) if both else value
-    return merged
-
-
-def parse_override(override: str) -> tuple[str, Any]:
-    """Dotted key and value of `section.key=value`. Raises UserError when it has another form."""
-    path, equals, text = override.partition("=")
-    if not equals or not all(path.strip().split(".")):
-        raise UserError(f"override {override!r} is not of the form section.key=value, for example optim.lr=0.05")
-    try:
-        return path.strip(), parse_yaml(text)
-    except yaml.YAMLError:
-        raise UserError(f"override {override!r}: the value {text!r} is not valid YAML") from None
-
-
-def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Sets the value of `section.key=value` in a tree of plain data. Raises UserError."""
-    path, value = parse_override(override)
-    keys = path.split(".")
-    node: Any = tree
-    for key in keys[:-1]:
-        node = node.setdefault(key, {})
-        if not isinstance(node, dict):
-            raise UserError(f"override {override!r}: {key!r} is a value, not a section")
-    node[keys[-1]] = value
-
-
-# --------------------------------------------------------------------------------------------------- sentences
-
-
-def _sentence(error: Mapping[str, Any]) -> str:
-    location, known = _resolve([str(part) for part in error["loc"]])
-    path = ".".join(location)
-    if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean {'.'.join([*location[:-1], near[0]])!r}?" if near else f"known here: {', '.join(known)}"
-        return f"unknown key {path!r}; {hint}"
-    if error["type"] == "missing":
-        return f"{path!r} is missing"
-    message = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    if not path or isinstance(error["input"], Mapping | BaseModel):
-        return f"{path + ': ' if path else ''}{message}"
-    return f"{path}={error['input']!r}: {message}"
-
-
-def _resolve(location: Sequence[str]) -> tuple[list[str], list[str]]:
-    """A location as the user writes it, without the tags of unions that pydantic puts in, and the fields beside its
-    last part."""
-    plain: list[str] = []
-    members: list[tuple[str | None, type[BaseModel]]] = [(None, Config)]
-    beside: list[type[BaseModel]] = [Config]
-    for part in location:
-        if len(members) > 1 and part in (tag for tag, _ in members):
-            members = [(tag, member) for tag, member in members if tag == part]
-            continue
-        plain.append(part)
-        beside = [member for _, member in members]
-        fields = (member.model_fields.get(part) for member in beside)
-        members = [section for field in fields if field for section in _sections_of(field)]
-    return plain, sorted({name for member in beside for name in member.model_fields})
-
-
-def _sections_of(annotation: Any, tag: str | None = None) -> Iterator[tuple[str | None, type[BaseModel]]]:
-    """The configurations that an annotation or a field allows, each with its tag in a union."""
-    if isinstance(annotation, FieldInfo):
-        yield from _sections_of(annotation.annotation)
-    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield tag, annotation
-    elif get_origin(annotation) is Annotated:
-        inner, *notes = get_args(annotation)
-        tag = next((note.tag for note in notes if isinstance(note, Tag)), tag)
-        yield from _sections_of(inner, tag)
-    elif get_origin(annotation) in (Union, UnionType):
-        for argument in get_args(annotation):
-            yield from _sections_of(argument, tag)

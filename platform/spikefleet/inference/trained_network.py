@@ -10,7 +10,8 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
-from spikefleet.config.schema import Config, parse_config
+from spikefleet.config.recipes import parse_config
+from spikefleet.config.schema import Config
 from spikefleet.data_access import open_data
 from spikefleet.errors import UserError
 from spikefleet.files import read_json

@@ -11,7 +11,6 @@ import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ import torch
 from rich.console import Console
 
 from spikefleet.certificates.energy_card import ENERGY
-from spikefleet.config.schema import Config, load_config
+from spikefleet.config.recipes import load_config
+from spikefleet.config.schema import Config
 from spikefleet.errors import UserError
 from spikefleet.files import read_json
 from spikefleet.reproduction.table import Column, Entry, PaperTable, Scale
@@ -157,7 +157,7 @@ def reproduce(plan: ReproductionPlan, launch: SearchLaunch, console: Console) ->
     if not by_recipe and not any(column.origin == "network" for column in plan.table.columns.values()):
         reasons = "; ".join(dict.fromkeys(filter(None, (e.group.refusal(e.row, plan.scale) for e in entries))))
         raise UserError(f"no row of {plan.table.name} can run at scale {plan.scale}: {reasons}")
-    placed = [key for key in map(_key, launch.data) if key in ("data.root", "data.store")]
+    placed = [key for key in launch.data if key in ("data.root", "data.store")]
     if len(by_recipe) > 1 and placed:
         groups = ", ".join(dict.fromkeys(entry.group.name for rows in by_recipe.values() for entry in rows))
         raise UserError(
@@ -321,17 +321,10 @@ def _short_digest(what: Any) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def _key(override: str) -> str:
-    return override.partition("=")[0]
-
-
 def _digest(recipe: str, overrides: Mapping[str, Any]) -> str:
     """What a training learns, however its overrides are spelled."""
     return _config(recipe, overrides).digest()
 
 
 def _config(recipe: str, overrides: Mapping[str, Any]) -> Config:
-    return _resolved(recipe, tuple(sorted(f"{key}={json.dumps(value)}" for key, value in overrides.items())))
-
-
-_resolved = cache(load_config)
+    return load_config(recipe, overrides)

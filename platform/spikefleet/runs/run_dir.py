@@ -15,7 +15,8 @@ from typing import IO, Any
 
 from spikefleet.training.checkpoints import CheckpointFolder, verify_checkpoint
 from spikefleet.files import read_json, write_json
-from spikefleet.config.schema import Config, differences, parse_config
+from spikefleet.config.schema import Config, differences
+from spikefleet.config.recipes import parse_config
 from spikefleet.errors import UserError
 from spikefleet_pipelines.store.manifest import Manifest
 

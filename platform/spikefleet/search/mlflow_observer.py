@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ class SearchLaunch:
     extend: int = 0
     warm_start: str | None = None
     retry_failed: bool = False
-    data: tuple[str, ...] = ()
-    """Overrides that say where the data lie and how they are loaded, such as data.root=/data/cifar."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """Overrides that say where the data lie and how they are loaded, such as `{"data.root": "/data/cifar"}`."""
 
     @property
     def folder(self) -> Path:

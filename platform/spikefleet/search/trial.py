@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from spikefleet.certificates.energy_card import measure_energy, write_card
-from spikefleet.config.schema import Config, load_config
+from spikefleet.config.recipes import load_config
+from spikefleet.config.schema import Config
 from spikefleet.errors import UserError
 from spikefleet.files import write_json
 from spikefleet.inference.trained_network import best_network
@@ -55,23 +55,19 @@ class TrialSetting:
     """Trials take over one another's checkpoints (pbt)."""
     energy_by_epoch: bool = False
     """Energy is measured with each new best checkpoint, so that a trial that is stopped early has one too."""
-    data: tuple[str, ...] = ()
+    data: Mapping[str, Any] = field(default_factory=dict)
     """Overrides that say where the data lie and how they are loaded."""
 
     def config(self, overrides: Overrides) -> Config:
         """The configuration of a trial. Raises UserError naming what is wrong."""
         in_process = self.workers == 1
-        return load_config(
-            self.recipe,
-            [
-                *self.data,
-                *(f"{key}={json.dumps(value)}" for key, value in overrides.items()),
-                f"cluster.workers={0 if in_process else self.workers}",
-                f"cluster.cpus_per_worker={self.cpus_per_worker:g}",
-                f"cluster.gpu={json.dumps(self.gpu)}",
-                *(["checkpoint.every_epochs=1"] if self.hands_on else []),
-            ],
-        )
+        own = {
+            "cluster.workers": 0 if in_process else self.workers,
+            "cluster.cpus_per_worker": self.cpus_per_worker,
+            "cluster.gpu": self.gpu,
+            **({"checkpoint.every_epochs": 1} if self.hands_on else {}),
+        }
+        return load_config(self.recipe, {**self.data, **overrides, **own})
 
 
 def mutable_keys(config: Config, keys: Sequence[str]) -> Callable[[str], bool]:

@@ -1,0 +1,157 @@
+"""Recipes and overrides: from a name and `section.key=value` to a checked configuration.
+
+A recipe is a YAML file inside the package; `base: NAME` merges a recipe into another one, and overrides, a mapping of
+dotted keys such as `{"model.timesteps": 2}`, are merged into both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from spikefleet.config.messages import did_you_mean, sentences
+from spikefleet.config.schema import Config
+from spikefleet.config.strict_yaml import parse_yaml
+from spikefleet.errors import UserError
+from spikefleet_models.build import ModelConfig
+
+_RECIPE_LIMIT_BYTES = 1 << 20
+_MODEL: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)
+
+
+def list_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = resources.files("spikefleet") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def recipe_header(name: str) -> str:
+    """The comment at the head of a recipe: command, hardware, time, expected metric."""
+    lines = _recipe_text(name).splitlines()
+    return "\n".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
+
+
+def load_config(recipe: str, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Resolves a recipe and its overrides.
+
+    Args:
+        recipe: a name (`list_recipes`) or the path of a YAML file.
+        overrides: values by dotted key, such as `{"optim.lr": 0.05}`; a later one overrides an earlier one.
+
+    Raises:
+        UserError: the recipe, key or value that is wrong, the nearest that exists and what is allowed.
+    """
+    tree = _read_recipe(recipe)
+    apply_overrides(tree, overrides or {})
+    tree.setdefault("recipe", Path(recipe).stem)
+    return parse_config(tree, origin=f"recipe {recipe}")
+
+
+def override_config(config: Config, overrides: Mapping[str, Any], origin: str) -> Config:
+    """A configuration with other values by dotted key. Raises UserError naming what is wrong."""
+    tree = config.dump()
+    apply_overrides(tree, overrides)
+    return parse_config(tree, origin)
+
+
+def override_model(model: ModelConfig, overrides: Mapping[str, Any], origin: str) -> ModelConfig:
+    """A model's configuration with other values by dotted key, such as `{"model.timesteps": 2}`.
+
+    Raises:
+        UserError: a key of another section, or a value that is not allowed.
+    """
+    tree: dict[str, Any] = {"model": model.model_dump(mode="json")}
+    apply_overrides(tree, overrides)
+    if others := tree.keys() - {"model"}:
+        raise UserError(
+            f"{origin}: a model by its name has only keys model..., not {others.pop()}; give a recipe for those"
+        )
+    return parse_model(tree["model"], origin)
+
+
+def parse_config(tree: Mapping[str, Any], origin: str) -> Config:
+    """Checks plain data against the schema. Raises UserError with a sentence for each field that is wrong."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{origin}: {sentences(error, Config)}") from None
+
+
+def parse_model(tree: Any, origin: str) -> ModelConfig:
+    """Checks the plain data of a section `model`. Raises UserError with a sentence for each field that is wrong."""
+    try:
+        return _MODEL.validate_python(tree)
+    except ValidationError as error:
+        raise UserError(f"{origin}: {sentences(error, Config, at=('model',))}") from None
+
+
+def _recipe_text(recipe: str) -> str:
+    path = Path(recipe)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise UserError(f"recipe file {recipe} does not exist")
+        if path.stat().st_size > _RECIPE_LIMIT_BYTES:
+            raise UserError(f"recipe file {recipe} has {path.stat().st_size} bytes; a recipe has at most 1 MiB")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise UserError(f"recipe file {recipe} is not UTF-8 text") from None
+    if recipe not in list_recipes():
+        hint = did_you_mean(recipe, list_recipes(), "`spikefleet recipes` lists them")
+        raise UserError(f"there is no recipe {recipe!r}; {hint}")
+    return (resources.files("spikefleet") / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
+
+
+def _read_recipe(recipe: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
+    if recipe in below:
+        raise UserError(f"recipe {recipe}: its chain of bases comes back to itself: {' -> '.join((*below, recipe))}")
+    try:
+        tree = parse_yaml(_recipe_text(recipe))
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {recipe} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"recipe {recipe} is empty or no mapping; it needs at least model, data, train and optim")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    return _merged(_read_recipe(str(base), (*below, recipe)), tree)
+
+
+def _merged(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
+    """Values by dotted key, in order, of texts `section.key=value`. Raises UserError when one has another form."""
+    return dict(_parse_override(text) for text in texts)
+
+
+def _parse_override(override: str) -> tuple[str, Any]:
+    path, equals, text = override.partition("=")
+    if not equals or not all(path.strip().split(".")):
+        raise UserError(f"override {override!r} is not of the form section.key=value, for example optim.lr=0.05")
+    try:
+        return path.strip(), parse_yaml(text)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: the value {text!r} is not valid YAML") from None
+
+
+def apply_overrides(tree: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Sets values by dotted key in a tree of plain data. Raises UserError where a key leads through a value."""
+    for path, value in overrides.items():
+        keys = path.split(".")
+        node: Any = tree
+        for key in keys[:-1]:
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                raise UserError(f"override {path}={value!r}: {key!r} is a value, not a section")
+        node[keys[-1]] = value
