@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 
 from spikefleet.cluster.session import quiet_ray
-from spikefleet.tracking.tracker import quiet_mlflow
+from spikefleet.tracking.mlflow_client import quiet_mlflow
 
 quiet_ray()
 quiet_mlflow()

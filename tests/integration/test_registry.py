@@ -30,7 +30,8 @@ from spikefleet.errors import UserError
 from spikefleet.files import sha256_of
 from spikefleet.registry.api import RegisteredVersion, best, describe, list_models, load, promote, pull, register, show
 from spikefleet.registry.package import CARD, CONFIG, WEIGHTS, load_network, picture_batch
-from spikefleet.tracking.tracker import Tracker, quiet_mlflow, resolve_tracking_uri
+from spikefleet.tracking.mlflow_client import quiet_mlflow, resolve_tracking_uri
+from spikefleet.tracking.tracker import Tracker
 from spikefleet_models.build import build_model, model_config
 from spikefleet_pipelines.transforms.classification_config import TransformConfig
 

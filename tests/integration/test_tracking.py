@@ -26,7 +26,8 @@ from spikefleet.runs.observer import RunObserver
 from spikefleet.runs.progress import PlainDisplay
 from spikefleet.runs.run_dir import Run
 from spikefleet.tracking.journal import DELIVERED
-from spikefleet.tracking.tracker import Tracker, quiet_mlflow, resolve_tracking_uri, sync
+from spikefleet.tracking.mlflow_client import quiet_mlflow, resolve_tracking_uri
+from spikefleet.tracking.tracker import Tracker, sync
 from spikefleet.training.events import CheckpointSaved, Recovered, Started, StepDone, WorkerFailed
 
 quiet_mlflow()

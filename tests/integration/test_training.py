@@ -20,7 +20,8 @@ from spikefleet.tasks.classification import Classification
 from spikefleet.training.checkpoints import CheckpointFolder, Snapshot, load_checkpoint
 from spikefleet.training.distributed import World
 from spikefleet.training.events import Event, StepDone
-from spikefleet.training.loop import NonFiniteError, Outcome, train
+from spikefleet.training.loop import Outcome, train
+from spikefleet.training.step import NonFiniteError
 from spikefleet_pipelines.sources import prepare
 from spikefleet_pipelines.store.reader import Store
 

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spikefleet.errors import UserError
-from spikefleet.tracking.delivery import MAX_METRICS, MAX_PARAMS_OR_TAGS, next_batch, public_uri
+from spikefleet.tracking.delivery import MAX_METRICS, MAX_PARAMS_OR_TAGS, next_batch
 from spikefleet.tracking.journal import DELIVERED, JOURNAL, Entry, Journal
+from spikefleet.tracking.mlflow_client import public_uri
 
 
 def number(journal: Journal, count: int, first: int = 0) -> None:

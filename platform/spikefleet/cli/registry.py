@@ -40,7 +40,7 @@ _SHOWN_TAGS = (
 def list_registered(as_json: AsJson = False, runs_dir: RunsDir = Path("runs")) -> None:
     """All registered models with their champions."""
     from spikefleet import registry
-    from spikefleet.tracking.tracker import resolve_tracking_uri
+    from spikefleet.tracking.mlflow_client import resolve_tracking_uri
 
     models = registry.list_models(tracking_uri=resolve_tracking_uri(runs_dir))
     if as_json:
@@ -62,7 +62,7 @@ def list_registered(as_json: AsJson = False, runs_dir: RunsDir = Path("runs")) -
 def show_registered(name: str, as_json: AsJson = False, runs_dir: RunsDir = Path("runs")) -> None:
     """All versions of a registered model."""
     from spikefleet import registry
-    from spikefleet.tracking.tracker import resolve_tracking_uri
+    from spikefleet.tracking.mlflow_client import resolve_tracking_uri
 
     model = registry.show(name, tracking_uri=resolve_tracking_uri(runs_dir))
     _print_versions(model.versions, as_json)
@@ -82,7 +82,7 @@ def best_registered(
 ) -> None:
     """The best version of all registered models."""
     from spikefleet import registry
-    from spikefleet.tracking.tracker import resolve_tracking_uri
+    from spikefleet.tracking.mlflow_client import resolve_tracking_uri
 
     uri = resolve_tracking_uri(runs_dir)
     version = registry.best(task, metric, dataset=dataset, where=where, mode=mode, tracking_uri=uri)
@@ -97,7 +97,7 @@ def pull_registered(
 ) -> None:
     """Fetch a version as files; their hashes are checked."""
     from spikefleet import registry
-    from spikefleet.tracking.tracker import resolve_tracking_uri
+    from spikefleet.tracking.mlflow_client import resolve_tracking_uri
 
     full = uri if uri.startswith("models:") else f"models:/{uri}"
     folder = registry.pull(full, out, tracking_uri=resolve_tracking_uri(runs_dir))

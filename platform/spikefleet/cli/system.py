@@ -39,8 +39,7 @@ def ui(
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Serve MLflow's pages over the local tracking database, on this machine only."""
-    from spikefleet.tracking.delivery import public_uri
-    from spikefleet.tracking.tracker import quiet_mlflow, resolve_tracking_uri
+    from spikefleet.tracking.mlflow_client import public_uri, quiet_mlflow, resolve_tracking_uri
 
     quiet_mlflow()
     uri = resolve_tracking_uri(runs_dir)

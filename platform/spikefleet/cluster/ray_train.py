@@ -26,7 +26,8 @@ from spikefleet.files import read_json, write_json
 from spikefleet.training.distributed import World
 from spikefleet.training.event_log import STOPPED, TAKEN_OVER, EventReader, EventWriter, new_launch
 from spikefleet.training.events import Outlet, Silence, WorkerFailed
-from spikefleet.training.loop import BeforeStep, NonFiniteError, Outcome, train
+from spikefleet.training.loop import BeforeStep, Outcome, train
+from spikefleet.training.step import NonFiniteError
 from spikefleet_pipelines.store.manifest import StoreError
 from spikefleet_pipelines.store.reader import Store
 

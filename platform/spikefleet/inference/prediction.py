@@ -16,7 +16,7 @@ from spikefleet.inference.trained_network import TrainedNetwork
 from spikefleet.registry.package import picture_batch
 from spikefleet.tasks.detection import Detection
 from spikefleet.training.distributed import World, pick_device
-from spikefleet.training.evaluation import autocast
+from spikefleet.training.precision import autocast
 from spikefleet_tune.atomic import replacing
 
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
@@ -49,7 +49,7 @@ def predict_files(
     for position, file in enumerate(files):
         pixels = _read(file, trained.config.model.in_channels, None if detects else trained.image_shape)
         batch = world.place(picture_batch(pixels[None], trained.config.dump()), channels_last=False)
-        with autocast(trained.config, device):
+        with autocast(trained.config.train.precision, device):
             (prediction,) = trained.task.predict(network, batch)
         if isinstance(trained.task, Detection):
             prediction = prediction.at_least(score)

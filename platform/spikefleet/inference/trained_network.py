@@ -56,7 +56,7 @@ def open_trained_network(reference: str, runs_dir: Path) -> TrainedNetwork:
     """
     if reference.startswith("models:"):
         from spikefleet import registry
-        from spikefleet.tracking.tracker import resolve_tracking_uri
+        from spikefleet.tracking.mlflow_client import resolve_tracking_uri
 
         with tempfile.TemporaryDirectory(prefix="spikefleet-") as scratch:
             folder = Path(scratch) / "package"

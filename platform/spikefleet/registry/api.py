@@ -47,7 +47,7 @@ from spikefleet.registry.version import (
     RegisteredVersion,
     check_model_name,
 )
-from spikefleet.tracking.tracker import resolve_tracking_uri
+from spikefleet.tracking.mlflow_client import resolve_tracking_uri
 
 if TYPE_CHECKING:
     import torch

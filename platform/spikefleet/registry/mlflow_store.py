@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 from spikefleet.errors import UserError
 from spikefleet.registry.package import model_config
 from spikefleet.registry.version import CONTENT_HASH, RegisteredModel, RegisteredVersion, check_model_name
-from spikefleet.tracking.delivery import public_uri
-from spikefleet.tracking.tracker import check_tracking_uri, quiet_mlflow
+from spikefleet.tracking.mlflow_client import check_tracking_uri, public_uri, quiet_mlflow
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -28,7 +28,8 @@ from spikefleet.runs.run_dir import Run
 from spikefleet.search.mlflow_observer import FLUSH_S, SearchLaunch
 from spikefleet.search.run_search import read_tracked_search, run_tracked_search
 from spikefleet.search.trial import chooses_data
-from spikefleet.tracking.tracker import Tracker, resolve_tracking_uri
+from spikefleet.tracking.mlflow_client import resolve_tracking_uri
+from spikefleet.tracking.tracker import Tracker
 from spikefleet.versions import code_version
 from spikefleet_models.build import build_model
 from spikefleet_models.energy import EnergyCard, energy_at_rates, energy_constants

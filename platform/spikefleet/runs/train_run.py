@@ -13,7 +13,7 @@ from rich.console import Console
 from spikefleet.certificates.certify import certify
 from spikefleet.config.schema import Config
 from spikefleet.data_access import open_data
-from spikefleet.tracking.delivery import public_uri
+from spikefleet.tracking.mlflow_client import public_uri
 from spikefleet.errors import RunError, UserError
 from spikefleet.training.event_log import TakingOver
 from spikefleet.training.events import Outlet
@@ -24,7 +24,8 @@ from spikefleet.cluster.session import quiet_ray
 from spikefleet.runs.registration import register_run
 from spikefleet.registry.api import Promotion
 from spikefleet.runs.run_dir import Run, check_run_name, default_run_name
-from spikefleet.tracking.tracker import Tracker, resolve_tracking_uri, sync
+from spikefleet.tracking.tracker import Tracker, sync
+from spikefleet.tracking.mlflow_client import resolve_tracking_uri
 from spikefleet.training.loop import BeforeStep, Outcome, prepare_parts, train
 from spikefleet.training.distributed import World, pick_device
 from spikefleet_pipelines.store.reader import Store

@@ -11,7 +11,8 @@ from spikefleet.config.schema import Config, leaves
 from spikefleet.errors import UserError
 from spikefleet.files import read_json, write_json
 from spikefleet.search.display import SearchDisplay
-from spikefleet.tracking.tracker import Tracker, resolve_tracking_uri
+from spikefleet.tracking.mlflow_client import resolve_tracking_uri
+from spikefleet.tracking.tracker import Tracker
 from spikefleet.versions import code_version, library_versions
 from spikefleet_tune.journal import TrialRecord
 from spikefleet_tune.ledger import Counts, TrialStart

@@ -28,7 +28,8 @@ from spikefleet.search.display import SearchDisplay
 from spikefleet.search.mlflow_observer import FLUSH_S, DataFacts, SearchLaunch, SearchTracker
 from spikefleet.search.trial import TrialSetting, as_trial, mutable_keys, refusal_of, reportable, reported_by_epoch
 from spikefleet.tasks import build_task
-from spikefleet.tracking.tracker import Tracker, resolve_tracking_uri
+from spikefleet.tracking.mlflow_client import resolve_tracking_uri
+from spikefleet.tracking.tracker import Tracker
 from spikefleet_pipelines.store.reader import Store
 from spikefleet_tune.errors import SearchError
 from spikefleet_tune.journal import KnownPoint, SearchFolder, TrialRecord

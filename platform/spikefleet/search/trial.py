@@ -20,7 +20,8 @@ from spikefleet.training.checkpoints import load_checkpoint
 from spikefleet.training.distributed import World
 from spikefleet.training.event_log import TakingOver
 from spikefleet.training.events import CheckpointSaved, EpochDone, Event, Started
-from spikefleet.training.loop import NonFiniteError, Outcome, train
+from spikefleet.training.loop import Outcome, train
+from spikefleet.training.step import NonFiniteError
 from spikefleet.versions import code_version
 from spikefleet_models.build import build_model
 from spikefleet_pipelines.store.reader import Store

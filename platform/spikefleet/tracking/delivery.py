@@ -12,10 +12,10 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from spikefleet.errors import UserError
 from spikefleet.tracking.journal import Delivered, Entry, Journal, Record
+from spikefleet.tracking.mlflow_client import public_uri, without_credentials
 
 RUN_UID_TAG = "spikefleet.run_uid"
 SPOOL = "tracking-artifacts"  # in the run directory: the files that artifact records name
@@ -29,16 +29,6 @@ GATHER_S = 0.5  # records of this long go out in one request
 MAX_BACKOFF_S = 10.0
 
 log = logging.getLogger(__name__)
-
-
-def public_uri(uri: str) -> str:
-    """The URI without user name and password, for whatever is shown or stored."""
-    return _without_credentials(uri, uri)
-
-
-def _without_credentials(text: str, uri: str) -> str:
-    user_and_password = urlsplit(uri).netloc.rpartition("@")[0]
-    return text.replace(user_and_password + "@", "") if user_and_password else text
 
 
 class Delivery:
@@ -200,7 +190,7 @@ class Delivery:
     def _reason(self, error: Exception) -> str:
         """The first line of an error."""
         text = (str(error) or type(error).__name__).splitlines()[0]
-        return _without_credentials(text, self._uri)[:300]
+        return without_credentials(text, self._uri)[:300]
 
 
 class RunGoneError(Exception):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,17 +14,10 @@ from torch import nn
 from spikefleet.config.schema import Config
 from spikefleet.tasks import Task
 from spikefleet.training.distributed import World
+from spikefleet.training.precision import autocast
 from spikefleet_models.health import SpikeMonitor
 from spikefleet_pipelines.loading import Batch, BatchLoader
 from spikefleet_pipelines.sampling import EvaluationPlan, StepBatch
-
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any]:
-    """The arithmetic of forward passes that a configuration asks for, in training and in all use afterwards."""
-    dtype = _AUTOCAST.get(config.train.precision)
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 @dataclass(frozen=True)
@@ -58,7 +51,7 @@ def evaluate(
     rows: list[tuple[int, Any, Any]] = []
     for position, batch in enumerate(loader.epoch(plan, epoch=0)):
         here = world.place(batch, config.train.channels_last)
-        with autocast(config, world.device), monitor if position == 0 else nullcontext():
+        with autocast(config.train.precision, world.device), monitor if position == 0 else nullcontext():
             predictions = task.predict(network, here)
         rows += zip(batch.indices.tolist(), predictions, task.truth(batch), strict=True)
     network.train(was_training)

@@ -7,18 +7,14 @@ the gradients. The mean over the global batch is exact whatever the number of wo
 
 from __future__ import annotations
 
-import math
 import os
-import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from spikefleet import plots
 from spikefleet.config.schema import CheckpointConfig, Config
@@ -27,25 +23,20 @@ from spikefleet.tasks import Task, build_task
 from spikefleet.training.checkpoints import CheckpointFolder, load_checkpoint
 from spikefleet.training.distributed import World
 from spikefleet.training.evaluation import Evaluation, evaluate
-from spikefleet.training.events import CheckpointSaved, EpochDone, Note, Outlet, Started, StepDone
+from spikefleet.training.events import CheckpointSaved, EpochDone, Note, Outlet, Started
 from spikefleet.training.malloc import keep_freed_memory
 from spikefleet.training.state import TrainingState
+from spikefleet.training.step import Meter, due, micro_batches, training_step
 from spikefleet.versions import library_versions
-from spikefleet_models.health import SpikeMonitor
 from spikefleet_pipelines.loading import Batch, BatchLoader
 from spikefleet_pipelines.sampling import EpochPlan
 from spikefleet_pipelines.store.reader import Store
 
 _PICTURES = 32
 _SHOWN_OF_BATCH = 16
-_SMALLEST_LOSS_SCALE = 1.0
 
 
 BeforeStep = Callable[[World, int], None]
-
-
-class NonFiniteError(RunError):
-    """A loss or gradient is not finite; every rank raises it at the same step, before the optimizer's."""
 
 
 @dataclass(frozen=True)
@@ -57,24 +48,6 @@ class Outcome:
     validation: Mapping[str, float]
     test: Mapping[str, float]
     history: tuple[Mapping[str, float], ...]
-
-
-class Meter:
-    """Images per second of all workers since the last look, with the time for loading but not that for evaluation."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        self._images, self._since = 0, time.perf_counter()
-
-    def count(self, images: int) -> None:
-        self._images += images
-
-    def rate(self) -> float:
-        rate = self._images / (time.perf_counter() - self._since)
-        self.restart()
-        return rate
 
 
 @dataclass(frozen=True)
@@ -129,8 +102,8 @@ def train(
         for batch in splits.train.epoch(plan, epoch, start_step=state.step_in_epoch):
             if before_step is not None:
                 before_step(world, state.step)
-            _training_step(state, task, batch, meter, outlet)
-            if _due(config.checkpoint.every_steps, state.step) and state.step_in_epoch < state.steps_per_epoch:
+            training_step(state, task, batch, meter, outlet)
+            if due(config.checkpoint.every_steps, state.step) and state.step_in_epoch < state.steps_per_epoch:
                 _save(state, folder, outlet)
         _finish_epoch(state, task, splits, folder, outlet)
         meter.restart()
@@ -236,7 +209,7 @@ def _first_batch(config: Config, store: Store, plan: EpochPlan) -> Batch:
     """Its first part, by a loader of its own, so that those of the training start at their place."""
     transform, seed, epochs = config.data.transform, config.train.seed, config.train.epochs
     loader = BatchLoader(store.split("train"), transform, train=True, seed=seed, epochs=epochs)
-    return next(_micro_batches(next(loader.epoch(plan, epoch=0)), config.train.accumulate))
+    return next(micro_batches(next(loader.epoch(plan, epoch=0)), config.train.accumulate))
 
 
 def _draw_first_batch(config: Config, task: Task, store: Store, plan: EpochPlan, path: Path) -> None:
@@ -247,112 +220,6 @@ def _draw_first_batch(config: Config, task: Task, store: Store, plan: EpochPlan,
     mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (normalise.mean, normalise.std))
     pixels = ((batch.images[:shown] * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
     task.draw_batch(list(pixels), batch.targets[:shown], path)
-
-
-# ----------------------------------------------------------------------------------------------- one step
-
-
-def _training_step(state: TrainingState, task: Task, batch: Batch, meter: Meter, outlet: Outlet) -> None:
-    config, world = state.config, state.world
-    monitor = _monitor_if_due(state)
-    rate, balance = state.set_learning_rate(), state.balance
-    state.trained.train()
-    state.optimizer.zero_grad(set_to_none=True)
-    local: dict[str, torch.Tensor] = {}
-    parts = list(_micro_batches(batch, config.train.accumulate))
-    for position, part in enumerate(parts):
-        here = world.place(part, config.train.channels_last)
-        last = position == len(parts) - 1
-        # DDP exchanges gradients in the backward of the last part only.
-        together = nullcontext() if last or world.size == 1 else state.replica.no_sync()  # type: ignore[operator]
-        with together:
-            with state.autocast(), monitor if monitor is not None and position == 0 else nullcontext():
-                values = task.loss(state.replica, here, balance)
-            # DDP divides by the number of ranks; the mean wanted is over the samples of all ranks.
-            weight = len(part.targets) * world.size / batch.global_count
-            if config.train.loss == "sum":
-                weight *= batch.global_count
-            state.scaler.scale(values["loss"] * weight).backward()
-        for name, value in values.items():
-            local[name] = local.get(name, 0) + value.detach().double() * len(part.targets)
-    means = _global_means(local, batch, world)
-    state.scaler.unscale_(state.optimizer)
-    norms = _gradient_norms(state)
-    _refuse_non_finite(state, means, local, norms["gradient/norm"])
-    if config.train.clip_norm is not None:
-        clip_grads_with_norm_(state.trained.parameters(), config.train.clip_norm, torch.tensor(norms["gradient/norm"]))
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
-    if state.average is not None:
-        state.average.update_parameters(state.network)
-    for name, mean in means.items():
-        state.sums[name] = state.sums.get(name, 0.0) + mean * batch.global_count
-    state.step_in_epoch += 1
-    meter.count(batch.global_count)
-    if _due(config.tracking.every_steps, state.step) or monitor is not None:
-        figures = {f"train/{name}": mean for name, mean in means.items()} | norms
-        figures |= {"lr": rate, "images_per_second": meter.rate()}
-        if config.shortcut.enabled:
-            figures["balance_coefficient"] = balance
-        if monitor is not None:
-            figures |= {f"spikes/{name}": value for name, value in monitor.summary().items()}
-        outlet.emit(StepDone(state.epoch, state.step, figures))
-
-
-def _micro_batches(batch: Batch, parts: int) -> Iterator[Batch]:
-    """Near-equal slices; the plan leaves none empty."""
-    start = 0
-    for images, indices in zip(batch.images.tensor_split(parts), batch.indices.tensor_split(parts), strict=True):
-        stop = start + len(indices)
-        yield Batch(images, batch.targets[start:stop], indices, batch.global_count)
-        start = stop
-
-
-def _monitor_if_due(state: TrainingState) -> SpikeMonitor | None:
-    due = state.world.leads and _due(state.config.tracking.health_every_steps, state.step + 1)
-    return SpikeMonitor(state.network) if due else None
-
-
-def _global_means(local: Mapping[str, torch.Tensor], batch: Batch, world: World) -> dict[str, float]:
-    sums = world.sum(torch.stack([value.double() for value in local.values()]))
-    return {name: total / batch.global_count for name, total in zip(local, sums.tolist(), strict=True)}
-
-
-def _gradient_norms(state: TrainingState) -> dict[str, float]:
-    """L2 norms of the averaged gradient before clipping: of the whole, and of the first layer's weight."""
-    first = next(p for p in state.network.parameters() if p.ndim > 1)
-    first_norm = 0.0 if first.grad is None else float(first.grad.norm())
-    whole = get_total_norm([p.grad for p in state.trained.parameters() if p.grad is not None])
-    return {"gradient/norm": float(whole), "gradient/first_layer_norm": first_norm}
-
-
-def _refuse_non_finite(
-    state: TrainingState, means: Mapping[str, float], local: Mapping[str, torch.Tensor], norm: float
-) -> None:
-    """The loss mean and the averaged gradient are the same on all ranks, so all ranks decide alike."""
-    where = f"step {state.step + 1} (epoch {state.epoch + 1})"
-    remedy = "the weights are those before it; lower optim.lr, set train.clip_norm, or look at the data of this step"
-    if not math.isfinite(means["loss"]):
-        losses = state.world.gather_all(float(local["loss"]))
-        ranks = [str(rank) for rank, loss in enumerate(losses) if not math.isfinite(loss)]
-        raise NonFiniteError(f"the loss is {means['loss']} at {where}, from rank {', '.join(ranks)}; {remedy}")
-    if math.isfinite(norm):
-        return
-    if not state.scaler.is_enabled():
-        bad = [name for name, p in state.trained.named_parameters() if p.grad is not None and not _finite(p.grad)]
-        named = f"{bad[0]} and {len(bad) - 1} more" if len(bad) > 1 else "".join(bad) or "their norm"
-        raise NonFiniteError(f"the gradient is not finite at {where}: {named}; {remedy}")
-    if state.scaler.get_scale() <= _SMALLEST_LOSS_SCALE:  # fp16 overflows now and then; the scaler skips such a step
-        raise NonFiniteError(
-            f"the fp16 gradient overflows at {where} even at loss scale {state.scaler.get_scale()}; {remedy}"
-        )
-
-
-def _finite(tensor: torch.Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
-
-
-# ------------------------------------------------------------------------------------- epochs and checkpoints
 
 
 def _finish_epoch(state: TrainingState, task: Task, splits: Splits, folder: CheckpointFolder, outlet: Outlet) -> None:
@@ -366,7 +233,7 @@ def _finish_epoch(state: TrainingState, task: Task, splits: Splits, folder: Chec
     last = state.epoch + 1 == config.train.epochs
     evaluation: Evaluation | None = None
     measured: dict[str, float] = {}
-    if last or _due(config.train.evaluate_every, state.epoch + 1):
+    if last or due(config.train.evaluate_every, state.epoch + 1):
         evaluation = _evaluate(state, task, splits.val)
         measured = state.world.from_leader(evaluation and task.metrics(evaluation.predictions, evaluation.targets))
         if config.checkpoint.metric not in measured:
@@ -384,7 +251,7 @@ def _finish_epoch(state: TrainingState, task: Task, splits: Splits, folder: Chec
         state.best = {"step": state.step, "epoch": state.epoch, "metrics": measured}
     layers = () if evaluation is None else evaluation.layers
     outlet.emit(EpochDone(state.epoch, state.step, row, best, layers, gradients))
-    timely = _due(config.checkpoint.every_epochs, state.epoch) or _due(config.checkpoint.every_steps, state.step)
+    timely = due(config.checkpoint.every_epochs, state.epoch) or due(config.checkpoint.every_steps, state.step)
     if best or last or timely:
         _save(state, folder, outlet)
 
@@ -408,10 +275,6 @@ def _gradient_table(state: TrainingState) -> tuple[dict[str, Any], ...]:
     named = [(name, p.grad) for name, p in state.network.named_parameters() if p.grad is not None]
     norms = torch.stack([gradient.norm() for _, gradient in named]).tolist() if named else []
     return tuple({"parameter": name, "gradient_norm": norm} for (name, _), norm in zip(named, norms, strict=True))
-
-
-def _due(every: int | None, count: int) -> bool:
-    return every is not None and count % every == 0
 
 
 def _save(state: TrainingState, folder: CheckpointFolder, outlet: Outlet) -> None:

@@ -14,8 +14,8 @@ from spikefleet.config.schema import Config, differences
 from spikefleet.errors import UserError
 from spikefleet.training.checkpoints import Snapshot, optimizer_tensors, restore_optimizer
 from spikefleet.training.distributed import World
-from spikefleet.training.evaluation import autocast
 from spikefleet.training.optimizer import BIASES, build_average, build_optimizer, learning_rate, momentum
+from spikefleet.training.precision import autocast
 from spikefleet_models.build import build_model
 from spikefleet_models.sg_resnet import SGResNet
 from spikefleet_models.shortcut import ShortcutNetwork, balance_coefficient
@@ -89,7 +89,7 @@ class TrainingState:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The arithmetic of forward passes."""
-        return autocast(self.config, self.world.device)
+        return autocast(self.config.train.precision, self.world.device)
 
     def set_learning_rate(self) -> float:
         """Gives the optimizer the rates and the momentum of the step to come; returns the weights' rate."""

@@ -1,0 +1,153 @@
+"""One optimizer step on all ranks: what it does, what it measures, and when it refuses."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+
+import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from spikefleet.errors import RunError
+from spikefleet.tasks import Task
+from spikefleet.training.distributed import World
+from spikefleet.training.events import Outlet, StepDone
+from spikefleet.training.state import TrainingState
+from spikefleet_models.health import SpikeMonitor
+from spikefleet_pipelines.loading import Batch
+
+_SMALLEST_LOSS_SCALE = 1.0
+
+
+class NonFiniteError(RunError):
+    """A loss or gradient is not finite; every rank raises it at the same step, before the optimizer's."""
+
+
+class Meter:
+    """Images per second of all workers since the last look, with the time for loading but not that for evaluation."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self._images, self._since = 0, time.perf_counter()
+
+    def count(self, images: int) -> None:
+        self._images += images
+
+    def rate(self) -> float:
+        rate = self._images / (time.perf_counter() - self._since)
+        self.restart()
+        return rate
+
+
+def training_step(state: TrainingState, task: Task, batch: Batch, meter: Meter, outlet: Outlet) -> None:
+    """Trains on one global batch: forward and backward of its micro-batches, the exchange of gradients, the optimizer.
+
+    Raises:
+        NonFiniteError: the loss or a gradient is not finite; on all ranks, before the optimizer's step.
+    """
+    config, world = state.config, state.world
+    monitor = _monitor_if_due(state)
+    rate, balance = state.set_learning_rate(), state.balance
+    state.trained.train()
+    state.optimizer.zero_grad(set_to_none=True)
+    local: dict[str, torch.Tensor] = {}
+    parts = list(micro_batches(batch, config.train.accumulate))
+    for position, part in enumerate(parts):
+        here = world.place(part, config.train.channels_last)
+        last = position == len(parts) - 1
+        # DDP exchanges gradients in the backward of the last part only.
+        together = nullcontext() if last or world.size == 1 else state.replica.no_sync()  # type: ignore[operator]
+        with together:
+            with state.autocast(), monitor if monitor is not None and position == 0 else nullcontext():
+                values = task.loss(state.replica, here, balance)
+            # DDP divides by the number of ranks; the mean wanted is over the samples of all ranks.
+            weight = len(part.targets) * world.size / batch.global_count
+            if config.train.loss == "sum":
+                weight *= batch.global_count
+            state.scaler.scale(values["loss"] * weight).backward()
+        for name, value in values.items():
+            local[name] = local.get(name, 0) + value.detach().double() * len(part.targets)
+    means = _global_means(local, batch, world)
+    state.scaler.unscale_(state.optimizer)
+    norms = _gradient_norms(state)
+    _refuse_non_finite(state, means, local, norms["gradient/norm"])
+    if config.train.clip_norm is not None:
+        clip_grads_with_norm_(state.trained.parameters(), config.train.clip_norm, torch.tensor(norms["gradient/norm"]))
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    if state.average is not None:
+        state.average.update_parameters(state.network)
+    for name, mean in means.items():
+        state.sums[name] = state.sums.get(name, 0.0) + mean * batch.global_count
+    state.step_in_epoch += 1
+    meter.count(batch.global_count)
+    if due(config.tracking.every_steps, state.step) or monitor is not None:
+        figures = {f"train/{name}": mean for name, mean in means.items()} | norms
+        figures |= {"lr": rate, "images_per_second": meter.rate()}
+        if config.shortcut.enabled:
+            figures["balance_coefficient"] = balance
+        if monitor is not None:
+            figures |= {f"spikes/{name}": value for name, value in monitor.summary().items()}
+        outlet.emit(StepDone(state.epoch, state.step, figures))
+
+
+def micro_batches(batch: Batch, parts: int) -> Iterator[Batch]:
+    """Near-equal slices; the plan leaves none empty."""
+    start = 0
+    for images, indices in zip(batch.images.tensor_split(parts), batch.indices.tensor_split(parts), strict=True):
+        stop = start + len(indices)
+        yield Batch(images, batch.targets[start:stop], indices, batch.global_count)
+        start = stop
+
+
+def _monitor_if_due(state: TrainingState) -> SpikeMonitor | None:
+    wanted = state.world.leads and due(state.config.tracking.health_every_steps, state.step + 1)
+    return SpikeMonitor(state.network) if wanted else None
+
+
+def _global_means(local: Mapping[str, torch.Tensor], batch: Batch, world: World) -> dict[str, float]:
+    sums = world.sum(torch.stack([value.double() for value in local.values()]))
+    return {name: total / batch.global_count for name, total in zip(local, sums.tolist(), strict=True)}
+
+
+def _gradient_norms(state: TrainingState) -> dict[str, float]:
+    """L2 norms of the averaged gradient before clipping: of the whole, and of the first layer's weight."""
+    first = next(p for p in state.network.parameters() if p.ndim > 1)
+    first_norm = 0.0 if first.grad is None else float(first.grad.norm())
+    whole = get_total_norm([p.grad for p in state.trained.parameters() if p.grad is not None])
+    return {"gradient/norm": float(whole), "gradient/first_layer_norm": first_norm}
+
+
+def _refuse_non_finite(
+    state: TrainingState, means: Mapping[str, float], local: Mapping[str, torch.Tensor], norm: float
+) -> None:
+    """The loss mean and the averaged gradient are the same on all ranks, so all ranks decide alike."""
+    where = f"step {state.step + 1} (epoch {state.epoch + 1})"
+    remedy = "the weights are those before it; lower optim.lr, set train.clip_norm, or look at the data of this step"
+    if not math.isfinite(means["loss"]):
+        losses = state.world.gather_all(float(local["loss"]))
+        ranks = [str(rank) for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+        raise NonFiniteError(f"the loss is {means['loss']} at {where}, from rank {', '.join(ranks)}; {remedy}")
+    if math.isfinite(norm):
+        return
+    if not state.scaler.is_enabled():
+        bad = [name for name, p in state.trained.named_parameters() if p.grad is not None and not _finite(p.grad)]
+        named = f"{bad[0]} and {len(bad) - 1} more" if len(bad) > 1 else "".join(bad) or "their norm"
+        raise NonFiniteError(f"the gradient is not finite at {where}: {named}; {remedy}")
+    if state.scaler.get_scale() <= _SMALLEST_LOSS_SCALE:  # fp16 overflows now and then; the scaler skips such a step
+        raise NonFiniteError(
+            f"the fp16 gradient overflows at {where} even at loss scale {state.scaler.get_scale()}; {remedy}"
+        )
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
+
+
+def due(every: int | None, count: int) -> bool:
+    """Whether something that happens every so often happens at this count; None: never."""
+    return every is not None and count % every == 0
