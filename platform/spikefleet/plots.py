@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import matplotlib
-import matplotlib.font_manager
-
-matplotlib.use("Agg")
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
 
 from spikefleet_tune.atomic import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _NAMED_CLASSES = 25
 """Beyond this many classes, names along the axes could not be read."""
@@ -32,7 +28,7 @@ def learning_curve(history: Sequence[Mapping[str, float]], metric: str, path: Pa
         (metric, (f"train/{metric}", f"val/{metric}")),
         ("share of neurons", ("spikes/firing_rate", "spikes/dead_fraction", "spikes/saturated_fraction")),
     )
-    figure, axes = plt.subplots(1, len(panels), figsize=(13, 3.6), layout="constrained")
+    figure, axes = _subplots(1, len(panels), figsize=(13, 3.6), layout="constrained")
     for axis, (title, keys) in zip(axes, panels, strict=True):
         for key in keys:
             points = [(row["epoch"], row[key]) for row in history if key in row]
@@ -49,7 +45,7 @@ def confusion_matrix(counts: np.ndarray, class_names: Sequence[str], path: Path)
     """Rows: the truth; columns: the prediction; colour: the share of the row. `counts` is `[K, K]`."""
     size = len(class_names)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    figure, axis = plt.subplots(figsize=(2.5 + min(size, 40) * 0.42, 2 + min(size, 40) * 0.38), layout="constrained")
+    figure, axis = _subplots(figsize=(2.5 + min(size, 40) * 0.42, 2 + min(size, 40) * 0.38), layout="constrained")
     image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=axis, label="share of the true class", shrink=0.8)
     axis.set(xlabel="predicted", ylabel="true")
@@ -66,9 +62,7 @@ def picture_grid(images: Sequence[torch.Tensor], captions: Sequence[str], right:
     """Pictures `[C, H, W]` (uint8) under their captions, green where right and red where wrong."""
     columns = min(8, max(1, len(captions)))
     rows = -(-len(captions) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(1.5 * columns, 1.85 * rows), layout="constrained", squeeze=False
-    )
+    figure, axes = _subplots(rows, columns, figsize=(1.5 * columns, 1.85 * rows), layout="constrained", squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for axis, image, caption, correct in zip(axes.flat, images, captions, right, strict=False):
@@ -82,7 +76,7 @@ def picture_sheet(images: Sequence[torch.Tensor], path: Path) -> None:
     """Drawn pictures `[3, H, W]` (uint8) side by side."""
     columns = min(6, max(1, len(images)))
     rows = -(-len(images) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(2.6 * columns, 2.6 * rows), layout="constrained", squeeze=False)
+    figure, axes = _subplots(rows, columns, figsize=(2.6 * columns, 2.6 * rows), layout="constrained", squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for axis, image in zip(axes.flat, images, strict=False):
@@ -100,6 +94,8 @@ def boxes_on_picture(
 
     Small pictures are enlarged, so that captions can be read: uint8 `[3, H', W']`.
     """
+    from matplotlib import colormaps
+    from matplotlib.font_manager import findfont
     from torchvision.utils import draw_bounding_boxes  # seconds to import
 
     factor = max(1, _READABLE_SIDE // max(image.shape[-2:]))
@@ -107,16 +103,16 @@ def boxes_on_picture(
     if picture.shape[0] == 1:
         picture = picture.expand(3, -1, -1)
     if len(boxes):
-        palette = plt.get_cmap("tab20").colors
+        palette = colormaps["tab20"].colors  # type: ignore[attr-defined]
         colours = [tuple(round(255 * part) for part in palette[label % len(palette)]) for label in labels]
-        font, size = matplotlib.font_manager.findfont("DejaVu Sans"), max(14, max(picture.shape[-2:]) // 18)
+        font, size = findfont("DejaVu Sans"), max(14, max(picture.shape[-2:]) // 18)
         picture = draw_bounding_boxes(picture, boxes * factor, list(captions), colours, False, 2, font, size)
     return picture
 
 
 def precision_recall(curves: Mapping[str, Sequence[float]], path: Path) -> None:
     """Precision at IoU 0.5 over recall from 0 to 1, a curve a class, and their mean."""
-    figure, axis = plt.subplots(figsize=(6, 4.5), layout="constrained")
+    figure, axis = _subplots(figsize=(6, 4.5), layout="constrained")
     for name, values in curves.items():
         axis.plot(np.linspace(0, 1, len(values)), values, lw=1, label=name if len(curves) <= _NAMED_CLASSES else None)
     mean = np.mean(list(curves.values()), axis=0)
@@ -130,7 +126,7 @@ def precision_recall(curves: Mapping[str, Sequence[float]], path: Path) -> None:
 def energy_bars(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
     """Energy of each layer in mJ, in network order: additions that spikes cause, and multiplications."""
     shown = [row for row in rows if row["energy_mj"] > 0]
-    figure, axis = plt.subplots(figsize=(9, 1.5 + 0.2 * len(shown)), layout="constrained")
+    figure, axis = _subplots(figsize=(9, 1.5 + 0.2 * len(shown)), layout="constrained")
     for kind, label, colour in (("spikes", "spikes in: additions", "#2a9d8f"), ("real", "real in: MACs", "#e76f51")):
         places = [place for place, row in enumerate(shown) if row["input"] == kind]
         axis.barh(places, [shown[place]["energy_mj"] for place in places], color=colour, label=label)
@@ -147,7 +143,7 @@ def paper_and_ours(
 ) -> None:
     """A panel for each kind of figure: rows (name, the paper's, our mean, our standard deviation) as points."""
     rows = max(len(points) for points in panels.values())
-    figure, axes = plt.subplots(
+    figure, axes = _subplots(
         1, len(panels), figsize=(4.6 * len(panels) + 1.5, 1.6 + 0.34 * rows), layout="constrained", squeeze=False
     )
     for axis, (label, points) in zip(axes.flat, panels.items(), strict=True):
@@ -168,9 +164,21 @@ def paper_and_ours(
     _save(figure, path)
 
 
+def _subplots(rows: int = 1, columns: int = 1, **settings: Any) -> tuple[Figure, Any]:
+    """A figure that no window shows, and its axes. Matplotlib is imported here: whoever serves draws nothing."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(rows, columns, **settings)
+
+
 def _save(figure: Figure, path: Path) -> None:
-    """Writes a PNG under a temporary name and moves it into place."""
+    """Writes a PNG, atomically."""
+    from matplotlib import pyplot
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=110)
-    plt.close(figure)
+    pyplot.close(figure)

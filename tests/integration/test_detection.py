@@ -136,6 +136,7 @@ def test_the_proof_goes_with_the_version(desk: Desk, tmp_path: Path) -> None:
 
 def test_a_network_without_spikes_has_nothing_to_prove_and_one_with_sums_is_refuted(desk: Desk, scenes: Path) -> None:
     from spikefleet.certificates.spike_check import check_spikes
+    from spikefleet.data_summary import DataSummary
     from spikefleet.tasks import build_task
     from spikefleet_models.build import build_model
 
@@ -144,7 +145,7 @@ def test_a_network_without_spikes_has_nothing_to_prove_and_one_with_sums_is_refu
 
     def verdict(*overrides: str) -> Any:
         config = load_config("scenes_retinanet", parse_overrides([*RETINA, *overrides]))
-        task = build_task(config, manifest.class_names, manifest.category_ids or ())
+        task = build_task(config, DataSummary.of(manifest))
         return check_spikes(build_model(config.model).eval(), task, config, store.split("val"), pictures=1)
 
     assert verdict("model.backbone.connection=ann", "model.backbone.decoder=rate").verdict == "not spiking"

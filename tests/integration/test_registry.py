@@ -26,6 +26,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
 from spikefleet.files import sha256_of
 from spikefleet.registry.api import RegisteredVersion, best, describe, list_models, load, promote, pull, register, show
@@ -39,6 +40,8 @@ quiet_mlflow()
 
 import mlflow  # noqa: E402
 from mlflow import MlflowClient  # noqa: E402
+
+DIGITS = DataSummary("digits", "d" * 64, tuple(map(str, range(10))), (), (1, 8, 8))
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Trained:
         arguments: dict[str, Any] = {
             "weights": self.weights,
             "config": self.config,
+            "data": DIGITS,
             "tags": self.tags,
             "metrics": {"val/top1": value, "test/top1": value - 0.01},
             "run_id": self.run_id,
@@ -76,7 +80,7 @@ def trained(directory: Path, uri: str) -> Trained:
     assert tracker.finish("FINISHED", wait_s=30) == 0
     transform = TransformConfig(normalise="digits")
     config = {"task": "classification", "data": {"source": "digits", "transform": transform.model_dump(mode="json")}}
-    tags = {"dataset": "digits", "data_hash": "d" * 64, "recipe": "digits", "run_name": "first", "seed": 0}
+    tags: dict[str, object] = {"recipe": "digits", "run_name": "first", "seed": 0}
     bare = Trained(Path(), config, tags, str(tracker.run_id), uri)
     return bare.again(0, directory)
 

@@ -14,8 +14,9 @@ from spikefleet.cluster.ray_train import train_on_ray
 from spikefleet.config.recipes import load_config, parse_overrides
 from spikefleet.config.schema import Config
 from spikefleet.errors import RunError, UserError
+from spikefleet.runs.options import Options
 from spikefleet.runs.run_dir import Run
-from spikefleet.runs.train_run import Launch, run_training
+from spikefleet.runs.train_run import run_training
 from spikefleet.tasks.classification import Classification
 from spikefleet.training.checkpoints import CheckpointFolder, Snapshot, load_checkpoint
 from spikefleet.training.distributed import World
@@ -170,14 +171,14 @@ def test_a_run_that_ends_during_its_proof_goes_on_from_there(
     def certify(*parts: object) -> None:
         raise trouble
 
-    config, launch = load_config("digits", parse_overrides(SMALL)), Launch("cut", tmp_path / "runs", stores_dir)
+    config, options = load_config("digits", parse_overrides(SMALL)), Options(tmp_path / "runs", stores_dir)
     with monkeypatch.context() as patch:
         patch.setattr("spikefleet.runs.train_run.certify", certify)
         with pytest.raises(type(trouble)):
-            run_training(config, launch, Console(quiet=True))
+            run_training(config, options, Console(quiet=True), "cut")
     record = Run(tmp_path / "runs" / "cut").record()
     assert record["status"] == status
-    finished = run_training(config, launch, Console(quiet=True))
+    finished = run_training(config, options, Console(quiet=True), "cut")
     assert finished.run.record()["status"] == "finished"
     assert finished.promotion is not None
 

@@ -82,7 +82,7 @@ def task() -> Detection:
 def test_figures_equal_pycocotools_run_by_hand_on_the_report(task: Detection, seed: int, tmp_path: Path) -> None:
     predictions, truths = random_case(seed)
     details = task.details(predictions, truths)
-    task.report(details, predictions, truths, tmp_path)
+    task.report.write(details, predictions, truths, tmp_path)
     expected = {name: value for name, value in zip(FIGURES, by_hand(tmp_path), strict=True) if value > -1}
     assert details["metrics"] == expected
     assert len(expected) >= 9
@@ -92,7 +92,7 @@ def test_figures_equal_pycocotools_run_by_hand_on_the_report(task: Detection, se
 
 def test_ids_with_gaps_reach_the_files(task: Detection, tmp_path: Path) -> None:
     predictions, truths = random_case(0)
-    task.report(task.details(predictions, truths), predictions, truths, tmp_path)
+    task.report.write(task.details(predictions, truths), predictions, truths, tmp_path)
     assert [one["id"] for one in read_json(tmp_path / "ground_truth.json")["categories"]] == list(IDS)
     assert {one["category_id"] for one in read_json(tmp_path / "predictions.json")} == set(IDS)
 

@@ -12,7 +12,7 @@ from spikefleet.training.events import CheckpointSaved, EpochDone, Event, Note, 
 
 FIGURES = {"train/loss": 0.5, "train/top1": 0.75, "images_per_second": 1234.0}
 RUN: list[Event] = [
-    Started(step=0, total_steps=20, steps_per_epoch=10, epochs=2),
+    Started(step=0, total_steps=20, steps_per_epoch=10, epochs=2, headline=("top1",)),
     StepDone(epoch=0, step=10, metrics=FIGURES),
     EpochDone(epoch=1, step=10, metrics={"train/loss": 0.5, "val/top1": 0.8}, best=True),
     CheckpointSaved(step=10, path="checkpoints/step-00000010"),

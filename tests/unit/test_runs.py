@@ -9,6 +9,7 @@ import pytest
 
 from spikefleet.config.recipes import load_config, parse_overrides
 from spikefleet.config.schema import Config
+from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
 from spikefleet.runs.run_dir import Run, check_run_name, default_run_name, find_run
 from spikefleet.training.checkpoints import Snapshot
@@ -43,31 +44,31 @@ def test_resumption_with_other_values_is_refused_field_by_field(
     config: Config, manifest: Manifest, tmp_path: Path
 ) -> None:
     run = Run(tmp_path / "mine")
-    run.begin(config, manifest)
-    run.begin(config, manifest)
+    run.begin(config, DataSummary.of(manifest))
+    run.begin(config, DataSummary.of(manifest))
     other = load_config("digits", parse_overrides(["model.timesteps=2", "optim.lr=0.3", "cluster.workers=4"]))
     with pytest.raises(UserError) as caught:
-        run.begin(other, manifest)
+        run.begin(other, DataSummary.of(manifest))
     for part in ("model.timesteps: 4 in the run, 2", "optim.lr: 0.1 in the run, 0.3", "workers: 2 in the run, 4"):
         assert part in str(caught.value)
     assert "--name" in str(caught.value)
     changed = manifest.model_copy(update={"class_names": (*manifest.class_names[:-1], "nine")})
     with pytest.raises(UserError, match="data: content"):
-        run.begin(config, changed)
+        run.begin(config, DataSummary.of(changed))
 
 
 def test_damaged_latest_checkpoint_is_refused(config: Config, manifest: Manifest, tmp_path: Path) -> None:
     run = Run(tmp_path / "mine")
-    run.begin(config, manifest)
+    run.begin(config, DataSummary.of(manifest))
     path = run.checkpoints.save(3, Snapshot({}, {}, {}))
     (path / "state.json").write_text("{ }")
     with pytest.raises(UserError, match=r"state.json is damaged.*remove"):
-        run.begin(config, manifest)
+        run.begin(config, DataSummary.of(manifest))
 
 
 def test_best_checkpoint_needs_an_evaluation(config: Config, manifest: Manifest, tmp_path: Path) -> None:
     run = Run(tmp_path / "mine")
-    run.begin(config, manifest)
+    run.begin(config, DataSummary.of(manifest))
     with pytest.raises(UserError, match="no evaluated checkpoint yet"):
         run.best_checkpoint()
     run.checkpoints.save(3, Snapshot({}, {"best": {"step": 3}}, {}))
@@ -99,7 +100,7 @@ def _lock_and_exit(run: Run) -> None:
 def test_missing_run_names_those_that_exist(config: Config, manifest: Manifest, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="it holds none"):
         find_run(tmp_path, "mine")
-    Run(tmp_path / "yours").begin(config, manifest)
+    Run(tmp_path / "yours").begin(config, DataSummary.of(manifest))
     with pytest.raises(UserError, match="it holds yours"):
         find_run(tmp_path, "mine")
     assert find_run(tmp_path, "yours").config() == config

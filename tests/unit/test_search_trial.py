@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from spikefleet.data_summary import DataSummary
 from spikefleet.runs.run_dir import Run
 from spikefleet.search.run_search import _possible_config
 from spikefleet.search.trial import (
@@ -100,7 +101,7 @@ def test_a_take_over_brings_weights_but_not_the_best_of_another_configuration(
     store = Store.open(stores_dir / "digits", verify=False)
     donor, taker = Run(setting.runs_dir / "donor"), Run(setting.runs_dir / "taker")
     config = setting.config(SMALL)
-    donor.begin(config, store.manifest)
+    donor.begin(config, DataSummary.of(store.manifest))
     train(config, store, donor.path, World.alone(), Silence())
     middle, end = donor.checkpoints.committed()
     changed = setting.config({**SMALL, "optim.lr": 0.01})
@@ -137,7 +138,7 @@ def test_a_training_goes_on_under_other_time_steps_bound_and_balance(
     donor, taker = Run(setting.runs_dir / "donor"), Run(setting.runs_dir / "taker")
     config, changed = setting.config({**SMALL, **fixed}), setting.config({**SMALL, **fixed, **change})
     assert all(map(mutable_keys(config, list(change)), change))
-    donor.begin(config, store.manifest)
+    donor.begin(config, DataSummary.of(store.manifest))
     train(config, store, donor.path, World.alone(), Silence())
     middle, _ = donor.checkpoints.committed()
     _take_over(taker, changed, middle)
@@ -157,7 +158,7 @@ def test_a_trial_that_is_given_its_own_checkpoint_keeps_what_it_has(
     """One that was paused, at its last checkpoint; one whose process died, at an earlier one."""
     store = Store.open(stores_dir / "digits", verify=False)
     run, config = Run(setting.runs_dir / "paused"), setting.config(SMALL)
-    run.begin(config, store.manifest)
+    run.begin(config, DataSummary.of(store.manifest))
     train(config, store, run.path, World.alone(), Silence())
     before = run.checkpoints.committed()
     _take_over(run, config, before[given])

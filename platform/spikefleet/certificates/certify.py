@@ -1,4 +1,4 @@
-"""What a finished run shows before its best checkpoint may become champion: the spike check and the energy card."""
+"""What is shown of a run's best checkpoint before it may become champion: the spike check and the energy card."""
 
 from __future__ import annotations
 
@@ -8,34 +8,59 @@ from pathlib import Path
 from spikefleet.certificates.energy_card import ENERGY, measure_energy, write_card
 from spikefleet.certificates.spike_check import PROOF, check_spikes
 from spikefleet.config.schema import Config
-from spikefleet.files import read_json
-from spikefleet.inference.trained_network import best_network
-from spikefleet.runs.run_dir import Run
+from spikefleet.data_summary import DataSummary
+from spikefleet.files import read_json, sha256_of, write_json
 from spikefleet.tasks import build_task
-from spikefleet.training.checkpoints import load_checkpoint
+from spikefleet.training.checkpoints import best_network, checkpoint_hash, load_checkpoint
 from spikefleet_pipelines.store.reader import Store
+
+CERTIFICATE = "certificate.json"
+"""Written last: which checkpoint was certified, and the hashes of the files that say so."""
 
 
 @dataclass(frozen=True)
 class Certificates:
-    """The verdict of the spike check (`proved`, `refuted`, `not spiking`) and the energy of a picture."""
+    """The verdict of the spike check (`verdict.py`), the energy of an image in mJ, and the files that show both."""
 
     verdict: str
     energy_mj: float
     files: tuple[Path, ...]
 
 
-def certify(config: Config, run: Run, store: Store) -> Certificates:
-    """Checks and measures the best checkpoint on validation pictures, unless the run's report has both already."""
-    report = run.path / "report"
+def certify(config: Config, checkpoint: Path, report: Path, store: Store) -> Certificates:
+    """Checks and measures a checkpoint on validation images; what an earlier call has certified is read.
+
+    Args:
+        config: of the run.
+        checkpoint: directory of the run's best checkpoint.
+        report: the directory that gets, or has, the proof and the card.
+        store: the run's data.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
     proof, energy = report / PROOF, report / ENERGY
-    if not (proof.is_file() and energy.is_file()):
-        network = best_network(load_checkpoint(run.best_checkpoint()), config)
-        task = build_task(config, store.manifest.class_names, store.manifest.category_ids or ())
+    files = (proof, energy, energy.with_suffix(".png"))
+    certified = checkpoint_hash(checkpoint)
+    if not _is_certified(report, certified, files):
+        (report / CERTIFICATE).unlink(missing_ok=True)
+        network = best_network(load_checkpoint(checkpoint), config.model)
+        task = build_task(config, DataSummary.of(store.manifest))
         check_spikes(network, task, config, store.split("val")).write(proof)
         write_card(measure_energy(network, config, store.split("val")), report)
-    return Certificates(
-        read_json(proof)["verdict"],
-        float(read_json(energy)["totals"]["energy_mj"]),
-        (proof, energy, energy.with_suffix(".png")),
-    )
+        write_json(
+            report / CERTIFICATE,
+            {"checkpoint": certified, "sha256": {file.name: sha256_of(file) for file in files}},
+        )
+    return Certificates(read_json(proof)["verdict"], float(read_json(energy)["totals"]["energy_mj"]), files)
+
+
+def _is_certified(report: Path, checkpoint: str, files: tuple[Path, ...]) -> bool:
+    """Whether the report's files are those of an earlier, finished certification of this very checkpoint."""
+    try:
+        record = read_json(report / CERTIFICATE)
+        return bool(
+            record["checkpoint"] == checkpoint and all(sha256_of(file) == record["sha256"][file.name] for file in files)
+        )
+    except (ValueError, OSError, KeyError, TypeError):  # none yet, or a file is missing
+        return False

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from spikefleet.certificates.verdict import NOT_SPIKING, PROVED, REFUTED
 from spikefleet.config.schema import Config
 from spikefleet.files import write_json
-from spikefleet.registry.version import NOT_SPIKING, PROVED, REFUTED
-from spikefleet.tasks import Task
+from spikefleet.tasks import AnyTask
 from spikefleet.training.evaluation import first_batches
 from spikefleet_models.equivalence import EquivalenceProof, FlipCount, check_equivalence, count_flips
 from spikefleet_models.neurons import spiking_nodes
@@ -78,7 +78,7 @@ class SpikeCheck:
 
 def check_spikes(
     network: nn.Module,
-    task: Task,
+    task: AnyTask,
     config: Config,
     split: Split,
     *,
@@ -112,13 +112,13 @@ def check_spikes(
 
 
 def _figures(
-    forms: Mapping[str, nn.Module], task: Task, config: Config, loader: BatchLoader, count: int
+    forms: Mapping[str, nn.Module], task: AnyTask, config: Config, loader: BatchLoader, count: int
 ) -> dict[str, dict[str, float]]:
     predictions: dict[str, list[Any]] = {name: [] for name in forms}
     truths: list[Any] = []
     with torch.inference_mode():
         for batch in first_batches(loader, config.train.eval_batch, count):
-            truths += task.truth(batch)
+            truths += task.targets(batch)
             for name, form in forms.items():
                 predictions[name] += task.predict(form, batch)
     return {name: task.metrics(found, truths) for name, found in predictions.items()}

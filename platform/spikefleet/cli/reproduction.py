@@ -50,23 +50,17 @@ def reproduce(
     from spikefleet.reproduction.report import REPORT, as_table, order_sentences, remarks, write_reproduction
     from spikefleet.reproduction.reproduce import ReproductionPlan, reproduce, track_reproduction
     from spikefleet.reproduction.table import load_table
-    from spikefleet.search.mlflow_observer import SearchLaunch
+    from spikefleet.runs.options import Options
 
     fixed, data = split_overrides(overrides or [])
     given = {"workers": workers, "cpus_per_worker": cpus_per_worker, "gpus_per_worker": gpus_per_worker}
     changed = {key: value for key, value in given.items() if value is not None}
-    plan = ReproductionPlan(load_table(table), scale, seeds, only, fixed, changed, train=not report_only)
-    launch = SearchLaunch(
-        name=table,
-        runs_dir=runs_dir,
-        stores_dir=stores_dir,
-        address=address,
-        verbose=verbose,
-        retry_failed=retry_failed,
-        data=data,
+    plan = ReproductionPlan(
+        load_table(table), scale, seeds, only, fixed, changed, retry_failed=retry_failed, train=not report_only
     )
+    options = Options(runs_dir, stores_dir, address, verbose, data)
     with resumable():
-        found = reproduce(plan, launch, console)
+        found = reproduce(plan, options, console)
     folder = runs_dir / "reproductions" / found.name
     paths = write_reproduction(found, folder)
     track_reproduction(found, paths, folder, runs_dir)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 import yaml
@@ -49,8 +48,9 @@ def train(
     stores_dir: StoresDir = Path("stores"),
 ) -> None:
     """Train a recipe, test and register its best checkpoint. The same command goes on with an interrupted run."""
+    from spikefleet.runs.options import Options
     from spikefleet.runs.run_dir import find_run
-    from spikefleet.runs.train_run import Launch, run_training
+    from spikefleet.runs.train_run import run_training
 
     wanted = parse_overrides(overrides or [])
     if workers is not None:
@@ -66,9 +66,9 @@ def train(
         if held.recipe != Path(recipe).stem:
             raise UserError(f"run {resume} was trained by recipe {held.recipe!r}, not {recipe!r}")
         config = override_config(held, wanted, origin=f"run {resume}")
-    launch = Launch(name=name or resume, runs_dir=runs_dir, stores_dir=stores_dir, address=address, verbose=verbose)
+    options = Options(runs_dir, stores_dir, address, verbose)
     try:
-        finished = run_training(config, launch, console)
+        finished = run_training(config, options, console, name or resume)
     except KeyboardInterrupt:
         stderr.print("interrupted; the same command goes on from the last checkpoint", highlight=False)
         raise
@@ -100,7 +100,8 @@ def evaluate(
     evaluation = evaluate_on_split(trained, split, stores_dir, console, data=data, gpu=gpu)
     details = trained.task.details(evaluation.predictions, evaluation.targets)
     console.print(f"{network} on {details['samples']} {split} samples", highlight=False, soft_wrap=True)
-    header, *rows = trained.task.table(details)
+    report = trained.task.report
+    header, *rows = report.table(details)
     table = Table(*header)
     for row in rows[:_SHOWN_CLASSES]:
         table.add_row(*row)
@@ -112,7 +113,7 @@ def evaluate(
     if evaluation.health:
         console.print(f"firing rate {evaluation.health['firing_rate']:.3f}", highlight=False)
     if out is not None:
-        trained.task.report(details, evaluation.predictions, evaluation.targets, out)
+        report.write(details, evaluation.predictions, evaluation.targets, out)
         console.print(f"report: {out}", highlight=False)
 
 
@@ -138,30 +139,14 @@ def predict(
         json.dump(answers, sys.stdout, indent=2)
         sys.stdout.write("\n")
         return
-    detects = trained.config.task == "detection"
-    console.print(_found_objects(answers) if detects else _likeliest_classes(answers))
+    report = trained.task.report
+    header, *rows = report.answer_table(answers)
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
     if out is not None:
-        console.print(f"{'pictures' if detects else 'picture'}: {out}", highlight=False)
-
-
-def _likeliest_classes(answers: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table("picture", "class", "probability", "then")
-    for answer in answers:
-        first, *others = answer["classes"]
-        then = ", ".join(f"{other['name']} {other['probability']:.1%}" for other in others[:2])
-        table.add_row(answer["picture"], first["name"], f"{first['probability']:.1%}", then)
-    return table
-
-
-def _found_objects(answers: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table("picture", "object", "score", "x1 y1 x2 y2 (pixels)")
-    for answer in answers:
-        for found in answer["objects"]:
-            corners = " ".join(f"{x:.0f}" for x in found["box"])
-            table.add_row(answer["picture"], found["name"], f"{found['score']:.2f}", corners)
-        if not answer["objects"]:
-            table.add_row(answer["picture"], "-", "-", "-")
-    return table
+        console.print(f"{'pictures' if report.draws_each else 'picture'}: {out}", highlight=False)
 
 
 @app.command()

@@ -90,7 +90,7 @@ def tune(
     stores_dir: StoresDir = Path("stores"),
 ) -> None:
     """Search over configurations; each trial is a training. The same command goes on with an interrupted search."""
-    from spikefleet.search.mlflow_observer import SearchLaunch
+    from spikefleet.runs.options import Options
     from spikefleet.search.run_search import confirm_front, extension_of, register_trial, report_of, run_tracked_search
     from spikefleet_tune.errors import SearchError
     from spikefleet_tune.report import pareto_table
@@ -113,27 +113,20 @@ def tune(
         wanted = search_of(tree, f"search {search}")
     except SearchError as error:
         raise UserError(str(error)) from None
-    launch = SearchLaunch(
-        name=name or Path(search).stem,
-        runs_dir=runs_dir,
-        stores_dir=stores_dir,
-        address=address,
-        verbose=verbose,
-        extend=extend,
-        warm_start=warm_start,
-        retry_failed=retry_failed,
-        data=data,
-    )
-    extended = extension_of(launch)
-    with resumable(lambda: extension_of(launch) > extended):
-        result = run_tracked_search(wanted, launch, console)
+    name = name or Path(search).stem
+    options = Options(runs_dir, stores_dir, address, verbose, data)
+    extended = extension_of(name, options)
+    with resumable(lambda: extension_of(name, options) > extended):
+        result = run_tracked_search(
+            wanted, name, options, console, extend=extend, warm_start=warm_start, retry_failed=retry_failed
+        )
         console.print(pareto_table(result))
         if confirm:
-            rows = confirm_front(result, confirm, launch, console)
+            rows = confirm_front(result, confirm, options, console, retry_failed)
             console.print(_confirmation(rows, list(result.search.objectives)))
     console.print(f"report: {report_of(result)}", highlight=False, soft_wrap=True)
     if register is not None:
-        promotion = register_trial(result, register, launch, console)
+        promotion = register_trial(result, register, options, console)
         console.print(f"{promotion.name} version {promotion.version} is {promotion.alias}: {promotion.reason}")
 
 

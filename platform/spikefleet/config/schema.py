@@ -10,8 +10,9 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from spikefleet.config.task_table import find_task
 from spikefleet_models.build import ModelConfig, task_of
 from spikefleet_models.sg_resnet import SGResNetConfig
 from spikefleet_models.shortcut import ShortcutConfig, branch_channels
@@ -126,7 +127,7 @@ class Config(Section):
     """One training run."""
 
     recipe: str = Field(pattern=_PLAIN_NAME, description="name of the recipe")
-    task: Literal["classification", "detection"] = "classification"
+    task: str = Field("classification", description="what the network is trained for: a name of the table of tasks")
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
@@ -137,14 +138,20 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()
     registry: RegistryConfig = RegistryConfig()
 
+    @field_validator("task")
+    @classmethod
+    def _task_is_known(cls, name: str) -> str:
+        return find_task(name).name
+
     @model_validator(mode="after")
     def _task_suits_model_and_data(self) -> Self:
-        if (can := task_of(self.model)) != self.task:
+        task = find_task(self.task)
+        if (can := task_of(self.model)) != task.networks:
             raise ValueError(f"task={self.task}, but model.family={self.model.family} is for {can}; set task={can}")
-        kind = "image" if self.task == "classification" else "detection"
-        if self.data.transform.kind != kind:
+        if self.data.transform.kind != task.transform:
             raise ValueError(
-                f"task={self.task} needs data.transform.kind={kind}; the data section has {self.data.transform.kind}"
+                f"task={self.task} needs data.transform.kind={task.transform}; the data section has "
+                f"{self.data.transform.kind}"
             )
         if isinstance(self.model, SpikeYoloConfig | SpikingYoloV8Config):
             coarsest, sides = self.model.strides[-1], self.data.transform.divisor  # type: ignore[union-attr]
@@ -153,9 +160,9 @@ class Config(Section):
                     f"data.transform.divisor={sides} is no multiple of the network's coarsest stride {coarsest}; "
                     f"set data.transform.divisor={coarsest} and a size that it divides"
                 )
-        if self.task == "detection" and self.shortcut.enabled:
+        if self.shortcut.enabled and not task.side_branches:
             raise ValueError(
-                f"shortcut.where={self.shortcut.where}: side branches classify, and the task is detection; "
+                f"shortcut.where={self.shortcut.where}: side branches classify, and the task is {self.task}; "
                 "set shortcut.where=none"
             )
         if self.shortcut.enabled and isinstance(self.model, SGResNetConfig):
@@ -163,8 +170,10 @@ class Config(Section):
                 branch_channels(self.model, self.shortcut)
             except ValueError as error:
                 raise ValueError(f"shortcut.{error}") from None
-        if self.task == "detection" and self.train.label_smoothing:
-            raise ValueError(f"train.label_smoothing={self.train.label_smoothing} is for classification only")
+        if self.train.label_smoothing and not task.label_smoothing:
+            raise ValueError(
+                f"train.label_smoothing={self.train.label_smoothing} has no meaning for task={self.task}; leave it out"
+            )
         if self.train.ema_ramp is not None and self.train.ema_decay is None:
             raise ValueError(f"train.ema_ramp={self.train.ema_ramp} has no effect without train.ema_decay")
         return self

@@ -14,7 +14,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from spikefleet.errors import UserError
 from spikefleet.inference.trained_network import TrainedNetwork
 from spikefleet.registry.package import picture_batch
-from spikefleet.tasks.detection import Detection
 from spikefleet.training.distributed import World, pick_device
 from spikefleet.training.precision import autocast
 from spikefleet_tune.atomic import replacing
@@ -28,41 +27,39 @@ def predict_files(
     """What the network says of each picture, in order: `{"picture", "classes": [{"name", "probability"}, ...]}`, or
     `{"picture", "objects": [{"name", "score", "box"}, ...]}` with boxes x1 y1 x2 y2 in the picture's own pixels.
 
-    For classification, pictures are brought to the size of the training images; `out` gets one PNG with all of them.
-    For detection, `out` is a folder that gets each picture with its boxes drawn; boxes below `score` are left out.
-    Raises UserError naming the file that is missing or no picture, or the folder without any.
+    Where the task says so, images are resized to the size of the training images. `out` gets one PNG with all of them,
+    or is a folder that gets each image with its prediction drawn on it; parts below `score` are left out.
+    Raises UserError naming the file that is missing or no image, or the folder without any.
     """
-    detects = isinstance(trained.task, Detection)
-    if out is not None and not detects and out.suffix.lower() != ".png":
+    task = trained.task
+    report = task.report
+    if out is not None and not report.draws_each and out.suffix.lower() != ".png":
         raise UserError(f"--out {out} must end in .png")
-    if out is not None and detects and out.is_file():
-        raise UserError(f"--out {out} is a file; for detection, give a folder")
+    if out is not None and report.draws_each and out.is_file():
+        raise UserError(f"--out {out} is a file; for {trained.config.task}, give a folder")
     files = list(_picture_files(paths))
     for file in files:
         _check(file)
     device = pick_device(gpu)
     world, network = World(0, 1, device), trained.network.to(device)
-    names = _names(files, out) if out is not None and detects else []
+    names = _names(files, out) if out is not None and report.draws_each else []
     answers: list[dict[str, Any]] = []
     pictures, predictions = [], []
     # One picture at a time: photographs are large, and a folder may hold thousands.
     for position, file in enumerate(files):
-        pixels = _read(file, trained.config.model.in_channels, None if detects else trained.image_shape)
+        pixels = _read(file, trained.config.model.in_channels, None if task.any_size else trained.data.image_shape)
         batch = world.place(picture_batch(pixels[None], trained.config.dump()), channels_last=False)
         with autocast(trained.config.train.precision, device):
-            (prediction,) = trained.task.predict(network, batch)
-        if isinstance(trained.task, Detection):
-            prediction = prediction.at_least(score)
-            if names:
-                _write_picture(
-                    trained.task.draw_boxes(torch.from_numpy(pixels), prediction, least=0.0), names[position]
-                )
+            (prediction,) = task.predict(network, batch)
+        prediction = task.confident(prediction, score)
+        if names:
+            _write_picture(report.draw_one(torch.from_numpy(pixels), prediction), names[position])
         elif out is not None:
             pictures.append(torch.from_numpy(pixels))
             predictions.append(prediction)
-        answers.append({"picture": str(file), **trained.task.answer(prediction)})
+        answers.append({"picture": str(file), **report.answer(prediction)})
     if pictures and out is not None:
-        trained.task.draw(pictures, predictions, None, out)
+        report.draw(pictures, predictions, None, out)
     return answers
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,14 @@ from torch import nn
 from spikefleet.config.recipes import parse_config
 from spikefleet.config.schema import Config
 from spikefleet.data_access import open_data
+from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
-from spikefleet.files import read_json
 from spikefleet.registry.package import CARD, load_network
-from spikefleet.runs.run_dir import DATA_FACTS, Run, find_run
-from spikefleet.tasks import Task, build_task
-from spikefleet.training.checkpoints import Snapshot, load_checkpoint
+from spikefleet.runs.run_dir import Run, find_run
+from spikefleet.tasks import AnyTask, build_task
+from spikefleet.training.checkpoints import best_network, load_checkpoint
 from spikefleet.training.distributed import World, pick_device
 from spikefleet.training.evaluation import Evaluation, evaluate
-from spikefleet_models.build import build_model
 from spikefleet_pipelines.loading import BatchLoader
 from spikefleet_pipelines.store.reader import Split
 
@@ -33,15 +33,13 @@ class TrainedNetwork:
     reference: str
     network: nn.Module
     config: Config
-    class_names: tuple[str, ...]
-    category_ids: tuple[int, ...]
-    """For detection, the data's id of each class."""
-    image_shape: tuple[int, int, int] | None
-    """[C, H, W] of the training images; None where their sizes varied."""
+    data: DataSummary
+    """What it was trained on."""
 
-    @property
-    def task(self) -> Task:
-        return build_task(self.config, self.class_names, self.category_ids)
+    @cached_property
+    def task(self) -> AnyTask:
+        """The task that it was trained for."""
+        return build_task(self.config, self.data)
 
 
 def open_trained_network(reference: str, runs_dir: Path) -> TrainedNetwork:
@@ -75,32 +73,13 @@ def open_trained_network(reference: str, runs_dir: Path) -> TrainedNetwork:
 
 def _from_package(reference: str, folder: Path) -> TrainedNetwork:
     network, config = load_network(folder)
-    return _with_facts(reference, network, parse_config(config, origin=reference), read_json(folder / DATA_FACTS))
+    return TrainedNetwork(reference, network, parse_config(config, origin=reference), DataSummary.read(folder))
 
 
 def _from_checkpoint(reference: str, checkpoint: Path, run: Run) -> TrainedNetwork:
     snapshot = load_checkpoint(checkpoint)
     config = parse_config(snapshot.config, origin=str(checkpoint))
-    return _with_facts(reference, best_network(snapshot, config), config, read_json(run.path / DATA_FACTS))
-
-
-def best_network(snapshot: Snapshot, config: Config) -> nn.Module:
-    """The network of a checkpoint in evaluation mode: the average of its weights where there is one."""
-    network = build_model(config.model)
-    network.load_state_dict(dict(snapshot.tensors.get("average", snapshot.tensors["model"])))
-    return network.eval()
-
-
-def _with_facts(reference: str, network: nn.Module, config: Config, facts: dict[str, Any]) -> TrainedNetwork:
-    shape = facts["image_shape"]
-    return TrainedNetwork(
-        reference,
-        network,
-        config,
-        tuple(facts["class_names"]),
-        tuple(facts.get("category_ids") or ()),  # runs before detection have none
-        tuple(shape) if shape else None,
-    )
+    return TrainedNetwork(reference, best_network(snapshot, config.model), config, run.data())
 
 
 def open_split(
@@ -112,12 +91,12 @@ def open_split(
     """
     config = trained.config.data
     store = open_data(config.model_copy(update={"store": data}) if data else config, stores_dir, console)
-    if store.manifest.class_names != trained.class_names:
+    if store.manifest.class_names != trained.data.class_names:
         raise UserError(
             f"{store.location} has the classes {', '.join(store.manifest.class_names[:5])}, ...; "
-            f"{trained.reference} was trained on {', '.join(trained.class_names[:5])}, ..."
+            f"{trained.reference} was trained on {', '.join(trained.data.class_names[:5])}, ..."
         )
-    if tuple(store.manifest.category_ids or ()) != trained.category_ids:
+    if tuple(store.manifest.category_ids or ()) != trained.data.category_ids:
         raise UserError(
             f"{store.location} has other category ids for these classes than the data of {trained.reference}; "
             "figures by class would be wrong"
@@ -133,7 +112,7 @@ def evaluate_on_split(
     *,
     data: str | None = None,
     gpu: bool = False,
-) -> Evaluation:
+) -> Evaluation[Any, Any]:
     """Runs the network over a split, as `open_split` has it. Raises as that."""
     config = trained.config.data
     rows = open_split(trained, split, stores_dir, console, data=data)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spikefleet.certificates.verdict import REFUTED
+from spikefleet.data_summary import DATA_SUMMARY, DataSummary
 from spikefleet.errors import UserError
 from spikefleet.registry.mlflow_store import (
     METRIC_PREFIX,
@@ -41,7 +43,6 @@ from spikefleet.registry.version import (
     CHALLENGER,
     CHAMPION,
     CONTENT_HASH,
-    REFUTED,
     SPIKE_DRIVEN,
     RegisteredModel,
     RegisteredVersion,
@@ -86,6 +87,7 @@ def register(
     *,
     weights: Path,
     config: Mapping[str, Any],
+    data: DataSummary,
     tags: Mapping[str, object],
     metrics: Mapping[str, float],
     run_id: str,
@@ -97,8 +99,9 @@ def register(
     Args:
         weights: safetensors with the network's whole state.
         config: the run's configuration, with the sections model, data (with data.transform) and task.
-        tags: what the network was trained on and by: dataset, data_hash, recipe, run_name, code_version, seed, ...;
-            what follows from the configuration (task, timesteps, connection, ...) is added.
+        data: what the network was trained on; becomes the tags dataset and data_hash, and goes with the version.
+        tags: what the network was trained by: recipe, run_name, code_version, seed, ...; what follows from the
+            configuration (task, timesteps, connection, ...) is added.
         metrics: by split, such as "val/top1" and "test/top1".
         extra_files: further files of the package by their names in it, such as "energy.json".
 
@@ -112,9 +115,12 @@ def register(
     with connect(tracking_uri) as client, _scratch() as scratch:
         package = scratch / "package"
         package.mkdir()
-        given = {key: str(value) for key, value in tags.items()}
+        origin = {"dataset": data.source, "data_hash": data.content_hash}
+        given = {key: str(value) for key, value in {**origin, **tags}.items()}
+        data.write(scratch)
         facts = {"run_id": run_id, "tags": given, "metrics": dict(metrics)}
-        card = write_package(package, weights, config, extra_files or {}, facts)
+        files = {DATA_SUMMARY: scratch / DATA_SUMMARY, **(extra_files or {})}
+        card = write_package(package, weights, config, files, facts)
         network, _ = load_network(package)
         for version in find_versions(client, name):
             if version.run_id == run_id and version.content_hash == card.content_hash:
@@ -124,7 +130,7 @@ def register(
         derived = {key: str(value) for key, value in {**_model_tags(config), "parameters": parameters}.items()}
         all_tags = {**derived, **given, **measured, CONTENT_HASH: card.content_hash}
         model = scratch / "model"
-        save_for_mlflow(package, model, config)
+        save_for_mlflow(package, model, config, data)
         return publish(client, name, model, run_id, all_tags, tracking_uri)
 
 

@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
 from spikefleet.registry.package import model_config
 from spikefleet.registry.version import CONTENT_HASH, RegisteredModel, RegisteredVersion, check_model_name
@@ -132,18 +133,20 @@ def _metrics(tags: Mapping[str, str]) -> dict[str, float]:
     return metrics
 
 
-def save_for_mlflow(package: Path, model: Path, config: Mapping[str, Any]) -> None:
+def save_for_mlflow(package: Path, model: Path, config: Mapping[str, Any], data: DataSummary) -> None:
     """MLflow's directory around a package: the code file, the signature and the requirements."""
     import numpy as np
     from mlflow import pyfunc
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
 
+    from spikefleet.tasks import LossSettings, task_class  # imports torch, which looking models up does without
+
     network = model_config(config, "the configuration of a registered model")
     images = TensorSpec(np.dtype(np.uint8), (-1, network.in_channels, -1, -1))
-    outputs = None  # MLflow's schemas have no word for a list of objects
-    if config["task"] == "classification":
-        outputs = Schema([TensorSpec(np.dtype(np.float32), (-1, network.num_classes))])
+    shape = task_class(config["task"]).build(network, data, LossSettings()).served_shape
+    # MLflow's schemas have no word for a list of objects.
+    outputs = None if shape is None else Schema([TensorSpec(np.dtype(np.float32), shape)])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*An input example was not provided")
         pyfunc.save_model(

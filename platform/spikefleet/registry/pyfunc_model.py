@@ -7,15 +7,13 @@ import mlflow
 import numpy as np
 import torch
 
-from spikefleet.files import read_json
+from spikefleet.data_summary import DataSummary
 from spikefleet.registry.package import CARD, load_network, model_config, picture_batch
-from spikefleet.runs.run_dir import DATA_FACTS
-from spikefleet.tasks.detection import Detection
-from spikefleet_models.build import build_criterion
+from spikefleet.tasks import LossSettings, task_class
 
 
 class RegisteredNetwork(mlflow.pyfunc.PythonModel):
-    """Images uint8 [B, C, H, W] -> class probabilities float32 [B, K]; from a detector, the objects of each image.
+    """Images uint8 [B, C, H, W] -> what the task serves: class probabilities float32 [B, K], or the objects of each.
 
     An object has a name, a score and a box, x1 y1 x2 y2 in the pixels of the image.
     """
@@ -24,21 +22,14 @@ class RegisteredNetwork(mlflow.pyfunc.PythonModel):
         """Builds the network from the package beside this file, after checking its hashes."""
         package = Path(context.artifacts[CARD]).parent
         self._network, self._config = load_network(package)
-        self._detection: Detection | None = None
-        if self._config["task"] == "detection":
-            facts = read_json(package / DATA_FACTS)
-            criterion = build_criterion(model_config(self._config, str(package)))
-            self._detection = Detection(criterion, facts["class_names"], facts["category_ids"])
+        model = model_config(self._config, str(package))
+        self._task = task_class(self._config["task"]).build(model, DataSummary.read(package), LossSettings())
 
     # MLflow knows this type hint, and warns of most others and of none.
     def predict(self, context: Any, model_input: np.ndarray, params: Any = None) -> Any:
         """Resizes and normalises as in evaluation, then runs the network in fp32."""
-        batch = picture_batch(model_input, self._config)
         with torch.inference_mode():
-            if self._detection is not None:
-                found = self._detection.predict(self._network, batch)
-                return [self._detection.answer(one)["objects"] for one in found]
-            return self._network(batch.images).float().softmax(dim=1).numpy()
+            return self._task.serve(self._network, picture_batch(model_input, self._config))
 
 
 mlflow.models.set_model(RegisteredNetwork())

@@ -14,7 +14,6 @@ CONTENT_HASH = "spikefleet.content_hash"
 
 SPIKE_DRIVEN = "spike_driven"
 """Tag: whether binary inference was shown to equal the trained network; see `certificates.spike_check`."""
-PROVED, REFUTED, NOT_SPIKING = "proved", "refuted", "not spiking"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ from spikefleet.config.schema import Config
 from spikefleet.errors import UserError
 from spikefleet.files import read_json
 from spikefleet.reproduction.table import Column, Entry, PaperTable, Scale
+from spikefleet.runs.options import Options
 from spikefleet.runs.run_dir import Run
-from spikefleet.search.mlflow_observer import FLUSH_S, SearchLaunch
+from spikefleet.search.mlflow_observer import FLUSH_S
 from spikefleet.search.run_search import read_tracked_search, run_tracked_search
 from spikefleet.search.trial import chooses_data
 from spikefleet.tracking.mlflow_client import resolve_tracking_uri
@@ -53,6 +54,8 @@ class ReproductionPlan:
     """Dotted overrides laid over every row."""
     resources: Mapping[str, float] | None = None
     """What a training takes, by the fields of Resources, where it is not what the table says."""
+    retry_failed: bool = False
+    """Run failed trainings once more."""
     train: bool = True
     """False reads what is there and trains nothing."""
 
@@ -140,7 +143,7 @@ class Reproduction:
         return kept, compared
 
 
-def reproduce(plan: ReproductionPlan, launch: SearchLaunch, console: Console) -> Reproduction:
+def reproduce(plan: ReproductionPlan, options: Options, console: Console) -> Reproduction:
     """Trains what is missing and gathers the table. Interrupted, the same call goes on.
 
     Rows whose data are not there, or whose search is refused, are left out with that reason, unless none is left.
@@ -158,7 +161,7 @@ def reproduce(plan: ReproductionPlan, launch: SearchLaunch, console: Console) ->
     if not by_recipe and not any(column.origin == "network" for column in plan.table.columns.values()):
         reasons = "; ".join(dict.fromkeys(filter(None, (e.group.refusal(e.row, plan.scale) for e in entries))))
         raise UserError(f"no row of {plan.table.name} can run at scale {plan.scale}: {reasons}")
-    placed = [key for key in launch.data if key in ("data.root", "data.store")]
+    placed = [key for key in options.data if key in ("data.root", "data.store")]
     if len(by_recipe) > 1 and placed:
         groups = ", ".join(dict.fromkeys(entry.group.name for rows in by_recipe.values() for entry in rows))
         raise UserError(
@@ -169,7 +172,7 @@ def reproduce(plan: ReproductionPlan, launch: SearchLaunch, console: Console) ->
     missing: dict[str, str] = {}
     for recipe, rows in by_recipe.items():
         try:
-            results[recipe] = _trained(plan, recipe, rows, launch, console)
+            results[recipe] = _trained(plan, recipe, rows, options, console)
         except (SourceError, StoreError, UserError) as error:
             if len(missing) + 1 == len(by_recipe):  # the last hope
                 raise
@@ -181,7 +184,7 @@ def reproduce(plan: ReproductionPlan, launch: SearchLaunch, console: Console) ->
         recipe = "" if reason is not None else entry.group.scales[plan.scale].recipe
         reason = missing.get(recipe) if reason is None else reason
         if reason is None and (result := results[recipe]) is not None:
-            found.append(_measured(plan, entry, result, launch))
+            found.append(_measured(plan, entry, result, options))
         else:
             cells = _cells(plan.table, entry, [])
             found.append(ReproducedRow(entry, cells, remark=f"not run: {reason or 'nothing was trained yet'}"))
@@ -189,13 +192,12 @@ def reproduce(plan: ReproductionPlan, launch: SearchLaunch, console: Console) ->
 
 
 def _trained(
-    plan: ReproductionPlan, recipe: str, rows: Sequence[Entry], launch: SearchLaunch, console: Console
+    plan: ReproductionPlan, recipe: str, rows: Sequence[Entry], options: Options, console: Console
 ) -> SearchResult | None:
     """The search that holds the rows' trainings, after what was missing in it has been trained."""
     name = f"paper-{plan.scale}-{recipe}" + (f"-{_short_digest(plan.data)}" if plan.data else "")
-    named = replace(launch, name=name, extend=0, warm_start=None)
     if not plan.train:
-        return read_tracked_search(named)
+        return read_tracked_search(name, options)
     chosen = load_config(recipe).checkpoint
     resources = {**rows[0].group.scales[plan.scale].resources.model_dump(), **(plan.resources or {})}
     tree = {
@@ -206,7 +208,7 @@ def _trained(
         "objectives": {f"val/{chosen.metric}": chosen.mode},
         "resources": resources,
     }
-    return run_tracked_search(search_of(tree), named, console)
+    return run_tracked_search(search_of(tree), name, options, console, retry_failed=plan.retry_failed)
 
 
 def _distinct(plan: ReproductionPlan, rows: Sequence[Entry]) -> Iterator[dict[str, Any]]:
@@ -233,11 +235,11 @@ def track_reproduction(found: Reproduction, report: Sequence[Path], folder: Path
 # ------------------------------------------------------------------------------------------------ figures
 
 
-def _measured(plan: ReproductionPlan, entry: Entry, result: SearchResult, launch: SearchLaunch) -> ReproducedRow:
+def _measured(plan: ReproductionPlan, entry: Entry, result: SearchResult, options: Options) -> ReproducedRow:
     """A row from the finished trainings of its configuration."""
     recipe = result.search.recipe
     by_digest = {_digest(recipe, record.overrides): record for record in result.records}
-    trials = replace(launch, name=result.name).trials_dir
+    trials = options.trials_dir(result.name)
     runs: list[tuple[TrialRecord, Run]] = []
     seeds: list[int] = []
     trouble: list[str] = []
@@ -261,7 +263,7 @@ def _measured(plan: ReproductionPlan, entry: Entry, result: SearchResult, launch
         _cells(plan.table, entry, runs),
         tuple(seeds),
         tuple(record.name for record, _ in runs),
-        tuple(dict.fromkeys(run.data_facts()["content_hash"] for _, run in runs)),
+        tuple(dict.fromkeys(run.data().content_hash for _, run in runs)),
         tuple(dict.fromkeys(str(run.record().get("code_version", "unknown")) for _, run in runs)),
         "; ".join(trouble) if runs or not trouble else f"not run: {'; '.join(trouble)}",
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from rich.console import Console
@@ -43,23 +43,24 @@ class LiveDisplay:
         )
         self._task = self._progress.add_task("train", total=None, epoch="-", figures="starting")
         self._epochs = 0
+        self._headline: tuple[str, ...] = ()
         self._progress.start()
 
     def show(self, event: Event) -> None:
         match event:
             case Started():
-                self._epochs = event.epochs
+                self._epochs, self._headline = event.epochs, event.headline
                 self._progress.update(self._task, total=event.total_steps, completed=event.step, figures="")
             case StepDone():
                 self._progress.update(
                     self._task,
                     completed=event.step,
                     epoch=f"{event.epoch + 1}/{self._epochs}",
-                    figures=_step_figures(event.metrics),
+                    figures=_step_figures(event.metrics, self._headline),
                 )
             case EpochDone():
                 self._progress.update(self._task, completed=event.step)
-                self._print(_epoch_line(event, self._epochs))
+                self._print(_epoch_line(event, self._epochs, self._headline))
             case WorkerFailed():
                 self._print(f"a worker failed: {event.reason}", style="yellow")
             case Note():
@@ -81,6 +82,7 @@ class PlainDisplay:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._epochs = self._total = 0
+        self._headline: tuple[str, ...] = ()
         self._began = self._printed = time.monotonic()
         self._first_step = 0
 
@@ -88,13 +90,14 @@ class PlainDisplay:
         match event:
             case Started():
                 self._epochs, self._total, self._first_step = event.epochs, event.total_steps, event.step
+                self._headline = event.headline
                 self._began = self._printed = time.monotonic()
                 self._print(f"{event.epochs} epochs of {event.steps_per_epoch} steps, from step {event.step}")
             case StepDone() if time.monotonic() - self._printed >= _PLAIN_LINE_EVERY_S:
                 line = f"epoch {event.epoch + 1}/{self._epochs}  step {event.step}/{self._total}"
-                self._print(f"{line}  {_step_figures(event.metrics)}  {self._remaining(event.step)}")
+                self._print(f"{line}  {_step_figures(event.metrics, self._headline)}  {self._remaining(event.step)}")
             case EpochDone():
-                self._print(f"{_epoch_line(event, self._epochs)}  {self._remaining(event.step)}")
+                self._print(f"{_epoch_line(event, self._epochs, self._headline)}  {self._remaining(event.step)}")
             case WorkerFailed():
                 self._print(f"a worker failed: {event.reason}")
             case Note():
@@ -117,27 +120,19 @@ class PlainDisplay:
         return f"{seconds // 60:.0f} min {seconds % 60:.0f} s left"
 
 
-def _step_figures(metrics: Mapping[str, float]) -> str:
+def _step_figures(metrics: Mapping[str, float], headline: Sequence[str]) -> str:
     parts = [f"loss {metrics['train/loss']:.3f}"]
-    if "train/top1" in metrics:
-        parts.append(f"top1 {metrics['train/top1']:.1%}")
+    parts += [f"{name} {metrics[f'train/{name}']:.1%}" for name in headline if f"train/{name}" in metrics]
     parts.append(f"{metrics['images_per_second']:.0f} images/s")
     return "  ".join(parts)
 
 
-_EPOCH_FIGURES = {
-    "train/loss": ".4f",
-    "train/top1": ".2%",
-    "val/top1": ".2%",
-    "val/map50_95": ".2%",
-    "val/map50": ".2%",
-    "spikes/firing_rate": ".3f",
-}
-
-
-def _epoch_line(event: EpochDone, epochs: int) -> str:
+def _epoch_line(event: EpochDone, epochs: int, headline: Sequence[str]) -> str:
+    forms = {"train/loss": ".4f"}
+    forms |= {f"{split}/{name}": ".2%" for split in ("train", "val") for name in headline}
+    forms |= {"spikes/firing_rate": ".3f"}
     shown = [f"epoch {event.epoch:>3}/{epochs}"]
-    for key, form in _EPOCH_FIGURES.items():
+    for key, form in forms.items():
         if key in event.metrics:
             shown.append(f"{key} {event.metrics[key]:{form}}")
     return "  ".join(shown) + ("  best" if event.best else "")

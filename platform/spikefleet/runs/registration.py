@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from spikefleet import registry
-from spikefleet.certificates.certify import certify
+from spikefleet.certificates.certify import Certificates
 from spikefleet.config.schema import Config
 from spikefleet.registry.version import SPIKE_DRIVEN
 from spikefleet.registry.api import Promotion
-from spikefleet.runs.run_dir import DATA_FACTS, Run
+from spikefleet.runs.run_dir import Run
 from spikefleet.versions import code_version
-from spikefleet_pipelines.store.reader import Store
 
 
 def register_run(
@@ -20,7 +19,7 @@ def register_run(
     run_id: str,
     tracking_uri: str,
     *,
-    store: Store,
+    certificates: Certificates,
     validation: Mapping[str, float],
     test: Mapping[str, float],
 ) -> Promotion:
@@ -31,17 +30,15 @@ def register_run(
     Raises UserError when the registry does not answer.
     """
     best = run.best_checkpoint()
-    certificates = certify(config, run, store)
     average = best / "average.safetensors"
-    facts = run.data_facts()
+    data = run.data()
     metric = config.checkpoint.metric
     version = registry.register(
         config.registered_name,
         weights=average if average.is_file() else best / "model.safetensors",
         config=config.dump(),
+        data=data,
         tags={
-            "dataset": facts["source"],
-            "data_hash": facts["content_hash"],
             "recipe": config.recipe,
             "run_name": run.name,
             "metric": metric,
@@ -57,7 +54,6 @@ def register_run(
         run_id=run_id,
         tracking_uri=tracking_uri,
         extra_files={
-            DATA_FACTS: run.path / DATA_FACTS,
             "evaluation.json": run.path / "report" / "evaluation.json",
             **{path.name: path for path in certificates.files},
         },

@@ -17,11 +17,8 @@ from spikefleet.training.checkpoints import CheckpointFolder, verify_checkpoint
 from spikefleet.files import read_json, write_json
 from spikefleet.config.schema import Config, differences
 from spikefleet.config.recipes import parse_config
+from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
-from spikefleet_pipelines.store.manifest import Manifest
-
-DATA_FACTS = "data.json"
-"""What a network must know of its data to be used: source, content hash, class names and their ids, image shape."""
 
 _LOOK_S = 0.5
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -68,8 +65,9 @@ class Run:
         """Adds facts to run.json, atomically."""
         write_json(self.path / "run.json", {**self.record(), **facts})
 
-    def data_facts(self) -> dict[str, Any]:
-        return dict(read_json(self.path / DATA_FACTS))
+    def data(self) -> DataSummary:
+        """The data that the run is trained on."""
+        return DataSummary.read(self.path)
 
     def best_checkpoint(self) -> Path:
         """The checkpoint with the best validation metric so far. Raises UserError when there is none yet."""
@@ -83,7 +81,7 @@ class Run:
         """The configuration that the run was started with."""
         return parse_config(read_json(self.path / "config.json"), origin=f"run {self.name}")
 
-    def begin(self, config: Config, manifest: Manifest) -> None:
+    def begin(self, config: Config, data: DataSummary) -> None:
         """Creates the run, or makes sure that it is the same training.
 
         Raises UserError with a field-by-field difference, or naming the damaged file of the latest checkpoint.
@@ -91,17 +89,10 @@ class Run:
         if not self.exists:
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.path / "config.json", config.dump())
-            facts = {
-                "source": manifest.source,
-                "content_hash": manifest.content_hash,
-                "class_names": manifest.class_names,
-                "category_ids": manifest.category_ids,
-                "image_shape": manifest.image_shape,
-            }
-            write_json(self.path / DATA_FACTS, facts)
+            data.write(self.path)
             self.note(name=self.name, recipe=config.recipe, status="begun", restarts=0)
             return
-        complaints = self._complaints(config, manifest.content_hash)
+        complaints = self._complaints(config, data.content_hash)
         if complaints:
             raise UserError(
                 f"run {self.name} was started with another configuration: {'; '.join(complaints)}. "
@@ -118,7 +109,7 @@ class Run:
     def _complaints(self, config: Config, data_hash: str) -> list[str]:
         saved: Mapping[str, Any] = read_json(self.path / "config.json")
         complaints = differences(saved, config.dump())
-        if (held := self.data_facts()["content_hash"]) != data_hash:
+        if (held := self.data().content_hash) != data_hash:
             complaints.append(f"data: content {held[:12]} in the run, {data_hash[:12]} now")
         return complaints
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from spikefleet.certificates.certify import certify
+from spikefleet.certificates.certify import Certificates, certify
+from spikefleet.data_summary import DataSummary
+from spikefleet.runs.options import Options
 from spikefleet.config.schema import Config
 from spikefleet.data_access import open_data
 from spikefleet.tracking.mlflow_client import public_uri
@@ -35,17 +36,6 @@ _INTERRUPTED_FLUSH_S = 3.0
 
 
 @dataclass(frozen=True)
-class Launch:
-    """How a run is started: nothing here decides what is learnt."""
-
-    name: str | None = None
-    runs_dir: Path = Path("runs")
-    stores_dir: Path = Path("stores")
-    address: str | None = None
-    verbose: bool = False
-
-
-@dataclass(frozen=True)
 class FinishedRun:
     """A run at its end."""
 
@@ -59,44 +49,54 @@ class FinishedRun:
 
 def run_training(
     config: Config,
-    launch: Launch,
+    options: Options,
     console: Console,
+    name: str | None = None,
     before_step: BeforeStep | None = None,
 ) -> FinishedRun:
-    """Trains, or goes on with, the run that the launch names; tests and registers its best checkpoint.
+    """Trains a run, or resumes it; tests, certifies and registers its best checkpoint.
 
-    Raises UserError for what the user can mend, before anything is started; RunError when the training itself fails.
+    Args:
+        config: what to train.
+        options: where.
+        console: for progress.
+        name: of the run; by default it follows from the configuration.
+        before_step: called on each rank before each optimizer step.
+
+    Raises:
+        UserError: what the user can correct, before anything is started.
+        RunError: the training itself failed.
     """
-    run = Run(launch.runs_dir.resolve() / check_run_name(launch.name or default_run_name(config)))
+    run = Run(options.runs_dir.resolve() / check_run_name(name or default_run_name(config)))
     pick_device(config.cluster.gpu and config.cluster.workers == 0)
-    store = open_data(config.data, launch.stores_dir, console)
+    store = open_data(config.data, options.stores_dir, console)
     prepare_parts(config, store, World(0, max(1, config.cluster.workers), torch.device("cpu")))
-    with _processes(config, launch, run), run.lock():
-        run.begin(config, store.manifest)
-        tracking_uri = resolve_tracking_uri(launch.runs_dir)
+    with _processes(config, options, run), run.lock():
+        run.begin(config, DataSummary.of(store.manifest))
+        tracking_uri = resolve_tracking_uri(options.runs_dir)
         if run.record()["status"] == "finished":
             console.print(f"run {run.name} is complete; for another one, give another --name or other overrides")
             look_at = public_uri(tracking_uri)
         else:
-            look_at = _train_tracked(config, launch, console, run, store, tracking_uri, before_step)
+            look_at = _train_tracked(config, options, console, run, store, tracking_uri, before_step)
         record = run.record()
         promotion = _register_once(config, run, store, tracking_uri)
         return FinishedRun(run, record["validation"], record["test"], promotion, look_at)
 
 
-def _processes(config: Config, launch: Launch, run: Run) -> AbstractContextManager[None]:
+def _processes(config: Config, options: Options, run: Run) -> AbstractContextManager[None]:
     """The Ray session of a run: reached before anything is written, so that a refusal leaves nothing behind."""
     if config.cluster.workers == 0 or run.record().get("status") == "finished":
         return nullcontext()
     quiet_ray()
     from spikefleet.cluster.ray_train import session_for  # imports Ray, which reads those switches
 
-    return session_for(config, launch.address, launch.verbose)
+    return session_for(config, options.address, options.verbose)
 
 
 def _train_tracked(
     config: Config,
-    launch: Launch,
+    options: Options,
     console: Console,
     run: Run,
     store: Store,
@@ -111,10 +111,10 @@ def _train_tracked(
     observer.begin(config, {"dataset": store.manifest.source, "data_hash": store.manifest.content_hash})
     console.print(f"run {run.name}: {_scale(config)}", highlight=False)
     try:
-        outcome = _train(config, store, run, TakingOver(run.path, observer), launch, before_step)
-        energy = certify(config, run, store).energy_mj
+        outcome = _train(config, store, run, TakingOver(run.path, observer), options, before_step)
+        certificates = _certified(config, run, store)
         figures = {f"test/{name}": value for name, value in outcome.test.items()}
-        observer.finish({**figures, "energy_mj": energy}, outcome.steps, run.path / "report")
+        observer.finish({**figures, "energy_mj": certificates.energy_mj}, outcome.steps, run.path / "report")
     except KeyboardInterrupt:
         run.note(status="interrupted")
         tracker.finish("KILLED", wait_s=_INTERRUPTED_FLUSH_S)
@@ -150,7 +150,13 @@ def _register_once(config: Config, run: Run, store: Store, tracking_uri: str) ->
             run_id = journal.delivered.run_id
         assert run_id is not None, "all records are delivered, so the run has been created"
         promotion = register_run(
-            config, run, run_id, tracking_uri, store=store, validation=record["validation"], test=record["test"]
+            config,
+            run,
+            run_id,
+            tracking_uri,
+            certificates=_certified(config, run, store),
+            validation=record["validation"],
+            test=record["test"],
         )
     except UserError as error:
         raise RunError(
@@ -161,12 +167,16 @@ def _register_once(config: Config, run: Run, store: Store, tracking_uri: str) ->
     return promotion
 
 
+def _certified(config: Config, run: Run, store: Store) -> Certificates:
+    return certify(config, run.best_checkpoint(), run.path / "report", store)
+
+
 def _train(
     config: Config,
     store: Store,
     run: Run,
     outlet: Outlet,
-    launch: Launch,
+    options: Options,
     before_step: BeforeStep | None,
 ) -> Outcome:
     if config.cluster.workers == 0:
@@ -178,8 +188,8 @@ def _train(
         store,
         run.path,
         outlet,
-        address=launch.address,
-        verbose=launch.verbose,
+        address=options.address,
+        verbose=options.verbose,
         before_step=before_step,
     )
 

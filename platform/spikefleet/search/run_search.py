@@ -16,16 +16,19 @@ from typing import Any
 
 from rich.console import Console
 
+from spikefleet.certificates.certify import certify
 from spikefleet.cluster.session import quiet_ray
 from spikefleet.config.schema import Config
 from spikefleet.data_access import absolute_location, open_data
+from spikefleet.data_summary import DataSummary
 from spikefleet.errors import RunError, UserError
 from spikefleet.files import write_json
 from spikefleet.registry.api import Promotion
+from spikefleet.runs.options import Options
 from spikefleet.runs.registration import register_run
 from spikefleet.runs.run_dir import Run
 from spikefleet.search.display import SearchDisplay
-from spikefleet.search.mlflow_observer import FLUSH_S, DataFacts, SearchLaunch, SearchTracker
+from spikefleet.search.mlflow_observer import FLUSH_S, SearchTracker, check_same_data
 from spikefleet.search.trial import TrialSetting, as_trial, mutable_keys, refusal_of, reportable, reported_by_epoch
 from spikefleet.tasks import build_task
 from spikefleet.tracking.mlflow_client import resolve_tracking_uri
@@ -42,36 +45,56 @@ from spikefleet_tune.search_file import Search, search_of
 _LOOKED_AT = 200
 
 
-def run_tracked_search(search: Search, launch: SearchLaunch, console: Console) -> SearchResult:
-    """Runs a search, or goes on with the one of this name; writes its report beside it.
+def run_tracked_search(
+    search: Search,
+    name: str,
+    options: Options,
+    console: Console,
+    *,
+    extend: int = 0,
+    warm_start: str | None = None,
+    retry_failed: bool = False,
+) -> SearchResult:
+    """Runs a search, or resumes the one of this name; writes its report beside it.
 
-    Raises UserError before anything is started for whatever could not run; KeyboardInterrupt passes through, and leaves
-    a search that goes on by the same command.
+    Args:
+        search: what to search.
+        name: of the search's directory.
+        options: where.
+        console: for progress.
+        extend: add so many trials to a search that is done.
+        warm_start: name of an earlier search whose trials inform this one.
+        retry_failed: run failed trials once more.
+
+    Raises:
+        UserError: it could not run, before anything is started.
+        KeyboardInterrupt: the same command resumes it.
     """
-    setting, config, store = _setting(search, launch, console)
-    task = build_task(config, store.manifest.class_names, store.manifest.category_ids or ())
+    setting, config, store = _setting(search, name, options, console)
+    data = DataSummary.of(store.manifest)
+    task = build_task(config, data)
+    folder = options.searches_dir / name
     try:
         names = task.metric_names
         check_search(search, refusal_of(setting, search.overrides), reportable(names), reported_by_epoch(names))
-        facts = DataFacts(launch.folder / launch.name / "data.json", store.manifest.content_hash)
-        facts.check()
-        if (launch.folder / launch.name).is_dir():  # before Ray is started: that takes seconds
-            with SearchFolder(launch.folder, launch.name).lock():
+        check_same_data(folder, data)
+        if folder.is_dir():  # before Ray is started: that takes seconds
+            with SearchFolder(options.searches_dir, name).lock():
                 pass
-        known = _known_points(search, launch, console)
-        with _session(search, launch), SearchDisplay(console, search) as display:
-            tracker = SearchTracker(launch, search, display, facts, setting.config)
+        known = _known_points(search, warm_start, options, console)
+        with _session(search, options), SearchDisplay(console, search) as display:
+            tracker = SearchTracker(name, options, search, display, data, setting.config)
             try:
                 result = run_search(
                     search,
                     as_trial(setting),
-                    launch.folder,
-                    launch.name,
+                    options.searches_dir,
+                    name,
                     tracker,
                     mutable=mutable_keys(config, list(search.space)) if setting.hands_on else None,
                     warm_start=known,
-                    extend=launch.extend,
-                    retry_failed=launch.retry_failed,
+                    extend=extend,
+                    retry_failed=retry_failed,
                 )
             except BaseException:
                 tracker.abandon()
@@ -82,20 +105,20 @@ def run_tracked_search(search: Search, launch: SearchLaunch, console: Console) -
     return result
 
 
-def read_tracked_search(launch: SearchLaunch) -> SearchResult | None:
+def read_tracked_search(name: str, options: Options) -> SearchResult | None:
     """What the search of this name has found, without running it; None when there is none. Raises UserError."""
-    if not (launch.folder / launch.name).is_dir():
+    if not (options.searches_dir / name).is_dir():
         return None
     try:
-        return read_search_result(launch.folder, launch.name)
+        return read_search_result(options.searches_dir, name)
     except SearchError as error:
         raise UserError(str(error)) from None
 
 
-def extension_of(launch: SearchLaunch) -> int:
+def extension_of(name: str, options: Options) -> int:
     """Trials by which the search of this name was extended so far. Raises UserError."""
     try:
-        folder = SearchFolder(launch.folder, launch.name)
+        folder = SearchFolder(options.searches_dir, name)
         return folder.read().extended if folder.path.is_dir() else 0
     except SearchError as error:
         raise UserError(str(error)) from None
@@ -106,7 +129,7 @@ def report_of(result: SearchResult) -> Path:
     return result.folder / "report"
 
 
-def _setting(search: Search, launch: SearchLaunch, console: Console) -> tuple[TrialSetting, Config, Store]:
+def _setting(search: Search, name: str, options: Options, console: Console) -> tuple[TrialSetting, Config, Store]:
     resources = search.resources
     if resources.workers > 1 and resources.gpus_per_worker not in (0, 1):
         raise UserError(
@@ -116,16 +139,16 @@ def _setting(search: Search, launch: SearchLaunch, console: Console) -> tuple[Tr
     setting = TrialSetting(
         recipe=search.recipe,
         store="",
-        runs_dir=launch.trials_dir,
+        runs_dir=options.trials_dir(name),
         workers=resources.workers,
         cpus_per_worker=resources.cpus_per_worker,
         gpu=resources.gpus_per_worker > 0,
         hands_on=search.scheduler.kind == "pbt",
         energy_by_epoch="energy_mj" in search.objectives and search.may_stop_early,
-        data=launch.data,
+        data=options.data,
     )
     config = _possible_config(search, setting)
-    store = open_data(config.data, launch.stores_dir, console)
+    store = open_data(config.data, options.stores_dir, console)
     return replace(setting, store=absolute_location(store)), config, store
 
 
@@ -142,29 +165,29 @@ def _possible_config(search: Search, setting: TrialSetting) -> Config:
     return setting.config(search.overrides)
 
 
-def _session(search: Search, launch: SearchLaunch) -> Any:
+def _session(search: Search, options: Options) -> Any:
     quiet_ray()
     from spikefleet.cluster.session import ray_session
 
     resources = search.resources
     gpus = resources.workers * resources.gpus_per_worker
     return ray_session(
-        launch.address,
+        options.address,
         cpus=resources.workers * resources.cpus_per_worker,
         gpus=gpus,
-        verbose=launch.verbose,
+        verbose=options.verbose,
         dashboard=resources.workers > 1,
     )
 
 
-def _known_points(search: Search, launch: SearchLaunch, console: Console) -> list[KnownPoint]:
+def _known_points(search: Search, warm_start: str | None, options: Options, console: Console) -> list[KnownPoint]:
     """Points of an earlier search that this one's space has.
 
     With their figures where it pursued the same objectives on the same recipe, and varied nothing else.
     """
-    if launch.warm_start is None:
+    if warm_start is None:
         return []
-    earlier = read_search_result(launch.folder, launch.warm_start)
+    earlier = read_search_result(options.searches_dir, warm_start)
     same = earlier.search.recipe == search.recipe and earlier.search.objectives == search.objectives
     same = same and earlier.search.overrides == search.overrides
     space, points, misfits = search.space_view(), [], 0
@@ -176,7 +199,7 @@ def _known_points(search: Search, launch: SearchLaunch, console: Console) -> lis
             and all(key in point for key in space.dimensions if space.active(key, point))
         )
         figures = {name: record.figures[name] for name in search.objectives} if told else None
-        origin = f"{launch.warm_start}, trial {record.name}"
+        origin = f"{warm_start}, trial {record.name}"
         try:
             space.check(point, origin)
         except SearchError:
@@ -185,7 +208,7 @@ def _known_points(search: Search, launch: SearchLaunch, console: Console) -> lis
             points.append(KnownPoint(point, figures, origin))
     if misfits:
         console.print(
-            f"{misfits} of {len(earlier.comparable)} trials of {launch.warm_start} lie outside of this space; "
+            f"{misfits} of {len(earlier.comparable)} trials of {warm_start} lie outside of this space; "
             "they are left out",
             highlight=False,
         )
@@ -195,7 +218,9 @@ def _known_points(search: Search, launch: SearchLaunch, console: Console) -> lis
 # ----------------------------------------------------------------------------------------- after the search
 
 
-def confirm_front(result: SearchResult, seeds: int, launch: SearchLaunch, console: Console) -> list[dict[str, Any]]:
+def confirm_front(
+    result: SearchResult, seeds: int, options: Options, console: Console, retry_failed: bool = False
+) -> list[dict[str, Any]]:
     """Trains each member of the front with other seeds; mean and standard deviation of each objective.
 
     The trainings are a search of their own, `NAME-confirm-...`, named by the members, which goes on and grows.
@@ -203,7 +228,7 @@ def confirm_front(result: SearchResult, seeds: int, launch: SearchLaunch, consol
     members = result.front
     if not members:
         raise RunError(f"search {result.name} has no trial with figures, so there is nothing to confirm")
-    setting, _, _ = _setting(result.search, launch, console)
+    setting, _, _ = _setting(result.search, result.name, options, console)
     fixed = {key: value for key, value in result.search.overrides.items() if key != "train.seed"}
     points = {}
     for record in members:
@@ -219,8 +244,8 @@ def confirm_front(result: SearchResult, seeds: int, launch: SearchLaunch, consol
     }
     named = sorted(json.dumps(dict(record.point), sort_keys=True) for record in members)
     digest = hashlib.sha256(json.dumps(named).encode()).hexdigest()[:8]
-    name = f"{launch.name}-confirm-{digest}"
-    again = run_tracked_search(search_of(tree), replace(launch, name=name, extend=0, warm_start=None), console)
+    name = f"{result.name}-confirm-{digest}"
+    again = run_tracked_search(search_of(tree), name, options, console, retry_failed=retry_failed)
     rows = []
     for record in members:
         runs = [one for one in again.comparable if dict(one.point) in points[record.name]]
@@ -235,21 +260,21 @@ def confirm_front(result: SearchResult, seeds: int, launch: SearchLaunch, consol
         rows.append(row)
     path = report_of(result) / "confirmation.json"
     write_json(path, rows)
-    uri = resolve_tracking_uri(launch.runs_dir)
-    tracker = Tracker.open(launch.folder / launch.name, launch.name, f"search-{launch.name}", uri)
+    uri = resolve_tracking_uri(options.runs_dir)
+    tracker = Tracker.open(result.folder, result.name, f"search-{result.name}", uri)
     tracker.log_artifact(path, "report")
     tracker.finish("FINISHED" if result.complete else "KILLED", wait_s=FLUSH_S)
     return rows
 
 
-def register_trial(result: SearchResult, chosen: str, launch: SearchLaunch, console: Console) -> Promotion:
+def register_trial(result: SearchResult, chosen: str, options: Options, console: Console) -> Promotion:
     """Registers a trial of a search with its proof and its energy card: `knee`, `best`, or a trial's name."""
     record = _chosen(result, chosen)
-    _, _, store = _setting(result.search, launch, console)
-    run = Run(launch.trials_dir / record.name)
+    _, _, store = _setting(result.search, result.name, options, console)
+    run = Run(options.trials_dir(result.name) / record.name)
     config, done = run.config(), run.record()
-    tracking_uri = resolve_tracking_uri(launch.runs_dir)
-    tracker = Tracker.open(run.path, record.name, f"search-{launch.name}", tracking_uri)
+    tracking_uri = resolve_tracking_uri(options.runs_dir)
+    tracker = Tracker.open(run.path, record.name, f"search-{result.name}", tracking_uri)
     tracker.finish("FINISHED", wait_s=FLUSH_S)
     if tracker.run_id is None:
         raise RunError(f"the tracking server does not answer, so trial {record.name} cannot be registered now")
@@ -258,7 +283,7 @@ def register_trial(result: SearchResult, chosen: str, launch: SearchLaunch, cons
         run,
         tracker.run_id,
         tracking_uri,
-        store=store,
+        certificates=certify(config, run.best_checkpoint(), run.path / "report", store),
         validation=done["validation"],
         test=done["test"],
     )

@@ -12,11 +12,11 @@ import torch
 from spikefleet.certificates.energy_card import measure_energy, write_card
 from spikefleet.config.recipes import load_config
 from spikefleet.config.schema import Config
+from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
 from spikefleet.files import write_json
-from spikefleet.inference.trained_network import best_network
 from spikefleet.runs.run_dir import Run
-from spikefleet.training.checkpoints import load_checkpoint
+from spikefleet.training.checkpoints import best_network, load_checkpoint
 from spikefleet.training.distributed import World
 from spikefleet.training.event_log import TakingOver
 from spikefleet.training.events import CheckpointSaved, EpochDone, Event, Started
@@ -134,11 +134,11 @@ def as_trial(setting: TrialSetting) -> Callable[[Overrides, str, Report], dict[s
     def train_trial(run: Run, config: Config, store: Store, report: Report) -> dict[str, float]:
         if report.start_from is not None:
             _take_over(run, config, report.start_from)
-        run.begin(config, store.manifest)
+        run.begin(config, DataSummary.of(store.manifest))
 
         def energy_of(checkpoint: Path) -> float:
             with torch.random.fork_rng(devices=[]):  # a new network draws from the generator of the training
-                network = best_network(load_checkpoint(checkpoint), config)
+                network = best_network(load_checkpoint(checkpoint), config.model)
             card = measure_energy(network, config, store.split("val"))
             write_card(card, run.path / "report")
             return card.energy_mj

@@ -1,20 +1,24 @@
-"""Classification of one picture into one class."""
+"""Classification of one image into one class."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
 from spikefleet import plots
+from spikefleet.data_summary import DataSummary
 from spikefleet.files import write_json
-from spikefleet_models.shortcut import ShortcutConfig, ShortcutLogits, shortcut_loss
+from spikefleet.tasks.task import LossSettings, Task, TaskReport, check_class_count
+from spikefleet_models.build import ModelConfig
+from spikefleet_models.shortcut import ShortcutLogits, shortcut_loss
 from spikefleet_pipelines.loading import Batch
 
 _KEPT = 5
@@ -28,16 +32,25 @@ class Ranking:
     probabilities: tuple[float, ...]
 
 
-class Classification:
+class Classification(Task[Ranking, int]):
     """Cross entropy on the logits `[B, K]`; top-1 and top-5 accuracy."""
 
-    def __init__(
-        self, class_names: Sequence[str], label_smoothing: float = 0.0, shortcut: ShortcutConfig | None = None
-    ) -> None:
+    headline = ("top1",)
+
+    def __init__(self, class_names: Sequence[str], loss: LossSettings = LossSettings()) -> None:  # noqa: B008 -- frozen
         self.class_names = tuple(class_names)
-        self.shortcut = shortcut or ShortcutConfig()
-        self.label_smoothing = label_smoothing
-        self.metric_names: tuple[str, ...] = ("top1", "top5") if len(class_names) > _KEPT else ("top1",)
+        self._shortcut, self._label_smoothing = loss.shortcut, loss.label_smoothing
+        self.metric_names = ("top1", "top5") if len(class_names) > _KEPT else ("top1",)
+
+    @classmethod
+    def build(cls, model: ModelConfig, data: DataSummary, loss: LossSettings) -> Self:
+        """The task for as many classes as the data have."""
+        check_class_count(model, data)
+        return cls(data.class_names, loss)
+
+    @property
+    def report(self) -> ClassificationReport:
+        return ClassificationReport(self.class_names)
 
     def loss(self, network: nn.Module, batch: Batch, balance: float = 0.0) -> dict[str, torch.Tensor]:
         """`loss` (mean over the batch) and `top1` (share of right answers of the network itself)."""
@@ -45,38 +58,72 @@ class Classification:
         output = network(batch.images)
         if isinstance(output, ShortcutLogits):
             logits = output.main.float()
-            loss = shortcut_loss(output, batch.targets, balance, self.shortcut, self.label_smoothing)
+            loss = shortcut_loss(output, batch.targets, balance, self._shortcut, self._label_smoothing)
         else:
             logits = output.float()
-            loss = F.cross_entropy(logits, batch.targets, label_smoothing=self.label_smoothing)
+            loss = F.cross_entropy(logits, batch.targets, label_smoothing=self._label_smoothing)
         return {"loss": loss, "top1": (logits.detach().argmax(1) == batch.targets).float().mean()}
 
     @torch.no_grad()
     def predict(self, network: nn.Module, batch: Batch) -> list[Ranking]:
         """The five likeliest classes of each sample."""
-        probabilities = network(batch.images).float().softmax(1)
+        probabilities = _probabilities(network, batch)
         top = probabilities.topk(min(_KEPT, probabilities.shape[1]), dim=1)
         rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
         return [Ranking(tuple(classes), tuple(values)) for classes, values in rows]
 
-    def truth(self, batch: Batch) -> list[int]:
+    def targets(self, batch: Batch) -> list[int]:
         """The class of each sample."""
         assert isinstance(batch.targets, torch.Tensor)
         return batch.targets.tolist()
 
-    def metrics(self, predictions: Sequence[Ranking], targets: Sequence[int]) -> dict[str, float]:
-        """`top1`, `top5` (where there are more than five classes): accuracies in [0, 1]."""
-        ranked, truth = _arrays(predictions, targets)
-        hits = ranked == truth[:, None]
-        figures = {"top1": float(hits[:, 0].mean())}
+    def details(self, predictions: Sequence[Ranking], targets: Sequence[int]) -> dict[str, Any]:
+        """`metrics` in [0, 1], `samples`, `classes` (name, samples, top1 of each), `confusion` (rows: the target)."""
+        ranked, labels = np.array([p.classes for p in predictions]), np.array(targets)
+        hits = ranked == labels[:, None]
+        metrics = {"top1": float(hits[:, 0].mean())}
         if "top5" in self.metric_names:
-            figures["top5"] = float(hits.any(axis=1).mean())
-        return figures
+            metrics["top5"] = float(hits.any(axis=1).mean())
+        size = len(self.class_names)
+        confusion = np.zeros((size, size), dtype=np.int64)
+        np.add.at(confusion, (labels, ranked[:, 0]), 1)
+        counts = confusion.sum(axis=1)
+        return {
+            "metrics": metrics,
+            "samples": len(labels),
+            "classes": [
+                {"name": name, "samples": int(count), "top1": float(confusion[k, k] / count) if count else None}
+                for k, (name, count) in enumerate(zip(self.class_names, counts, strict=True))
+            ],
+            "confusion": confusion.tolist(),
+        }
+
+    @torch.no_grad()
+    def serve(self, network: nn.Module, batch: Batch) -> NDArray[np.float32]:
+        """Probabilities `[B, K]`."""
+        probabilities: NDArray[np.float32] = _probabilities(network, batch).numpy()
+        return probabilities
+
+    @property
+    def served_shape(self) -> tuple[int, ...]:
+        return (-1, len(self.class_names))
+
+
+def _probabilities(network: nn.Module, batch: Batch) -> torch.Tensor:
+    probabilities: torch.Tensor = network(batch.images).float().softmax(1)
+    return probabilities
+
+
+class ClassificationReport(TaskReport[Ranking, int]):
+    """Images under their classes, accuracy by class, the confusion matrix."""
+
+    def __init__(self, class_names: tuple[str, ...]) -> None:
+        self.class_names = class_names
 
     def draw(
         self, images: Sequence[torch.Tensor], predictions: Sequence[Ranking], targets: Sequence[int] | None, path: Path
     ) -> None:
-        """Pictures with the predicted class and its probability; a wrong answer in red beside the truth."""
+        """Images with the predicted class and its probability; a wrong one in red beside the target."""
         captions, right = [], []
         for position, prediction in enumerate(predictions):
             caption = f"{self.class_names[prediction.classes[0]]} {prediction.probabilities[0]:.0%}"
@@ -88,29 +135,12 @@ class Classification:
         plots.picture_grid(images, captions, right, path)
 
     def draw_batch(self, images: Sequence[torch.Tensor], targets: torch.Tensor, path: Path) -> None:
-        """Pictures of a training batch under their classes."""
+        """Images of a training batch under their classes."""
         names = [self.class_names[label] for label in targets.tolist()]
         plots.picture_grid(images, names, [True] * len(names), path)
 
-    def details(self, predictions: Sequence[Ranking], targets: Sequence[int]) -> dict[str, Any]:
-        """`metrics`, `samples`, `classes` (name, samples, top1 of each) and `confusion` (rows: the truth)."""
-        ranked, truth = _arrays(predictions, targets)
-        size = len(self.class_names)
-        confusion = np.zeros((size, size), dtype=np.int64)
-        np.add.at(confusion, (truth, ranked[:, 0]), 1)
-        counts = confusion.sum(axis=1)
-        return {
-            "metrics": self.metrics(predictions, targets),
-            "samples": len(truth),
-            "classes": [
-                {"name": name, "samples": int(count), "top1": float(confusion[k, k] / count) if count else None}
-                for k, (name, count) in enumerate(zip(self.class_names, counts, strict=True))
-            ],
-            "confusion": confusion.tolist(),
-        }
-
     def table(self, details: Mapping[str, Any]) -> list[tuple[str, ...]]:
-        """Samples and accuracy of each class; the first row is the header."""
+        """Samples and accuracy of each class."""
         return [
             ("class", "samples", "top1"),
             *(
@@ -128,14 +158,19 @@ class Classification:
             ]
         }
 
-    def report(
+    def answer_table(self, answers: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+        """The likeliest class of each image, and the two after it."""
+        rows: list[tuple[str, ...]] = [("picture", "class", "probability", "then")]
+        for answer in answers:
+            first, *others = answer["classes"]
+            then = ", ".join(f"{other['name']} {other['probability']:.1%}" for other in others[:2])
+            rows.append((answer["picture"], first["name"], f"{first['probability']:.1%}", then))
+        return rows
+
+    def write(
         self, details: Mapping[str, Any], predictions: Sequence[Ranking], targets: Sequence[int], folder: Path
     ) -> None:
         """`evaluation.json` and `confusion.png`."""
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "evaluation.json", details)
         plots.confusion_matrix(np.array(details["confusion"]), self.class_names, folder / "confusion.png")
-
-
-def _arrays(predictions: Sequence[Ranking], targets: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    return np.array([p.classes for p in predictions]), np.array(targets)

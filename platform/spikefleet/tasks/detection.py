@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
 
 from spikefleet import plots
+from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
 from spikefleet.files import write_json
 from spikefleet.tasks.coco_metrics import FIGURES, FoundBoxes, box_confusion, evaluate_boxes, ground_truth, results
+from spikefleet.tasks.task import LossSettings, Task, TaskReport, check_class_count
+from spikefleet_models.build import ModelConfig, build_criterion
 from spikefleet_models.detection import DetectionCriterion, Objects
 from spikefleet_pipelines.loading import Batch
 from spikefleet_pipelines.store.annotations import Annotations, Target
@@ -21,15 +24,27 @@ SHOWN_SCORE = 0.3
 """Boxes below this score are not drawn."""
 
 
-class Detection:
-    """The loss and the decoding of a detector's family; COCO's figures."""
+class Detection(Task[FoundBoxes, Annotations]):
+    """The loss and the decoding of a detector's family; COCO's metrics."""
 
-    metric_names: tuple[str, ...] = FIGURES
+    metric_names = FIGURES
+    headline = ("map50_95", "map50")
+    any_size = True
 
     def __init__(self, criterion: DetectionCriterion, class_names: Sequence[str], category_ids: Sequence[int]) -> None:
         self.class_names = tuple(class_names)
+        self.category_ids = tuple(category_ids)
         self._criterion = criterion
-        self._category_ids = tuple(category_ids)
+
+    @classmethod
+    def build(cls, model: ModelConfig, data: DataSummary, loss: LossSettings) -> Self:
+        """The task for as many classes as the data have."""
+        check_class_count(model, data)
+        return cls(build_criterion(model), data.class_names, data.category_ids)
+
+    @property
+    def report(self) -> DetectionReport:
+        return DetectionReport(self.class_names, self.category_ids)
 
     def loss(self, network: nn.Module, batch: Batch, balance: float = 0.0) -> dict[str, torch.Tensor]:
         """`loss` (normalised as the family's paper does) and its parts; detectors have no side branches."""
@@ -38,7 +53,7 @@ class Detection:
 
     @torch.no_grad()
     def predict(self, network: nn.Module, batch: Batch) -> list[FoundBoxes]:
-        """The boxes of each picture, in its own pixels."""
+        """The boxes of each image, in its own pixels."""
         found = self._criterion.detect(network(batch.images), _size(batch))
         return [
             FoundBoxes(
@@ -49,23 +64,23 @@ class Detection:
             for one, target in zip(found, batch.targets, strict=True)
         ]
 
-    def truth(self, batch: Batch) -> list[Annotations]:
-        """The annotations of each picture as they stand in the store."""
-        truths = [target.annotations for target in batch.targets]
-        assert None not in truths, "batches of evaluation carry their annotations"
-        return truths  # type: ignore[return-value]
-
-    def metrics(self, predictions: Sequence[FoundBoxes], targets: Sequence[Annotations]) -> dict[str, float]:
-        """COCO's twelve numbers in [0, 1]. Raises UserError where no picture has an object."""
-        figures: dict[str, float] = self.details(predictions, targets)["metrics"]
-        return figures
+    def targets(self, batch: Batch) -> list[Annotations]:
+        """The annotations of each image as they stand in the store."""
+        annotations = [target.annotations for target in batch.targets]
+        assert None not in annotations, "batches of evaluation carry their annotations"
+        return annotations  # type: ignore[return-value]
 
     def details(self, predictions: Sequence[FoundBoxes], targets: Sequence[Annotations]) -> dict[str, Any]:
-        """`metrics`, `samples` (pictures), and `classes`: name, objects, ap50_95, ap50 and precision50 of each."""
-        truth = ground_truth(targets, self.class_names, self._category_ids)
+        """`metrics` (COCO's twelve, in [0, 1]), `samples` (images), and `classes`: name, objects, ap50_95, ap50 and
+        precision50 of each.
+
+        Raises:
+            UserError: no image has an object.
+        """
+        truth = ground_truth(targets, self.class_names, self.category_ids)
         if all(entry["iscrowd"] for entry in truth["annotations"]):
             raise UserError(f"none of the {len(targets)} pictures has an object, so nothing can be measured on them")
-        figures = evaluate_boxes(truth, results(predictions, targets, self._category_ids))
+        figures = evaluate_boxes(truth, results(predictions, targets, self.category_ids))
         return {
             "metrics": figures.twelve,
             "samples": len(targets),
@@ -81,8 +96,26 @@ class Detection:
             ],
         }
 
+    def confident(self, prediction: FoundBoxes, score: float) -> FoundBoxes:
+        """The boxes of this score and above."""
+        return prediction.at_least(score)
+
+    def serve(self, network: nn.Module, batch: Batch) -> list[list[dict[str, Any]]]:
+        """The objects of each image: name, score and box (x1, y1, x2, y2 in pixels)."""
+        report = self.report
+        return [report.answer(prediction)["objects"] for prediction in self.predict(network, batch)]
+
+
+class DetectionReport(TaskReport[FoundBoxes, Annotations]):
+    """Boxes on images, average precision by class, COCO's files."""
+
+    draws_each = True
+
+    def __init__(self, class_names: tuple[str, ...], category_ids: tuple[int, ...]) -> None:
+        self.class_names, self.category_ids = class_names, category_ids
+
     def table(self, details: Mapping[str, Any]) -> list[tuple[str, ...]]:
-        """Objects and average precision of each class; the first row is the header."""
+        """Objects and average precision of each class."""
         return [
             ("class", "objects", "AP50-95", "AP50"),
             *(
@@ -98,7 +131,7 @@ class Detection:
         targets: Sequence[Annotations] | None,
         path: Path,
     ) -> None:
-        """Pictures with the boxes that were found (score at least 0.3), each to the right of the annotated one."""
+        """Images with the boxes that were found (score at least 0.3), each to the right of the annotated one."""
         drawn = []
         for position, (image, found) in enumerate(zip(images, predictions, strict=True)):
             if targets is not None:
@@ -107,18 +140,17 @@ class Detection:
                 corners = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)
                 names = [self.class_names[label] for label in truth.labels]
                 drawn.append(plots.boxes_on_picture(image, corners, truth.labels.tolist(), names))
-            drawn.append(self.draw_boxes(image, found))
+            drawn.append(self.draw_one(image, found.at_least(SHOWN_SCORE)))
         plots.picture_sheet(drawn, path)
 
-    def draw_boxes(self, image: torch.Tensor, found: FoundBoxes, least: float = SHOWN_SCORE) -> torch.Tensor:
-        """One picture `[C, H, W]` (uint8) with boxes of score `least` and above drawn on it, uint8 `[3, H', W']`."""
-        shown = found.at_least(least)
-        labels = shown.labels.tolist()
-        captions = [f"{self.class_names[k]} {score:.2f}" for k, score in zip(labels, shown.scores, strict=True)]
-        return plots.boxes_on_picture(image, torch.as_tensor(shown.boxes).float(), labels, captions)
+    def draw_one(self, image: torch.Tensor, prediction: FoundBoxes) -> torch.Tensor:
+        """One image `[C, H, W]` (uint8) with all boxes drawn on it, uint8 `[3, H', W']`."""
+        labels = prediction.labels.tolist()
+        captions = [f"{self.class_names[k]} {score:.2f}" for k, score in zip(labels, prediction.scores, strict=True)]
+        return plots.boxes_on_picture(image, torch.as_tensor(prediction.boxes).float(), labels, captions)
 
     def draw_batch(self, images: Sequence[torch.Tensor], targets: Sequence[Target], path: Path) -> None:
-        """Pictures of a training batch with the boxes that the loss sees."""
+        """Images of a training batch with the boxes that the loss sees."""
         drawn = []
         for image, target in zip(images, targets, strict=True):
             labels = target.labels.tolist()
@@ -134,7 +166,18 @@ class Detection:
             ]
         }
 
-    def report(
+    def answer_table(self, answers: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+        """A row for each object, and one for each image without any."""
+        rows: list[tuple[str, ...]] = [("picture", "object", "score", "x1 y1 x2 y2 (pixels)")]
+        for answer in answers:
+            for found in answer["objects"]:
+                corners = " ".join(f"{x:.0f}" for x in found["box"])
+                rows.append((answer["picture"], found["name"], f"{found['score']:.2f}", corners))
+            if not answer["objects"]:
+                rows.append((answer["picture"], "-", "-", "-"))
+        return rows
+
+    def write(
         self,
         details: Mapping[str, Any],
         predictions: Sequence[FoundBoxes],
@@ -146,8 +189,8 @@ class Detection:
         missed or found in the background."""
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "evaluation.json", details)
-        write_json(folder / "ground_truth.json", ground_truth(targets, self.class_names, self._category_ids))
-        write_json(folder / "predictions.json", results(predictions, targets, self._category_ids))
+        write_json(folder / "ground_truth.json", ground_truth(targets, self.class_names, self.category_ids))
+        write_json(folder / "predictions.json", results(predictions, targets, self.category_ids))
         curves = {one["name"]: one["precision50"] for one in details["classes"] if one["precision50"]}
         plots.precision_recall(curves, folder / "precision_recall.png")
         shown = [one.at_least(SHOWN_SCORE) for one in predictions]

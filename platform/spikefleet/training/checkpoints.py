@@ -20,6 +20,7 @@ from torch import nn
 from spikefleet.errors import RunError, UserError
 from spikefleet.files import read_json, sha256_of, write_json
 from spikefleet.versions import library_versions
+from spikefleet_models.build import ModelConfig, build_model
 from spikefleet_tune.atomic import sync
 
 _MANIFEST = "checkpoint.json"
@@ -118,6 +119,24 @@ def load_checkpoint(path: Path) -> Snapshot:
     except SafetensorError as error:
         raise UserError(f"checkpoint {path} holds no valid safetensors: {error}") from None
     return Snapshot(tensors, read_json(path / "state.json"), read_json(path / "config.json"))
+
+
+def best_network(snapshot: Snapshot, config: ModelConfig) -> nn.Module:
+    """The network of a checkpoint in evaluation mode, on the CPU: with the EMA of its weights where there is one."""
+    network = build_model(config)
+    network.load_state_dict(dict(snapshot.tensors.get("average", snapshot.tensors["model"])))
+    return network.eval()
+
+
+def checkpoint_hash(path: Path) -> str:
+    """SHA-256 over the manifest of a committed checkpoint, and so, through its hashes, over the whole.
+
+    Raises:
+        UserError: there is no committed checkpoint.
+    """
+    if not (path / _MANIFEST).is_file():
+        raise UserError(f"{path} is no checkpoint: it has no {_MANIFEST}")
+    return sha256_of(path / _MANIFEST)
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:

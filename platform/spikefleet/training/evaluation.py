@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 
 from spikefleet.config.schema import Config
 from spikefleet.tasks import Task
+from spikefleet.tasks.task import Prediction, Target
 from spikefleet.training.distributed import World
 from spikefleet.training.precision import autocast
 from spikefleet_models.health import SpikeMonitor
@@ -21,11 +22,11 @@ from spikefleet_pipelines.sampling import EvaluationPlan, StepBatch
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Generic[Prediction, Target]):
     """Predictions in the order of the split, their targets, and the firing of the first batch by layer."""
 
-    predictions: list[Any]
-    targets: list[Any]
+    predictions: list[Prediction]
+    targets: list[Target]
     layers: tuple[dict[str, Any], ...]
     health: dict[str, float]
 
@@ -33,11 +34,11 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     network: nn.Module,
-    task: Task,
+    task: Task[Prediction, Target],
     loader: BatchLoader,
     config: Config,
     world: World,
-) -> Evaluation | None:
+) -> Evaluation[Prediction, Target] | None:
     """Predictions for every sample of the loader's split; on rank 0, None elsewhere."""
     was_training = network.training
     network.eval()
@@ -48,12 +49,12 @@ def evaluate(
         rank=world.rank,
     )
     monitor = SpikeMonitor(network)
-    rows: list[tuple[int, Any, Any]] = []
+    rows: list[tuple[int, Prediction, Target]] = []
     for position, batch in enumerate(loader.epoch(plan, epoch=0)):
         here = world.place(batch, config.train.channels_last)
         with autocast(config.train.precision, world.device), monitor if position == 0 else nullcontext():
             predictions = task.predict(network, here)
-        rows += zip(batch.indices.tolist(), predictions, task.truth(batch), strict=True)
+        rows += zip(batch.indices.tolist(), predictions, task.targets(batch), strict=True)
     network.train(was_training)
     parts = world.gather(rows)
     if parts is None:

@@ -17,6 +17,8 @@ class Started:
     epochs: int
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Facts of the run that are known only to a worker: parameters, device, versions."""
+    headline: tuple[str, ...] = ()
+    """The task's metrics that are worth showing while it trains."""
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ import torch
 
 from spikefleet import plots
 from spikefleet.config.schema import CheckpointConfig, Config
+from spikefleet.data_summary import DataSummary
 from spikefleet.errors import RunError, UserError
-from spikefleet.tasks import Task, build_task
+from spikefleet.tasks import AnyTask, build_task
 from spikefleet.training.checkpoints import CheckpointFolder, load_checkpoint
 from spikefleet.training.distributed import World
 from spikefleet.training.evaluation import Evaluation, evaluate
@@ -93,7 +94,7 @@ def train(
     task, splits, plan = prepare_parts(config, store, world)
     state = TrainingState(config, world, store.manifest.content_hash, plan.steps_per_epoch)
     folder = CheckpointFolder(run_dir / "checkpoints")
-    _resume(state, folder, outlet)
+    _resume(state, task, folder, outlet)
     _settle_gradient_exchange(state, task, store, plan)
     if world.leads and state.step == 0:
         _draw_first_batch(config, task, store, plan, run_dir / "report" / "training_batch.png")
@@ -110,11 +111,9 @@ def train(
     return _test_best(state, task, splits, folder, run_dir, outlet)
 
 
-def prepare_parts(config: Config, store: Store, world: World) -> tuple[Task, Splits, EpochPlan]:
+def prepare_parts(config: Config, store: Store, world: World) -> tuple[AnyTask, Splits, EpochPlan]:
     """Task, loaders and plan. Raises UserError when the configuration does not suit the data."""
-    if store.manifest.task != config.task:
-        raise UserError(f"the data at {store.location} are for {store.manifest.task}, and the task is {config.task}")
-    task = build_task(config, store.manifest.class_names, store.manifest.category_ids or ())
+    task = build_task(config, DataSummary.of(store.manifest))
     _refuse_splits_without_objects(store)
     shape = store.manifest.image_shape
     channels = shape[0] if shape else 3
@@ -150,7 +149,7 @@ def _set_arithmetic(config: Config) -> None:
     torch.backends.cudnn.benchmark = not config.train.deterministic
 
 
-def _resume(state: TrainingState, folder: CheckpointFolder, outlet: Outlet) -> None:
+def _resume(state: TrainingState, task: AnyTask, folder: CheckpointFolder, outlet: Outlet) -> None:
     """Every rank reads the checkpoint that rank 0 has picked."""
     if state.world.leads:
         folder.clean()
@@ -162,7 +161,9 @@ def _resume(state: TrainingState, folder: CheckpointFolder, outlet: Outlet) -> N
     parameters = sum(p.numel() for p in state.network.parameters())
     facts = {"parameters": parameters, "device": str(state.world.device), **library_versions()}
     epochs = state.config.train.epochs
-    outlet.emit(Started(state.step, epochs * state.steps_per_epoch, state.steps_per_epoch, epochs, facts))
+    outlet.emit(
+        Started(state.step, epochs * state.steps_per_epoch, state.steps_per_epoch, epochs, facts, task.headline)
+    )
 
 
 def _refuse_unshared_storage(world: World, folder: CheckpointFolder) -> None:
@@ -184,7 +185,7 @@ def _refuse_unshared_storage(world: World, folder: CheckpointFolder) -> None:
         )
 
 
-def _settle_gradient_exchange(state: TrainingState, task: Task, store: Store, plan: EpochPlan) -> None:
+def _settle_gradient_exchange(state: TrainingState, task: AnyTask, store: Store, plan: EpochPlan) -> None:
     """Runs a step that is thrown away, so that a resumed run adds gradients up in the order of one never stopped.
 
     DDP arranges its buckets anew after the first backward, and with three or more ranks their arrangement decides in
@@ -212,17 +213,19 @@ def _first_batch(config: Config, store: Store, plan: EpochPlan) -> Batch:
     return next(micro_batches(next(loader.epoch(plan, epoch=0)), config.train.accumulate))
 
 
-def _draw_first_batch(config: Config, task: Task, store: Store, plan: EpochPlan, path: Path) -> None:
+def _draw_first_batch(config: Config, task: AnyTask, store: Store, plan: EpochPlan, path: Path) -> None:
     """The first pictures that the network is trained on, as it sees them but for the normalisation."""
     batch = _first_batch(config, store, plan)
     shown = min(_SHOWN_OF_BATCH, len(batch.indices))
     normalise = config.data.transform.normalise
     mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (normalise.mean, normalise.std))
     pixels = ((batch.images[:shown] * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-    task.draw_batch(list(pixels), batch.targets[:shown], path)
+    task.report.draw_batch(list(pixels), batch.targets[:shown], path)
 
 
-def _finish_epoch(state: TrainingState, task: Task, splits: Splits, folder: CheckpointFolder, outlet: Outlet) -> None:
+def _finish_epoch(
+    state: TrainingState, task: AnyTask, splits: Splits, folder: CheckpointFolder, outlet: Outlet
+) -> None:
     """Evaluates, moves the position to the next epoch, and saves when it is time to or when this is the best so far."""
     config = state.config
     row = {"epoch": float(state.epoch + 1)}
@@ -231,7 +234,7 @@ def _finish_epoch(state: TrainingState, task: Task, splits: Splits, folder: Chec
         row["balance_coefficient"] = state.balance
     gradients = _gradient_table(state)
     last = state.epoch + 1 == config.train.epochs
-    evaluation: Evaluation | None = None
+    evaluation: Evaluation[Any, Any] | None = None
     measured: dict[str, float] = {}
     if last or due(config.train.evaluate_every, state.epoch + 1):
         evaluation = _evaluate(state, task, splits.val)
@@ -256,7 +259,7 @@ def _finish_epoch(state: TrainingState, task: Task, splits: Splits, folder: Chec
         _save(state, folder, outlet)
 
 
-def _evaluate(state: TrainingState, task: Task, loader: BatchLoader) -> Evaluation | None:
+def _evaluate(state: TrainingState, task: AnyTask, loader: BatchLoader) -> Evaluation[Any, Any] | None:
     state.world.share_buffers(state.evaluated)
     return evaluate(state.evaluated, task, loader, state.config, state.world)
 
@@ -286,7 +289,7 @@ def _save(state: TrainingState, folder: CheckpointFolder, outlet: Outlet) -> Non
 
 
 def _test_best(
-    state: TrainingState, task: Task, splits: Splits, folder: CheckpointFolder, run_dir: Path, outlet: Outlet
+    state: TrainingState, task: AnyTask, splits: Splits, folder: CheckpointFolder, run_dir: Path, outlet: Outlet
 ) -> Outcome:
     """Loads the best checkpoint, measures it on the test split and writes the report of the run."""
     assert state.best is not None, "the last epoch is always evaluated"
@@ -298,10 +301,10 @@ def _test_best(
         outlet.emit(Note(f"testing {path.name}, the best of {state.config.checkpoint.metric} on the validation split"))
         details = task.details(evaluation.predictions, evaluation.targets)
         figures = details["metrics"]
-        task.report(details, evaluation.predictions, evaluation.targets, run_dir / "report")
+        task.report.write(details, evaluation.predictions, evaluation.targets, run_dir / "report")
         pictures = min(_PICTURES, len(evaluation.targets))
         images = [splits.test.split.image(row) for row in range(pictures)]
         chart = run_dir / "report" / "predictions.png"
-        task.draw(images, evaluation.predictions[:pictures], evaluation.targets[:pictures], chart)
+        task.report.draw(images, evaluation.predictions[:pictures], evaluation.targets[:pictures], chart)
         plots.learning_curve(state.history, state.config.checkpoint.metric, run_dir / "report" / "learning_curve.png")
     return Outcome(state.step, str(path), state.best["metrics"], state.world.from_leader(figures), tuple(state.history))

@@ -11,7 +11,7 @@ import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from spikefleet.errors import RunError
-from spikefleet.tasks import Task
+from spikefleet.tasks import AnyTask
 from spikefleet.training.distributed import World
 from spikefleet.training.events import Outlet, StepDone
 from spikefleet.training.state import TrainingState
@@ -43,7 +43,7 @@ class Meter:
         return rate
 
 
-def training_step(state: TrainingState, task: Task, batch: Batch, meter: Meter, outlet: Outlet) -> None:
+def training_step(state: TrainingState, task: AnyTask, batch: Batch, meter: Meter, outlet: Outlet) -> None:
     """Trains on one global batch: forward and backward of its micro-batches, the exchange of gradients, the optimizer.
 
     Raises:
