@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from spikefleet.data_summary import DataSummary
+from spikefleet.data_summary import DATA_SUMMARY, DataSummary
 from spikefleet.errors import UserError
 from spikefleet.files import sha256_of
 from spikefleet.registry.api import RegisteredVersion, best, describe, list_models, load, promote, pull, register, show
@@ -469,7 +469,7 @@ def test_a_pulled_directory_loads_without_a_registry(
     first: Trained, registered: RegisteredVersion, pulled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
-    assert sorted(path.name for path in pulled.iterdir()) == [CARD, CONFIG, WEIGHTS]
+    assert sorted(path.name for path in pulled.iterdir()) == [CARD, CONFIG, DATA_SUMMARY, WEIGHTS]
     batch = torch.rand(2, 1, 8, 8)
     assert torch.equal(load(pulled)(batch), load_network_of(first)[0](batch))
     here, there = describe(pulled), describe("models:/digits@champion", tracking_uri=first.uri)
@@ -558,7 +558,7 @@ def test_planted_pickles_are_never_executed(
     mlflow.set_tracking_uri(uri)
     mlflow.pyfunc.load_model(version.uri)
     out = pull(version.uri, tmp_path / "out", tracking_uri=uri)
-    assert sorted(path.name for path in out.iterdir()) == [CARD, CONFIG, WEIGHTS]
+    assert sorted(path.name for path in out.iterdir()) == [CARD, CONFIG, DATA_SUMMARY, WEIGHTS]
 
     # MLflow told to take the pickle: refused by its switch.
     description = (stored / "MLmodel").read_text()

@@ -1,4 +1,4 @@
-"""registry list, show, best, pull."""
+"""registry list, show, best, pull, renew."""
 
 from __future__ import annotations
 
@@ -99,10 +99,27 @@ def pull_registered(
     from spikefleet import registry
     from spikefleet.tracking.mlflow_client import resolve_tracking_uri
 
-    full = uri if uri.startswith("models:") else f"models:/{uri}"
-    folder = registry.pull(full, out, tracking_uri=resolve_tracking_uri(runs_dir))
+    folder = registry.pull(_full(uri), out, tracking_uri=resolve_tracking_uri(runs_dir))
     for path in sorted(folder.iterdir()):
         console.print(str(path), highlight=False, soft_wrap=True)
+
+
+@registry_app.command("renew")
+def renew_registered(
+    uri: Annotated[str, typer.Argument(help="NAME@champion, NAME/3, or the same after models:/.")],
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Register a version of an earlier spikefleet again, so that MLflow can serve it."""
+    from spikefleet import registry
+    from spikefleet.tracking.mlflow_client import resolve_tracking_uri
+
+    version = registry.renew(_full(uri), tracking_uri=resolve_tracking_uri(runs_dir))
+    aliases = f" ({', '.join(version.aliases)})" if version.aliases else ""
+    console.print(f"registered as {version.uri}{aliases}", highlight=False)
+
+
+def _full(uri: str) -> str:
+    return uri if uri.startswith("models:") else f"models:/{uri}"
 
 
 def _print_versions(versions: Sequence[RegisteredVersion], as_json: bool) -> None:

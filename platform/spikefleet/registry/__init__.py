@@ -14,6 +14,7 @@ from spikefleet.registry.api import (
     promote,
     pull,
     register,
+    renew,
     show,
 )
 
@@ -28,5 +29,6 @@ __all__ = [
     "promote",
     "pull",
     "register",
+    "renew",
     "show",
 ]

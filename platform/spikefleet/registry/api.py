@@ -64,6 +64,7 @@ __all__ = [
     "promote",
     "pull",
     "register",
+    "renew",
     "show",
 ]
 
@@ -132,6 +133,31 @@ def register(
         model = scratch / "model"
         save_for_mlflow(package, model, config, data)
         return publish(client, name, model, run_id, all_tags, tracking_uri)
+
+
+def renew(uri: str, *, tracking_uri: str | None = None) -> RegisteredVersion:
+    """Registers a version again with the serving code of this spikefleet; files, tags and metrics stay.
+
+    The new version takes over the old one's aliases.
+
+    Raises:
+        UserError: there is no such version, its files are not the registered ones, or the registry fails.
+    """
+    with connect(_uri(tracking_uri)) as client, _package(uri, tracking_uri) as (directory, content_hash):
+        old = resolve(client, uri)
+        card = verify_package(directory, content_hash)
+        with _scratch() as scratch:
+            package = scratch / "package"
+            package.mkdir()
+            for name in (*card.sha256, CARD):
+                shutil.copyfile(directory / name, package / name)
+            save_for_mlflow(package, scratch / "model", read_config(package), DataSummary.read(package))
+            measured = {f"{METRIC_PREFIX}{metric}": repr(value) for metric, value in old.metrics.items()}
+            tags = {**old.tags, **measured}
+            new = publish(client, old.name, scratch / "model", old.run_id, tags, _uri(tracking_uri))
+        for alias in old.aliases:
+            set_alias(client, old.name, alias, new.version)
+        return find_model(client, old.name).pick(new.version)
 
 
 def promote(name: str, version: int, metric: str, mode: Mode = "max", *, tracking_uri: str | None = None) -> Promotion:

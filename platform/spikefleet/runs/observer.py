@@ -8,10 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from spikefleet.config.schema import Config, leaves
-from spikefleet.training.events import CheckpointSaved, EpochDone, Event, Note, Recovered, Started, StepDone, WorkerFailed
 from spikefleet.runs.progress import Display
 from spikefleet.runs.run_dir import Run
 from spikefleet.tracking.tracker import Tracker
+from spikefleet.training.events import (
+    CheckpointSaved,
+    EpochDone,
+    Event,
+    Note,
+    Recovered,
+    Started,
+    StepDone,
+    WorkerFailed,
+)
 from spikefleet.versions import code_version
 
 log = logging.getLogger(__name__)

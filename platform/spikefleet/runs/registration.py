@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from spikefleet import registry
 from spikefleet.certificates.certify import Certificates
 from spikefleet.config.schema import Config
-from spikefleet.registry.version import SPIKE_DRIVEN
 from spikefleet.registry.api import Promotion
+from spikefleet.registry.version import SPIKE_DRIVEN
 from spikefleet.runs.run_dir import Run
 from spikefleet.versions import code_version
 

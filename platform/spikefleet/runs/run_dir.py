@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from spikefleet.training.checkpoints import CheckpointFolder, verify_checkpoint
-from spikefleet.files import read_json, write_json
-from spikefleet.config.schema import Config, differences
 from spikefleet.config.recipes import parse_config
+from spikefleet.config.schema import Config, differences
 from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
+from spikefleet.files import read_json, write_json
+from spikefleet.training.checkpoints import CheckpointFolder, verify_checkpoint
 
 _LOOK_S = 0.5
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

@@ -10,25 +10,24 @@ import torch
 from rich.console import Console
 
 from spikefleet.certificates.certify import Certificates, certify
-from spikefleet.data_summary import DataSummary
-from spikefleet.runs.options import Options
+from spikefleet.cluster.session import quiet_ray
 from spikefleet.config.schema import Config
 from spikefleet.data_access import open_data
-from spikefleet.tracking.mlflow_client import public_uri
+from spikefleet.data_summary import DataSummary
 from spikefleet.errors import RunError, UserError
+from spikefleet.registry.api import Promotion
+from spikefleet.runs.observer import RunObserver
+from spikefleet.runs.options import Options
+from spikefleet.runs.progress import build_display
+from spikefleet.runs.registration import register_run
+from spikefleet.runs.run_dir import Run, check_run_name, default_run_name
+from spikefleet.tracking.journal import Journal
+from spikefleet.tracking.mlflow_client import public_uri, resolve_tracking_uri
+from spikefleet.tracking.tracker import Tracker, sync
+from spikefleet.training.distributed import World, pick_device
 from spikefleet.training.event_log import TakingOver
 from spikefleet.training.events import Outlet
-from spikefleet.tracking.journal import Journal
-from spikefleet.runs.observer import RunObserver
-from spikefleet.runs.progress import build_display
-from spikefleet.cluster.session import quiet_ray
-from spikefleet.runs.registration import register_run
-from spikefleet.registry.api import Promotion
-from spikefleet.runs.run_dir import Run, check_run_name, default_run_name
-from spikefleet.tracking.tracker import Tracker, sync
-from spikefleet.tracking.mlflow_client import resolve_tracking_uri
 from spikefleet.training.loop import BeforeStep, Outcome, prepare_parts, train
-from spikefleet.training.distributed import World, pick_device
 from spikefleet_pipelines.store.reader import Store
 
 _FLUSH_S = 30.0
