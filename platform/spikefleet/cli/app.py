@@ -12,6 +12,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from spikefleet.errors import RunError, UserError
+from spikefleet.plugins import load_plugins
 from spikefleet_pipelines.sources import SourceError
 from spikefleet_pipelines.store.manifest import StoreError
 
@@ -37,6 +38,20 @@ Network = Annotated[str, typer.Argument(help="models:/NAME@champion, models:/NAM
 
 class SentenceGroup(TyperGroup):
     """Turns what a user can mend into exit code 2 and a failed run into exit code 1."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """`--plugin` may also follow the command's name."""
+        front, rest, words = [], [], iter(args)
+        for word in words:
+            if word == "--":
+                rest += [word, *words]
+            elif word == "--plugin":
+                front += [word, *([following] if (following := next(words, None)) is not None else [])]
+            elif word.startswith("--plugin="):
+                front.append(word)
+            else:
+                rest.append(word)
+        return super().parse_args(ctx, [*front, *rest])
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -66,8 +81,14 @@ app = typer.Typer(
 
 
 @app.callback()
-def quiet() -> None:
+def prepare(
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option(help="Module that registers model families, tasks or sources; also by SPIKEFLEET_PLUGINS."),
+    ] = None,
+) -> None:
     """Distributed training of spiking neural networks for vision."""
+    load_plugins(plugin or ())
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)

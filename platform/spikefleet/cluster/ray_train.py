@@ -23,6 +23,7 @@ from spikefleet.config.schema import Config
 from spikefleet.data_access import absolute_location
 from spikefleet.errors import RunError, UserError
 from spikefleet.files import read_json, write_json
+from spikefleet.plugins import load_plugins, loaded_plugins
 from spikefleet.training.distributed import World
 from spikefleet.training.event_log import STOPPED, TAKEN_OVER, EventReader, EventWriter, new_launch
 from spikefleet.training.events import Outlet, Silence, WorkerFailed
@@ -71,6 +72,8 @@ class WorkerArguments:
     """The directory of this launch, which all nodes share."""
     before_step: BeforeStep | None
     in_step: bool
+    plugins: tuple[str, ...]
+    """Modules that the driver has loaded."""
 
 
 def session_for(config: Config, address: str | None, verbose: bool) -> AbstractContextManager[None]:
@@ -101,7 +104,7 @@ def train_on_ray(
     with session_for(config, address, verbose):
         launch = new_launch(run_dir)
         arguments = WorkerArguments(
-            config.dump(), absolute_location(store), str(run_dir), str(launch), before_step, in_step
+            config.dump(), absolute_location(store), str(run_dir), str(launch), before_step, in_step, loaded_plugins()
         )
         trainer = TorchTrainer(
             _worker,
@@ -134,6 +137,7 @@ def _worker(loop_config: dict[str, Any]) -> Outcome | Stopped:
     What a restart cannot heal is written down before it ends the group; the group that Ray then starts only reads it.
     """
     arguments: WorkerArguments = loop_config["arguments"]
+    load_plugins(arguments.plugins)
     config = parse_config(arguments.config, origin="configuration of the run")
     context = ray.train.get_context()
     world = World(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())

@@ -77,6 +77,7 @@ def _from_package(reference: str, folder: Path) -> TrainedNetwork:
 
 
 def _from_checkpoint(reference: str, checkpoint: Path, run: Run) -> TrainedNetwork:
+    run.check_plugins()
     snapshot = load_checkpoint(checkpoint)
     config = parse_config(snapshot.config, origin=str(checkpoint))
     return TrainedNetwork(reference, best_network(snapshot, config.model), config, run.data())

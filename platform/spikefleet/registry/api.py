@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from spikefleet.certificates.verdict import REFUTED
 from spikefleet.data_summary import DATA_SUMMARY, DataSummary
 from spikefleet.errors import UserError
+from spikefleet.plugins import loaded_plugins
 from spikefleet.registry.mlflow_store import (
     METRIC_PREFIX,
     connect,
@@ -119,7 +120,7 @@ def register(
         origin = {"dataset": data.source, "data_hash": data.content_hash}
         given = {key: str(value) for key, value in {**origin, **tags}.items()}
         data.write(scratch)
-        facts = {"run_id": run_id, "tags": given, "metrics": dict(metrics)}
+        facts = {"run_id": run_id, "tags": given, "metrics": dict(metrics), "plugins": list(loaded_plugins())}
         files = {DATA_SUMMARY: scratch / DATA_SUMMARY, **(extra_files or {})}
         card = write_package(package, weights, config, files, facts)
         network, _ = load_network(package)

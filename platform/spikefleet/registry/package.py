@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from spikefleet.errors import UserError
 from spikefleet.files import read_json, sha256_of
+from spikefleet.plugins import refuse_missing_plugins
 
 if TYPE_CHECKING:
     import numpy as np
@@ -121,7 +122,8 @@ def load_network(directory: Path, expected_content_hash: str | None = None) -> "
     """
     from spikefleet_models.build import build_model
 
-    verify_package(directory, expected_content_hash)
+    card = verify_package(directory, expected_content_hash)
+    refuse_missing_plugins(card.facts.get("plugins", ()), f"the network in {directory}")
     config = read_config(directory)
     network = build_model(model_config(config, str(directory / CONFIG)))
     load_weights(network, directory / WEIGHTS)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from spikefleet.data_summary import DataSummary
+from spikefleet.plugins import load_plugins
 from spikefleet.registry.package import CARD, load_network, model_config, picture_batch
 from spikefleet.tasks import LossSettings, task_class
 
@@ -20,6 +21,7 @@ class RegisteredNetwork(mlflow.pyfunc.PythonModel):
 
     def load_context(self, context: Any) -> None:
         """Builds the network from the package beside this file, after checking its hashes."""
+        load_plugins()
         package = Path(context.artifacts[CARD]).parent
         self._network, self._config = load_network(package)
         model = model_config(self._config, str(package))

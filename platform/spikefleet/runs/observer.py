@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from spikefleet.config.schema import Config, leaves
+from spikefleet.plugins import loaded_plugins
 from spikefleet.runs.progress import Display
 from spikefleet.runs.run_dir import Run
 from spikefleet.tracking.tracker import Tracker
@@ -39,6 +40,8 @@ class RunObserver:
         self._tracker.log_params(dict(leaves(dump)))
         self._tracker.log_dict(dump, "config.json")
         self._tracker.set_tags({"recipe": config.recipe, "task": config.task, "code_version": code_version(), **data})
+        if plugins := loaded_plugins():
+            self._tracker.set_tags({"plugins": ",".join(plugins)})
         self._tracker.set_tags({"restarts": self._run.record()["restarts"], "failure": ""})
 
     def emit(self, event: Event) -> None:

@@ -18,6 +18,7 @@ from spikefleet.config.schema import Config, differences
 from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
 from spikefleet.files import read_json, write_json
+from spikefleet.plugins import loaded_plugins, refuse_missing_plugins
 from spikefleet.training.checkpoints import CheckpointFolder, verify_checkpoint
 
 _LOOK_S = 0.5
@@ -78,8 +79,13 @@ class Run:
         return self.checkpoints.at(best["step"])
 
     def config(self) -> Config:
-        """The configuration that the run was started with."""
+        """The configuration that the run was started with. Raises UserError where a plugin of it is not loaded."""
+        self.check_plugins()
         return parse_config(read_json(self.path / "config.json"), origin=f"run {self.name}")
+
+    def check_plugins(self) -> None:
+        """Raises UserError where a plugin that the run was trained with is not loaded."""
+        refuse_missing_plugins(self.record().get("plugins", ()), f"run {self.name}")
 
     def begin(self, config: Config, data: DataSummary) -> None:
         """Creates the run, or makes sure that it is the same training.
@@ -90,7 +96,7 @@ class Run:
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.path / "config.json", config.dump())
             data.write(self.path)
-            self.note(name=self.name, recipe=config.recipe, status="begun", restarts=0)
+            self.note(name=self.name, recipe=config.recipe, status="begun", restarts=0, plugins=list(loaded_plugins()))
             return
         complaints = self._complaints(config, data.content_hash)
         if complaints:

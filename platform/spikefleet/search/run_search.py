@@ -23,6 +23,7 @@ from spikefleet.data_access import absolute_location, open_data
 from spikefleet.data_summary import DataSummary
 from spikefleet.errors import RunError, UserError
 from spikefleet.files import write_json
+from spikefleet.plugins import loaded_plugins
 from spikefleet.registry.api import Promotion
 from spikefleet.runs.options import Options
 from spikefleet.runs.registration import register_run
@@ -145,6 +146,7 @@ def _setting(search: Search, name: str, options: Options, console: Console) -> t
         gpu=resources.gpus_per_worker > 0,
         hands_on=search.scheduler.kind == "pbt",
         energy_by_epoch="energy_mj" in search.objectives and search.may_stop_early,
+        plugins=loaded_plugins(),
         data=options.data,
     )
     config = _possible_config(search, setting)

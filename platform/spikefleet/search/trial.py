@@ -15,6 +15,7 @@ from spikefleet.config.schema import Config
 from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
 from spikefleet.files import write_json
+from spikefleet.plugins import load_plugins
 from spikefleet.runs.run_dir import Run
 from spikefleet.training.checkpoints import best_network, load_checkpoint
 from spikefleet.training.distributed import World
@@ -56,6 +57,8 @@ class TrialSetting:
     """Trials take over one another's checkpoints (pbt)."""
     energy_by_epoch: bool = False
     """Energy is measured with each new best checkpoint, so that a trial that is stopped early has one too."""
+    plugins: tuple[str, ...] = ()
+    """Modules that the driver has loaded."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """Overrides that say where the data lie and how they are loaded."""
 
@@ -125,6 +128,7 @@ def as_trial(setting: TrialSetting) -> Callable[[Overrides, str, Report], dict[s
     """
 
     def trainable(overrides: Overrides, name: str, report: Report) -> dict[str, float]:
+        load_plugins(setting.plugins)
         config = setting.config(overrides)
         store = Store.open(setting.store, verify=False)  # the driver has verified it
         run = Run(setting.runs_dir / name)

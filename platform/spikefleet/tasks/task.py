@@ -15,10 +15,12 @@ from typing import Any, Generic, Self, TypeVar
 import torch
 from torch import nn
 
+from spikefleet import plots
 from spikefleet.config.schema import Config
 from spikefleet.config.task_table import find_task
 from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
+from spikefleet.files import write_json
 from spikefleet_models.build import ModelConfig
 from spikefleet_models.shortcut import ShortcutConfig
 from spikefleet_pipelines.loading import Batch
@@ -124,23 +126,23 @@ class TaskReport(ABC, Generic[Prediction, Target]):
         """An image `[C, H, W]` (uint8) with its prediction drawn on it, uint8 `[3, H', W']`."""
         raise TypeError(f"{type(self).__name__} draws no single images")
 
-    @abstractmethod
     def draw_batch(self, images: Sequence[torch.Tensor], targets: Any, path: Path) -> None:
-        """Plots images `[C, H, W]` (uint8) of a training batch with its targets (`Batch.targets`)."""
+        """Plots images `[C, H, W]` (uint8) of a training batch with its targets (`Batch.targets`); bare by default."""
+        plots.picture_grid(images, [""] * len(images), [True] * len(images), path)
 
-    @abstractmethod
     def table(self, details: Mapping[str, Any]) -> list[tuple[str, ...]]:
-        """Details by class, for people; the first row is the header."""
+        """Details for people, by class where there are classes; the first row is the header."""
+        return [("metric", "value"), *((name, f"{value:.4g}") for name, value in details["metrics"].items())]
 
     @abstractmethod
     def answer(self, prediction: Prediction) -> dict[str, Any]:
         """One prediction as plain data with names."""
 
-    @abstractmethod
     def answer_table(self, answers: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
         """Answers, each with the name of its `picture`, for people; the first row is the header."""
+        header = tuple(answers[0]) if answers else ("picture",)
+        return [header, *(tuple(str(answer[key]) for key in header) for answer in answers)]
 
-    @abstractmethod
     def write(
         self,
         details: Mapping[str, Any],
@@ -149,6 +151,8 @@ class TaskReport(ABC, Generic[Prediction, Target]):
         folder: Path,
     ) -> None:
         """Writes details (`evaluation.json`) and the plots that go with them into a folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "evaluation.json", details)
 
 
 AnyTask = Task[Any, Any]
