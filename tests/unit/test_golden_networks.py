@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spikefleet_models.build import build_model, model_config
+from spikefleet_models import build_model, model_config
 from spikefleet_models.reparam import deploy
 
 YOLO = {"width": 0.0625, "depth": 0.1, "stem_stride": 2, "box_channels": 16, "num_classes": 3}

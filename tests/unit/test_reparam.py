@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from spikefleet_models.build import build_model, model_config
-from spikefleet_models.neurons import NeuronConfig
+from spikefleet_models import build_model, model_config
+from spikefleet_models.neuron_config import NeuronConfig
 from spikefleet_models.reparam import affine, deploy, fold_bn, merge_rep_conv, merge_sep_rep_conv
 from spikefleet_models.spike_yolo.blocks import SN, Plan, RepConv, SepRepConv, SpikeConv, SpikingRepConv
 

@@ -11,15 +11,16 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from spikefleet_models.build import build_model, model_config
-from spikefleet_models.sg_resnet import SGResNet, SGResNetConfig
+from spikefleet_models import build_model, model_config
+from spikefleet_models.sg_resnet import SGResNet
+from spikefleet_models.sg_resnet_config import SGResNetConfig
 from spikefleet_models.shortcut import (
-    ShortcutConfig,
     ShortcutLogits,
     ShortcutNetwork,
     balance_coefficient,
     shortcut_loss,
 )
+from spikefleet_models.shortcut_config import ShortcutConfig
 
 STAGE = ShortcutConfig(where="stage")
 
