@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag, field_validator, model_validator
 
+from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.sources import Progress, check_options, find_source, prepare
-from spikefleet_pipelines.store.manifest import StoreError
 from spikefleet_pipelines.store.reader import Store
 from spikefleet_pipelines.transforms.classification_config import TransformConfig
 from spikefleet_pipelines.transforms.detection_config import DetectionTransformConfig

@@ -11,7 +11,8 @@ import PIL.Image
 import pytest
 import ray
 
-from spikefleet_pipelines.sources import SourceError, prepare
+from spikefleet_pipelines.errors import SourceError
+from spikefleet_pipelines.sources import prepare
 from spikefleet_pipelines.sources.coco import CocoOptions, read_coco
 from spikefleet_pipelines.sources.image_folder import FolderContents, read_image_folder
 from spikefleet_pipelines.sources.ray_tasks import run_tasks

@@ -10,8 +10,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.store.annotations import AnnotationColumns, Placement, class_indices
-from spikefleet_pipelines.store.manifest import ImageFormat, Shard, StoreError
+from spikefleet_pipelines.store.manifest import ImageFormat, Shard
 from spikefleet_pipelines.store.reader import Store
 from spikefleet_pipelines.store.remote import file_sha256
 from spikefleet_pipelines.store.shards import open_shard, row_schema, write_shard

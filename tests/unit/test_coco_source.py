@@ -13,10 +13,10 @@ import pytest
 from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
-from spikefleet_pipelines.sources import SourceError, json_stream, prepare
+from spikefleet_pipelines.errors import SourceError, StoreError
+from spikefleet_pipelines.sources import json_stream, prepare
 from spikefleet_pipelines.sources.coco_json import read_coco_json
 from spikefleet_pipelines.sources.json_stream import list_elements
-from spikefleet_pipelines.store.manifest import StoreError
 from spikefleet_pipelines.store.reader import Split, Store
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")

@@ -16,11 +16,12 @@ from pydantic import ValidationError
 
 from spikefleet_pipelines.counter_random import Draw
 from spikefleet_pipelines.data_config import DataConfig
+from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.loading import Batch, BatchLoader
 from spikefleet_pipelines.sampling import EpochPlan, EvaluationPlan
 from spikefleet_pipelines.sources import prepare
 from spikefleet_pipelines.store.annotations import AnnotationColumns, Target
-from spikefleet_pipelines.store.manifest import ImageFormat, StoreError
+from spikefleet_pipelines.store.manifest import ImageFormat
 from spikefleet_pipelines.store.reader import Split, Store
 from spikefleet_pipelines.store.shards import write_shard
 from spikefleet_pipelines.store.writer import StoreWriter, content_digests

@@ -13,10 +13,11 @@ import torch
 from pydantic import ValidationError
 
 from spikefleet_pipelines.data_config import DataConfig, open_or_prepare, store_name
+from spikefleet_pipelines.errors import SourceError, StoreError
 from spikefleet_pipelines.loading import Batch, BatchLoader
 from spikefleet_pipelines.sampling import EpochPlan, EvaluationPlan
-from spikefleet_pipelines.sources import SourceError, prepare
-from spikefleet_pipelines.store.manifest import ImageFormat, StoreError
+from spikefleet_pipelines.sources import prepare
+from spikefleet_pipelines.store.manifest import ImageFormat
 from spikefleet_pipelines.store.reader import Split, Store
 from spikefleet_pipelines.store.shards import write_shard
 from spikefleet_pipelines.store.writer import StoreWriter

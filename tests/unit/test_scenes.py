@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from spikefleet_pipelines.data_config import DataConfig, open_or_prepare
-from spikefleet_pipelines.sources import SourceError, prepare
+from spikefleet_pipelines.errors import SourceError
+from spikefleet_pipelines.sources import prepare
 from spikefleet_pipelines.sources.digits import DigitsOptions, read_digits
 from spikefleet_pipelines.sources.scenes import CATEGORY_IDS, ScenesOptions, enlarge, read_scenes
 from spikefleet_pipelines.store.reader import Store

@@ -15,10 +15,10 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
-from spikefleet_pipelines.sources import SourceError, list_sources, prepare
+from spikefleet_pipelines.errors import SourceError, StoreError
+from spikefleet_pipelines.sources import list_sources, prepare
 from spikefleet_pipelines.sources.fashion_mnist import read_idx
 from spikefleet_pipelines.sources.python2_pickle import ForbiddenPickleError, read_plain_pickle
-from spikefleet_pipelines.store.manifest import StoreError
 from spikefleet_pipelines.store.reader import Store
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")

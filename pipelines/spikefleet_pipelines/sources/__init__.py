@@ -11,14 +11,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from spikefleet_pipelines.errors import SourceError, StoreError
 from spikefleet_pipelines.sources.cifar import CIFAR10, CIFAR100
 from spikefleet_pipelines.sources.coco import COCO
 from spikefleet_pipelines.sources.digits import DIGITS
 from spikefleet_pipelines.sources.fashion_mnist import FASHION_MNIST
 from spikefleet_pipelines.sources.image_folder import IMAGE_FOLDER
 from spikefleet_pipelines.sources.scenes import SCENES
-from spikefleet_pipelines.sources.source import Progress, Source, SourceError, SourceOptions
-from spikefleet_pipelines.store.manifest import StoreError
+from spikefleet_pipelines.sources.source import Progress, Source, SourceOptions
 from spikefleet_pipelines.store.reader import Store
 from spikefleet_pipelines.store.writer import StoreWriter
 
@@ -26,7 +26,6 @@ __all__ = [
     "SOURCES",
     "Progress",
     "Source",
-    "SourceError",
     "check_options",
     "find_source",
     "list_sources",

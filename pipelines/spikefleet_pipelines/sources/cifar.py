@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from spikefleet_pipelines.errors import SourceError
 from spikefleet_pipelines.sources.python2_pickle import DamagedPickleError, read_plain_pickle
-from spikefleet_pipelines.sources.source import ArrayContents, Source, SourceError, SourceOptions, hold_out_validation
+from spikefleet_pipelines.sources.source import ArrayContents, Source, SourceOptions, hold_out_validation
 
 _PIXELS = 3 * 32 * 32
 _TEST_IMAGES = 10_000

@@ -22,12 +22,13 @@ from numpy.typing import NDArray
 from pydantic import Field, JsonValue
 
 from spikefleet_pipelines.counter_random import Draw, random_bits
+from spikefleet_pipelines.errors import SourceError, StoreError
 from spikefleet_pipelines.sources.coco_json import CocoFile, read_coco_json
 from spikefleet_pipelines.sources.ray_tasks import run_tasks
-from spikefleet_pipelines.sources.source import Progress, Source, SourceError, SourceOptions
+from spikefleet_pipelines.sources.source import Progress, Source, SourceOptions
 from spikefleet_pipelines.store.annotations import AnnotationColumns
 from spikefleet_pipelines.store.extension import StoreExtension
-from spikefleet_pipelines.store.manifest import ImageFormat, Manifest, Shard, StoreError
+from spikefleet_pipelines.store.manifest import ImageFormat, Manifest, Shard
 from spikefleet_pipelines.store.reader import Store
 from spikefleet_pipelines.store.shards import write_shard
 from spikefleet_pipelines.store.writer import StoreWriter, content_digests

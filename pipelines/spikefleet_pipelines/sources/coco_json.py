@@ -14,8 +14,8 @@ from typing import Any, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
+from spikefleet_pipelines.errors import SourceError
 from spikefleet_pipelines.sources.json_stream import list_elements
-from spikefleet_pipelines.sources.source import SourceError
 from spikefleet_pipelines.store.annotations import AnnotationColumns
 
 _LARGEST_SIDE = 1 << 20

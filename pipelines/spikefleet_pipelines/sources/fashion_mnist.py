@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from spikefleet_pipelines.sources.source import ArrayContents, Source, SourceError, SourceOptions, hold_out_validation
+from spikefleet_pipelines.errors import SourceError
+from spikefleet_pipelines.sources.source import ArrayContents, Source, SourceOptions, hold_out_validation
 
 CLASS_NAMES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from spikefleet_pipelines.errors import SourceError
 from spikefleet_pipelines.sources.ray_tasks import run_tasks
-from spikefleet_pipelines.sources.source import Progress, Source, SourceError, SourceOptions, held_out
+from spikefleet_pipelines.sources.source import Progress, Source, SourceOptions, held_out
 from spikefleet_pipelines.store.manifest import ImageFormat, Shard
 from spikefleet_pipelines.store.shards import write_shard
 from spikefleet_pipelines.store.writer import StoreWriter, content_digests

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from spikefleet_pipelines.sources.source import SourceError
+from spikefleet_pipelines.errors import SourceError
 
 _CHUNK = 1 << 20
 _SPACE = " \t\n\r"

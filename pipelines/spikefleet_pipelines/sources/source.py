@@ -10,15 +10,12 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from spikefleet_pipelines.counter_random import Draw, random_bits
+from spikefleet_pipelines.errors import SourceError
 from spikefleet_pipelines.store.manifest import ImageFormat
 from spikefleet_pipelines.store.writer import StoreWriter
 
 Progress = Callable[[int, int], None]
 """Called with (images done, images in all)."""
-
-
-class SourceError(ValueError):
-    """Raw data is missing, damaged, or not what the source expects."""
 
 
 class SourceOptions(BaseModel):

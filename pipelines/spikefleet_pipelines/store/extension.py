@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from pydantic import JsonValue
 
-from spikefleet_pipelines.store.manifest import MANIFEST_NAME, Manifest, Shard, StoreError, parse_manifest
+from spikefleet_pipelines.errors import StoreError
+from spikefleet_pipelines.store.manifest import MANIFEST_NAME, Manifest, Shard, parse_manifest
 from spikefleet_pipelines.store.reader import Split, Store
 from spikefleet_pipelines.store.writer import SHARD_BYTES, StoreWriter, content_digests
 

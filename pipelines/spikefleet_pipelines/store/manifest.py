@@ -18,12 +18,10 @@ from pydantic import (
     model_validator,
 )
 
+from spikefleet_pipelines.errors import StoreError
+
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
-
-
-class StoreError(ValueError):
-    """A store, or a part of one, is missing, damaged or not what was asked for."""
 
 
 class _Record(BaseModel):

@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.store.annotations import Annotations
-from spikefleet_pipelines.store.manifest import MANIFEST_NAME, Manifest, StoreError, parse_manifest
+from spikefleet_pipelines.store.manifest import MANIFEST_NAME, Manifest, parse_manifest
 from spikefleet_pipelines.store.remote import RemoteStore, default_cache_dir, locate
 from spikefleet_pipelines.store.shards import check_shard, open_shard
 

@@ -15,7 +15,8 @@ from urllib.parse import unquote, urlparse
 import pyarrow as pa
 import pyarrow.fs
 
-from spikefleet_pipelines.store.manifest import MANIFEST_NAME, Shard, StoreError
+from spikefleet_pipelines.errors import StoreError
+from spikefleet_pipelines.store.manifest import MANIFEST_NAME, Shard
 
 _CHUNK = 1 << 22
 

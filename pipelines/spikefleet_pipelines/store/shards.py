@@ -14,8 +14,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.store.annotations import AnnotationColumns, class_indices
-from spikefleet_pipelines.store.manifest import ImageFormat, Shard, StoreError
+from spikefleet_pipelines.store.manifest import ImageFormat, Shard
 from spikefleet_pipelines.store.remote import check_hash, file_sha256
 
 Targets = NDArray[np.int64] | AnnotationColumns

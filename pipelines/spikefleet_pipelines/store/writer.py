@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import JsonValue
 
+from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.store.annotations import AnnotationColumns
 from spikefleet_pipelines.store.manifest import (
     MANIFEST_NAME,
@@ -21,7 +22,6 @@ from spikefleet_pipelines.store.manifest import (
     ImageFormat,
     Manifest,
     Shard,
-    StoreError,
     parse_manifest,
 )
 from spikefleet_pipelines.store.shards import Targets, check_annotations, write_shard

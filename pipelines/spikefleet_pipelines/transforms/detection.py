@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spikefleet_pipelines.counter_random import Draw, integers, uniform
+from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.store.annotations import Annotations, Placement, Target
-from spikefleet_pipelines.store.manifest import StoreError
 from spikefleet_pipelines.store.reader import Split
 from spikefleet_pipelines.transforms.classification import resize
 from spikefleet_pipelines.transforms.detection_config import DetectionTransformConfig

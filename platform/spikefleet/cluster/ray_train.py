@@ -26,7 +26,7 @@ from spikefleet.training.distributed import World
 from spikefleet.training.event_log import STOPPED, TAKEN_OVER, EventReader, EventWriter, new_launch
 from spikefleet.training.events import Outlet, Silence, WorkerFailed
 from spikefleet.training.loop import BeforeStep, NonFiniteError, Outcome, train
-from spikefleet_pipelines.store.manifest import StoreError
+from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.store.reader import Store
 
 _POLL_S = 0.2
