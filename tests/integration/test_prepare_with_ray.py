@@ -13,7 +13,8 @@ import ray
 
 from spikefleet_pipelines.errors import SourceError
 from spikefleet_pipelines.sources import prepare
-from spikefleet_pipelines.sources.coco import CocoOptions, read_coco
+from spikefleet_pipelines.sources.coco import read_coco
+from spikefleet_pipelines.sources.coco_config import CocoOptions
 from spikefleet_pipelines.sources.image_folder import FolderContents, read_image_folder
 from spikefleet_pipelines.sources.ray_tasks import run_tasks
 from spikefleet_pipelines.sources.source import SourceOptions

@@ -34,7 +34,7 @@ def snapshot(store: Store) -> tuple[str, dict[str, int]]:
 
 
 def test_names() -> None:
-    assert list_sources() == ["digits", "fashion_mnist", "cifar10", "cifar100", "image_folder", "scenes", "coco"]
+    assert list(list_sources()) == ["digits", "fashion_mnist", "cifar10", "cifar100", "image_folder", "scenes", "coco"]
 
 
 # ---------------------------------------------------------------- digits

@@ -1,6 +1,5 @@
 """CIFAR-10 and CIFAR-100 (Krizhevsky, 2009): 60,000 colour images of 32x32 pixels, in the official Python batches."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,53 +7,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spikefleet_pipelines.errors import SourceError
+from spikefleet_pipelines.sources.cifar_config import CIFAR10, CIFAR10_LAYOUT, CIFAR100, CIFAR100_LAYOUT, CifarLayout
+from spikefleet_pipelines.sources.contents import ArrayContents, hold_out_validation
 from spikefleet_pipelines.sources.python2_pickle import DamagedPickleError, read_plain_pickle
-from spikefleet_pipelines.sources.source import ArrayContents, Source, SourceOptions, hold_out_validation
+from spikefleet_pipelines.sources.source import Source, SourceOptions
 
 _PIXELS = 3 * 32 * 32
 _TEST_IMAGES = 10_000
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """The names inside one of the two archives."""
-
-    folder: str
-    train_files: tuple[str, ...]
-    train_images: int  # in each file
-    test_file: str
-    meta_file: str
-    names_key: str
-    labels_key: str
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        return (self.meta_file, *self.train_files, self.test_file)
-
-
-_CIFAR10 = _Layout(
-    "cifar-10-batches-py",
-    tuple(f"data_batch_{number}" for number in range(1, 6)),
-    10_000,
-    "test_batch",
-    "batches.meta",
-    "label_names",
-    "labels",
-)
-_CIFAR100 = _Layout("cifar-100-python", ("train",), 50_000, "test", "meta", "fine_label_names", "fine_labels")
-
-
 def read_cifar10(root: Path, options: SourceOptions, seed: int) -> ArrayContents:
     """A tenth of the training images of each class (5,000 in all) is held out for val."""
-    return _read(CIFAR10, _CIFAR10, root, seed)
+    return _read(CIFAR10, CIFAR10_LAYOUT, root, seed)
 
 
 def read_cifar100(root: Path, options: SourceOptions, seed: int) -> ArrayContents:
     """The 100 fine classes. A tenth of the training images of each (5,000 in all) is held out for val."""
-    return _read(CIFAR100, _CIFAR100, root, seed)
+    return _read(CIFAR100, CIFAR100_LAYOUT, root, seed)
 
 
-def _read(source: Source, layout: _Layout, root: Path, seed: int) -> ArrayContents:
+def _read(source: Source, layout: CifarLayout, root: Path, seed: int) -> ArrayContents:
     inside = root / layout.folder
     folder = inside if inside.is_dir() else root
     for name in layout.files:
@@ -70,7 +42,7 @@ def _read(source: Source, layout: _Layout, root: Path, seed: int) -> ArrayConten
 
 
 def _read_batch(
-    path: Path, layout: _Layout, classes: int, official: int
+    path: Path, layout: CifarLayout, classes: int, official: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     try:
         content = read_plain_pickle(path)
@@ -97,17 +69,3 @@ def _field(path: Path, content: Any, key: str) -> list[Any]:
     if not isinstance(value, list) or not value:
         raise SourceError(f"{path} has no list {key!r}; it is not an official batch, get it again.")
     return value
-
-
-CIFAR10 = Source(
-    "cifar10",
-    "CIFAR-10, 60,000 images of 32x32 pixels, the official Python version",
-    read_cifar10,
-    files=f"the unpacked cifar-10-python.tar.gz ({', '.join(_CIFAR10.files)})",
-)
-CIFAR100 = Source(
-    "cifar100",
-    "CIFAR-100, 60,000 images of 32x32 pixels, the official Python version",
-    read_cifar100,
-    files=f"the unpacked cifar-100-python.tar.gz ({', '.join(_CIFAR100.files)})",
-)

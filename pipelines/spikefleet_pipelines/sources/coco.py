@@ -15,17 +15,17 @@ from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, JsonValue
+from pydantic import JsonValue
 
 from spikefleet_pipelines.counter_random import Draw, random_bits
 from spikefleet_pipelines.errors import SourceError, StoreError
+from spikefleet_pipelines.sources.coco_config import COCO, CocoOptions, CocoSplitOptions
 from spikefleet_pipelines.sources.coco_json import CocoFile, read_coco_json
 from spikefleet_pipelines.sources.ray_tasks import run_tasks
-from spikefleet_pipelines.sources.source import Progress, Source, SourceOptions
+from spikefleet_pipelines.sources.source import Progress
 from spikefleet_pipelines.store.annotations import AnnotationColumns
 from spikefleet_pipelines.store.extension import StoreExtension
 from spikefleet_pipelines.store.manifest import ImageFormat, Manifest, Shard
@@ -33,36 +33,8 @@ from spikefleet_pipelines.store.reader import Store
 from spikefleet_pipelines.store.shards import write_shard
 from spikefleet_pipelines.store.writer import StoreWriter, content_digests
 
-SplitName = Literal["train", "val", "test"]
-
 STAND_INS = {"test": "val"}
 _ENCODED = ImageFormat(encoding="encoded")
-
-
-class CocoOptions(SourceOptions):
-    """Where the parts are, below the root; the defaults are COCO 2017 as it unpacks."""
-
-    train_images: str = Field(default="train2017", description="directory of the training pictures")
-    train_annotations: str = Field(default="annotations/instances_train2017.json", description="JSON of their boxes")
-    val_images: str = Field(default="val2017", description="directory of the pictures for validation")
-    val_annotations: str = Field(default="annotations/instances_val2017.json", description="JSON of their boxes")
-    test_images: str | None = Field(default=None, description="directory of the pictures for the test; none: as val")
-    test_annotations: str | None = Field(default=None, description="JSON of their boxes")
-    holdout: float = Field(
-        default=0.0,
-        ge=0.0,
-        lt=1.0,
-        description="part of the training pictures that becomes val; what is given as val is then test",
-    )
-
-
-class CocoSplitOptions(SourceOptions):
-    """One split, given by itself."""
-
-    images: Path = Field(description="directory of the pictures")
-    annotations: Path = Field(description="JSON of their boxes")
-    split: SplitName = Field(description="what the pictures are for: train, val or test")
-    holdout: float = Field(default=0.0, ge=0.0, lt=1.0, description="train: part of the pictures that becomes val")
 
 
 @dataclass(frozen=True)
@@ -119,13 +91,12 @@ class CocoContents:
                 progress(done, total)
 
 
-def read_coco(root: Path, options: SourceOptions, seed: int) -> CocoContents:
+def read_coco(root: Path, options: CocoOptions, seed: int) -> CocoContents:
     """All splits of a directory.
 
     Raises:
         SourceError: a file is missing or wrong, or the splits differ in their categories.
     """
-    assert isinstance(options, CocoOptions)
     if (options.test_images is None) != (options.test_annotations is None):
         raise SourceError("Source 'coco': options test_images and test_annotations go together; give both or neither.")
     if options.holdout and options.test_images is not None:
@@ -151,7 +122,7 @@ def read_coco(root: Path, options: SourceOptions, seed: int) -> CocoContents:
 
 
 def prepare_coco_split(
-    options: SourceOptions, out: Path, progress: Progress, parallel: int | None, seed: int, overwrite: bool
+    options: CocoSplitOptions, out: Path, progress: Progress, parallel: int | None, seed: int, overwrite: bool
 ) -> None:
     """Put one split of a COCO data set into the store at `out`, which is made if it is not there.
 
@@ -165,7 +136,6 @@ def prepare_coco_split(
         SourceError: a file is missing or wrong.
         StoreError: `out` holds something else, or this split of other data.
     """
-    assert isinstance(options, CocoSplitOptions)
     images, annotations, split, holdout = options.images, options.annotations, options.split, options.holdout
     if holdout and split != "train":
         raise SourceError(f"Source 'coco': holdout is {holdout} for split {split!r}; only train can have it.")
@@ -288,14 +258,3 @@ def _convert(job: _Job) -> tuple[Shard, list[bytes]]:
             )
         images.append(encoded)
     return write_shard(job.out, images, columns, _ENCODED), content_digests(images)
-
-
-COCO = Source(
-    "coco",
-    "COCO 2017, or any data set in its format: JSON files of boxes and directories of pictures",
-    read_coco,
-    CocoOptions,
-    files="train2017/, val2017/ and annotations/instances_{train,val}2017.json (other names by options)",
-    prepare_split=prepare_coco_split,
-    split_options=CocoSplitOptions,
-)

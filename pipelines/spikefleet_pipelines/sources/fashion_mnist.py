@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spikefleet_pipelines.errors import SourceError
-from spikefleet_pipelines.sources.source import ArrayContents, Source, SourceOptions, hold_out_validation
+from spikefleet_pipelines.sources.contents import ArrayContents, hold_out_validation
+from spikefleet_pipelines.sources.fashion_mnist_config import FASHION_MNIST
+from spikefleet_pipelines.sources.source import SourceOptions
 
 CLASS_NAMES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -76,13 +78,3 @@ def _find(root: Path, name: str) -> Path:
         if path.is_file():
             return path
     raise FASHION_MNIST.missing(root / f"{name}[.gz]")
-
-
-FASHION_MNIST = Source(
-    "fashion_mnist",
-    "Fashion-MNIST, 70,000 grey images of 28x28 pixels in four IDX files",
-    read_fashion_mnist,
-    files="train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte "
-    "(plain or .gz; Debian's package dataset-fashion-mnist has them)",
-    default_root=Path("/usr/share/datasets/fashion-mnist"),
-)

@@ -12,8 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spikefleet_pipelines.errors import SourceError
+from spikefleet_pipelines.sources.contents import held_out
+from spikefleet_pipelines.sources.image_folder_config import IMAGE_FOLDER
 from spikefleet_pipelines.sources.ray_tasks import run_tasks
-from spikefleet_pipelines.sources.source import Progress, Source, SourceOptions, held_out
+from spikefleet_pipelines.sources.source import Progress, SourceOptions
 from spikefleet_pipelines.store.manifest import ImageFormat, Shard
 from spikefleet_pipelines.store.shards import write_shard
 from spikefleet_pipelines.store.writer import StoreWriter, content_digests
@@ -130,11 +132,3 @@ def _convert(job: _Job) -> tuple[Shard, list[bytes]]:
             raise SourceError(f"{path}: {error} Replace or remove the file.") from error
         images.append(encoded)
     return write_shard(job.out, images, job.files.labels, _ENCODED), content_digests(images)
-
-
-IMAGE_FOLDER = Source(
-    "image_folder",
-    "image files in ImageNet's layout: train/<class>/ and val/<class>/",
-    read_image_folder,
-    files="train/<class>/*.jpg and val/<class>/*.jpg (or .png, .webp)",
-)

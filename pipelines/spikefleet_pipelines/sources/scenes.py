@@ -12,11 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, field_validator
 
 from spikefleet_pipelines.counter_random import Draw, uniform
-from spikefleet_pipelines.sources.digits import DigitsOptions, read_digits
-from spikefleet_pipelines.sources.source import Progress, Source, SourceOptions
+from spikefleet_pipelines.sources.digits import read_digits
+from spikefleet_pipelines.sources.digits_config import DigitsOptions
+from spikefleet_pipelines.sources.scenes_config import ScenesOptions
+from spikefleet_pipelines.sources.source import Progress
 from spikefleet_pipelines.store.annotations import AnnotationColumns
 from spikefleet_pipelines.store.manifest import ImageFormat
 from spikefleet_pipelines.store.writer import StoreWriter
@@ -36,23 +37,6 @@ _NUMBERS_PER_OBJECT = 8 + 2 * _ATTEMPTS
 _FRAGMENTS = 3
 _FRAGMENT_SIDES = (6, 16)
 _NUMBERS_PER_FRAGMENT = 10
-
-
-class ScenesOptions(SourceOptions):
-    """What scenes are made."""
-
-    size: int = Field(default=96, ge=64, le=1024, description="side of a scene in pixels")
-    objects: int = Field(default=5, ge=1, le=20, description="most digits in a scene")
-    train: int = Field(default=4000, ge=1, le=1_000_000, description="number of training scenes")
-    val: int = Field(default=300, ge=1, le=1_000_000, description="number of scenes for validation")
-    test: int = Field(default=300, ge=1, le=1_000_000, description="number of scenes for the test")
-
-    @field_validator("size")
-    @classmethod
-    def _whole_cells(cls, size: int) -> int:
-        if size % 8:
-            raise ValueError("it must be a multiple of 8")
-        return size
 
 
 class _Objects(NamedTuple):
@@ -216,12 +200,6 @@ def _columns(scenes: list[_Objects], first_image_id: int, first_id: int, side: i
     )
 
 
-def read_scenes(root: Path, options: SourceOptions, seed: int) -> SceneContents:
+def read_scenes(root: Path, options: ScenesOptions, seed: int) -> SceneContents:
     """The seed chooses the digits of each split, and everything in the scenes."""
-    assert isinstance(options, ScenesOptions)
     return SceneContents(options, seed, read_digits(None, DigitsOptions(), seed).splits)
-
-
-SCENES = Source(
-    "scenes", "scenes of scikit-learn's digits with boxes, for detection, built in", read_scenes, ScenesOptions
-)
