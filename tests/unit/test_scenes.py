@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spikefleet_pipelines.data_config import DataConfig, open_or_prepare
+from spikefleet_pipelines.data_config import DataConfig
 from spikefleet_pipelines.errors import SourceError
+from spikefleet_pipelines.opening import open_or_prepare
 from spikefleet_pipelines.sources import prepare
 from spikefleet_pipelines.sources.digits import read_digits
 from spikefleet_pipelines.sources.digits_config import DigitsOptions

@@ -134,3 +134,8 @@ class Target(NamedTuple):
     """For evaluation; in training where the row's own picture lies before the batch's picture is mirrored."""
     annotations: Annotations | None
     """All that is known of the picture, for evaluation; None in training."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Target":
+        """The target with its boxes and labels on a device; what is for evaluation stays where it is."""
+        boxes, labels = (part.to(device, non_blocking=non_blocking) for part in (self.boxes, self.labels))
+        return self._replace(boxes=boxes, labels=labels)

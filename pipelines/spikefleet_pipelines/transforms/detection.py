@@ -21,7 +21,7 @@ from torch import Tensor
 from spikefleet_pipelines.counter_random import Draw, integers, uniform
 from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.store.annotations import Annotations, Placement, Target
-from spikefleet_pipelines.store.reader import Split
+from spikefleet_pipelines.store.rows import Rows
 from spikefleet_pipelines.transforms.classification import resize
 from spikefleet_pipelines.transforms.detection_config import DetectionTransformConfig
 from spikefleet_pipelines.transforms.hsv import jitter_hsv
@@ -68,7 +68,9 @@ class _Tile(NamedTuple):
 
 
 class DetectionBatchTransform:
-    """Loads and transforms batches of one split: `transform(rows, epoch)` -> (float32 [B, C, H, W], samples).
+    """Images and the objects in them: a `BatchTransform` whose targets are a `Target` for each image.
+
+    They travel as `Sample`.
 
     Args:
         epochs: how many the run has, so that mosaics can end before it does; None where that is unknown.
@@ -78,7 +80,7 @@ class DetectionBatchTransform:
     """
 
     def __init__(
-        self, split: Split, config: DetectionTransformConfig, train: bool, seed: int, epochs: int | None = None
+        self, split: Rows, config: DetectionTransformConfig, train: bool, seed: int, epochs: int | None = None
     ) -> None:
         config.check_images(split.image_shape)
         self.split = split
@@ -111,6 +113,9 @@ class DetectionBatchTransform:
                 if flip:
                     sample.boxes[:, [0, 2]] = width - sample.boxes[:, [2, 0]]
         return self._normalise(images), samples
+
+    def unpack(self, packed: list[Sample]) -> tuple[Target, ...]:
+        return tuple(sample.target() for sample in packed)
 
     def _resized(self, row: int) -> _Tile:
         """One picture without anything random."""

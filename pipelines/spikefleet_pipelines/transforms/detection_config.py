@@ -4,14 +4,18 @@ Training, in this order: mosaic of four pictures, random scale and shift, jitter
 horizontal flip, normalisation. Evaluation: resize, normalisation. `detection.py` does it.
 """
 
-from typing import Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from spikefleet_pipelines.transforms.classification_config import NamedNormalisation, Normalisation, check_channels
+from spikefleet_pipelines.transforms.batch_transform_config import BatchTransformConfig
+
+if TYPE_CHECKING:
+    from spikefleet_pipelines.store.rows import Rows
+    from spikefleet_pipelines.transforms.detection import DetectionBatchTransform
 
 
-class DetectionTransformConfig(BaseModel):
+class DetectionTransformConfig(BatchTransformConfig):
     """Resizing, augmentation and normalisation of images with boxes.
 
     SpikeYOLO: letterbox 640, mosaic 1, translate 0.1, scale 0.5, horizontal_flip 0.5, hsv (0.015, 0.7, 0.4). RetinaNet:
@@ -21,7 +25,7 @@ class DetectionTransformConfig(BaseModel):
         ValueError: fields that do not go together, by name.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    store_task: ClassVar[Literal["classification", "detection"]] = "detection"
 
     kind: Literal["detection"] = Field(default="detection", description="detection: images with boxes")
     resize: Literal["letterbox", "keep_ratio"] = Field(
@@ -45,7 +49,6 @@ class DetectionTransformConfig(BaseModel):
         description="training: largest change of the hue, as a part of its circle, and of saturation and value, as a "
         "factor of 1 - x to 1 + x; each 0 to 1",
     )
-    normalise: NamedNormalisation = Normalisation()
 
     @model_validator(mode="after")
     def _go_together(self) -> Self:
@@ -66,15 +69,15 @@ class DetectionTransformConfig(BaseModel):
         return self
 
     def check_images(self, image_shape: tuple[int, int, int] | None) -> None:
-        """Check the config against images of shape [C, H, W], or encoded ones of varying size (None).
-
-        Raises:
-            ValueError: a field does not suit such images.
-        """
+        super().check_images(image_shape)
         channels = 3 if image_shape is None else image_shape[0]
-        check_channels(self.normalise, channels)
         if any(self.hsv) and channels != 3:
             raise ValueError(f"hsv {self.hsv} needs 3 channels, and the images have {channels}.")
+
+    def build(self, split: "Rows", train: bool, seed: int, epochs: int | None = None) -> "DetectionBatchTransform":
+        from spikefleet_pipelines.transforms.detection import DetectionBatchTransform
+
+        return DetectionBatchTransform(split, self, train, seed, epochs)
 
     def has_mosaic(self, epoch: int, epochs: int | None) -> bool:
         """Whether pictures of an epoch may be mosaics; `epochs` is the length of the run, None where it is unknown."""

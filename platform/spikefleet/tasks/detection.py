@@ -53,7 +53,7 @@ class Detection:
         """The annotations of each picture as they stand in the store."""
         truths = [target.annotations for target in batch.targets]
         assert None not in truths, "batches of evaluation carry their annotations"
-        return truths  # type: ignore[return-value]
+        return truths
 
     def metrics(self, predictions: Sequence[FoundBoxes], targets: Sequence[Annotations]) -> dict[str, float]:
         """COCO's twelve numbers in [0, 1]. Raises UserError where no picture has an object."""
