@@ -120,7 +120,7 @@ class BatchLoader:
         epochs: int | None = None,
     ) -> None:
         if processes < 0:
-            raise ValueError(f"processes is {processes}; it must be at least 0.")
+            raise ValueError(f"processes is {processes}; it must be at least 0")
         self.split = split
         _check_store(split, transform)
         self._transform: BatchTransform[Any, Targets] = transform.build(split, train, seed, epochs)
@@ -147,7 +147,7 @@ class BatchLoader:
         if plan.samples != len(self.split):
             raise ValueError(
                 f"the plan is for {plan.samples} samples and split {self.split.name!r} has {len(self.split)}; "
-                "make the plan with len(split)."
+                "make the plan with len(split)"
             )
         self._requests.start(plan, epoch, start_step)
         return _read(iter(self._loader), self._transform)
@@ -158,7 +158,7 @@ def _check_store(split: "Split", transform: BatchTransformConfig) -> None:
         task = split.manifest.task
         raise ValueError(
             f"{split.location} is a store for {task}, and transform.kind is {transform.kind!r}; it must "
-            f"be {' or '.join(map(repr, transform_kinds(task)))}."
+            f"be {' or '.join(map(repr, transform_kinds(task)))}"
         )
 
 
@@ -171,7 +171,7 @@ def _read(loaded: Iterator[_Item], transform: BatchTransform[Any, Targets]) -> I
         except (EOFError, ConnectionError, FileNotFoundError) as error:
             # The shared memory of a dead process is gone; torch notices other deaths itself, with a RuntimeError.
             raise RuntimeError(
-                "A loader process died; if it ran out of memory, use fewer loader processes or smaller batches."
+                "A loader process died; if it ran out of memory, use fewer loader processes or smaller batches"
             ) from error
         if isinstance(item, ValueError):
             raise item

@@ -41,6 +41,6 @@ def _of_source(store: Store, config: DataConfig) -> Store:
     if store.manifest.source != config.source:
         raise StoreError(
             f"{store.location} is a store of source {store.manifest.source!r}, and the config asks for "
-            f"{config.source!r}; change data.source or the store."
+            f"{config.source!r}; change data.source or the store"
         )
     return store

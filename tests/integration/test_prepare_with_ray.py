@@ -134,7 +134,7 @@ def test_a_running_ray_is_used_and_left_running(cluster: None) -> None:
     def number_and_process(number: int) -> tuple[int, int]:
         return number, os.getpid()
 
-    results = list(run_tasks(number_and_process, [0, 1, 2], None, pictures=3))
+    results = list(run_tasks(number_and_process, [0, 1, 2], None, images=3))
     assert [number for number, _ in results] == [0, 1, 2]
     assert os.getpid() not in {process for _, process in results}
     assert ray.is_initialized()

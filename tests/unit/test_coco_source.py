@@ -368,14 +368,14 @@ def test_wrong_entries_are_refused_with_file_and_id(
 @pytest.mark.parametrize("content", [b"", b"not an image", picture(4)[:-300], picture(3)[:90]])
 def test_broken_pictures_are_named_with_their_id(root: Path, tmp_path: Path, content: bytes) -> None:
     (root / "train2017" / "000004.jpg").write_bytes(content)
-    with pytest.raises(SourceError, match=r"train2017/000004\.jpg \(image 996\): .*Replace the file"):
+    with pytest.raises(SourceError, match=r"train2017/000004\.jpg \(image 996\): .*; replace the file"):
         prepare("coco", root, tmp_path / "store")
 
 
 def test_missing_files_are_counted_and_missing_parts_named(root: Path, tmp_path: Path) -> None:
     for name in ("000003.png", "000004.jpg"):
         (root / "train2017" / name).unlink()
-    with pytest.raises(SourceError, match=r"000003\.png is missing: image 997 of .* 2 of its 20 pictures are missing"):
+    with pytest.raises(SourceError, match=r"000003\.png is missing: image 997 of .* 2 of its 20 images are missing"):
         prepare("coco", root, tmp_path / "store")
     json_path(root, "val").unlink()
     with pytest.raises(SourceError, match=r"instances_val2017\.json is missing.*spikefleet data prepare coco DIR"):

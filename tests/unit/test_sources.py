@@ -421,7 +421,7 @@ def test_class_folders_must_match(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"not an image", jpeg(1)[:-400]])
 def test_broken_image_is_named(folder: Path, tmp_path: Path, content: bytes) -> None:
     (folder / "train" / "dog" / "031.JPEG").write_bytes(content)
-    with pytest.raises(SourceError, match=r"train/dog/031\.JPEG: .* Replace or remove the file"):
+    with pytest.raises(SourceError, match=r"train/dog/031\.JPEG: .*; replace or remove the file"):
         prepare("image_folder", folder, tmp_path / "store")
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]
 

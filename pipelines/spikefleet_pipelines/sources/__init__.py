@@ -70,7 +70,7 @@ def prepare(
     split_writer = source.load_split_writer()
     if split_writer is not None and source.split_options is not None and "split" in options:
         if root is not None:
-            raise SourceError(f"A split of {name!r} is given by options images and annotations; leave root {root} out.")
+            raise SourceError(f"A split of {name!r} is given by options images and annotations; leave root {root} out")
         of_split = check_options(source, options, source.split_options)
         with _writing(out):
             split_writer(of_split, out.resolve(), progress or _quiet, parallel, seed, overwrite)
@@ -83,12 +83,12 @@ def prepare(
             return store
         raise StoreError(
             f"{out} already holds a store of {store.manifest.source!r} with {store.manifest.options}, not of {name!r} "
-            f"with {recorded}; choose another directory or overwrite it."
+            f"with {recorded}; choose another directory or overwrite it"
         )
     if out.is_dir() and not Store.is_store(out) and any(out.iterdir()):
-        raise StoreError(f"{out} is not empty and not a store; choose another directory.")
+        raise StoreError(f"{out} is not empty and not a store; choose another directory")
     if source.files is None and root is not None:
-        raise SourceError(f"Source {name!r} is built in and reads no files; leave its root {root} out.")
+        raise SourceError(f"Source {name!r} is built in and reads no files; leave its root {root} out")
     root = root or source.default_root
     if source.files is not None and (root is None or not root.is_dir()):
         raise source.missing(root)
@@ -117,7 +117,7 @@ def _writing(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreError(f"The store {out} cannot be written: {error}; check the space and the permissions.") from error
+        raise StoreError(f"The store {out} cannot be written: {error}; check the space and the permissions") from error
 
 
 def _quiet(done: int, total: int) -> None:

@@ -49,23 +49,23 @@ def _read_batch(
     except DamagedPickleError as error:
         raise SourceError(
             f"{path} is truncated or damaged: it has {path.stat().st_size:,} bytes, and the official file holds "
-            f"{official:,} images in more than {official * _PIXELS:,} ({error}); get it again."
+            f"{official:,} images in more than {official * _PIXELS:,} ({error}); get it again"
         ) from error
     images = content.get("data") if isinstance(content, dict) else None
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != _PIXELS:
         found = f"{images.dtype} {list(images.shape)}" if isinstance(images, np.ndarray) else type(images).__name__
-        raise SourceError(f"{path}: its data should be uint8 [n, {_PIXELS}] and is {found}; get it again.")
+        raise SourceError(f"{path}: its data should be uint8 [n, {_PIXELS}] and is {found}; get it again")
     labels = _field(path, content, layout.labels_key)
     if len(labels) != len(images):
-        raise SourceError(f"{path} has {len(images)} images and {len(labels)} {layout.labels_key}; get it again.")
+        raise SourceError(f"{path} has {len(images)} images and {len(labels)} {layout.labels_key}; get it again")
     for row, label in enumerate(labels):
         if not isinstance(label, int) or not 0 <= label < classes:
-            raise SourceError(f"{path}: label {label!r} of image {row} is not a number from 0 to {classes - 1}.")
+            raise SourceError(f"{path}: label {label!r} of image {row} is not a number from 0 to {classes - 1}")
     return images.reshape(-1, 3, 32, 32), np.array(labels, np.int64)
 
 
 def _field(path: Path, content: Any, key: str) -> list[Any]:
     value = content.get(key) if isinstance(content, dict) else None
     if not isinstance(value, list) or not value:
-        raise SourceError(f"{path} has no list {key!r}; it is not an official batch, get it again.")
+        raise SourceError(f"{path} has no list {key!r}; it is not an official batch, get it again")
     return value

@@ -115,5 +115,5 @@ class _Reader:
 
     def _error(self, what: str) -> SourceError:
         return SourceError(
-            f"{self._path} is not the JSON of a COCO data set: {what}, near character {self._before + self._at:,}."
+            f"{self._path} is not the JSON of a COCO data set: {what}, near character {self._before + self._at:,}"
         )

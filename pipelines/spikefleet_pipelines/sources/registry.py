@@ -59,7 +59,7 @@ def find_source(name: str) -> Source:
     if name in _SOURCES:
         return _SOURCES[name]
     nearest = difflib.get_close_matches(name, _SOURCES, 1, 0.5)
-    hint = f"did you mean {nearest[0]!r}?" if nearest else f"it must be one of {', '.join(_SOURCES)}."
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"it must be one of {', '.join(_SOURCES)}"
     raise SourceError(f"Unknown data source {name!r}; {hint}")
 
 
@@ -82,6 +82,4 @@ def check_options(
         option = ".".join(str(part) for part in first["loc"])
         allowed = ", ".join(model.model_fields) or "none"
         value = "is missing" if first["type"] == "missing" else f"has value {first['input']!r}: {first['msg']}"
-        raise SourceError(
-            f"Option {option!r} of source {source.name!r} {value}. Its options are: {allowed}."
-        ) from error
+        raise SourceError(f"Option {option!r} of source {source.name!r} {value}. Its options are: {allowed}") from error

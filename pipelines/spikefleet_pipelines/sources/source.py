@@ -98,7 +98,7 @@ class Source:
         )
         return SourceError(
             f"The raw data of {self.name!r} was {where}. Put {self.files} in a directory DIR and run "
-            f"`spikefleet data prepare {self.name} DIR --out STORE`, or set the data's root to DIR."
+            f"`spikefleet data prepare {self.name} DIR --out STORE`, or set the data's root to DIR"
         )
 
 

@@ -71,7 +71,7 @@ class StoreExtension(StoreWriter):
                 self.class_names, self.category_ids, self.image
             )  # fmt: skip
             if not same_place or not same_kind:
-                raise StoreError(f"{self.out} was changed by another process while splits were added; add them again.")
+                raise StoreError(f"{self.out} was changed by another process while splits were added; add them again")
             self._keep(there)
             self.options = {**there.options, **self.options}
             manifest = self.manifest()

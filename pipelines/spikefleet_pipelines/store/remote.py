@@ -38,7 +38,7 @@ class RemoteStore(NamedTuple):
             with self.filesystem.open_input_stream(f"{self.path}/{MANIFEST_NAME}") as stream:
                 return stream.read()
         except FileNotFoundError as error:
-            raise StoreError(f"{self.uri} is not a store: it has no {MANIFEST_NAME}.") from error
+            raise StoreError(f"{self.uri} is not a store: it has no {MANIFEST_NAME}") from error
         except OSError as error:
             raise StoreError(f"{self.uri}/{MANIFEST_NAME} cannot be read: {error}") from error
 
@@ -107,5 +107,5 @@ def check_hash(where: str, expected: str, found: str) -> None:
     if expected != found:
         raise StoreError(
             f"shard {where} is corrupt: its SHA-256 should be {expected} and is {found}; "
-            "copy it again, or prepare the store again with overwriting."
+            "copy it again, or prepare the store again with overwriting"
         )

@@ -59,11 +59,11 @@ class TransformConfig(BatchTransformConfig):
         super().check_images(image_shape)
         channels = 3 if image_shape is None else image_shape[0]
         if self.auto_augment != "none" and channels != 3:
-            raise ValueError(f"auto_augment {self.auto_augment!r} needs 3 channels, and the images have {channels}.")
+            raise ValueError(f"auto_augment {self.auto_augment!r} needs 3 channels, and the images have {channels}")
         if image_shape is None and (self.random_resized_crop is None or self.center_crop is None):
             raise ValueError(
                 "the images are of varying size: random_resized_crop, resize and center_crop must be given, "
-                "for example 224, 256 and 224."
+                "for example 224, 256 and 224"
             )
 
     def build(self, split: "Rows", train: bool, seed: int, epochs: int | None = None) -> "ClassificationTransform":

@@ -1,6 +1,6 @@
 """What is done to images and boxes on their way into a detection batch: the config.
 
-Training, in this order: mosaic of four pictures, random scale and shift, jitter of hue, saturation and value,
+Training, in this order: mosaic of four images, random scale and shift, jitter of hue, saturation and value,
 horizontal flip, normalisation. Evaluation: resize, normalisation. `detection.py` does it.
 """
 
@@ -36,8 +36,8 @@ class DetectionTransformConfig(BatchTransformConfig):
     size: int = Field(default=640, ge=32, le=4096, description="side of the square, or length of the shorter side")
     longest: int | None = Field(default=None, ge=32, le=8192, description="keep_ratio: most for the longer side")
     divisor: int = Field(default=32, ge=1, le=256, description="sides of a batch are multiples of this")
-    fill: int = Field(default=114, ge=0, le=255, description="value of pixels beyond the picture")
-    mosaic: float = Field(default=0.0, ge=0.0, le=1.0, description="training: probability of a mosaic of four pictures")
+    fill: int = Field(default=114, ge=0, le=255, description="value of pixels beyond the image")
+    mosaic: float = Field(default=0.0, ge=0.0, le=1.0, description="training: probability of a mosaic of four images")
     close_mosaic_epochs: int = Field(
         default=10, ge=0, description="the last so many epochs have no mosaic (none at all in a run of no more epochs)"
     )
@@ -72,7 +72,7 @@ class DetectionTransformConfig(BatchTransformConfig):
         super().check_images(image_shape)
         channels = 3 if image_shape is None else image_shape[0]
         if any(self.hsv) and channels != 3:
-            raise ValueError(f"hsv {self.hsv} needs 3 channels, and the images have {channels}.")
+            raise ValueError(f"hsv {self.hsv} needs 3 channels, and the images have {channels}")
 
     def build(self, split: "Rows", train: bool, seed: int, epochs: int | None = None) -> "DetectionBatchTransform":
         from spikefleet_pipelines.transforms.detection import DetectionBatchTransform
@@ -80,5 +80,5 @@ class DetectionTransformConfig(BatchTransformConfig):
         return DetectionBatchTransform(split, self, train, seed, epochs)
 
     def has_mosaic(self, epoch: int, epochs: int | None) -> bool:
-        """Whether pictures of an epoch may be mosaics; `epochs` is the length of the run, None where it is unknown."""
+        """Whether images of an epoch may be mosaics; `epochs` is the length of the run, None where it is unknown."""
         return self.mosaic > 0 and (epochs is None or epoch < epochs - self.close_mosaic_epochs)

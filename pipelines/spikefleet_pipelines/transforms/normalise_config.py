@@ -62,5 +62,5 @@ def check_channels(normalise: Normalisation, channels: int) -> None:
     if len(normalise.mean) not in (1, channels):
         raise ValueError(
             f"normalise.mean has {len(normalise.mean)} values, and the images have {channels} channels; "
-            f"give 1 or {channels}."
+            f"give 1 or {channels}"
         )
