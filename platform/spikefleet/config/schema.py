@@ -154,7 +154,7 @@ class Config(Section):
                 f"{self.data.transform.kind}"
             )
         if isinstance(self.model, SpikeYoloConfig | SpikingYoloV8Config):
-            coarsest, sides = self.model.strides[-1], self.data.transform.divisor  # type: ignore[union-attr]
+            coarsest, sides = self.model.strides[-1], self.data.transform.divisor  # type: ignore[attr-defined]
             if sides % coarsest:
                 raise ValueError(
                     f"data.transform.divisor={sides} is no multiple of the network's coarsest stride {coarsest}; "

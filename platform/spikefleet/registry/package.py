@@ -207,12 +207,12 @@ def picture_batch(images: "NDArray[np.uint8]", config: Mapping[str, Any]) -> "Ba
     import torch
     from pydantic import TypeAdapter
 
-    from spikefleet_pipelines.data_config import AnyTransformConfig
     from spikefleet_pipelines.loading import Batch
     from spikefleet_pipelines.store.reader import Split
-    from spikefleet_pipelines.transforms.classification import BatchTransform
+    from spikefleet_pipelines.transforms.classification import ImageTransform as BatchTransform
     from spikefleet_pipelines.transforms.detection import DetectionBatchTransform
     from spikefleet_pipelines.transforms.detection_config import DetectionTransformConfig
+    from spikefleet_pipelines.transforms.kinds import AnyTransformConfig
 
     channels = model_config(config, "the configuration of the network").in_channels
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != channels:
