@@ -27,7 +27,7 @@ _BUILT_IN: tuple[type[ModelConfig], ...] = (
     SpikingYoloV8Config,
     RetinaNetConfig,
 )
-_DEFAULT_FAMILY = "sg_resnet"
+DEFAULT_FAMILY = "sg_resnet"
 _ANSWERS = ("timesteps", "in_channels", "num_classes")
 
 _families: dict[str, type[ModelConfig]] = {}
@@ -136,12 +136,12 @@ def _origin(config_class: type[ModelConfig]) -> str:
 
 def _validate(value: Any, info: ValidationInfo) -> ModelConfig:
     """Dispatch on `family`. The family's own ValidationError keeps its field locations: pydantic merges it."""
-    name = value.get("family", _DEFAULT_FAMILY) if isinstance(value, Mapping) else getattr(value, "family", None)
+    name = value.get("family", DEFAULT_FAMILY) if isinstance(value, Mapping) else getattr(value, "family", None)
     if not isinstance(name, str) or name not in _families:
         raise PydanticCustomError(
             "unknown_family",
             "family must be one of {families}; {default} when it is left out",
-            {"families": ", ".join(_families), "default": _DEFAULT_FAMILY},
+            {"families": ", ".join(_families), "default": DEFAULT_FAMILY},
         )
     return _families[name].model_validate(value, context=info.context)
 

@@ -33,7 +33,7 @@ from spikefleet.registry.api import RegisteredVersion, best, describe, list_mode
 from spikefleet.registry.package import CARD, CONFIG, WEIGHTS, load_network, picture_batch
 from spikefleet.tracking.mlflow_client import quiet_mlflow, resolve_tracking_uri
 from spikefleet.tracking.tracker import Tracker
-from spikefleet_models.build import build_model, model_config
+from spikefleet_models.families import build_model, model_config
 from spikefleet_pipelines.transforms.classification_config import TransformConfig
 
 quiet_mlflow()

@@ -26,6 +26,11 @@ class BatchTransformConfig(BaseModel, ABC):
     kind: str = Field(description="which transform this is")
     normalise: NamedNormalisation = Normalisation()
 
+    @property
+    def side_multiple(self) -> int:
+        """The sides of a batch are multiples of this many pixels."""
+        return 1
+
     def check_images(self, image_shape: tuple[int, int, int] | None) -> None:
         """Check the config against images of shape [C, H, W], or encoded ones of varying size (None).
 

@@ -68,6 +68,11 @@ class DetectionTransformConfig(BatchTransformConfig):
             raise ValueError(f"hsv is {self.hsv}; each must be from 0 to 1")
         return self
 
+    @property
+    def side_multiple(self) -> int:
+        """As `divisor` says."""
+        return self.divisor
+
     def check_images(self, image_shape: tuple[int, int, int] | None) -> None:
         super().check_images(image_shape)
         channels = 3 if image_shape is None else image_shape[0]

@@ -16,7 +16,7 @@ _BUILT_IN = (
     TransformConfig,
     DetectionTransformConfig,
 )
-_DEFAULT_KIND = "image"
+DEFAULT_KIND = "image"
 
 _KINDS: dict[str, type[BatchTransformConfig]] = {}
 
@@ -52,7 +52,7 @@ def transform_kinds(store_task: str | None = None) -> dict[str, type[BatchTransf
 
 def _by_kind(value: object) -> BatchTransformConfig:
     """Validate by the class that is registered for a value's kind: an error is at the field, without a union's tag."""
-    kind = value.get("kind", _DEFAULT_KIND) if isinstance(value, Mapping) else getattr(value, "kind", _DEFAULT_KIND)
+    kind = value.get("kind", DEFAULT_KIND) if isinstance(value, Mapping) else getattr(value, "kind", DEFAULT_KIND)
     config = _KINDS.get(kind) if isinstance(kind, str) else None
     if config is None:
         allowed = " or ".join(map(repr, _KINDS))

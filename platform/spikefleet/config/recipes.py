@@ -12,16 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from spikefleet.config.messages import did_you_mean, sentences
 from spikefleet.config.schema import Config
 from spikefleet.config.strict_yaml import parse_yaml
 from spikefleet.errors import UserError
-from spikefleet_models.build import ModelConfig
+from spikefleet_models.families import DEFAULT_FAMILY, AnyModelConfig, find_family
+from spikefleet_models.family import ModelConfig
+from spikefleet_pipelines.transforms.batch_transform_config import BatchTransformConfig
+from spikefleet_pipelines.transforms.kinds import DEFAULT_KIND, AnyTransformConfig, transform_kinds
 
 _RECIPE_LIMIT_BYTES = 1 << 20
-_MODEL: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)
+_MODEL: TypeAdapter[ModelConfig] = TypeAdapter(AnyModelConfig)
+_TRANSFORM: TypeAdapter[BatchTransformConfig] = TypeAdapter(AnyTransformConfig)
 
 
 def list_recipes() -> list[str]:
@@ -79,7 +83,7 @@ def parse_config(tree: Mapping[str, Any], origin: str) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{origin}: {sentences(error, Config)}") from None
+        raise UserError(f"{origin}: {sentences(error, Config, tree, concrete=_concrete)}") from None
 
 
 def parse_model(tree: Any, origin: str) -> ModelConfig:
@@ -87,7 +91,26 @@ def parse_model(tree: Any, origin: str) -> ModelConfig:
     try:
         return _MODEL.validate_python(tree)
     except ValidationError as error:
-        raise UserError(f"{origin}: {sentences(error, Config, at=('model',))}") from None
+        raise UserError(f"{origin}: {sentences(error, Config, tree, at=('model',), concrete=_concrete)}") from None
+
+
+def parse_transform(tree: Any, origin: str) -> BatchTransformConfig:
+    """Checks the plain data of `data.transform`. Raises UserError with a sentence for each field that is wrong."""
+    try:
+        return _TRANSFORM.validate_python(tree)
+    except ValidationError as error:
+        where = ("data", "transform")
+        raise UserError(f"{origin}: {sentences(error, Config, tree, at=where, concrete=_concrete)}") from None
+
+
+def _concrete(declared: type[BaseModel], data: Any) -> type[BaseModel]:
+    """The family or the kind of transform that plain data are for."""
+    fields = data if isinstance(data, Mapping) else {}
+    if declared is ModelConfig:
+        return find_family(fields.get("family", DEFAULT_FAMILY))
+    if declared is BatchTransformConfig:
+        return transform_kinds().get(fields.get("kind", DEFAULT_KIND), declared)
+    return declared
 
 
 def _recipe_text(recipe: str) -> str:
