@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spikefleet_models import build_model, equivalence, model_config, spike_driven
+from spikefleet_models import equivalence, spike_driven
+from spikefleet_models.build import build_model, model_config
 from spikefleet_models.equivalence import EquivalenceProof, check_equivalence, count_flips, on_grid
-from spikefleet_models.neuron_config import NeuronConfig
-from spikefleet_models.neurons import build_neuron
+from spikefleet_models.neurons import NeuronConfig, build_neuron
 from spikefleet_models.reparam import deploy
 from spikefleet_models.spike_driven import SlotLayer, ThermometerNode, thermometer
 from spikefleet_models.spike_edges import Analogue, Layer, SpikeFed, layer_inputs
