@@ -109,12 +109,17 @@ def test_registering_again_is_harmless_and_another_class_is_refused() -> None:
     class Nameless(BatchTransformConfig):
         pass
 
+    class Storeless(BatchTransformConfig):
+        kind: Literal["storeless"] = "storeless"
+
     with pytest.raises(
         ValueError, match=r"kind 'detection' is already .*DetectionTransformConfig; give .*Other another"
     ):
         register_transform_kind(Other)
     with pytest.raises(ValueError, match="Nameless has no kind; declare"):
         register_transform_kind(Nameless)
+    with pytest.raises(ValueError, match="Storeless has no store_task; set it to 'classification' or 'detection'"):
+        register_transform_kind(Storeless)
     assert transform_kinds() == before
     assert list(transform_kinds("classification")) == ["image"]
 

@@ -1,4 +1,7 @@
-"""The table of sources. To add one: its two modules, and its line in `_BUILT_IN`; from outside, `register_source`."""
+"""The table of sources.
+
+To add one: its two modules, and its line in `_BUILT_IN`; from outside, `register_source`.
+"""
 
 import difflib
 from collections.abc import Mapping

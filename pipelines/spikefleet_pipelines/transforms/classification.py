@@ -37,10 +37,10 @@ class ClassificationTransform:
 
     def __init__(self, split: Rows, config: TransformConfig, train: bool, seed: int) -> None:
         self._images = ImageTransform(split, config, train, seed)
-        self._labels = split.labels
+        self._split = split
 
     def __call__(self, rows: NDArray[np.int64], epoch: int) -> tuple[Tensor, Tensor]:
-        return self._images(rows, epoch), torch.from_numpy(self._labels[rows])
+        return self._images(rows, epoch), torch.from_numpy(self._split.labels[rows])
 
     def unpack(self, packed: Tensor) -> Tensor:
         return packed

@@ -1,5 +1,7 @@
-"""The table of transform kinds. To add one: its two modules, and its line in `_BUILT_IN`; from outside,
-`register_transform_kind`."""
+"""The table of transform kinds.
+
+To add one: its two modules, and its line in `_BUILT_IN`; from outside, `register_transform_kind`.
+"""
 
 import difflib
 from collections.abc import Mapping
@@ -25,11 +27,13 @@ def register_transform_kind(config: type[BatchTransformConfig]) -> None:
     """Make a transform known by the `kind` of its config. The same class again changes nothing.
 
     Raises:
-        ValueError: another class has that kind, or the class does not say which kind it is.
+        ValueError: another class has that kind, or the class does not say which kind it is and which stores it reads.
     """
     kind = config.model_fields["kind"].default
     if not isinstance(kind, str) or not kind:
         raise ValueError(f'{config.__qualname__} has no kind; declare kind: Literal["NAME"] = "NAME" in it')
+    if getattr(config, "store_task", None) not in ("classification", "detection"):
+        raise ValueError(f"{config.__qualname__} has no store_task; set it to 'classification' or 'detection'")
     if (there := _KINDS.setdefault(kind, config)) is not config:
         raise ValueError(
             f"transform kind {kind!r} is already {there.__module__}.{there.__qualname__}; "
