@@ -119,7 +119,7 @@ def test_a_second_process_is_refused_until_the_first_one_is_gone(tmp_path: Path)
 
     refused = other()
     assert refused.returncode == 1
-    assert "another process is tracking this run" in refused.stderr
+    assert "the run is being tracked already (process " in refused.stderr
     journal.close()
     assert other().returncode == 0
 

@@ -6,25 +6,23 @@ that a crash cut short is dropped. Nothing in it depends on where the directory 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from spikefleet_tune.atomic import write_atomically
 from spikefleet_tune.errors import SearchError
+from spikefleet_tune.lock import Lock, LockedError, hold
 from spikefleet_tune.search_file import Search, search_of
 
 Status = Literal["finished", "stopped", "pruned", "failed"]
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_HELD: set[str] = set()  # a lock of fcntl is the process's: it does not keep two searches of one process apart
 
 
 @dataclass(frozen=True)
@@ -117,35 +115,17 @@ class SearchFolder:
             raise SearchError(f"{self.path} holds no search that can be read: {error}") from None
         return search_of(tree, f"{self.path / 'search.json'}")
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Holds the search for this launch. Raises SearchError when it is running already."""
+    def lock(self) -> Lock:
+        """Holds the search for this launch, until the end of a `with` block. Raises SearchError when it is running."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / ".lock").open("a+")
+            return hold(self.path / ".lock")
+        except LockedError as error:
+            raise SearchError(
+                f"search {self.name} is running already ({error.holder}); wait for it, or give another name"
+            ) from None
         except OSError as error:
             raise SearchError(f"search directory {self.path} cannot be written: {error}") from None
-        key = str(self.path.resolve())
-        with file:
-            try:
-                if key in _HELD:
-                    raise OSError
-                # Not flock: processes that this one starts would inherit it.
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                file.seek(0)
-                holder = file.read().strip() or "unknown"
-                raise SearchError(
-                    f"search {self.name} is running already ({holder}); wait for it, or give another name"
-                ) from None
-            file.truncate(0)
-            file.write(f"process {os.getpid()}")
-            file.flush()
-            _HELD.add(key)
-            try:
-                yield
-            finally:
-                _HELD.discard(key)
 
     def begin(self, search: Search) -> None:
         """Writes the search down, or raises SearchError when another one was begun under this name.

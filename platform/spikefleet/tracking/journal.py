@@ -5,7 +5,6 @@ tracking server. A reader takes records from that position, sends them and then 
 same records again, so a receiver must accept a record twice (MLflow does: see `tracker.py`).
 """
 
-import fcntl
 import json
 import os
 import threading
@@ -16,10 +15,14 @@ from typing import Any
 
 from spikefleet.errors import UserError
 from spikefleet.files import write_json
+from spikefleet_tune.lock import Lock, LockedError, hold
 
 JOURNAL = "tracking.jsonl"
 DELIVERED = "tracking.delivered.json"
 LOCK = "tracking.lock"
+
+_ENDING_S = 25.0
+"""The last request of a journal's earlier user in this process may take so long: MLflow's limit is 20 seconds."""
 
 Record = dict[str, Any]
 
@@ -49,14 +52,14 @@ class Journal:
     Opening it cuts off a last line that a killed writer left unfinished.
 
     Raises:
-        UserError: another process has it open, or a line before the last one is damaged.
+        UserError: it is open already, in this process or another one, or a line before the last one is damaged.
     """
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
         self._path = directory / JOURNAL
-        self._lock_file = _lock(directory)
+        self._lock = _hold(directory)
         self._guard = threading.Lock()
         self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
@@ -117,7 +120,7 @@ class Journal:
 
     def close(self) -> None:
         os.close(self._fd)
-        os.close(self._lock_file)
+        self._lock.release()
         self._fd = -1  # a late write must fail, not land in a file that got the same number
 
     def _recover(self) -> tuple[int, int]:
@@ -155,14 +158,15 @@ def _whole(line: bytes) -> bool:
         return False
 
 
-def _lock(directory: Path) -> int:
-    """A lock of the process, not of the open file: a forked data loader that outlives a killed run does not hold it."""
-    lock_file = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+def _hold(directory: Path) -> Lock:
     try:
-        fcntl.lockf(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(lock_file)
+        try:
+            return hold(directory / LOCK)
+        except LockedError as error:
+            if not error.own:
+                raise
+            return hold(directory / LOCK, _ENDING_S)
+    except LockedError as error:
         raise UserError(
-            f"{directory}: another process is tracking this run; wait for it to end, or choose another run name"
-        ) from error
-    return lock_file
+            f"{directory}: the run is being tracked already ({error.holder}); wait for it, or give another run name"
+        ) from None
