@@ -7,16 +7,17 @@ that a crash cut short is dropped. Nothing in it depends on where the directory 
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from spikefleet_tune.atomic import write_atomically
 from spikefleet_tune.errors import SearchError
+from spikefleet_tune.jsonl_log import DamagedLineError, JsonlLog
 from spikefleet_tune.lock import Lock, LockedError, hold
 from spikefleet_tune.search_file import Search, search_of
 
@@ -101,7 +102,8 @@ class SearchFolder:
             )
         self.name = name
         self.path = storage.absolute() / name
-        self._journal, self._clock = self.path / "journal.jsonl", self.path / "clock.json"
+        self._journal = JsonlLog(self.path / "journal.jsonl", durable=True, allow_nan=False)
+        self._clock = self.path / "clock.json"
 
     @property
     def exists(self) -> bool:
@@ -146,44 +148,36 @@ class SearchFolder:
         write_atomically(self.path / "search.json", json.dumps(search.dump(), indent=1) + "\n")
 
     def append(self, event: str, **facts: Any) -> None:
-        """One line, written and synced before this returns."""
-        line = json.dumps({"event": event, **facts}, allow_nan=False) + "\n"
-        handle = os.open(self._journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        before = os.fstat(handle).st_size
-        try:
-            if os.write(handle, line.encode()) < len(line.encode()):
-                raise OSError(f"{self._journal} could not be written: the disk is full")
-            os.fsync(handle)
-        except OSError:
-            os.ftruncate(handle, before)  # half a line would spoil the next one
-            raise
-        finally:
-            os.close(handle)
+        """One line, written and synced before this returns. Raises OSError when the disk is full."""
+        self._journal.append({"event": event, **facts})
 
     def append_record(self, record: TrialRecord) -> None:
         self.append("ended", **asdict(record))
 
     def drop_torn_line(self) -> None:
-        """Cuts off a last line that was not written to its end."""
-        if not self._journal.is_file():
-            return
-        content = self._journal.read_bytes()
-        if content and not content.endswith(b"\n"):
-            with self._journal.open("rb+") as file:
-                file.truncate(content.rfind(b"\n") + 1)
+        """Cuts off a last line that was not written to its end. Raises SearchError at a damaged line before it."""
+        with self._damage_named():
+            self._journal.drop_torn_line()
 
     def read(self) -> Past:
         """What happened so far. Raises SearchError at a line that cannot be read, unless it is the torn last one."""
         past = Past()
-        if not self._journal.is_file():
-            return past
-        lines = self._journal.read_bytes().split(b"\n")[:-1]
-        for position, line in enumerate(lines, start=1):
-            try:
-                _take(past, json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:
-                raise SearchError(f"line {position} of {self._journal} cannot be read: {error}") from None
+        with self._damage_named():
+            for position, entry in enumerate(self._journal.entries(), start=1):
+                try:
+                    _take(past, entry.record)
+                except (ValueError, KeyError, TypeError) as error:
+                    raise SearchError(f"{self._journal.path}, line {position}: cannot be read: {error}") from None
         return past
+
+    @contextmanager
+    def _damage_named(self) -> Iterator[None]:
+        try:
+            yield
+        except DamagedLineError as error:
+            raise SearchError(
+                f"{error}, so what follows it cannot be trusted; start a new search under another name"
+            ) from None
 
     def read_seconds(self) -> float:
         """Seconds that earlier launches ran, to within a few."""

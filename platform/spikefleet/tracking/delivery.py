@@ -15,7 +15,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from spikefleet.errors import UserError
-from spikefleet.tracking.journal import Delivered, Entry, Journal, Record
+from spikefleet.tracking.journal import Delivered, Journal
+from spikefleet_tune.jsonl_log import Entry, Record
 
 RUN_UID_TAG = "spikefleet.run_uid"
 SPOOL = "tracking-artifacts"  # in the run directory: the files that artifact records name

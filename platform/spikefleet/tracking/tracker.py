@@ -23,8 +23,9 @@ from typing import Any, Literal
 from spikefleet.errors import UserError
 from spikefleet.files import sha256_of
 from spikefleet.tracking.delivery import MAX_METRICS, MAX_PARAMS_OR_TAGS, SPOOL, Delivery, Sender, public_uri
-from spikefleet.tracking.journal import JOURNAL, Journal, Record
+from spikefleet.tracking.journal import JOURNAL, Journal
 from spikefleet_tune.atomic import replacing
+from spikefleet_tune.jsonl_log import Record
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
