@@ -32,7 +32,8 @@ class Constraint:
     def holds(self, values: Mapping[str, Any]) -> bool:
         """Whether the values keep it. One that speaks of a key which has no value here (a branch not taken) is kept.
 
-        A comparison that divides by zero does not hold. Raises SearchError when it calculates with, or orders, what is no number.
+        A comparison that divides by zero does not hold. Raises SearchError when it calculates with, or orders, what is
+        no number.
         """
         try:
             return self._expression.holds({name: values[key] for name, key in self._key_of.items() if key in values})
