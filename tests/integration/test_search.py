@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from spikefleet_tune.errors import SearchError
-from spikefleet_tune.journal import KnownPoint, SearchFolder, TrialRecord
+from spikefleet_tune.journal import SearchFolder, TrialRecord, WarmStartPoint
 from spikefleet_tune.ledger import Counts, SilentObserver, TrialStart
 from spikefleet_tune.pareto import front
 from spikefleet_tune.search import read_search_result, run_search
@@ -144,7 +144,7 @@ def test_a_finished_search_runs_nothing_moves_and_is_extended(ray_on_two_cpus: N
     search = _search(2, sampler="tpe")
     first = run_search(search, _counting(marks), tmp_path / "here", "moved")
     assert len(first.records) == 2
-    with pytest.raises(SearchError, match="begun otherwise: seed: 0 in the search, 1 asked for"):
+    with pytest.raises(SearchError, match="started with other settings: seed: 0 in the search, 1 asked for"):
         run_search(_search(2, sampler="tpe", seed=1), _counting(marks), tmp_path / "here", "moved")
     shutil.move(tmp_path / "here", tmp_path / "there")
     again = run_search(search, _counting(marks), tmp_path / "there", "moved")
@@ -164,13 +164,13 @@ def test_a_finished_search_runs_nothing_moves_and_is_extended(ray_on_two_cpus: N
 
 
 def test_known_points_are_tried_first_or_told(ray_on_two_cpus: None, tmp_path: Path) -> None:
-    known = [KnownPoint({"x": 2}), KnownPoint({"x": 1}, {"gain": 5.0, "cost": 0.0}, "run a")]
+    known = [WarmStartPoint({"x": 2}), WarmStartPoint({"x": 1}, {"gain": 5.0, "cost": 0.0}, "run a")]
     search = _search(1, sampler="random")
     result = run_search(search, _counting(tmp_path), tmp_path, "warm", warm_start=known)
     assert [record.point for record in result.records] == [{"x": 2}]
     with pytest.raises(SearchError, match=r"run b: x=9 lies outside the space"):
-        run_search(search, _counting(tmp_path), tmp_path, "warm", warm_start=[KnownPoint({"x": 9}, None, "run b")])
-    assert len(SearchFolder(tmp_path, "warm").read().known) == 2
+        run_search(search, _counting(tmp_path), tmp_path, "warm", warm_start=[WarmStartPoint({"x": 9}, None, "run b")])
+    assert len(SearchFolder(tmp_path, "warm").read().warm_start) == 2
 
 
 def test_groups_of_workers_never_wait_for_one_another(ray_on_two_cpus: None, tmp_path: Path) -> None:

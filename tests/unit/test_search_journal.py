@@ -43,7 +43,7 @@ def test_a_journal_survives_a_torn_line_but_not_a_broken_one(tmp_path: Path) -> 
 
 
 def test_only_plain_names_are_taken(tmp_path: Path) -> None:
-    with pytest.raises(SearchError, match=r"name '\.\./s' must be letters"):
+    with pytest.raises(SearchError, match=r"name '\.\./s' must be 1 to 100 letters"):
         SearchFolder(tmp_path, "../s")
 
 

@@ -211,7 +211,7 @@ def test_samplers_propose_what_is_allowed_and_go_on_where_they_were(kind: str, t
     restored = PointSampler(search)
     half = trials * 5 // 8
     for proposal in proposals[:half]:
-        restored.adopt(proposal.number, proposal.point, proposal.memory)
+        restored.replay(proposal.number, proposal.point, proposal.memory)
         restored.tell(proposal.number, None if proposal.number % 7 == 3 else _figures(proposal.point))
     for expected in proposals[half:]:
         found = restored.ask(expected.number)

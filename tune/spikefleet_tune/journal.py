@@ -1,6 +1,6 @@
 """The durable record of a search: one JSON line for each thing that happened to a trial.
 
-It is the source of truth for results and for going on. Each line is appended with one write and synced; a last line
+It is the source of truth for results and for resumption. Each line is appended with one write and synced; a last line
 that a crash cut short is dropped. Nothing in it depends on where the directory stands.
 """
 
@@ -59,12 +59,12 @@ class TrialRecord:
 
 
 @dataclass(frozen=True)
-class KnownPoint:
-    """A point from elsewhere: with figures it is told to the sampler, without it is tried first."""
+class WarmStartPoint:
+    """A point from an earlier search: with figures it informs the sampler, without it is tried first."""
 
     point: Mapping[str, Any]
     figures: Mapping[str, float] | None = None
-    origin: str = "known point"
+    origin: str = "warm-start point"
 
 
 @dataclass
@@ -80,7 +80,7 @@ class Past:
     order: list[tuple[str, int]] = field(default_factory=list)
     """("started" | "ended", number) as it happened."""
     attempts: dict[int, int] = field(default_factory=dict)
-    known: list[KnownPoint] = field(default_factory=list)
+    warm_start: list[WarmStartPoint] = field(default_factory=list)
     extended: int = 0
 
     @property
@@ -98,7 +98,7 @@ class SearchFolder:
     def __init__(self, storage: Path, name: str) -> None:
         if not _PLAIN_NAME.fullmatch(name):
             raise SearchError(
-                f"name {name!r} must be letters, digits, '.', '_' and '-' (at most 100), and begin plainly"
+                f"name {name!r} must be 1 to 100 letters, digits, '.', '_' and '-', and start with a letter or digit"
             )
         self.name = name
         self.path = storage.absolute() / name
@@ -110,7 +110,7 @@ class SearchFolder:
         return (self.path / "search.json").is_file()
 
     def read_search(self) -> Search:
-        """The search as it was begun. Raises SearchError when there is none."""
+        """The search as it was started. Raises SearchError when there is none."""
         try:
             tree = json.loads((self.path / "search.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -130,7 +130,7 @@ class SearchFolder:
             raise SearchError(f"search directory {self.path} cannot be written: {error}") from None
 
     def begin(self, search: Search) -> None:
-        """Writes the search down, or raises SearchError when another one was begun under this name.
+        """Writes the search down, or raises SearchError when another one was started under this name.
 
         Budget and resources may differ from launch to launch, and so may the points of a list: what was tried stays.
         """
@@ -143,7 +143,8 @@ class SearchFolder:
                     for key in sorted(differing)
                 )
                 raise SearchError(
-                    f"search {self.name} was begun otherwise: {listed}. Give another name, or its own values"
+                    f"search {self.name} was started with other settings: {listed}; "
+                    "give its own values to resume it, or another name to start a new search"
                 )
         write_atomically(self.path / "search.json", json.dumps(search.dump(), indent=1) + "\n")
 
@@ -237,7 +238,7 @@ def _take(past: Past, line: dict[str, Any]) -> None:
             past.retried.add(int(line["number"]))
             past.order = [one for one in past.order if one != ("ended", int(line["number"]))]
         case "known":
-            past.known.append(KnownPoint(line["point"], line["figures"], line["origin"]))
+            past.warm_start.append(WarmStartPoint(line["point"], line["figures"], line["origin"]))
         case "extended":
             past.extended += int(line["trials"])
         case _:
