@@ -299,15 +299,16 @@ def best(
     Raises:
         UserError: `where` is no query or asks for what no version has, or nothing matches (the sentence says why).
     """
-    query = parse_where(where) if where is not None else None
+    if where is not None:
+        parse_where(where)  # what is no query is refused before anything is asked of the server
     with connect(_uri(tracking_uri)) as client:
         versions = find_versions(client)
     versions = _narrow(versions, "task", task)
     if dataset is not None:
         versions = _narrow(versions, "dataset", dataset)
-    if query is not None:
-        query.check_keys({key for version in versions for key in version.facts()})
-        versions = [version for version in versions if query.matches(version.facts())]
+    if where is not None:
+        query = parse_where(where, {key for version in versions for key in version.facts()})
+        versions = [version for version in versions if query.holds(version.facts())]
         if not versions:
             raise UserError(f"no version for task {task!r} satisfies where {where!r}")
     values = [(version, value) for version in versions if (value := version.metric(metric)) is not None]
