@@ -29,13 +29,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from spikefleet_models.build import ModelConfig, build_model
+from spikefleet_models.family import ModelConfig
 from spikefleet_models.neurons import spiking_nodes
 from spikefleet_models.operation_counts import LayerCount, OperationCounts, count_operations
 from spikefleet_models.reparam import deploy
-from spikefleet_models.retinanet import RetinaNetConfig
-from spikefleet_models.sg_resnet import SGResNetConfig, Shortcut
-from spikefleet_models.spike_yolo.config import SpikeYoloConfig, SpikingYoloV8Config
 
 Form = Literal["merged", "factored", "as_built"]
 
@@ -48,8 +45,6 @@ CONVENTIONS = (
 )
 """What holds for every card; each says so."""
 _DERIVED = ("version", "totals", "rows", "conventions")
-
-_CONFIGS = (SGResNetConfig, RetinaNetConfig, SpikeYoloConfig, SpikingYoloV8Config)
 
 
 @dataclass(frozen=True)
@@ -100,7 +95,7 @@ class EnergyCard:
     constants: EnergyConstants
     layers: tuple[LayerCount, ...]
     twin: TwinEnergy | None = None
-    """None for ANNs and for networks without a configuration."""
+    """None for ANNs, and for networks whose configuration knows of no twin."""
 
     @property
     def macs(self) -> float:
@@ -291,18 +286,6 @@ def energy_at_rates(
     return _card(network, counts, chosen, form, shortcuts, twin_form, {image_size: 1}, pictures=0)
 
 
-def twin_config(config: ModelConfig) -> ModelConfig:
-    """The configuration of the ANN twin: the same topology, ReLU for every neuron, one step."""
-    plain = config.model_dump()
-    if isinstance(config, SGResNetConfig):
-        plain["connection"] = "ann"
-    elif isinstance(config, RetinaNetConfig):
-        plain["backbone"]["connection"] = "ann"
-    else:
-        plain["activation"] = "relu"
-    return type(config).model_validate(plain)
-
-
 def energy_constants(constants: str | EnergyConstants) -> EnergyConstants:
     """Constants by name. Raises ValueError for an unknown one."""
     if isinstance(constants, EnergyConstants):
@@ -358,9 +341,10 @@ def _card(
     nodes = spiking_nodes(network)
     twin = None
     config = getattr(network, "config", None)
-    if nodes and twin_form is not None and isinstance(config, _CONFIGS):
+    ann_config = config.twin() if isinstance(config, ModelConfig) else None
+    if nodes and twin_form is not None and ann_config is not None:
         with torch.device("meta"):
-            ann = build_model(twin_config(config))
+            ann = ann_config.build()
         twin_form, counted = _in_form(ann, twin_form)
         dense = 0.0
         for size, share in sizes.items():
@@ -382,5 +366,7 @@ def _card(
 
 
 def _chosen(network: nn.Module, layers: tuple[LayerCount, ...], shortcuts: bool) -> tuple[LayerCount, ...]:
-    left_out = () if shortcuts else tuple(n for n, module in network.named_modules() if isinstance(module, Shortcut))
-    return tuple(layer for layer in layers if not layer.layer.startswith(tuple(f"{name}." for name in left_out)))
+    if shortcuts:
+        return layers
+    left_out = tuple(f"{n}." for n, module in network.named_modules() if getattr(module, "is_shortcut", False))
+    return tuple(layer for layer in layers if not layer.layer.startswith(left_out))

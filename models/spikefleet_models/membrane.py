@@ -16,12 +16,29 @@ the processor's second-level cache: each line below is then a pass over cached m
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from spikingjelly.activation_based import surrogate
 from torch import Tensor
+
+TILE_ELEMENTS = 1 << 19
+"""Elements of one tile: 2 MiB of fp32. Measured in models/README.md."""
+
+
+def tiles(tensor: Tensor, axis: int) -> Iterator[slice]:
+    """Slices of `axis` that cut `tensor` into tiles of about TILE_ELEMENTS; one slice on accelerators.
+
+    Elementwise passes over a whole activation cost one trip to memory each; over a tile they cost a trip to the cache.
+    On accelerators a launch costs more than a pass, so there a tile is the whole tensor.
+    """
+    length = tensor.shape[axis]
+    step = length
+    if tensor.device.type == "cpu":
+        step = max(1, TILE_ELEMENTS * length // max(tensor.numel(), 1))
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
 
 
 @dataclass(frozen=True)

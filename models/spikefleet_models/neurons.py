@@ -24,13 +24,12 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from spikingjelly.activation_based import neuron, surrogate
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from spikefleet_models.membrane import Dynamics, backward_steps, charge_steps, forward_steps, membrane_dtype
-from spikefleet_models.tiles import tiles
+from spikefleet_models.membrane import Dynamics, backward_steps, charge_steps, forward_steps, membrane_dtype, tiles
+from spikefleet_models.neuron_config import NeuronConfig
 
 SURROGATES: dict[str, type[surrogate.SurrogateFunctionBase]] = {
     "atan": surrogate.ATan,
@@ -42,48 +41,6 @@ SURROGATES: dict[str, type[surrogate.SurrogateFunctionBase]] = {
     "erf": surrogate.Erf,
     "rect": surrogate.Rect,
 }
-
-
-class NeuronConfig(BaseModel):
-    """One kind of spiking neuron. The defaults are the SG ResNet paper's on static images, and SpikeYOLO's on COCO."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kind: Literal["if", "lif", "plif", "ilif"] = Field(
-        "if", description="IF, LIF, PLIF (one learned tau a layer), or I-LIF (integers up to `bound`)."
-    )
-    tau: float = Field(2.0, gt=1.0, description="Membrane time constant in steps; PLIF starts from it; IF has none.")
-    decay_input: bool = Field(True, description="LIF and PLIF: divide the input by tau as well.")
-    v_threshold: float = Field(1.0, gt=0.0, description="Firing threshold V_th.")
-    v_reset: float | None = Field(0.0, description="Voltage after a spike; null subtracts V_th instead (soft reset).")
-    detach_reset: bool = Field(True, description="Keep the reset out of the gradient.")
-    surrogate: Literal[
-        "atan", "sigmoid", "piecewise_quadratic", "piecewise_exp", "soft_sign", "super_spike", "erf", "rect"
-    ] = Field("atan", description="Surrogate gradient, by SpikingJelly's name (triangle = piecewise_quadratic).")
-    alpha: float = Field(2.0, gt=0.0, description="Sharpness of the surrogate gradient.")
-    bound: int = Field(4, ge=1, le=255, description="I-LIF: D, the largest integer emitted.")
-    leak: float = Field(0.25, ge=0.0, le=1.0, description="I-LIF: what is left of the membrane after a step.")
-    input_scale: float = Field(1.0, gt=0.0, description="I-LIF: factor on the input; 0.5 with leak 0.5 on Gen1.")
-
-    @model_validator(mode="after")
-    def _fields_belong_to_the_kind(self) -> "NeuronConfig":
-        fields = type(self).model_fields
-        foreign = [
-            f"{name}={getattr(self, name)!r}"
-            for name in fields
-            if name != "kind"
-            and (name in _INTEGER_FIELDS) != (self.kind == "ilif")
-            and getattr(self, name) != fields[name].default
-        ]
-        if foreign:
-            allowed = _INTEGER_FIELDS if self.kind == "ilif" else fields.keys() - _INTEGER_FIELDS - {"kind"}
-            raise ValueError(
-                f"kind={self.kind!r} does not use {', '.join(foreign)}; its fields are {', '.join(sorted(allowed))}"
-            )
-        return self
-
-
-_INTEGER_FIELDS = frozenset({"bound", "leak", "input_scale"})
 
 
 class _MembraneFunction(torch.autograd.Function):

@@ -12,24 +12,43 @@ norm.
 
 Merging is what makes a chain spike-driven: one convolution sits behind each neuron. It also multiplies SpikeYOLO-s's
 operations by 1.7 and its weights by 2.6; `deploy(network, merge=False)` keeps the factors, each with its bias.
+
+The arithmetic is here; which convolution takes which batch norm, each module says beside its forward (`Deployable`). An
+`nn.Sequential` in which a `Conv2d` stands before a batch norm or a `SpikingUnit` needs to say nothing.
 """
 
 import copy
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from spikefleet_models.sg_resnet import ResidualBlock, Shortcut, Stem
-from spikefleet_models.spike_yolo.blocks import (
-    ConvNorm,
-    RepConv,
-    SepRepConv,
-    SpikingRepConv,
-    SpikingSepRepConv,
-)
 from spikefleet_models.spiking_unit import SpikingUnit
+
+if TYPE_CHECKING:
+    from spikefleet_models.spike_yolo.blocks import RepConv, SepRepConv
+
+
+@runtime_checkable
+class Deployable(Protocol):
+    """A module that owns batch norms, or that merges to less than it is in training."""
+
+    def deployed(self, merge: bool) -> nn.Module:
+        """What takes the module's place in deployment: itself, changed, or another module.
+
+        Its children have been deployed before. `merge` as in `deploy`.
+        """
+        ...
+
+
+@runtime_checkable
+class TakesBatchNorm(Protocol):
+    """A module whose last convolution can take a batch norm that follows the module."""
+
+    def take_batch_norm(self, bn: nn.Module) -> None:
+        """Fold `bn` into the last convolution, in place."""
+        ...
 
 
 class Affine(NamedTuple):
@@ -65,10 +84,10 @@ def fold_bn(conv: nn.Conv2d, bn: nn.Module) -> nn.Conv2d:
     scale, shift = affine(bn)
     weight = conv.weight.detach().double() * scale[:, None, None, None]
     bias = shift if conv.bias is None else shift + conv.bias.detach().double() * scale
-    return _conv(weight, bias, conv, conv.padding)
+    return _conv_like(weight, bias, conv, conv.padding)
 
 
-def merge_rep_conv(chain: RepConv) -> nn.Conv2d:
+def merge_rep_conv(chain: "RepConv") -> nn.Conv2d:
     """The dense 3x3 convolution with zero padding and bias that equals a RepConv in eval mode, borders included."""
     inner, outer = affine(chain.pad_bn.bn), affine(chain.bn)
     first = chain.first.weight.detach().double()[:, :, 0, 0] * inner.scale[:, None]
@@ -78,17 +97,67 @@ def merge_rep_conv(chain: RepConv) -> nn.Conv2d:
     taps = [last @ (tap[:, None] * first) for tap in depthwise.flatten(1).unbind(1)]
     weight = torch.stack(taps, dim=-1).unflatten(-1, (3, 3))
     bias = last @ (depthwise.sum((1, 2)) * inner.shift) + outer.shift
-    return _conv(weight, bias, chain.last, (1, 1))
+    return _conv_like(weight, bias, chain.last, (1, 1))
 
 
-def merge_sep_rep_conv(chain: SepRepConv) -> nn.Conv2d:
+def merge_sep_rep_conv(chain: "SepRepConv") -> nn.Conv2d:
     """The dense 3x3 convolution with zero padding and bias that equals a SepRepConv in eval mode, borders included."""
     inner = affine(chain.pad_bn.bn)
     pointwise = chain.pointwise.weight.detach().double()[:, :, 0, 0]
     depthwise = chain.depthwise.weight.detach().double()
     weight = depthwise * (pointwise * inner.scale)[:, :, None, None]
     bias = depthwise.sum((1, 2, 3)) * (pointwise @ inner.shift)
-    return _conv(weight, bias, chain.pointwise, (1, 1))
+    return _conv_like(weight, bias, chain.pointwise, (1, 1))
+
+
+def fold_unit(conv: nn.Module, unit: SpikingUnit) -> tuple[nn.Conv2d, SpikingUnit]:
+    """A convolution with the batch norm of the unit behind it folded in, and a copy of the unit without.
+
+    Raises:
+        ValueError: `conv` is no convolution, or the unit's batch norm cannot be folded.
+    """
+    if not isinstance(conv, nn.Conv2d):
+        raise ValueError(f"{type(conv).__name__} takes no batch norm; only Conv2d does")
+    folded = fold_bn(conv, unit.bn)
+    # A copy: a unit that stands behind several convolutions has its batch norm folded into each.
+    bare = copy.deepcopy(unit)
+    bare.bn = nn.Identity()
+    return folded, bare
+
+
+def fold_behind(module: nn.Module, bn: nn.Module) -> nn.Module:
+    """What computes bn(module(x)) without `bn`: a new convolution, or `module` with its last convolution changed.
+
+    Raises:
+        ValueError: `module` has no last convolution that could take it, or `bn` cannot be folded.
+    """
+    if isinstance(bn, nn.Identity):
+        return module
+    if isinstance(module, nn.Conv2d):
+        return fold_bn(module, bn)
+    if isinstance(module, nn.Sequential):
+        module[-1] = fold_behind(module[-1], bn)
+    elif isinstance(module, TakesBatchNorm):
+        module.take_batch_norm(bn)
+    else:
+        raise ValueError(f"{type(module).__name__} takes no batch norm; only Conv2d and what ends in one do")
+    return module
+
+
+def fold_padded(conv: nn.Conv2d, bn: nn.Module) -> nn.Conv2d:
+    """A 1x1 convolution and the `BatchNormAndPad` of `bn`: zero padding before a 1x1 leaves its bias on the border."""
+    folded = fold_bn(conv, bn)
+    folded.padding = (1, 1)
+    return folded
+
+
+def fold_padded_in_front(bn: nn.Module, conv: nn.Conv2d) -> nn.Conv2d:
+    """The `BatchNormAndPad` of `bn` and, behind it, a dense 1x1 or a depth-wise 3x3 convolution without bias."""
+    scale, shift = affine(bn)
+    weight = conv.weight.detach().double()
+    if conv.kernel_size == (1, 1):
+        return _conv_like(weight * scale[None, :, None, None], weight[:, :, 0, 0] @ shift, conv, (1, 1))
+    return _conv_like(weight * scale[:, None, None, None], weight.sum((1, 2, 3)) * shift, conv, (1, 1))
 
 
 def deploy(network: nn.Module, merge: bool = True) -> nn.Module:
@@ -99,95 +168,46 @@ def deploy(network: nn.Module, merge: bool = True) -> nn.Module:
     three neurons a block feed matrix products, is not of that form.
 
     Args:
-        network: any network of this package; left alone.
+        network: any network whose batch norms follow convolutions; left alone.
         merge: one dense 3x3 convolution a chain; false keeps RepConv and SepRepConv as three convolutions, the first
             with padding and bias.
 
     Raises:
         ValueError: a batch norm is left that no rule covers.
     """
-    deployed = copy.deepcopy(network).eval().requires_grad_(False)
-    for module in list(deployed.modules()):
-        if isinstance(module, ConvNorm):
-            module.conv = _fold_behind(_without_bn(module.conv, merge), module.bn)
-            module.bn = nn.Identity()
-        elif isinstance(module, Stem):
-            module.conv = _fold_unit(module.conv, module.unit)
-        elif isinstance(module, Shortcut):
-            if isinstance(module.unit, SpikingUnit):
-                module.conv = _fold_unit(module.conv, module.unit)
-            else:
-                module.conv = fold_bn(module.conv, module.unit)
-                module.unit = nn.Identity()  # type: ignore[assignment]
-        elif isinstance(module, ResidualBlock):
-            for index, unit in enumerate(module.units):
-                assert isinstance(unit, SpikingUnit)
-                module.convs[index] = _fold_unit(module.convs[index], unit)
+    deployed = _deployed(copy.deepcopy(network).eval().requires_grad_(False), merge, {})
     left = [name for name, module in deployed.named_modules() if isinstance(module, _BatchNorm)]
     if left:
         raise ValueError(f"{type(network).__name__} has batch norms that no convolution takes: {', '.join(left)}")
     return deployed.requires_grad_(False)
 
 
-def _fold_unit(conv: nn.Module, unit: SpikingUnit) -> nn.Conv2d:
-    assert isinstance(conv, nn.Conv2d)
-    folded = fold_bn(conv, unit.bn)
-    unit.bn = nn.Identity()
-    return folded
+def _deployed(module: nn.Module, merge: bool, done: dict[nn.Module, nn.Module]) -> nn.Module:
+    """What takes the place of a module, children first. `done` keeps a module that is used twice one module."""
+    if module not in done:
+        for name, child in module.named_children():
+            setattr(module, name, _deployed(child, merge, done))
+        if isinstance(module, nn.Sequential):
+            _fold_pairs(module)
+        done[module] = module.deployed(merge) if isinstance(module, Deployable) else module
+    return done[module]
 
 
-def _without_bn(conv: nn.Module, merge: bool) -> nn.Module:
-    """A convolution or chain whose own batch norms are folded."""
-    if isinstance(conv, RepConv):
-        if merge:
-            return merge_rep_conv(conv)
-        return nn.Sequential(_fold_padded(conv.first, conv.pad_bn.bn), conv.depthwise, fold_bn(conv.last, conv.bn))
-    if isinstance(conv, SepRepConv):
-        if merge:
-            return merge_sep_rep_conv(conv)
-        inner = affine(conv.pad_bn.bn)
-        pointwise = conv.pointwise.weight.detach().double()
-        weight = pointwise * inner.scale[None, :, None, None]
-        return nn.Sequential(_conv(weight, pointwise[:, :, 0, 0] @ inner.shift, conv.pointwise, (1, 1)), conv.depthwise)
-    if isinstance(conv, SpikingRepConv):
-        assert isinstance(conv.first, nn.Conv2d)
-        conv.first = _fold_padded(conv.first, conv.pad_bn.get_submodule("bn"))
-        conv.last, conv.pad_bn, conv.bn = fold_bn(conv.last, conv.bn), nn.Identity(), nn.Identity()
-    elif isinstance(conv, SpikingSepRepConv):
-        inner = affine(conv.pad_bn.get_submodule("bn"))
-        depthwise = conv.depthwise.weight.detach().double()
-        weight = depthwise * inner.scale[:, None, None, None]
-        conv.depthwise = _conv(weight, depthwise.sum((1, 2, 3)) * inner.shift, conv.depthwise, (1, 1))
-        conv.pad_bn = nn.Identity()
-    return conv
+def _fold_pairs(stack: nn.Sequential) -> None:
+    """Fold each batch norm, bare or in a `SpikingUnit`, that follows a convolution in a plain stack."""
+    if type(stack).forward is not nn.Sequential.forward:
+        return
+    for index in range(len(stack) - 1):
+        conv, follower = stack[index], stack[index + 1]
+        if not isinstance(conv, nn.Conv2d):
+            continue
+        if isinstance(follower, _BatchNorm):
+            stack[index], stack[index + 1] = fold_bn(conv, follower), nn.Identity()
+        elif isinstance(follower, SpikingUnit) and isinstance(follower.bn, _BatchNorm):
+            stack[index], stack[index + 1] = fold_unit(conv, follower)
 
 
-def _fold_behind(conv: nn.Module, bn: nn.Module) -> nn.Module:
-    """The same with the batch norm that follows folded into the last convolution."""
-    if isinstance(bn, nn.Identity):
-        return conv
-    if isinstance(conv, nn.Conv2d):
-        return fold_bn(conv, bn)
-    if isinstance(conv, SpikingRepConv):
-        conv.last = fold_bn(conv.last, bn)
-    elif isinstance(conv, SpikingSepRepConv):
-        conv.pointwise = fold_bn(conv.pointwise, bn)
-    else:
-        assert isinstance(conv, nn.Sequential)
-        last = conv[-1]
-        assert isinstance(last, nn.Conv2d)
-        conv[-1] = fold_bn(last, bn)
-    return conv
-
-
-def _fold_padded(conv: nn.Conv2d, bn: nn.Module) -> nn.Conv2d:
-    """A 1x1 convolution and BNAndPad: zero padding before a 1x1 leaves its bias on the border."""
-    folded = fold_bn(conv, bn)
-    folded.padding = (1, 1)
-    return folded
-
-
-def _conv(weight: Tensor, bias: Tensor, like: nn.Conv2d, padding: str | tuple[int, ...]) -> nn.Conv2d:
+def _conv_like(weight: Tensor, bias: Tensor, like: nn.Conv2d, padding: str | tuple[int, ...]) -> nn.Conv2d:
     """A convolution with this weight and bias, and stride, groups, type and device of `like`."""
     conv = nn.Conv2d(
         weight.shape[1] * like.groups,

@@ -10,74 +10,12 @@ of pyramid and heads are drawn as in torchvision; trained from random weights, s
 """
 
 from collections import OrderedDict
-from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from spikefleet_models.retinanet_loss import RetinaCriterionConfig
-from spikefleet_models.sg_resnet import SGResNetBackbone, SGResNetConfig, build_decoder
-
-
-class RetinaNetConfig(BaseModel):
-    """A Spiking RetinaNet; the defaults are SG ResNet18 with three ASDs for COCO."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    family: Literal["retinanet"] = "retinanet"
-    backbone: SGResNetConfig = Field(
-        default_factory=lambda: SGResNetConfig(stem="imagenet"),
-        description="Residual network and decoder; its classifier is left out, so its num_classes has no meaning.",
-    )
-    num_classes: int = Field(80, ge=1, description="Classes of objects.")
-    taps: int = Field(3, ge=1, description="How many of the backbone's last stages feed the pyramid; 3 is C3 to C5.")
-    extra_levels: Literal[0, 2] = Field(2, description="Coarser levels after the last tapped stage; 2 is P6 and P7.")
-    fpn_channels: int = Field(256, ge=1, description="Channels of pyramid and heads.")
-    criterion: RetinaCriterionConfig = Field(
-        default_factory=RetinaCriterionConfig, description="Anchors, loss and decoding."
-    )
-
-    @model_validator(mode="after")
-    def _fits_backbone(self) -> "RetinaNetConfig":
-        backbone = self.backbone
-        if backbone.num_classes != SGResNetConfig.model_fields["num_classes"].default:
-            raise ValueError(
-                f"backbone.num_classes={backbone.num_classes} has no meaning in a detector; set num_classes instead"
-            )
-        if self.taps > len(backbone.stages):
-            raise ValueError(f"taps={self.taps}, but the backbone has {len(backbone.stages)} stages")
-        if backbone.uses_asd:
-            for channels in self.tapped_channels:
-                if channels % backbone.asd_channel_reduction:
-                    raise ValueError(
-                        f"backbone.asd_channel_reduction={backbone.asd_channel_reduction} must divide the {channels} "
-                        "channels of every tapped stage"
-                    )
-        return self
-
-    @property
-    def timesteps(self) -> int:
-        """T of the backbone as configured."""
-        return self.backbone.timesteps
-
-    @property
-    def in_channels(self) -> int:
-        """Channels of the pictures or event frames."""
-        return self.backbone.in_channels
-
-    @property
-    def tapped_channels(self) -> tuple[int, ...]:
-        """Channels of the stages that feed the pyramid."""
-        return self.backbone.stage_channels[-self.taps :]
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        """Pixels a cell of each level, finest first."""
-        stages = len(self.backbone.stages)
-        return tuple(
-            self.backbone.stem_stride * 2**level for level in range(stages - self.taps, stages + self.extra_levels)
-        )
+from spikefleet_models.retinanet_config import RetinaNetConfig
+from spikefleet_models.sg_resnet import SGResNetBackbone, build_decoder
 
 
 class RetinaNet(nn.Module):

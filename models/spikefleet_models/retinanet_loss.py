@@ -11,52 +11,14 @@ the padding of a picture count as background. An object that no anchor overlaps 
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from spikefleet_models.detection import Detections, Objects, check_objects, check_outputs, suppress, wide
-
-
-class RetinaCriterionConfig(BaseModel):
-    """Anchors, assignment, loss and decoding of RetinaNet; the defaults are mmdetection's on COCO."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    anchor_scale: float = Field(4.0, gt=0.0, description="Side of a level's smallest square anchor over its stride.")
-    scales_per_octave: int = Field(3, ge=1, description="Anchor sizes from one level to the next.")
-    aspect_ratios: tuple[float, ...] = Field((0.5, 1.0, 2.0), min_length=1, description="Heights over widths.")
-    positive_iou: float = Field(0.5, gt=0.0, le=1.0, description="An anchor with this IoU or more gets the object.")
-    negative_iou: float = Field(0.4, ge=0.0, le=1.0, description="Below is background; between, the anchor is ignored.")
-    low_quality_matches: bool = Field(True, description="An object's best anchors get it whatever their IoU.")
-    focal_alpha: float = Field(0.25, ge=0.0, le=1.0, description="Weight of the positive class in the focal loss.")
-    focal_gamma: float = Field(2.0, ge=0.0, description="How much the focal loss turns to hard examples.")
-    box_loss: Literal["l1", "smooth_l1"] = Field("l1", description="Loss of the encoded boxes.")
-    smooth_l1_beta: float = Field(1 / 9, gt=0.0, description="Where the smooth L1 loss turns from square to linear.")
-    box_gain: float = Field(1.0, ge=0.0, description="Weight of the box loss.")
-    score_threshold: float = Field(0.05, ge=0.0, lt=1.0, description="Detections need a score above this.")
-    candidates_per_level: int = Field(1000, ge=1, description="Best boxes of each level that enter the suppression.")
-    nms_iou: float = Field(
-        0.5, ge=0.0, le=1.0, description="Overlap at which a worse box of the same class is dropped."
-    )
-    max_detections: int = Field(100, ge=1, description="Detections of a picture at most.")
-
-    @model_validator(mode="after")
-    def _thresholds_in_order(self) -> "RetinaCriterionConfig":
-        if self.negative_iou > self.positive_iou:
-            raise ValueError(f"negative_iou={self.negative_iou} must not exceed positive_iou={self.positive_iou}")
-        if min(self.aspect_ratios) <= 0:
-            raise ValueError(f"aspect_ratios={self.aspect_ratios} must be above 0")
-        return self
-
-    @property
-    def anchors_per_cell(self) -> int:
-        """A: anchor sizes times aspect ratios."""
-        return self.scales_per_octave * len(self.aspect_ratios)
+from spikefleet_models.retinanet_config import RetinaCriterionConfig
 
 
 class RetinaCriterion:

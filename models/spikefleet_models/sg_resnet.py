@@ -17,90 +17,14 @@ fan-out convolutions, no zero-init, 1x1 shortcut convolutions (needed for its 11
 twin decodes by its mean even where `decoder` says asd, since it has no spikes to decode.
 """
 
-from typing import Literal
-
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from spikefleet_models.decoders import AttentionSpikeDecoder, RateDecoder
 from spikefleet_models.gates import build_gate
-from spikefleet_models.neurons import SURROGATES, NeuronConfig, SpikingNode, build_neuron
+from spikefleet_models.neurons import SURROGATES, SpikingNode, build_neuron
+from spikefleet_models.reparam import fold_bn, fold_unit
+from spikefleet_models.sg_resnet_config import SGResNetConfig as SGResNetConfig
 from spikefleet_models.spiking_unit import SpikingUnit
-
-STEM_CHANNELS = 64
-
-
-class SGResNetConfig(BaseModel):
-    """A residual network; the defaults are SG ResNet18 for CIFAR-10."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    family: Literal["sg_resnet"] = "sg_resnet"
-    stages: tuple[int, ...] = Field(
-        (2, 2, 2, 2), min_length=1, description="Blocks a stage; all stages but the first halve H and W."
-    )
-    block: Literal["basic", "bottleneck"] = Field("basic", description="3x3, 3x3; or 1x1, 3x3, 1x1 times 4.")
-    width: float = Field(1.0, gt=0.0, description="Channels of the first stage over 64; they double each stage.")
-    stem: Literal["cifar", "strided", "imagenet"] = Field(
-        "cifar", description="3x3 stride 1; 3x3 stride 2, for small members; or 7x7 stride 2 and 3x3 max-pool."
-    )
-    connection: Literal["bsg", "bsg_star", "add", "and", "iand", "post_add", "ann"] = Field(
-        "bsg", description="How a block joins its shortcut; ann is the ANN twin."
-    )
-    gate_threshold: float = Field(0.5, gt=0.0, le=1.0, description="thr of BSG*; up to 1 the gate starts as H.")
-    decoder: Literal["asd", "rate"] = Field("asd", description="Attention spike decoder or firing rate.")
-    asd_channel_reduction: int = Field(16, ge=1, description="r of the ASD's channel attention.")
-    asd_temporal_reduction: int = Field(1, ge=1, description="r_t of the ASD's temporal attention.")
-    neuron: NeuronConfig = Field(default_factory=NeuronConfig, description="Every spiking neuron of the network.")
-    timesteps: int = Field(4, ge=1, description="T; the ANN twin runs one step whatever this says.")
-    in_channels: int = Field(3, ge=1, description="Channels of the pictures or event frames.")
-    num_classes: int = Field(10, ge=1, description="Size of the logits.")
-    zero_init_residual: bool = Field(False, description="Start the last batch norm of each block at gamma = 0.")
-
-    @model_validator(mode="after")
-    def _sizes_fit(self) -> "SGResNetConfig":
-        if any(blocks < 1 for blocks in self.stages):
-            raise ValueError(f"stages={self.stages} has a stage without blocks; give each at least 1")
-        if not (STEM_CHANNELS * self.width).is_integer():
-            channels = STEM_CHANNELS * self.width
-            raise ValueError(f"width={self.width} gives {channels} channels; choose a multiple of 1/64")
-        if self.uses_asd:
-            if self.stage_channels[-1] % self.asd_channel_reduction:
-                raise ValueError(
-                    f"asd_channel_reduction={self.asd_channel_reduction} must divide the last stage's "
-                    f"{self.stage_channels[-1]} channels"
-                )
-            if self.timesteps % self.asd_temporal_reduction:
-                raise ValueError(
-                    f"asd_temporal_reduction={self.asd_temporal_reduction} must divide timesteps={self.timesteps}"
-                )
-        return self
-
-    @property
-    def base_channels(self) -> int:
-        """Channels of the stem and, before expansion, of the first stage."""
-        return int(STEM_CHANNELS * self.width)
-
-    @property
-    def stem_stride(self) -> int:
-        """Pixels a cell of the first stage."""
-        return {"cifar": 1, "strided": 2, "imagenet": 4}[self.stem]
-
-    @property
-    def stage_channels(self) -> tuple[int, ...]:
-        """Output channels of each stage."""
-        expansion = 4 if self.block == "bottleneck" else 1
-        return tuple(self.base_channels * 2**stage * expansion for stage in range(len(self.stages)))
-
-    @property
-    def simulated_timesteps(self) -> int:
-        """T that really runs: 1 for the ANN twin."""
-        return 1 if self.connection == "ann" else self.timesteps
-
-    @property
-    def uses_asd(self) -> bool:
-        """Whether the network has an attention spike decoder; the ANN twin never has."""
-        return self.decoder == "asd" and self.connection != "ann"
 
 
 class Stem(nn.Module):
@@ -123,19 +47,36 @@ class Stem(nn.Module):
         pooled: Tensor = self.pool(spikes.flatten(0, 1)).unflatten(0, spikes.shape[:2])
         return pooled
 
+    def deployed(self, merge: bool) -> nn.Module:
+        """Itself, the batch norm folded."""
+        self.conv, self.unit = fold_unit(self.conv, self.unit)
+        return self
+
 
 class Shortcut(nn.Module):
     """conv1x1-BN-SN where a block changes the shape; conv1x1-BN where the shortcut is added before the activation."""
 
+    is_shortcut = True
+    """Energy cards leave such modules out on request."""
+
     def __init__(self, config: SGResNetConfig, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
-        self.unit = nn.BatchNorm2d(channels) if config.connection in ("post_add", "ann") else _unit(config, channels)
+        joins_currents = config.connection in ("post_add", "ann")
+        self.unit: nn.Module = nn.BatchNorm2d(channels) if joins_currents else _unit(config, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, B, C, H, W] -> [T, B, C', H', W']."""
         y: Tensor = self.unit(self.conv(x.flatten(0, 1)))
         return y if y.ndim == 5 else y.unflatten(0, x.shape[:2])
+
+    def deployed(self, merge: bool) -> nn.Module:
+        """Itself, the batch norm folded."""
+        if isinstance(self.unit, SpikingUnit):
+            self.conv, self.unit = fold_unit(self.conv, self.unit)
+        else:
+            self.conv, self.unit = fold_bn(self.conv, self.unit), nn.Identity()
+        return self
 
 
 class ResidualBlock(nn.Module):
@@ -164,6 +105,13 @@ class ResidualBlock(nn.Module):
             z = conv(x.flatten(0, 1))
             x = unit(z, shortcut) if index + 1 == len(self.units) else unit(z)
         return x
+
+    def deployed(self, merge: bool) -> nn.Module:
+        """Itself, the batch norms folded; the shortcut folds its own."""
+        for index, unit in enumerate(self.units):
+            assert isinstance(unit, SpikingUnit)
+            self.convs[index], self.units[index] = fold_unit(self.convs[index], unit)
+        return self
 
 
 class SGResNetBackbone(nn.Module):

@@ -19,57 +19,14 @@ The plain network stays as it is under `ShortcutNetwork.network`: what is evalua
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from spikefleet_models.sg_resnet import SGResNet, SGResNetConfig
-
-
-class ShortcutConfig(BaseModel):
-    """Side branches and their balance coefficient. `where` switches them on; the rest are the recommended readings."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    where: Literal["none", "stage", "block"] = Field(
-        "none",
-        description="A side branch after each stage or block but the last; none trains without, whatever follows.",
-    )
-    combine: Literal["add", "convex"] = Field(
-        "add", description="The network's own output weighs 1, or what the branches leave of 1."
-    )
-    loss: Literal["summed_logits", "sum_losses"] = Field(
-        "summed_logits", description="Loss of the combined logits, or combination of the losses of each."
-    )
-    schedule: Literal["constant", "linear", "exp10", "cosine", "poly", "step"] = Field(
-        "linear", description="How lambda falls from lambda0; all but constant and step end at 0."
-    )
-    lambda0: float = Field(0.25, ge=0.0, description="Weight of each branch at the start of training.")
-    power: float = Field(0.25, gt=0.0, description="poly: exponent of the part of training that is left.")
-    milestones: tuple[float, ...] = Field(
-        (), description="step: parts of training, in (0, 1), after which lambda drops."
-    )
-    gamma: float = Field(0.1, ge=0.0, lt=1.0, description="step: factor on lambda at each milestone.")
-
-    @model_validator(mode="after")
-    def _fields_belong_to_the_schedule(self) -> "ShortcutConfig":
-        for name, schedule in (("power", "poly"), ("milestones", "step"), ("gamma", "step")):
-            if self.schedule != schedule and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name}={getattr(self, name)} has no effect with schedule={self.schedule}")
-        if self.schedule == "step" and not self.milestones:
-            raise ValueError("schedule=step needs milestones, for example milestones=[0.5,0.75]")
-        growing = list(self.milestones) == sorted(set(self.milestones))
-        if not growing or any(not 0.0 < milestone < 1.0 for milestone in self.milestones):
-            raise ValueError(f"milestones={list(self.milestones)} must be growing parts of training between 0 and 1")
-        return self
-
-    @property
-    def enabled(self) -> bool:
-        """Whether there are side branches."""
-        return self.where != "none"
+from spikefleet_models.family import ModelConfig
+from spikefleet_models.shortcut_config import ShortcutConfig as ShortcutConfig
 
 
 def balance_coefficient(config: ShortcutConfig, iteration: int, total: int) -> float:
@@ -102,27 +59,28 @@ _FALL: dict[str, Callable[[float, ShortcutConfig], float]] = {
 """lambda / lambda0 at a part of training in [0, 1]."""
 
 
-def branch_channels(model: SGResNetConfig, config: ShortcutConfig) -> list[int]:
-    """Channels that each side branch of a network sees, first to last.
+def branch_channels(model: ModelConfig, config: ShortcutConfig) -> list[int]:
+    """`model.branch_channels(config)`."""
+    return model.branch_channels(config)
 
-    Raises:
-        ValueError: there is no place for a branch, or `convex` would give the network's own output a negative weight.
-    """
-    channels = [
-        out
-        for out, blocks in zip(model.stage_channels, model.stages, strict=True)
-        for _ in range(blocks if config.where == "block" else 1)
-    ][:-1]
-    if not channels:
-        raise ValueError(
-            f"where={config.where}: the network has only one {config.where}, and no branch follows the last"
-        )
-    if config.combine == "convex" and config.lambda0 * len(channels) > 1.0:
-        raise ValueError(
-            f"lambda0={config.lambda0} for each of {len(channels)} side branches leaves the network's own output a "
-            f"negative weight under combine=convex; give at most {1 / len(channels):.4g}"
-        )
-    return channels
+
+@runtime_checkable
+class StagedClassifier(Protocol):
+    """A network that side branches can attach to. Its configuration answers `branch_channels`."""
+
+    config: ModelConfig
+
+    def forward_features(self, images: Tensor) -> list[Tensor]:
+        """The output [T, B, C, H, W] of every stage, first to last, of images [B, C, H, W] or [T, B, C, H, W]."""
+        ...
+
+    def forward_blocks(self, images: Tensor) -> list[Tensor]:
+        """The output [T, B, C, H, W] of every block of every stage, first to last."""
+        ...
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """Logits [B, K] of the last stage's output."""
+        ...
 
 
 class ShortcutLogits(NamedTuple):
@@ -146,13 +104,13 @@ class ShortcutNetwork(nn.Module):
             network's own output a negative weight.
     """
 
-    def __init__(self, network: SGResNet, config: ShortcutConfig) -> None:
+    def __init__(self, network: nn.Module, config: ShortcutConfig) -> None:
         super().__init__()
         if not config.enabled:
             raise ValueError(f"where={config.where} asks for no side branches; train the network itself")
-        if not isinstance(network, SGResNet):
+        if not isinstance(network, StagedClassifier):
             raise ValueError(f"side branches classify the stages of an SGResNet; {type(network).__name__} is none")
-        channels = branch_channels(network.config, config)
+        channels = network.config.branch_channels(config)
         self.network = network
         self.config = config
         self.branches = nn.ModuleList(nn.Linear(out, network.config.num_classes) for out in channels)

@@ -33,9 +33,8 @@ from spikefleet_models.gates import (
     gate_backward_shortcut,
     gate_forward,
 )
-from spikefleet_models.membrane import Dynamics, backward_steps, charge_steps, forward_steps, membrane_dtype
+from spikefleet_models.membrane import Dynamics, backward_steps, charge_steps, forward_steps, membrane_dtype, tiles
 from spikefleet_models.neurons import ILIF, SpikingNode
-from spikefleet_models.tiles import tiles
 
 Implementation = Literal["lean", "reference"]
 

@@ -32,7 +32,7 @@ class Draw(IntEnum):
     RESIZED_CROP = 64  # 10 attempts of 4 numbers each: 64 to 103
     MOSAIC = 128
     MOSAIC_CENTRE = 129  # x and y: 129 and 130
-    MOSAIC_PARTNER = 131  # three pictures: 131 to 133
+    MOSAIC_PARTNER = 131  # three images: 131 to 133
     SCALE = 134
     TRANSLATE = 135  # x and y: 135 and 136
     HSV = 137  # hue, saturation, value: 137 to 139

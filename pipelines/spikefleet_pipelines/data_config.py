@@ -1,36 +1,16 @@
-"""The data part of a run's config, and how it becomes an open store."""
+"""The data part of a run's config; pydantic only. `opening.py` opens or prepares the store that it names."""
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
-from spikefleet_pipelines.sources import Progress, check_options, find_source, prepare
-from spikefleet_pipelines.store.manifest import StoreError
-from spikefleet_pipelines.store.reader import Store
+from spikefleet_pipelines.sources.registry import check_options, find_source
 from spikefleet_pipelines.transforms.classification_config import TransformConfig
-from spikefleet_pipelines.transforms.detection_config import DetectionTransformConfig
-
-
-def _transform_kind(transform: object) -> str:
-    if isinstance(transform, Mapping):
-        return str(transform.get("kind", "image"))
-    return str(getattr(transform, "kind", "image"))
-
-
-AnyTransformConfig = Annotated[
-    Annotated[TransformConfig, Tag("image")] | Annotated[DetectionTransformConfig, Tag("detection")],
-    Discriminator(
-        _transform_kind,
-        custom_error_type="transform_kind",
-        custom_error_message="kind must be 'image' or 'detection'",
-    ),
-]
-"""What `kind` says: "image" (if nothing is said) or "detection"."""
+from spikefleet_pipelines.transforms.kinds import AnyTransformConfig
 
 
 class DataConfig(BaseModel):
@@ -65,34 +45,6 @@ class DataConfig(BaseModel):
         return self
 
 
-def open_or_prepare(
-    config: DataConfig,
-    stores_dir: Path,
-    progress: Progress | None = None,
-    parallel: int | None = None,
-    verify: bool = True,
-) -> Store:
-    """Open the store of a config; prepare it first if only raw data is there.
-
-    Looked for, in this order: a store at `config.store`; a store at `config.root`; the store that an earlier call left
-    in `stores_dir`; raw files at `config.root`, or where the source has them by default. Processes that race here end
-    with the same store: each builds its own, and the first one to finish stays.
-
-    Raises:
-        StoreError: `config.store` is no store or one of another source, or a shard is corrupt.
-        SourceError: there is no data; the sentence says where it was looked for and how to prepare it.
-    """
-    if config.store is not None:
-        return _of_source(Store.open(config.store, verify=verify), config)
-    if config.root is not None and Store.is_store(config.root):
-        return _of_source(Store.open(config.root, verify=verify), config)
-    out = stores_dir / store_name(config)
-    if Store.is_store(out):
-        return _of_source(Store.open(out, verify=verify), config)
-    options: dict[str, Any] = dict(config.options)
-    return prepare(config.source, config.root, out, progress=progress, parallel=parallel, seed=config.seed, **options)
-
-
 def store_name(config: DataConfig) -> str:
     """The directory of a config's store: the source, and a hash of all that makes it another store than the default."""
     options = check_options(find_source(config.source), config.options).model_dump(mode="json", exclude_defaults=True)
@@ -104,12 +56,3 @@ def store_name(config: DataConfig) -> str:
     if not identity:
         return config.source
     return f"{config.source}-{hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]}"
-
-
-def _of_source(store: Store, config: DataConfig) -> Store:
-    if store.manifest.source != config.source:
-        raise StoreError(
-            f"{store.location} is a store of source {store.manifest.source!r}, and the config asks for "
-            f"{config.source!r}; change data.source or the store."
-        )
-    return store

@@ -4,7 +4,7 @@ A batch is a function of (split, config, seed, epoch, step): the number of loade
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from spikefleet_pipelines.sampling import Plan
-from spikefleet_pipelines.store.annotations import Target
-from spikefleet_pipelines.store.reader import Split
-from spikefleet_pipelines.transforms.classification import BatchTransform
-from spikefleet_pipelines.transforms.classification_config import TransformConfig
-from spikefleet_pipelines.transforms.detection import DetectionBatchTransform, Sample
-from spikefleet_pipelines.transforms.detection_config import DetectionTransformConfig
+from spikefleet_pipelines.transforms.batch_transform import BatchTransform, Targets
+from spikefleet_pipelines.transforms.batch_transform_config import BatchTransformConfig
+from spikefleet_pipelines.transforms.kinds import transform_kinds
+
+if TYPE_CHECKING:  # batches are also made where no store is, by `in_memory.py`
+    from spikefleet_pipelines.store.reader import Split
 
 
 class Batch(NamedTuple):
@@ -26,12 +26,25 @@ class Batch(NamedTuple):
 
     images: Tensor
     """float32 [B, C, H, W], normalised."""
-    targets: Tensor | tuple[Target, ...]
-    """Classes, int64 [B]; for detection the objects of each picture."""
+    targets: Targets
+    """What the kind of transform makes: classes, int64 [B]; for detection a `Target` for each image."""
     indices: Tensor
     """Positions in the split, int64 [B]."""
     global_count: int
     """Samples of all ranks in this step."""
+
+    def to(self, device: torch.device | str, channels_last: bool = False) -> "Batch":
+        """The batch with images and targets on a device; copies from page-locked memory do not block.
+
+        Args:
+            channels_last: lay the images out as NHWC.
+        """
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        images = self.images.to(device, non_blocking=True, memory_format=layout)
+        if isinstance(self.targets, Tensor):
+            return self._replace(images=images, targets=self.targets.to(device, non_blocking=True))
+        targets = tuple(target.to(device, non_blocking=True) for target in self.targets)
+        return self._replace(images=images, targets=targets)
 
 
 class _Request(NamedTuple):
@@ -40,38 +53,30 @@ class _Request(NamedTuple):
     global_count: int
 
 
-class _DetectionBatch(NamedTuple):
-    """A batch on its way from a loader process: tensors would need a file descriptor for each picture's boxes."""
+class _Loaded(NamedTuple):
+    """A batch on its way from a loader process."""
 
     images: Tensor
-    samples: list[Sample]
+    packed: Any
     indices: Tensor
     global_count: int
 
-    def batch(self) -> Batch:
-        targets = tuple(sample.target() for sample in self.samples)
-        return Batch(self.images, targets, self.indices, self.global_count)
 
-
-_Item = Batch | _DetectionBatch | ValueError
+_Item = _Loaded | ValueError
 
 
 class _Batches(Dataset[_Item]):
     """A data set whose items are whole batches; a loader process is sent what to load, so it needs no state."""
 
-    def __init__(self, transform: BatchTransform | DetectionBatchTransform) -> None:
+    def __init__(self, transform: BatchTransform[Any, Targets]) -> None:
         self._transform = transform
 
     def __getitem__(self, request: _Request) -> _Item:
-        indices = torch.from_numpy(request.indices)
         try:
-            if isinstance(self._transform, DetectionBatchTransform):
-                return _DetectionBatch(*self._transform(request.indices, request.epoch), indices, request.global_count)
-            images = self._transform(request.indices, request.epoch)
+            images, packed = self._transform(request.indices, request.epoch)
         except ValueError as error:
             return error  # raised again by the reader: a loader process would wrap the sentence in its traceback
-        targets = torch.from_numpy(self._transform.split.labels[request.indices])
-        return Batch(images, targets, indices, request.global_count)
+        return _Loaded(images, packed, torch.from_numpy(request.indices), request.global_count)
 
 
 class _Requests(Sampler[_Request]):
@@ -106,8 +111,8 @@ class BatchLoader:
 
     def __init__(
         self,
-        split: Split,
-        transform: TransformConfig | DetectionTransformConfig,
+        split: "Split",
+        transform: BatchTransformConfig,
         train: bool,
         seed: int = 0,
         processes: int = 0,
@@ -115,11 +120,13 @@ class BatchLoader:
         epochs: int | None = None,
     ) -> None:
         if processes < 0:
-            raise ValueError(f"processes is {processes}; it must be at least 0.")
+            raise ValueError(f"processes is {processes}; it must be at least 0")
         self.split = split
+        _check_store(split, transform)
+        self._transform: BatchTransform[Any, Targets] = transform.build(split, train, seed, epochs)
         self._requests = _Requests()
         self._loader = DataLoader(
-            _Batches(_batch_transform(split, transform, train, seed, epochs)),
+            _Batches(self._transform),
             batch_size=None,
             sampler=self._requests,
             num_workers=processes,
@@ -140,27 +147,22 @@ class BatchLoader:
         if plan.samples != len(self.split):
             raise ValueError(
                 f"the plan is for {plan.samples} samples and split {self.split.name!r} has {len(self.split)}; "
-                "make the plan with len(split)."
+                "make the plan with len(split)"
             )
         self._requests.start(plan, epoch, start_step)
-        return _read(iter(self._loader))
+        return _read(iter(self._loader), self._transform)
 
 
-def _batch_transform(
-    split: Split, transform: TransformConfig | DetectionTransformConfig, train: bool, seed: int, epochs: int | None
-) -> BatchTransform | DetectionBatchTransform:
-    if split.is_detection != (transform.kind == "detection"):
-        wanted = "detection" if split.is_detection else "image"
+def _check_store(split: "Split", transform: BatchTransformConfig) -> None:
+    if split.is_detection != (transform.store_task == "detection"):
+        task = split.manifest.task
         raise ValueError(
-            f"{split.location} is a store for {split.manifest.task}, and transform.kind is {transform.kind!r}; it must "
-            f"be {wanted!r}."
+            f"{split.location} is a store for {task}, and transform.kind is {transform.kind!r}; it must "
+            f"be {' or '.join(map(repr, transform_kinds(task)))}"
         )
-    if isinstance(transform, DetectionTransformConfig):
-        return DetectionBatchTransform(split, transform, train, seed, epochs)
-    return BatchTransform(split, transform, train, seed)
 
 
-def _read(loaded: Iterator[_Item]) -> Iterator[Batch]:
+def _read(loaded: Iterator[_Item], transform: BatchTransform[Any, Targets]) -> Iterator[Batch]:
     while True:
         try:
             item = next(loaded)
@@ -169,11 +171,11 @@ def _read(loaded: Iterator[_Item]) -> Iterator[Batch]:
         except (EOFError, ConnectionError, FileNotFoundError) as error:
             # The shared memory of a dead process is gone; torch notices other deaths itself, with a RuntimeError.
             raise RuntimeError(
-                "A loader process died; if it ran out of memory, use fewer loader processes or smaller batches."
+                "A loader process died; if it ran out of memory, use fewer loader processes or smaller batches"
             ) from error
         if isinstance(item, ValueError):
             raise item
-        yield item.batch() if isinstance(item, _DetectionBatch) else item
+        yield Batch(item.images, transform.unpack(item.packed), item.indices, item.global_count)
 
 
 def _unchanged(batch: Any) -> Any:

@@ -47,9 +47,9 @@ def _check_ranks(samples: int, global_batch: int, world_size: int, rank: int) ->
         ("world_size", world_size, 1),
     ):
         if value < least:
-            raise ValueError(f"{name} is {value}; it must be at least {least}.")
+            raise ValueError(f"{name} is {value}; it must be at least {least}")
     if not 0 <= rank < world_size:
-        raise ValueError(f"rank is {rank}; with world_size {world_size} it must be between 0 and {world_size - 1}.")
+        raise ValueError(f"rank is {rank}; with world_size {world_size} it must be between 0 and {world_size - 1}")
 
 
 def _rank_slice(start: int, count: int, world_size: int, rank: int) -> slice:
@@ -80,19 +80,19 @@ class EpochPlan:
     def __post_init__(self) -> None:
         _check_ranks(self.samples, self.global_batch, self.world_size, self.rank)
         if self.accumulate < 1:
-            raise ValueError(f"accumulate is {self.accumulate}; it must be at least 1.")
+            raise ValueError(f"accumulate is {self.accumulate}; it must be at least 1")
         parts = self.world_size * self.accumulate
         if self.global_batch % parts:
             below = self.global_batch // parts * parts
             nearest = f"{below} or {below + parts}" if below else f"{parts}"
             raise ValueError(
                 f"global_batch {self.global_batch} is not a multiple of world_size {self.world_size} x accumulate "
-                f"{self.accumulate} = {parts}; the nearest valid global_batch is {nearest}."
+                f"{self.accumulate} = {parts}; the nearest valid global_batch is {nearest}"
             )
         if self.samples < self._least_batch:
             raise ValueError(
                 f"{self.samples} samples are too few for world_size {self.world_size} x accumulate {self.accumulate}: "
-                f"a batch needs at least {self._least_batch}; use fewer workers or a smaller accumulate."
+                f"a batch needs at least {self._least_batch}; use fewer workers or a smaller accumulate"
             )
 
     @property
@@ -109,7 +109,7 @@ class EpochPlan:
         """This rank's batches of an epoch from `start_step` on; `start_step == steps_per_epoch` gives none."""
         steps = self.steps_per_epoch
         if not 0 <= start_step <= steps:
-            raise ValueError(f"start_step is {start_step}; an epoch of this plan has steps 0 to {steps}.")
+            raise ValueError(f"start_step is {start_step}; an epoch of this plan has steps 0 to {steps}")
         return self._batches(epoch, start_step)
 
     def _batches(self, epoch: int, start_step: int) -> Iterator[StepBatch]:

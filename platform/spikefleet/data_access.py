@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from spikefleet.cluster.session import quiet_ray, ray_session
-from spikefleet_pipelines.data_config import DataConfig, open_or_prepare
+from spikefleet_pipelines.data_config import DataConfig
+from spikefleet_pipelines.opening import open_or_prepare
 from spikefleet_pipelines.sources import prepare
 from spikefleet_pipelines.store.reader import Store
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from spikefleet.config.recipes import load_config, parse_overrides
 from spikefleet.training.malloc import keep_freed_memory
-from spikefleet_models.build import build_model
+from spikefleet_models.families import build_model
 
 if TYPE_CHECKING:
     from multiprocessing.queues import SimpleQueue

@@ -28,8 +28,8 @@ from pycocotools.cocoeval import COCOeval
 from torch import nn
 
 from spikefleet.tasks.coco_metrics import FoundBoxes, evaluate_boxes, ground_truth, results
-from spikefleet_models.build import build_criterion, build_model, model_config
 from spikefleet_models.detection import Objects
+from spikefleet_models.families import build_model, model_config
 from spikefleet_models.reparam import deploy
 from spikefleet_pipelines.store.annotations import Annotations
 
@@ -44,7 +44,7 @@ class Step:
         torch.manual_seed(0)
         config = model_config(name)
         self.network = build_model(config).to(memory_format=torch.channels_last).train()
-        self.criterion = build_criterion(config)
+        self.criterion = config.build_criterion()
         self.images = torch.rand(BATCH, 3, SIDE, SIDE).contiguous(memory_format=torch.channels_last)
         corners = torch.rand(BATCH, 8, 2) * SIDE / 2
         boxes = torch.cat([corners, corners + 16 + torch.rand(BATCH, 8, 2) * SIDE / 3], dim=2)

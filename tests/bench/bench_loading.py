@@ -32,7 +32,8 @@ from spikefleet_pipelines.loading import BatchLoader
 from spikefleet_pipelines.sampling import EpochPlan
 from spikefleet_pipelines.sources import prepare
 from spikefleet_pipelines.store.reader import Split
-from spikefleet_pipelines.transforms.classification_config import NORMALISATIONS, TransformConfig
+from spikefleet_pipelines.transforms.classification_config import TransformConfig
+from spikefleet_pipelines.transforms.normalise_config import NORMALISATIONS
 
 CIFAR_BATCH, JPEG_BATCH = 128, 64
 

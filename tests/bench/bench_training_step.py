@@ -30,7 +30,7 @@ PRECISIONS = ("fp32", "bf16")
 
 
 def sg_resnet18(implementation: str, **overrides: Any) -> nn.Module:
-    from spikefleet_models.build import build_model, model_config
+    from spikefleet_models.families import build_model, model_config
     from spikefleet_models.spiking_unit import use_implementation
 
     model = build_model(model_config("sg_resnet18", num_classes=CLASSES, timesteps=T, **overrides))

@@ -138,7 +138,7 @@ def test_a_network_without_spikes_has_nothing_to_prove_and_one_with_sums_is_refu
     from spikefleet.certificates.spike_check import check_spikes
     from spikefleet.data_summary import DataSummary
     from spikefleet.tasks import build_task
-    from spikefleet_models.build import build_model
+    from spikefleet_models.families import build_model
 
     store = Store.open(scenes)
     manifest = store.manifest

@@ -13,7 +13,7 @@ from spikefleet.config.recipes import load_config, parse_overrides
 from spikefleet.training.distributed import World
 from spikefleet.training.events import Silence
 from spikefleet.training.loop import train
-from spikefleet_models.build import build_model, model_config
+from spikefleet_models.families import build_model, model_config
 from spikefleet_models.spiking_unit import use_implementation
 from spikefleet_pipelines.store.reader import Store
 

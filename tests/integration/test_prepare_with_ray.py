@@ -11,8 +11,10 @@ import PIL.Image
 import pytest
 import ray
 
-from spikefleet_pipelines.sources import SourceError, prepare
-from spikefleet_pipelines.sources.coco import CocoOptions, read_coco
+from spikefleet_pipelines.errors import SourceError
+from spikefleet_pipelines.sources import prepare
+from spikefleet_pipelines.sources.coco import read_coco
+from spikefleet_pipelines.sources.coco_config import CocoOptions
 from spikefleet_pipelines.sources.image_folder import FolderContents, read_image_folder
 from spikefleet_pipelines.sources.ray_tasks import run_tasks
 from spikefleet_pipelines.sources.source import SourceOptions
@@ -132,7 +134,7 @@ def test_a_running_ray_is_used_and_left_running(cluster: None) -> None:
     def number_and_process(number: int) -> tuple[int, int]:
         return number, os.getpid()
 
-    results = list(run_tasks(number_and_process, [0, 1, 2], None, pictures=3))
+    results = list(run_tasks(number_and_process, [0, 1, 2], None, images=3))
     assert [number for number, _ in results] == [0, 1, 2]
     assert os.getpid() not in {process for _, process in results}
     assert ray.is_initialized()

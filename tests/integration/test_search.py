@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 
 from spikefleet_tune.errors import SearchError
-from spikefleet_tune.journal import KnownPoint, SearchFolder, TrialRecord
+from spikefleet_tune.journal import SearchFolder, TrialRecord, WarmStartPoint
 from spikefleet_tune.ledger import Counts, SilentObserver, TrialStart
 from spikefleet_tune.pareto import front
 from spikefleet_tune.search import read_search_result, run_search
-from spikefleet_tune.search_file import Search, parse_search, search_of
+from spikefleet_tune.search_file import Search, search_of
 from spikefleet_tune.trials import Report, Trainable, TrialPruned
 
 
@@ -144,7 +144,7 @@ def test_a_finished_search_runs_nothing_moves_and_is_extended(ray_on_two_cpus: N
     search = _search(2, sampler="tpe")
     first = run_search(search, _counting(marks), tmp_path / "here", "moved")
     assert len(first.records) == 2
-    with pytest.raises(SearchError, match="begun otherwise: seed: 0 in the search, 1 asked for"):
+    with pytest.raises(SearchError, match="started with other settings: seed: 0 in the search, 1 asked for"):
         run_search(_search(2, sampler="tpe", seed=1), _counting(marks), tmp_path / "here", "moved")
     shutil.move(tmp_path / "here", tmp_path / "there")
     again = run_search(search, _counting(marks), tmp_path / "there", "moved")
@@ -164,13 +164,13 @@ def test_a_finished_search_runs_nothing_moves_and_is_extended(ray_on_two_cpus: N
 
 
 def test_known_points_are_tried_first_or_told(ray_on_two_cpus: None, tmp_path: Path) -> None:
-    known = [KnownPoint({"x": 2}), KnownPoint({"x": 1}, {"gain": 5.0, "cost": 0.0}, "run a")]
+    known = [WarmStartPoint({"x": 2}), WarmStartPoint({"x": 1}, {"gain": 5.0, "cost": 0.0}, "run a")]
     search = _search(1, sampler="random")
     result = run_search(search, _counting(tmp_path), tmp_path, "warm", warm_start=known)
     assert [record.point for record in result.records] == [{"x": 2}]
     with pytest.raises(SearchError, match=r"run b: x=9 lies outside the space"):
-        run_search(search, _counting(tmp_path), tmp_path, "warm", warm_start=[KnownPoint({"x": 9}, None, "run b")])
-    assert len(SearchFolder(tmp_path, "warm").read().known) == 2
+        run_search(search, _counting(tmp_path), tmp_path, "warm", warm_start=[WarmStartPoint({"x": 9}, None, "run b")])
+    assert len(SearchFolder(tmp_path, "warm").read().warm_start) == 2
 
 
 def test_groups_of_workers_never_wait_for_one_another(ray_on_two_cpus: None, tmp_path: Path) -> None:
@@ -279,10 +279,11 @@ def test_hours_end_a_search_and_count_over_launches(ray_on_two_cpus: None, tmp_p
 
 _DRIVER = """
 import sys
+import json
 from pathlib import Path
 import ray
 from spikefleet_tune.search import run_search
-from spikefleet_tune.search_file import load_search
+from spikefleet_tune.search_file import search_of
 
 root = Path(sys.argv[1])
 
@@ -294,19 +295,19 @@ def trainable(overrides, name, report):
     return {"gain": float(overrides["x"]), "cost": float(overrides["x"] % 2)}
 
 ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=100_000_000)
-run_search(load_search(str(root / "search.yaml")), trainable, root / "tune", "killed")
+run_search(search_of(json.loads((root / "search.json").read_text())), trainable, root / "tune", "killed")
 """
 
 
 def test_a_killed_driver_is_gone_on_with_elsewhere(ray_on_two_cpus: None, tmp_path: Path) -> None:
     (tmp_path / "driver.py").write_text(_DRIVER)
     search = _search(4, points=[{"x": 0}, {"x": 1}], sampler="tpe")
-    (tmp_path / "search.yaml").write_text(json.dumps(search.dump()))
+    (tmp_path / "search.json").write_text(json.dumps(search.dump()))
     command = [sys.executable, str(tmp_path / "driver.py"), str(tmp_path)]
     driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         _wait_for(lambda: len(_runs(tmp_path)) >= 3)
-        with pytest.raises(SearchError, match=rf"running already \(process {driver.pid}\)"):
+        with pytest.raises(SearchError, match=rf"running already \(process {driver.pid} on "):
             run_search(search, _counting(tmp_path), tmp_path / "tune", "killed")
     finally:
         driver.kill()
@@ -375,8 +376,9 @@ def test_failed_trials_are_tried_once_more_when_asked(ray_on_two_cpus: None, tmp
             raise ValueError("never")
         return {"gain": 1.0, "cost": 1.0}
 
-    search = parse_search(
-        "recipe: none\nspace: {x: {choice: [0, 1]}}\nobjectives: {gain: max, cost: min}\nsampler: grid\n"
+    objectives = {"gain": "max", "cost": "min"}
+    search = search_of(
+        {"recipe": "none", "space": {"x": {"choice": [0, 1]}}, "objectives": objectives, "sampler": "grid"}
     )
     first = run_search(search, trainable, tmp_path, "retry")
     assert {record.status for record in first.records} == {"failed"}

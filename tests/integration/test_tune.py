@@ -69,7 +69,7 @@ def test_each_trial_is_a_nested_run_with_its_figures(folder: Path) -> None:
     assert {run.data.params.get("model.timesteps") for run in runs.values()} == {None, "1", "2"}
 
 
-def test_the_report_has_front_and_pictures(folder: Path) -> None:
+def test_the_report_has_front_and_plots(folder: Path) -> None:
     report = folder / "runs" / "searches" / "small" / "report"
     assert {path.name for path in report.iterdir()} >= {"results.json", "results.csv", "front.png", "parallel.png"}
     results = json.loads((report / "results.json").read_text())

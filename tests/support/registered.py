@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from spikefleet.data_summary import DataSummary
 from spikefleet.registry.api import RegisteredVersion, register
 from spikefleet.tracking.tracker import Tracker
-from spikefleet_models.build import build_model, model_config
+from spikefleet_models.families import build_model, model_config
 from spikefleet_pipelines.transforms.classification_config import TransformConfig
 
 DIGITS = DataSummary("digits", "d" * 64, tuple(map(str, range(10))), (), (1, 8, 8))

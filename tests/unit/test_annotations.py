@@ -10,8 +10,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.store.annotations import AnnotationColumns, Placement, class_indices
-from spikefleet_pipelines.store.manifest import ImageFormat, Shard, StoreError
+from spikefleet_pipelines.store.manifest import ImageFormat, Shard
 from spikefleet_pipelines.store.reader import Store
 from spikefleet_pipelines.store.remote import file_sha256
 from spikefleet_pipelines.store.shards import open_shard, row_schema, write_shard
@@ -222,7 +223,7 @@ def test_select_is_the_same_as_row_by_row() -> None:
     chosen = given.select(rows)
     labels = np.zeros(len(given.ids), np.int64)
     for place, row in enumerate(rows.tolist()):
-        one, other = chosen.picture(place, labels[: len(chosen.ids)]), given.picture(row, labels)
+        one, other = chosen.image(place, labels[: len(chosen.ids)]), given.image(row, labels)
         assert one.image_id == other.image_id
         assert np.array_equal(one.ids, other.ids)
         assert np.array_equal(one.boxes, other.boxes)

@@ -15,7 +15,7 @@ from spikefleet.errors import UserError
 from spikefleet.files import read_json
 from spikefleet.tasks.coco_metrics import FIGURES, FoundBoxes, box_confusion, evaluate_boxes, ground_truth, results
 from spikefleet.tasks.detection import Detection
-from spikefleet_models.build import build_criterion, model_config
+from spikefleet_models.families import model_config
 from spikefleet_pipelines.store.annotations import Annotations
 
 NAMES = ("cat", "dog", "never seen")
@@ -75,7 +75,7 @@ def by_hand(folder: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def task() -> Detection:
-    return Detection(build_criterion(model_config("spike_yolo_tiny", num_classes=3)), NAMES, IDS)
+    return Detection(model_config("spike_yolo_tiny", num_classes=3).build_criterion(), NAMES, IDS)
 
 
 @pytest.mark.parametrize("seed", range(4))

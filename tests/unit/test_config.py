@@ -9,7 +9,7 @@ import pytest
 from spikefleet.config.recipes import list_recipes, load_config, parse_config, parse_overrides, recipe_header
 from spikefleet.config.schema import differences
 from spikefleet.errors import UserError
-from spikefleet_models.build import build_model
+from spikefleet_models.families import build_model
 
 
 @pytest.mark.parametrize("name", list_recipes())

@@ -21,6 +21,14 @@ from spikefleet_tune.errors import SearchError
         ("T / D > 1", {"m.T": 1, "m.D": 0}, False),
         ("-T + 2 * D >= 1 - 1.5", {"m.T": 2, "m.D": 1}, True),
         ("D != 'if'", {"m.T": 2, "m.D": "if"}, False),
+        ("D == 4", {"m.T": 2, "m.D": "4"}, False),  # text is text
+        ("D == True", {"m.T": 2, "m.D": True}, True),
+        ("T/D > 1", {"m.T": 4, "m.D": 2}, True),
+        ("T-D > 1", {"m.T": 4, "m.D": 2}, True),
+        ("m.T/m.D-1 < 1", {"m.T": 4, "m.D": 2}, False),
+        ("T-1<=D", {"m.T": 2, "m.D": 1}, True),
+        ("T == D", {"m.T": 2, "m.D": 2}, True),  # a word on the right is a key
+        ("(T + D) * 2 <= 8 and (T == 1 or D == 1)", {"m.T": 2, "m.D": 2}, False),
     ],
 )
 def test_constraints_hold_or_not(text: str, values: dict[str, Any], holds: bool) -> None:
@@ -61,5 +69,6 @@ def test_names_in_constraints_are_told_apart() -> None:
     assert Constraint("model.timesteps <= 4", keys).keys == {"model.timesteps"}
     with pytest.raises(SearchError, match=r"did you mean 'timesteps'\?"):
         Constraint("timestep <= 4", keys[:1])
-    with pytest.raises(SearchError, match="calculates with what is no number: a='if'"):
-        Constraint("a * 2 <= 4", ["a"]).holds({"a": "if"})
+    for text in ("a * 2 <= 4", "a <= 4", "True-a == 0"):
+        with pytest.raises(SearchError, match="calculates with what is no number: a='if'"):
+            Constraint(text, ["a"]).holds({"a": "if"})

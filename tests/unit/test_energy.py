@@ -10,18 +10,17 @@ import torch
 from spikingjelly.activation_based.op_counter import DispatchCounterMode, SynOpCounter
 from torch import Tensor, nn
 
-from spikefleet_models.build import build_model, model_config
+from spikefleet_models import build_model, model_config
 from spikefleet_models.energy import (
     CONSTANTS,
     EnergyCard,
     EnergyConstants,
     energy_at_rates,
     energy_card,
-    twin_config,
 )
 from spikefleet_models.neurons import ILIF
 from spikefleet_models.reparam import deploy
-from spikefleet_models.sg_resnet import SGResNetConfig
+from spikefleet_models.sg_resnet_config import SGResNetConfig
 from spikefleet_models.spike_driven import spike_driven
 
 
@@ -32,7 +31,7 @@ def bare(name: str, **overrides: object) -> nn.Module:
 
 def bare_twin(network: nn.Module) -> nn.Module:
     with torch.device("meta"):
-        return build_model(twin_config(network.config))
+        return build_model(network.config.twin())
 
 
 def settled(network: nn.Module, images: Tensor) -> nn.Module:
@@ -361,10 +360,10 @@ def test_wrong_rates_and_no_pictures_are_refused() -> None:
 
 
 def test_twins_of_all_families() -> None:
-    assert twin_config(SGResNetConfig()).connection == "ann"
-    assert twin_config(model_config("retinanet_tiny")).backbone.connection == "ann"
-    assert twin_config(model_config("spike_yolo_tiny")).activation == "relu"
-    assert twin_config(model_config("spiking_yolov8_m")).activation == "relu"
+    assert SGResNetConfig().twin().connection == "ann"
+    assert model_config("retinanet_tiny").twin().backbone.connection == "ann"
+    assert model_config("spike_yolo_tiny").twin().activation == "relu"
+    assert model_config("spiking_yolov8_m").twin().activation == "relu"
     for name in ("sg_resnet_tiny", "retinanet_tiny", "spike_yolo_tiny"):
         network = bare(name)
         assert energy_at_rates(network, (32, 32), 0.1).twin is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import threading
 from pathlib import Path
 
@@ -90,6 +91,18 @@ def test_a_writer_in_step_goes_on_after_a_checkpoint_when_all_is_handed_on(tmp_p
 
 def test_a_full_disk_stops_no_training(tmp_path: Path) -> None:
     EventWriter(tmp_path / "gone").emit(EVENTS[0])
+    launch = new_launch(tmp_path)
+    writer, reader = EventWriter(launch), EventReader(launch)
+    writer.emit(EVENTS[0])
+    (path,) = launch.iterdir()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, hard))
+    try:
+        writer.emit(EVENTS[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    writer.emit(EVENTS[2])
+    assert reader.new() == [EVENTS[0], EVENTS[2]]
 
 
 def test_taking_over_stops_earlier_workers_and_hears_them_out(tmp_path: Path) -> None:

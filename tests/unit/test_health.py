@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from spikefleet_models.build import build_model, model_config
+from spikefleet_models import build_model, model_config
 from spikefleet_models.health import SpikeMonitor
-from spikefleet_models.neurons import NeuronConfig, build_neuron
+from spikefleet_models.neuron_config import NeuronConfig
+from spikefleet_models.neurons import build_neuron
 
 
 def layer_input() -> torch.Tensor:

@@ -6,12 +6,13 @@ from pydantic import ValidationError
 from spikingjelly.activation_based import functional, monitor, neuron, surrogate
 from torch import Tensor, nn
 
-from spikefleet_models.build import build_model, model_config
+from spikefleet_models import build_model, model_config
 from spikefleet_models.gates import build_gate
 from spikefleet_models.health import SpikeMonitor
-from spikefleet_models.neurons import ILIF, NeuronConfig, build_neuron, spiking_nodes
+from spikefleet_models.membrane import TILE_ELEMENTS
+from spikefleet_models.neuron_config import NeuronConfig
+from spikefleet_models.neurons import ILIF, build_neuron, spiking_nodes
 from spikefleet_models.spiking_unit import SpikingUnit, use_implementation
-from spikefleet_models.tiles import TILE_ELEMENTS
 
 GEN1 = {"leak": 0.5, "input_scale": 0.5}
 

@@ -12,11 +12,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from spikefleet_pipelines.data_config import DataConfig, open_or_prepare, store_name
+from spikefleet_pipelines.data_config import DataConfig, store_name
+from spikefleet_pipelines.errors import SourceError, StoreError
 from spikefleet_pipelines.loading import Batch, BatchLoader
+from spikefleet_pipelines.opening import open_or_prepare
 from spikefleet_pipelines.sampling import EpochPlan, EvaluationPlan
-from spikefleet_pipelines.sources import SourceError, prepare
-from spikefleet_pipelines.store.manifest import ImageFormat, StoreError
+from spikefleet_pipelines.sources import prepare
+from spikefleet_pipelines.store.manifest import ImageFormat
 from spikefleet_pipelines.store.reader import Split, Store
 from spikefleet_pipelines.store.shards import write_shard
 from spikefleet_pipelines.store.writer import StoreWriter
@@ -223,8 +225,8 @@ def test_processes_that_race_end_with_one_store(tmp_path: Path) -> None:
         ({"source": "digits", "options": {"upscale": 2}}, "Option 'upscale' of source 'digits'.*options are: upsample"),
         ({"source": "digits", "loader_processes": -1}, "loader_processes"),
         ({"source": "digits", "rot": "x"}, "rot"),
-        ({"source": "digits", "transform": {"crop": 1}}, r"transform\.image\.crop"),
-        ({"source": "scenes", "transform": {"kind": "detection", "crop": 1}}, r"transform\.detection\.crop"),
+        ({"source": "digits", "transform": {"crop": 1}}, r"transform\.crop"),
+        ({"source": "scenes", "transform": {"kind": "detection", "crop": 1}}, r"transform\.crop"),
     ],
 )
 def test_bad_config_is_refused_by_field(fields: dict[str, object], message: str) -> None:

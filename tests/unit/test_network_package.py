@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,12 +15,11 @@ from spikefleet.registry.package import (
     CONFIG,
     WEIGHTS,
     load_network,
-    picture_batch,
     sha256_of,
     verify_package,
     write_package,
 )
-from spikefleet_models.build import build_model, model_config
+from spikefleet_models.families import build_model, model_config
 from spikefleet_pipelines.transforms.classification_config import TransformConfig
 
 MODEL = model_config("sg_resnet_tiny", stages=(1, 1))
@@ -78,18 +76,6 @@ def test_the_content_hash_covers_every_file_and_nothing_else(package: Path, tmp_
 def test_extra_files_have_plain_names(package: Path, tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="plain file name"):
         write_package(tmp_path, package / WEIGHTS, CONFIGURATION, {name: package / CARD}, {})
-
-
-def test_preprocessing_is_that_of_evaluation() -> None:
-    images = np.random.default_rng(0).integers(0, 256, (5, 1, 8, 8), dtype=np.uint8)
-    normalised = picture_batch(images, CONFIGURATION).images
-    np.testing.assert_allclose(normalised.numpy(), (images / 255 - 0.3053) / 0.3760, atol=1e-6)
-    resized = {"resize": 12, "center_crop": 8, "normalise": {"mean": [0.0], "std": [1.0]}}
-    changed = {**CONFIGURATION, "data": {"transform": resized}}
-    assert picture_batch(images[:, :, :, :6], changed).images.shape == (5, 1, 8, 8)
-    for wrong in (images.astype(np.float32), images[0], np.repeat(images, 3, axis=1)):
-        with pytest.raises(UserError, match=r"give uint8 pixels of shape \[B, 1, H, W\]"):
-            picture_batch(wrong, CONFIGURATION)
 
 
 def rewrite_card(package: Path, **names: str) -> None:

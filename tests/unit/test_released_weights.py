@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spikefleet_models.build import build_model, model_config
+from spikefleet_models import build_model, model_config
 from spikefleet_models.spike_yolo.network import LAYERS
 from spikefleet_models.spike_yolo.released_weights import convert_released
 

@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from spikefleet_models.build import build_model, model_config
-from spikefleet_models.neurons import NeuronConfig
-from spikefleet_models.reparam import affine, deploy, fold_bn, merge_rep_conv, merge_sep_rep_conv
-from spikefleet_models.spike_yolo.blocks import SN, Plan, RepConv, SepRepConv, SpikeConv, SpikingRepConv
+from spikefleet_models import build_model, model_config
+from spikefleet_models.neuron_config import NeuronConfig
+from spikefleet_models.neurons import build_neuron
+from spikefleet_models.reparam import affine, deploy, fold_bn, fold_unit, merge_rep_conv, merge_sep_rep_conv
+from spikefleet_models.spike_yolo.blocks import SN, ConvNorm, Plan, RepConv, SepRepConv, SpikeConv, SpikingRepConv
+from spikefleet_models.spiking_unit import SpikingUnit
 
 EXACT = 1e-12
 YOLO = {"width": 0.0625, "depth": 0.1, "stem_stride": 2, "box_channels": 16, "num_classes": 3}
@@ -109,6 +111,75 @@ def test_what_is_not_linear_is_refused() -> None:
         affine(nn.BatchNorm2d(4, track_running_stats=False))
     with pytest.raises(ValueError, match="Sequential has batch norms that no convolution takes: 0"):
         deploy(nn.Sequential(nn.BatchNorm2d(4)))
+
+
+def unit(channels: int) -> SpikingUnit:
+    return SpikingUnit(nn.BatchNorm2d(channels), build_neuron(NeuronConfig()), timesteps=1)
+
+
+class Stacks(nn.Module):
+    """Plain stacks, as a network from outside has them. The unit and the first stack are each used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shared = unit(4)
+        self.first = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2))
+        self.again = self.first
+        self.second = nn.Sequential(nn.Conv2d(4, 4, 3, bias=False), shared)
+        self.third = nn.Sequential(nn.Conv2d(4, 4, 1), shared)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.first(images) + self.again(images.flip(3))
+        x = self.second(x).flatten(0, 1)
+        return x + self.third(x).flatten(0, 1)
+
+
+def test_plain_stacks_are_folded() -> None:
+    network = randomise(Stacks())
+    images = torch.rand(3, 3, 16, 16, dtype=torch.float64)
+    deployed = deploy(network)
+    expected, output = network(images), deployed(images)
+    assert 0 < expected.mean() < 2
+    assert torch.equal(output, expected)
+    assert deployed.first is deployed.again
+    assert not any(isinstance(module, _BatchNorm) for module in deployed.modules())
+    assert isinstance(network.second[1].bn, nn.BatchNorm2d)
+    assert [layer.bias is None for layer in (network.first[0], deployed.first[0], deployed.third[0])] == [
+        True,
+        False,
+        False,
+    ]
+    assert torch.equal(deploy(deployed)(images), expected)
+
+
+class Branching(nn.Sequential):
+    """Its convolution's output goes elsewhere too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self[0](x)
+        return y + self[1](y)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        Branching(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)),
+        nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.BatchNorm2d(3)),
+        nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)),
+        nn.Sequential(nn.ConvTranspose2d(3, 3, 1), nn.BatchNorm2d(3)),
+        nn.Sequential(nn.Conv2d(3, 3, 1), nn.Sequential(nn.ReLU(), unit(3))),
+    ],
+)
+def test_batch_norms_that_do_not_follow_a_convolution_are_refused(network: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"has batch norms that no convolution takes: [012](\.1\.bn)?$"):
+        deploy(network)
+
+
+def test_a_chain_without_a_last_convolution_takes_no_batch_norm() -> None:
+    with pytest.raises(ValueError, match="ReLU takes no batch norm"):
+        deploy(ConvNorm(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()), nn.BatchNorm2d(3)))
+    with pytest.raises(ValueError, match="Identity takes no batch norm"):
+        fold_unit(nn.Identity(), unit(3))
 
 
 def test_every_neuron_feeds_one_convolution_with_a_bias() -> None:

@@ -10,9 +10,10 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import box_iou
 
 from spikefleet_models.detection import Objects
-from spikefleet_models.retinanet import RetinaNet, RetinaNetConfig
-from spikefleet_models.retinanet_loss import RetinaCriterion, RetinaCriterionConfig
-from spikefleet_models.sg_resnet import SGResNetConfig
+from spikefleet_models.retinanet import RetinaNet
+from spikefleet_models.retinanet_config import RetinaCriterionConfig, RetinaNetConfig
+from spikefleet_models.retinanet_loss import RetinaCriterion
+from spikefleet_models.sg_resnet_config import SGResNetConfig
 
 R18, R34 = (2, 2, 2, 2), (3, 4, 6, 3)
 TINY: dict[str, Any] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -73,28 +72,6 @@ def test_best_checkpoint_needs_an_evaluation(config: Config, manifest: Manifest,
         run.best_checkpoint()
     run.checkpoints.save(3, Snapshot({}, {"best": {"step": 3}}, {}))
     assert run.best_checkpoint() == tmp_path / "mine" / "checkpoints" / "step-00000003"
-
-
-def test_only_one_process_may_train_a_run(tmp_path: Path) -> None:
-    run = Run(tmp_path / "mine")
-    context = multiprocessing.get_context("fork")
-    with run.lock():
-        child = context.Process(target=_lock_and_exit, args=(run,))
-        child.start()
-        child.join()
-    assert child.exitcode == 2
-    free = context.Process(target=_lock_and_exit, args=(run,))
-    free.start()
-    free.join()
-    assert free.exitcode == 0
-
-
-def _lock_and_exit(run: Run) -> None:
-    try:
-        with run.lock():
-            raise SystemExit(0)
-    except UserError:
-        raise SystemExit(2) from None
 
 
 def test_missing_run_names_those_that_exist(config: Config, manifest: Manifest, tmp_path: Path) -> None:

@@ -153,3 +153,13 @@ def test_draws_are_pure_uniform_and_independent() -> None:
     assert abs(np.corrcoef(flips[:-1], flips[1:])[0, 1]) < 0.01
     assert set(integers(0, 0, index, Draw.CROP_Y, 9)) == set(range(9))
     assert len(np.unique(random_bits(0, 0, index, Draw.ORDER))) == len(index)
+
+
+def test_draws_do_not_collide_and_old_ones_keep_their_numbers() -> None:
+    old = ["ORDER", "HOLD_OUT", "CROP_Y", "CROP_X", "FLIP", "CUTOUT_Y", "CUTOUT_X", "POLICY", "POLICY_APPLY"]
+    assert [Draw[name] for name in old] == list(range(9))
+    assert (Draw.POLICY_SIGN, Draw.RESIZED_CROP) == (10, 64)
+    taken = {"POLICY_APPLY": 2, "POLICY_SIGN": 2, "RESIZED_CROP": 40, "MOSAIC_CENTRE": 2, "MOSAIC_PARTNER": 3}
+    taken |= {"TRANSLATE": 2, "HSV": 3, "SCENE": 1024}
+    numbers = [draw + k for draw in Draw for k in range(taken.get(draw.name, 1))]
+    assert len(numbers) == len(set(numbers))

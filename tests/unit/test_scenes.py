@@ -6,10 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spikefleet_pipelines.data_config import DataConfig, open_or_prepare
-from spikefleet_pipelines.sources import SourceError, prepare
-from spikefleet_pipelines.sources.digits import DigitsOptions, read_digits
-from spikefleet_pipelines.sources.scenes import CATEGORY_IDS, ScenesOptions, enlarge, read_scenes
+from spikefleet_pipelines.data_config import DataConfig
+from spikefleet_pipelines.errors import SourceError
+from spikefleet_pipelines.opening import open_or_prepare
+from spikefleet_pipelines.sources import prepare
+from spikefleet_pipelines.sources.digits import read_digits
+from spikefleet_pipelines.sources.digits_config import DigitsOptions
+from spikefleet_pipelines.sources.scenes import CATEGORY_IDS, enlarge, read_scenes
+from spikefleet_pipelines.sources.scenes_config import ScenesOptions
 from spikefleet_pipelines.store.reader import Store
 
 SMALL = {"train": 200, "val": 20, "test": 20}

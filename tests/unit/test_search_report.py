@@ -1,4 +1,4 @@
-"""The report of a search: front table, importance, files and pictures."""
+"""The report of a search: front table, importance, files and plots."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,28 +12,24 @@ from spikefleet_tune.errors import SearchError
 from spikefleet_tune.samplers import PointSampler
 from spikefleet_tune.schedulers import mutate
 from spikefleet_tune.search_check import check_search
-from spikefleet_tune.search_file import (
-    list_searches,
-    load_search,
-    parse_search,
-    search_of,
-)
+from spikefleet_tune.search_file import search_of
 from spikefleet_tune.space import Dimension, Space, signature
 
-_TEXT = """
-recipe: digits
-overrides: {train.epochs: 2}
-space:
-  model.neuron.bound: {choice: [1, 2, 4], when: {model.neuron.kind: [ilif]}}
-  model.neuron.kind: {choice: [if, ilif]}
-  model.timesteps: {choice: [1, 2, 4]}
-  optim.lr: {log_uniform: [1e-3, 0.3]}
-objectives: {val/top1: max, energy_mj: min}
-constraints: ["timesteps * bound <= 8", "optim.lr < 0.2 or timesteps == 1"]
-sampler: {kind: tpe, startup: 4, population: 4}
-budget: {trials: 10}
-seed: 3
-"""
+_SEARCH: dict[str, Any] = {
+    "recipe": "digits",
+    "overrides": {"train.epochs": 2},
+    "space": {
+        "model.neuron.bound": {"choice": [1, 2, 4], "when": {"model.neuron.kind": ["ilif"]}},
+        "model.neuron.kind": {"choice": ["if", "ilif"]},
+        "model.timesteps": {"choice": [1, 2, 4]},
+        "optim.lr": {"log_uniform": [1e-3, 0.3]},
+    },
+    "objectives": {"val/top1": "max", "energy_mj": "min"},
+    "constraints": ["timesteps * bound <= 8", "optim.lr < 0.2 or timesteps == 1"],
+    "sampler": {"kind": "tpe", "startup": 4, "population": 4},
+    "budget": {"trials": 10},
+    "seed": 3,
+}
 
 
 def _tree(**changes: Any) -> dict[str, Any]:
@@ -48,7 +43,7 @@ def _tree(**changes: Any) -> dict[str, Any]:
 
 
 def test_a_search_is_read_and_written_back() -> None:
-    search = parse_search(_TEXT)
+    search = search_of(_SEARCH)
     assert search_of(search.dump()) == search
     space = search.space_view()
     assert list(space.dimensions) == ["model.neuron.kind", "model.neuron.bound", "model.timesteps", "optim.lr"]
@@ -116,51 +111,11 @@ def test_bad_searches_are_refused_in_a_sentence(changes: dict[str, Any], said: s
         search_of(_tree(**changes))
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("", "empty or no mapping"),
-        ("- a", "empty or no mapping"),
-        ("recipe: [", "not valid YAML"),
-        ("recipe: a\nrecipe: b", "key 'recipe' stands twice"),
-        ("a: &x 1\nb: *x", "aliases"),
-        ("recipe: !!python/object/apply:os.getcwd []", "not valid YAML"),
-        ("recipe: digits", r"'objectives' is missing"),
-    ],
-)
-def test_bad_yaml_is_refused(text: str, said: str) -> None:
-    with pytest.raises(SearchError, match=said):
-        parse_search(text)
-
-
-def test_searches_are_found_by_name_or_path(tmp_path: Path) -> None:
-    with pytest.raises(
-        SearchError, match=r"there is no search 'digits_t_gate'; did you mean 'digits_t_gate_schedule'\?"
-    ):
-        load_search("digits_t_gate")
-    with pytest.raises(SearchError, match="does not exist"):
-        load_search(str(tmp_path / "none.yaml"))
-    (tmp_path / "mine.yaml").write_text(_TEXT)
-    assert load_search(str(tmp_path / "mine.yaml")) == parse_search(_TEXT)
-
-
-@pytest.mark.parametrize("name", list_searches())
-def test_built_in_searches_are_sound(name: str) -> None:
-    search = load_search(name)
-    assert set(search.objectives.values()) == {"max", "min"}
-    assert "energy_mj" in search.objectives
-    sampler = PointSampler(search)
-    for number in range(3):
-        proposal = sampler.ask(number)
-        assert proposal is not None
-        search.space_view().check(proposal.point, "proposal")
-
-
 # ---------------------------------------------------------------------------------------------- check of points
 
 
 def test_each_value_is_checked_before_anything_starts() -> None:
-    search = parse_search(_TEXT)
+    search = search_of(_SEARCH)
     seen: list[Mapping[str, Any]] = []
 
     def check(overrides: Mapping[str, Any]) -> str | None:
@@ -241,7 +196,7 @@ def _figures(point: Mapping[str, Any]) -> list[float]:
 
 @pytest.mark.parametrize(("kind", "trials"), [("random", 24), ("tpe", 24), ("nsga2", 24), ("gp", 8)])
 def test_samplers_propose_what_is_allowed_and_go_on_where_they_were(kind: str, trials: int) -> None:
-    search = search_of({**parse_search(_TEXT).dump(), "sampler": {"kind": kind, "startup": 4, "population": 4}})
+    search = search_of({**_SEARCH, "sampler": {"kind": kind, "startup": 4, "population": 4}})
     space, sampler = search.space_view(), PointSampler(search)
     proposals = []
     for number in range(trials):
@@ -256,7 +211,7 @@ def test_samplers_propose_what_is_allowed_and_go_on_where_they_were(kind: str, t
     restored = PointSampler(search)
     half = trials * 5 // 8
     for proposal in proposals[:half]:
-        restored.adopt(proposal.number, proposal.point, proposal.memory)
+        restored.replay(proposal.number, proposal.point, proposal.memory)
         restored.tell(proposal.number, None if proposal.number % 7 == 3 else _figures(proposal.point))
     for expected in proposals[half:]:
         found = restored.ask(expected.number)

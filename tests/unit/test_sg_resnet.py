@@ -5,8 +5,9 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from spikefleet_models.build import build_model, model_config
-from spikefleet_models.sg_resnet import ResidualBlock, SGResNetConfig
+from spikefleet_models import build_model, model_config
+from spikefleet_models.sg_resnet import ResidualBlock
+from spikefleet_models.sg_resnet_config import SGResNetConfig
 
 
 def parameters(module: nn.Module) -> int:

@@ -11,15 +11,16 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from spikefleet_models.build import build_model, model_config
-from spikefleet_models.sg_resnet import SGResNet, SGResNetConfig
+from spikefleet_models import build_model, model_config
+from spikefleet_models.sg_resnet import SGResNet, SGResNetBackbone
+from spikefleet_models.sg_resnet_config import SGResNetConfig
 from spikefleet_models.shortcut import (
-    ShortcutConfig,
     ShortcutLogits,
     ShortcutNetwork,
     balance_coefficient,
     shortcut_loss,
 )
+from spikefleet_models.shortcut_config import ShortcutConfig
 
 STAGE = ShortcutConfig(where="stage")
 
@@ -135,6 +136,38 @@ def test_branches_read_the_mean_over_time_and_place(connection: str, where: str)
         torch.testing.assert_close(side, branch(output.mean(0).mean((2, 3))))
 
 
+class Outside(nn.Module):
+    """Three stages of one weight each, by nobody's family but with a configuration that knows its branches."""
+
+    config = SGResNetConfig(stages=(1, 1, 1), width=1 / 16, num_classes=5)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scales = nn.ParameterList(torch.tensor(float(scale)) for scale in (2, 3, 5))
+        self.classifier = nn.Linear(16, 5)
+
+    def forward_features(self, images: Tensor) -> list[Tensor]:
+        channels = self.config.stage_channels
+        return [
+            scale * images.mean() * torch.ones(2, 6, out, 1, 1)
+            for scale, out in zip(self.scales, channels, strict=True)
+        ]
+
+    forward_blocks = forward_features
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        return self.classifier(features.mean((0, 3, 4)))
+
+
+def test_branches_attach_to_a_network_from_outside() -> None:
+    torch.manual_seed(0)
+    wrapped = ShortcutNetwork(Outside(), STAGE)
+    logits = wrapped(torch.ones(6, 3, 4, 4))
+    for side, branch, scale, channels in zip(logits.sides, wrapped.branches, (2.0, 3.0), (4, 8), strict=True):
+        torch.testing.assert_close(side, branch(torch.full((6, channels), scale)))
+    torch.testing.assert_close(logits.main, wrapped.network.classifier(torch.full((6, 16), 5.0)))
+
+
 def gradients(network: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
 
@@ -225,6 +258,10 @@ def test_places_that_do_not_exist_are_refused() -> None:
         ShortcutNetwork(tiny(stages=(2,)), STAGE)
     with pytest.raises(ValueError, match="SGResNet; Linear is none"):
         ShortcutNetwork(nn.Linear(2, 2), STAGE)
+    with pytest.raises(ValueError, match="SGResNet; SGResNetBackbone is none"):
+        ShortcutNetwork(SGResNetBackbone(SGResNetConfig()), STAGE)  # stages, and nothing that classifies them
+    with torch.device("meta"), pytest.raises(ValueError, match="SGResNet; SpikeYolo is none"):
+        ShortcutNetwork(build_model(model_config("spike_yolo_tiny")), STAGE)
     too_heavy = ShortcutConfig(where="block", combine="convex", lambda0=0.3)
     with pytest.raises(ValueError, match=r"give at most 0\.25"):
         ShortcutNetwork(tiny(stages=(2, 3)), too_heavy)

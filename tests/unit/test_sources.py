@@ -15,10 +15,10 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
-from spikefleet_pipelines.sources import SourceError, list_sources, prepare
+from spikefleet_pipelines.errors import SourceError, StoreError
+from spikefleet_pipelines.sources import list_sources, prepare
 from spikefleet_pipelines.sources.fashion_mnist import read_idx
 from spikefleet_pipelines.sources.python2_pickle import ForbiddenPickleError, read_plain_pickle
-from spikefleet_pipelines.store.manifest import StoreError
 from spikefleet_pipelines.store.reader import Store
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")
@@ -34,7 +34,7 @@ def snapshot(store: Store) -> tuple[str, dict[str, int]]:
 
 
 def test_names() -> None:
-    assert list_sources() == ["digits", "fashion_mnist", "cifar10", "cifar100", "image_folder", "scenes", "coco"]
+    assert list(list_sources()) == ["digits", "fashion_mnist", "cifar10", "cifar100", "image_folder", "scenes", "coco"]
 
 
 # ---------------------------------------------------------------- digits
@@ -421,7 +421,7 @@ def test_class_folders_must_match(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"not an image", jpeg(1)[:-400]])
 def test_broken_image_is_named(folder: Path, tmp_path: Path, content: bytes) -> None:
     (folder / "train" / "dog" / "031.JPEG").write_bytes(content)
-    with pytest.raises(SourceError, match=r"train/dog/031\.JPEG: .* Replace or remove the file"):
+    with pytest.raises(SourceError, match=r"train/dog/031\.JPEG: .*; replace or remove the file"):
         prepare("image_folder", folder, tmp_path / "store")
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]
 

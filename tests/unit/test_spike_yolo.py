@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from spikefleet_models.build import build_criterion, build_model, model_config
+from spikefleet_models import build_model, model_config
 from spikefleet_models.detection import Objects
-from spikefleet_models.neurons import NeuronConfig, spiking_nodes
+from spikefleet_models.neuron_config import NeuronConfig
+from spikefleet_models.neurons import spiking_nodes
 from spikefleet_models.spike_yolo.blocks import (
     SN,
     BatchNormAndPad,
@@ -286,7 +287,7 @@ def test_spiking_yolov8_channels_and_repeats() -> None:
 def test_it_learns_one_batch() -> None:
     torch.manual_seed(0)
     model = build_model(model_config("spike_yolo_tiny", num_classes=3))
-    criterion = build_criterion(model.config)
+    criterion = model.config.build_criterion()
     objects = [Objects(torch.tensor([[8.0 + 4 * i, 10.0, 40.0, 50.0]]), torch.tensor([i % 3])) for i in range(4)]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, nesterov=True)
     losses = []

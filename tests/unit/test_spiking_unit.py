@@ -7,10 +7,11 @@ import torch
 from spikingjelly.activation_based import surrogate
 from torch import Tensor, nn
 
-from spikefleet_models import tiles
+from spikefleet_models import membrane
 from spikefleet_models.gates import build_gate
 from spikefleet_models.health import SpikeMonitor
-from spikefleet_models.neurons import NeuronConfig, build_neuron
+from spikefleet_models.neuron_config import NeuronConfig
+from spikefleet_models.neurons import build_neuron
 from spikefleet_models.spiking_unit import SpikingUnit, use_implementation
 
 T, B, C, SIZE = 4, 3, 8, 6
@@ -78,7 +79,7 @@ FORMS = {
 def test_lean_equals_reference(
     form: str, layout: torch.memory_format, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tiles, "TILE_ELEMENTS", tile)
+    monkeypatch.setattr(membrane, "TILE_ELEMENTS", tile)
     lean = unit(**FORMS[form])
     reference = copy.deepcopy(lean)
     use_implementation(reference, "reference")
@@ -97,7 +98,7 @@ def test_lean_equals_reference(
 def test_static_input_is_normalised_once(
     kind: str, layout: torch.memory_format, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tiles, "TILE_ELEMENTS", tile)
+    monkeypatch.setattr(membrane, "TILE_ELEMENTS", tile)
     lean = unit(kind=kind)
     reference = copy.deepcopy(lean)
     use_implementation(reference, "reference")

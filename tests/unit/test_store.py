@@ -12,8 +12,9 @@ import pyarrow.fs
 import pytest
 from numpy.typing import NDArray
 
+from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.sources import prepare
-from spikefleet_pipelines.store.manifest import ImageFormat, StoreError, parse_manifest
+from spikefleet_pipelines.store.manifest import ImageFormat, parse_manifest
 from spikefleet_pipelines.store.reader import Store
 from spikefleet_pipelines.store.writer import StoreWriter
 

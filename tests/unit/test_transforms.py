@@ -17,8 +17,9 @@ from spikefleet_pipelines.store.reader import Split, Store
 from spikefleet_pipelines.store.shards import write_shard
 from spikefleet_pipelines.store.writer import StoreWriter, content_digests
 from spikefleet_pipelines.transforms.auto_augment import CIFAR10_POLICIES, apply_operation, auto_augment
-from spikefleet_pipelines.transforms.classification import BatchTransform, resized_crop_box, shifted_crop
-from spikefleet_pipelines.transforms.classification_config import NORMALISATIONS, TransformConfig
+from spikefleet_pipelines.transforms.classification import ImageTransform, resized_crop_box, shifted_crop
+from spikefleet_pipelines.transforms.classification_config import TransformConfig
+from spikefleet_pipelines.transforms.normalise_config import NORMALISATIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")
 
@@ -97,7 +98,7 @@ def test_bad_configs_are_refused_by_field(fields: dict[str, object], message: st
 
 def test_config_that_does_not_suit_the_images_is_refused(raw: Split, encoded: Split) -> None:
     with pytest.raises(ValueError, match="random_resized_crop, resize and center_crop must be given"):
-        BatchTransform(encoded, TransformConfig(), True, 0)
+        ImageTransform(encoded, TransformConfig(), True, 0)
     grey = (1, 8, 8)
     with pytest.raises(ValueError, match=r"normalise.mean has 3 values, and the images have 1 channels"):
         TransformConfig(normalise="cifar10").check_images(grey)
@@ -112,7 +113,7 @@ def test_config_round_trips_through_json(name: str) -> None:
 
 
 def test_evaluation_is_torchvisions_normalise(raw: Split) -> None:
-    found = BatchTransform(raw, CIFAR, False, 0)(rows(), 0)
+    found = ImageTransform(raw, CIFAR, False, 0)(rows(), 0)
     images = torch.from_numpy(raw.gather(rows()))
     statistics = NORMALISATIONS["cifar10"]
     expected = v2.functional.normalize(images / 255, list(statistics.mean), list(statistics.std))
@@ -122,7 +123,7 @@ def test_evaluation_is_torchvisions_normalise(raw: Split) -> None:
 
 def test_crops_and_flips_are_those_of_the_image(raw: Split) -> None:
     config = TransformConfig(crop_padding=4, horizontal_flip=0.5)
-    found = (BatchTransform(raw, config, True, 5)(rows(), 2) * 255).round().to(torch.uint8)
+    found = (ImageTransform(raw, config, True, 5)(rows(), 2) * 255).round().to(torch.uint8)
     seen = set()
     for row in range(60):
         padded = torch.nn.functional.pad(raw.image(row), (4, 4, 4, 4))
@@ -148,7 +149,7 @@ def test_shifted_crop_at_its_limits() -> None:
 
 def test_flip_probability(raw: Split) -> None:
     for probability in (0.0, 0.25, 1.0):
-        transform = BatchTransform(raw, TransformConfig(horizontal_flip=probability), True, 0)
+        transform = ImageTransform(raw, TransformConfig(horizontal_flip=probability), True, 0)
         found = transform(rows(), 0)
         flipped = sum(not torch.allclose(found[row] * 255, raw.image(row).float()) for row in range(COUNT))
         assert abs(flipped / COUNT - probability) < 0.07
@@ -159,30 +160,30 @@ def test_a_sample_does_not_depend_on_its_batch(config: TransformConfig, raw: Spl
     for split in (raw, encoded):
         if split is encoded and config is CIFAR:
             continue
-        transform = BatchTransform(split, config, True, 9)
+        transform = ImageTransform(split, config, True, 9)
         whole = transform(rows(24), 4)
         shuffled = np.random.default_rng(0).permutation(24)
         assert torch.equal(transform(shuffled, 4), whole[shuffled])
         assert torch.equal(torch.cat([transform(shuffled[i : i + 5], 4) for i in range(0, 24, 5)]), whole[shuffled])
         assert not torch.equal(transform(rows(24), 5), whole)
-        assert not torch.equal(BatchTransform(split, config, True, 10)(rows(24), 4), whole)
+        assert not torch.equal(ImageTransform(split, config, True, 10)(rows(24), 4), whole)
         assert torch.equal(
-            BatchTransform(split, config, False, 9)(rows(24), 4), BatchTransform(split, config, False, 10)(rows(24), 5)
+            ImageTransform(split, config, False, 9)(rows(24), 4), ImageTransform(split, config, False, 10)(rows(24), 5)
         )
 
 
 def test_global_random_state_is_left_alone(raw: Split, encoded: Split) -> None:
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # type: ignore[index, union-attr]
-    BatchTransform(raw, CIFAR, True, 0)(rows(64), 0)
-    BatchTransform(encoded, IMAGENET, True, 0)(rows(8), 0)
+    ImageTransform(raw, CIFAR, True, 0)(rows(64), 0)
+    ImageTransform(encoded, IMAGENET, True, 0)(rows(8), 0)
     assert torch.equal(before[0], torch.get_rng_state())
     assert np.array_equal(before[1], np.random.get_state()[1])  # type: ignore[index]
     assert before[2] == random.getstate()
 
 
 def test_cutout_is_a_square_clipped_at_the_border(raw: Split) -> None:
-    plain = BatchTransform(raw, TransformConfig(normalise="cifar10"), True, 0)(rows(), 0)
-    cut = BatchTransform(raw, TransformConfig(normalise="cifar10", cutout=16), True, 0)(rows(), 0)
+    plain = ImageTransform(raw, TransformConfig(normalise="cifar10"), True, 0)(rows(), 0)
+    cut = ImageTransform(raw, TransformConfig(normalise="cifar10", cutout=16), True, 0)(rows(), 0)
     centres = set()
     for row in range(COUNT):
         hole = (cut[row] != plain[row]).any(0)
@@ -256,7 +257,7 @@ def test_resized_crop_box_has_torchvisions_distribution() -> None:
 
 def test_whole_image_crop_equals_plain_resize(encoded: Split) -> None:
     config = TransformConfig(random_resized_crop=32, random_resized_crop_scale=(1.0, 1.0), resize=32, center_crop=32)
-    found = BatchTransform(encoded, config, True, 0)(np.array([3, 7]), 0)  # 48 x 48; only the aspect ratio varies
+    found = ImageTransform(encoded, config, True, 0)(np.array([3, 7]), 0)  # 48 x 48; only the aspect ratio varies
     for image, row in zip(found, (3, 7), strict=True):
         whole = v2.functional.resize(encoded.image(row), [32, 32], antialias=True)
         assert (image * 255 - whole).abs().mean() < 25
@@ -264,7 +265,7 @@ def test_whole_image_crop_equals_plain_resize(encoded: Split) -> None:
 
 
 def test_evaluation_of_encoded_images_is_torchvisions_resize_and_centre_crop(encoded: Split) -> None:
-    found = BatchTransform(encoded, IMAGENET, False, 0)(rows(8), 0)
+    found = ImageTransform(encoded, IMAGENET, False, 0)(rows(8), 0)
     statistics = NORMALISATIONS["imagenet"]
     expected = v2.Compose(
         [

@@ -6,15 +6,15 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from spikefleet_models.detection import suppress
+from spikefleet_models.spike_yolo.config import REG_MAX, YoloCriterionConfig
 from spikefleet_models.spike_yolo.decode import (
-    REG_MAX,
     anchor_points,
     boxes_to_distances,
     distances_to_boxes,
     expected_distances,
     split_outputs,
 )
-from spikefleet_models.spike_yolo.loss import YoloCriterion, YoloCriterionConfig
+from spikefleet_models.spike_yolo.loss import YoloCriterion
 
 K = 3
 

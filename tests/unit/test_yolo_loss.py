@@ -9,8 +9,8 @@ from torch import Tensor
 from torchvision.ops import complete_box_iou, complete_box_iou_loss
 
 from spikefleet_models.detection import Objects
+from spikefleet_models.spike_yolo.config import REG_MAX, YoloCriterionConfig
 from spikefleet_models.spike_yolo.decode import (
-    REG_MAX,
     AnchorPoints,
     anchor_points,
     boxes_to_distances,
@@ -18,7 +18,7 @@ from spikefleet_models.spike_yolo.decode import (
     expected_distances,
     split_outputs,
 )
-from spikefleet_models.spike_yolo.loss import YoloCriterion, YoloCriterionConfig, assign, distribution_focal_loss
+from spikefleet_models.spike_yolo.loss import YoloCriterion, assign, distribution_focal_loss
 
 K = 3
 SIZE = (64, 96)

@@ -1,14 +1,12 @@
 """The durable record of a search: one JSON line for each thing that happened to a trial.
 
-It is the source of truth for results and for going on. Each line is appended with one write and synced; a last line
+It is the source of truth for results and for resumption. Each line is appended with one write and synced; a last line
 that a crash cut short is dropped. Nothing in it depends on where the directory stands.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -19,12 +17,13 @@ from typing import Any, Literal
 
 from spikefleet_tune.atomic import write_atomically
 from spikefleet_tune.errors import SearchError
+from spikefleet_tune.jsonl_log import DamagedLineError, JsonlLog
+from spikefleet_tune.lock import Lock, LockedError, hold
 from spikefleet_tune.search_file import Search, search_of
 
 Status = Literal["finished", "stopped", "pruned", "failed"]
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_HELD: set[str] = set()  # a lock of fcntl is the process's: it does not keep two searches of one process apart
 
 
 @dataclass(frozen=True)
@@ -60,12 +59,12 @@ class TrialRecord:
 
 
 @dataclass(frozen=True)
-class KnownPoint:
-    """A point from elsewhere: with figures it is told to the sampler, without it is tried first."""
+class WarmStartPoint:
+    """A point from an earlier search: with figures it informs the sampler, without it is tried first."""
 
     point: Mapping[str, Any]
     figures: Mapping[str, float] | None = None
-    origin: str = "known point"
+    origin: str = "warm-start point"
 
 
 @dataclass
@@ -81,7 +80,7 @@ class Past:
     order: list[tuple[str, int]] = field(default_factory=list)
     """("started" | "ended", number) as it happened."""
     attempts: dict[int, int] = field(default_factory=dict)
-    known: list[KnownPoint] = field(default_factory=list)
+    warm_start: list[WarmStartPoint] = field(default_factory=list)
     extended: int = 0
 
     @property
@@ -99,56 +98,39 @@ class SearchFolder:
     def __init__(self, storage: Path, name: str) -> None:
         if not _PLAIN_NAME.fullmatch(name):
             raise SearchError(
-                f"name {name!r} must be letters, digits, '.', '_' and '-' (at most 100), and begin plainly"
+                f"name {name!r} must be 1 to 100 letters, digits, '.', '_' and '-', and start with a letter or digit"
             )
         self.name = name
         self.path = storage.absolute() / name
-        self._journal, self._clock = self.path / "journal.jsonl", self.path / "clock.json"
+        self._journal = JsonlLog(self.path / "journal.jsonl", durable=True, allow_nan=False)
+        self._clock = self.path / "clock.json"
 
     @property
     def exists(self) -> bool:
         return (self.path / "search.json").is_file()
 
     def read_search(self) -> Search:
-        """The search as it was begun. Raises SearchError when there is none."""
+        """The search as it was started. Raises SearchError when there is none."""
         try:
             tree = json.loads((self.path / "search.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise SearchError(f"{self.path} holds no search that can be read: {error}") from None
         return search_of(tree, f"{self.path / 'search.json'}")
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Holds the search for this launch. Raises SearchError when it is running already."""
+    def lock(self) -> Lock:
+        """Holds the search for this launch, until the end of a `with` block. Raises SearchError when it is running."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / ".lock").open("a+")
+            return hold(self.path / ".lock")
+        except LockedError as error:
+            raise SearchError(
+                f"search {self.name} is running already ({error.holder}); wait for it, or give another name"
+            ) from None
         except OSError as error:
             raise SearchError(f"search directory {self.path} cannot be written: {error}") from None
-        key = str(self.path.resolve())
-        with file:
-            try:
-                if key in _HELD:
-                    raise OSError
-                # Not flock: processes that this one starts would inherit it.
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                file.seek(0)
-                holder = file.read().strip() or "unknown"
-                raise SearchError(
-                    f"search {self.name} is running already ({holder}); wait for it, or give another name"
-                ) from None
-            file.truncate(0)
-            file.write(f"process {os.getpid()}")
-            file.flush()
-            _HELD.add(key)
-            try:
-                yield
-            finally:
-                _HELD.discard(key)
 
     def begin(self, search: Search) -> None:
-        """Writes the search down, or raises SearchError when another one was begun under this name.
+        """Writes the search down, or raises SearchError when another one was started under this name.
 
         Budget and resources may differ from launch to launch, and so may the points of a list: what was tried stays.
         """
@@ -161,49 +143,42 @@ class SearchFolder:
                     for key in sorted(differing)
                 )
                 raise SearchError(
-                    f"search {self.name} was begun otherwise: {listed}. Give another name, or its own values"
+                    f"search {self.name} was started with other settings: {listed}; "
+                    "give its own values to resume it, or another name to start a new search"
                 )
         write_atomically(self.path / "search.json", json.dumps(search.dump(), indent=1) + "\n")
 
     def append(self, event: str, **facts: Any) -> None:
-        """One line, written and synced before this returns."""
-        line = json.dumps({"event": event, **facts}, allow_nan=False) + "\n"
-        handle = os.open(self._journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        before = os.fstat(handle).st_size
-        try:
-            if os.write(handle, line.encode()) < len(line.encode()):
-                raise OSError(f"{self._journal} could not be written: the disk is full")
-            os.fsync(handle)
-        except OSError:
-            os.ftruncate(handle, before)  # half a line would spoil the next one
-            raise
-        finally:
-            os.close(handle)
+        """One line, written and synced before this returns. Raises OSError when the disk is full."""
+        self._journal.append({"event": event, **facts})
 
     def append_record(self, record: TrialRecord) -> None:
         self.append("ended", **asdict(record))
 
     def drop_torn_line(self) -> None:
-        """Cuts off a last line that was not written to its end."""
-        if not self._journal.is_file():
-            return
-        content = self._journal.read_bytes()
-        if content and not content.endswith(b"\n"):
-            with self._journal.open("rb+") as file:
-                file.truncate(content.rfind(b"\n") + 1)
+        """Cuts off a last line that was not written to its end. Raises SearchError at a damaged line before it."""
+        with self._damage_named():
+            self._journal.drop_torn_line()
 
     def read(self) -> Past:
         """What happened so far. Raises SearchError at a line that cannot be read, unless it is the torn last one."""
         past = Past()
-        if not self._journal.is_file():
-            return past
-        lines = self._journal.read_bytes().split(b"\n")[:-1]
-        for position, line in enumerate(lines, start=1):
-            try:
-                _take(past, json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:
-                raise SearchError(f"line {position} of {self._journal} cannot be read: {error}") from None
+        with self._damage_named():
+            for position, entry in enumerate(self._journal.entries(), start=1):
+                try:
+                    _take(past, entry.record)
+                except (ValueError, KeyError, TypeError) as error:
+                    raise SearchError(f"{self._journal.path}, line {position}: cannot be read: {error}") from None
         return past
+
+    @contextmanager
+    def _damage_named(self) -> Iterator[None]:
+        try:
+            yield
+        except DamagedLineError as error:
+            raise SearchError(
+                f"{error}, so what follows it cannot be trusted; start a new search under another name"
+            ) from None
 
     def read_seconds(self) -> float:
         """Seconds that earlier launches ran, to within a few."""
@@ -263,7 +238,7 @@ def _take(past: Past, line: dict[str, Any]) -> None:
             past.retried.add(int(line["number"]))
             past.order = [one for one in past.order if one != ("ended", int(line["number"]))]
         case "known":
-            past.known.append(KnownPoint(line["point"], line["figures"], line["origin"]))
+            past.warm_start.append(WarmStartPoint(line["point"], line["figures"], line["origin"]))
         case "extended":
             past.extended += int(line["trials"])
         case _:

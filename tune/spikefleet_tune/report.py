@@ -1,4 +1,4 @@
-"""The report of a search: its table, its figures as JSON and CSV, and its pictures."""
+"""The report of a search: its table, its metrics as JSON and CSV, and its plots."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import optuna
 from rich.table import Table
 
-from spikefleet_tune import pictures
+from spikefleet_tune import plots
 from spikefleet_tune.atomic import write_atomically
 from spikefleet_tune.journal import TrialRecord
 from spikefleet_tune.result import SearchResult
@@ -24,9 +24,9 @@ FEWEST_FOR_IMPORTANCE = 8
 
 
 def write_report(result: SearchResult, folder: Path) -> list[Path]:
-    """Writes results.json, results.csv and the pictures, each one whole or not at all. Returns their paths.
+    """Writes results.json, results.csv and the plots, each one whole or not at all. Returns their paths.
 
-    Pictures that cannot be drawn yet (no trial with values, no second objective) are left out.
+    Plots that cannot be drawn yet (no trial with values, no second objective) are left out.
     """
     folder.mkdir(parents=True, exist_ok=True)
     content: dict[str, str | bytes] = {
@@ -34,10 +34,10 @@ def write_report(result: SearchResult, folder: Path) -> list[Path]:
         "results.csv": _as_csv(result),
     }
     if result.comparable:
-        content["hypervolume.png"] = pictures.hypervolume_over_trials(result)
-        content["parallel.png"] = pictures.parallel_coordinates(result)
+        content["hypervolume.png"] = plots.hypervolume_over_trials(result)
+        content["parallel.png"] = plots.parallel_coordinates(result)
         if len(result.search.objectives) >= 2:
-            content["front.png"] = pictures.front_of_two(result)
+            content["front.png"] = plots.front_of_two(result)
     for name, text in content.items():
         write_atomically(folder / name, text)
     return [folder / name for name in content]

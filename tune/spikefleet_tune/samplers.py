@@ -1,7 +1,7 @@
 """Asking for points and telling what came of them: a thin layer over Optuna's samplers.
 
 Each proposal is a pure function of the search's seed, its own number and what was told before, so that a search that
-was killed goes on as if it had not been: `adopt` the recorded trials in the order of their numbers, and ask on.
+was killed resumes as if it had not been: `replay` the recorded trials in the order of their numbers, and ask on.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class PointSampler:
                 return self._enter(number, left[0])
         return self._suggested(number)
 
-    def adopt(self, number: int, point: Mapping[str, Any], memory: Mapping[str, Any] | None = None) -> None:
+    def replay(self, number: int, point: Mapping[str, Any], memory: Mapping[str, Any] | None = None) -> None:
         """Takes up a point that was proposed in an earlier launch."""
         self._enter(number, dict(point), memory or {})
 
@@ -84,7 +84,7 @@ class PointSampler:
             state = TrialState.PRUNED  # which tpe takes for worse than everything else
         self._study.tell(self._study_number[number], values=values, state=state)
 
-    def tell_known(self, point: Mapping[str, Any], values: Sequence[float]) -> None:
+    def add_warm_start(self, point: Mapping[str, Any], values: Sequence[float]) -> None:
         """Figures of a point that this search has not tried itself; it may still be proposed."""
         self._study.add_trial(self._frozen(point, {}, TrialState.COMPLETE, values))
 
@@ -206,5 +206,5 @@ def study_of(search: Search, trials: Sequence[tuple[Mapping[str, Any], Sequence[
     """An Optuna study of finished trials (point, objectives), for its analyses."""
     sampler = PointSampler(search)
     for point, values in trials:
-        sampler.tell_known(point, values)
+        sampler.add_warm_start(point, values)
     return sampler._study

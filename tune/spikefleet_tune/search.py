@@ -1,4 +1,4 @@
-"""Runs a search on Ray Tune, and goes on with it after whatever has ended the last launch.
+"""Runs a search on Ray Tune, and resumes it after whatever has ended the last launch.
 
 Ray Tune starts, schedules and stops trials; its own files are scratch. The journal in the search's directory is what a
 later launch reads: trials that ended are not run again, those that were running are, under their names.
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from spikefleet_tune.capacity import check_population, nodes_of_cluster, refuse_what_never_fits
 from spikefleet_tune.errors import SearchError
-from spikefleet_tune.journal import Clock, KnownPoint, Past, SearchFolder, TrialRecord
+from spikefleet_tune.journal import Clock, Past, SearchFolder, TrialRecord, WarmStartPoint
 from spikefleet_tune.ledger import Ledger, SearchObserver, SilentObserver
 from spikefleet_tune.on_tune import SCRATCH, TrialSource, run_on_tune, total_trials
 from spikefleet_tune.result import SearchResult
@@ -39,24 +39,25 @@ def run_search(
     observer: SearchObserver | None = None,
     *,
     mutable: Mutable | None = None,
-    warm_start: Sequence[KnownPoint] = (),
+    warm_start: Sequence[WarmStartPoint] = (),
     extend: int = 0,
     retry_failed: bool = False,
 ) -> SearchResult:
-    """Runs a search, or goes on with the one of this name, until its budget is spent.
+    """Runs a search, or resumes the one of this name, until its budget is spent.
 
-    Ray must be initialised. `mutable` says which keys the scheduler pbt may change. `warm_start` is remembered: known
+    Ray must be initialised. `mutable` says which keys the scheduler pbt may change. `warm_start` is remembered:
     points with figures inform the sampler, those without are tried first. `extend` adds trials to a search that is
     done. `retry_failed` runs trials that failed once more, once.
-    A failing trial is recorded with its reason and stops nothing. Ctrl-C stops the trials, leaves them to be gone on
-    with under the same name, and raises KeyboardInterrupt; a second one does not wait.
-    Raises SearchError when the search is running already, was begun otherwise, or can never run on this cluster.
+    A failing trial is recorded with its reason and stops nothing. Ctrl-C stops the trials, leaves them to be resumed
+    under the same name, and raises KeyboardInterrupt; a second one does not wait.
+    Raises SearchError when the search is running already, was started with other settings, or can never run on this
+    cluster.
     """
     folder = SearchFolder(storage, name)
     scheduler = build_scheduler(search, mutable)
     nodes = nodes_of_cluster()
     refuse_what_never_fits(search.resources, nodes)
-    _check_known(search, warm_start)
+    _check_warm_start(search, warm_start)
     with folder.lock():
         folder.drop_torn_line()
         past = folder.read()
@@ -88,54 +89,54 @@ def _result(
     return SearchResult(folder.name, folder.path, search, tuple(records), seconds, complete)
 
 
-# ------------------------------------------------------------------------------------------------ going on
+# ------------------------------------------------------------------------------------------------ resuming
 
 
 def _check_resources(folder: SearchFolder, search: Search, past: Past) -> None:
-    """Trials that are under way go on with what they were begun with."""
+    """Trials that are under way resume with what they were started with."""
     if not past.unfinished:
         return
     held, wanted = (one.resources.model_dump() for one in (folder.read_search(), search))
     for key in ("workers", "cpus_per_worker", "gpus_per_worker"):
         if held[key] != wanted[key]:
             raise SearchError(
-                f"search {folder.name} has {len(past.unfinished)} trials under way, begun with "
-                f"resources.{key}={held[key]:g}; go on with that, and change it to {wanted[key]:g} after them"
+                f"search {folder.name} has {len(past.unfinished)} trials under way, started with "
+                f"resources.{key}={held[key]:g}; resume with that, and change it to {wanted[key]:g} after them"
             )
 
 
-def _check_known(search: Search, warm_start: Sequence[KnownPoint]) -> None:
+def _check_warm_start(search: Search, warm_start: Sequence[WarmStartPoint]) -> None:
     space = search.space_view()
-    for known in warm_start:
-        space.check(known.point, known.origin)
-        if known.figures is not None:
-            if missing := [name for name in search.objectives if name not in known.figures]:
-                raise SearchError(f"{known.origin} has no figure for the objective {missing[0]}")
-            if lost := [key for key in space.dimensions if space.active(key, known.point) and key not in known.point]:
-                raise SearchError(f"{known.origin} has figures, but no value for {lost[0]}")
+    for given in warm_start:
+        space.check(given.point, given.origin)
+        if given.figures is not None:
+            if missing := [name for name in search.objectives if name not in given.figures]:
+                raise SearchError(f"{given.origin} has no figure for the objective {missing[0]}")
+            if lost := [key for key in space.dimensions if space.active(key, given.point) and key not in given.point]:
+                raise SearchError(f"{given.origin} has figures, but no value for {lost[0]}")
 
 
-def _remember(folder: SearchFolder, past: Past, warm_start: Sequence[KnownPoint]) -> None:
-    """Writes known points down, once each."""
-    held = {(signature(known.point), known.figures is None) for known in past.known}
-    for known in warm_start:
-        if (key := (signature(known.point), known.figures is None)) not in held:
+def _remember(folder: SearchFolder, past: Past, warm_start: Sequence[WarmStartPoint]) -> None:
+    """Writes warm-start points down, once each."""
+    held = {(signature(given.point), given.figures is None) for given in past.warm_start}
+    for given in warm_start:
+        if (key := (signature(given.point), given.figures is None)) not in held:
             held.add(key)
-            past.known.append(known)
-            figures = None if known.figures is None else dict(known.figures)
-            folder.append("known", point=dict(known.point), figures=figures, origin=known.origin)
+            past.warm_start.append(given)
+            figures = None if given.figures is None else dict(given.figures)
+            folder.append("known", point=dict(given.point), figures=figures, origin=given.origin)
 
 
 def _restored(search: Search, past: Past) -> PointSampler:
     """The sampler as it was when the last launch ended."""
-    queued = [known.point for known in past.known if known.figures is None]
+    queued = [given.point for given in past.warm_start if given.figures is None]
     sampler = PointSampler(search, queued)
-    for known in past.known:
-        if known.figures is not None:
-            sampler.tell_known(known.point, [known.figures[name] for name in search.objectives])
+    for given in past.warm_start:
+        if given.figures is not None:
+            sampler.add_warm_start(given.point, [given.figures[name] for name in search.objectives])
     for event, number in past.order:
         if event == "started":
-            sampler.adopt(number, past.proposed[number], past.started[number]["memory"])
+            sampler.replay(number, past.proposed[number], past.started[number]["memory"])
         else:
             sampler.tell(number, past.ended[number].values(search.objectives))
     return sampler
@@ -159,9 +160,7 @@ def _extend(folder: SearchFolder, search: Search, past: Past, sampler: PointSamp
     if search.budget.hours is not None and folder.read_seconds() >= search.budget.hours * 3600:
         raise SearchError(f"search {folder.name} has used up its {search.budget.hours:g} hours; raise budget.hours too")
     if not _complete(search, past, sampler):
-        raise SearchError(
-            f"search {folder.name} is not done ({len(past.ended)} of {total} trials); go on with it first"
-        )
+        raise SearchError(f"search {folder.name} is not done ({len(past.ended)} of {total} trials); resume it first")
     if sampler.exhausted:
         raise SearchError(f"search {folder.name} has tried every point of its space; there is nothing to extend")
     folder.append("extended", trials=trials)

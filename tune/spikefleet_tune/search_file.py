@@ -1,22 +1,19 @@
-"""A search as a YAML file: what is varied, what is wanted, how points are chosen, and how much may be spent."""
+"""A search as plain data: what is varied, what is wanted, how points are chosen, and how much may be spent."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Self, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from spikefleet_tune.errors import SearchError, nearest
 from spikefleet_tune.pareto import Direction
 from spikefleet_tune.space import Dimension, Part, Space
 
-_LIMIT_BYTES = 1 << 20
 _DRAWS = 2000
 
 
@@ -184,36 +181,11 @@ def list_searches() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def load_search(search: str) -> Search:
-    """A search by its name in the package or the path of its YAML file. Raises SearchError as `parse_search`."""
-    path = Path(search)
-    if path.suffix not in (".yaml", ".yml"):
-        if search not in list_searches():
-            raise SearchError(f"there is no search {search!r}; {nearest(search, list_searches())}")
-        text = (resources.files("spikefleet_tune") / "searches" / f"{search}.yaml").read_text(encoding="utf-8")
-        return parse_search(text, f"search {search}")
-    if not path.is_file():
-        raise SearchError(f"search file {search} does not exist")
-    if path.stat().st_size > _LIMIT_BYTES:
-        raise SearchError(f"search file {search} has {path.stat().st_size} bytes; a search has at most 1 MiB")
-    try:
-        return parse_search(path.read_text(encoding="utf-8"), f"search {search}")
-    except UnicodeDecodeError:
-        raise SearchError(f"search file {search} is not UTF-8 text") from None
-
-
-def parse_search(text: str, origin: str = "search") -> Search:
-    """Reads a search. Raises SearchError with one sentence for each thing that is wrong."""
-    loader = _StrictLoader(text)
-    try:
-        tree = loader.get_single_data()
-    except yaml.YAMLError as error:
-        raise SearchError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from None
-    finally:
-        loader.dispose()
-    if not isinstance(tree, dict):
-        raise SearchError(f"{origin} is empty or no mapping; it needs at least recipe, space, objectives and budget")
-    return search_of(tree, origin)
+def search_text(name: str) -> str:
+    """The YAML text of a search that comes with the package. Raises SearchError naming the nearest one."""
+    if name not in list_searches():
+        raise SearchError(f"there is no search {name!r}; {nearest(name, list_searches())}")
+    return (resources.files("spikefleet_tune") / "searches" / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def search_of(tree: Mapping[str, Any], origin: str = "search") -> Search:
@@ -223,24 +195,6 @@ def search_of(tree: Mapping[str, Any], origin: str = "search") -> Search:
     except ValidationError as error:
         complaints = [_sentence(one) for one in error.errors()]
         raise SearchError(f"{origin}: " + "; ".join(dict.fromkeys(complaints))) from None
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """The safe loader, which also refuses repeated keys (the last one would win silently) and aliases."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.constructor.ConstructorError(None, None, "aliases (*name) are not allowed in a search")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            key = str(self.construct_object(key_node, deep=True))
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
 
 
 def _sentence(error: Mapping[str, Any]) -> str:

@@ -2,7 +2,8 @@
 
 Every tensor between blocks is a membrane current [T * B, C, H, W]; a neuron (SN) stands before each convolution, never
 after it, so residual additions, pooling and up-sampling all act on real values. `ConvNorm` and `SpikeConv` are the
-only places where a convolution meets its batch norm: reparam.py folds them.
+only places where a convolution meets its batch norm, but for the chains, which have batch norms inside. `deployed` says
+how each is folded; the arithmetic is reparam.py's.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from spikefleet_models.neurons import NeuronConfig, build_neuron
+from spikefleet_models.neuron_config import NeuronConfig
+from spikefleet_models.neurons import build_neuron
+from spikefleet_models.reparam import (
+    fold_behind,
+    fold_bn,
+    fold_padded,
+    fold_padded_in_front,
+    merge_rep_conv,
+    merge_sep_rep_conv,
+)
 from spikefleet_models.spike_yolo.config import ATTENTION_HEADS
 
 BN_EPSILON = 1e-3
@@ -74,6 +84,11 @@ class ConvNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.bn(self.conv(x))
         return y
+
+    def deployed(self, merge: bool) -> nn.Module:
+        """Itself, the batch norm folded into the convolution or into the last one of the chain."""
+        self.conv, self.bn = fold_behind(self.conv, self.bn), nn.Identity()
+        return self
 
 
 class SpikeConv(ConvNorm):
@@ -173,6 +188,12 @@ class RepConv(nn.Module):
         y: Tensor = self.bn(self.last(self.depthwise(self.pad_bn(self.first(x)))))
         return y
 
+    def deployed(self, merge: bool) -> nn.Module:
+        """One dense 3x3 convolution; or the three, the first with padding and bias."""
+        if merge:
+            return merge_rep_conv(self)
+        return nn.Sequential(fold_padded(self.first, self.pad_bn.bn), self.depthwise, fold_bn(self.last, self.bn))
+
 
 class SepRepConv(nn.Module):
     """BNAndPad -> 1x1 -> 3x3 depth-wise, valid; merges to one 3x3 convolution with zero padding."""
@@ -188,13 +209,19 @@ class SepRepConv(nn.Module):
         y: Tensor = self.depthwise(self.pointwise(self.pad_bn(x)))
         return y
 
+    def deployed(self, merge: bool) -> nn.Module:
+        """One dense 3x3 convolution; or the two, the first with padding and bias."""
+        if merge:
+            return merge_sep_rep_conv(self)
+        return nn.Sequential(fold_padded_in_front(self.pad_bn.bn, self.pointwise), self.depthwise)
+
 
 class SpikingRepConv(nn.Module):
     """RepConv without re-parameterisation: 1x1 -> BNAndPad -> SN -> 3x3 depth-wise -> SN -> 1x1 -> BN."""
 
     def __init__(self, plan: Plan, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.first: nn.Module = nn.Conv2d(in_channels, in_channels, 1, bias=False)
+        self.first = nn.Conv2d(in_channels, in_channels, 1, bias=False)
         self.pad_bn: nn.Module = BatchNormAndPad(in_channels)
         self.depthwise_sn = plan.activation()
         self.depthwise = nn.Conv2d(in_channels, in_channels, 3, groups=in_channels, bias=False)
@@ -207,6 +234,16 @@ class SpikingRepConv(nn.Module):
         x = self.depthwise(self.depthwise_sn(self.pad_bn(self.first(x))))
         y: Tensor = self.bn(self.last(self.last_sn(x)))
         return y
+
+    def deployed(self, merge: bool) -> nn.Module:
+        """Itself, both batch norms folded; the neurons inside keep its convolutions apart."""
+        self.first = fold_padded(self.first, self.pad_bn.get_submodule("bn"))
+        self.last, self.pad_bn, self.bn = fold_bn(self.last, self.bn), nn.Identity(), nn.Identity()
+        return self
+
+    def take_batch_norm(self, bn: nn.Module) -> None:
+        """Fold a batch norm that follows into the last convolution."""
+        self.last = fold_bn(self.last, bn)
 
 
 class SpikingSepRepConv(nn.Module):
@@ -223,6 +260,16 @@ class SpikingSepRepConv(nn.Module):
         """[N, C, H, W] -> [N, C', H, W]."""
         y: Tensor = self.pointwise(self.sn(self.depthwise(self.pad_bn(x))))
         return y
+
+    def deployed(self, merge: bool) -> nn.Module:
+        """Itself, the batch norm folded; the neuron inside keeps its convolutions apart."""
+        self.depthwise = fold_padded_in_front(self.pad_bn.get_submodule("bn"), self.depthwise)
+        self.pad_bn = nn.Identity()
+        return self
+
+    def take_batch_norm(self, bn: nn.Module) -> None:
+        """Fold a batch norm that follows into the last convolution."""
+        self.pointwise = fold_bn(self.pointwise, bn)
 
 
 class SepConv(nn.Module):

@@ -1,15 +1,25 @@
-"""Configurations of the detectors of this package: SpikeYOLO with its published variants, and Spiking YOLOv8."""
+"""The configurations of SpikeYOLO with its published variants and of Spiking YOLOv8, and the published members.
+
+The networks are in network.py and spiking_yolov8.py, their criterion in loss.py.
+"""
 
 import math
-from typing import Literal
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from spikefleet_models.neurons import NeuronConfig
-from spikefleet_models.spike_yolo.loss import YoloCriterionConfig
+from spikefleet_models.family import ModelConfig
+from spikefleet_models.neuron_config import NeuronConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from spikefleet_models.detection import DetectionCriterion
 
 REG_MAX = 16
-"""Bins of the distribution of each side of a box."""
+"""Bins of the distribution of a side's distance: 0, 1, ..., 15 cells."""
 
 ATTENTION_HEADS = 8
 """Heads of the transformer variant's attention."""
@@ -18,10 +28,33 @@ ANCHORS = 3
 """Anchors a cell of the anchor head."""
 
 
-class _YoloConfig(BaseModel):
-    """What the two families share."""
+class YoloCriterionConfig(BaseModel):
+    """Loss, assignment and decoding of the anchor-free YOLO head; the defaults are SpikeYOLO's on COCO."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    box_gain: float = Field(7.5, ge=0.0, description="Weight of the CIoU loss.")
+    cls_gain: float = Field(0.5, ge=0.0, description="Weight of the classification loss.")
+    dfl_gain: float = Field(1.5, ge=0.0, description="Weight of the distribution focal loss.")
+    topk: int = Field(10, ge=1, description="Anchors that an object may have at most.")
+    alpha: float = Field(0.5, ge=0.0, description="Power of the class score in the alignment score^alpha * IoU^beta.")
+    beta: float = Field(6.0, ge=0.0, description="Power of the IoU in the alignment.")
+    match_small: bool = Field(
+        False, description="An object that holds no anchor point gets the nearest of the finest level, not none."
+    )
+    score_threshold: float = Field(0.001, ge=0.0, lt=1.0, description="Detections need a score above this.")
+    nms_iou: float = Field(
+        0.7, ge=0.0, le=1.0, description="Overlap at which a worse box of the same class is dropped."
+    )
+    max_candidates: int = Field(30_000, ge=1, description="Best boxes of an image that enter the suppression.")
+    max_detections: int = Field(300, ge=1, description="Detections of an image at most.")
+    multi_label: bool = Field(True, description="A box may be a detection of several classes, not of its best alone.")
+
+
+class _YoloConfig(ModelConfig):
+    """What the two families share."""
+
+    task: ClassVar[str] = "detection"
 
     activation: Literal["spiking", "relu"] = Field(
         "spiking", description="relu puts a ReLU in the place of every neuron: the ANN twin."
@@ -30,7 +63,7 @@ class _YoloConfig(BaseModel):
         default_factory=lambda: NeuronConfig(kind="ilif"), description="Every spiking neuron of the network."
     )
     timesteps: int = Field(1, ge=1, description="T; the ANN twin runs one step whatever this says.")
-    in_channels: int = Field(3, ge=1, description="Channels of the pictures or event frames.")
+    in_channels: int = Field(3, ge=1, description="Channels of the images or event frames.")
     num_classes: int = Field(80, ge=1, description="Classes of objects, K.")
     box_channels: int = Field(64, ge=4, description="Least channels of the hidden layers of the head's box branch.")
     criterion: YoloCriterionConfig = Field(
@@ -38,13 +71,62 @@ class _YoloConfig(BaseModel):
     )
 
     @property
-    def simulated_timesteps(self) -> int:
-        """T that really runs: 1 for the ANN twin."""
-        return 1 if self.activation == "relu" else self.timesteps
+    def is_spiking(self) -> bool:
+        """False for the ANN twin."""
+        return self.activation != "relu"
+
+    @property
+    @abstractmethod
+    def strides(self) -> tuple[int, int, int]:
+        """Pixels a cell of each level, finest first."""
+
+    @property
+    def input_multiple(self) -> int:
+        """The coarsest stride."""
+        return self.strides[-1]
+
+    def build_criterion(self) -> "DetectionCriterion":
+        """A `YoloCriterion`."""
+        from spikefleet_models.spike_yolo.loss import YoloCriterion
+
+        return YoloCriterion(self.criterion, self.num_classes, self.strides)
+
+    def twin(self) -> Self:
+        """The same with `activation: relu`."""
+        return self.model_validate({**self.model_dump(), "activation": "relu"})
+
+    def tags(self) -> dict[str, object]:
+        """Also activation and neuron."""
+        return {**super().tags(), "activation": self.activation, **self.neuron.tags()}
+
+
+_N: Mapping[str, Any] = {"depth": 0.33, "width": 0.375}
+_S: Mapping[str, Any] = {"depth": 0.33, "width": 0.5}
+_M: Mapping[str, Any] = {"depth": 0.5, "width": 0.625, "neck_ratio": 2}
+_L: Mapping[str, Any] = {"depth": 0.5, "width": 0.75, "neck_ratio": 2}
+_TINY: Mapping[str, Any] = {"depth": 0.1, "width": 0.0625, "stem_stride": 2, "box_channels": 16}
 
 
 class SpikeYoloConfig(_YoloConfig):
     """SpikeYOLO; the defaults are the 23.1M member on COCO."""
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        # Luo et al. 2024, table 1; T = 1, D = 4.
+        "spike_yolo_n": _N,
+        "spike_yolo_s": _S,
+        "spike_yolo_m": _M,
+        "spike_yolo_l": _L,
+        # For images of 64 to 160 pixels with small objects, strides 4, 8, 16: a step of 8 takes a quarter of a second.
+        "spike_yolo_tiny": _TINY,
+        # Table 2: the same as an ANN.
+        "spike_yolo_ann_s": {**_S, "activation": "relu"},
+        "spike_yolo_ann_tiny": {**_TINY, "activation": "relu"},
+        # Table 5.
+        "spike_yolo_s_no_rep": {**_S, "reparameterise": False},
+        "spike_yolo_s_block2": {**_S, "low_block": "block2"},
+        "spike_yolo_s_transformer": {**_S, "high_block": "transformer"},
+        "spike_yolo_s_anchor": {**_S, "head": "anchor"},
+    }
 
     family: Literal["spike_yolo"] = "spike_yolo"
     depth: float = Field(0.33, gt=0.0, description="Factor on the blocks of the four stages, 3, 6, 9 and 3.")
@@ -91,9 +173,23 @@ class SpikeYoloConfig(_YoloConfig):
         """Pixels a cell of each level, finest first."""
         return (2 * self.stem_stride, 4 * self.stem_stride, 8 * self.stem_stride)
 
+    def build(self) -> "nn.Module":
+        """A `SpikeYolo`."""
+        from spikefleet_models.spike_yolo.network import SpikeYolo
+
+        return SpikeYolo(self)
+
+    def build_criterion(self) -> "DetectionCriterion":
+        """A `YoloCriterion`. Raises ValueError for the anchor variant."""
+        if self.head == "anchor":
+            raise ValueError("head='anchor' has no published loss, and none here; use head='anchor_free' to train")
+        return super().build_criterion()
+
 
 class SpikingYoloV8Config(_YoloConfig):
     """YOLOv8 with a neuron before each convolution; the defaults are the m member."""
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"spiking_yolov8_m": {}}  # Luo et al. 2024, table 2
 
     family: Literal["spiking_yolov8"] = "spiking_yolov8"
     depth: float = Field(0.67, gt=0.0, description="Factor on the bottlenecks of a block, 3 and 6.")
@@ -112,3 +208,9 @@ class SpikingYoloV8Config(_YoloConfig):
     def strides(self) -> tuple[int, int, int]:
         """Pixels a cell of each level, finest first."""
         return (8, 16, 32)
+
+    def build(self) -> "nn.Module":
+        """A `SpikingYoloV8`."""
+        from spikefleet_models.spike_yolo.spiking_yolov8 import SpikingYoloV8
+
+        return SpikingYoloV8(self)

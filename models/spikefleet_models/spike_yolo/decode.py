@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from spikefleet_models.detection import wide
-
-REG_MAX = 16
-"""Bins of a side's distance: 0, 1, ..., 15 cells."""
+from spikefleet_models.spike_yolo.config import REG_MAX
 
 
 class AnchorPoints(NamedTuple):

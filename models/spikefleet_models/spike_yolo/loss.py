@@ -24,13 +24,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from spikefleet_models.detection import Detections, Objects, check_objects, check_outputs, suppress
+from spikefleet_models.spike_yolo.config import REG_MAX, YoloCriterionConfig
 from spikefleet_models.spike_yolo.decode import (
-    REG_MAX,
     AnchorPoints,
     anchor_points,
     boxes_to_distances,
@@ -38,29 +37,6 @@ from spikefleet_models.spike_yolo.decode import (
     expected_distances,
     split_outputs,
 )
-
-
-class YoloCriterionConfig(BaseModel):
-    """Loss, assignment and decoding of the anchor-free YOLO head; the defaults are SpikeYOLO's on COCO."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    box_gain: float = Field(7.5, ge=0.0, description="Weight of the CIoU loss.")
-    cls_gain: float = Field(0.5, ge=0.0, description="Weight of the classification loss.")
-    dfl_gain: float = Field(1.5, ge=0.0, description="Weight of the distribution focal loss.")
-    topk: int = Field(10, ge=1, description="Anchors that an object may have at most.")
-    alpha: float = Field(0.5, ge=0.0, description="Power of the class score in the alignment score^alpha * IoU^beta.")
-    beta: float = Field(6.0, ge=0.0, description="Power of the IoU in the alignment.")
-    match_small: bool = Field(
-        False, description="An object that holds no anchor point gets the nearest of the finest level, not none."
-    )
-    score_threshold: float = Field(0.001, ge=0.0, lt=1.0, description="Detections need a score above this.")
-    nms_iou: float = Field(
-        0.7, ge=0.0, le=1.0, description="Overlap at which a worse box of the same class is dropped."
-    )
-    max_candidates: int = Field(30_000, ge=1, description="Best boxes of a picture that enter the suppression.")
-    max_detections: int = Field(300, ge=1, description="Detections of a picture at most.")
-    multi_label: bool = Field(True, description="A box may be a detection of several classes, not of its best alone.")
 
 
 class Assignment(NamedTuple):

@@ -1,78 +1,31 @@
 """Sources: the data sets that can be prepared, and how.
 
-To add one: a file here with a `Source`, and its line in `SOURCES`.
+A source is two modules, `X_config.py` (pydantic only) and `X.py` (reading), and a line in `registry.py`. Listing
+sources and checking options imports no reader; `prepare` does.
 """
 
-import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
+from spikefleet_pipelines.errors import SourceError, StoreError
+from spikefleet_pipelines.sources.registry import check_options, find_source, list_sources, register_source
+from spikefleet_pipelines.sources.source import Progress, Source, SourceOptions
 
-from spikefleet_pipelines.sources.cifar import CIFAR10, CIFAR100
-from spikefleet_pipelines.sources.coco import COCO
-from spikefleet_pipelines.sources.digits import DIGITS
-from spikefleet_pipelines.sources.fashion_mnist import FASHION_MNIST
-from spikefleet_pipelines.sources.image_folder import IMAGE_FOLDER
-from spikefleet_pipelines.sources.scenes import SCENES
-from spikefleet_pipelines.sources.source import Progress, Source, SourceError, SourceOptions
-from spikefleet_pipelines.store.manifest import StoreError
-from spikefleet_pipelines.store.reader import Store
-from spikefleet_pipelines.store.writer import StoreWriter
+if TYPE_CHECKING:
+    from spikefleet_pipelines.store.reader import Store
 
 __all__ = [
-    "SOURCES",
     "Progress",
     "Source",
-    "SourceError",
+    "SourceOptions",
     "check_options",
     "find_source",
     "list_sources",
     "prepare",
+    "register_source",
 ]
-
-SOURCES: dict[str, Source] = {
-    source.name: source for source in (DIGITS, FASHION_MNIST, CIFAR10, CIFAR100, IMAGE_FOLDER, SCENES, COCO)
-}
-
-
-def list_sources() -> list[str]:
-    """The names that `prepare` takes."""
-    return list(SOURCES)
-
-
-def find_source(name: str) -> Source:
-    """A source by its name.
-
-    Raises:
-        SourceError: there is none; names the nearest.
-    """
-    if name in SOURCES:
-        return SOURCES[name]
-    nearest = difflib.get_close_matches(name, SOURCES, 1, 0.5)
-    hint = f"did you mean {nearest[0]!r}?" if nearest else f"it must be one of {', '.join(SOURCES)}."
-    raise SourceError(f"Unknown data source {name!r}; {hint}")
-
-
-def check_options(source: Source, options: dict[str, Any], model: type[SourceOptions] | None = None) -> SourceOptions:
-    """The options of a source, checked; `model` says which, if not those of the whole data set.
-
-    Raises:
-        SourceError: an option is unknown or missing, or its value is not allowed.
-    """
-    model = model or source.options
-    try:
-        return model.model_validate(options)
-    except ValidationError as error:
-        first = error.errors()[0]
-        option = ".".join(str(part) for part in first["loc"])
-        allowed = ", ".join(model.model_fields) or "none"
-        value = "is missing" if first["type"] == "missing" else f"has value {first['input']!r}: {first['msg']}"
-        raise SourceError(
-            f"Option {option!r} of source {source.name!r} {value}. Its options are: {allowed}."
-        ) from error
 
 
 def prepare(
@@ -85,7 +38,7 @@ def prepare(
     seed: int = 0,
     overwrite: bool = False,
     **options: Any,
-) -> Store:
+) -> "Store":
     """Build a store from raw data.
 
     If `out` already holds a store of the same source, options and seed, that one is opened. The store appears at `out`
@@ -108,14 +61,19 @@ def prepare(
     Raises:
         SourceError: unknown source or option; raw data missing or damaged (names the file).
         StoreError: `out` holds something else.
+        ImportError: a library that the source needs is not installed.
     """
+    from spikefleet_pipelines.store.reader import Store
+    from spikefleet_pipelines.store.writer import StoreWriter
+
     source = find_source(name)
-    if source.prepare_split is not None and source.split_options is not None and "split" in options:
+    split_writer = source.load_split_writer()
+    if split_writer is not None and source.split_options is not None and "split" in options:
         if root is not None:
-            raise SourceError(f"A split of {name!r} is given by options images and annotations; leave root {root} out.")
+            raise SourceError(f"A split of {name!r} is given by options images and annotations; leave root {root} out")
         of_split = check_options(source, options, source.split_options)
         with _writing(out):
-            source.prepare_split(of_split, out.resolve(), progress or _quiet, parallel, seed, overwrite)
+            split_writer(of_split, out.resolve(), progress or _quiet, parallel, seed, overwrite)
         return Store.open(out, verify=False)
     checked = check_options(source, options)
     recorded = {**checked.model_dump(mode="json"), "seed": seed}
@@ -125,16 +83,16 @@ def prepare(
             return store
         raise StoreError(
             f"{out} already holds a store of {store.manifest.source!r} with {store.manifest.options}, not of {name!r} "
-            f"with {recorded}; choose another directory or overwrite it."
+            f"with {recorded}; choose another directory or overwrite it"
         )
     if out.is_dir() and not Store.is_store(out) and any(out.iterdir()):
-        raise StoreError(f"{out} is not empty and not a store; choose another directory.")
+        raise StoreError(f"{out} is not empty and not a store; choose another directory")
     if source.files is None and root is not None:
-        raise SourceError(f"Source {name!r} is built in and reads no files; leave its root {root} out.")
+        raise SourceError(f"Source {name!r} is built in and reads no files; leave its root {root} out")
     root = root or source.default_root
     if source.files is not None and (root is None or not root.is_dir()):
         raise source.missing(root)
-    contents = source.read(root or Path(), checked, seed)
+    contents = source.load_reader()(root or Path(), checked, seed)
     out = out.resolve()
     with (
         _writing(out),
@@ -159,7 +117,7 @@ def _writing(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreError(f"The store {out} cannot be written: {error}; check the space and the permissions.") from error
+        raise StoreError(f"The store {out} cannot be written: {error}; check the space and the permissions") from error
 
 
 def _quiet(done: int, total: int) -> None:

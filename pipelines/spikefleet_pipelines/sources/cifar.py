@@ -1,59 +1,32 @@
 """CIFAR-10 and CIFAR-100 (Krizhevsky, 2009): 60,000 colour images of 32x32 pixels, in the official Python batches."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from spikefleet_pipelines.errors import SourceError
+from spikefleet_pipelines.sources.cifar_config import CIFAR10, CIFAR10_LAYOUT, CIFAR100, CIFAR100_LAYOUT, CifarLayout
+from spikefleet_pipelines.sources.contents import ArrayContents, hold_out_validation
 from spikefleet_pipelines.sources.python2_pickle import DamagedPickleError, read_plain_pickle
-from spikefleet_pipelines.sources.source import ArrayContents, Source, SourceError, SourceOptions, hold_out_validation
+from spikefleet_pipelines.sources.source import Source, SourceOptions
 
 _PIXELS = 3 * 32 * 32
 _TEST_IMAGES = 10_000
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """The names inside one of the two archives."""
-
-    folder: str
-    train_files: tuple[str, ...]
-    train_images: int  # in each file
-    test_file: str
-    meta_file: str
-    names_key: str
-    labels_key: str
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        return (self.meta_file, *self.train_files, self.test_file)
-
-
-_CIFAR10 = _Layout(
-    "cifar-10-batches-py",
-    tuple(f"data_batch_{number}" for number in range(1, 6)),
-    10_000,
-    "test_batch",
-    "batches.meta",
-    "label_names",
-    "labels",
-)
-_CIFAR100 = _Layout("cifar-100-python", ("train",), 50_000, "test", "meta", "fine_label_names", "fine_labels")
-
-
 def read_cifar10(root: Path, options: SourceOptions, seed: int) -> ArrayContents:
     """A tenth of the training images of each class (5,000 in all) is held out for val."""
-    return _read(CIFAR10, _CIFAR10, root, seed)
+    return _read(CIFAR10, CIFAR10_LAYOUT, root, seed)
 
 
 def read_cifar100(root: Path, options: SourceOptions, seed: int) -> ArrayContents:
     """The 100 fine classes. A tenth of the training images of each (5,000 in all) is held out for val."""
-    return _read(CIFAR100, _CIFAR100, root, seed)
+    return _read(CIFAR100, CIFAR100_LAYOUT, root, seed)
 
 
-def _read(source: Source, layout: _Layout, root: Path, seed: int) -> ArrayContents:
+def _read(source: Source, layout: CifarLayout, root: Path, seed: int) -> ArrayContents:
     inside = root / layout.folder
     folder = inside if inside.is_dir() else root
     for name in layout.files:
@@ -69,44 +42,30 @@ def _read(source: Source, layout: _Layout, root: Path, seed: int) -> ArrayConten
 
 
 def _read_batch(
-    path: Path, layout: _Layout, classes: int, official: int
+    path: Path, layout: CifarLayout, classes: int, official: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     try:
         content = read_plain_pickle(path)
     except DamagedPickleError as error:
         raise SourceError(
             f"{path} is truncated or damaged: it has {path.stat().st_size:,} bytes, and the official file holds "
-            f"{official:,} images in more than {official * _PIXELS:,} ({error}); get it again."
+            f"{official:,} images in more than {official * _PIXELS:,} ({error}); get it again"
         ) from error
     images = content.get("data") if isinstance(content, dict) else None
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != _PIXELS:
         found = f"{images.dtype} {list(images.shape)}" if isinstance(images, np.ndarray) else type(images).__name__
-        raise SourceError(f"{path}: its data should be uint8 [n, {_PIXELS}] and is {found}; get it again.")
+        raise SourceError(f"{path}: its data should be uint8 [n, {_PIXELS}] and is {found}; get it again")
     labels = _field(path, content, layout.labels_key)
     if len(labels) != len(images):
-        raise SourceError(f"{path} has {len(images)} images and {len(labels)} {layout.labels_key}; get it again.")
+        raise SourceError(f"{path} has {len(images)} images and {len(labels)} {layout.labels_key}; get it again")
     for row, label in enumerate(labels):
         if not isinstance(label, int) or not 0 <= label < classes:
-            raise SourceError(f"{path}: label {label!r} of image {row} is not a number from 0 to {classes - 1}.")
+            raise SourceError(f"{path}: label {label!r} of image {row} is not a number from 0 to {classes - 1}")
     return images.reshape(-1, 3, 32, 32), np.array(labels, np.int64)
 
 
 def _field(path: Path, content: Any, key: str) -> list[Any]:
     value = content.get(key) if isinstance(content, dict) else None
     if not isinstance(value, list) or not value:
-        raise SourceError(f"{path} has no list {key!r}; it is not an official batch, get it again.")
+        raise SourceError(f"{path} has no list {key!r}; it is not an official batch, get it again")
     return value
-
-
-CIFAR10 = Source(
-    "cifar10",
-    "CIFAR-10, 60,000 images of 32x32 pixels, the official Python version",
-    read_cifar10,
-    files=f"the unpacked cifar-10-python.tar.gz ({', '.join(_CIFAR10.files)})",
-)
-CIFAR100 = Source(
-    "cifar100",
-    "CIFAR-100, 60,000 images of 32x32 pixels, the official Python version",
-    read_cifar100,
-    files=f"the unpacked cifar-100-python.tar.gz ({', '.join(_CIFAR100.files)})",
-)

@@ -1,13 +1,13 @@
-"""COCO's format of any data set (Lin et al., "Microsoft COCO", 2014): a JSON of boxes and a directory of pictures.
+"""COCO's format of any data set (Lin et al., "Microsoft COCO", 2014): a JSON of boxes and a directory of images.
 
 Two ways into a store. `prepare("coco", root, out)` takes a directory that holds everything, by default laid out as
-COCO 2017; with options `images`, `annotations` and `split` and no root it takes one directory of pictures and one file,
+COCO 2017; with options `images`, `annotations` and `split` and no root it takes one directory of images and one file,
 and makes a store of them or adds them to the one at `out`. Files stay as they are: their bytes go into the store, after
 each has been decoded once to find the broken ones.
 
-Nobody outside COCO has the boxes of its test pictures, and results are reported on val2017: where no test split is
+Nobody outside COCO has the boxes of its test images, and results are reported on val2017: where no test split is
 given, "test" is "val" under a second name (`audit.same_as` in the manifest says so). To choose models on other
-pictures than those that are reported, hold out a part of train for val and give val2017 as test.
+images than those that are reported, hold out a part of train for val and give val2017 as test.
 """
 
 import hashlib
@@ -15,58 +15,31 @@ from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, JsonValue
+from pydantic import JsonValue
 
 from spikefleet_pipelines.counter_random import Draw, random_bits
+from spikefleet_pipelines.errors import SourceError, StoreError
+from spikefleet_pipelines.sources.coco_config import COCO, CocoOptions, CocoSplitOptions
 from spikefleet_pipelines.sources.coco_json import CocoFile, read_coco_json
 from spikefleet_pipelines.sources.ray_tasks import run_tasks
-from spikefleet_pipelines.sources.source import Progress, Source, SourceError, SourceOptions
+from spikefleet_pipelines.sources.source import Progress
 from spikefleet_pipelines.store.annotations import AnnotationColumns
 from spikefleet_pipelines.store.extension import StoreExtension
-from spikefleet_pipelines.store.manifest import ImageFormat, Manifest, Shard, StoreError
+from spikefleet_pipelines.store.manifest import ImageFormat, Manifest, Shard
 from spikefleet_pipelines.store.reader import Store
 from spikefleet_pipelines.store.shards import write_shard
 from spikefleet_pipelines.store.writer import StoreWriter, content_digests
-
-SplitName = Literal["train", "val", "test"]
 
 STAND_INS = {"test": "val"}
 _ENCODED = ImageFormat(encoding="encoded")
 
 
-class CocoOptions(SourceOptions):
-    """Where the parts are, below the root; the defaults are COCO 2017 as it unpacks."""
-
-    train_images: str = Field(default="train2017", description="directory of the training pictures")
-    train_annotations: str = Field(default="annotations/instances_train2017.json", description="JSON of their boxes")
-    val_images: str = Field(default="val2017", description="directory of the pictures for validation")
-    val_annotations: str = Field(default="annotations/instances_val2017.json", description="JSON of their boxes")
-    test_images: str | None = Field(default=None, description="directory of the pictures for the test; none: as val")
-    test_annotations: str | None = Field(default=None, description="JSON of their boxes")
-    holdout: float = Field(
-        default=0.0,
-        ge=0.0,
-        lt=1.0,
-        description="part of the training pictures that becomes val; what is given as val is then test",
-    )
-
-
-class CocoSplitOptions(SourceOptions):
-    """One split, given by itself."""
-
-    images: Path = Field(description="directory of the pictures")
-    annotations: Path = Field(description="JSON of their boxes")
-    split: SplitName = Field(description="what the pictures are for: train, val or test")
-    holdout: float = Field(default=0.0, ge=0.0, lt=1.0, description="train: part of the pictures that becomes val")
-
-
 @dataclass(frozen=True)
-class _Pictures:
-    """The pictures of a split, and their objects."""
+class _Images:
+    """The images of a split, and their objects."""
 
     paths: tuple[Path, ...]
     sizes: NDArray[np.int64]
@@ -74,12 +47,12 @@ class _Pictures:
     columns: AnnotationColumns
     computed_areas: NDArray[np.int64]
 
-    def select(self, rows: NDArray[np.int64]) -> "_Pictures":
+    def select(self, rows: NDArray[np.int64]) -> "_Images":
         paths = tuple(self.paths[row] for row in rows)
-        return _Pictures(paths, self.sizes[rows], self.columns.select(rows), self.computed_areas[rows])
+        return _Images(paths, self.sizes[rows], self.columns.select(rows), self.computed_areas[rows])
 
-    def parts(self, shard_bytes: int) -> "list[_Pictures]":
-        """Runs of pictures, each of about `shard_bytes`, so that the shards do not depend on who writes them."""
+    def parts(self, shard_bytes: int) -> "list[_Images]":
+        """Runs of images, each of about `shard_bytes`, so that the shards do not depend on who writes them."""
         number = np.cumsum([0, *self.sizes])[:-1] // shard_bytes
         return [self.select(np.flatnonzero(number == value)) for value in np.unique(number)]
 
@@ -90,7 +63,7 @@ class _Job:
 
     split: str
     out: Path
-    pictures: _Pictures
+    images: _Images
 
 
 @dataclass(frozen=True)
@@ -99,36 +72,35 @@ class CocoContents:
 
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
-    splits: dict[str, _Pictures]
+    splits: dict[str, _Images]
     stand_ins: Mapping[str, str]
     image: ImageFormat = _ENCODED
 
     def write(self, writer: StoreWriter, progress: Progress, parallel: int | None) -> None:
-        total, done = sum(len(pictures.paths) for pictures in self.splits.values()), 0
+        total, done = sum(len(images.paths) for images in self.splits.values()), 0
         jobs = [
             _Job(split, writer.directory / writer.shard_name(split, number), part)
-            for split, pictures in self.splits.items()
-            for number, part in enumerate(pictures.parts(writer.shard_bytes))
+            for split, images in self.splits.items()
+            for number, part in enumerate(images.parts(writer.shard_bytes))
         ]
         with closing(run_tasks(_convert, jobs, parallel, total)) as results:
             for job, (shard, digests) in zip(jobs, results, strict=True):
-                computed = int(job.pictures.computed_areas.sum())
-                writer.add_shard(job.split, shard, job.pictures.columns, digests, computed)
+                computed = int(job.images.computed_areas.sum())
+                writer.add_shard(job.split, shard, job.images.columns, digests, computed)
                 done += shard.rows
                 progress(done, total)
 
 
-def read_coco(root: Path, options: SourceOptions, seed: int) -> CocoContents:
+def read_coco(root: Path, options: CocoOptions, seed: int) -> CocoContents:
     """All splits of a directory.
 
     Raises:
         SourceError: a file is missing or wrong, or the splits differ in their categories.
     """
-    assert isinstance(options, CocoOptions)
     if (options.test_images is None) != (options.test_annotations is None):
-        raise SourceError("Source 'coco': options test_images and test_annotations go together; give both or neither.")
+        raise SourceError("Source 'coco': options test_images and test_annotations go together; give both or neither")
     if options.holdout and options.test_images is not None:
-        raise SourceError("Source 'coco': with holdout, val becomes the test split; leave test_images out.")
+        raise SourceError("Source 'coco': with holdout, val becomes the test split; leave test_images out")
     places = {
         "train": (options.train_images, options.train_annotations),
         "test" if options.holdout else "val": (options.val_images, options.val_annotations),
@@ -143,14 +115,14 @@ def read_coco(root: Path, options: SourceOptions, seed: int) -> CocoContents:
     first = files["train"]
     for file in files.values():
         file.check_same_categories(first.category_ids, first.class_names, str(first.path))
-    splits: dict[str, _Pictures] = {}
+    splits: dict[str, _Images] = {}
     for split, (images, _) in places.items():
         splits |= _divide(split, _find(files[split], root / images), options.holdout, seed)
     return CocoContents(first.class_names, first.category_ids, splits, STAND_INS)
 
 
 def prepare_coco_split(
-    options: SourceOptions, out: Path, progress: Progress, parallel: int | None, seed: int, overwrite: bool
+    options: CocoSplitOptions, out: Path, progress: Progress, parallel: int | None, seed: int, overwrite: bool
 ) -> None:
     """Put one split of a COCO data set into the store at `out`, which is made if it is not there.
 
@@ -164,14 +136,13 @@ def prepare_coco_split(
         SourceError: a file is missing or wrong.
         StoreError: `out` holds something else, or this split of other data.
     """
-    assert isinstance(options, CocoSplitOptions)
     images, annotations, split, holdout = options.images, options.annotations, options.split, options.holdout
     if holdout and split != "train":
-        raise SourceError(f"Source 'coco': holdout is {holdout} for split {split!r}; only train can have it.")
+        raise SourceError(f"Source 'coco': holdout is {holdout} for split {split!r}; only train can have it")
     if not images.is_dir():
-        raise SourceError(f"Source 'coco': {images} is no directory; images must be the one of the pictures.")
+        raise SourceError(f"Source 'coco': {images} is no directory; option images must be one of image files")
     if not annotations.is_file():
-        raise SourceError(f"Source 'coco': {annotations} is no file; annotations must be the JSON of the boxes.")
+        raise SourceError(f"Source 'coco': {annotations} is no file; annotations must be the JSON of the boxes")
     with annotations.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     recorded: dict[str, JsonValue] = {
@@ -185,7 +156,7 @@ def prepare_coco_split(
     if there is not None and _is_done(there, out, ("train", "val") if holdout else (split,), recorded, overwrite):
         return
     if there is None and out.is_dir() and any(out.iterdir()):
-        raise StoreError(f"{out} is not empty and not a store; choose another directory.")
+        raise StoreError(f"{out} is not empty and not a store; choose another directory")
     file = read_coco_json(annotations)
     if there is not None:
         file.check_same_categories(there.category_ids or (), there.class_names, f"the store {out}")
@@ -218,21 +189,21 @@ def _is_done(
         StoreError: it has one of them, of other data, and is not to be overwritten; or it is of another source.
     """
     if there.source != COCO.name:
-        raise StoreError(f"{out} already holds a store of {there.source!r}; choose another directory.")
+        raise StoreError(f"{out} already holds a store of {there.source!r}; choose another directory")
     own = set(there.shards) - set(there.audit.same_as or ())
     has = [split for split in splits if split in own]
     if overwrite or not has:
         return False
     if has == list(splits) and recorded.items() <= there.options.items():
         return True
-    made_of = there.options.get(f"{has[0]}_annotations", "pictures held out of train")
+    made_of = there.options.get(f"{has[0]}_annotations", "images held out of train")
     raise StoreError(
-        f"{out} already has split {has[0]!r}, of {made_of}; choose another directory, or overwrite to replace it."
+        f"{out} already has split {has[0]!r}, of {made_of}; choose another directory, or overwrite to replace it"
     )
 
 
-def _find(file: CocoFile, folder: Path) -> _Pictures:
-    """The files of all pictures that an annotation file lists.
+def _find(file: CocoFile, folder: Path) -> _Images:
+    """The files of all images that an annotation file lists.
 
     Raises:
         SourceError: some are missing; names the first, with its image id.
@@ -247,54 +218,43 @@ def _find(file: CocoFile, folder: Path) -> _Pictures:
         paths.append(path)
     if missing:
         row = missing[0]
-        more = f" {len(missing)} of its {len(paths)} pictures are missing." if len(missing) > 1 else ""
+        more = f" {len(missing)} of its {len(paths)} images are missing." if len(missing) > 1 else ""
         raise SourceError(
             f"{paths[row]} is missing: image {file.columns.image_ids[row]} of {file.path}.{more} "
-            "Get the pictures, or give the directory that holds them."
+            "Get the images, or give the directory that holds them"
         )
-    return _Pictures(tuple(paths), np.array(sizes, np.int64), file.columns, file.computed_areas)
+    return _Images(tuple(paths), np.array(sizes, np.int64), file.columns, file.computed_areas)
 
 
-def _divide(split: str, pictures: _Pictures, holdout: float, seed: int) -> dict[str, _Pictures]:
-    """Hold out a part of train for val: the pictures whose ids hash lowest, whatever their order."""
+def _divide(split: str, images: _Images, holdout: float, seed: int) -> dict[str, _Images]:
+    """Hold out a part of train for val: the images whose ids hash lowest, whatever their order."""
     if split != "train" or not holdout:
-        return {split: pictures}
-    count = len(pictures.paths)
+        return {split: images}
+    count = len(images.paths)
     kept_back = min(count - 1, max(1, round(count * holdout)))
-    keys = random_bits(seed, 0, pictures.columns.image_ids, Draw.HOLD_OUT)
+    keys = random_bits(seed, 0, images.columns.image_ids, Draw.HOLD_OUT)
     chosen = np.zeros(count, np.bool_)
     chosen[np.argsort(keys, kind="stable")[:kept_back]] = True
-    return {"train": pictures.select(np.flatnonzero(~chosen)), "val": pictures.select(np.flatnonzero(chosen))}
+    return {"train": images.select(np.flatnonzero(~chosen)), "val": images.select(np.flatnonzero(chosen))}
 
 
 def _convert(job: _Job) -> tuple[Shard, list[bytes]]:
     from spikefleet_pipelines.store.decode import decode_rgb  # here, because torchvision takes seconds to import
 
-    images, columns = [], job.pictures.columns
-    for row, path in enumerate(job.pictures.paths):
+    images, columns = [], job.images.columns
+    for row, path in enumerate(job.images.paths):
         where = f"{path} (image {columns.image_ids[row]})"
         try:
             encoded = path.read_bytes()
             height, width = decode_rgb(np.frombuffer(encoded, np.uint8)).shape[1:]
         except (ValueError, OSError) as error:
-            raise SourceError(f"{where}: {error} Replace the file, or remove its entry.") from error
+            raise SourceError(f"{where}: {error}; replace the file, or remove its entry") from error
         if (height, width) != (columns.heights[row], columns.widths[row]):
             turned = (width, height) == (columns.heights[row], columns.widths[row])
             hint = "; the file says by its EXIF orientation that it is to be turned, the boxes are of the unturned one"
             raise SourceError(
                 f"{where} is {width} x {height} pixels, and its annotations say {columns.widths[row]} x "
-                f"{columns.heights[row]}{hint if turned else ''}. Replace the file, or correct its entry."
+                f"{columns.heights[row]}{hint if turned else ''}. Replace the file, or correct its entry"
             )
         images.append(encoded)
     return write_shard(job.out, images, columns, _ENCODED), content_digests(images)
-
-
-COCO = Source(
-    "coco",
-    "COCO 2017, or any data set in its format: JSON files of boxes and directories of pictures",
-    read_coco,
-    CocoOptions,
-    files="train2017/, val2017/ and annotations/instances_{train,val}2017.json (other names by options)",
-    prepare_split=prepare_coco_split,
-    split_options=CocoSplitOptions,
-)

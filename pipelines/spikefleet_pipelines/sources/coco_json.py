@@ -14,8 +14,8 @@ from typing import Any, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
+from spikefleet_pipelines.errors import SourceError
 from spikefleet_pipelines.sources.json_stream import list_elements
-from spikefleet_pipelines.sources.source import SourceError
 from spikefleet_pipelines.store.annotations import AnnotationColumns
 
 _LARGEST_SIDE = 1 << 20
@@ -23,7 +23,7 @@ _LARGEST_SIDE = 1 << 20
 
 @dataclass(frozen=True)
 class CocoFile:
-    """One annotation file: its categories by rising id, its pictures in the order of the file."""
+    """One annotation file: its categories by rising id, its images in the order of the file."""
 
     path: Path
     category_ids: tuple[int, ...]
@@ -31,7 +31,7 @@ class CocoFile:
     file_names: tuple[str, ...]
     columns: AnnotationColumns
     computed_areas: NDArray[np.int64]
-    """For each picture how many of its annotations had no area, [n]."""
+    """For each image how many of its annotations had no area, [n]."""
 
     def check_same_categories(self, category_ids: tuple[int, ...], class_names: tuple[str, ...], where: str) -> None:
         """Compare the categories with those of another file or of a store.
@@ -47,7 +47,7 @@ class CocoFile:
             if here.get(number) != there.get(number):
                 raise SourceError(
                     f"{self.path}: category {number} is {here.get(number, 'missing')!r}, and in {where} it is "
-                    f"{there.get(number, 'missing')!r}; all splits must have the same categories."
+                    f"{there.get(number, 'missing')!r}; all splits must have the same categories"
                 )
 
 
@@ -66,25 +66,25 @@ def read_coco_json(path: Path) -> CocoFile:
         if section not in ("images", "annotations", "categories"):
             continue
         if not isinstance(entry, dict):
-            raise SourceError(f"{path}: entry {position} of {section!r} is no object.")
+            raise SourceError(f"{path}: entry {position} of {section!r} is no object")
         number = _id(path, section, position, entry)
         if section == "annotations":
             objects.add(number, entry)
         elif section == "categories":
             name = entry.get("name")
             if not isinstance(name, str) or not name:
-                raise SourceError(f"{path}: category {number} has no name.")
+                raise SourceError(f"{path}: category {number} has no name")
             if number in categories or name in categories.values():
-                raise SourceError(f"{path}: category {number} {name!r}: its id or its name occurs twice.")
+                raise SourceError(f"{path}: category {number} {name!r}: its id or its name occurs twice")
             categories[number] = name
         else:
             if number in images:
-                raise SourceError(f"{path}: image id {number} occurs twice.")
+                raise SourceError(f"{path}: image id {number} occurs twice")
             images[number] = _image(path, number, entry)
     for section, found in (("images", images), ("categories", categories)):
         if not found:
             empty = "is empty" if section in lists else "is missing or empty"
-            raise SourceError(f"{path}: its list {section!r} {empty}; it is not the JSON of a COCO data set.")
+            raise SourceError(f"{path}: its list {section!r} {empty}; it is not the JSON of a COCO data set")
     ids = tuple(sorted(categories))
     columns, computed = objects.columns(images, categories)
     names = tuple(name for name, _, _ in images.values())
@@ -108,23 +108,21 @@ class _Objects:
         """Check one annotation in itself, and keep what is needed of it."""
         where = f"{self._path}: annotation {number}"
         if number in self._ids:
-            raise SourceError(f"{self._path}: annotation id {number} occurs twice.")
+            raise SourceError(f"{self._path}: annotation id {number} occurs twice")
         for key in ("image_id", "category_id"):
             if not _is_integer(entry.get(key)):
-                raise SourceError(f"{where}: its {key} is {entry.get(key)!r}; a whole number is wanted.")
+                raise SourceError(f"{where}: its {key} is {entry.get(key)!r}; a whole number is wanted")
         box = entry.get("bbox")
         if not isinstance(box, list) or len(box) != 4 or not all(map(_is_finite, box)) or min(box[2:]) < 0:
             raise SourceError(
                 f"{where} of image {entry['image_id']}: its bbox is {_short(box)}; [x, y, width, height] of finite "
-                "numbers with no negative size is wanted."
+                "numbers with no negative size is wanted"
             )
         area, crowd = entry.get("area"), entry.get("iscrowd", 0)
         if area is not None and (not _is_finite(area) or area < 0):
-            raise SourceError(f"{where} of image {entry['image_id']}: its area is {_short(area)}.")
+            raise SourceError(f"{where} of image {entry['image_id']}: its area is {_short(area)}")
         if crowd not in (0, 1):
-            raise SourceError(
-                f"{where} of image {entry['image_id']}: its iscrowd is {_short(crowd)}; 0 or 1 is wanted."
-            )
+            raise SourceError(f"{where} of image {entry['image_id']}: its iscrowd is {_short(crowd)}; 0 or 1 is wanted")
         self._ids[number] = None
         self._image_ids.append(entry["image_id"])
         self._category_ids.append(entry["category_id"])
@@ -136,7 +134,7 @@ class _Objects:
     def columns(
         self, images: Mapping[int, tuple[str, int, int]], categories: Mapping[int, str]
     ) -> tuple[AnnotationColumns, NDArray[np.int64]]:
-        """All annotations, sorted by picture, and how many areas of each picture were computed.
+        """All annotations, sorted by image, and how many areas of each image were computed.
 
         Raises:
             SourceError: one is of an unknown image or category.
@@ -146,7 +144,7 @@ class _Objects:
             for what, wanted, known in (("image", image_id, row_of), ("category", category_id, categories)):
                 if wanted not in known:
                     raise SourceError(
-                        f"{self._path}: annotation {number} is of {what} {wanted}, which the file does not have."
+                        f"{self._path}: annotation {number} is of {what} {wanted}, which the file does not have"
                     )
         rows = np.array([row_of[image_id] for image_id in self._image_ids], np.int64)
         order = np.argsort(rows, kind="stable")
@@ -170,14 +168,14 @@ class _Objects:
 
 def _image(path: Path, number: int, entry: Mapping[str, Any]) -> tuple[str, int, int]:
     name = entry.get("file_name")
-    # A file name from elsewhere must not reach outside the directory of pictures.
+    # A file name from elsewhere must not reach outside the directory of images.
     if not isinstance(name, str) or not name or "\0" in name or "\\" in name or _leaves(PurePosixPath(name)):
         raise SourceError(
-            f"{path}: image {number}: its file_name is {_short(name)}; a path below its directory is wanted."
+            f"{path}: image {number}: its file_name is {_short(name)}; a path below its directory is wanted"
         )
     height, width = entry.get("height"), entry.get("width")
     if not _is_side(height) or not _is_side(width):
-        raise SourceError(f"{path}: image {number} ({name}): its height and width are {height!r} and {width!r}.")
+        raise SourceError(f"{path}: image {number} ({name}): its height and width are {height!r} and {width!r}")
     return name, height, width
 
 
@@ -189,7 +187,7 @@ def _id(path: Path, section: str, position: int, entry: Mapping[str, Any]) -> in
     number = entry.get("id")
     if not _is_integer(number):
         raise SourceError(
-            f"{path}: the id of entry {position} of {section!r} is {_short(number)}; a whole number is wanted."
+            f"{path}: the id of entry {position} of {section!r} is {_short(number)}; a whole number is wanted"
         )
     return number
 

@@ -8,7 +8,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from spikefleet_pipelines.sources.source import ArrayContents, Source, SourceError, SourceOptions, hold_out_validation
+from spikefleet_pipelines.errors import SourceError
+from spikefleet_pipelines.sources.contents import ArrayContents, hold_out_validation
+from spikefleet_pipelines.sources.fashion_mnist_config import FASHION_MNIST
+from spikefleet_pipelines.sources.source import SourceOptions
 
 CLASS_NAMES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -31,23 +34,21 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
             magic = stream.read(4)
             if len(magic) < 4 or magic[:3] != b"\0\0\x08" or not 1 <= magic[3] <= 4:
                 raise SourceError(
-                    f"{path} is not an IDX file of unsigned bytes: it starts with {magic.hex() or 'nothing'}."
+                    f"{path} is not an IDX file of unsigned bytes: it starts with {magic.hex() or 'nothing'}"
                 )
             header = stream.read(4 * magic[3])
             if len(header) < 4 * magic[3]:
-                raise SourceError(f"{path} is truncated: its header should have {4 + 4 * magic[3]} bytes.")
+                raise SourceError(f"{path} is truncated: its header should have {4 + 4 * magic[3]} bytes")
             shape = struct.unpack(f">{magic[3]}I", header)
             size = int(np.prod(shape, dtype=object))
             if size > _MOST_VALUES:
-                raise SourceError(f"{path}: its header asks for {size:,} values; at most {_MOST_VALUES:,} are read.")
+                raise SourceError(f"{path}: its header asks for {size:,} values; at most {_MOST_VALUES:,} are read")
             values = stream.read(size + 1)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise SourceError(f"{path} is truncated or damaged ({path.stat().st_size:,} bytes): {error}") from error
     if len(values) != size:
         found = "more" if len(values) > size else f"{len(values):,}"
-        raise SourceError(
-            f"{path} should hold {size:,} values for shape {list(shape)} and holds {found}; get it again."
-        )
+        raise SourceError(f"{path} should hold {size:,} values for shape {list(shape)} and holds {found}; get it again")
     return np.frombuffer(values, np.uint8).reshape(shape)
 
 
@@ -65,7 +66,7 @@ def _read_part(root: Path, part: str) -> tuple[NDArray[np.uint8], NDArray[np.int
     if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
         raise SourceError(
             f"{image_file} has shape {list(images.shape)} and {label_file} {list(labels.shape)}; "
-            "[n, height, width] and [n] are wanted."
+            "[n, height, width] and [n] are wanted"
         )
     return images[:, None], labels.astype(np.int64)
 
@@ -75,13 +76,3 @@ def _find(root: Path, name: str) -> Path:
         if path.is_file():
             return path
     raise FASHION_MNIST.missing(root / f"{name}[.gz]")
-
-
-FASHION_MNIST = Source(
-    "fashion_mnist",
-    "Fashion-MNIST, 70,000 grey images of 28x28 pixels in four IDX files",
-    read_fashion_mnist,
-    files="train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte "
-    "(plain or .gz; Debian's package dataset-fashion-mnist has them)",
-    default_root=Path("/usr/share/datasets/fashion-mnist"),
-)

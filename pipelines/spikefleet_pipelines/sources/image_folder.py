@@ -11,8 +11,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from spikefleet_pipelines.errors import SourceError
+from spikefleet_pipelines.sources.contents import held_out
+from spikefleet_pipelines.sources.image_folder_config import IMAGE_FOLDER
 from spikefleet_pipelines.sources.ray_tasks import run_tasks
-from spikefleet_pipelines.sources.source import Progress, Source, SourceError, SourceOptions, held_out
+from spikefleet_pipelines.sources.source import Progress, SourceOptions
 from spikefleet_pipelines.store.manifest import ImageFormat, Shard
 from spikefleet_pipelines.store.shards import write_shard
 from spikefleet_pipelines.store.writer import StoreWriter, content_digests
@@ -87,7 +90,7 @@ def read_image_folder(root: Path, options: SourceOptions, seed: int) -> FolderCo
             )
             if extra
         ]
-        raise SourceError(f"The class folders of {root}/train and {root}/val differ ({'; '.join(only)}).")
+        raise SourceError(f"The class folders of {root}/train and {root}/val differ ({'; '.join(only)})")
     train, test = (_list(folder, train_classes) for folder in folders.values())
     val = held_out(train.labels, lambda n: min(n - 1, max(1, round(n * 0.02))), seed)
     return FolderContents(train_classes, {"train": train.where(~val), "val": train.where(val), "test": test})
@@ -104,7 +107,7 @@ def _list(folder: Path, classes: Sequence[str]) -> _Files:
             path for path in (folder / name).iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != "."
         )
         if not found:
-            raise SourceError(f"Class folder {folder / name} holds no image ({', '.join(sorted(SUFFIXES))}).")
+            raise SourceError(f"Class folder {folder / name} holds no image ({', '.join(sorted(SUFFIXES))})")
         paths += found
         labels += [label] * len(found)
     return _Files(tuple(paths), np.array(labels, np.int64))
@@ -126,14 +129,6 @@ def _convert(job: _Job) -> tuple[Shard, list[bytes]]:
         try:
             decode_rgb(np.frombuffer(encoded, np.uint8))
         except ValueError as error:
-            raise SourceError(f"{path}: {error} Replace or remove the file.") from error
+            raise SourceError(f"{path}: {error}; replace or remove the file") from error
         images.append(encoded)
     return write_shard(job.out, images, job.files.labels, _ENCODED), content_digests(images)
-
-
-IMAGE_FOLDER = Source(
-    "image_folder",
-    "image files in ImageNet's layout: train/<class>/ and val/<class>/",
-    read_image_folder,
-    files="train/<class>/*.jpg and val/<class>/*.jpg (or .png, .webp)",
-)

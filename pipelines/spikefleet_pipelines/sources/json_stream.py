@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from spikefleet_pipelines.sources.source import SourceError
+from spikefleet_pipelines.errors import SourceError
 
 _CHUNK = 1 << 20
 _SPACE = " \t\n\r"
@@ -115,5 +115,5 @@ class _Reader:
 
     def _error(self, what: str) -> SourceError:
         return SourceError(
-            f"{self._path} is not the JSON of a COCO data set: {what}, near character {self._before + self._at:,}."
+            f"{self._path} is not the JSON of a COCO data set: {what}, near character {self._before + self._at:,}"
         )

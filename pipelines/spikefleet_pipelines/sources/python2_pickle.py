@@ -85,7 +85,7 @@ def read_plain_pickle(path: Path) -> Any:
         try:
             content = _PlainUnpickler(stream, encoding="latin1").load()
         except ForbiddenPickleError as error:
-            raise ForbiddenPickleError(f"{path} is refused: it is a pickle that asks for {error}.") from error
+            raise ForbiddenPickleError(f"{path} is refused: it is a pickle that asks for {error}") from error
         except Exception as error:  # a damaged pickle can fail in any way
             raise DamagedPickleError(f"{path}: {error}") from error
     return _plain(content)

@@ -8,34 +8,34 @@ from itertools import islice
 from typing import Any, TypeVar
 
 _WORTH_RAY = 10_000
-"""Pictures from which on a local Ray, whose start takes seconds, pays for itself."""
+"""Images from which on a local Ray, whose start takes seconds, pays for itself."""
 
 _OBJECT_STORE_BYTES = 200_000_000
-"""Jobs and results are names and hashes; pictures go from file to file."""
+"""Jobs and results are names and hashes; images go from file to file."""
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
 def run_tasks(
-    function: Callable[[Job], Result], jobs: Sequence[Job], parallel: int | None, pictures: int
+    function: Callable[[Job], Result], jobs: Sequence[Job], parallel: int | None, images: int
 ) -> Generator[Result, None, None]:
     """`function` of each job, in the order of the jobs.
 
     Args:
         parallel: how many at a time. None: as many as the running Ray has CPUs; where none is running, as many as this
-            machine has, or one, in this process, when there are fewer than 10,000 pictures. A local Ray is started for
+            machine has, or one, in this process, when there are fewer than 10,000 images. A local Ray is started for
             more than one, and shut down afterwards, if none is running.
-        pictures: how many the jobs convert in all.
+        images: how many the jobs convert in all.
 
     Raises:
         ValueError: what `function` raised first, as it raised it.
     """
     if parallel is not None and parallel < 1:
-        raise ValueError(f"parallel is {parallel}; it must be at least 1.")
+        raise ValueError(f"parallel is {parallel}; it must be at least 1")
     # Importing Ray takes a second, and one that is not imported is not running.
     running_ray = "ray" in sys.modules and sys.modules["ray"].is_initialized()
-    little = pictures < _WORTH_RAY or os.cpu_count() == 1
+    little = images < _WORTH_RAY or os.cpu_count() == 1
     if parallel == 1 or (parallel is None and not running_ray and little):
         for job in jobs:
             yield function(job)

@@ -1,7 +1,7 @@
 """Scenes of handwritten digits: detection data that needs no download, made of scikit-learn's 1,797 real digits.
 
 A scene is a noisy coloured background with one to five digits of different sizes and colours, and with none in one
-scene of twenty. The digits of train, val and test scenes are different pictures: those of the `digits` source's splits.
+scene of twenty. The digits of train, val and test scenes are different images: those of the `digits` source's splits.
 Category ids have gaps and do not start at 0, as COCO's, so that a mix-up of ids and class indices cannot go unnoticed.
 """
 
@@ -12,11 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, field_validator
 
 from spikefleet_pipelines.counter_random import Draw, uniform
-from spikefleet_pipelines.sources.digits import DigitsOptions, read_digits
-from spikefleet_pipelines.sources.source import Progress, Source, SourceOptions
+from spikefleet_pipelines.sources.digits import read_digits
+from spikefleet_pipelines.sources.digits_config import DigitsOptions
+from spikefleet_pipelines.sources.scenes_config import ScenesOptions
+from spikefleet_pipelines.sources.source import Progress
 from spikefleet_pipelines.store.annotations import AnnotationColumns
 from spikefleet_pipelines.store.manifest import ImageFormat
 from spikefleet_pipelines.store.writer import StoreWriter
@@ -36,23 +37,6 @@ _NUMBERS_PER_OBJECT = 8 + 2 * _ATTEMPTS
 _FRAGMENTS = 3
 _FRAGMENT_SIDES = (6, 16)
 _NUMBERS_PER_FRAGMENT = 10
-
-
-class ScenesOptions(SourceOptions):
-    """What scenes are made."""
-
-    size: int = Field(default=96, ge=64, le=1024, description="side of a scene in pixels")
-    objects: int = Field(default=5, ge=1, le=20, description="most digits in a scene")
-    train: int = Field(default=4000, ge=1, le=1_000_000, description="number of training scenes")
-    val: int = Field(default=300, ge=1, le=1_000_000, description="number of scenes for validation")
-    test: int = Field(default=300, ge=1, le=1_000_000, description="number of scenes for the test")
-
-    @field_validator("size")
-    @classmethod
-    def _whole_cells(cls, size: int) -> int:
-        if size % 8:
-            raise ValueError("it must be a multiple of 8")
-        return size
 
 
 class _Objects(NamedTuple):
@@ -99,11 +83,11 @@ class SceneContents:
         side, most = self.options.size, self.options.objects
         needed = 2 + _FRAGMENTS * _NUMBERS_PER_FRAGMENT + most * _NUMBERS_PER_OBJECT
         draws = uniform(self.seed, _SPLITS.index(split), number, Draw.SCENE + np.arange(needed))
-        picture = self._background(split, number)
+        canvas = self._background(split, number)
         count = 0 if draws[0] < _EMPTY else 1 + int(draws[1] * most)
         fragments, objects = np.split(draws[2:], [_FRAGMENTS * _NUMBERS_PER_FRAGMENT])
         for own in fragments.reshape(_FRAGMENTS, _NUMBERS_PER_FRAGMENT):
-            _strew(picture, images[int(own[0] * len(labels)), 0], own[1:])
+            _strew(canvas, images[int(own[0] * len(labels)), 0], own[1:])
         boxes: list[tuple[int, int, int, int]] = []
         digits: list[int] = []
         for own in objects.reshape(most, _NUMBERS_PER_OBJECT)[:count]:
@@ -116,10 +100,10 @@ class SceneContents:
             if place is None:
                 continue
             top, left = place
-            _paint(picture, opacity, top, left, own[2:6])
+            _paint(canvas, opacity, top, left, own[2:6])
             boxes.append((left + int(columns[0]), top + int(rows[0]), _extent(columns), _extent(rows)))
             digits.append(int(labels[source]))
-        return np.clip(np.rint(picture), 0, 255).astype(np.uint8), _Objects(boxes, digits)
+        return np.clip(np.rint(canvas), 0, 255).astype(np.uint8), _Objects(boxes, digits)
 
     def _background(self, split: str, number: int) -> NDArray[np.float64]:
         """Slow changes of colour with fine noise on top, [3, side, side]."""
@@ -138,21 +122,21 @@ class SceneContents:
         return 20 + 100 * slow + 30 * (fine - 0.5)
 
 
-def _strew(picture: NDArray[np.float64], digit: NDArray[np.uint8], draws: NDArray[np.float64]) -> None:
+def _strew(canvas: NDArray[np.float64], digit: NDArray[np.uint8], draws: NDArray[np.float64]) -> None:
     """Puts a quarter of a digit somewhere; nobody could tell which digit it was."""
     row, column = (int(draw * 5) for draw in draws[:2])
     length = round(_FRAGMENT_SIDES[0] + (_FRAGMENT_SIDES[1] - _FRAGMENT_SIDES[0]) * float(draws[2]))
-    top, left = (int(draw * (picture.shape[-1] - length + 1)) for draw in draws[3:5])
-    _paint(picture, enlarge(digit[row : row + 4, column : column + 4], length), top, left, draws[5:9])
+    top, left = (int(draw * (canvas.shape[-1] - length + 1)) for draw in draws[3:5])
+    _paint(canvas, enlarge(digit[row : row + 4, column : column + 4], length), top, left, draws[5:9])
 
 
 def _paint(
-    picture: NDArray[np.float64], opacity: NDArray[np.float64], top: int, left: int, draws: NDArray[np.float64]
+    canvas: NDArray[np.float64], opacity: NDArray[np.float64], top: int, left: int, draws: NDArray[np.float64]
 ) -> None:
-    """Lays a colour over a square of the picture."""
+    """Lays a colour over a square of the image."""
     colour = 150 + 105 * draws[:3]
     colour[int(draws[3] * 3)] = 255  # never grey and dim at once: the background is
-    window = picture[:, top : top + opacity.shape[0], left : left + opacity.shape[1]]
+    window = canvas[:, top : top + opacity.shape[0], left : left + opacity.shape[1]]
     window += opacity * (colour[:, None, None] - window)
 
 
@@ -216,12 +200,6 @@ def _columns(scenes: list[_Objects], first_image_id: int, first_id: int, side: i
     )
 
 
-def read_scenes(root: Path, options: SourceOptions, seed: int) -> SceneContents:
+def read_scenes(root: Path, options: ScenesOptions, seed: int) -> SceneContents:
     """The seed chooses the digits of each split, and everything in the scenes."""
-    assert isinstance(options, ScenesOptions)
     return SceneContents(options, seed, read_digits(None, DigitsOptions(), seed).splits)
-
-
-SCENES = Source(
-    "scenes", "scenes of scikit-learn's digits with boxes, for detection, built in", read_scenes, ScenesOptions
-)

@@ -1,24 +1,25 @@
-"""What a source is: how the raw files of one data set become the splits of a store."""
+"""What a source is, as far as it can be said without reading anything: name, options, and where its reader is.
+
+pydantic only: a config that names a source is checked without numpy, torch or pyarrow. The reader is imported when data
+is prepared.
+"""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from spikefleet_pipelines.counter_random import Draw, random_bits
-from spikefleet_pipelines.store.manifest import ImageFormat
-from spikefleet_pipelines.store.writer import StoreWriter
+from spikefleet_pipelines.errors import SourceError
+
+if TYPE_CHECKING:
+    from spikefleet_pipelines.store.manifest import ImageFormat
+    from spikefleet_pipelines.store.writer import StoreWriter
 
 Progress = Callable[[int, int], None]
 """Called with (images done, images in all)."""
-
-
-class SourceError(ValueError):
-    """Raw data is missing, damaged, or not what the source expects."""
 
 
 class SourceOptions(BaseModel):
@@ -43,53 +44,52 @@ class Contents(Protocol):
         ...
 
     @property
-    def image(self) -> ImageFormat: ...
-    def write(self, writer: StoreWriter, progress: Progress, parallel: int | None) -> None: ...
+    def image(self) -> "ImageFormat": ...
+    def write(self, writer: "StoreWriter", progress: Progress, parallel: int | None) -> None: ...
 
 
-@dataclass(frozen=True)
-class ArrayContents:
-    """A data set small enough for memory: for each split, images uint8 [n, C, H, W] and labels int64 [n]."""
+Reader = Callable[[Path, Any, int], Contents]
+"""Finds and checks the raw data: (root, options, seed of the held-out samples) -> contents."""
 
-    class_names: tuple[str, ...]
-    splits: dict[str, tuple[NDArray[np.uint8], NDArray[np.int64]]]
-    category_ids: tuple[int, ...] | None = None
-    stand_ins: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def image(self) -> ImageFormat:
-        _, channels, height, width = self.splits["train"][0].shape
-        return ImageFormat(encoding="raw", shape=(channels, height, width))
-
-    def write(self, writer: StoreWriter, progress: Progress, parallel: int | None) -> None:
-        total, done = sum(len(labels) for _, labels in self.splits.values()), 0
-        for split, (images, labels) in self.splits.items():
-            writer.write_images(split, images, labels)
-            done += len(labels)
-            progress(done, total)
+SplitWriter = Callable[[Any, Path, Progress, int | None, int, bool], None]
+"""Puts one split, given by itself, into a store: (options, out, progress, parallel, seed, overwrite) -> nothing."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Source:
     """One data set.
 
     Attributes:
-        read: finds and checks the raw data: (root, options, seed of the held-out samples) -> contents.
+        name: by which configs and the command line call it.
+        description: one line for who lists the sources.
+        reader: where its `Reader` is, as "package.module:function"; imported when it is used.
+        options: what can be chosen.
         files: what `root` must hold, for the sentence that says that it is missing; None where no files are needed.
         default_root: where the files are looked for when no root is given.
-        prepare_split: puts one split, given by itself, into a store: (options, out, progress, parallel, seed,
-            overwrite) -> nothing.
-        split_options: the options by which a split is given; None where `prepare_split` is.
+        split_writer: where its `SplitWriter` is; None where splits cannot be given one by one.
+        split_options: the options by which one split is given; None where there is no `split_writer`.
     """
 
     name: str
     description: str
-    read: Callable[[Path, SourceOptions, int], Contents]
+    reader: str
     options: type[SourceOptions] = SourceOptions
     files: str | None = None
     default_root: Path | None = None
-    prepare_split: Callable[[SourceOptions, Path, Progress, int | None, int, bool], None] | None = None
+    split_writer: str | None = None
     split_options: type[SourceOptions] | None = None
+
+    def load_reader(self) -> Reader:
+        """Import the reader.
+
+        Raises:
+            ImportError: the reader's module, or a library that it needs, is not there.
+        """
+        return _load(self.reader)
+
+    def load_split_writer(self) -> SplitWriter | None:
+        """Import the writer of single splits, if the source has one. Raises as `load_reader`."""
+        return None if self.split_writer is None else _load(self.split_writer)
 
     def missing(self, looked: Path | None) -> SourceError:
         """The error for raw data that is not there: where it was looked for, and what to do."""
@@ -98,23 +98,10 @@ class Source:
         )
         return SourceError(
             f"The raw data of {self.name!r} was {where}. Put {self.files} in a directory DIR and run "
-            f"`spikefleet data prepare {self.name} DIR --out STORE`, or set the data's root to DIR."
+            f"`spikefleet data prepare {self.name} DIR --out STORE`, or set the data's root to DIR"
         )
 
 
-def held_out(labels: NDArray[np.int64], count: Callable[[int], int], seed: int) -> NDArray[np.bool_]:
-    """Choose the samples of each class to hold out, [n]: the `count(size of the class)` with the smallest hash."""
-    keys = random_bits(seed, 0, np.arange(len(labels)), Draw.HOLD_OUT)
-    chosen = np.zeros(len(labels), np.bool_)
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        chosen[members[np.argsort(keys[members], kind="stable")[: count(len(members))]]] = True
-    return chosen
-
-
-def hold_out_validation(
-    images: NDArray[np.uint8], labels: NDArray[np.int64], count: Callable[[int], int], seed: int
-) -> dict[str, tuple[NDArray[np.uint8], NDArray[np.int64]]]:
-    """Split training data into "train" and "val"."""
-    val = held_out(labels, count, seed)
-    return {"train": (images[~val], labels[~val]), "val": (images[val], labels[val])}
+def _load(place: str) -> Any:
+    module, _, function = place.partition(":")
+    return getattr(import_module(module), function)

@@ -1,4 +1,4 @@
-"""Objects in pictures: how a store holds them, and what a detection batch carries of them.
+"""Objects in images: how a store holds them, and what a detection batch carries of them.
 
 A box is `x y width height` in the store, as COCO has it, and `x1 y1 x2 y2` in a batch; both in pixels, with x = 0 at
 the left edge of the first pixel.
@@ -15,14 +15,14 @@ from torch import Tensor
 
 
 class Annotations(NamedTuple):
-    """The objects of one stored picture, as they were given; arrays may be read-only views into the store."""
+    """The objects of one stored image, as they were given; arrays may be read-only views into the store."""
 
     image_id: int
     height: int
     width: int
-    """Size of the stored picture."""
+    """Size of the stored image."""
     boxes: NDArray[np.float64]
-    """[N, 4] x y width height, pixels of the stored picture; may reach beyond it."""
+    """[N, 4] x y width height, pixels of the stored image; may reach beyond it."""
     category_ids: NDArray[np.int64]
     """[N], as given."""
     labels: NDArray[np.int64]
@@ -37,13 +37,13 @@ class Annotations(NamedTuple):
 
 @dataclass(frozen=True)
 class AnnotationColumns:
-    """The objects of n pictures, those of all pictures one after another: the columns of a shard."""
+    """The objects of n images, those of all images one after another: the columns of a shard."""
 
     image_ids: NDArray[np.int64]
     heights: NDArray[np.int32]
     widths: NDArray[np.int32]
     offsets: NDArray[np.int32]
-    """Where the objects of each picture start and those of the last one end, [n + 1]."""
+    """Where the objects of each image start and those of the last one end, [n + 1]."""
     boxes: NDArray[np.float64]
     category_ids: NDArray[np.int64]
     crowd: NDArray[np.bool_]
@@ -54,11 +54,11 @@ class AnnotationColumns:
         return len(self.image_ids)
 
     def rows(self, start: int, stop: int) -> "AnnotationColumns":
-        """The pictures from `start` to before `stop`."""
+        """The images from `start` to before `stop`."""
         return self.select(np.arange(start, min(stop, len(self))))
 
     def select(self, rows: NDArray[np.int64]) -> "AnnotationColumns":
-        """The pictures at `rows`, in that order."""
+        """The images at `rows`, in that order."""
         starts, counts = self.offsets[:-1][rows], np.diff(self.offsets)[rows]
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
         objects = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], counts)
@@ -74,8 +74,8 @@ class AnnotationColumns:
             self.ids[objects],
         )
 
-    def picture(self, row: int, labels: NDArray[np.int64]) -> Annotations:
-        """One picture; `labels` are the class indices of all objects."""
+    def image(self, row: int, labels: NDArray[np.int64]) -> Annotations:
+        """One image; `labels` are the class indices of all objects."""
         objects = slice(int(self.offsets[row]), int(self.offsets[row + 1]))
         return Annotations(
             int(self.image_ids[row]),
@@ -89,7 +89,7 @@ class AnnotationColumns:
             self.ids[objects],
         )
 
-    def picture_of_objects(self) -> NDArray[np.int64]:
+    def image_of_objects(self) -> NDArray[np.int64]:
         """The row of each object, [m]."""
         return np.repeat(np.arange(len(self)), np.diff(self.offsets))
 
@@ -104,7 +104,7 @@ def class_indices(category_ids: NDArray[np.int64], table: Sequence[int]) -> tupl
 
 
 class Placement(NamedTuple):
-    """Where a stored picture lies in the network's input: input = stored * (scale_x, scale_y) + (left, top)."""
+    """Where a stored image lies in the network's input: input = stored * (scale_x, scale_y) + (left, top)."""
 
     scale_x: float
     scale_y: float
@@ -112,10 +112,10 @@ class Placement(NamedTuple):
     top: float
     height: int
     width: int
-    """Size of the stored picture."""
+    """Size of the stored image."""
 
     def to_picture(self, boxes: Tensor) -> Tensor:
-        """Boxes [N, 4] x1 y1 x2 y2 in the input's pixels -> in the stored picture's pixels, clipped to it."""
+        """Boxes [N, 4] x1 y1 x2 y2 in the input's pixels -> in the stored image's pixels, clipped to it."""
         shift = boxes.new_tensor([self.left, self.top] * 2, dtype=torch.float64)
         scale = boxes.new_tensor([self.scale_x, self.scale_y] * 2, dtype=torch.float64)
         limit = boxes.new_tensor([self.width, self.height] * 2, dtype=torch.float64)
@@ -124,13 +124,18 @@ class Placement(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What is to be found in one picture of a detection batch."""
+    """What is to be found in one image of a detection batch."""
 
     boxes: Tensor
     """float32 [N, 4] x1 y1 x2 y2 in the input's pixels, clipped to it; no crowds, no boxes without area."""
     labels: Tensor
     """int64 [N], class index 0 to K - 1."""
     placement: Placement
-    """For evaluation; in training where the row's own picture lies before the batch's picture is mirrored."""
+    """For evaluation; in training where the row's own image lies before the batch's image is mirrored."""
     annotations: Annotations | None
-    """All that is known of the picture, for evaluation; None in training."""
+    """All that is known of the image, for evaluation; None in training."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Target":
+        """The target with its boxes and labels on a device; what is for evaluation stays where it is."""
+        boxes, labels = (part.to(device, non_blocking=non_blocking) for part in (self.boxes, self.labels))
+        return self._replace(boxes=boxes, labels=labels)

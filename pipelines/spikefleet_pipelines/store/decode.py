@@ -17,7 +17,7 @@ def decode_rgb(encoded: NDArray[np.uint8]) -> Tensor:
     from torchvision.io import ImageReadMode, decode_image  # seconds to import
 
     if not len(encoded):
-        raise ValueError("the image is empty (0 bytes).")
+        raise ValueError("the image is empty (0 bytes)")
     try:
         # A copy, because torch takes no read-only memory: tens of kilobytes, against a millisecond of decoding.
         image = decode_image(torch.from_numpy(encoded.copy()), ImageReadMode.RGB, apply_exif_orientation=True)

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from pydantic import JsonValue
 
-from spikefleet_pipelines.store.manifest import MANIFEST_NAME, Manifest, Shard, StoreError, parse_manifest
+from spikefleet_pipelines.errors import StoreError
+from spikefleet_pipelines.store.manifest import MANIFEST_NAME, Manifest, Shard, parse_manifest
 from spikefleet_pipelines.store.reader import Split, Store
 from spikefleet_pipelines.store.writer import SHARD_BYTES, StoreWriter, content_digests
 
@@ -70,7 +71,7 @@ class StoreExtension(StoreWriter):
                 self.class_names, self.category_ids, self.image
             )  # fmt: skip
             if not same_place or not same_kind:
-                raise StoreError(f"{self.out} was changed by another process while splits were added; add them again.")
+                raise StoreError(f"{self.out} was changed by another process while splits were added; add them again")
             self._keep(there)
             self.options = {**there.options, **self.options}
             manifest = self.manifest()

@@ -18,12 +18,10 @@ from pydantic import (
     model_validator,
 )
 
+from spikefleet_pipelines.errors import StoreError
+
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
-
-
-class StoreError(ValueError):
-    """A store, or a part of one, is missing, damaged or not what was asked for."""
 
 
 class _Record(BaseModel):
@@ -66,7 +64,7 @@ class BoxAudit(_Record):
     beyond_border: int = Field(
         ge=0, description="boxes that reach more than a pixel over the border; batches clip them"
     )
-    outside: int = Field(ge=0, description="boxes that lie wholly outside their picture: left out of the loss")
+    outside: int = Field(ge=0, description="boxes that lie wholly outside their image: left out of the loss")
     computed_areas: int = Field(default=0, ge=0, description="annotations without an area, which got width * height")
 
 
@@ -147,16 +145,16 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
     try:
         content = json.loads(text)
     except ValueError as error:
-        raise StoreError(f"{where} is not JSON ({error}); prepare the store again.") from error
+        raise StoreError(f"{where} is not JSON ({error}); prepare the store again") from error
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version != SCHEMA_VERSION:
         raise StoreError(
             f"{where} has schema_version {version!r}; this version of spikefleet reads {SCHEMA_VERSION}. "
-            "Prepare the store again, or use the version that wrote it."
+            "Prepare the store again, or use the version that wrote it"
         )
     try:
         return Manifest.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        raise StoreError(f"{where}: field {field!r} is wrong: {first['msg']}. Prepare the store again.") from error
+        raise StoreError(f"{where}: field {field!r} is wrong: {first['msg']}. Prepare the store again") from error

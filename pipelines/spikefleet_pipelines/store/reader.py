@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.store.annotations import Annotations
-from spikefleet_pipelines.store.manifest import MANIFEST_NAME, Manifest, StoreError, parse_manifest
+from spikefleet_pipelines.store.manifest import MANIFEST_NAME, Manifest, parse_manifest
 from spikefleet_pipelines.store.remote import RemoteStore, default_cache_dir, locate
 from spikefleet_pipelines.store.shards import check_shard, open_shard
 
@@ -60,7 +61,7 @@ class Store:
             return cls(where.uri, manifest, files)
         manifest_file = where / MANIFEST_NAME
         if not manifest_file.is_file():
-            raise StoreError(f"{where} is not a store: it has no {MANIFEST_NAME}.")
+            raise StoreError(f"{where} is not a store: it has no {MANIFEST_NAME}")
         manifest = parse_manifest(manifest_file.read_bytes(), str(manifest_file))
         for shards in manifest.shards.values():
             for shard in shards:
@@ -80,7 +81,7 @@ class Store:
             StoreError: the store has no such split, or a shard is not what the manifest says.
         """
         if name not in self._files:
-            raise StoreError(f"{self.location} has no split {name!r}; it has {', '.join(map(repr, self._files))}.")
+            raise StoreError(f"{self.location} has no split {name!r}; it has {', '.join(map(repr, self._files))}")
         if name not in self._splits:
             self._splits[name] = Split(name, self.location, self.manifest, self._files[name])
         return self._splits[name]
@@ -133,20 +134,20 @@ class Split:
 
     @property
     def labels(self) -> NDArray[np.int64]:
-        """Class of each picture, [n].
+        """Class of each image, [n].
 
         Raises:
             StoreError: this is a detection store.
         """
         if self._labels is None:
-            raise StoreError(f"split {self.name!r} of {self.location} is for detection: it has annotations, no labels.")
+            raise StoreError(f"split {self.name!r} of {self.location} is for detection: it has annotations, no labels")
         return self._labels
 
     def label(self, row: int) -> int:
         return int(self.labels[self._check(row)])
 
     def annotations(self, row: int) -> Annotations:
-        """The objects of one picture, as views into the mapped shard.
+        """The objects of one image, as views into the mapped shard.
 
         Raises:
             StoreError: this is a classification store.
@@ -154,8 +155,8 @@ class Split:
         number = int(np.searchsorted(self._starts, self._check(row), side="right")) - 1
         columns = self._shards[number]
         if columns.annotations is None:
-            raise StoreError(f"split {self.name!r} of {self.location} is for classification: it has no annotations.")
-        return columns.annotations.picture(row - int(self._starts[number]), columns.labels)
+            raise StoreError(f"split {self.name!r} of {self.location} is for classification: it has no annotations")
+        return columns.annotations.image(row - int(self._starts[number]), columns.labels)
 
     def image(self, row: int) -> Tensor:
         """One image, uint8 [C, H, W]; an encoded one is decoded to RGB.
@@ -173,7 +174,7 @@ class Split:
     def gather(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Copy raw images into a batch, [B, C, H, W]: one vectorised operation for each shard that is touched."""
         if self.image_shape is None:
-            raise StoreError(f"split {self.name!r} of {self.location} holds encoded images of varying size.")
+            raise StoreError(f"split {self.name!r} of {self.location} holds encoded images of varying size")
         if len(self._shards) == 1:
             pixels = self._shards[0].data.take(rows, axis=0)
         else:

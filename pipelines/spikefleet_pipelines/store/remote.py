@@ -15,7 +15,8 @@ from urllib.parse import unquote, urlparse
 import pyarrow as pa
 import pyarrow.fs
 
-from spikefleet_pipelines.store.manifest import MANIFEST_NAME, Shard, StoreError
+from spikefleet_pipelines.errors import StoreError
+from spikefleet_pipelines.store.manifest import MANIFEST_NAME, Shard
 
 _CHUNK = 1 << 22
 
@@ -37,7 +38,7 @@ class RemoteStore(NamedTuple):
             with self.filesystem.open_input_stream(f"{self.path}/{MANIFEST_NAME}") as stream:
                 return stream.read()
         except FileNotFoundError as error:
-            raise StoreError(f"{self.uri} is not a store: it has no {MANIFEST_NAME}.") from error
+            raise StoreError(f"{self.uri} is not a store: it has no {MANIFEST_NAME}") from error
         except OSError as error:
             raise StoreError(f"{self.uri}/{MANIFEST_NAME} cannot be read: {error}") from error
 
@@ -106,5 +107,5 @@ def check_hash(where: str, expected: str, found: str) -> None:
     if expected != found:
         raise StoreError(
             f"shard {where} is corrupt: its SHA-256 should be {expected} and is {found}; "
-            "copy it again, or prepare the store again with overwriting."
+            "copy it again, or prepare the store again with overwriting"
         )

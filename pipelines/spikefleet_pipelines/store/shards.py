@@ -1,7 +1,7 @@
 """One shard: an Arrow IPC file with one record batch, written once and read by memory mapping.
 
 Columns: `image` (fixed-size binary: uint8 pixels [C, H, W]; or large binary: an encoded image file) and, for
-classification, `label` (int64). For detection instead: `image_id`, `height`, `width` of each picture, and of its
+classification, `label` (int64). For detection instead: `image_id`, `height`, `width` of each image, and of its
 objects the lists `boxes` (x y width height), `category_id`, `iscrowd`, `area`, `annotation_id`.
 """
 
@@ -14,12 +14,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.store.annotations import AnnotationColumns, class_indices
-from spikefleet_pipelines.store.manifest import ImageFormat, Shard, StoreError
+from spikefleet_pipelines.store.manifest import ImageFormat, Shard
 from spikefleet_pipelines.store.remote import check_hash, file_sha256
 
 Targets = NDArray[np.int64] | AnnotationColumns
-"""What belongs to the pictures of a shard: their classes [n], or their objects."""
+"""What belongs to the images of a shard: their classes [n], or their objects."""
 
 
 def _list(values: pa.DataType) -> pa.DataType:
@@ -50,7 +51,7 @@ class ShardColumns:
     """Views into a mapped shard: nothing is copied before a row is asked for."""
 
     labels: NDArray[np.int64]
-    """Class of each picture [n]; in a detection shard that of each object [m]."""
+    """Class of each image [n]; in a detection shard that of each object [m]."""
     data: NDArray[np.uint8]
     """Pixels [n, C * H * W], or the bytes of all encoded images, one after another."""
     offsets: NDArray[np.int64] | None
@@ -60,7 +61,7 @@ class ShardColumns:
 
     def encoded_image(self, row: int) -> NDArray[np.uint8]:
         if self.offsets is None:
-            raise StoreError("these images are stored as pixels, not as image files.")
+            raise StoreError("these images are stored as pixels, not as image files")
         return self.data[self.offsets[row] : self.offsets[row + 1]]
 
 
@@ -88,11 +89,11 @@ def check_shard(path: Path, shard: Shard, verify: bool) -> None:
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise StoreError(f"shard {path} cannot be read: {error.strerror}; prepare the store again.") from error
+        raise StoreError(f"shard {path} cannot be read: {error.strerror}; prepare the store again") from error
     if size != shard.bytes:
         raise StoreError(
             f"shard {path} is corrupt: it should have {shard.bytes:,} bytes and has {size:,}; "
-            "copy it again, or prepare the store again with overwriting."
+            "copy it again, or prepare the store again with overwriting"
         )
     if verify:
         check_hash(str(path), shard.sha256, file_sha256(path))
@@ -112,23 +113,23 @@ def open_shard(
             batch = reader.get_batch(0)
         batch.validate(full=True)
     except (pa.ArrowException, OSError, IndexError) as error:
-        raise StoreError(f"shard {path} cannot be read: {error}; prepare the store again.") from error
+        raise StoreError(f"shard {path} cannot be read: {error}; prepare the store again") from error
     expected = row_schema(image, category_ids is not None)
     if not schema.equals(expected) or batches != 1 or batch.num_rows != shard.rows:
         raise StoreError(
             f"shard {path} should hold {shard.rows} rows of ({_columns(expected)}) in one record batch and holds "
-            f"{batch.num_rows} rows of ({_columns(schema)}) in {batches}; prepare the store again."
+            f"{batch.num_rows} rows of ({_columns(schema)}) in {batches}; prepare the store again"
         )
     column = batch.columns[0]
     if any(each.null_count for each in batch.columns):
-        raise StoreError(f"shard {path} has rows without image or label; prepare the store again.")
+        raise StoreError(f"shard {path} has rows without image or label; prepare the store again")
     annotations = None
     if category_ids is None:
         labels = batch.column("label").to_numpy()
         outside = (labels < 0) | (labels >= classes)
         if outside.any():
             row = int(outside.argmax())
-            raise StoreError(f"shard {path} row {row}: label {labels[row]} is outside 0 to {classes - 1}.")
+            raise StoreError(f"shard {path} row {row}: label {labels[row]} is outside 0 to {classes - 1}")
     else:
         annotations = _read_annotations(path, batch)
         labels = check_annotations(f"shard {path}", annotations, category_ids)
@@ -145,14 +146,14 @@ def check_annotations(where: str, columns: AnnotationColumns, category_ids: Sequ
     """The class index of each object, [m].
 
     Raises:
-        StoreError: a category id is not in the table, a box is not finite or has a negative size, or a picture has no
+        StoreError: a category id is not in the table, a box is not finite or has a negative size, or an image has no
             size; names `where`, the image and the annotation.
     """
     sizeless = (columns.heights < 1) | (columns.widths < 1)
     if sizeless.any():
         row = int(sizeless.argmax())
         raise StoreError(
-            f"{where}, image {columns.image_ids[row]}: its size is {columns.widths[row]} x {columns.heights[row]}."
+            f"{where}, image {columns.image_ids[row]}: its size is {columns.widths[row]} x {columns.heights[row]}"
         )
     labels, known = class_indices(columns.category_ids, category_ids)
     sound = np.isfinite(columns.boxes).all(1) & (columns.boxes[:, 2:] >= 0).all(1)
@@ -166,7 +167,7 @@ def check_annotations(where: str, columns: AnnotationColumns, category_ids: Sequ
             image_id = columns.image_ids[np.searchsorted(columns.offsets, wrong, side="right") - 1]
             raise StoreError(
                 f"{where}, image {image_id}, annotation {columns.ids[wrong]}: {what} {values[wrong].tolist()} is not "
-                f"{'in the table of categories' if what == 'category id' else 'finite or is negative'}."
+                f"{'in the table of categories' if what == 'category id' else 'finite or is negative'}"
             )
     return labels
 
@@ -195,15 +196,15 @@ def _read_annotations(path: Path, batch: Any) -> AnnotationColumns:
     lists = [batch.column(name) for name in _OBJECT_COLUMNS]
     offsets = lists[0].offsets.to_numpy()
     if any(each.values.null_count for each in lists) or lists[0].values.values.null_count:
-        raise StoreError(f"shard {path} has an object with a missing value; prepare the store again.")
+        raise StoreError(f"shard {path} has an object with a missing value; prepare the store again")
     lengths = {len(each.values) for each in lists}
     if offsets[0] != 0 or lengths != {int(offsets[-1])}:
-        raise StoreError(f"shard {path} has lists of objects with gaps; prepare the store again.")
+        raise StoreError(f"shard {path} has lists of objects with gaps; prepare the store again")
     for name, column in zip(_OBJECT_COLUMNS, lists, strict=True):
         differs = column.offsets.to_numpy() != offsets
         if differs.any():
             row = max(0, int(differs.argmax()) - 1)
-            raise StoreError(f"shard {path} row {row}: boxes and {name} differ in number; prepare the store again.")
+            raise StoreError(f"shard {path} row {row}: boxes and {name} differ in number; prepare the store again")
     boxes, category_ids, crowd, areas, ids = (column.values for column in lists)
     return AnnotationColumns(
         batch.column("image_id").to_numpy(),

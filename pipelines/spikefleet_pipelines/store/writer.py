@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import JsonValue
 
+from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.store.annotations import AnnotationColumns
 from spikefleet_pipelines.store.manifest import (
     MANIFEST_NAME,
@@ -21,7 +22,6 @@ from spikefleet_pipelines.store.manifest import (
     ImageFormat,
     Manifest,
     Shard,
-    StoreError,
     parse_manifest,
 )
 from spikefleet_pipelines.store.shards import Targets, check_annotations, write_shard
@@ -91,7 +91,7 @@ class StoreWriter:
         if images.dtype != np.uint8 or images.shape[1:] != self.image.shape or len(images) != len(targets):
             raise StoreError(
                 f"images of split {split!r} are {images.dtype} {list(images.shape)} with {len(targets)} labels; "
-                f"uint8 [n, C, H, W] with [C, H, W] = {self.image.shape} and n labels are wanted."
+                f"uint8 [n, C, H, W] with [C, H, W] = {self.image.shape} and n labels are wanted"
             )
         rows = max(1, self.shard_bytes // max(1, images[:1].nbytes))
         for start in range(0, len(images), rows):
@@ -115,10 +115,10 @@ class StoreWriter:
         path = self.directory / shard.file
         if not path.is_file() or path.stat().st_size != shard.bytes:
             raise StoreError(
-                f"shard {path} is not here as it was written; all workers must see directory {self.directory.parent}."
+                f"shard {path} is not here as it was written; all workers must see directory {self.directory.parent}"
             )
         if isinstance(targets, AnnotationColumns) != (self.category_ids is not None):
-            raise StoreError(f"source {self.source!r}: a store holds either labels or annotations.")
+            raise StoreError(f"source {self.source!r}: a store holds either labels or annotations")
         if isinstance(targets, AnnotationColumns):
             counts = self._count_objects(split, targets, computed_areas)
         else:
@@ -134,18 +134,18 @@ class StoreWriter:
             row = int(outside.argmax())
             raise StoreError(
                 f"source {self.source!r}, split {split!r}: label {labels[row]} (image {row} of shard {shard.file}) is "
-                f"outside 0 to {classes - 1}."
+                f"outside 0 to {classes - 1}"
             )
         return np.bincount(labels, minlength=classes)
 
     def _count_objects(self, split: str, columns: AnnotationColumns, computed_areas: int) -> NDArray[np.int64]:
-        """Audit the boxes; returns the number of pictures that show each class, crowds left out."""
+        """Audit the boxes; returns the number of images that show each class, crowds left out."""
         assert self.category_ids is not None
         labels = check_annotations(f"source {self.source!r}, split {split!r}", columns, self.category_ids)
         self._boxes.setdefault(split, []).append(
             audit_boxes(columns, labels, len(self.class_names), computed_areas),
         )
-        shown = np.unique(np.stack([columns.picture_of_objects(), labels])[:, ~columns.crowd], axis=1)
+        shown = np.unique(np.stack([columns.image_of_objects(), labels])[:, ~columns.crowd], axis=1)
         return np.bincount(shown[1], minlength=len(self.class_names))
 
     def manifest(self) -> Manifest:
@@ -183,9 +183,7 @@ class StoreWriter:
             self.directory.replace(self.out)  # works where `out` is missing or an empty directory
         except OSError as error:
             if not (self.out / MANIFEST_NAME).is_file():
-                raise StoreError(
-                    f"{self.out} cannot be written: {error.strerror}; choose another directory."
-                ) from error
+                raise StoreError(f"{self.out} cannot be written: {error.strerror}; choose another directory") from error
             self._replace_store(manifest)
         return manifest
 
@@ -194,7 +192,7 @@ class StoreWriter:
             there = self.out / MANIFEST_NAME
             if parse_manifest(there.read_bytes(), str(there)) == manifest:
                 return
-            raise StoreError(f"{self.out} already holds another store; choose another directory or overwrite it.")
+            raise StoreError(f"{self.out} already holds another store; choose another directory or overwrite it")
         old = self.directory.with_suffix(".old")
         self.out.replace(old)
         self.directory.replace(self.out)
@@ -207,7 +205,7 @@ class StoreWriter:
         }
         if empty.get("train") and self.category_ids is None:
             raise StoreError(
-                f"source {self.source!r}: no training image of class {', '.join(map(repr, empty['train']))}."
+                f"source {self.source!r}: no training image of class {', '.join(map(repr, empty['train']))}"
             )
         unique = {split: set(digests) for split, digests in self._digests.items()}
         occurrences = Counter(digest for digests in unique.values() for digest in digests)
@@ -222,9 +220,9 @@ class StoreWriter:
 
 
 def audit_boxes(columns: AnnotationColumns, labels: NDArray[np.int64], classes: int, computed_areas: int) -> BoxAudit:
-    """Count what is unusual in the boxes of some pictures; `labels` are the class indices of the objects."""
-    picture = columns.picture_of_objects()
-    limits = np.stack([columns.widths[picture], columns.heights[picture]], axis=1)
+    """Count what is unusual in the boxes of some images; `labels` are the class indices of the objects."""
+    image = columns.image_of_objects()
+    limits = np.stack([columns.widths[image], columns.heights[image]], axis=1)
     start, size = columns.boxes[:, :2], columns.boxes[:, 2:]
     end = start + size
     no_area = (size <= 0).any(1)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from spikefleet_pipelines.counter_random import Draw, integers, uniform
-from spikefleet_pipelines.store.reader import Split
+from spikefleet_pipelines.store.rows import Rows
 from spikefleet_pipelines.transforms.classification_config import TransformConfig
 from spikefleet_pipelines.transforms.normalise import FloatStage
 
@@ -28,14 +28,32 @@ _ATTEMPTS = 10
 _RATIO = (3 / 4, 4 / 3)
 
 
-class BatchTransform:
-    """Loads and transforms batches of one split: `transform(rows, epoch)` -> float32 [B, C, H, W].
+class ClassificationTransform:
+    """Images and their classes: a `BatchTransform` whose targets are int64 [B], which travel as they are.
 
     Raises:
         ValueError: the config does not suit the images of the split.
     """
 
-    def __init__(self, split: Split, config: TransformConfig, train: bool, seed: int) -> None:
+    def __init__(self, split: Rows, config: TransformConfig, train: bool, seed: int) -> None:
+        self._images = ImageTransform(split, config, train, seed)
+        self._split = split
+
+    def __call__(self, rows: NDArray[np.int64], epoch: int) -> tuple[Tensor, Tensor]:
+        return self._images(rows, epoch), torch.from_numpy(self._split.labels[rows])
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        return packed
+
+
+class ImageTransform:
+    """Loads and transforms the images of one split: `transform(rows, epoch)` -> float32 [B, C, H, W].
+
+    Raises:
+        ValueError: the config does not suit the images of the split.
+    """
+
+    def __init__(self, split: Rows, config: TransformConfig, train: bool, seed: int) -> None:
         config.check_images(split.image_shape)
         self.split = split
         self.config = config

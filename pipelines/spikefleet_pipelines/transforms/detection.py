@@ -1,11 +1,11 @@
 """From rows of a detection split to a normalised batch with its boxes.
 
-Every picture of a batch is one or four tiles: stored pictures, resized and laid somewhere on a canvas, of which a
-window shows. Mosaic, scale and shift are thus one resize of each picture, not a warp of a warp, and a box goes through
+Every image of a batch is one or four tiles: stored images, resized and laid somewhere on a canvas, of which a
+window shows. Mosaic, scale and shift are thus one resize of each image, not a warp of a warp, and a box goes through
 the same two numbers for each axis as its pixels. Every random number is a function of (seed, epoch, row, what it is
 for), also the partners of a mosaic.
 
-Which boxes are targets: crowds and boxes without area, or wholly outside their picture, never are. In training a box is
+Which boxes are targets: crowds and boxes without area, or wholly outside their image, never are. In training a box is
 clipped to what its tile shows, and kept if more than 2 pixels of both sides and a tenth of its area are left, and its
 longer side is less than 100 times its shorter one (the rule that is usual with mosaics).
 """
@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spikefleet_pipelines.counter_random import Draw, integers, uniform
+from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.store.annotations import Annotations, Placement, Target
-from spikefleet_pipelines.store.manifest import StoreError
-from spikefleet_pipelines.store.reader import Split
+from spikefleet_pipelines.store.rows import Rows
 from spikefleet_pipelines.transforms.classification import resize
 from spikefleet_pipelines.transforms.detection_config import DetectionTransformConfig
 from spikefleet_pipelines.transforms.hsv import jitter_hsv
@@ -48,7 +48,7 @@ class Sample(NamedTuple):
 
 
 class _Tile(NamedTuple):
-    """A stored picture on the canvas: resized to `height` x `width`, at (left, top), shown in the window."""
+    """A stored image on the canvas: resized to `height` x `width`, at (left, top), shown in the window."""
 
     row: int
     annotations: Annotations
@@ -68,7 +68,9 @@ class _Tile(NamedTuple):
 
 
 class DetectionBatchTransform:
-    """Loads and transforms batches of one split: `transform(rows, epoch)` -> (float32 [B, C, H, W], samples).
+    """Images and the objects in them: a `BatchTransform` whose targets are a `Target` for each image.
+
+    They travel as `Sample`.
 
     Args:
         epochs: how many the run has, so that mosaics can end before it does; None where that is unknown.
@@ -78,7 +80,7 @@ class DetectionBatchTransform:
     """
 
     def __init__(
-        self, split: Split, config: DetectionTransformConfig, train: bool, seed: int, epochs: int | None = None
+        self, split: Rows, config: DetectionTransformConfig, train: bool, seed: int, epochs: int | None = None
     ) -> None:
         config.check_images(split.image_shape)
         self.split = split
@@ -95,14 +97,14 @@ class DetectionBatchTransform:
     def __call__(self, rows: NDArray[np.int64], epoch: int) -> tuple[Tensor, list[Sample]]:
         config = self.config
         if self.train and config.resize == "letterbox":
-            pictures = self._augmented(rows, epoch)
+            layouts = self._augmented(rows, epoch)
         else:
-            pictures = [[self._resized(int(row))] for row in rows]
-        height, width = self._canvas(pictures)
+            layouts = [[self._resized(int(row))] for row in rows]
+        height, width = self._canvas(layouts)
         channels = 3 if self.split.image_shape is None else self.split.image_shape[0]
         images = np.full((len(rows), channels, height, width), config.fill, np.uint8)
-        self._draw(images, pictures)
-        samples = [self._sample(tiles) for tiles in pictures]
+        self._draw(images, layouts)
+        samples = [self._sample(tiles) for tiles in layouts]
         if self.train:
             self._jitter(images, rows, epoch)
             flips = uniform(self.seed, epoch, rows, Draw.FLIP) < config.horizontal_flip
@@ -112,8 +114,11 @@ class DetectionBatchTransform:
                     sample.boxes[:, [0, 2]] = width - sample.boxes[:, [2, 0]]
         return self._normalise(images), samples
 
+    def unpack(self, packed: list[Sample]) -> tuple[Target, ...]:
+        return tuple(sample.target() for sample in packed)
+
     def _resized(self, row: int) -> _Tile:
-        """One picture without anything random."""
+        """One image without anything random."""
         stored, config = self.split.annotations(row), self.config
         if config.resize == "letterbox":
             ratio = config.size / max(stored.height, stored.width)
@@ -128,7 +133,7 @@ class DetectionBatchTransform:
         return _Tile(row, stored, height, width, left, top, (left, top, left + width, top + height))
 
     def _augmented(self, rows: NDArray[np.int64], epoch: int) -> list[list[_Tile]]:
-        """The tiles of each picture of a training batch."""
+        """The tiles of each image of a training batch."""
         side, config = self.config.size, self.config
         draws = uniform(self.seed, epoch, rows[:, None], _SINGLE_DRAWS).reshape(-1, 3)
         gains = (1 + config.scale * (2 * draws[:, 0] - 1)).tolist()
@@ -150,7 +155,7 @@ class DetectionBatchTransform:
         ]
 
     def _moved(self, row: int, gain: float, right: float, down: float) -> _Tile:
-        """A letterboxed picture, scaled about the middle of the canvas and shifted."""
+        """A letterboxed image, scaled about the middle of the canvas and shifted."""
         stored, side = self.split.annotations(row), self.config.size
         ratio = gain * side / max(stored.height, stored.width)
         height, width = _scaled(stored.height, ratio), _scaled(stored.width, ratio)
@@ -160,7 +165,7 @@ class DetectionBatchTransform:
     def _mosaic(
         self, rows: list[int], centre: tuple[float, float], gain: float, right: float, down: float
     ) -> list[_Tile]:
-        """Four pictures around a point of a canvas of twice the side, whose middle is scaled, shifted and shown."""
+        """Four images around a point of a canvas of twice the side, whose middle is scaled, shifted and shown."""
         side = self.config.size
         # From the large canvas to the shown one: x -> gain * (x - side) + side / 2 + shift.
         (middle_x, first_x, last_x), (middle_y, first_y, last_y) = (
@@ -184,18 +189,16 @@ class DetectionBatchTransform:
             tiles.append(_Tile(row, stored, height, width, left, top, window))
         return tiles
 
-    def _canvas(self, pictures: list[list[_Tile]]) -> tuple[int, int]:
+    def _canvas(self, layouts: list[list[_Tile]]) -> tuple[int, int]:
         """Height and width of the batch."""
         config = self.config
         if config.resize == "letterbox":
             return config.size, config.size
-        height, width = (max(getattr(tiles[0], name) for tiles in pictures) for name in ("height", "width"))
+        height, width = (max(getattr(tiles[0], name) for tiles in layouts) for name in ("height", "width"))
         return -(-height // config.divisor) * config.divisor, -(-width // config.divisor) * config.divisor
 
-    def _draw(self, images: NDArray[np.uint8], pictures: list[list[_Tile]]) -> None:
-        tiles = [
-            (number, tile) for number, tiles in enumerate(pictures) for tile in tiles if not _is_empty(tile.window)
-        ]
+    def _draw(self, images: NDArray[np.uint8], layouts: list[list[_Tile]]) -> None:
+        tiles = [(number, tile) for number, tiles in enumerate(layouts) for tile in tiles if not _is_empty(tile.window)]
         raw = None
         if self.split.image_shape is not None:
             raw = self.split.gather(np.array([tile.row for _, tile in tiles], np.int64))
@@ -205,9 +208,9 @@ class DetectionBatchTransform:
             stored = self.split.image(tile.row).numpy() if raw is None else raw[place]
             if stored.shape[1:] != (tile.annotations.height, tile.annotations.width):
                 raise StoreError(
-                    f"row {tile.row} of split {self.split.name!r} in {self.split.location}: the picture is "
+                    f"row {tile.row} of split {self.split.name!r} in {self.split.location}: the image is "
                     f"{stored.shape[2]} x {stored.shape[1]} pixels, and its annotations say "
-                    f"{tile.annotations.width} x {tile.annotations.height}; prepare the store again."
+                    f"{tile.annotations.width} x {tile.annotations.height}; prepare the store again"
                 )
             x1, y1, x2, y2 = tile.window
             shown = resize(stored, tile.height, tile.width)

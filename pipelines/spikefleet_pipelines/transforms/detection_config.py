@@ -1,17 +1,21 @@
 """What is done to images and boxes on their way into a detection batch: the config.
 
-Training, in this order: mosaic of four pictures, random scale and shift, jitter of hue, saturation and value,
+Training, in this order: mosaic of four images, random scale and shift, jitter of hue, saturation and value,
 horizontal flip, normalisation. Evaluation: resize, normalisation. `detection.py` does it.
 """
 
-from typing import Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from spikefleet_pipelines.transforms.classification_config import NamedNormalisation, Normalisation, check_channels
+from spikefleet_pipelines.transforms.batch_transform_config import BatchTransformConfig
+
+if TYPE_CHECKING:
+    from spikefleet_pipelines.store.rows import Rows
+    from spikefleet_pipelines.transforms.detection import DetectionBatchTransform
 
 
-class DetectionTransformConfig(BaseModel):
+class DetectionTransformConfig(BatchTransformConfig):
     """Resizing, augmentation and normalisation of images with boxes.
 
     SpikeYOLO: letterbox 640, mosaic 1, translate 0.1, scale 0.5, horizontal_flip 0.5, hsv (0.015, 0.7, 0.4). RetinaNet:
@@ -21,7 +25,7 @@ class DetectionTransformConfig(BaseModel):
         ValueError: fields that do not go together, by name.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    store_task: ClassVar[Literal["classification", "detection"]] = "detection"
 
     kind: Literal["detection"] = Field(default="detection", description="detection: images with boxes")
     resize: Literal["letterbox", "keep_ratio"] = Field(
@@ -32,8 +36,8 @@ class DetectionTransformConfig(BaseModel):
     size: int = Field(default=640, ge=32, le=4096, description="side of the square, or length of the shorter side")
     longest: int | None = Field(default=None, ge=32, le=8192, description="keep_ratio: most for the longer side")
     divisor: int = Field(default=32, ge=1, le=256, description="sides of a batch are multiples of this")
-    fill: int = Field(default=114, ge=0, le=255, description="value of pixels beyond the picture")
-    mosaic: float = Field(default=0.0, ge=0.0, le=1.0, description="training: probability of a mosaic of four pictures")
+    fill: int = Field(default=114, ge=0, le=255, description="value of pixels beyond the image")
+    mosaic: float = Field(default=0.0, ge=0.0, le=1.0, description="training: probability of a mosaic of four images")
     close_mosaic_epochs: int = Field(
         default=10, ge=0, description="the last so many epochs have no mosaic (none at all in a run of no more epochs)"
     )
@@ -45,7 +49,6 @@ class DetectionTransformConfig(BaseModel):
         description="training: largest change of the hue, as a part of its circle, and of saturation and value, as a "
         "factor of 1 - x to 1 + x; each 0 to 1",
     )
-    normalise: NamedNormalisation = Normalisation()
 
     @model_validator(mode="after")
     def _go_together(self) -> Self:
@@ -65,17 +68,22 @@ class DetectionTransformConfig(BaseModel):
             raise ValueError(f"hsv is {self.hsv}; each must be from 0 to 1")
         return self
 
-    def check_images(self, image_shape: tuple[int, int, int] | None) -> None:
-        """Check the config against images of shape [C, H, W], or encoded ones of varying size (None).
+    @property
+    def side_multiple(self) -> int:
+        """As `divisor` says."""
+        return self.divisor
 
-        Raises:
-            ValueError: a field does not suit such images.
-        """
+    def check_images(self, image_shape: tuple[int, int, int] | None) -> None:
+        super().check_images(image_shape)
         channels = 3 if image_shape is None else image_shape[0]
-        check_channels(self.normalise, channels)
         if any(self.hsv) and channels != 3:
-            raise ValueError(f"hsv {self.hsv} needs 3 channels, and the images have {channels}.")
+            raise ValueError(f"hsv {self.hsv} needs 3 channels, and the images have {channels}")
+
+    def build(self, split: "Rows", train: bool, seed: int, epochs: int | None = None) -> "DetectionBatchTransform":
+        from spikefleet_pipelines.transforms.detection import DetectionBatchTransform
+
+        return DetectionBatchTransform(split, self, train, seed, epochs)
 
     def has_mosaic(self, epoch: int, epochs: int | None) -> bool:
-        """Whether pictures of an epoch may be mosaics; `epochs` is the length of the run, None where it is unknown."""
+        """Whether images of an epoch may be mosaics; `epochs` is the length of the run, None where it is unknown."""
         return self.mosaic > 0 and (epochs is None or epoch < epochs - self.close_mosaic_epochs)

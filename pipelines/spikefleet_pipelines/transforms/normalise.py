@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from spikefleet_pipelines.transforms.classification_config import Normalisation
+from spikefleet_pipelines.transforms.normalise_config import Normalisation
 
 CACHED_VALUES = 1 << 17
 """So many values at a time stay in the processor's cache between two operations on them."""

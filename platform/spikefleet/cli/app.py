@@ -13,8 +13,7 @@ from typer.core import TyperGroup
 
 from spikefleet.errors import RunError, UserError
 from spikefleet.plugins import load_plugins
-from spikefleet_pipelines.sources import SourceError
-from spikefleet_pipelines.store.manifest import StoreError
+from spikefleet_pipelines.errors import SourceError, StoreError
 
 console = Console()
 stderr = Console(stderr=True)

@@ -175,7 +175,7 @@ def _untrained(name: str, overrides: Sequence[str]) -> nn.Module:
     """A network without weights, of a recipe or of a named model. Raises UserError or ValueError."""
     import torch
 
-    from spikefleet_models.build import build_model, list_models, model_config
+    from spikefleet_models.families import build_model, list_models, model_config
 
     changes = parse_overrides(overrides)
     if name in list_models():

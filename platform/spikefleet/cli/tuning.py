@@ -92,9 +92,10 @@ def tune(
     """Search over configurations; each trial is a training. The same command goes on with an interrupted search."""
     from spikefleet.runs.options import Options
     from spikefleet.search.run_search import confirm_front, extension_of, register_trial, report_of, run_tracked_search
+    from spikefleet.search.search_files import load_search
     from spikefleet_tune.errors import SearchError
     from spikefleet_tune.report import pareto_table
-    from spikefleet_tune.search_file import load_search, search_of
+    from spikefleet_tune.search_file import search_of
 
     fixed, data = split_overrides(overrides or [])
     changes: dict[str, dict[str, Any]] = {
@@ -146,7 +147,8 @@ def _confirmation(rows: list[dict[str, Any]], objectives: list[str]) -> Table:
 @app.command()
 def searches() -> None:
     """List the searches that come with spikefleet."""
-    from spikefleet_tune.search_file import list_searches, load_search
+    from spikefleet.search.search_files import load_search
+    from spikefleet_tune.search_file import list_searches
 
     table = Table("search", "recipe", "space", "objectives")
     for name in list_searches():

@@ -29,7 +29,7 @@ from spikefleet.training.event_log import STOPPED, TAKEN_OVER, EventReader, Even
 from spikefleet.training.events import Outlet, Silence, WorkerFailed
 from spikefleet.training.loop import BeforeStep, Outcome, train
 from spikefleet.training.step import NonFiniteError
-from spikefleet_pipelines.store.manifest import StoreError
+from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.store.reader import Store
 
 _POLL_S = 0.2

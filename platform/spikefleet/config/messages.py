@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, get_args
 
-from pydantic import BaseModel, Tag, ValidationError
-from pydantic.fields import FieldInfo
+from pydantic import BaseModel, ValidationError
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str, most: int = 1) -> str:
@@ -17,22 +15,39 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str, most: int = 1)
     return f"did you mean {' or '.join(repr(name) for name in near)}?" if near else otherwise
 
 
-def sentences(error: ValidationError, root: type[BaseModel], at: Sequence[str] = ()) -> str:
+Concrete = Callable[[type[BaseModel], Any], type[BaseModel]]
+"""Which member of an open set of configurations plain data are for: (declared class, data) -> class."""
+
+
+def sentences(
+    error: ValidationError,
+    root: type[BaseModel],
+    data: Any,
+    at: Sequence[str] = (),
+    concrete: Concrete = lambda declared, data: declared,
+) -> str:
     """What is wrong with plain data, a sentence for each field: its dotted path, the value, and what is allowed.
 
     Args:
-        error: raised for the data of `root`, or of a part of it.
+        error: raised for `data`.
         root: the whole configuration, by which fields are named.
+        data: plain data of `root`, or of a part of it.
         at: where in `root` that part is.
+        concrete: tells the members of open sets apart.
     """
-    complaints = [_sentence({**item, "loc": (*at, *item["loc"])}, root) for item in error.errors()]
+    for part in reversed(at):
+        data = {part: data}
+    complaints = [_sentence({**item, "loc": (*at, *item["loc"])}, root, data, concrete) for item in error.errors()]
     return "; ".join(dict.fromkeys(complaints))
 
 
-def _sentence(error: Mapping[str, Any], root: type[BaseModel]) -> str:
-    location, known = _resolve([str(part) for part in error["loc"]], root)
+def _sentence(error: Mapping[str, Any], root: type[BaseModel], data: Any, concrete: Concrete) -> str:
+    location = [str(part) for part in error["loc"]]
     path = ".".join(location)
+    if error["type"] == "unknown_field":  # a transform knows which other kind has it
+        return f"unknown key {path!r}; {error['ctx']['hint']}"
     if error["type"] == "extra_forbidden":
+        known = _fields_beside(location, root, data, concrete)
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {'.'.join([*location[:-1], near[0]])!r}?" if near else f"known here: {', '.join(known)}"
         return f"unknown key {path!r}; {hint}"
@@ -44,33 +59,23 @@ def _sentence(error: Mapping[str, Any], root: type[BaseModel]) -> str:
     return f"{path}={error['input']!r}: {message}"
 
 
-def _resolve(location: Sequence[str], root: type[BaseModel]) -> tuple[list[str], list[str]]:
-    """A location as the user writes it, without the tags of unions that pydantic puts in, and the fields beside its
-    last part."""
-    plain: list[str] = []
-    members: list[tuple[str | None, type[BaseModel]]] = [(None, root)]
-    beside: list[type[BaseModel]] = [root]
-    for part in location:
-        if len(members) > 1 and part in (tag for tag, _ in members):
-            members = [(tag, member) for tag, member in members if tag == part]
-            continue
-        plain.append(part)
-        beside = [member for _, member in members]
-        fields = (member.model_fields.get(part) for member in beside)
-        members = [section for field in fields if field for section in _sections_of(field)]
-    return plain, sorted({name for member in beside for name in member.model_fields})
+def _fields_beside(location: Sequence[str], root: type[BaseModel], data: Any, concrete: Concrete) -> list[str]:
+    """The fields of the configuration that the last part of a location was meant for."""
+    here = root
+    for part in location[:-1]:
+        data = data.get(part, {}) if isinstance(data, Mapping) else {}
+        field = here.model_fields.get(part)
+        section = next(_sections_of(field.annotation), None) if field else None
+        if section is None:
+            return []
+        here = concrete(section, data)
+    return sorted(here.model_fields)
 
 
-def _sections_of(annotation: Any, tag: str | None = None) -> Iterator[tuple[str | None, type[BaseModel]]]:
-    """The configurations that an annotation or a field allows, each with its tag in a union."""
-    if isinstance(annotation, FieldInfo):
-        yield from _sections_of(annotation.annotation)
-    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield tag, annotation
-    elif get_origin(annotation) is Annotated:
-        inner, *notes = get_args(annotation)
-        tag = next((note.tag for note in notes if isinstance(note, Tag)), tag)
-        yield from _sections_of(inner, tag)
-    elif get_origin(annotation) in (Union, UnionType):
+def _sections_of(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The configurations that a field's annotation allows."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    else:
         for argument in get_args(annotation):
-            yield from _sections_of(argument, tag)
+            yield from _sections_of(argument)

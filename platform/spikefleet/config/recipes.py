@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from spikefleet.config.messages import did_you_mean, sentences
 from spikefleet.config.schema import Config
-from spikefleet.config.strict_yaml import parse_yaml
+from spikefleet.config.strict_yaml import parse_yaml, read_mapping, read_yaml_text
 from spikefleet.errors import UserError
-from spikefleet_models.build import ModelConfig
+from spikefleet_models.families import DEFAULT_FAMILY, AnyModelConfig, find_family
+from spikefleet_models.family import ModelConfig
+from spikefleet_pipelines.transforms.batch_transform_config import BatchTransformConfig
+from spikefleet_pipelines.transforms.kinds import DEFAULT_KIND, AnyTransformConfig, transform_kinds
 
-_RECIPE_LIMIT_BYTES = 1 << 20
-_MODEL: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)
+_MODEL: TypeAdapter[ModelConfig] = TypeAdapter(AnyModelConfig)
+_TRANSFORM: TypeAdapter[BatchTransformConfig] = TypeAdapter(AnyTransformConfig)
 
 
 def list_recipes() -> list[str]:
@@ -79,7 +82,7 @@ def parse_config(tree: Mapping[str, Any], origin: str) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{origin}: {sentences(error, Config)}") from None
+        raise UserError(f"{origin}: {sentences(error, Config, tree, concrete=_concrete)}") from None
 
 
 def parse_model(tree: Any, origin: str) -> ModelConfig:
@@ -87,20 +90,32 @@ def parse_model(tree: Any, origin: str) -> ModelConfig:
     try:
         return _MODEL.validate_python(tree)
     except ValidationError as error:
-        raise UserError(f"{origin}: {sentences(error, Config, at=('model',))}") from None
+        raise UserError(f"{origin}: {sentences(error, Config, tree, at=('model',), concrete=_concrete)}") from None
+
+
+def parse_transform(tree: Any, origin: str) -> BatchTransformConfig:
+    """Checks the plain data of `data.transform`. Raises UserError with a sentence for each field that is wrong."""
+    try:
+        return _TRANSFORM.validate_python(tree)
+    except ValidationError as error:
+        where = ("data", "transform")
+        raise UserError(f"{origin}: {sentences(error, Config, tree, at=where, concrete=_concrete)}") from None
+
+
+def _concrete(declared: type[BaseModel], data: Any) -> type[BaseModel]:
+    """The family or the kind of transform that plain data are for."""
+    fields = data if isinstance(data, Mapping) else {}
+    if declared is ModelConfig:
+        return find_family(fields.get("family", DEFAULT_FAMILY))
+    if declared is BatchTransformConfig:
+        return transform_kinds().get(fields.get("kind", DEFAULT_KIND), declared)
+    return declared
 
 
 def _recipe_text(recipe: str) -> str:
     path = Path(recipe)
     if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise UserError(f"recipe file {recipe} does not exist")
-        if path.stat().st_size > _RECIPE_LIMIT_BYTES:
-            raise UserError(f"recipe file {recipe} has {path.stat().st_size} bytes; a recipe has at most 1 MiB")
-        try:
-            return path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise UserError(f"recipe file {recipe} is not UTF-8 text") from None
+        return read_yaml_text(path, "recipe")
     if recipe not in list_recipes():
         hint = did_you_mean(recipe, list_recipes(), "`spikefleet recipes` lists them")
         raise UserError(f"there is no recipe {recipe!r}; {hint}")
@@ -110,12 +125,7 @@ def _recipe_text(recipe: str) -> str:
 def _read_recipe(recipe: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
     if recipe in below:
         raise UserError(f"recipe {recipe}: its chain of bases comes back to itself: {' -> '.join((*below, recipe))}")
-    try:
-        tree = parse_yaml(_recipe_text(recipe))
-    except yaml.YAMLError as error:
-        raise UserError(f"recipe {recipe} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"recipe {recipe} is empty or no mapping; it needs at least model, data, train and optim")
+    tree = read_mapping(_recipe_text(recipe), f"recipe {recipe}", "model, data, train and optim")
     base = tree.pop("base", None)
     if base is None:
         return tree

@@ -13,10 +13,8 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from spikefleet.config.task_table import find_task
-from spikefleet_models.build import ModelConfig, task_of
-from spikefleet_models.sg_resnet import SGResNetConfig
-from spikefleet_models.shortcut import ShortcutConfig, branch_channels
-from spikefleet_models.spike_yolo.config import SpikeYoloConfig, SpikingYoloV8Config
+from spikefleet_models.families import AnyModelConfig
+from spikefleet_models.shortcut_config import ShortcutConfig
 from spikefleet_pipelines.data_config import DataConfig
 
 _PLAIN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
@@ -128,7 +126,7 @@ class Config(Section):
 
     recipe: str = Field(pattern=_PLAIN_NAME, description="name of the recipe")
     task: str = Field("classification", description="what the network is trained for: a name of the table of tasks")
-    model: ModelConfig
+    model: AnyModelConfig
     data: DataConfig
     train: TrainConfig
     optim: OptimConfig
@@ -146,28 +144,27 @@ class Config(Section):
     @model_validator(mode="after")
     def _task_suits_model_and_data(self) -> Self:
         task = find_task(self.task)
-        if (can := task_of(self.model)) != task.networks:
+        if (can := self.model.task) != task.networks:
             raise ValueError(f"task={self.task}, but model.family={self.model.family} is for {can}; set task={can}")
         if self.data.transform.kind != task.transform:
             raise ValueError(
                 f"task={self.task} needs data.transform.kind={task.transform}; the data section has "
                 f"{self.data.transform.kind}"
             )
-        if isinstance(self.model, SpikeYoloConfig | SpikingYoloV8Config):
-            coarsest, sides = self.model.strides[-1], self.data.transform.divisor  # type: ignore[union-attr]
-            if sides % coarsest:
-                raise ValueError(
-                    f"data.transform.divisor={sides} is no multiple of the network's coarsest stride {coarsest}; "
-                    f"set data.transform.divisor={coarsest} and a size that it divides"
-                )
+        needed, sides = self.model.input_multiple, self.data.transform.side_multiple
+        if sides % needed:
+            raise ValueError(
+                f"data.transform.divisor={sides} is no multiple of the network's coarsest stride {needed}; "
+                f"set data.transform.divisor={needed} and a size that it divides"
+            )
         if self.shortcut.enabled and not task.side_branches:
             raise ValueError(
                 f"shortcut.where={self.shortcut.where}: side branches classify, and the task is {self.task}; "
                 "set shortcut.where=none"
             )
-        if self.shortcut.enabled and isinstance(self.model, SGResNetConfig):
+        if self.shortcut.enabled:
             try:
-                branch_channels(self.model, self.shortcut)
+                self.model.branch_channels(self.shortcut)
             except ValueError as error:
                 raise ValueError(f"shortcut.{error}") from None
         if self.train.label_smoothing and not task.label_smoothing:

@@ -1,8 +1,13 @@
-"""YAML as recipes and overrides are written in it: plain data, no key twice, no aliases."""
+"""YAML as recipes, searches and overrides are written in it: plain data, no key twice, no aliases."""
 
+from pathlib import Path
 from typing import Any
 
 import yaml
+
+from spikefleet.errors import UserError
+
+_LIMIT_BYTES = 1 << 20
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -10,7 +15,7 @@ class _StrictLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.constructor.ConstructorError(None, None, "aliases (*name) are not allowed in a recipe")
+            raise yaml.constructor.ConstructorError(None, None, "aliases (*name) are not allowed")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -24,9 +29,53 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str) -> Any:
-    """Plain data of one document. Raises yaml.YAMLError."""
+    """Plain data of one document. Raises yaml.YAMLError, also for a date that is none or a key that is a list."""
     loader = _StrictLoader(text)
     try:
         return loader.get_single_data()
+    except (ValueError, TypeError, RecursionError) as error:
+        raise yaml.YAMLError(str(error)) from error
     finally:
         loader.dispose()
+
+
+def read_mapping(text: str, what: str, needs: str) -> dict[str, Any]:
+    """The mapping that a YAML document holds.
+
+    Args:
+        text: the document.
+        what: names it in errors, such as "recipe digits".
+        needs: its least keys, for the sentence about an empty one.
+
+    Raises:
+        UserError: it is not valid YAML, or no mapping.
+    """
+    try:
+        tree = parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{what} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{what} is empty or no mapping; it needs at least {needs}")
+    return tree
+
+
+def read_yaml_text(path: Path, what: str) -> str:
+    """The text of a YAML file that a person wrote.
+
+    Args:
+        path: the file.
+        what: kind of file, for errors, such as "recipe".
+
+    Raises:
+        UserError: there is no such file, it is larger than 1 MiB, or it is not UTF-8.
+    """
+    if not path.is_file():
+        raise UserError(f"{what} file {path} does not exist")
+    try:
+        if (size := path.stat().st_size) > _LIMIT_BYTES:
+            raise UserError(f"{what} file {path} has {size} bytes; a {what} has at most 1 MiB")
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{what} file {path} is not UTF-8 text") from None
+    except OSError as error:
+        raise UserError(f"{what} file {path} cannot be read: {error.strerror or error}") from None

@@ -13,9 +13,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from spikefleet.errors import UserError
 from spikefleet.inference.trained_network import TrainedNetwork
-from spikefleet.registry.package import picture_batch
-from spikefleet.training.distributed import World, pick_device
+from spikefleet.training.distributed import pick_device
 from spikefleet.training.precision import autocast
+from spikefleet_pipelines.in_memory import image_batch
 from spikefleet_tune.atomic import replacing
 
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
@@ -41,14 +41,15 @@ def predict_files(
     for file in files:
         _check(file)
     device = pick_device(gpu)
-    world, network = World(0, 1, device), trained.network.to(device)
+    network, transform = trained.network.to(device), trained.config.data.transform
+    channels = trained.config.model.in_channels
     names = _names(files, out) if out is not None and report.draws_each else []
     answers: list[dict[str, Any]] = []
     pictures, predictions = [], []
     # One picture at a time: photographs are large, and a folder may hold thousands.
     for position, file in enumerate(files):
-        pixels = _read(file, trained.config.model.in_channels, None if task.any_size else trained.data.image_shape)
-        batch = world.place(picture_batch(pixels[None], trained.config.dump()), channels_last=False)
+        pixels = _read(file, channels, None if task.any_size else trained.data.image_shape)
+        batch = image_batch(pixels[None], transform, channels).to(device)
         with autocast(trained.config.train.precision, device):
             (prediction,) = task.predict(network, batch)
         prediction = task.confident(prediction, score)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spikefleet.certificates.verdict import REFUTED
+from spikefleet.config.recipes import parse_model
 from spikefleet.data_summary import DATA_SUMMARY, DataSummary
 from spikefleet.errors import UserError
 from spikefleet.plugins import loaded_plugins
@@ -124,16 +125,18 @@ def register(
         files = {DATA_SUMMARY: scratch / DATA_SUMMARY, **(extra_files or {})}
         card = write_package(package, weights, config, files, facts)
         network, _ = load_network(package)
+        model = parse_model(config["model"], "the configuration of a registered model")
         for version in find_versions(client, name):
             if version.run_id == run_id and version.content_hash == card.content_hash:
                 return version
         parameters = sum(parameter.numel() for parameter in network.parameters())
         measured = {f"{METRIC_PREFIX}{metric}": repr(float(value)) for metric, value in metrics.items()}
-        derived = {key: str(value) for key, value in {**_model_tags(config), "parameters": parameters}.items()}
+        derived = {
+            key: str(value) for key, value in {**model.tags(), "task": config["task"], "parameters": parameters}.items()
+        }
         all_tags = {**derived, **given, **measured, CONTENT_HASH: card.content_hash}
-        model = scratch / "model"
-        save_for_mlflow(package, model, config, data)
-        return publish(client, name, model, run_id, all_tags, tracking_uri)
+        save_for_mlflow(package, scratch / "model", config, data)
+        return publish(client, name, scratch / "model", run_id, all_tags, tracking_uri)
 
 
 def renew(uri: str, *, tracking_uri: str | None = None) -> RegisteredVersion:
@@ -296,15 +299,16 @@ def best(
     Raises:
         UserError: `where` is no query or asks for what no version has, or nothing matches (the sentence says why).
     """
-    query = parse_where(where) if where is not None else None
+    if where is not None:
+        parse_where(where)  # what is no query is refused before anything is asked of the server
     with connect(_uri(tracking_uri)) as client:
         versions = find_versions(client)
     versions = _narrow(versions, "task", task)
     if dataset is not None:
         versions = _narrow(versions, "dataset", dataset)
-    if query is not None:
-        query.check_keys({key for version in versions for key in version.facts()})
-        versions = [version for version in versions if query.matches(version.facts())]
+    if where is not None:
+        query = parse_where(where, {key for version in versions for key in version.facts()})
+        versions = [version for version in versions if query.holds(version.facts())]
         if not versions:
             raise UserError(f"no version for task {task!r} satisfies where {where!r}")
     values = [(version, value) for version in versions if (value := version.metric(metric)) is not None]
@@ -321,19 +325,6 @@ def _narrow(versions: list[RegisteredVersion], key: str, wanted: str) -> list[Re
         known = sorted({version.tags[key] for version in versions if key in version.tags})
         raise UserError(f"no version is registered for {key} {wanted!r}; there are {', '.join(known) or 'none'}")
     return kept
-
-
-def _model_tags(config: Mapping[str, Any]) -> dict[str, object]:
-    """What a deployer asks for and the configuration knows; a detector's backbone answers what it leaves open."""
-    model = config["model"]
-    whole = {**(model.get("backbone") or {}), **model}
-    tags = {key: whole[key] for key in ("family", "timesteps", "connection", "decoder", "activation") if key in whole}
-    neuron = whole.get("neuron")
-    if isinstance(neuron, Mapping) and "kind" in neuron:
-        tags["neuron"] = neuron["kind"]
-        if neuron["kind"] == "ilif":
-            tags["bound"] = neuron["bound"]
-    return {"task": config["task"], **tags}
 
 
 def _uri(tracking_uri: str | None) -> str:

@@ -10,9 +10,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spikefleet.config.recipes import parse_model
 from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
-from spikefleet.registry.package import model_config
 from spikefleet.registry.version import CONTENT_HASH, RegisteredModel, RegisteredVersion, check_model_name
 from spikefleet.tracking.mlflow_client import check_tracking_uri, public_uri, quiet_mlflow
 
@@ -142,7 +142,7 @@ def save_for_mlflow(package: Path, model: Path, config: Mapping[str, Any], data:
 
     from spikefleet.tasks import LossSettings, task_class  # imports torch, which looking models up does without
 
-    network = model_config(config, "the configuration of a registered model")
+    network = parse_model(config["model"], "the configuration of a registered model")
     images = TensorSpec(np.dtype(np.uint8), (-1, network.in_channels, -1, -1))
     shape = task_class(config["task"]).build(network, data, LossSettings()).served_shape
     # MLflow's schemas have no word for a list of objects.

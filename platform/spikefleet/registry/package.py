@@ -10,20 +10,16 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
+from spikefleet.config.recipes import parse_model
 from spikefleet.errors import UserError
 from spikefleet.files import read_json, sha256_of
 from spikefleet.plugins import refuse_missing_plugins
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
-    from numpy.typing import NDArray
 
-    from spikefleet_models.build import ModelConfig
-    from spikefleet_pipelines.loading import Batch
-    from spikefleet_pipelines.store.annotations import Annotations
 
 WEIGHTS = "weights.safetensors"
 CONFIG = "config.json"
@@ -120,33 +116,12 @@ def load_network(directory: Path, expected_content_hash: str | None = None) -> "
     Raises:
         UserError: the package is not intact, or its weights are not those of its configuration.
     """
-    from spikefleet_models.build import build_model
-
     card = verify_package(directory, expected_content_hash)
     refuse_missing_plugins(card.facts.get("plugins", ()), f"the network in {directory}")
     config = read_config(directory)
-    network = build_model(model_config(config, str(directory / CONFIG)))
+    network = parse_model(config["model"], str(directory / CONFIG)).build()
     load_weights(network, directory / WEIGHTS)
     return network.eval(), config
-
-
-def model_config(config: Mapping[str, Any], where: str) -> "ModelConfig":
-    """The section `model` of a run's configuration; `where` names it in the error.
-
-    Raises:
-        UserError: a field is wrong.
-    """
-    from pydantic import TypeAdapter, ValidationError
-
-    from spikefleet_models.build import ModelConfig
-
-    try:
-        parsed: ModelConfig = TypeAdapter(ModelConfig).validate_python(config["model"])
-    except ValidationError as error:
-        first = error.errors()[0]
-        path = ".".join(map(str, ("model", *first["loc"][1:])))  # without the family, which tells unions apart
-        raise UserError(f"{where}: {path}: {first['msg']} (written by another version?)") from None
-    return parsed
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -194,61 +169,3 @@ def load_weights(network: "torch.nn.Module", path: Path) -> None:
             raise UserError(f"{path}: tensor {name!r} has type {tensor.dtype}; the network's is {wanted[name].dtype}")
     with torch.no_grad():
         network.load_state_dict(tensors)
-
-
-def picture_batch(images: "NDArray[np.uint8]", config: Mapping[str, Any]) -> "Batch":
-    """What evaluation gives a network for images [B, C, H, W] (uint8): resized, normalised, without a truth.
-
-    Raises:
-        UserError: the images are not such pixels.
-        ValueError: the images do not suit the transform.
-    """
-    import numpy as np
-    import torch
-    from pydantic import TypeAdapter
-
-    from spikefleet_pipelines.data_config import AnyTransformConfig
-    from spikefleet_pipelines.loading import Batch
-    from spikefleet_pipelines.store.reader import Split
-    from spikefleet_pipelines.transforms.classification import BatchTransform
-    from spikefleet_pipelines.transforms.detection import DetectionBatchTransform
-    from spikefleet_pipelines.transforms.detection_config import DetectionTransformConfig
-
-    channels = model_config(config, "the configuration of the network").in_channels
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != channels:
-        raise UserError(
-            f"images of type {images.dtype} and shape {list(images.shape)}: give uint8 pixels of shape "
-            f"[B, {channels}, H, W]"
-        )
-    transform: Any = TypeAdapter(AnyTransformConfig).validate_python(config["data"]["transform"])
-    # A transform reads few members of a split, which the pictures stand in for: one code path with evaluation.
-    pictures, rows = cast(Split, _Pictures(images)), np.arange(len(images))
-    if isinstance(transform, DetectionTransformConfig):
-        pixels, samples = DetectionBatchTransform(pictures, transform, train=False, seed=0)(rows, epoch=0)
-        return Batch(pixels, tuple(sample.target() for sample in samples), torch.from_numpy(rows), len(rows))
-    pixels = BatchTransform(pictures, transform, train=False, seed=0)(rows, epoch=0)
-    return Batch(pixels, torch.full((len(rows),), -1), torch.from_numpy(rows), len(rows))
-
-
-class _Pictures:
-    """Images in memory, read like a split of a store."""
-
-    def __init__(self, images: "NDArray[np.uint8]") -> None:
-        self._images = images
-        self.image_shape = images.shape[1:]
-
-    def gather(self, rows: "NDArray[np.int64]") -> "NDArray[np.uint8]":
-        return self._images[rows]
-
-    def image(self, row: int) -> "torch.Tensor":
-        import torch
-
-        return torch.from_numpy(self._images[row].copy())
-
-    def annotations(self, row: int) -> "Annotations":
-        import numpy as np
-
-        from spikefleet_pipelines.store.annotations import Annotations
-
-        none, height, width = np.empty(0, np.int64), *self.image_shape[1:]
-        return Annotations(row, height, width, np.empty((0, 4)), none, none, none.astype(bool), np.empty(0), none)

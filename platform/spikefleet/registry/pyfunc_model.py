@@ -7,10 +7,12 @@ import mlflow
 import numpy as np
 import torch
 
+from spikefleet.config.recipes import parse_model, parse_transform
 from spikefleet.data_summary import DataSummary
 from spikefleet.plugins import load_plugins
-from spikefleet.registry.package import CARD, load_network, model_config, picture_batch
+from spikefleet.registry.package import CARD, load_network
 from spikefleet.tasks import LossSettings, task_class
+from spikefleet_pipelines.in_memory import image_batch
 
 
 class RegisteredNetwork(mlflow.pyfunc.PythonModel):
@@ -23,15 +25,17 @@ class RegisteredNetwork(mlflow.pyfunc.PythonModel):
         """Builds the network from the package beside this file, after checking its hashes."""
         load_plugins()
         package = Path(context.artifacts[CARD]).parent
-        self._network, self._config = load_network(package)
-        model = model_config(self._config, str(package))
-        self._task = task_class(self._config["task"]).build(model, DataSummary.read(package), LossSettings())
+        self._network, config = load_network(package)
+        self._model = parse_model(config["model"], str(package))
+        self._transform = parse_transform(config["data"]["transform"], str(package))
+        self._task = task_class(config["task"]).build(self._model, DataSummary.read(package), LossSettings())
 
     # MLflow knows this type hint, and warns of most others and of none.
     def predict(self, context: Any, model_input: np.ndarray, params: Any = None) -> Any:
         """Resizes and normalises as in evaluation, then runs the network in fp32."""
         with torch.inference_mode():
-            return self._task.serve(self._network, picture_batch(model_input, self._config))
+            batch = image_batch(model_input, self._transform, self._model.in_channels)
+            return self._task.serve(self._network, batch)
 
 
 mlflow.models.set_model(RegisteredNetwork())

@@ -32,10 +32,9 @@ from spikefleet.search.trial import chooses_data
 from spikefleet.tracking.mlflow_client import resolve_tracking_uri
 from spikefleet.tracking.tracker import Tracker
 from spikefleet.versions import code_version
-from spikefleet_models.build import build_model
 from spikefleet_models.energy import EnergyCard, energy_at_rates, energy_constants
-from spikefleet_pipelines.sources import SourceError
-from spikefleet_pipelines.store.manifest import StoreError
+from spikefleet_models.families import build_model
+from spikefleet_pipelines.errors import SourceError, StoreError
 from spikefleet_tune.journal import TrialRecord
 from spikefleet_tune.result import SearchResult
 from spikefleet_tune.search_file import search_of

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import re
 import shutil
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from spikefleet.config.recipes import parse_config
 from spikefleet.config.schema import Config, differences
@@ -20,8 +16,8 @@ from spikefleet.errors import UserError
 from spikefleet.files import read_json, write_json
 from spikefleet.plugins import loaded_plugins, refuse_missing_plugins
 from spikefleet.training.checkpoints import CheckpointFolder, verify_checkpoint
+from spikefleet_tune.lock import Lock, LockedError, hold
 
-_LOOK_S = 0.5
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -119,38 +115,20 @@ class Run:
             complaints.append(f"data: content {held[:12]} in the run, {data_hash[:12]} now")
         return complaints
 
-    @contextmanager
-    def lock(self, patience_s: float = 0.0) -> Iterator[None]:
-        """Holds the run for this process. Raises UserError when another process trains it, after waiting for it."""
+    def lock(self, patience_s: float = 0.0) -> Lock:
+        """Holds the run for this process, until the end of a `with` block.
+
+        Raises UserError when it is being trained already, after waiting for `patience_s` seconds, or cannot be written.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / ".lock").open("a+")
+            return hold(self.path / ".lock", patience_s)
+        except LockedError as error:
+            raise UserError(
+                f"run {self.name} is being trained already ({error.holder}); wait for it, or give another --name"
+            ) from None
         except OSError as error:
             raise UserError(f"run directory {self.path} cannot be written: {error}; give another --runs-dir") from None
-        with file:
-            give_up = time.monotonic() + patience_s
-            while not _locked(file) and time.monotonic() < give_up:
-                time.sleep(_LOOK_S)
-            if not _locked(file):
-                file.seek(0)
-                raise UserError(
-                    f"run {self.name} is being trained by another process ({file.read().strip() or 'unknown'}); "
-                    "wait for it, or give another --name"
-                )
-            file.truncate(0)
-            file.write(f"process {os.getpid()}")
-            file.flush()
-            yield
-
-
-def _locked(file: IO[str]) -> bool:
-    """Whether this process holds the lock of a file now. Not flock, which loader processes would inherit and hold when
-    this process is killed."""
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 def find_run(runs_dir: Path, name: str) -> Run:

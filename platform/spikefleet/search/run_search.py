@@ -36,7 +36,7 @@ from spikefleet.tracking.mlflow_client import resolve_tracking_uri
 from spikefleet.tracking.tracker import Tracker
 from spikefleet_pipelines.store.reader import Store
 from spikefleet_tune.errors import SearchError
-from spikefleet_tune.journal import KnownPoint, SearchFolder, TrialRecord
+from spikefleet_tune.journal import SearchFolder, TrialRecord, WarmStartPoint
 from spikefleet_tune.report import write_report
 from spikefleet_tune.result import SearchResult
 from spikefleet_tune.search import read_search_result, run_search
@@ -182,7 +182,7 @@ def _session(search: Search, options: Options) -> Any:
     )
 
 
-def _known_points(search: Search, warm_start: str | None, options: Options, console: Console) -> list[KnownPoint]:
+def _known_points(search: Search, warm_start: str | None, options: Options, console: Console) -> list[WarmStartPoint]:
     """Points of an earlier search that this one's space has.
 
     With their figures where it pursued the same objectives on the same recipe, and varied nothing else.
@@ -207,7 +207,7 @@ def _known_points(search: Search, warm_start: str | None, options: Options, cons
         except SearchError:
             misfits += 1
         else:
-            points.append(KnownPoint(point, figures, origin))
+            points.append(WarmStartPoint(point, figures, origin))
     if misfits:
         console.print(
             f"{misfits} of {len(earlier.comparable)} trials of {warm_start} lie outside of this space; "

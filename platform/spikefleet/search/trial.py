@@ -24,7 +24,7 @@ from spikefleet.training.events import CheckpointSaved, EpochDone, Event, Starte
 from spikefleet.training.loop import Outcome, train
 from spikefleet.training.step import NonFiniteError
 from spikefleet.versions import code_version
-from spikefleet_models.build import build_model
+from spikefleet_models.families import build_model
 from spikefleet_pipelines.store.reader import Store
 from spikefleet_tune.trials import BEST, Overrides, Report, TrialPruned
 

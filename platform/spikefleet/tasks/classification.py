@@ -17,7 +17,7 @@ from spikefleet import plots
 from spikefleet.data_summary import DataSummary
 from spikefleet.files import write_json
 from spikefleet.tasks.task import LossSettings, Task, TaskReport, check_class_count
-from spikefleet_models.build import ModelConfig
+from spikefleet_models.family import ModelConfig
 from spikefleet_models.shortcut import ShortcutLogits, shortcut_loss
 from spikefleet_pipelines.loading import Batch
 

@@ -15,8 +15,8 @@ from spikefleet.errors import UserError
 from spikefleet.files import write_json
 from spikefleet.tasks.coco_metrics import FIGURES, FoundBoxes, box_confusion, evaluate_boxes, ground_truth, results
 from spikefleet.tasks.task import LossSettings, Task, TaskReport, check_class_count
-from spikefleet_models.build import ModelConfig, build_criterion
 from spikefleet_models.detection import DetectionCriterion, Objects
+from spikefleet_models.family import ModelConfig
 from spikefleet_pipelines.loading import Batch
 from spikefleet_pipelines.store.annotations import Annotations, Target
 
@@ -40,7 +40,7 @@ class Detection(Task[FoundBoxes, Annotations]):
     def build(cls, model: ModelConfig, data: DataSummary, loss: LossSettings) -> Self:
         """The task for as many classes as the data have."""
         check_class_count(model, data)
-        return cls(build_criterion(model), data.class_names, data.category_ids)
+        return cls(model.build_criterion(), data.class_names, data.category_ids)
 
     @property
     def report(self) -> DetectionReport:
@@ -68,7 +68,7 @@ class Detection(Task[FoundBoxes, Annotations]):
         """The annotations of each image as they stand in the store."""
         annotations = [target.annotations for target in batch.targets]
         assert None not in annotations, "batches of evaluation carry their annotations"
-        return annotations  # type: ignore[return-value]
+        return annotations
 
     def details(self, predictions: Sequence[FoundBoxes], targets: Sequence[Annotations]) -> dict[str, Any]:
         """`metrics` (COCO's twelve, in [0, 1]), `samples` (images), and `classes`: name, objects, ap50_95, ap50 and

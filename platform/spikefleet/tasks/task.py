@@ -21,7 +21,7 @@ from spikefleet.config.task_table import find_task
 from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
 from spikefleet.files import write_json
-from spikefleet_models.build import ModelConfig
+from spikefleet_models.family import ModelConfig
 from spikefleet_models.shortcut import ShortcutConfig
 from spikefleet_pipelines.loading import Batch
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from spikefleet.errors import UserError
-from spikefleet.tracking.journal import Delivered, Entry, Journal, Record
+from spikefleet.tracking.journal import Delivered, Journal
 from spikefleet.tracking.mlflow_client import public_uri, without_credentials
+from spikefleet_tune.jsonl_log import Entry, Record
 
 RUN_UID_TAG = "spikefleet.run_uid"
 SPOOL = "tracking-artifacts"  # in the run directory: the files that artifact records name

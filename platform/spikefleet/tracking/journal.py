@@ -5,31 +5,24 @@ tracking server. A reader takes records from that position, sends them and then 
 same records again, so a receiver must accept a record twice (MLflow does: see `tracker.py`).
 """
 
-import fcntl
 import json
-import os
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from spikefleet.errors import UserError
 from spikefleet.files import write_json
+from spikefleet_tune.jsonl_log import DamagedLineError, Entry, JsonlLog, Record
+from spikefleet_tune.lock import Lock, LockedError, hold
 
 JOURNAL = "tracking.jsonl"
 DELIVERED = "tracking.delivered.json"
 LOCK = "tracking.lock"
 
-Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A record and the position in the file just behind it."""
-
-    record: Record
-    end: int
+_ENDING_S = 25.0
+"""The last request of a journal's earlier user in this process may take so long: MLflow's limit is 20 seconds."""
 
 
 @dataclass(frozen=True)
@@ -49,22 +42,20 @@ class Journal:
     Opening it cuts off a last line that a killed writer left unfinished.
 
     Raises:
-        UserError: another process has it open, or a line before the last one is damaged.
+        UserError: it is open already, in this process or another one, or a line before the last one is damaged.
     """
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
-        self._path = directory / JOURNAL
-        self._lock_file = _lock(directory)
         self._guard = threading.Lock()
-        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            self._size, self._records = self._recover()
+        with ExitStack() as undo:
+            self._lock = undo.enter_context(_hold(directory))
+            self._log = JsonlLog(directory / JOURNAL, keep_open=True, compact=True)
+            undo.callback(self._log.close)
+            self._records = self._recover()
             self.delivered = self._read_delivered()
-        except BaseException:
-            self.close()
-            raise
+            undo.pop_all()
 
     @property
     def pending(self) -> int:
@@ -73,42 +64,27 @@ class Journal:
 
     def append(self, record: Record) -> None:
         """Hands one record to the operating system: from then on it survives a kill of this process."""
-        line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
         with self._guard:
-            try:
-                written = os.write(self._fd, line)
-                if written != len(line):
-                    raise OSError(f"{self._path}: only {written} of {len(line)} bytes were written")
-            except OSError:
-                os.ftruncate(self._fd, self._size)  # half a line in the middle would damage what follows
-                raise
-            self._size += len(line)
+            self._log.append(record)
             self._records += 1
 
     def sync(self) -> None:
         """Makes all records survive a power failure too."""
-        os.fsync(self._fd)
+        self._log.sync()
 
     def records(self) -> Iterator[Record]:
         """All records from the first one on."""
-        with self._path.open("rb") as file:
-            while file.tell() < self._size:
-                yield json.loads(file.readline())
+        return (entry.record for entry in self._log.entries())
 
     def unsent(self, max_bytes: int) -> list[Entry]:
         """The oldest records that have not been delivered: at least one if there is one, else up to `max_bytes`."""
-        start, size = self.delivered.offset, self._size
-        chunk = b""
-        while not chunk and start < size:
-            chunk = os.pread(self._fd, min(max_bytes, size - start), start)
-            chunk = chunk[: chunk.rfind(b"\n") + 1]
-            max_bytes *= 2
-        entries = []
-        end = start
-        for line in chunk.splitlines(keepends=True):
-            end += len(line)
-            entries.append(Entry(json.loads(line), end))
-        return entries
+        start = self.delivered.offset
+        found: list[Entry] = []
+        for entry in self._log.entries(start):
+            if found and entry.end - start > max_bytes:
+                break
+            found.append(entry)
+        return found
 
     def mark_delivered(self, delivered: Delivered) -> None:
         """Moves the delivered position, atomically."""
@@ -116,53 +92,41 @@ class Journal:
         self.delivered = delivered
 
     def close(self) -> None:
-        os.close(self._fd)
-        os.close(self._lock_file)
-        self._fd = -1  # a late write must fail, not land in a file that got the same number
+        with self._guard:
+            self._log.close()
+        self._lock.release()
 
-    def _recover(self) -> tuple[int, int]:
-        size = records = 0
-        with self._path.open("rb") as file:
-            for line in file:
-                if not _whole(line):
-                    if file.read(1):
-                        raise UserError(
-                            f"{self._path}, line {records + 1}: the line is damaged, so the records behind it cannot "
-                            f"be trusted; move the file away to continue this run as a new run in MLflow"
-                        )
-                    os.ftruncate(self._fd, size)
-                    break
-                size += len(line)
-                records += 1
-        return size, records
+    def _recover(self) -> int:
+        try:
+            return self._log.drop_torn_line()
+        except DamagedLineError as error:
+            raise UserError(
+                f"{error}, so the records behind it cannot be trusted; "
+                "move the file away to continue this run as a new run in MLflow"
+            ) from None
 
     def _read_delivered(self) -> Delivered:
         try:
             delivered = Delivered(**json.loads((self.directory / DELIVERED).read_text()))
         except (FileNotFoundError, ValueError, TypeError):
             return Delivered(tracking_uri="")
-        at_line_end = delivered.offset == 0 or os.pread(self._fd, 1, delivered.offset - 1) == b"\n"
         # Sending everything once more is harmless; a position inside of a record is not.
-        return delivered if at_line_end else Delivered(tracking_uri="")
+        return delivered if self._ends_a_line(delivered.offset) else Delivered(tracking_uri="")
+
+    def _ends_a_line(self, position: int) -> bool:
+        with self._log.path.open("rb") as file:
+            return position == 0 or (file.seek(position - 1) >= 0 and file.read(1) == b"\n")
 
 
-def _whole(line: bytes) -> bool:
-    if not line.endswith(b"\n"):
-        return False
+def _hold(directory: Path) -> Lock:
     try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
-
-
-def _lock(directory: Path) -> int:
-    """A lock of the process, not of the open file: a forked data loader that outlives a killed run does not hold it."""
-    lock_file = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.lockf(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(lock_file)
+        try:
+            return hold(directory / LOCK)
+        except LockedError as error:
+            if not error.own:
+                raise
+            return hold(directory / LOCK, _ENDING_S)
+    except LockedError as error:
         raise UserError(
-            f"{directory}: another process is tracking this run; wait for it to end, or choose another run name"
-        ) from error
-    return lock_file
+            f"{directory}: the run is being tracked already ({error.holder}); wait for it, or give another run name"
+        ) from None

@@ -23,9 +23,10 @@ from typing import Any, Literal
 from spikefleet.errors import UserError
 from spikefleet.files import sha256_of
 from spikefleet.tracking.delivery import MAX_METRICS, MAX_PARAMS_OR_TAGS, SPOOL, Delivery, Sender
-from spikefleet.tracking.journal import JOURNAL, Journal, Record
+from spikefleet.tracking.journal import JOURNAL, Journal
 from spikefleet.tracking.mlflow_client import check_tracking_uri, public_uri, quiet_mlflow
 from spikefleet_tune.atomic import replacing
+from spikefleet_tune.jsonl_log import Record
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 

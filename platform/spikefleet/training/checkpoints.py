@@ -20,7 +20,8 @@ from torch import nn
 from spikefleet.errors import RunError, UserError
 from spikefleet.files import read_json, sha256_of, write_json
 from spikefleet.versions import library_versions
-from spikefleet_models.build import ModelConfig, build_model
+from spikefleet_models.families import build_model
+from spikefleet_models.family import ModelConfig
 from spikefleet_tune.atomic import sync
 
 _MANIFEST = "checkpoint.json"

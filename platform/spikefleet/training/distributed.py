@@ -10,8 +10,6 @@ from torch import distributed as dist
 from torch import nn
 
 from spikefleet.errors import UserError
-from spikefleet_pipelines.loading import Batch
-from spikefleet_pipelines.store.annotations import Target
 
 
 def pick_device(gpu: bool) -> torch.device:
@@ -36,20 +34,6 @@ class World:
     @property
     def leads(self) -> bool:
         return self.rank == 0
-
-    def place(self, batch: Batch, channels_last: bool) -> Batch:
-        """The batch on this process's device."""
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        images = batch.images.to(self.device, non_blocking=True, memory_format=layout)
-        return batch._replace(images=images, targets=self._place_targets(batch.targets))
-
-    def _place_targets(self, targets: torch.Tensor | tuple[Target, ...]) -> torch.Tensor | tuple[Target, ...]:
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(self.device, non_blocking=True)
-
-        if isinstance(targets, torch.Tensor):
-            return move(targets)
-        return tuple(target._replace(boxes=move(target.boxes), labels=move(target.labels)) for target in targets)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sums a tensor over all ranks, in place."""

@@ -51,7 +51,7 @@ def evaluate(
     monitor = SpikeMonitor(network)
     rows: list[tuple[int, Prediction, Target]] = []
     for position, batch in enumerate(loader.epoch(plan, epoch=0)):
-        here = world.place(batch, config.train.channels_last)
+        here = batch.to(world.device, config.train.channels_last)
         with autocast(config.train.precision, world.device), monitor if position == 0 else nullcontext():
             predictions = task.predict(network, here)
         rows += zip(batch.indices.tolist(), predictions, task.targets(batch), strict=True)

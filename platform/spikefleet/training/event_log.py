@@ -7,8 +7,6 @@ events up to a checkpoint are never lost, whoever is killed.
 
 from __future__ import annotations
 
-import errno
-import json
 import logging
 import os
 import shutil
@@ -17,7 +15,6 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from spikefleet.errors import UserError
 from spikefleet.files import read_json, write_json
@@ -32,6 +29,7 @@ from spikefleet.training.events import (
     StepDone,
     WorkerFailed,
 )
+from spikefleet_tune.jsonl_log import JsonlLog, Record
 
 STOPPED = "stopped.json"
 """In a launch's directory: why its workers must not go on."""
@@ -65,30 +63,25 @@ class EventWriter:
 
     def __init__(self, launch: Path, in_step: bool = False) -> None:
         self._launch, self._in_step = launch, in_step
-        self._path = launch / f"events-{time.time_ns():020d}-{os.getpid()}.jsonl"
+        # Opened anew for each event: the driver may read it over a network file system.
+        self._log = JsonlLog(launch / f"events-{time.time_ns():020d}-{os.getpid()}.jsonl")
 
     def emit(self, event: Event) -> None:
-        line = json.dumps({"event": type(event).__name__, **asdict(event)}).encode() + b"\n"
         try:
-            # Opened anew each time: on a network file system, closing is what makes it seen elsewhere.
-            descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            try:
-                if os.write(descriptor, line) < len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            finally:
-                os.close(descriptor)
+            self._log.append({"event": type(event).__name__, **asdict(event)})
         except OSError as error:
-            log.warning("%s: an event is lost: %s", self._path, error)  # a full disk ends the run at its checkpoint
+            # A full disk ends the run at its checkpoint.
+            log.warning("%s: an event is lost: %s", self._log.path, error)
             return
         if self._in_step and isinstance(event, CheckpointSaved):
             self._wait()
 
     def _wait(self) -> None:
         """Until all is handed on, or the launch is stopped or gone, which is for the next step to find out."""
-        mark = self._path.with_suffix(_HANDED_ON)
+        mark = self._log.path.with_suffix(_HANDED_ON)
         while self._launch.is_dir() and not (self._launch / STOPPED).is_file():
             with suppress(OSError, UserError):  # not written yet, or the launch is being removed
-                if read_json(mark) >= self._path.stat().st_size:
+                if read_json(mark) >= self._log.path.stat().st_size:
                     return
             time.sleep(_WAIT_S)
 
@@ -102,7 +95,8 @@ class EventReader:
         self._handed_on: dict[Path, int] = {}
 
     def new(self) -> list[Event]:
-        return [_decode(line) for path in sorted(self._launch.glob("events-*.jsonl")) for line in self._lines(path)]
+        """Events that were not read before, of one process after the other. A line that is being written waits."""
+        return [event for path in sorted(self._launch.glob("events-*.jsonl")) for event in self._of(path)]
 
     def handed_on(self) -> None:
         """Lets writers that are in step know that what was read so far has been dealt with. Raises OSError."""
@@ -111,18 +105,13 @@ class EventReader:
                 write_json(path.with_suffix(_HANDED_ON), size)
                 self._handed_on[path] = size
 
-    def _lines(self, path: Path) -> Iterator[bytes]:
-        with path.open("rb") as file:
-            file.seek(self._read.get(path, 0))
-            for line in file:
-                if not line.endswith(b"\n"):
-                    return  # still being written, or its writer was killed
-                self._read[path] = self._read.get(path, 0) + len(line)
-                yield line
+    def _of(self, path: Path) -> Iterator[Event]:
+        for entry in JsonlLog(path).entries(self._read.get(path, 0)):
+            self._read[path] = entry.end
+            yield _decode(entry.record)
 
 
-def _decode(line: bytes) -> Event:
-    fields: dict[str, Any] = json.loads(line)
+def _decode(fields: Record) -> Event:
     kind = _KINDS[fields.pop("event")]
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
 

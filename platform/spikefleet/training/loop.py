@@ -194,7 +194,7 @@ def _settle_gradient_exchange(state: TrainingState, task: AnyTask, store: Store,
     world, config = state.world, state.config
     if world.size == 1:
         return
-    batch = world.place(_first_batch(config, store, plan), config.train.channels_last)
+    batch = _first_batch(config, store, plan).to(world.device, config.train.channels_last)
     buffers = {name: buffer.clone() for name, buffer in state.network.named_buffers()}
     state.trained.train()
     with torch.random.fork_rng(), state.autocast():

@@ -16,8 +16,7 @@ from spikefleet.training.checkpoints import Snapshot, optimizer_tensors, restore
 from spikefleet.training.distributed import World
 from spikefleet.training.optimizer import BIASES, build_average, build_optimizer, learning_rate, momentum
 from spikefleet.training.precision import autocast
-from spikefleet_models.build import build_model
-from spikefleet_models.sg_resnet import SGResNet
+from spikefleet_models.families import build_model
 from spikefleet_models.shortcut import ShortcutNetwork, balance_coefficient
 
 
@@ -55,7 +54,6 @@ class TrainingState:
         """The network with the side branches of shortcut back-propagation, which exist only in training."""
         if not self.config.shortcut.enabled:
             return network
-        assert isinstance(network, SGResNet), "the configuration allows branches on classifiers only"
         try:
             return ShortcutNetwork(network, self.config.shortcut).to(self.world.device)
         except ValueError as error:

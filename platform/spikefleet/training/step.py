@@ -57,7 +57,7 @@ def training_step(state: TrainingState, task: AnyTask, batch: Batch, meter: Mete
     local: dict[str, torch.Tensor] = {}
     parts = list(micro_batches(batch, config.train.accumulate))
     for position, part in enumerate(parts):
-        here = world.place(part, config.train.channels_last)
+        here = part.to(world.device, config.train.channels_last)
         last = position == len(parts) - 1
         # DDP exchanges gradients in the backward of the last part only.
         together = nullcontext() if last or world.size == 1 else state.replica.no_sync()  # type: ignore[operator]

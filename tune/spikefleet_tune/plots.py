@@ -1,4 +1,7 @@
-"""Pictures of a search as PNG: the front, hypervolume over trials, and parallel coordinates."""
+"""Plots of a search as PNG: the front, hypervolume over trials, and parallel coordinates.
+
+Not Optuna's: the README says why, under "Findings".
+"""
 
 from __future__ import annotations
 

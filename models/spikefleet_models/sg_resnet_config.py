@@ -1,0 +1,139 @@
+"""The configuration of SG ResNet and its relatives, and the published members; the networks are in sg_resnet.py."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from spikefleet_models.family import ModelConfig
+from spikefleet_models.neuron_config import NeuronConfig
+from spikefleet_models.shortcut_config import ShortcutConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+STEM_CHANNELS = 64
+
+_R10: Mapping[str, Any] = {"stages": (1, 1, 1, 1)}
+_R18: Mapping[str, Any] = {"stages": (2, 2, 2, 2)}
+_R34: Mapping[str, Any] = {"stages": (3, 4, 6, 3)}
+_R50: Mapping[str, Any] = {"stages": (3, 4, 6, 3), "block": "bottleneck"}
+_SEW: Mapping[str, Any] = {"connection": "add", "decoder": "rate"}
+_SPIKING: Mapping[str, Any] = {"connection": "post_add", "decoder": "rate"}
+_ANN: Mapping[str, Any] = {"connection": "ann", "decoder": "rate", "timesteps": 1}
+
+
+class SGResNetConfig(ModelConfig):
+    """A residual network; the defaults are SG ResNet18 for CIFAR-10."""
+
+    task: ClassVar[str] = "classification"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        # Zhang et al. 2023. R50 decodes by rate there; the others by ASD.
+        "sg_resnet10": _R10,
+        "sg_resnet18": _R18,
+        "sg_resnet34": _R34,
+        "sg_resnet50": {**_R50, "decoder": "rate"},
+        # For 8x8 images: seconds to train on a laptop.
+        "sg_resnet_tiny": {"stages": (1, 1, 1), "width": 0.5, "in_channels": 1},
+        # Fang et al. 2021, ADD.
+        "sew_resnet18": {**_R18, **_SEW},
+        "sew_resnet34": {**_R34, **_SEW},
+        "sew_resnet50": {**_R50, **_SEW},
+        # Post-addition baselines.
+        "spiking_resnet18": {**_R18, **_SPIKING},
+        "spiking_resnet34": {**_R34, **_SPIKING},
+        # ANN twins.
+        "resnet18": {**_R18, **_ANN},
+        "resnet34": {**_R34, **_ANN},
+        "resnet50": {**_R50, **_ANN},
+    }
+
+    family: Literal["sg_resnet"] = "sg_resnet"
+    stages: tuple[int, ...] = Field(
+        (2, 2, 2, 2), min_length=1, description="Blocks a stage; all stages but the first halve H and W."
+    )
+    block: Literal["basic", "bottleneck"] = Field("basic", description="3x3, 3x3; or 1x1, 3x3, 1x1 times 4.")
+    width: float = Field(1.0, gt=0.0, description="Channels of the first stage over 64; they double each stage.")
+    stem: Literal["cifar", "strided", "imagenet"] = Field(
+        "cifar", description="3x3 stride 1; 3x3 stride 2, for small members; or 7x7 stride 2 and 3x3 max-pool."
+    )
+    connection: Literal["bsg", "bsg_star", "add", "and", "iand", "post_add", "ann"] = Field(
+        "bsg", description="How a block joins its shortcut; ann is the ANN twin."
+    )
+    gate_threshold: float = Field(0.5, gt=0.0, le=1.0, description="thr of BSG*; up to 1 the gate starts as H.")
+    decoder: Literal["asd", "rate"] = Field("asd", description="Attention spike decoder or firing rate.")
+    asd_channel_reduction: int = Field(16, ge=1, description="r of the ASD's channel attention.")
+    asd_temporal_reduction: int = Field(1, ge=1, description="r_t of the ASD's temporal attention.")
+    neuron: NeuronConfig = Field(default_factory=NeuronConfig, description="Every spiking neuron of the network.")
+    timesteps: int = Field(4, ge=1, description="T; the ANN twin runs one step whatever this says.")
+    in_channels: int = Field(3, ge=1, description="Channels of the images or event frames.")
+    num_classes: int = Field(10, ge=1, description="Size of the logits.")
+    zero_init_residual: bool = Field(False, description="Start the last batch norm of each block at gamma = 0.")
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> "SGResNetConfig":
+        if any(blocks < 1 for blocks in self.stages):
+            raise ValueError(f"stages={self.stages} has a stage without blocks; give each at least 1")
+        if not (STEM_CHANNELS * self.width).is_integer():
+            channels = STEM_CHANNELS * self.width
+            raise ValueError(f"width={self.width} gives {channels} channels; choose a multiple of 1/64")
+        if self.uses_asd:
+            if self.stage_channels[-1] % self.asd_channel_reduction:
+                raise ValueError(
+                    f"asd_channel_reduction={self.asd_channel_reduction} must divide the last stage's "
+                    f"{self.stage_channels[-1]} channels"
+                )
+            if self.timesteps % self.asd_temporal_reduction:
+                raise ValueError(
+                    f"asd_temporal_reduction={self.asd_temporal_reduction} must divide timesteps={self.timesteps}"
+                )
+        return self
+
+    @property
+    def base_channels(self) -> int:
+        """Channels of the stem and, before expansion, of the first stage."""
+        return int(STEM_CHANNELS * self.width)
+
+    @property
+    def stem_stride(self) -> int:
+        """Pixels a cell of the first stage."""
+        return {"cifar": 1, "strided": 2, "imagenet": 4}[self.stem]
+
+    @property
+    def stage_channels(self) -> tuple[int, ...]:
+        """Output channels of each stage."""
+        expansion = 4 if self.block == "bottleneck" else 1
+        return tuple(self.base_channels * 2**stage * expansion for stage in range(len(self.stages)))
+
+    @property
+    def is_spiking(self) -> bool:
+        """False for the ANN twin."""
+        return self.connection != "ann"
+
+    @property
+    def uses_asd(self) -> bool:
+        """Whether the network has an attention spike decoder; the ANN twin never has."""
+        return self.decoder == "asd" and self.is_spiking
+
+    def build(self) -> "nn.Module":
+        """An `SGResNet`."""
+        from spikefleet_models.sg_resnet import SGResNet
+
+        return SGResNet(self)
+
+    def twin(self) -> Self:
+        """The same with `connection: ann`."""
+        return self.model_validate({**self.model_dump(), "connection": "ann"})
+
+    def branch_channels(self, shortcut: ShortcutConfig) -> list[int]:
+        """Output channels of all stages, or of all blocks, but the last. Raises as `ShortcutConfig.check_branches`."""
+        channels = [
+            out
+            for out, blocks in zip(self.stage_channels, self.stages, strict=True)
+            for _ in range(blocks if shortcut.where == "block" else 1)
+        ]
+        return shortcut.check_branches(channels[:-1])
+
+    def tags(self) -> dict[str, object]:
+        """Also connection, decoder and neuron."""
+        return {**super().tags(), "connection": self.connection, "decoder": self.decoder, **self.neuron.tags()}

@@ -1,0 +1,60 @@
+"""Images in memory as a batch: what evaluation gives a network for them, without a store."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spikefleet_pipelines.loading import Batch
+from spikefleet_pipelines.store.annotations import Annotations
+from spikefleet_pipelines.transforms.batch_transform_config import BatchTransformConfig
+
+
+def image_batch(images: NDArray[np.uint8], transform: BatchTransformConfig, channels: int) -> Batch:
+    """Resize and normalise images as evaluation does.
+
+    Args:
+        images: uint8 [B, C, H, W].
+        transform: of any kind.
+        channels: C, as the network has it.
+
+    Returns:
+        A batch without anything to be found: class -1, or no objects.
+
+    Raises:
+        ValueError: the images are not such pixels, or do not suit the transform.
+    """
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != channels:
+        raise ValueError(
+            f"images of type {images.dtype} and shape {list(images.shape)}: give uint8 pixels of shape "
+            f"[B, {channels}, H, W]"
+        )
+    rows = np.arange(len(images))
+    built = transform.build(_ImagesInMemory(images), train=False, seed=0)
+    pixels, packed = built(rows, epoch=0)
+    return Batch(pixels, built.unpack(packed), torch.from_numpy(rows), len(rows))
+
+
+class _ImagesInMemory:
+    """The `Rows` of a batch of images."""
+
+    name = location = "memory"
+
+    def __init__(self, images: NDArray[np.uint8]) -> None:
+        self._images = images
+        _, channels, height, width = images.shape
+        self.image_shape = channels, height, width
+        self.labels = np.full(len(images), -1, np.int64)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def gather(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        return self._images[rows]
+
+    def image(self, row: int) -> Tensor:
+        return torch.from_numpy(self._images[row].copy())
+
+    def annotations(self, row: int) -> Annotations:
+        none, (_, height, width) = np.empty(0, np.int64), self.image_shape
+        return Annotations(row, height, width, np.empty((0, 4)), none, none, none.astype(bool), np.empty(0), none)

@@ -1,0 +1,52 @@
+"""Raw data that fits in memory, and the choice of the samples that are held out of it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spikefleet_pipelines.counter_random import Draw, random_bits
+from spikefleet_pipelines.sources.source import Progress
+from spikefleet_pipelines.store.manifest import ImageFormat
+from spikefleet_pipelines.store.writer import StoreWriter
+
+
+@dataclass(frozen=True)
+class ArrayContents:
+    """A data set small enough for memory: for each split, images uint8 [n, C, H, W] and labels int64 [n]."""
+
+    class_names: tuple[str, ...]
+    splits: dict[str, tuple[NDArray[np.uint8], NDArray[np.int64]]]
+    category_ids: tuple[int, ...] | None = None
+    stand_ins: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def image(self) -> ImageFormat:
+        _, channels, height, width = self.splits["train"][0].shape
+        return ImageFormat(encoding="raw", shape=(channels, height, width))
+
+    def write(self, writer: StoreWriter, progress: Progress, parallel: int | None) -> None:
+        total, done = sum(len(labels) for _, labels in self.splits.values()), 0
+        for split, (images, labels) in self.splits.items():
+            writer.write_images(split, images, labels)
+            done += len(labels)
+            progress(done, total)
+
+
+def held_out(labels: NDArray[np.int64], count: Callable[[int], int], seed: int) -> NDArray[np.bool_]:
+    """Choose the samples of each class to hold out, [n]: the `count(size of the class)` with the smallest hash."""
+    keys = random_bits(seed, 0, np.arange(len(labels)), Draw.HOLD_OUT)
+    chosen = np.zeros(len(labels), np.bool_)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        chosen[members[np.argsort(keys[members], kind="stable")[: count(len(members))]]] = True
+    return chosen
+
+
+def hold_out_validation(
+    images: NDArray[np.uint8], labels: NDArray[np.int64], count: Callable[[int], int], seed: int
+) -> dict[str, tuple[NDArray[np.uint8], NDArray[np.int64]]]:
+    """Split training data into "train" and "val"."""
+    val = held_out(labels, count, seed)
+    return {"train": (images[~val], labels[~val]), "val": (images[val], labels[val])}

@@ -1,0 +1,21 @@
+"""scikit-learn's handwritten digits: what can be chosen. `digits.py` reads them."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from spikefleet_pipelines.sources.source import Source, SourceOptions
+
+
+class DigitsOptions(SourceOptions):
+    """How the digits are enlarged."""
+
+    upsample: Literal[1, 2, 4] = Field(default=1, description="factor of bilinear enlargement: 8, 16 or 32 pixels")
+
+
+DIGITS = Source(
+    name="digits",
+    description="scikit-learn's 1,797 handwritten digits, built in",
+    reader="spikefleet_pipelines.sources.digits:read_digits",
+    options=DigitsOptions,
+)

@@ -1,0 +1,14 @@
+"""Fashion-MNIST (Xiao, Rasul and Vollgraf, 2017): its files and where they lie. `fashion_mnist.py` reads them."""
+
+from pathlib import Path
+
+from spikefleet_pipelines.sources.source import Source
+
+FASHION_MNIST = Source(
+    name="fashion_mnist",
+    description="Fashion-MNIST, 70,000 grey images of 28x28 pixels in four IDX files",
+    reader="spikefleet_pipelines.sources.fashion_mnist:read_fashion_mnist",
+    files="train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte "
+    "(plain or .gz; Debian's package dataset-fashion-mnist has them)",
+    default_root=Path("/usr/share/datasets/fashion-mnist"),
+)

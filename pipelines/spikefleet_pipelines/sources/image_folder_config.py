@@ -1,0 +1,13 @@
+"""ImageNet's layout of any data set: root/train/<class>/*.jpg and root/val/<class>/*.jpg.
+
+`image_folder.py` reads it.
+"""
+
+from spikefleet_pipelines.sources.source import Source
+
+IMAGE_FOLDER = Source(
+    name="image_folder",
+    description="image files in ImageNet's layout: train/<class>/ and val/<class>/",
+    reader="spikefleet_pipelines.sources.image_folder:read_image_folder",
+    files="train/<class>/*.jpg and val/<class>/*.jpg (or .png, .webp)",
+)

@@ -1,0 +1,88 @@
+"""The table of sources.
+
+To add one: its two modules, and its line in `_BUILT_IN`; from outside, `register_source`.
+"""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from spikefleet_pipelines.errors import SourceError
+from spikefleet_pipelines.sources.cifar_config import CIFAR10, CIFAR100
+from spikefleet_pipelines.sources.coco_config import COCO
+from spikefleet_pipelines.sources.digits_config import DIGITS
+from spikefleet_pipelines.sources.fashion_mnist_config import FASHION_MNIST
+from spikefleet_pipelines.sources.image_folder_config import IMAGE_FOLDER
+from spikefleet_pipelines.sources.scenes_config import SCENES
+from spikefleet_pipelines.sources.source import Source, SourceOptions
+
+_BUILT_IN = (
+    DIGITS,
+    FASHION_MNIST,
+    CIFAR10,
+    CIFAR100,
+    IMAGE_FOLDER,
+    SCENES,
+    COCO,
+)
+
+_SOURCES: dict[str, Source] = {}
+
+
+def register_source(source: Source) -> None:
+    """Make a source known by its name. The same one again changes nothing.
+
+    Raises:
+        SourceError: another source has that name.
+    """
+    if _SOURCES.setdefault(source.name, source) != source:
+        raise SourceError(
+            f"A data source {source.name!r} is already registered (reader {_SOURCES[source.name].reader}); "
+            f"give the one with reader {source.reader} another name"
+        )
+
+
+for _source in _BUILT_IN:
+    register_source(_source)
+
+
+def list_sources() -> dict[str, str]:
+    """The names that `prepare` takes, each with its description."""
+    return {name: source.description for name, source in _SOURCES.items()}
+
+
+def find_source(name: str) -> Source:
+    """A source by its name.
+
+    Raises:
+        SourceError: there is none; names the nearest.
+    """
+    if name in _SOURCES:
+        return _SOURCES[name]
+    nearest = difflib.get_close_matches(name, _SOURCES, 1, 0.5)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"it must be one of {', '.join(_SOURCES)}"
+    raise SourceError(f"Unknown data source {name!r}; {hint}")
+
+
+def check_options(
+    source: Source, options: Mapping[str, Any], model: type[SourceOptions] | None = None
+) -> SourceOptions:
+    """The options of a source, checked.
+
+    Args:
+        model: which options are meant, if not those of the whole data set.
+
+    Raises:
+        SourceError: an option is unknown or missing, or its value is not allowed.
+    """
+    model = model or source.options
+    try:
+        return model.model_validate(dict(options))
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = ".".join(str(part) for part in first["loc"])
+        allowed = ", ".join(model.model_fields) or "none"
+        value = "is missing" if first["type"] == "missing" else f"has value {first['input']!r}: {first['msg']}"
+        raise SourceError(f"Option {option!r} of source {source.name!r} {value}. Its options are: {allowed}") from error

@@ -1,0 +1,53 @@
+"""What the config of every kind of transform answers for itself, with pydantic alone."""
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from spikefleet_pipelines.transforms.normalise_config import NamedNormalisation, Normalisation, check_channels
+
+if TYPE_CHECKING:
+    from spikefleet_pipelines.store.rows import Rows
+    from spikefleet_pipelines.transforms.batch_transform import BatchTransform
+
+
+class BatchTransformConfig(BaseModel, ABC):
+    """The config of a transform; a kind subclasses it, with `kind: Literal["NAME"] = "NAME"`, and is registered.
+
+    Attributes:
+        store_task: the task of the stores whose rows this kind reads: with labels, or with annotations.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    store_task: ClassVar[Literal["classification", "detection"]]
+
+    kind: str = Field(description="which transform this is")
+    normalise: NamedNormalisation = Normalisation()
+
+    @property
+    def side_multiple(self) -> int:
+        """The sides of a batch are multiples of this many pixels."""
+        return 1
+
+    def check_images(self, image_shape: tuple[int, int, int] | None) -> None:
+        """Check the config against images of shape [C, H, W], or encoded ones of varying size (None).
+
+        Raises:
+            ValueError: a field does not suit such images.
+        """
+        check_channels(self.normalise, 3 if image_shape is None else image_shape[0])
+
+    @abstractmethod
+    def build(self, split: "Rows", train: bool, seed: int, epochs: int | None = None) -> "BatchTransform[Any, Any]":
+        """The transform of a split; what it needs is imported now.
+
+        Args:
+            train: with the random transforms of training, else as in evaluation.
+            seed: of the random transforms.
+            epochs: how many the run has; None where that is unknown.
+
+        Raises:
+            ValueError: the config does not suit the images of the split.
+        """

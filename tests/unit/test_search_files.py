@@ -1,0 +1,91 @@
+"""Search files: found by name or path, read strictly, and refused in a sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from spikefleet.errors import UserError
+from spikefleet.search.search_files import load_search, parse_search
+from spikefleet_tune.errors import SearchError
+from spikefleet_tune.samplers import PointSampler
+from spikefleet_tune.search_file import list_searches, search_of, search_text
+
+_TEXT = """
+recipe: digits
+space:
+  model.timesteps: {choice: [1, 2, 4]}
+  optim.lr: {log_uniform: [1e-3, 0.3]}
+objectives: {val/top1: max, energy_mj: min}
+budget: {trials: 10}
+"""
+
+
+def test_a_search_is_read() -> None:
+    search = parse_search(_TEXT)
+    assert search == search_of(
+        {
+            "recipe": "digits",
+            "space": {"model.timesteps": {"choice": [1, 2, 4]}, "optim.lr": {"log_uniform": [0.001, 0.3]}},
+            "objectives": {"val/top1": "max", "energy_mj": "min"},
+            "budget": {"trials": 10},
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "empty or no mapping"),
+        ("- a", "empty or no mapping"),
+        ("recipe: [", "not valid YAML"),
+        ("recipe: a\nrecipe: b", "key 'recipe' stands twice"),
+        ("a: &x 1\nb: *x", "aliases"),
+        ("recipe: !!python/object/apply:os.getcwd []", "not valid YAML"),
+        ("? [a]\n: b", "not valid YAML"),
+        ("recipe: 2001-99-99", "not valid YAML"),
+        ("[" * 5000, "not valid YAML"),
+        ("recipe: digits", r"'objectives' is missing"),
+        (_TEXT.replace("trials", "trails"), r"mine: unknown key 'budget.trails'; did you mean 'trials'\?"),
+    ],
+)
+def test_bad_yaml_is_refused(text: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        parse_search(text, "mine")
+
+
+def test_searches_are_found_by_name_or_path(tmp_path: Path) -> None:
+    near = r"there is no search 'digits_t_gate'; did you mean 'digits_t_gate_schedule'\?"
+    with pytest.raises(UserError, match=near):
+        load_search("digits_t_gate")
+    with pytest.raises(SearchError, match=near):
+        search_text("digits_t_gate")
+    with pytest.raises(UserError, match=r"none\.yaml does not exist"):
+        load_search(str(tmp_path / "none.yaml"))
+    path = tmp_path / "mine.yaml"
+    path.write_text(_TEXT)
+    assert load_search(str(path)) == parse_search(_TEXT)
+    path.write_bytes(_TEXT.encode() + b"# \xff\n")
+    with pytest.raises(UserError, match=r"mine\.yaml is not UTF-8 text"):
+        load_search(str(path))
+    path.write_text(_TEXT + "#" * (1 << 20))
+    with pytest.raises(UserError, match=r"mine\.yaml has \d+ bytes; a search has at most 1 MiB"):
+        load_search(str(path))
+
+
+@pytest.mark.parametrize("name", list_searches())
+def test_built_in_searches_are_sound(name: str) -> None:
+    search = load_search(name)
+    assert set(search.objectives.values()) == {"max", "min"}
+    assert "energy_mj" in search.objectives
+    sampler = PointSampler(search)
+    for number in range(3):
+        proposal = sampler.ask(number)
+        assert proposal is not None
+        search.space_view().check(proposal.point, "proposal")
+
+
+def test_the_search_package_reads_plain_data_only() -> None:
+    for path in (Path(__file__).parents[2] / "tune" / "spikefleet_tune").glob("*.py"):
+        assert "import yaml" not in path.read_text(), path

@@ -1,0 +1,353 @@
+"""Conditions over named values, as a search's constraints and the registry's `--where` write them.
+
+    or         = and { "or" and }
+    and        = comparison { "and" comparison }
+    comparison = sum { ( "<=" | ">=" | "<" | ">" | "==" | "!=" ) right }          (a chain, as in 1 <= T < 3)
+    right      = word | sum                                                        (word: see Dialect.bare_words)
+    sum        = product { ( "+" | "-" ) product }
+    product    = unary { ( "*" | "/" ) unary }
+    unary      = [ "-" | "+" ] unary | number | text | name | "(" or ")"
+    number     = digits with an optional point and exponent, such as 2, 0.5, 1e-3
+    text       = "'" characters "'" | '"' characters '"'                          (without a backslash)
+    name       = a letter or "_", then letters, digits and "_", which ".", "/" or "-" may join, such as val/top1
+    word       = letters, digits and "_.:/+-"
+
+The operands of `and`, `or` and the whole are comparisons; those of arithmetic are not. A name that holds "/" or "-" is
+told from a division or a difference by the names that are known: the longest one from its beginning that is known
+counts, so that `val/top1` is one name where there is such a metric and `T/D` a division where there is none. Spaces
+around an operator leave no doubt.
+
+The text is read by this module alone; nothing of it is ever run by Python. Length and nesting are limited.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+MAX_LENGTH = 1000
+_DEEPEST = 30
+
+_COMPARISONS: Mapping[str, Callable[[Any, Any], bool]] = {
+    "<=": operator.le,
+    ">=": operator.ge,
+    "<": operator.lt,
+    ">": operator.gt,
+    "==": operator.eq,
+    "!=": operator.ne,
+}
+_ARITHMETIC: Mapping[str, Callable[[Any, Any], Any]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": operator.truediv,
+}
+_COMPARISON = re.compile(r"\s*(<=|>=|==|!=|<|>)")
+_SUM, _PRODUCT = re.compile(r"\s*([+-])"), re.compile(r"\s*([*/])")
+_SIGN, _OPEN, _CLOSE = re.compile(r"\s*([+-])"), re.compile(r"\s*(\()"), re.compile(r"\s*(\))")
+_NUMBER = re.compile(r"\s*((?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(?:[eE][+-]?\d+)?)(?!\w)", re.ASCII)
+_TEXT = re.compile(r"""\s*('[^'\\]*'|"[^"\\]*")""")
+_NAME = re.compile(r"\s*([A-Za-z_]\w*(?:[./-]+\w+)*)", re.ASCII)
+_WORD = re.compile(r"\s*([\w.:/+-]++)(?!\s*[-+*/<>=!])", re.ASCII)
+_SPELLED_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_KEYWORDS = {word: re.compile(rf"\s*({word})\b", re.ASCII) for word in ("and", "or")}
+
+
+class ExpressionError(ValueError):
+    """A text that is no condition: a sentence that shows the place."""
+
+
+class NotANumberError(ExpressionError):
+    """A condition orders, or calculates with, a value that is no number."""
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """In what constraints and `--where` differ."""
+
+    bare_words: bool
+    """Right of a comparison a word that stands alone, and is no number, is text, as in `connection==bsg`. A name there
+    stands in parentheses or in arithmetic. Otherwise every word is a name, but for True and False."""
+    spelled_numbers: bool
+    """Values may be text that spells a number. What is no number equals none, and is neither above nor below one.
+    Otherwise 2 and "2" differ, and NotANumberError is raised."""
+    missing_holds: bool
+    """Whether an expression holds that names what has no value. Otherwise a comparison that names it does not."""
+
+
+CONSTRAINT = Dialect(bare_words=False, spelled_numbers=False, missing_holds=True)
+WHERE = Dialect(bare_words=True, spelled_numbers=True, missing_holds=False)
+
+
+@dataclass(frozen=True)
+class Constant:
+    value: float | bool
+
+
+@dataclass(frozen=True)
+class Text:
+    value: str
+
+
+@dataclass(frozen=True)
+class Name:
+    name: str
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """From left to right; a flat list, so that a long sum is not deep."""
+
+    first: Term
+    rest: tuple[tuple[str, Term], ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    first: Term
+    rest: tuple[tuple[str, Term], ...]
+
+
+@dataclass(frozen=True)
+class Joined:
+    word: str
+    parts: tuple[Condition, ...]
+
+
+Term = Constant | Text | Name | Arithmetic
+Condition = Comparison | Joined
+
+
+@dataclass(frozen=True)
+class Expression:
+    """A condition that was read; equal ones read equal."""
+
+    root: Condition
+    dialect: Dialect
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names in it, each once, in order."""
+        return tuple(dict.fromkeys(_names(self.root)))
+
+    def holds(self, values: Mapping[str, Any]) -> bool:
+        """Whether values, by name, fulfil it. A comparison that divides by zero does not hold.
+
+        Raises NotANumberError, unless the dialect has `spelled_numbers`.
+        """
+        if self.dialect.missing_holds and any(name not in values for name in self.names):
+            return True
+        return self._holds(self.root, values)
+
+    def _holds(self, node: Condition, values: Mapping[str, Any]) -> bool:
+        if isinstance(node, Joined):
+            results = (self._holds(part, values) for part in node.parts)
+            return all(results) if node.word == "and" else any(results)
+        if any(name not in values for name in _names(node)):
+            return False
+        terms = [node.first, *(term for _, term in node.rest)]
+        try:
+            given = [self._value(term, values) for term in terms]
+        except (ZeroDivisionError, OverflowError):
+            return False
+        quoted = [isinstance(term, Text) for term in terms]
+        return all(
+            self._compare(op, given[i], given[i + 1], quoted[i] or quoted[i + 1]) for i, (op, _) in enumerate(node.rest)
+        )
+
+    def _value(self, node: Term, values: Mapping[str, Any]) -> Any:
+        match node:
+            case Constant(value) | Text(value):
+                return value
+            case Name(name):
+                return values[name]
+            case Arithmetic(first, rest):
+                result = self._number(self._value(first, values))
+                for op, term in rest:
+                    result = _ARITHMETIC[op](result, self._number(self._value(term, values)))
+                return result
+
+    def _number(self, value: Any) -> Any:
+        if self.dialect.spelled_numbers and isinstance(value, str):
+            return float(value) if _SPELLED_NUMBER.fullmatch(value) else math.nan
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise NotANumberError(f"{value!r} is no number")
+        return value
+
+    def _compare(self, op: str, left: Any, right: Any, as_text: bool) -> bool:
+        if self.dialect.spelled_numbers:
+            if as_text:
+                return _COMPARISONS[op](str(left), str(right))
+            numbers = self._number(left), self._number(right)
+            if all(map(math.isnan, numbers)) and isinstance(left, str) and isinstance(right, str):
+                return op in ("==", "!=") and _COMPARISONS[op](left, right)
+            return _COMPARISONS[op](*numbers)
+        if op not in ("==", "!="):
+            left, right = self._number(left), self._number(right)
+        return bool(_COMPARISONS[op](left, right))
+
+
+def parse(text: str, dialect: Dialect, known: Collection[str] | None = None) -> Expression:
+    """Reads a condition.
+
+    Args:
+        text: at most 1000 characters.
+        dialect: whose.
+        known: the names that there are, which tell `val/top1` from a division; without them, every name is as long as
+            it can be. Whether the names in the expression are known is for the caller to see to.
+
+    Raises:
+        ExpressionError: the text is no condition.
+    """
+    if len(text) > MAX_LENGTH:
+        raise ExpressionError(f"{len(text)} characters are too many; at most {MAX_LENGTH} are read")
+    return Expression(_Parser(text, dialect, known).whole(), dialect)
+
+
+class _Parser:
+    """Recursive descent; a method for each rule of the grammar."""
+
+    def __init__(self, text: str, dialect: Dialect, known: Collection[str] | None) -> None:
+        self._text, self._dialect = text, dialect
+        self._truths = {} if dialect.bare_words else {"True": True, "False": False}
+        self._known = None if known is None else {*known, *self._truths}
+        self._at = self._depth = 0
+
+    def whole(self) -> Condition:
+        condition = self._condition(self._or(), 0)
+        if rest := self._text[self._at :].strip():
+            raise ExpressionError(f"{rest[:80]!r} follows a condition; join conditions with 'and' or 'or'")
+        return condition
+
+    def _or(self) -> Term | Condition:
+        return self._joined("or", lambda: self._joined("and", self._comparison))
+
+    def _joined(self, word: str, part: Callable[[], Term | Condition]) -> Term | Condition:
+        start, node = self._at, part()
+        if not self._take(_KEYWORDS[word]):
+            return node
+        parts = [self._condition(node, start)]
+        while True:
+            start = self._at
+            parts.append(self._condition(part(), start))
+            if not self._take(_KEYWORDS[word]):
+                return Joined(word, tuple(parts))
+
+    def _comparison(self) -> Term | Condition:
+        start, first = self._at, self._sum()
+        rest: list[tuple[str, Term]] = []
+        while op := self._take(_COMPARISON):
+            left, right = rest[-1][1] if rest else first, self._term(self._right())
+            rest.append((op, right))
+            words = [term.value for term in (left, right) if isinstance(term, Text)]
+            if words and op not in ("==", "!="):
+                raise ExpressionError(
+                    f"{self._text[start : self._at].strip()!r} is no condition: {words[0]!r} is no number, and a word "
+                    "is compared with == or !=" + "; a key on the right stands in (...)" * self._dialect.bare_words
+                )
+        return Comparison(self._term(first), tuple(rest)) if rest else first
+
+    def _right(self) -> Term | Condition:
+        found = _WORD.match(self._text, self._at) if self._dialect.bare_words else None
+        if found is None or _SPELLED_NUMBER.fullmatch(found[1]):
+            return self._sum()
+        self._at = found.end()
+        return Text(found[1])
+
+    def _sum(self) -> Term | Condition:
+        return self._arithmetic(_SUM, lambda: self._arithmetic(_PRODUCT, self._unary))
+
+    def _arithmetic(self, ops: re.Pattern[str], part: Callable[[], Term | Condition]) -> Term | Condition:
+        first = part()
+        rest: list[tuple[str, Term]] = []
+        while op := self._take(ops):
+            rest.append((op, self._addend(part())))
+        return Arithmetic(self._addend(first), tuple(rest)) if rest else first
+
+    def _unary(self) -> Term | Condition:
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            raise ExpressionError(f"more than {_DEEPEST} parentheses or signs stand in one another")
+        try:
+            if sign := self._take(_SIGN):
+                return Arithmetic(Constant(0), ((sign, self._addend(self._unary())),))
+            if self._take(_OPEN):
+                node = self._or()
+                if not self._take(_CLOSE):
+                    raise ExpressionError(f"a ')' is missing before {self._text[self._at :].strip()[:80]!r}")
+                return node
+            return self._leaf()
+        finally:
+            self._depth -= 1
+
+    def _leaf(self) -> Term:
+        if number := self._take(_NUMBER):
+            try:
+                value = int(number) if re.fullmatch(r"[\d_]+", number) else float(number)
+                if math.isfinite(float(value)):
+                    return Constant(value)
+            except (ValueError, OverflowError):
+                pass
+            raise ExpressionError(f"{number[:80]!r} is no number that can be calculated with")
+        if text := self._take(_TEXT):
+            return Text(text[1:-1])
+        found = _NAME.match(self._text, self._at)
+        if found is None or found[1] in _KEYWORDS:
+            raise self._no_condition(self._at)
+        name = self._known_part(found[1])
+        self._at = found.start(1) + len(name)
+        return Constant(self._truths[name]) if name in self._truths else Name(name)
+
+    def _known_part(self, run: str) -> str:
+        """The longest beginning, up to a "/" or "-", that is known; all of it when none is."""
+        if self._known is None or run in self._known:
+            return run
+        cuts = [found.start() for found in re.finditer("[/-]", run)]
+        return next((run[:cut] for cut in reversed(cuts) if run[:cut] in self._known), run)
+
+    def _take(self, pattern: re.Pattern[str]) -> str:
+        found = pattern.match(self._text, self._at)
+        if found is None:
+            return ""
+        self._at = found.end()
+        return found[1]
+
+    def _condition(self, node: Term | Condition, start: int) -> Condition:
+        if isinstance(node, Condition):
+            return node
+        raise self._no_condition(start)
+
+    def _term(self, node: Term | Condition) -> Term:
+        if isinstance(node, Term):
+            return node
+        raise ExpressionError(
+            f"a comparison stands where a value is needed before {self._text[self._at :].strip()[:80]!r}"
+        )
+
+    def _addend(self, node: Term | Condition) -> Term:
+        if isinstance(node, Text):
+            raise ExpressionError(f"{node.value!r} is text; + - * / take numbers")
+        return self._term(node)
+
+    def _no_condition(self, start: int) -> ExpressionError:
+        return ExpressionError(
+            f"{self._text[start:].strip()[:80]!r} is no condition; write KEY OP VALUE with one of "
+            f"{' '.join(_COMPARISONS)}, such as timesteps<=2"
+        )
+
+
+def _names(node: Term | Condition) -> Iterator[str]:
+    match node:
+        case Name(name):
+            yield name
+        case Arithmetic(first, rest) | Comparison(first, rest):
+            yield from _names(first)
+            for _, term in rest:
+                yield from _names(term)
+        case Joined(_, parts):
+            for part in parts:
+                yield from _names(part)
