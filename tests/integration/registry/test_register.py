@@ -14,7 +14,9 @@ from mlflow import MlflowClient
 
 from spikefleet.errors import UserError
 from spikefleet.registry.api import RegisteredVersion, list_models, load, show
-from spikefleet.registry.package import CARD, CONFIG, WEIGHTS, picture_batch
+from spikefleet.registry.package import CARD, CONFIG, WEIGHTS
+from spikefleet_pipelines.in_memory import image_batch
+from spikefleet_pipelines.transforms.classification_config import TransformConfig
 from support.registered import Trained, load_network_of, stored_files
 
 
@@ -69,8 +71,9 @@ def test_mlflow_loads_it_in_a_fresh_process(
 
     probabilities = np.load(tmp_path / "out.npy")
     network, config = load_network_of(first)
+    transform = TransformConfig.model_validate(config["data"]["transform"])
     with torch.inference_mode():
-        expected = network(picture_batch(images, config).images).softmax(1).numpy()
+        expected = network(image_batch(images, transform, channels=1).images).softmax(1).numpy()
     assert probabilities.shape == (5, 10)
     np.testing.assert_array_equal(probabilities, expected)
 
