@@ -28,11 +28,6 @@ def open_data(config: DataConfig, stores_dir: Path, console: Console) -> Store:
         return open_or_prepare(config, stores_dir.resolve(), progress=progress)
 
 
-def absolute_location(store: Store) -> str:
-    """Where a store lies, for processes with other working directories; URIs stay."""
-    return store.location if "://" in store.location else str(Path(store.location).absolute())
-
-
 def prepare_store(
     source: str,
     root: Path | None,

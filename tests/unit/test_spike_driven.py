@@ -7,11 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from spikefleet_models.build import build_model, model_config
 from torch import Tensor, nn
 
 from spikefleet_models import equivalence, spike_driven
 from spikefleet_models.equivalence import EquivalenceProof, check_equivalence, count_flips, on_grid
+from spikefleet_models.families import build_model, model_config
 from spikefleet_models.neurons import NeuronConfig, build_neuron
 from spikefleet_models.reparam import deploy
 from spikefleet_models.spike_driven import SlotLayer, ThermometerNode, thermometer

@@ -69,6 +69,11 @@ class Store:
         files = {name: tuple(where / shard.file for shard in shards) for name, shards in manifest.shards.items()}
         return cls(str(where), manifest, files)
 
+    @property
+    def absolute_location(self) -> str:
+        """Where the store lies, for processes with other working directories; a URI as it is."""
+        return self.location if "://" in self.location else str(Path(self.location).absolute())
+
     @staticmethod
     def is_store(path: str | os.PathLike[str]) -> bool:
         """Whether a local directory holds a manifest."""

@@ -20,7 +20,6 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from spikefleet.cluster.session import ray_session
 from spikefleet.config.recipes import parse_config
 from spikefleet.config.schema import Config
-from spikefleet.data_access import absolute_location
 from spikefleet.errors import RunError, UserError
 from spikefleet.files import read_json, write_json
 from spikefleet.plugins import load_plugins, loaded_plugins
@@ -104,7 +103,7 @@ def train_on_ray(
     with session_for(config, address, verbose):
         launch = new_launch(run_dir)
         arguments = WorkerArguments(
-            config.dump(), absolute_location(store), str(run_dir), str(launch), before_step, in_step, loaded_plugins()
+            config.dump(), store.absolute_location, str(run_dir), str(launch), before_step, in_step, loaded_plugins()
         )
         trainer = TorchTrainer(
             _worker,

@@ -1,6 +1,5 @@
 """The calls to MLflow's model registry: connection, search, download, publication."""
 
-import difflib
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -10,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spikefleet.config.messages import did_you_mean
 from spikefleet.config.recipes import parse_model
 from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
@@ -89,8 +89,8 @@ def find_model(client: "MlflowClient", name: str) -> RegisteredModel:
     versions = find_versions(client, check_model_name(name))
     if not versions:
         known = sorted({version.name for version in find_versions(client)})
-        near = difflib.get_close_matches(name, known, n=3) or known[:10]
-        raise UserError(f"there is no registered model {name!r}; there are {', '.join(near) or 'none'}")
+        hint = did_you_mean(name, known, f"there are {', '.join(known[:10]) or 'none'}", most=3)
+        raise UserError(f"there is no registered model {name!r}; {hint}")
     return RegisteredModel(name, tuple(versions))
 
 

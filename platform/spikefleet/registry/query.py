@@ -4,9 +4,9 @@ The grammar is that of `spikefleet_tune.expressions`. A word right of a comparis
 number, also where the fact is text that spells one. A version that lacks a key satisfies no condition on it.
 """
 
-import difflib
 from collections.abc import Collection
 
+from spikefleet.config.messages import did_you_mean
 from spikefleet.errors import UserError
 from spikefleet_tune.expressions import WHERE, Expression, ExpressionError, parse
 
@@ -31,7 +31,7 @@ def parse_where(text: str, known: Collection[str] | None = None) -> Expression:
         raise UserError(f"where: {text.strip()[:80]!r} is no condition on a version; name a key, as in timesteps<=2")
     for name in query.names:
         if known is not None and name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise UserError(f"where: no version has {name!r}; {hint}there are {', '.join(sorted(known))}")
+            listed = f"there are {', '.join(sorted(known))}"
+            hint = " ".join(filter(None, (did_you_mean(name, known, ""), listed)))
+            raise UserError(f"where: no version has {name!r}; {hint}")
     return query

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from spikefleet.config.messages import did_you_mean, sentences
 from spikefleet.config.schema import Section
+from spikefleet.config.strict_yaml import read_mapping
 from spikefleet.errors import UserError
 from spikefleet_models.energy import energy_constants
 
@@ -151,11 +151,11 @@ def list_tables() -> list[str]:
 def load_table(name: str) -> PaperTable:
     """A table by its name. Raises UserError for an unknown one, with the nearest that exists."""
     if name not in list_tables():
-        near = difflib.get_close_matches(name, list_tables(), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "`spikefleet tables` lists them"
+        hint = did_you_mean(name, list_tables(), "`spikefleet tables` lists them")
         raise UserError(f"there is no table {name!r}; {hint}")
     text = (resources.files("spikefleet.reproduction") / "tables" / f"{name}.yaml").read_text(encoding="utf-8")
+    tree = {"name": name, **read_mapping(text, f"table {name}", "title, paper, columns and groups")}
     try:
-        return PaperTable.model_validate({"name": name, **yaml.safe_load(text)})
+        return PaperTable.model_validate(tree)
     except ValidationError as error:  # only while a table is being written
-        raise UserError(f"table {name}: {error}") from None
+        raise UserError(f"table {name}: {sentences(error, PaperTable, tree)}") from None

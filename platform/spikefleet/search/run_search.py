@@ -19,7 +19,7 @@ from rich.console import Console
 from spikefleet.certificates.certify import certify
 from spikefleet.cluster.session import quiet_ray
 from spikefleet.config.schema import Config
-from spikefleet.data_access import absolute_location, open_data
+from spikefleet.data_access import open_data
 from spikefleet.data_summary import DataSummary
 from spikefleet.errors import RunError, UserError
 from spikefleet.files import write_json
@@ -151,7 +151,7 @@ def _setting(search: Search, name: str, options: Options, console: Console) -> t
     )
     config = _possible_config(search, setting)
     store = open_data(config.data, options.stores_dir, console)
-    return replace(setting, store=absolute_location(store)), config, store
+    return replace(setting, store=store.absolute_location), config, store
 
 
 def _possible_config(search: Search, setting: TrialSetting) -> Config:
