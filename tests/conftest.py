@@ -17,6 +17,7 @@ from spikefleet.tracking.mlflow_client import quiet_mlflow
 
 quiet_ray()
 quiet_mlflow()
+pytest.register_assert_rewrite("support")  # its asserts then say as much as those of a test module
 for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "RAY_ADDRESS"):
     os.environ.pop(name, None)
 

@@ -1,10 +1,7 @@
-"""Tracking against real MLflow: a SQLite file, and a server that is away, killed and restarted."""
+"""Tracking against real MLflow in a SQLite file."""
 
 import json
-import logging
-import os
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -14,11 +11,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import pyarrow.parquet
 import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Param
 from rich.console import Console
 
 from spikefleet.errors import UserError
@@ -26,16 +23,10 @@ from spikefleet.runs.observer import RunObserver
 from spikefleet.runs.progress import PlainDisplay
 from spikefleet.runs.run_dir import Run
 from spikefleet.tracking.journal import DELIVERED
-from spikefleet.tracking.mlflow_client import quiet_mlflow, resolve_tracking_uri
+from spikefleet.tracking.mlflow_client import resolve_tracking_uri
 from spikefleet.tracking.tracker import Tracker, sync
 from spikefleet.training.events import CheckpointSaved, Recovered, Started, StepDone, WorkerFailed
-
-quiet_mlflow()
-
-from mlflow import MlflowClient  # noqa: E402
-from mlflow.entities import Param  # noqa: E402
-
-BLOCKED_S = 0.5
+from support.tracked import BLOCKED_S, history, log_losses, loss, losses
 
 
 @pytest.fixture(scope="module")
@@ -53,28 +44,6 @@ def uri(runs: Path) -> Iterator[str]:
 @pytest.fixture
 def client(uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri=uri)
-
-
-def history(client: MlflowClient, run_id: str | None, key: str) -> list[tuple[int, float]]:
-    return [(metric.step, metric.value) for metric in client.get_metric_history(run_id, key)]
-
-
-def loss(step: int) -> float:
-    return 2.0 / (step + 3)
-
-
-def losses(steps: int) -> list[tuple[int, float]]:
-    return [(step, loss(step)) for step in range(steps)]
-
-
-def log_losses(tracker: Tracker, steps: range) -> float:
-    """Logs a figure a step and returns the longest time that one call took."""
-    longest = 0.0
-    for step in steps:
-        begin = time.perf_counter()
-        tracker.log_metrics({"train/loss": loss(step)}, step)
-        longest = max(longest, time.perf_counter() - begin)
-    return longest
 
 
 def test_a_run_reaches_mlflow_whole(runs: Path, uri: str, client: MlflowClient, tmp_path: Path) -> None:
@@ -350,112 +319,3 @@ def test_a_tracking_uri_that_mlflow_does_not_serve_is_refused(tmp_path: Path, mo
     assert resolve_tracking_uri(tmp_path) == "http://127.0.0.1:5000"
     with pytest.raises(UserError, match=r"no tracking\.jsonl there"):
         sync(tmp_path)
-
-
-class Server:
-    """A real MLflow server that can be killed and started again on the same port and database."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port = free.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self._port}"
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        options = ["--host", "127.0.0.1", "--port", str(self._port), "--workers", "1"]
-        options += ["--backend-store-uri", f"sqlite:///{self._directory}/server.db"]
-        options += ["--artifacts-destination", f"{self._directory}/artifacts"]
-        with (self._directory / "server.log").open("ab") as output:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "mlflow", "server", *options],
-                env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-                cwd=self._directory,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            try:
-                urlopen(f"{self.uri}/health", timeout=1).close()
-                return
-            except (URLError, ConnectionError, TimeoutError):
-                time.sleep(0.1)
-        raise TimeoutError((self._directory / "server.log").read_text())
-
-    def send(self, which: signal.Signals) -> None:
-        assert self._process is not None
-        os.killpg(self._process.pid, which)
-
-    def stop(self, how: signal.Signals) -> None:
-        if self._process is not None:
-            self.send(how)
-            self._process.wait(20)
-            self._process = None
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    server = Server(tmp_path)
-    yield server
-    server.stop(signal.SIGKILL)
-
-
-def test_a_server_that_is_away_killed_and_restarted_gets_everything_once(
-    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    run_dir = tmp_path / "runs" / "outage"
-    caplog.set_level(logging.WARNING)
-
-    # Away at the start: the run does not exist yet, the training goes on.
-    tracker = Tracker.open(run_dir, "outage", "digits", server.uri.replace("//", "//ann:s3cret@"))
-    tracker.log_params({"seed": 1})
-    longest = log_losses(tracker, range(100))
-    assert tracker.flush(wait_s=1.5) == 102
-    assert tracker.run_id is None
-    assert f"tracking at {server.uri} fails" in caplog.text
-
-    server.start()
-    assert tracker.flush(wait_s=20) == 0
-    client = MlflowClient(tracking_uri=server.uri)
-    assert history(client, tracker.run_id, "train/loss") == losses(100)
-    assert tracker.run_url.endswith(f"/runs/{tracker.run_id}")
-
-    # It hangs, then it is killed while records stream; an artifact and tags meet the outage, too.
-    server.send(signal.SIGSTOP)
-    longest = max(longest, log_losses(tracker, range(100, 3000)))
-    begin = time.perf_counter()
-    assert tracker.flush(wait_s=0.8) > 0
-    assert time.perf_counter() - begin < 0.8 + BLOCKED_S
-    server.stop(signal.SIGKILL)
-    begin = time.perf_counter()
-    tracker.log_dict({"T": 4}, "config.json")
-    tracker.set_tags({"state": "the server is away"})
-    longest = max(longest, time.perf_counter() - begin, log_losses(tracker, range(3000, 3500)))
-    undelivered = tracker.finish("FINISHED", wait_s=1)
-    assert undelivered > 500
-    assert f"spikefleet tracking sync {run_dir}" in caplog.text
-    with pytest.raises(UserError, match=rf"{undelivered} records have not reached http://127.0.0.1"):
-        sync(run_dir)
-
-    server.start()
-    assert sync(run_dir) == undelivered
-    run = client.get_run(tracker.run_id)
-    assert history(client, tracker.run_id, "train/loss") == losses(3500)
-    assert run.info.status == "FINISHED"
-    assert run.data.tags["state"] == "the server is away"
-    assert [artifact.path for artifact in client.list_artifacts(tracker.run_id)] == ["config.json"]
-    assert len(client.search_runs([run.info.experiment_id])) == 1
-
-    # Once more from the first record: the server keeps every row once.
-    (run_dir / DELIVERED).unlink()
-    assert sync(run_dir, server.uri) > 3500
-    assert history(client, tracker.run_id, "train/loss") == losses(3500)
-    assert len(client.search_runs([run.info.experiment_id])) == 1
-
-    assert longest < BLOCKED_S
-    assert "s3cret" not in caplog.text
-    assert not any(b"s3cret" in file.read_bytes() for file in run_dir.rglob("*") if file.is_file())
-    server.stop(signal.SIGTERM)

@@ -1,0 +1,129 @@
+"""Promotion: the better version becomes champion, also when jobs race or are killed."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from spikefleet.errors import UserError
+from spikefleet.registry.api import promote, show
+from support.registered import Trained
+
+
+def test_the_champion_changes_only_for_a_better_version(first: Trained, tmp_path: Path) -> None:
+    outcomes = []
+    for seed, value in enumerate([0.80, 0.85, 0.85, 0.82, 0.90], start=20):
+        version = first.again(seed, tmp_path).register("climb", value)
+        outcomes.append(promote("climb", version.version, "top1", tracking_uri=first.uri))
+    assert [promotion.alias for promotion in outcomes] == [
+        "champion",
+        "champion",
+        "challenger",
+        "challenger",
+        "champion",
+    ]
+    assert [promotion.champion for promotion in outcomes] == [1, 2, 2, 2, 5]
+    assert outcomes[3].reason == "top1 0.82 of version 4 is not better than 0.85 of champion version 2 (max)"
+    model = show("climb", tracking_uri=first.uri)
+    assert {version.version: version.aliases for version in model.versions if version.aliases} == {
+        5: ("champion",),
+        4: ("challenger",),
+    }
+    again = promote("climb", 5, "top1", tracking_uri=first.uri)
+    assert (again.alias, again.reason) == ("champion", "version 5 is the champion already")
+    assert promote("climb", 1, "top1", "min", tracking_uri=first.uri).alias == "champion"
+    with pytest.raises(UserError, match=r"no metric 'map'; it has"):
+        promote("climb", 1, "map", tracking_uri=first.uri)
+    with pytest.raises(UserError, match="no version 9; it has 1, 2, 3, 4, 5"):
+        promote("climb", 9, "top1", tracking_uri=first.uri)
+
+
+def test_a_champion_set_back_by_hand_is_not_replaced_by_the_one_before(first: Trained, tmp_path: Path) -> None:
+    for seed, value in enumerate([0.80, 0.95], start=30):
+        version = first.again(seed, tmp_path).register("rollback", value)
+        promote("rollback", version.version, "top1", tracking_uri=first.uri)
+    MlflowClient(first.uri, registry_uri=first.uri).set_registered_model_alias("rollback", "champion", "1")
+    third = first.again(32, tmp_path).register("rollback", 0.85)
+    assert promote("rollback", third.version, "top1", tracking_uri=first.uri).champion == 3
+
+
+@pytest.mark.parametrize(("slow", "fast"), [(0.90, 0.95), (0.95, 0.90), (0.90, 0.90)])
+def test_of_two_jobs_that_promote_at_once_the_better_one_wins(
+    first: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: float, fast: float
+) -> None:
+    """A slow job has decided; before it moves the alias, another job comes and goes; then the slow one overwrites."""
+    name = f"race{slow}-{fast}"
+    for seed, value in enumerate([0.5, slow, fast], start=40):
+        first.again(seed, tmp_path).register(name, value)
+    promote(name, 1, "top1", tracking_uri=first.uri)
+    real = MlflowClient.set_registered_model_alias
+    champions: list[str] = []
+    nested: list[Any] = []
+
+    def slow_job(client: MlflowClient, model: str, alias: str, version: str) -> None:
+        if alias == "champion" and not nested:
+            nested.append("running")
+            nested.append(promote(name, 3, "top1", tracking_uri=first.uri))
+        if alias == "champion":
+            champions.append(version)
+        real(client, model, alias, version)
+
+    monkeypatch.setattr(MlflowClient, "set_registered_model_alias", slow_job)
+    outcome = promote(name, 2, "top1", tracking_uri=first.uri)
+    winner = 2 if slow >= fast else 3
+    assert champions == (["2", "2"] if winner == 2 else ["3", "2", "3"])  # the worse one was champion for a moment
+    assert outcome.champion == winner
+    assert outcome.alias == ("champion" if winner == 2 else "challenger")
+    model = show(name, tracking_uri=first.uri)
+    assert {version.version for version in model.versions if "champion" in version.aliases} == {winner}
+
+
+def test_many_jobs_that_promote_at_once_leave_the_best_one(first: Trained, tmp_path: Path) -> None:
+    values = [0.5, 0.91, 0.97, 0.93, 0.95]
+    for seed, value in enumerate(values, start=60):
+        first.again(seed, tmp_path).register("crowd", value)
+    promote("crowd", 1, "top1", tracking_uri=first.uri)
+    with ThreadPoolExecutor(4) as jobs:
+        outcomes = list(jobs.map(lambda number: promote("crowd", number, "top1", tracking_uri=first.uri), range(2, 6)))
+    champion = show("crowd", tracking_uri=first.uri).champion
+    assert champion is not None
+    assert champion.version == 3
+    assert outcomes[1].alias == "champion"
+
+
+def test_an_alias_that_another_job_writes_at_the_same_time_is_written_after_it(
+    first: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow refuses the second of two new rows for one alias."""
+    first.again(70, tmp_path).register("raced", 0.9)
+    real, raced = MlflowClient.set_registered_model_alias, []
+
+    def lose_the_race(self: MlflowClient, name: str, alias: str, version: str) -> None:
+        real(self, name, alias, version)
+        if not raced:
+            raced.append(alias)
+            raise MlflowException("UNIQUE constraint failed: registered_model_aliases.alias")
+
+    monkeypatch.setattr(MlflowClient, "set_registered_model_alias", lose_the_race)
+    assert promote("raced", 1, "top1", tracking_uri=first.uri).alias == "champion"
+    assert raced == ["champion"]
+
+
+def test_a_promotion_that_was_killed_is_made_good_by_the_next_one(
+    first: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed, value in enumerate([0.5, 0.9, 0.7], start=50):
+        first.again(seed, tmp_path).register("killed", value)
+    promote("killed", 1, "top1", tracking_uri=first.uri)
+
+    def kill(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "set_registered_model_alias", kill)
+        with pytest.raises(KeyboardInterrupt):
+            promote("killed", 2, "top1", tracking_uri=first.uri)
+    assert promote("killed", 3, "top1", tracking_uri=first.uri).champion == 2

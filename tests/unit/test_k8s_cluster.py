@@ -1,0 +1,124 @@
+"""What Ray, KubeRay and spikefleet need of one another in the manifests of k8s/."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+import spikefleet.cli
+from spikefleet.config.recipes import list_recipes
+from support.manifests import (
+    LOCKED,
+    PROJECT,
+    built,
+    cluster_spec,
+    containers_in,
+    every_folder,
+    manifest,
+    pod_templates,
+    ray_groups,
+)
+
+
+def gibibytes(quantity: str) -> float:
+    number, unit = re.fullmatch(r"(\d+)(Mi|Gi)", quantity).groups()  # type: ignore[union-attr]
+    return int(number) / (1024 if unit == "Mi" else 1)
+
+
+@every_folder
+def test_ray_asks_for_a_token_and_is_not_exposed(folder: str) -> None:
+    spec = cluster_spec(folder)
+    assert spec["authOptions"] == {"mode": "token"}
+    assert spec["rayVersion"] == LOCKED["ray"]
+    assert spec["headGroupSpec"]["serviceType"] == "ClusterIP"
+    assert spec["headGroupSpec"]["enableIngress"] is False
+    variables = {entry["name"] for container in containers_in(spec) for entry in container.get("env", [])}
+    assert not variables & {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN"}  # KubeRay keeps what it finds there
+
+
+@every_folder
+def test_memory_is_bounded(folder: str) -> None:
+    for group in ray_groups(folder):
+        pod = group["template"]["spec"]
+        resources = pod["containers"][0]["resources"]
+        for name in set(resources["limits"]) - {"cpu"}:
+            assert resources["requests"][name] == resources["limits"][name]
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        mounted = {mount["mountPath"]: volumes[mount["name"]] for mount in pod["containers"][0]["volumeMounts"]}
+        shared = mounted["/dev/shm"]["emptyDir"]
+        assert shared["medium"] == "Memory"
+        object_store = int(group["rayStartParams"]["object-store-memory"]) / 2**30
+        assert object_store < gibibytes(shared["sizeLimit"]) < gibibytes(resources["limits"]["memory"])
+        assert "/tmp" in mounted
+
+
+@every_folder
+def test_runs_and_stores_are_on_one_claim(folder: str) -> None:
+    claim = manifest(folder, "PersistentVolumeClaim")
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    settings = manifest(folder, "ConfigMap")
+    train = typer.main.get_command(spikefleet.cli.app).commands["train"]  # type: ignore[attr-defined]
+    read = {option.envvar for option in train.params if option.envvar}
+    assert read == {name for name in settings["data"] if name.startswith("SPIKEFLEET_")}
+    for group in ray_groups(folder):
+        pod = group["template"]["spec"]
+        held = {"name": "data", "persistentVolumeClaim": {"claimName": claim["metadata"]["name"]}}
+        assert held in pod["volumes"]
+        mounts = {mount["name"]: mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
+        assert all(Path(settings["data"][name]).is_relative_to(mounts["data"]) for name in read)
+        assert {"configMapRef": {"name": settings["metadata"]["name"]}} in pod["containers"][0]["envFrom"]
+
+
+@every_folder
+def test_network_is_closed_but_for_ray(folder: str) -> None:
+    policies = {m["metadata"]["name"]: m["spec"] for m in built(folder) if m["kind"] == "NetworkPolicy"}
+    assert policies["default-deny"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    among = policies["among-ray-pods"]
+    for template in pod_templates(built(folder)):
+        assert among["podSelector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+    assert among["ingress"] == [{"from": [{"podSelector": among["podSelector"]}]}]
+    assert among["egress"] == [{"to": [{"podSelector": among["podSelector"]}]}]
+    from_outside = [spec for name, spec in policies.items() if name != "among-ray-pods" and "ingress" in spec]
+    assert [rule["ports"] for spec in from_outside for rule in spec["ingress"]] == [[{"protocol": "TCP", "port": 8265}]]
+    assert manifest(folder, "ConfigMap")["data"]["GLOO_SOCKET_IFNAME"] == "eth0"
+
+
+@pytest.mark.parametrize("folder", ["train", "gpu"])
+def test_job_has_the_standing_cluster_s_spec_and_ends(folder: str) -> None:
+    job = manifest(folder, "RayJob")["spec"]
+    assert not [m for m in built(folder) if m["kind"] == "RayCluster"]
+    if folder == "train":
+        assert job["rayClusterSpec"] == cluster_spec("base")
+    assert job["shutdownAfterJobFinishes"] is True
+    assert job["backoffLimit"] > 0
+    assert job["activeDeadlineSeconds"] > 0
+    assert job["submitterPodTemplate"]["spec"]["restartPolicy"] == "Never"
+
+
+def parse(command: str) -> dict[str, Any]:
+    program, *arguments = shlex.split(command)
+    assert program == next(iter(PROJECT["project"]["scripts"]))
+    group: Any = typer.main.get_command(spikefleet.cli.app)
+    with group.make_context(program, arguments) as context:
+        name, subcommand, rest = group.resolve_command(context, arguments)
+        return {"command": name, **subcommand.make_context(name, rest, parent=context).params}
+
+
+@pytest.mark.parametrize("folder", ["train", "gpu"])
+def test_entry_point_is_a_command_that_the_cluster_has_room_for(folder: str) -> None:
+    given = parse(manifest(folder, "RayJob")["spec"]["entrypoint"])
+    assert given["command"] == "train"
+    assert given["recipe"] in list_recipes()
+    (group,) = cluster_spec(folder)["workerGroupSpecs"]
+    assert given["workers"] == group["replicas"] * int(group["rayStartParams"]["num-cpus"])
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert limits.get("nvidia.com/gpu") == ("1" if given["gpu"] else None)
+    assert given["gpu"] == (folder == "gpu")
+
+
+def test_a_wrong_option_is_noticed() -> None:
+    with pytest.raises(Exception, match="No such option"):
+        parse("spikefleet train digits --worker-count 2")
