@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from spikefleet_models.neurons import spiking_nodes
+from spikefleet_models.slots import Layer
 from spikefleet_models.spike_driven import spike_driven
-from spikefleet_models.spike_edges import Layer, LayerInput, SpikeFed, layer_inputs
+from spikefleet_models.spike_edges import LayerInput, SpikeFed, layer_inputs
 
 WEIGHT_BITS = 30
 EXACT_BITS = 53

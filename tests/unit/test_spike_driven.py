@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spikefleet_models import equivalence, spike_driven
+from spikefleet_models import equivalence, slots, spike_driven
 from spikefleet_models.build import build_model, model_config
 from spikefleet_models.equivalence import EquivalenceProof, check_equivalence, count_flips, on_grid
 from spikefleet_models.neurons import NeuronConfig, build_neuron
 from spikefleet_models.reparam import deploy
-from spikefleet_models.spike_driven import SlotLayer, ThermometerNode, thermometer
-from spikefleet_models.spike_edges import Analogue, Layer, SpikeFed, layer_inputs
+from spikefleet_models.slots import Layer, SlotLayer, ThermometerNode, thermometer
+from spikefleet_models.spike_edges import Analogue, SpikeFed, layer_inputs
 
 ROOMS = [(T, D) for T in (1, 2, 4) for D in (1, 2, 4, 8)]
 
@@ -229,7 +229,7 @@ WRONG_SLOTS = [
 def test_wrong_slots_are_found(
     wrong: Callable[[Tensor, int], Tensor], T: int, D: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spike_driven, "thermometer", wrong)
+    monkeypatch.setattr(slots, "thermometer", wrong)
     proof = check_equivalence(SpikingNet(T, D), pictures())
     assert not proof.passed
     assert "neurons.0.neuron" in proof.unequal
@@ -516,7 +516,7 @@ def test_sg_resnets_pass_only_binary_spikes(fields: dict[str, object]) -> None:
     assert not any(name.startswith("stages") for name in analogue)
     assert {layer.bound for layer in proof.layers} == {1, None}
     reasons = {layer.name: layer.reason for layer in proof.layers}
-    assert reasons["stem.conv"] == "its input is the pictures"
+    assert reasons["stem.conv"] == "its input is the image"
     assert "computed from spikes by" in reasons["classifier"]
 
 
