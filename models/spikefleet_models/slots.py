@@ -22,6 +22,13 @@ Layer = nn.Conv2d | nn.Linear
 """What spikes may feed."""
 
 
+class NotSpikeDrivenError(ValueError):
+    """A network has no spike-driven form, or uses spikes as binary events cannot be used: a finding about the network.
+
+    Whatever else is raised while a form is built, run or compared says nothing about the network.
+    """
+
+
 def thermometer(counts: Tensor, bound: int) -> Tensor:
     """Integers [T, ...] in [0, D] -> spikes [T * D, ...] of the same type: slot d of step t, at t * D + d, is n > d."""
     levels = torch.arange(bound, device=counts.device).view(bound, *[1] * (counts.ndim - 1))
@@ -56,7 +63,9 @@ class SlotLayer(nn.Module):
         self._bias_shape: tuple[int, ...] = (-1,)
         if isinstance(layer, nn.Conv2d):
             if layer.padding_mode != "zeros":
-                raise ValueError(f"padding_mode={layer.padding_mode!r} has no spike-driven form; use 'zeros'")
+                raise NotSpikeDrivenError(
+                    f"padding_mode={layer.padding_mode!r} has no spike-driven form with D={slots}; use 'zeros'"
+                )
             self._bias_shape = (-1, 1, 1)
             self._weigh = partial(
                 F.conv2d,
@@ -70,11 +79,12 @@ class SlotLayer(nn.Module):
         """[T * D * B, ...] or [T * D, B, ...] -> [T * B, ...] or [T, B, ...]: sum over slots, and the bias once.
 
         Raises:
-            ValueError: the leading axis does not hold T * D slots.
+            NotSpikeDrivenError: the leading axis does not hold T * D slots.
         """
         T, D = self.timesteps, self.slots
         if spikes.shape[0] % (T * D):
-            raise ValueError(f"a spike-driven layer got {tuple(spikes.shape)}, which does not hold T={T} times D={D}")
+            shape = tuple(spikes.shape)
+            raise NotSpikeDrivenError(f"a spike-driven layer got {shape}, which does not hold T={T} times D={D}")
         dtype = membrane_dtype(spikes.dtype)
         weight = self.weight.to(dtype)
         by_slot = spikes.unflatten(0, (T, D, -1))

@@ -25,7 +25,7 @@ def spike_driven(deployed: nn.Module, inputs: Mapping[str, LayerInput] | None = 
         inputs: `layer_inputs(deployed, images)`; found with a noise image when left out.
 
     Raises:
-        ValueError: the network has no spiking neuron, or uses spikes as binary events cannot be used.
+        NotSpikeDrivenError: the network has no spiking neuron, or uses spikes as binary events cannot be used.
     """
     binary = copy.deepcopy(deployed).eval()
     inputs = layer_inputs(binary) if inputs is None else inputs

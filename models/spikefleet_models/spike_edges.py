@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from spikefleet_models.neurons import spiking_nodes
+from spikefleet_models.slots import NotSpikeDrivenError
 from spikefleet_models.spike_flow import Operation, Origin, SpikeFlow
 
 
@@ -47,10 +48,10 @@ def layer_inputs(network: nn.Module, images: Tensor | None = None) -> dict[str, 
             the channels that `network.config` names.
 
     Raises:
-        ValueError: the network has no spiking neuron, or uses spikes as binary events cannot be used.
+        NotSpikeDrivenError: the network has no spiking neuron, or uses spikes as binary events cannot be used.
     """
     if not spiking_nodes(network):
-        raise ValueError("the network has no spiking neurons, so it has no spike-driven form")
+        raise NotSpikeDrivenError("the network has no spiking neurons, so it has no spike-driven form")
     judge = _Judge(network)
     judge.check_outputs(judge.follow(images if images is not None else noise_image(network)))
     return judge.inputs
@@ -84,7 +85,7 @@ class _Judge(SpikeFlow):
             slots = origin.kind == "spikes" and origin.bound > 1 and operation.output.kind != "spikes"
             # A convolution by hand would escape the bookkeeping of biases even for one slot.
             if slots or (origin.kind in ("spikes", "sum") and "convolution" in operation.name):
-                raise ValueError(
+                raise NotSpikeDrivenError(
                     f"neuron {', '.join(origin.nodes)} (D={origin.bound}) feeds {operation.name}; a spike-driven "
                     "network lets integers feed only nn.Conv2d and nn.Linear, and spikes no convolution but these"
                 )
@@ -99,13 +100,15 @@ class _Judge(SpikeFlow):
         else:
             agree = isinstance(earlier, Analogue) and isinstance(found, Analogue)
         if not agree:
-            raise ValueError(f"layer {name} runs more than once, on {earlier} and on {found}; give each its own layer")
+            raise NotSpikeDrivenError(
+                f"layer {name} runs more than once, on {earlier} and on {found}; give each its own layer"
+            )
 
     def check_outputs(self, outputs: Any) -> None:
         for output in tree_leaves(outputs):
             origin = self.origin(output) if isinstance(output, Tensor) else None
             if origin is not None and origin.kind == "spikes" and origin.bound > 1:
-                raise ValueError(
+                raise NotSpikeDrivenError(
                     f"neuron {', '.join(origin.nodes)} (D={origin.bound}) is an output of the network; binary slots "
                     "must end in a layer"
                 )
@@ -115,7 +118,7 @@ def _layer_input(name: str, fed_by: Origin | None) -> LayerInput:
     """What feeds a layer.
 
     Raises:
-        ValueError: sums of spikes do.
+        NotSpikeDrivenError: sums of spikes do.
     """
     if fed_by is None:
         return Analogue("its input does not depend on the image")
@@ -123,7 +126,7 @@ def _layer_input(name: str, fed_by: Origin | None) -> LayerInput:
         return SpikeFed(fed_by.nodes, fed_by.timesteps, fed_by.bound)
     operations = ", ".join(fed_by.operations)
     if fed_by.kind == "sum":
-        raise ValueError(
+        raise NotSpikeDrivenError(
             f"layer {name} is fed with integers computed from the spikes of {', '.join(fed_by.nodes)} by {operations}, "
             "not with binary events; join spikes with a gate that keeps them binary (bsg, bsg_star, and, iand)"
         )

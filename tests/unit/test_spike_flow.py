@@ -13,6 +13,7 @@ from spikefleet_models.gates import Gate, GateName, build_gate
 from spikefleet_models.neurons import NeuronConfig, build_neuron, spiking_nodes
 from spikefleet_models.operation_counts import OperationCounts, count_operations
 from spikefleet_models.reparam import deploy
+from spikefleet_models.slots import NotSpikeDrivenError
 from spikefleet_models.spike_edges import Analogue, LayerInput, SpikeFed, layer_inputs
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -47,7 +48,7 @@ def test_energy_and_proof_agree_on_every_model(name: str) -> None:
         assert not any(count.spike_fed for count in counts.layers)
         return
     if name.startswith("sew") or name == "spike_yolo_s_transformer":
-        with pytest.raises(ValueError, match=r"gate add, not with binary events|\(D=4\) feeds bmm"):
+        with pytest.raises(NotSpikeDrivenError, match=r"gate add, not with binary events|\(D=4\) feeds bmm"):
             layer_inputs(network, image)
         return
     inputs = layer_inputs(network, image)
@@ -84,7 +85,7 @@ def sources(bound: int, between: Callable[[Tensor], Tensor]) -> tuple[LayerInput
     counts = {c.layer: c.bound for c in count_operations(network, [images]).layers if c.operation == "convolution"}
     try:
         return layer_inputs(network, images)["second"], counts["second"]
-    except ValueError as error:
+    except NotSpikeDrivenError as error:
         return str(error), counts["second"]
 
 
