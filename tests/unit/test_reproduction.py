@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from spikefleet.errors import UserError
+from spikefleet.reproduction import reproduce
 from spikefleet.reproduction.report import as_data, as_markdown, order_sentences, write_reproduction
 from spikefleet.reproduction.reproduce import (
     Cell,
@@ -160,3 +161,14 @@ def test_a_row_must_say_why_it_cannot_run() -> None:
     tree["groups"][0]["scales"].pop("fashion_mnist")
     with pytest.raises(ValueError, match="does not say why it cannot run at scale fashion_mnist"):
         PaperTable.model_validate(tree)
+
+
+def test_a_recipe_that_is_edited_is_read_anew(tmp_path: Path) -> None:
+    """What a row learns is asked for with each training; a recipe of one's own may change in between."""
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("base: digits\noptim: {lr: 0.1}\n")
+    before = reproduce._config(str(recipe), {"train.epochs": 2})
+    recipe.write_text("base: digits\noptim: {lr: 0.2}\n")
+    after = reproduce._config(str(recipe), {"train.epochs": 2})
+    assert (before.optim.lr, after.optim.lr) == (0.1, 0.2)
+    assert before.digest() != after.digest()

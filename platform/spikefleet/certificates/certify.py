@@ -47,7 +47,7 @@ def certify(config: Config, checkpoint: Path, report: Path, store: Store) -> Cer
         network = best_network(load_checkpoint(checkpoint), config.model)
         task = build_task(config, DataSummary.of(store.manifest))
         check_spikes(network, task, config, store.split("val")).write(proof)
-        write_card(measure_energy(network, config, store.split("val")), report)
+        write_card(measure_energy(network, config.data.transform, store.split("val")), report)
         write_json(
             report / CERTIFICATE,
             {"checkpoint": certified, "sha256": {file.name: sha256_of(file) for file in files}},

@@ -7,12 +7,12 @@ from pathlib import Path
 from torch import nn
 
 from spikefleet import plots
-from spikefleet.config.schema import Config
 from spikefleet.files import write_json
 from spikefleet.training.evaluation import SpreadPlan
 from spikefleet_models.energy import EnergyCard, Form, energy_card
 from spikefleet_pipelines.loading import BatchLoader
 from spikefleet_pipelines.store.reader import Split
+from spikefleet_pipelines.transforms.batch_transform_config import BatchTransformConfig
 
 ENERGY = "energy.json"
 """Name of the card's file in a report and in a registered version."""
@@ -23,7 +23,7 @@ REGISTERED_CONSTANTS = "fp32-45nm"
 
 def measure_energy(
     network: nn.Module,
-    config: Config,
+    transform: BatchTransformConfig,
     split: Split,
     *,
     pictures: int = 32,
@@ -35,7 +35,7 @@ def measure_energy(
 
     Raises ValueError for unknown constants.
     """
-    loader = BatchLoader(split, config.data.transform, train=False)
+    loader = BatchLoader(split, transform, train=False)
     batches = (batch.images for batch in loader.epoch(SpreadPlan(len(split), pictures), epoch=0))
     return energy_card(network, batches, constants, form, shortcuts)
 

@@ -130,7 +130,7 @@ def energy(
             rows = open_split(trained, split, stores_dir, console, data=data)
             card = measure_energy(
                 trained.network,
-                trained.config,
+                trained.config.data.transform,
                 rows,
                 pictures=pictures,
                 constants=constants,

@@ -119,6 +119,6 @@ def evaluate_on_split(
     rows = open_split(trained, split, stores_dir, console, data=data)
     world = World(0, 1, pick_device(gpu))
     loader = BatchLoader(rows, config.transform, train=False, processes=config.loader_processes)
-    evaluation = evaluate(trained.network.to(world.device), trained.task, loader, trained.config, world)
+    evaluation = evaluate(trained.network.to(world.device), trained.task, loader, trained.config.train, world)
     assert evaluation is not None, "a world of one gets its own predictions"
     return evaluation

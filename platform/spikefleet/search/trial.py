@@ -143,7 +143,7 @@ def as_trial(setting: TrialSetting) -> Callable[[Overrides, str, Report], dict[s
         def energy_of(checkpoint: Path) -> float:
             with torch.random.fork_rng(devices=[]):  # a new network draws from the generator of the training
                 network = best_network(load_checkpoint(checkpoint), config.model)
-            card = measure_energy(network, config, store.split("val"))
+            card = measure_energy(network, config.data.transform, store.split("val"))
             write_card(card, run.path / "report")
             return card.energy_mj
 

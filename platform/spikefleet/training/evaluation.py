@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from spikefleet.config.schema import Config
+from spikefleet.config.schema import TrainConfig
 from spikefleet.tasks import Task
 from spikefleet.tasks.task import Prediction, Target
 from spikefleet.training.distributed import World
@@ -36,7 +36,7 @@ def evaluate(
     network: nn.Module,
     task: Task[Prediction, Target],
     loader: BatchLoader,
-    config: Config,
+    config: TrainConfig,
     world: World,
 ) -> Evaluation[Prediction, Target] | None:
     """Predictions for every sample of the loader's split; on rank 0, None elsewhere."""
@@ -44,15 +44,15 @@ def evaluate(
     network.eval()
     plan = EvaluationPlan(
         samples=len(loader.split),
-        global_batch=config.train.eval_batch * world.size,
+        global_batch=config.eval_batch * world.size,
         world_size=world.size,
         rank=world.rank,
     )
     monitor = SpikeMonitor(network)
     rows: list[tuple[int, Prediction, Target]] = []
     for position, batch in enumerate(loader.epoch(plan, epoch=0)):
-        here = batch.to(world.device, config.train.channels_last)
-        with autocast(config.train.precision, world.device), monitor if position == 0 else nullcontext():
+        here = batch.to(world.device, config.channels_last)
+        with autocast(config.precision, world.device), monitor if position == 0 else nullcontext():
             predictions = task.predict(network, here)
         rows += zip(batch.indices.tolist(), predictions, task.targets(batch), strict=True)
     network.train(was_training)

@@ -261,7 +261,7 @@ def _finish_epoch(
 
 def _evaluate(state: TrainingState, task: AnyTask, loader: BatchLoader) -> Evaluation[Any, Any] | None:
     state.world.share_buffers(state.evaluated)
-    return evaluate(state.evaluated, task, loader, state.config, state.world)
+    return evaluate(state.evaluated, task, loader, state.config.train, state.world)
 
 
 def _improves(config: CheckpointConfig, best: Mapping[str, Any] | None, measured: Mapping[str, float]) -> bool:

@@ -1,0 +1,88 @@
+"""A certificate is of one checkpoint, whole, and not made again."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from spikefleet.certificates import certify as certification
+from spikefleet.certificates.certify import CERTIFICATE, certify
+from spikefleet.certificates.energy_card import ENERGY
+from spikefleet.certificates.spike_check import PROOF
+from spikefleet.files import read_json, write_json
+from spikefleet.runs.run_dir import Run
+from spikefleet_pipelines.store.reader import Store
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "format_1" / "run"
+
+
+class Certified:
+    """A run whose certifications are counted."""
+
+    def __init__(self, run: Run, store: Store, patch: pytest.MonkeyPatch) -> None:
+        self.run, self.store, self.checks = run, store, 0
+        self.report = run.path / "report"
+        check = certification.check_spikes
+
+        def counted(*parts: object, **options: object) -> object:
+            self.checks += 1
+            return check(*parts, **options)  # type: ignore[arg-type]
+
+        patch.setattr(certification, "check_spikes", counted)
+
+    def again(self) -> str:
+        checkpoint = self.run.checkpoints.latest()
+        assert checkpoint is not None
+        return certify(self.run.config(), checkpoint, self.report, self.store).verdict
+
+
+@pytest.fixture
+def certified(stores_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Certified:
+    shutil.copytree(FIXTURE, tmp_path / "run")
+    one = Certified(Run(tmp_path / "run"), Store.open(stores_dir / "digits", verify=False), monkeypatch)
+    assert one.again() == "proved"
+    return one
+
+
+def test_what_is_certified_is_read(certified: Certified) -> None:
+    assert certified.again() == "proved"
+    assert certified.checks == 1
+
+
+@pytest.mark.parametrize("name", [PROOF, ENERGY, CERTIFICATE])
+def test_a_file_that_is_missing_or_was_changed_is_made_again(certified: Certified, name: str) -> None:
+    written = (certified.report / name).read_bytes()
+    (certified.report / name).unlink()
+    certified.again()
+    (certified.report / name).write_text("{}")
+    certified.again()
+    assert certified.checks == 3
+    if name == PROOF:
+        assert (certified.report / name).read_bytes() == written
+
+
+def test_another_checkpoint_is_certified_for_itself(certified: Certified) -> None:
+    latest = certified.run.checkpoints.latest()
+    assert latest is not None
+    manifest = read_json(latest / "checkpoint.json")
+    write_json(latest / "checkpoint.json", {**manifest, "versions": {"torch": "another"}})
+    certified.again()
+    assert certified.checks == 2
+
+
+def test_a_certification_that_is_interrupted_leaves_no_certificate(
+    certified: Certified, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*parts: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    (certified.report / CERTIFICATE).unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(certification, "measure_energy", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            certified.again()
+    assert not (certified.report / CERTIFICATE).exists()
+    assert certified.again() == "proved"
+    assert certified.checks == 3
