@@ -23,8 +23,8 @@ import torch
 from spikefleet.cluster.session import quiet_ray
 from spikefleet.config.recipes import load_config, parse_overrides
 from spikefleet.config.schema import Config
-from spikefleet.training.distributed import World
-from spikefleet.training.events import Silence
+from spikefleet.training.distributed import ProcessGroup
+from spikefleet.training.events import NullSink
 from spikefleet.training.loop import train
 from spikefleet_pipelines.sources import prepare
 from spikefleet_pipelines.store.reader import Store
@@ -32,11 +32,11 @@ from spikefleet_pipelines.store.reader import Store
 _WARM_UP = 20
 
 
-def stopwatch(out: Path, steps: int) -> Callable[[World, int], None]:
+def stopwatch(out: Path, steps: int) -> Callable[[ProcessGroup, int], None]:
     """Notes the time before each step, and writes the seconds between steps when the last one begins."""
     times: list[float] = []
 
-    def note(world: World, step: int) -> None:
+    def note(group: ProcessGroup, step: int) -> None:
         times.append(time.perf_counter())
         if step == steps - 1:
             out.write_text(json.dumps([b - a for a, b in pairwise(times)]))
@@ -46,13 +46,13 @@ def stopwatch(out: Path, steps: int) -> Callable[[World, int], None]:
 
 def without_ray(config: Config, store: Path, folder: Path, steps: int) -> None:
     torch.set_num_threads(1)
-    train(config, Store.open(store), folder, World.alone(), Silence(), stopwatch(folder / "times.json", steps))
+    train(config, Store.open(store), folder, ProcessGroup.single(), NullSink(), stopwatch(folder / "times.json", steps))
 
 
 def with_ray(config: Config, store: Path, folder: Path, steps: int) -> None:
     from spikefleet.cluster.ray_train import train_on_ray
 
-    train_on_ray(config, Store.open(store), folder, Silence(), before_step=stopwatch(folder / "times.json", steps))
+    train_on_ray(config, Store.open(store), folder, NullSink(), before_step=stopwatch(folder / "times.json", steps))
 
 
 def median_step(folder: Path) -> float:

@@ -24,7 +24,7 @@ import torch
 from matplotlib import pyplot as plt
 
 from spikefleet.config.recipes import load_config, parse_overrides
-from spikefleet.training.distributed import World
+from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.events import Event, StepDone
 from spikefleet.training.loop import train
 from spikefleet_pipelines.sources import prepare
@@ -70,7 +70,7 @@ def run(job: Job) -> dict[str, Any]:
     config = load_config("digits", parse_overrides([*settings, "cluster.workers=0"]))
     norms = Norms()
     store = Store.open(f"{job.folder}/digits")
-    outcome = train(config, store, Path(job.folder) / f"{job.variant}-{job.seed}", World.alone(), norms)
+    outcome = train(config, store, Path(job.folder) / f"{job.variant}-{job.seed}", ProcessGroup.single(), norms)
     steps = len(norms.values) // job.epochs
     return {
         "variant": job.variant,

@@ -19,8 +19,8 @@ from spikefleet.cli import app
 from spikefleet.config.recipes import load_config, parse_overrides
 from spikefleet.tasks.coco_metrics import FIGURES
 from spikefleet.training.checkpoints import CheckpointFolder, load_checkpoint
-from spikefleet.training.distributed import World
-from spikefleet.training.events import Silence
+from spikefleet.training.distributed import ProcessGroup
+from spikefleet.training.events import NullSink
 from spikefleet.training.loop import train
 from spikefleet_pipelines.sources import prepare
 from spikefleet_pipelines.store.reader import Store
@@ -54,14 +54,14 @@ def test_a_detector_that_is_stopped_goes_on_bit_for_bit(
     config = load_config(recipe, parse_overrides([*settings, "cluster.workers=0"]))
     store = Store.open(scenes)
 
-    def fault(world: World, step: int) -> None:
+    def fault(group: ProcessGroup, step: int) -> None:
         if step == 3:
             raise PlannedFaultError
 
-    train(config, store, tmp_path / "undisturbed", World.alone(), Silence())
+    train(config, store, tmp_path / "undisturbed", ProcessGroup.single(), NullSink())
     with pytest.raises(PlannedFaultError):
-        train(config, store, tmp_path / "stopped", World.alone(), Silence(), fault)
-    train(config, store, tmp_path / "stopped", World.alone(), Silence())
+        train(config, store, tmp_path / "stopped", ProcessGroup.single(), NullSink(), fault)
+    train(config, store, tmp_path / "stopped", ProcessGroup.single(), NullSink())
     ends = []
     for name in ("undisturbed", "stopped"):
         latest = CheckpointFolder(tmp_path / name / "checkpoints").latest()

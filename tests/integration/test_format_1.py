@@ -19,7 +19,7 @@ from spikefleet import registry
 from spikefleet.runs.run_dir import Run
 from spikefleet.tracking.mlflow_client import resolve_tracking_uri
 from spikefleet.training.checkpoints import load_checkpoint
-from spikefleet.training.distributed import World
+from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.events import Event, StepDone
 from spikefleet.training.loop import train
 from spikefleet_pipelines.store.reader import Store
@@ -88,7 +88,7 @@ def test_a_checkpoint_is_resumed(stores_dir: Path, tmp_path: Path) -> None:
     config, latest = run.config(), run.checkpoints.latest()
     assert latest is not None
     assert load_checkpoint(latest).state["epoch"] == 1
-    train(config, Store.open(stores_dir / "digits"), run.path, World.alone(), Losses())
+    train(config, Store.open(stores_dir / "digits"), run.path, ProcessGroup.single(), Losses())
     expected = json.loads((FIXTURE / "resumed.json").read_text())
     assert {str(step): loss for step, loss in losses.items()} == pytest.approx(expected, rel=2e-3)
 

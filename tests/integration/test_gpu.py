@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from spikefleet.config.recipes import load_config, parse_overrides
-from spikefleet.training.distributed import World
-from spikefleet.training.events import Silence
+from spikefleet.training.distributed import ProcessGroup
+from spikefleet.training.events import NullSink
 from spikefleet.training.loop import train
 from spikefleet_models.families import build_model, model_config
 from spikefleet_models.spiking_unit import use_implementation
@@ -47,5 +47,5 @@ def test_training_on_cuda(precision: str, stores_dir: Path, tmp_path: Path) -> N
     settings = [f"train.precision={precision}", "train.epochs=4", "train.channels_last=true", "cluster.gpu=true"]
     config = load_config("digits", parse_overrides([*settings, "cluster.workers=0"]))
     store = Store.open(stores_dir / "digits")
-    outcome = train(config, store, tmp_path, World.alone(gpu=True), Silence())
+    outcome = train(config, store, tmp_path, ProcessGroup.single(gpu=True), NullSink())
     assert outcome.validation["top1"] > 0.6

@@ -20,7 +20,7 @@ from spikefleet.config.recipes import load_config, parse_overrides
 from spikefleet.config.schema import Config
 from spikefleet.errors import RunError, UserError
 from spikefleet.training.checkpoints import CheckpointFolder, load_checkpoint
-from spikefleet.training.distributed import World
+from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.events import Event, StepDone, WorkerFailed
 from spikefleet_pipelines.store.reader import Store
 
@@ -35,14 +35,14 @@ SETTINGS = [
 ]
 STEPS = 42
 
-Fault = Callable[[World, int], None]
+Fault = Callable[[ProcessGroup, int], None]
 
 
 def kill(*, rank: int, step: int, mark: Path) -> Fault:
     """SIGKILLs one worker before one step, once; the mark shows that it happened."""
 
-    def fault(world: World, at: int) -> None:
-        if world.rank == rank and at == step and not mark.exists():
+    def fault(group: ProcessGroup, at: int) -> None:
+        if group.rank == rank and at == step and not mark.exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -52,8 +52,8 @@ def kill(*, rank: int, step: int, mark: Path) -> Fault:
 def poison_loss(*, rank: int, step: int) -> Fault:
     """Makes the loss of one rank NaN from one step on."""
 
-    def fault(world: World, at: int) -> None:
-        if world.rank == rank and at == step:
+    def fault(group: ProcessGroup, at: int) -> None:
+        if group.rank == rank and at == step:
             from spikefleet.tasks.classification import Classification
 
             healthy = Classification.loss
@@ -68,9 +68,9 @@ def poison_loss(*, rank: int, step: int) -> Fault:
 
 
 def every(*faults: Fault) -> Fault:
-    def fault(world: World, at: int) -> None:
+    def fault(group: ProcessGroup, at: int) -> None:
         for one in faults:
-            one(world, at)
+            one(group, at)
 
     return fault
 
@@ -177,8 +177,8 @@ def test_what_no_restart_can_heal_ends_the_run_with_its_sentence(
 ) -> None:
     """Also when one rank alone meets it, while the others wait for its gradients."""
 
-    def fault(world: World, at: int) -> None:
-        if world.rank == 1 and at == 6:
+    def fault(group: ProcessGroup, at: int) -> None:
+        if group.rank == 1 and at == 6:
             raise UserError("picture 7.jpg is truncated; fetch it again")
 
     recorder = Recorder()

@@ -12,8 +12,8 @@ from torch import distributed as dist
 
 from spikefleet.config.recipes import load_config, parse_overrides
 from spikefleet.training.checkpoints import load_checkpoint
-from spikefleet.training.distributed import World
-from spikefleet.training.events import Silence
+from spikefleet.training.distributed import ProcessGroup
+from spikefleet.training.events import NullSink
 from spikefleet.training.loop import train
 from spikefleet_pipelines.store.reader import Store
 
@@ -26,17 +26,17 @@ def rank_process(rank: int, rendezvous: str, store: Path, run_dir: Path, stop_at
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=RANKS)
 
-    def before_step(world: World, step: int) -> None:
+    def before_step(group: ProcessGroup, step: int) -> None:
         if step == stop_at:
             os._exit(9)
 
-    world = World(rank, RANKS, torch.device("cpu"))
+    group = ProcessGroup(rank, RANKS, torch.device("cpu"))
     train(
         load_config("digits", parse_overrides(SETTINGS)),
         Store.open(store, verify=False),
         run_dir,
-        world,
-        Silence(),
+        group,
+        NullSink(),
         before_step,
     )
     dist.destroy_process_group()

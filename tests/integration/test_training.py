@@ -19,7 +19,7 @@ from spikefleet.runs.run_dir import Run
 from spikefleet.runs.train_run import run_training
 from spikefleet.tasks.classification import Classification
 from spikefleet.training.checkpoints import CheckpointFolder, Snapshot, load_checkpoint
-from spikefleet.training.distributed import World
+from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.events import Event, StepDone
 from spikefleet.training.loop import Outcome, train
 from spikefleet.training.step import NonFiniteError
@@ -55,7 +55,7 @@ GOLDEN = {
 
 def run(config: Config, store: Store, run_dir: Path) -> tuple[Outcome, Steps]:
     steps = Steps()
-    return train(config, store, run_dir, World.alone(), steps), steps
+    return train(config, store, run_dir, ProcessGroup.single(), steps), steps
 
 
 def end(run_dir: Path) -> Snapshot:
@@ -104,7 +104,7 @@ def test_two_workers_have_the_gradient_of_one(
     Batch norm is frozen and the rate tiny, so that nothing but the exchange of gradients could make a difference.
     """
 
-    def freeze(world: World, step: int) -> None:
+    def freeze(group: ProcessGroup, step: int) -> None:
         from spikefleet_models.sg_resnet import SGResNet
 
         def train_without_batch_norm(self: SGResNet, mode: bool = True) -> SGResNet:
@@ -137,15 +137,15 @@ class StopTrainingError(Exception):
     ],
 )
 def test_resumption_is_exact(settings: list[str], store: Store, tmp_path: Path) -> None:
-    def stop(world: World, step: int) -> None:
+    def stop(group: ProcessGroup, step: int) -> None:
         if step == 11:
             raise StopTrainingError
 
     config = load_config("digits", parse_overrides([*SMALL, "checkpoint.every_steps=4", *settings]))
-    train(config, store, tmp_path / "whole", World.alone(), Steps())
+    train(config, store, tmp_path / "whole", ProcessGroup.single(), Steps())
     with pytest.raises(StopTrainingError):
-        train(config, store, tmp_path / "cut", World.alone(), Steps(), before_step=stop)
-    train(config, store, tmp_path / "cut", World.alone(), Steps())
+        train(config, store, tmp_path / "cut", ProcessGroup.single(), Steps(), before_step=stop)
+    train(config, store, tmp_path / "cut", ProcessGroup.single(), Steps())
     whole, cut = end(tmp_path / "whole"), end(tmp_path / "cut")
     assert whole.state == cut.state
     for group, tensors in whole.tensors.items():
@@ -190,13 +190,13 @@ def test_golden_losses(recipe: str, store: Store, tmp_path: Path) -> None:
     class EnoughError(Exception):
         pass
 
-    def stop(world: World, step: int) -> None:
+    def stop(group: ProcessGroup, step: int) -> None:
         if step == len(GOLDEN[recipe]):
             raise EnoughError
 
     config, steps = load_config(recipe, parse_overrides(["tracking.every_steps=1", "cluster.workers=0"])), Steps()
     with pytest.raises(EnoughError):
-        train(config, store, tmp_path, World.alone(), steps, stop)
+        train(config, store, tmp_path, ProcessGroup.single(), steps, stop)
     assert [row["train/loss"] for row in steps.rows] == pytest.approx(GOLDEN[recipe], rel=2e-3)
 
 

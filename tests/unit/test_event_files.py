@@ -1,4 +1,4 @@
-"""Events reach the driver through files, also those of a launch whose driver was killed."""
+"""Events reach the driver through files, also those of a attempt whose driver was killed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 from spikefleet.files import write_json
-from spikefleet.training.event_log import STOPPED, EventReader, EventWriter, TakingOver, new_launch
+from spikefleet.training.event_log import STOPPED, EventReader, EventWriter, ResumedRunSink, new_attempt
 from spikefleet.training.events import (
     CheckpointSaved,
     EpochDone,
@@ -39,8 +39,8 @@ class Kept:
 
 
 def test_events_survive_the_way_through_a_file_and_are_read_once(tmp_path: Path) -> None:
-    launch = new_launch(tmp_path)
-    writer, reader = EventWriter(launch), EventReader(launch)
+    attempt = new_attempt(tmp_path)
+    writer, reader = EventWriter(attempt), EventReader(attempt)
     assert reader.new() == []
     for event in EVENTS[:2]:
         writer.emit(event)
@@ -52,10 +52,10 @@ def test_events_survive_the_way_through_a_file_and_are_read_once(tmp_path: Path)
 
 
 def test_an_unfinished_line_waits_for_its_end(tmp_path: Path) -> None:
-    launch = new_launch(tmp_path)
+    attempt = new_attempt(tmp_path)
     line = json.dumps({"event": "Note", "text": "whole"}) + "\n"
-    path = launch / "events-1.jsonl"
-    reader = EventReader(launch)
+    path = attempt / "events-1.jsonl"
+    reader = EventReader(attempt)
     path.write_text(line[:9])
     assert reader.new() == []
     path.write_text(line)
@@ -63,8 +63,8 @@ def test_an_unfinished_line_waits_for_its_end(tmp_path: Path) -> None:
 
 
 def test_a_writer_in_step_goes_on_after_a_checkpoint_when_all_is_handed_on(tmp_path: Path) -> None:
-    launch = new_launch(tmp_path)
-    writer, reader = EventWriter(launch, in_step=True), EventReader(launch)
+    attempt = new_attempt(tmp_path)
+    writer, reader = EventWriter(attempt, lockstep=True), EventReader(attempt)
     writer.emit(EVENTS[2])  # an epoch: does not wait
 
     def save() -> threading.Thread:
@@ -84,17 +84,17 @@ def test_a_writer_in_step_goes_on_after_a_checkpoint_when_all_is_handed_on(tmp_p
     stopped = save()
     stopped.join(0.2)
     assert stopped.is_alive()
-    write_json(launch / STOPPED, {})
+    write_json(attempt / STOPPED, {})
     stopped.join(10)
-    assert not stopped.is_alive(), "a launch that is stopped waits for nobody"
+    assert not stopped.is_alive(), "a attempt that is stopped waits for nobody"
 
 
 def test_a_full_disk_stops_no_training(tmp_path: Path) -> None:
     EventWriter(tmp_path / "gone").emit(EVENTS[0])
-    launch = new_launch(tmp_path)
-    writer, reader = EventWriter(launch), EventReader(launch)
+    attempt = new_attempt(tmp_path)
+    writer, reader = EventWriter(attempt), EventReader(attempt)
     writer.emit(EVENTS[0])
-    (path,) = launch.iterdir()
+    (path,) = attempt.iterdir()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, hard))
     try:
@@ -106,18 +106,18 @@ def test_a_full_disk_stops_no_training(tmp_path: Path) -> None:
 
 
 def test_taking_over_stops_earlier_workers_and_hears_them_out(tmp_path: Path) -> None:
-    first, second = new_launch(tmp_path), new_launch(tmp_path)
+    first, second = new_attempt(tmp_path), new_attempt(tmp_path)
     assert first < second
     EventWriter(first).emit(EVENTS[1])
     kept = Kept()
-    outlet = TakingOver(tmp_path, kept)
+    sink = ResumedRunSink(tmp_path, kept)
     assert (first / STOPPED).is_file()
     assert (second / STOPPED).is_file()
     EventWriter(second).emit(EVENTS[2])  # an earlier worker may still finish its step
-    outlet.emit(Note("before the checkpoint is picked"))
+    sink.emit(Note("before the checkpoint is picked"))
     assert len(kept.events) == 1
-    outlet.emit(EVENTS[0])
+    sink.emit(EVENTS[0])
     assert kept.events[1:] == [Recovered((EVENTS[1],)), Recovered((EVENTS[2],)), EVENTS[0]]
     assert not first.exists()
-    outlet.emit(EVENTS[0])
+    sink.emit(EVENTS[0])
     assert kept.events[4:] == [EVENTS[0]]

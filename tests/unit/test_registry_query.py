@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spikefleet.errors import UserError
-from spikefleet.registry.promotion import Standing, decide, winner_of
+from spikefleet.registry.promotion import Candidate, decide, winner_of
 from spikefleet.registry.query import parse_where
 
 KEYS = ["timesteps", "energy_mj", "connection", "val/top1", "a-b.c"]
@@ -154,17 +154,17 @@ def test_an_unknown_key_is_named_with_what_exists() -> None:
     ],
 )
 def test_only_a_better_version_becomes_champion(champion: Any, candidate: Any, mode: Any, alias: str) -> None:
-    present = None if champion is None else Standing(1, champion)
-    decision = decide(present, Standing(2, candidate), "val/top1", mode)
+    present = None if champion is None else Candidate(1, champion)
+    decision = decide(present, Candidate(2, candidate), "val/top1", mode)
     assert decision.alias == alias
     assert "version" in decision.reason
 
 
 def test_a_champion_without_the_metric_stays_and_the_sentence_says_why() -> None:
-    elsewhere = decide(Standing(1, 0.1, "a"), Standing(2, 0.9, "b"), "val/map", "max")
+    elsewhere = decide(Candidate(1, 0.1, "a"), Candidate(2, 0.9, "b"), "val/map", "max")
     assert (elsewhere.alias, elsewhere.reason) == ("challenger", "champion version 1 was measured on other data")
-    decision = decide(Standing(1, None), Standing(2, 0.9), "val/map", "max")
-    assert decision == decide(Standing(1, math.nan), Standing(2, 0.9), "val/map", "max")
+    decision = decide(Candidate(1, None), Candidate(2, 0.9), "val/map", "max")
+    assert decision == decide(Candidate(1, math.nan), Candidate(2, 0.9), "val/map", "max")
     assert decision.reason == "champion version 1 has no val/map to compare with"
 
 
@@ -177,10 +177,10 @@ def test_a_champion_without_the_metric_stays_and_the_sentence_says_why() -> None
 def test_the_winner_is_the_best_and_does_not_depend_on_the_order(
     champion: float | None, values: list[float], mode: Any, random: Any
 ) -> None:
-    present = None if champion is None else Standing(1, champion)
-    candidates = [Standing(version, value) for version, value in enumerate(values, start=2)]
+    present = None if champion is None else Candidate(1, champion)
+    candidates = [Candidate(version, value) for version, value in enumerate(values, start=2)]
     random.shuffle(candidates)
     winner = winner_of(present, candidates, "m", mode)
-    field = sorted([*([present] if present else []), *candidates], key=lambda standing: standing.version)
+    field = sorted([*([present] if present else []), *candidates], key=lambda candidate: candidate.version)
     extreme = (max if mode == "max" else min)((s.value for s in field if s.value is not None), default=None)
-    assert winner == next((standing for standing in field if standing.value == extreme), None)
+    assert winner == next((candidate for candidate in field if candidate.value == extreme), None)

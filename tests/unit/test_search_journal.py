@@ -1,4 +1,4 @@
-"""The durable record of a search: torn lines, one launch at a time, and what may change under a name."""
+"""The durable record of a search: torn lines, one attempt at a time, and what may change under a name."""
 
 from __future__ import annotations
 

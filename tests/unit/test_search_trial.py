@@ -13,7 +13,7 @@ from spikefleet.data_summary import DataSummary
 from spikefleet.runs.run_dir import Run
 from spikefleet.search.run_search import _possible_config
 from spikefleet.search.trial import (
-    ReportOutlet,
+    ReportSink,
     TrialSetting,
     _report_best_so_far,
     _take_over,
@@ -23,8 +23,8 @@ from spikefleet.search.trial import (
     reportable,
 )
 from spikefleet.training.checkpoints import load_checkpoint
-from spikefleet.training.distributed import World
-from spikefleet.training.events import CheckpointSaved, EpochDone, Silence
+from spikefleet.training.distributed import ProcessGroup
+from spikefleet.training.events import CheckpointSaved, EpochDone, NullSink
 from spikefleet.training.loop import train
 from spikefleet_pipelines.store.reader import Store
 from spikefleet_tune.search_file import search_of
@@ -35,7 +35,7 @@ SMALL = {"model.width": 0.125, "model.stages": [1], "train.epochs": 2, "train.gl
 
 @pytest.fixture
 def setting(stores_dir: Path, tmp_path: Path) -> TrialSetting:
-    return TrialSetting("digits", str(stores_dir / "digits"), tmp_path / "trials", hands_on=True)
+    return TrialSetting("digits", str(stores_dir / "digits"), tmp_path / "trials", shares_checkpoints=True)
 
 
 def test_a_trial_with_one_worker_needs_no_group(setting: TrialSetting) -> None:
@@ -102,7 +102,7 @@ def test_a_take_over_brings_weights_but_not_the_best_of_another_configuration(
     donor, taker = Run(setting.runs_dir / "donor"), Run(setting.runs_dir / "taker")
     config = setting.config(SMALL)
     donor.begin(config, DataSummary.of(store.manifest))
-    train(config, store, donor.path, World.alone(), Silence())
+    train(config, store, donor.path, ProcessGroup.single(), NullSink())
     middle, end = donor.checkpoints.committed()
     changed = setting.config({**SMALL, "optim.lr": 0.01})
     _take_over(taker, changed, middle)
@@ -110,7 +110,7 @@ def test_a_take_over_brings_weights_but_not_the_best_of_another_configuration(
     assert taken.state["best"] is None
     assert taken.config == changed.dump()
     assert taken.tensors["model"].keys() == load_checkpoint(middle).tensors["model"].keys()
-    outcome = train(changed, store, taker.path, World.alone(), Silence())
+    outcome = train(changed, store, taker.path, ProcessGroup.single(), NullSink())
     assert outcome.steps == load_checkpoint(end).state["epoch"] * load_checkpoint(end).state["steps_per_epoch"]
     with pytest.raises(TrialPruned, match="nothing to train"):
         _take_over(taker, setting.config({**SMALL, "optim.lr": 0.02}), end)
@@ -139,14 +139,14 @@ def test_a_training_goes_on_under_other_time_steps_bound_and_balance(
     config, changed = setting.config({**SMALL, **fixed}), setting.config({**SMALL, **fixed, **change})
     assert all(map(mutable_keys(config, list(change)), change))
     donor.begin(config, DataSummary.of(store.manifest))
-    train(config, store, donor.path, World.alone(), Silence())
+    train(config, store, donor.path, ProcessGroup.single(), NullSink())
     middle, _ = donor.checkpoints.committed()
     _take_over(taker, changed, middle)
     taken, given = (load_checkpoint(path) for path in (taker.checkpoints.committed()[-1], middle))
     for group in ("model", "optimizer"):
         for name, tensor in given.tensors[group].items():
             assert torch.equal(taken.tensors[group][name], tensor)
-    outcome = train(changed, store, taker.path, World.alone(), Silence())
+    outcome = train(changed, store, taker.path, ProcessGroup.single(), NullSink())
     assert [row["epoch"] for row in outcome.history] == [1.0, 2.0]
     assert load_checkpoint(taker.checkpoints.committed()[-1]).state["best"]["epoch"] == 2
 
@@ -159,7 +159,7 @@ def test_a_trial_that_is_given_its_own_checkpoint_keeps_what_it_has(
     store = Store.open(stores_dir / "digits", verify=False)
     run, config = Run(setting.runs_dir / "paused"), setting.config(SMALL)
     run.begin(config, DataSummary.of(store.manifest))
-    train(config, store, run.path, World.alone(), Silence())
+    train(config, store, run.path, ProcessGroup.single(), NullSink())
     before = run.checkpoints.committed()
     _take_over(run, config, before[given])
     assert run.checkpoints.committed() == before
@@ -182,12 +182,12 @@ class Reports:
 
 def test_energy_comes_with_each_new_best_epoch() -> None:
     reports = Reports()
-    outlet = ReportOutlet(reports, hands_on=False, energy_of=lambda checkpoint: float(checkpoint.name))
-    outlet.emit(EpochDone(1, 10, {"val/top1": 0.5}, best=True))
+    sink = ReportSink(reports, shares_checkpoints=False, energy_of=lambda checkpoint: float(checkpoint.name))
+    sink.emit(EpochDone(1, 10, {"val/top1": 0.5}, best=True))
     assert reports.rows == []  # its checkpoint is still to come
-    outlet.emit(CheckpointSaved(10, "7"))
-    outlet.emit(EpochDone(2, 20, {"val/top1": 0.4}, best=False))
-    outlet.emit(CheckpointSaved(20, "8"))
+    sink.emit(CheckpointSaved(10, "7"))
+    sink.emit(EpochDone(2, 20, {"val/top1": 0.4}, best=False))
+    sink.emit(CheckpointSaved(20, "8"))
     assert reports.rows == [
         {"val/top1": 0.5, "epoch": 1.0, "best": 1.0, "energy_mj": 7.0},
         {"val/top1": 0.4, "epoch": 2.0, "best": 0.0},
@@ -197,7 +197,7 @@ def test_energy_comes_with_each_new_best_epoch() -> None:
 
 def test_a_trial_that_goes_on_tells_its_best_epoch_again(setting: TrialSetting, stores_dir: Path) -> None:
     """And a trial that may be stopped early has its energy, and its card, with each best epoch."""
-    alone = replace(setting, hands_on=False, energy_by_epoch=True)
+    alone = replace(setting, shares_checkpoints=False, energy_by_epoch=True)
     first = Reports()
     figures = as_trial(alone)(SMALL, "trial", first)
     *_, best = (row for row in first.rows if row["best"])
@@ -206,7 +206,7 @@ def test_a_trial_that_goes_on_tells_its_best_epoch_again(setting: TrialSetting, 
     assert best["val/top1"] == figures["val/top1"]
     assert (setting.runs_dir / "trial" / "report" / "energy.json").is_file()
     again = Reports()
-    _report_best_so_far(Run(setting.runs_dir / "trial"), ReportOutlet(again, hands_on=False))
+    _report_best_so_far(Run(setting.runs_dir / "trial"), ReportSink(again, shares_checkpoints=False))
     assert again.rows == [{key: value for key, value in best.items() if key != "energy_mj"}]
-    _report_best_so_far(Run(setting.runs_dir / "none"), ReportOutlet(again, hands_on=False))
+    _report_best_so_far(Run(setting.runs_dir / "none"), ReportSink(again, shares_checkpoints=False))
     assert len(again.rows) == 1

@@ -23,9 +23,9 @@ from spikefleet.config.schema import Config
 from spikefleet.errors import RunError, UserError
 from spikefleet.files import read_json, write_json
 from spikefleet.plugins import load_plugins, loaded_plugins
-from spikefleet.training.distributed import World
-from spikefleet.training.event_log import STOPPED, TAKEN_OVER, EventReader, EventWriter, new_launch
-from spikefleet.training.events import Outlet, Silence, WorkerFailed
+from spikefleet.training.distributed import ProcessGroup
+from spikefleet.training.event_log import STOPPED, TAKEN_OVER, EventReader, EventWriter, new_attempt
+from spikefleet.training.events import EventSink, NullSink, WorkerFailed
 from spikefleet.training.loop import BeforeStep, Outcome, train
 from spikefleet.training.step import NonFiniteError
 from spikefleet_pipelines.errors import StoreError
@@ -37,12 +37,12 @@ _POLL_S = 0.2
 class FailureNotes(UserCallback):
     """Runs in Ray Train's controller, where an exception would end the run: it only sends."""
 
-    def __init__(self, launch: Path) -> None:
-        self._launch = launch
+    def __init__(self, attempt: Path) -> None:
+        self._attempt = attempt
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         reasons = {f"rank {rank}: {_headline(error)}" for rank, error in worker_exceptions.items()}
-        EventWriter(self._launch).emit(WorkerFailed("; ".join(sorted(reasons))))
+        EventWriter(self._attempt).emit(WorkerFailed("; ".join(sorted(reasons))))
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ class WorkerArguments:
     config: dict[str, Any]
     store: str
     run_dir: str
-    launch: str
-    """The directory of this launch, which all nodes share."""
+    attempt: str
+    """The directory of this attempt, which all nodes share."""
     before_step: BeforeStep | None
-    in_step: bool
+    lockstep: bool
     plugins: tuple[str, ...]
     """Modules that the driver has loaded."""
 
@@ -86,24 +86,24 @@ def train_on_ray(
     config: Config,
     store: Store,
     run_dir: Path,
-    outlet: Outlet,
+    sink: EventSink,
     *,
     address: str | None = None,
     verbose: bool = False,
     before_step: BeforeStep | None = None,
-    in_step: bool = False,
+    lockstep: bool = False,
 ) -> Outcome:
     """Runs the training core on `config.cluster.workers` workers.
 
-    With `in_step` they wait after each checkpoint until the outlet has dealt with it: a search's does more than look.
+    With `lockstep` they wait after each checkpoint until the sink has dealt with it: a search's does more than look.
     A dead worker restarts the group from the latest committed checkpoint, `config.cluster.max_failures` times.
     Raises RunError when that does not help, and UserError when Ray cannot be reached.
     """
     cluster = config.cluster
     with session_for(config, address, verbose):
-        launch = new_launch(run_dir)
+        attempt = new_attempt(run_dir)
         arguments = WorkerArguments(
-            config.dump(), store.absolute_location, str(run_dir), str(launch), before_step, in_step, loaded_plugins()
+            config.dump(), store.absolute_location, str(run_dir), str(attempt), before_step, lockstep, loaded_plugins()
         )
         trainer = TorchTrainer(
             _worker,
@@ -115,16 +115,16 @@ def train_on_ray(
                 resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if cluster.gpu else {})},
             ),
             run_config=RunConfig(
-                # Ray's own record of a launch; what a run resumes from are spikefleet's checkpoints.
-                name=launch.name,
-                storage_path=str(launch.parent),
+                # Ray's own record of a attempt; what a run resumes from are spikefleet's checkpoints.
+                name=attempt.name,
+                storage_path=str(attempt.parent),
                 failure_config=FailureConfig(max_failures=cluster.max_failures),
-                callbacks=[FailureNotes(launch)],
+                callbacks=[FailureNotes(attempt)],
             ),
         )
-        with _followed(launch, outlet, in_step):
+        with _followed(attempt, sink, lockstep):
             outcome = _fit(trainer)
-        shutil.rmtree(launch, ignore_errors=True)
+        shutil.rmtree(attempt, ignore_errors=True)
     if isinstance(outcome, Stopped):
         raise outcome.error()
     return outcome
@@ -139,27 +139,27 @@ def _worker(loop_config: dict[str, Any]) -> Outcome | Stopped:
     load_plugins(arguments.plugins)
     config = parse_config(arguments.config, origin="configuration of the run")
     context = ray.train.get_context()
-    world = World(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
-    if world.device.type == "cuda":
-        torch.cuda.set_device(world.device)
-    launch = Path(arguments.launch)
-    stopped = launch / STOPPED
+    group = ProcessGroup(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    if group.device.type == "cuda":
+        torch.cuda.set_device(group.device)
+    attempt = Path(arguments.attempt)
+    stopped = attempt / STOPPED
     if stopped.is_file():
         return Stopped(**read_json(stopped))
-    outlet: Outlet = EventWriter(launch, arguments.in_step) if world.leads else Silence()
+    sink: EventSink = EventWriter(attempt, arguments.lockstep) if group.is_main else NullSink()
 
-    def before_step(world: World, step: int) -> None:
-        # Workers of a killed driver may outlive it for a while; the next driver removes their launch when it has begun.
-        if world.leads and not launch.is_dir():
+    def before_step(group: ProcessGroup, step: int) -> None:
+        # Workers of a killed driver may outlive it for a while; the next driver removes their attempt when it starts.
+        if group.is_main and not attempt.is_dir():
             raise RunError(TAKEN_OVER)
-        if world.leads and stopped.is_file():
+        if group.is_main and stopped.is_file():
             raise Stopped(**read_json(stopped)).error()
         if arguments.before_step is not None:
-            arguments.before_step(world, step)
+            arguments.before_step(group, step)
 
     try:
         store = Store.open(arguments.store, verify=False)  # the driver has verified it
-        return train(config, store, Path(arguments.run_dir), world, outlet, before_step)
+        return train(config, store, Path(arguments.run_dir), group, sink, before_step)
     except NonFiniteError as error:
         return Stopped(
             str(error), mendable=False, non_finite=True
@@ -211,17 +211,17 @@ def _headline(error: BaseException) -> str:
 
 
 @contextmanager
-def _followed(launch: Path, outlet: Outlet, in_step: bool) -> Iterator[None]:
-    """Hands the events of a launch to the outlet while the block runs, and what is left when it ends."""
+def _followed(attempt: Path, sink: EventSink, lockstep: bool) -> Iterator[None]:
+    """Hands the events of a attempt to the sink while the block runs, and what is left when it ends."""
     done = threading.Event()
-    reader = EventReader(launch)
+    reader = EventReader(attempt)
     refused: list[Exception] = []
 
     def hand_on() -> None:
         for event in reader.new():
             if not refused:
-                outlet.emit(event)
-        if in_step:
+                sink.emit(event)
+        if lockstep:
             with suppress(OSError):  # the next look writes it again
                 reader.handed_on()
 
@@ -229,12 +229,12 @@ def _followed(launch: Path, outlet: Outlet, in_step: bool) -> Iterator[None]:
         while not done.wait(_POLL_S):
             try:
                 hand_on()
-            except Exception as error:  # a search's outlet ends its trial so
+            except Exception as error:  # a search's sink ends its trial so
                 refused.append(error)
                 try:
-                    write_json(launch / STOPPED, {"reason": str(error), "mendable": False})
+                    write_json(attempt / STOPPED, {"reason": str(error), "mendable": False})
                 except OSError:  # no space: to be gone stops the workers too
-                    shutil.rmtree(launch, ignore_errors=True)
+                    shutil.rmtree(attempt, ignore_errors=True)
 
     thread = threading.Thread(target=follow, name="events", daemon=True)
     thread.start()

@@ -20,7 +20,7 @@ from spikefleet.registry.package import CARD, load_network
 from spikefleet.runs.run_dir import Run, find_run
 from spikefleet.tasks import AnyTask, build_task
 from spikefleet.training.checkpoints import best_network, load_checkpoint
-from spikefleet.training.distributed import World, pick_device
+from spikefleet.training.distributed import ProcessGroup, pick_device
 from spikefleet.training.evaluation import Evaluation, evaluate
 from spikefleet_pipelines.loading import BatchLoader
 from spikefleet_pipelines.store.reader import Split
@@ -117,8 +117,8 @@ def evaluate_on_split(
     """Runs the network over a split, as `open_split` has it. Raises as that."""
     config = trained.config.data
     rows = open_split(trained, split, stores_dir, console, data=data)
-    world = World(0, 1, pick_device(gpu))
+    group = ProcessGroup(0, 1, pick_device(gpu))
     loader = BatchLoader(rows, config.transform, train=False, processes=config.loader_processes)
-    evaluation = evaluate(trained.network.to(world.device), trained.task, loader, trained.config.train, world)
-    assert evaluation is not None, "a world of one gets its own predictions"
+    evaluation = evaluate(trained.network.to(group.device), trained.task, loader, trained.config.train, group)
+    assert evaluation is not None, "a single process gets its own predictions"
     return evaluation

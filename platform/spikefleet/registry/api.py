@@ -39,7 +39,7 @@ from spikefleet.registry.package import (
     verify_package,
     write_package,
 )
-from spikefleet.registry.promotion import Alias, Mode, Standing, decide, winner_of
+from spikefleet.registry.promotion import Alias, Candidate, Mode, decide, winner_of
 from spikefleet.registry.query import parse_where
 from spikefleet.registry.version import (
     CHALLENGER,
@@ -187,7 +187,7 @@ def promote(name: str, version: int, metric: str, mode: Mode = "max", *, trackin
         client.set_model_version_tag(name, str(version), _PROMOTION, asking)
         while True:
             model = find_model(client, name)
-            champion = _standing(model.champion, metric)
+            champion = _candidate(model.champion, metric)
             asked = [
                 v
                 for v in model.versions
@@ -199,7 +199,7 @@ def promote(name: str, version: int, metric: str, mode: Mode = "max", *, trackin
                 break
             set_alias(client, name, CHAMPION, winner.version)
         won = winner is not None and winner.version == version
-        decision = decide(_standing(before.champion, metric) if won else winner, own, metric, mode)
+        decision = decide(_candidate(before.champion, metric) if won else winner, own, metric, mode)
         challenger = next((v for v in model.versions if CHALLENGER in v.aliases), None)
         if not won:
             set_alias(client, name, CHALLENGER, version)
@@ -353,10 +353,10 @@ def _package(uri: str | Path, tracking_uri: str | None) -> Iterator[tuple[Path, 
         yield scratch, version.content_hash
 
 
-def _standing(version: RegisteredVersion | None, metric: str) -> Standing | None:
+def _candidate(version: RegisteredVersion | None, metric: str) -> Candidate | None:
     return None if version is None else _of(version, metric)
 
 
-def _of(version: RegisteredVersion, metric: str) -> Standing:
+def _of(version: RegisteredVersion, metric: str) -> Candidate:
     refuted = version.tags.get(SPIKE_DRIVEN) == REFUTED
-    return Standing(version.version, version.metric(metric), version.tags.get("data_hash"), refuted)
+    return Candidate(version.version, version.metric(metric), version.tags.get("data_hash"), refuted)

@@ -10,7 +10,7 @@ Alias = Literal["champion", "challenger"]
 
 
 @dataclass(frozen=True)
-class Standing:
+class Candidate:
     """A version and its value of the metric that decides; None if it has not been measured."""
 
     version: int
@@ -29,7 +29,7 @@ class Decision:
     reason: str
 
 
-def decide(champion: Standing | None, candidate: Standing, metric: str, mode: Mode) -> Decision:
+def decide(champion: Candidate | None, candidate: Candidate, metric: str, mode: Mode) -> Decision:
     """A candidate replaces the champion only if its value is better; the first version has nobody to beat."""
     if champion is not None and champion.version == candidate.version:
         return Decision("champion", f"version {candidate.version} is the champion already")
@@ -55,9 +55,9 @@ def decide(champion: Standing | None, candidate: Standing, metric: str, mode: Mo
     return Decision("champion" if better else "challenger", compared)
 
 
-def winner_of(champion: Standing | None, candidates: Iterable[Standing], metric: str, mode: Mode) -> Standing | None:
+def winner_of(champion: Candidate | None, candidates: Iterable[Candidate], metric: str, mode: Mode) -> Candidate | None:
     """The champion after all candidates have been decided on, in the order of their versions."""
-    for candidate in sorted(candidates, key=lambda standing: standing.version):
+    for candidate in sorted(candidates, key=lambda candidate: candidate.version):
         if decide(champion, candidate, metric, mode).alias == "champion":
             champion = candidate
     return champion

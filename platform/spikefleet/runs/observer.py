@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class RunObserver:
-    """The outlet of a run: shows and tracks each event, and counts restarts."""
+    """The sink of a run: shows and tracks each event, and counts restarts."""
 
     def __init__(self, run: Run, tracker: Tracker, display: Display) -> None:
         self._run, self._tracker, self._display = run, tracker, display

@@ -24,9 +24,9 @@ from spikefleet.runs.run_dir import Run, check_run_name, default_run_name
 from spikefleet.tracking.journal import Journal
 from spikefleet.tracking.mlflow_client import public_uri, resolve_tracking_uri
 from spikefleet.tracking.tracker import Tracker, sync
-from spikefleet.training.distributed import World, pick_device
-from spikefleet.training.event_log import TakingOver
-from spikefleet.training.events import Outlet
+from spikefleet.training.distributed import ProcessGroup, pick_device
+from spikefleet.training.event_log import ResumedRunSink
+from spikefleet.training.events import EventSink
 from spikefleet.training.loop import BeforeStep, Outcome, prepare_parts, train
 from spikefleet_pipelines.store.reader import Store
 
@@ -69,7 +69,7 @@ def run_training(
     run = Run(options.runs_dir.resolve() / check_run_name(name or default_run_name(config)))
     pick_device(config.cluster.gpu and config.cluster.workers == 0)
     store = open_data(config.data, options.stores_dir, console)
-    prepare_parts(config, store, World(0, max(1, config.cluster.workers), torch.device("cpu")))
+    prepare_parts(config, store, ProcessGroup(0, max(1, config.cluster.workers), torch.device("cpu")))
     with _processes(config, options, run), run.lock():
         run.begin(config, DataSummary.of(store.manifest))
         tracking_uri = resolve_tracking_uri(options.runs_dir)
@@ -110,7 +110,7 @@ def _train_tracked(
     observer.begin(config, {"dataset": store.manifest.source, "data_hash": store.manifest.content_hash})
     console.print(f"run {run.name}: {_scale(config)}", highlight=False)
     try:
-        outcome = _train(config, store, run, TakingOver(run.path, observer), options, before_step)
+        outcome = _train(config, store, run, ResumedRunSink(run.path, observer), options, before_step)
         certificates = _certified(config, run, store)
         figures = {f"test/{name}": value for name, value in outcome.test.items()}
         observer.finish({**figures, "energy_mj": certificates.energy_mj}, outcome.steps, run.path / "report")
@@ -174,19 +174,19 @@ def _train(
     config: Config,
     store: Store,
     run: Run,
-    outlet: Outlet,
+    sink: EventSink,
     options: Options,
     before_step: BeforeStep | None,
 ) -> Outcome:
     if config.cluster.workers == 0:
-        return train(config, store, run.path, World.alone(config.cluster.gpu), outlet, before_step)
+        return train(config, store, run.path, ProcessGroup.single(config.cluster.gpu), sink, before_step)
     from spikefleet.cluster.ray_train import train_on_ray
 
     return train_on_ray(
         config,
         store,
         run.path,
-        outlet,
+        sink,
         address=options.address,
         verbose=options.verbose,
         before_step=before_step,

@@ -57,7 +57,7 @@ class SearchTracker:
         self._trials: dict[str, Tracker] = {}
 
     def _begun(self) -> Tracker:
-        """The search's own run; opened with the first trial, so that a refused launch changes nothing."""
+        """The search's own run; opened with the first trial, so that a refused attempt changes nothing."""
         if self._parent is None:
             self._data.write(self._folder)
             self._parent = Tracker.open(self._folder, self._name, self._experiment, self._uri)

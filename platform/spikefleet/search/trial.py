@@ -18,8 +18,8 @@ from spikefleet.files import write_json
 from spikefleet.plugins import load_plugins
 from spikefleet.runs.run_dir import Run
 from spikefleet.training.checkpoints import best_network, load_checkpoint
-from spikefleet.training.distributed import World
-from spikefleet.training.event_log import TakingOver
+from spikefleet.training.distributed import ProcessGroup
+from spikefleet.training.event_log import ResumedRunSink
 from spikefleet.training.events import CheckpointSaved, EpochDone, Event, Started
 from spikefleet.training.loop import Outcome, train
 from spikefleet.training.step import NonFiniteError
@@ -53,7 +53,7 @@ class TrialSetting:
     workers: int = 1
     cpus_per_worker: float = 1.0
     gpu: bool = False
-    hands_on: bool = False
+    shares_checkpoints: bool = False
     """Trials take over one another's checkpoints (pbt)."""
     energy_by_epoch: bool = False
     """Energy is measured with each new best checkpoint, so that a trial that is stopped early has one too."""
@@ -69,7 +69,7 @@ class TrialSetting:
             "cluster.workers": 0 if in_process else self.workers,
             "cluster.cpus_per_worker": self.cpus_per_worker,
             "cluster.gpu": self.gpu,
-            **({"checkpoint.every_epochs": 1} if self.hands_on else {}),
+            **({"checkpoint.every_epochs": 1} if self.shares_checkpoints else {}),
         }
         return load_config(self.recipe, {**self.data, **overrides, **own})
 
@@ -89,15 +89,17 @@ def mutable_keys(config: Config, keys: Sequence[str]) -> Callable[[str], bool]:
     return mutable
 
 
-class ReportOutlet:
+class ReportSink:
     """Hands the figures of each epoch to the search; with its checkpoint where trials hand theirs on.
 
     A best epoch is reported when its checkpoint is there, since the search may end the trial in that moment.
     `energy_of`, where it is given, measures it before.
     """
 
-    def __init__(self, report: Report, hands_on: bool, energy_of: Callable[[Path], float] | None = None) -> None:
-        self._report, self._hands_on, self._energy_of = report, hands_on, energy_of
+    def __init__(
+        self, report: Report, shares_checkpoints: bool, energy_of: Callable[[Path], float] | None = None
+    ) -> None:
+        self._report, self._shares_checkpoints, self._energy_of = report, shares_checkpoints, energy_of
         self._waiting: dict[str, float] | None = None
         self._measure = False
 
@@ -105,7 +107,7 @@ class ReportOutlet:
         if isinstance(event, EpochDone) and any(key.startswith("val/") for key in event.metrics):
             self._waiting = {**event.metrics, "epoch": float(event.epoch), BEST: float(event.best)}
             self._measure = event.best and self._energy_of is not None
-            if not self._hands_on and not event.best:
+            if not self._shares_checkpoints and not event.best:
                 self._flush(None)
         elif isinstance(event, Started):  # a group begins again, and that epoch with it
             self._waiting = None
@@ -117,7 +119,7 @@ class ReportOutlet:
         assert metrics is not None
         if self._measure and checkpoint is not None and self._energy_of is not None:
             metrics["energy_mj"] = self._energy_of(checkpoint)
-        self._report(metrics, checkpoint if self._hands_on else None)
+        self._report(metrics, checkpoint if self._shares_checkpoints else None)
 
 
 def as_trial(setting: TrialSetting) -> Callable[[Overrides, str, Report], dict[str, float]]:
@@ -132,7 +134,7 @@ def as_trial(setting: TrialSetting) -> Callable[[Overrides, str, Report], dict[s
         config = setting.config(overrides)
         store = Store.open(setting.store, verify=False)  # the driver has verified it
         run = Run(setting.runs_dir / name)
-        with run.lock(patience_s=_PATIENCE_S):  # a process of an earlier launch may not have ended yet
+        with run.lock(patience_s=_PATIENCE_S):  # a process of an earlier attempt may not have ended yet
             return train_trial(run, config, store, report)
 
     def train_trial(run: Run, config: Config, store: Store, report: Report) -> dict[str, float]:
@@ -147,11 +149,11 @@ def as_trial(setting: TrialSetting) -> Callable[[Overrides, str, Report], dict[s
             write_card(card, run.path / "report")
             return card.energy_mj
 
-        outlet = ReportOutlet(report, setting.hands_on, energy_of if setting.energy_by_epoch else None)
-        if not setting.hands_on:
-            _report_best_so_far(run, outlet)
+        sink = ReportSink(report, setting.shares_checkpoints, energy_of if setting.energy_by_epoch else None)
+        if not setting.shares_checkpoints:
+            _report_best_so_far(run, sink)
         try:
-            outcome = _train(config, store, run, outlet)
+            outcome = _train(config, store, run, sink)
         except NonFiniteError as error:
             raise TrialPruned(str(error)) from None
         energy_mj = energy_of(Path(outcome.best_checkpoint))
@@ -170,23 +172,23 @@ def as_trial(setting: TrialSetting) -> Callable[[Overrides, str, Report], dict[s
     return trainable
 
 
-def _report_best_so_far(run: Run, outlet: ReportOutlet) -> None:
+def _report_best_so_far(run: Run, sink: ReportSink) -> None:
     """A trial that goes on after its process died tells its best epoch again: what it told before is lost."""
     latest = run.checkpoints.latest()
     if latest is None or (state := load_checkpoint(latest).state)["best"] is None:
         return
     best = state["best"]
     row = next(row for row in state["history"] if row["epoch"] == best["epoch"])
-    outlet.emit(EpochDone(best["epoch"], best["step"], row, best=True, layers=(), gradients=()))
-    outlet.emit(CheckpointSaved(best["step"], str(run.checkpoints.at(best["step"]))))
+    sink.emit(EpochDone(best["epoch"], best["step"], row, best=True, layers=(), gradients=()))
+    sink.emit(CheckpointSaved(best["step"], str(run.checkpoints.at(best["step"]))))
 
 
-def _train(config: Config, store: Store, run: Run, outlet: ReportOutlet) -> Outcome:
+def _train(config: Config, store: Store, run: Run, sink: ReportSink) -> Outcome:
     if config.cluster.workers == 0:
-        return train(config, store, run.path, World.alone(config.cluster.gpu), outlet)
+        return train(config, store, run.path, ProcessGroup.single(config.cluster.gpu), sink)
     from spikefleet.cluster.ray_train import train_on_ray
 
-    return train_on_ray(config, store, run.path, TakingOver(run.path, outlet), in_step=True)
+    return train_on_ray(config, store, run.path, ResumedRunSink(run.path, sink), lockstep=True)
 
 
 def _take_over(run: Run, config: Config, start_from: Path) -> None:

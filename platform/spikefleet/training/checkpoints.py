@@ -93,12 +93,12 @@ class CheckpointFolder:
         kept = {*self.committed()[-keep_last:], *(self.at(step) for step in keep_steps)}
         for path in self._removable():
             if path not in kept:
-                doomed = path.with_name(f"partial-gone-{path.name}")
+                removed = path.with_name(f"partial-gone-{path.name}")
                 try:
-                    path.replace(doomed)
+                    path.replace(removed)
                 except OSError:
                     continue
-                shutil.rmtree(doomed, ignore_errors=True)
+                shutil.rmtree(removed, ignore_errors=True)
 
     def clean(self) -> None:
         """Removes what a killed writer left behind. Only the writer may call this."""

@@ -20,7 +20,7 @@ def pick_device(gpu: bool) -> torch.device:
 
 
 @dataclass(frozen=True)
-class World:
+class ProcessGroup:
     """Rank, size and device of this process, with the collectives that training needs."""
 
     rank: int
@@ -28,20 +28,20 @@ class World:
     device: torch.device
 
     @classmethod
-    def alone(cls, gpu: bool = False) -> World:
+    def single(cls, gpu: bool = False) -> ProcessGroup:
         return cls(0, 1, pick_device(gpu))
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
         """Sums a tensor over all ranks, in place."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
-    def from_leader(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """What rank 0 holds, on all ranks."""
         if self.size == 1:
             return value
@@ -53,11 +53,11 @@ class World:
         """The values of all ranks, in order of rank, on rank 0; None elsewhere."""
         if self.size == 1:
             return [value]
-        boxes: list[Any] | None = [None] * self.size if self.leads else None
+        boxes: list[Any] | None = [None] * self.size if self.is_main else None
         dist.gather_object(value, boxes, dst=0)
         return boxes
 
-    def gather_all(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """The values of all ranks, in order of rank, everywhere."""
         if self.size == 1:
             return [value]
@@ -65,7 +65,7 @@ class World:
         dist.all_gather_object(boxes, value)
         return boxes
 
-    def share_buffers(self, network: nn.Module) -> None:
+    def broadcast_buffers(self, network: nn.Module) -> None:
         """Gives every rank the buffers of rank 0 (batch-norm statistics), as DDP does before a training step."""
         if self.size > 1:
             for buffer in network.buffers():

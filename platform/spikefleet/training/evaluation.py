@@ -14,7 +14,7 @@ from torch import nn
 from spikefleet.config.schema import TrainConfig
 from spikefleet.tasks import Task
 from spikefleet.tasks.task import Prediction, Target
-from spikefleet.training.distributed import World
+from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.precision import autocast
 from spikefleet_models.health import SpikeMonitor
 from spikefleet_pipelines.loading import Batch, BatchLoader
@@ -37,26 +37,26 @@ def evaluate(
     task: Task[Prediction, Target],
     loader: BatchLoader,
     config: TrainConfig,
-    world: World,
+    group: ProcessGroup,
 ) -> Evaluation[Prediction, Target] | None:
     """Predictions for every sample of the loader's split; on rank 0, None elsewhere."""
     was_training = network.training
     network.eval()
     plan = EvaluationPlan(
         samples=len(loader.split),
-        global_batch=config.eval_batch * world.size,
-        world_size=world.size,
-        rank=world.rank,
+        global_batch=config.eval_batch * group.size,
+        world_size=group.size,
+        rank=group.rank,
     )
     monitor = SpikeMonitor(network)
     rows: list[tuple[int, Prediction, Target]] = []
     for position, batch in enumerate(loader.epoch(plan, epoch=0)):
-        here = batch.to(world.device, config.channels_last)
-        with autocast(config.precision, world.device), monitor if position == 0 else nullcontext():
+        here = batch.to(group.device, config.channels_last)
+        with autocast(config.precision, group.device), monitor if position == 0 else nullcontext():
             predictions = task.predict(network, here)
         rows += zip(batch.indices.tolist(), predictions, task.targets(batch), strict=True)
     network.train(was_training)
-    parts = world.gather(rows)
+    parts = group.gather(rows)
     if parts is None:
         return None
     merged = sorted((row for part in parts for row in part), key=lambda row: row[0])

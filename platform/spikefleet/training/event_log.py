@@ -1,6 +1,6 @@
 """Events on their way from workers to the driver: files in the run's directory, which outlive every process.
 
-A launch has a directory. Each process that sends events appends to a file of its own there, one line of JSON an event;
+A attempt has a directory. Each process that sends events appends to a file of its own there, one line of JSON an event;
 the driver reads all of them. Rank 0 writes the event of a step before it commits the checkpoint of that step, so the
 events up to a checkpoint are never lost, whoever is killed.
 """
@@ -22,8 +22,8 @@ from spikefleet.training.events import (
     CheckpointSaved,
     EpochDone,
     Event,
+    EventSink,
     Note,
-    Outlet,
     Recovered,
     Started,
     StepDone,
@@ -32,9 +32,9 @@ from spikefleet.training.events import (
 from spikefleet_tune.jsonl_log import JsonlLog, Record
 
 STOPPED = "stopped.json"
-"""In a launch's directory: why its workers must not go on."""
+"""In a attempt's directory: why its workers must not go on."""
 
-TAKEN_OVER = "a later launch has taken over the run"
+TAKEN_OVER = "a later attempt has taken over the run"
 
 _HANDED_ON = ".handed-on"
 """Suffix of the file beside a file of events that says how many of its bytes the driver has handed on."""
@@ -47,24 +47,24 @@ _KINDS: dict[str, Callable[..., Event]] = {
 log = logging.getLogger(__name__)
 
 
-def new_launch(run_dir: Path) -> Path:
-    """The directory of one more launch of a run; later launches sort behind earlier ones."""
-    folder = run_dir / "ray" / f"launch-{time.time_ns():020d}"
+def new_attempt(run_dir: Path) -> Path:
+    """The directory of one more attempt of a run; later attempts sort behind earlier ones."""
+    folder = run_dir / "ray" / f"attempt-{time.time_ns():020d}"
     folder.mkdir(parents=True)
     return folder
 
 
 class EventWriter:
-    """The outlet of one process of a launch.
+    """The sink of one process of a attempt.
 
-    Does not wait for the driver, unless it is `in_step`: then it goes on after a checkpoint when the driver has handed
+    Does not wait for the driver, unless it is `lockstep`: then it goes on after a checkpoint when the driver has handed
     on what was sent, so that the driver finds the checkpoint as it is, and decides before more is trained.
     """
 
-    def __init__(self, launch: Path, in_step: bool = False) -> None:
-        self._launch, self._in_step = launch, in_step
+    def __init__(self, attempt: Path, lockstep: bool = False) -> None:
+        self._attempt, self._lockstep = attempt, lockstep
         # Opened anew for each event: the driver may read it over a network file system.
-        self._log = JsonlLog(launch / f"events-{time.time_ns():020d}-{os.getpid()}.jsonl")
+        self._log = JsonlLog(attempt / f"events-{time.time_ns():020d}-{os.getpid()}.jsonl")
 
     def emit(self, event: Event) -> None:
         try:
@@ -73,30 +73,30 @@ class EventWriter:
             # A full disk ends the run at its checkpoint.
             log.warning("%s: an event is lost: %s", self._log.path, error)
             return
-        if self._in_step and isinstance(event, CheckpointSaved):
+        if self._lockstep and isinstance(event, CheckpointSaved):
             self._wait()
 
     def _wait(self) -> None:
-        """Until all is handed on, or the launch is stopped or gone, which is for the next step to find out."""
+        """Until all is handed on, or the attempt is stopped or gone, which is for the next step to find out."""
         mark = self._log.path.with_suffix(_HANDED_ON)
-        while self._launch.is_dir() and not (self._launch / STOPPED).is_file():
-            with suppress(OSError, UserError):  # not written yet, or the launch is being removed
+        while self._attempt.is_dir() and not (self._attempt / STOPPED).is_file():
+            with suppress(OSError, UserError):  # not written yet, or the attempt is being removed
                 if read_json(mark) >= self._log.path.stat().st_size:
                     return
             time.sleep(_WAIT_S)
 
 
 class EventReader:
-    """Reads what the processes of a launch have written since the last look."""
+    """Reads what the processes of a attempt have written since the last look."""
 
-    def __init__(self, launch: Path) -> None:
-        self._launch = launch
+    def __init__(self, attempt: Path) -> None:
+        self._attempt = attempt
         self._read: dict[Path, int] = {}
         self._handed_on: dict[Path, int] = {}
 
     def new(self) -> list[Event]:
         """Events that were not read before, of one process after the other. A line that is being written waits."""
-        return [event for path in sorted(self._launch.glob("events-*.jsonl")) for event in self._of(path)]
+        return [event for path in sorted(self._attempt.glob("events-*.jsonl")) for event in self._of(path)]
 
     def handed_on(self) -> None:
         """Lets writers that are in step know that what was read so far has been dealt with. Raises OSError."""
@@ -116,26 +116,26 @@ def _decode(fields: Record) -> Event:
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
 
 
-class TakingOver:
-    """Wraps the outlet of a driver that goes on with a run whose earlier driver may have died.
+class ResumedRunSink:
+    """Wraps the sink of a driver that goes on with a run whose earlier driver may have died.
 
-    Workers of the earlier launches are told to stop. What they sent after their driver's death is handed on when the
+    Workers of the earlier attempts are told to stop. What they sent after their driver's death is handed on when the
     training has picked its checkpoint, because until then they may have committed more.
     """
 
-    def __init__(self, run_dir: Path, outlet: Outlet) -> None:
-        self._outlet = outlet
-        self._earlier = sorted((run_dir / "ray").glob("launch-*"))
-        for launch in self._earlier:
-            write_json(launch / STOPPED, {"reason": TAKEN_OVER, "mendable": False})
+    def __init__(self, run_dir: Path, sink: EventSink) -> None:
+        self._sink = sink
+        self._earlier = sorted((run_dir / "ray").glob("attempt-*"))
+        for attempt in self._earlier:
+            write_json(attempt / STOPPED, {"reason": TAKEN_OVER, "mendable": False})
 
     def emit(self, event: Event) -> None:
         if isinstance(event, Started) and self._earlier:
             self._recover()
-        self._outlet.emit(event)
+        self._sink.emit(event)
 
     def _recover(self) -> None:
-        for launch in self._earlier:
-            self._outlet.emit(Recovered(tuple(EventReader(launch).new())))
-            shutil.rmtree(launch, ignore_errors=True)
+        for attempt in self._earlier:
+            self._sink.emit(Recovered(tuple(EventReader(attempt).new())))
+            shutil.rmtree(attempt, ignore_errors=True)
         self._earlier = []

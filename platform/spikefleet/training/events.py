@@ -65,7 +65,7 @@ class WorkerFailed:
 
 @dataclass(frozen=True)
 class Recovered:
-    """What an earlier launch of the run sent and its driver did not live to hear; oldest first."""
+    """What an earlier attempt of the run sent and its driver did not live to hear; oldest first."""
 
     events: tuple[Event, ...]
 
@@ -73,14 +73,14 @@ class Recovered:
 Event = Started | StepDone | EpochDone | CheckpointSaved | Note | WorkerFailed | Recovered
 
 
-class Outlet(Protocol):
+class EventSink(Protocol):
     """Takes events; blocks no training and never raises, but for that of a trial, whose search decides on it."""
 
     def emit(self, event: Event) -> None: ...
 
 
-class Silence:
-    """The outlet of every rank but 0."""
+class NullSink:
+    """The sink of every rank but 0."""
 
     def emit(self, event: Event) -> None:
         return None

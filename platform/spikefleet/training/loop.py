@@ -22,9 +22,9 @@ from spikefleet.data_summary import DataSummary
 from spikefleet.errors import RunError, UserError
 from spikefleet.tasks import AnyTask, build_task
 from spikefleet.training.checkpoints import CheckpointFolder, load_checkpoint
-from spikefleet.training.distributed import World
+from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.evaluation import Evaluation, evaluate
-from spikefleet.training.events import CheckpointSaved, EpochDone, Note, Outlet, Started
+from spikefleet.training.events import CheckpointSaved, EpochDone, EventSink, Note, Started
 from spikefleet.training.malloc import keep_freed_memory
 from spikefleet.training.state import TrainingState
 from spikefleet.training.step import Meter, due, micro_batches, training_step
@@ -37,7 +37,7 @@ _PICTURES = 32
 _SHOWN_OF_BATCH = 16
 
 
-BeforeStep = Callable[[World, int], None]
+BeforeStep = Callable[[ProcessGroup, int], None]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Splits:
     test: BatchLoader
 
     @classmethod
-    def of(cls, store: Store, config: Config, world: World) -> Splits:
+    def of(cls, store: Store, config: Config, group: ProcessGroup) -> Splits:
         def loader(split: str) -> BatchLoader:
             return BatchLoader(
                 store.split(split),
@@ -68,7 +68,7 @@ class Splits:
                 train=split == "train",
                 seed=config.train.seed,
                 processes=config.data.loader_processes,
-                pin_memory=world.device.type == "cuda",
+                pin_memory=group.device.type == "cuda",
                 epochs=config.train.epochs,
             )
 
@@ -79,39 +79,39 @@ def train(
     config: Config,
     store: Store,
     run_dir: Path,
-    world: World,
-    outlet: Outlet,
+    group: ProcessGroup,
+    sink: EventSink,
     before_step: BeforeStep | None = None,
 ) -> Outcome:
     """Trains from the latest committed checkpoint in `run_dir`, or from the start, to the end; then tests the best.
 
-    `before_step(world, step)` is called before each optimizer step (fault injection, profiling).
+    `before_step(group, step)` is called before each optimizer step (fault injection, profiling).
     Raises NonFiniteError on all ranks together; UserError when the run in `run_dir` belongs to another configuration.
     """
     _set_arithmetic(config)
-    if world.device.type == "cpu":
+    if group.device.type == "cpu":
         keep_freed_memory()
-    task, splits, plan = prepare_parts(config, store, world)
-    state = TrainingState(config, world, store.manifest.content_hash, plan.steps_per_epoch)
+    task, splits, plan = prepare_parts(config, store, group)
+    state = TrainingState(config, group, store.manifest.content_hash, plan.steps_per_epoch)
     folder = CheckpointFolder(run_dir / "checkpoints")
-    _resume(state, task, folder, outlet)
+    _resume(state, task, folder, sink)
     _settle_gradient_exchange(state, task, store, plan)
-    if world.leads and state.step == 0:
+    if group.is_main and state.step == 0:
         _draw_first_batch(config, task, store, plan, run_dir / "report" / "training_batch.png")
     meter = Meter()
     for epoch in range(state.epoch, config.train.epochs):
         for batch in splits.train.epoch(plan, epoch, start_step=state.step_in_epoch):
             if before_step is not None:
-                before_step(world, state.step)
-            training_step(state, task, batch, meter, outlet)
+                before_step(group, state.step)
+            training_step(state, task, batch, meter, sink)
             if due(config.checkpoint.every_steps, state.step) and state.step_in_epoch < state.steps_per_epoch:
-                _save(state, folder, outlet)
-        _finish_epoch(state, task, splits, folder, outlet)
+                _save(state, folder, sink)
+        _finish_epoch(state, task, splits, folder, sink)
         meter.restart()
-    return _test_best(state, task, splits, folder, run_dir, outlet)
+    return _test_best(state, task, splits, folder, run_dir, sink)
 
 
-def prepare_parts(config: Config, store: Store, world: World) -> tuple[AnyTask, Splits, EpochPlan]:
+def prepare_parts(config: Config, store: Store, group: ProcessGroup) -> tuple[AnyTask, Splits, EpochPlan]:
     """Task, loaders and plan. Raises UserError when the configuration does not suit the data."""
     task = build_task(config, DataSummary.of(store.manifest))
     _refuse_splits_without_objects(store)
@@ -120,12 +120,12 @@ def prepare_parts(config: Config, store: Store, world: World) -> tuple[AnyTask, 
     if config.model.in_channels != channels:
         raise UserError(f"model.in_channels={config.model.in_channels}, but the images have {channels} channels")
     try:
-        splits = Splits.of(store, config, world)
+        splits = Splits.of(store, config, group)
         plan = EpochPlan(
             samples=len(splits.train.split),
             global_batch=config.train.global_batch,
-            world_size=world.size,
-            rank=world.rank,
+            world_size=group.size,
+            rank=group.rank,
             seed=config.train.seed,
             accumulate=config.train.accumulate,
         )
@@ -149,34 +149,32 @@ def _set_arithmetic(config: Config) -> None:
     torch.backends.cudnn.benchmark = not config.train.deterministic
 
 
-def _resume(state: TrainingState, task: AnyTask, folder: CheckpointFolder, outlet: Outlet) -> None:
+def _resume(state: TrainingState, task: AnyTask, folder: CheckpointFolder, sink: EventSink) -> None:
     """Every rank reads the checkpoint that rank 0 has picked."""
-    if state.world.leads:
+    if state.group.is_main:
         folder.clean()
-    _refuse_unshared_storage(state.world, folder)
-    latest = state.world.from_leader(folder.latest())
+    _refuse_unshared_storage(state.group, folder)
+    latest = state.group.broadcast(folder.latest())
     if latest is not None:
         state.restore(load_checkpoint(latest))
-        outlet.emit(Note(f"going on from {latest.name} (epoch {state.epoch + 1}, step {state.step})"))
+        sink.emit(Note(f"going on from {latest.name} (epoch {state.epoch + 1}, step {state.step})"))
     parameters = sum(p.numel() for p in state.network.parameters())
-    facts = {"parameters": parameters, "device": str(state.world.device), **library_versions()}
+    facts = {"parameters": parameters, "device": str(state.group.device), **library_versions()}
     epochs = state.config.train.epochs
-    outlet.emit(
-        Started(state.step, epochs * state.steps_per_epoch, state.steps_per_epoch, epochs, facts, task.headline)
-    )
+    sink.emit(Started(state.step, epochs * state.steps_per_epoch, state.steps_per_epoch, epochs, facts, task.headline))
 
 
-def _refuse_unshared_storage(world: World, folder: CheckpointFolder) -> None:
+def _refuse_unshared_storage(group: ProcessGroup, folder: CheckpointFolder) -> None:
     """Each rank must see what rank 0 writes; all ranks raise together."""
-    probe = folder.folder / f"partial-probe-{world.from_leader(uuid.uuid4().hex)}"
+    probe = folder.folder / f"partial-probe-{group.broadcast(uuid.uuid4().hex)}"
     try:
-        if world.leads:
+        if group.is_main:
             probe.mkdir(parents=True)
     except OSError as error:
         raise RunError(f"{folder.folder} could not be written: {error}") from error
-    world.from_leader(None)
-    blind = [rank for rank, sees in enumerate(world.gather_all(probe.is_dir())) if not sees]
-    if world.leads:
+    group.broadcast(None)
+    blind = [rank for rank, sees in enumerate(group.all_gather(probe.is_dir())) if not sees]
+    if group.is_main:
         probe.rmdir()
     if blind:
         raise UserError(
@@ -191,14 +189,14 @@ def _settle_gradient_exchange(state: TrainingState, task: AnyTask, store: Store,
     DDP arranges its buckets anew after the first backward, and with three or more ranks their arrangement decides in
     which order floating-point numbers are added.
     """
-    world, config = state.world, state.config
-    if world.size == 1:
+    group, config = state.group, state.config
+    if group.size == 1:
         return
-    batch = _first_batch(config, store, plan).to(world.device, config.train.channels_last)
+    batch = _first_batch(config, store, plan).to(group.device, config.train.channels_last)
     buffers = {name: buffer.clone() for name, buffer in state.network.named_buffers()}
-    state.trained.train()
+    state.train_model.train()
     with torch.random.fork_rng(), state.autocast():
-        values = task.loss(state.replica, batch, state.balance)
+        values = task.loss(state.ddp_model, batch, state.balance)
     values["loss"].backward()
     state.optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():
@@ -224,7 +222,7 @@ def _draw_first_batch(config: Config, task: AnyTask, store: Store, plan: EpochPl
 
 
 def _finish_epoch(
-    state: TrainingState, task: AnyTask, splits: Splits, folder: CheckpointFolder, outlet: Outlet
+    state: TrainingState, task: AnyTask, splits: Splits, folder: CheckpointFolder, sink: EventSink
 ) -> None:
     """Evaluates, moves the position to the next epoch, and saves when it is time to or when this is the best so far."""
     config = state.config
@@ -238,7 +236,7 @@ def _finish_epoch(
     measured: dict[str, float] = {}
     if last or due(config.train.evaluate_every, state.epoch + 1):
         evaluation = _evaluate(state, task, splits.val)
-        measured = state.world.from_leader(evaluation and task.metrics(evaluation.predictions, evaluation.targets))
+        measured = state.group.broadcast(evaluation and task.metrics(evaluation.predictions, evaluation.targets))
         if config.checkpoint.metric not in measured:
             raise UserError(
                 f"checkpoint.metric={config.checkpoint.metric} cannot be measured: nothing in the validation split is "
@@ -253,15 +251,15 @@ def _finish_epoch(
     if best:
         state.best = {"step": state.step, "epoch": state.epoch, "metrics": measured}
     layers = () if evaluation is None else evaluation.layers
-    outlet.emit(EpochDone(state.epoch, state.step, row, best, layers, gradients))
+    sink.emit(EpochDone(state.epoch, state.step, row, best, layers, gradients))
     timely = due(config.checkpoint.every_epochs, state.epoch) or due(config.checkpoint.every_steps, state.step)
     if best or last or timely:
-        _save(state, folder, outlet)
+        _save(state, folder, sink)
 
 
 def _evaluate(state: TrainingState, task: AnyTask, loader: BatchLoader) -> Evaluation[Any, Any] | None:
-    state.world.share_buffers(state.evaluated)
-    return evaluate(state.evaluated, task, loader, state.config.train, state.world)
+    state.group.broadcast_buffers(state.eval_model)
+    return evaluate(state.eval_model, task, loader, state.config.train, state.group)
 
 
 def _improves(config: CheckpointConfig, best: Mapping[str, Any] | None, measured: Mapping[str, float]) -> bool:
@@ -273,32 +271,32 @@ def _improves(config: CheckpointConfig, best: Mapping[str, Any] | None, measured
 
 def _gradient_table(state: TrainingState) -> tuple[dict[str, Any], ...]:
     """L2 norm of each parameter's gradient in the last step of the epoch."""
-    if not state.world.leads:
+    if not state.group.is_main:
         return ()
     named = [(name, p.grad) for name, p in state.network.named_parameters() if p.grad is not None]
     norms = torch.stack([gradient.norm() for _, gradient in named]).tolist() if named else []
     return tuple({"parameter": name, "gradient_norm": norm} for (name, _), norm in zip(named, norms, strict=True))
 
 
-def _save(state: TrainingState, folder: CheckpointFolder, outlet: Outlet) -> None:
+def _save(state: TrainingState, folder: CheckpointFolder, sink: EventSink) -> None:
     snapshot = state.snapshot()
-    if state.world.leads:
+    if state.group.is_main:
         path = folder.save(state.step, snapshot)
         folder.prune(state.config.checkpoint.keep_last, {state.best["step"]} if state.best else set())
-        outlet.emit(CheckpointSaved(state.step, str(path)))
+        sink.emit(CheckpointSaved(state.step, str(path)))
 
 
 def _test_best(
-    state: TrainingState, task: AnyTask, splits: Splits, folder: CheckpointFolder, run_dir: Path, outlet: Outlet
+    state: TrainingState, task: AnyTask, splits: Splits, folder: CheckpointFolder, run_dir: Path, sink: EventSink
 ) -> Outcome:
     """Loads the best checkpoint, measures it on the test split and writes the report of the run."""
     assert state.best is not None, "the last epoch is always evaluated"
-    path = state.world.from_leader(folder.at(state.best["step"]))  # not before rank 0 has committed it
+    path = state.group.broadcast(folder.at(state.best["step"]))  # not before rank 0 has committed it
     state.load_weights(load_checkpoint(path))
     evaluation = _evaluate(state, task, splits.test)
     figures: dict[str, float] = {}
     if evaluation is not None:
-        outlet.emit(Note(f"testing {path.name}, the best of {state.config.checkpoint.metric} on the validation split"))
+        sink.emit(Note(f"testing {path.name}, the best of {state.config.checkpoint.metric} on the validation split"))
         details = task.details(evaluation.predictions, evaluation.targets)
         figures = details["metrics"]
         task.report.write(details, evaluation.predictions, evaluation.targets, run_dir / "report")
@@ -307,4 +305,4 @@ def _test_best(
         chart = run_dir / "report" / "predictions.png"
         task.report.draw(images, evaluation.predictions[:pictures], evaluation.targets[:pictures], chart)
         plots.learning_curve(state.history, state.config.checkpoint.metric, run_dir / "report" / "learning_curve.png")
-    return Outcome(state.step, str(path), state.best["metrics"], state.world.from_leader(figures), tuple(state.history))
+    return Outcome(state.step, str(path), state.best["metrics"], state.group.broadcast(figures), tuple(state.history))

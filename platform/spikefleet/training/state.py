@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from spikefleet.config.schema import Config, differences
 from spikefleet.errors import UserError
 from spikefleet.training.checkpoints import Snapshot, optimizer_tensors, restore_optimizer
-from spikefleet.training.distributed import World
+from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.optimizer import BIASES, build_average, build_optimizer, learning_rate, momentum
 from spikefleet.training.precision import autocast
 from spikefleet_models.families import build_model
@@ -27,23 +27,23 @@ class TrainingState:
     metrics for each finished epoch; `sums` adds up the metrics of the epoch under way.
     """
 
-    def __init__(self, config: Config, world: World, data_hash: str, steps_per_epoch: int) -> None:
-        self.config, self.world, self.data_hash = config, world, data_hash
+    def __init__(self, config: Config, group: ProcessGroup, data_hash: str, steps_per_epoch: int) -> None:
+        self.config, self.group, self.data_hash = config, group, data_hash
         self.steps_per_epoch = steps_per_epoch
         torch.manual_seed(config.train.seed)
-        network = build_model(config.model).to(world.device)
+        network = build_model(config.model).to(group.device)
         if config.train.channels_last:
             network = network.to(memory_format=torch.channels_last)
-        if config.train.sync_bn and world.size > 1:
+        if config.train.sync_bn and group.size > 1:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         self.network: nn.Module = network
         """What is evaluated, exported and registered."""
-        self.trained = self._with_branches(network)
-        self.replica = self._replicate(self.trained)
-        self.optimizer = build_optimizer(self.trained, config.optim)
+        self.train_model = self._with_branches(network)
+        self.ddp_model = self._replicate(self.train_model)
+        self.optimizer = build_optimizer(self.train_model, config.optim)
         decay = config.train.ema_decay
-        self.average = build_average(network, decay, config.train.ema_ramp) if decay is not None else None
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.train.precision == "fp16")
+        self.ema = build_average(network, decay, config.train.ema_ramp) if decay is not None else None
+        self.scaler = torch.amp.GradScaler(group.device.type, enabled=config.train.precision == "fp16")
         self.epoch = 0
         self.step_in_epoch = 0
         self.best: dict[str, Any] | None = None
@@ -55,14 +55,14 @@ class TrainingState:
         if not self.config.shortcut.enabled:
             return network
         try:
-            return ShortcutNetwork(network, self.config.shortcut).to(self.world.device)
+            return ShortcutNetwork(network, self.config.shortcut).to(self.group.device)
         except ValueError as error:
             raise UserError(f"shortcut: {error}") from None
 
     def _replicate(self, network: nn.Module) -> nn.Module:
         replica = network
-        if self.world.size > 1:
-            devices = [self.world.device] if self.world.device.type == "cuda" else None
+        if self.group.size > 1:
+            devices = [self.group.device] if self.group.device.type == "cuda" else None
             replica = DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)
         if self.config.train.compile:
             replica = torch.compile(replica)  # type: ignore[assignment]
@@ -74,9 +74,9 @@ class TrainingState:
         return self.epoch * self.steps_per_epoch + self.step_in_epoch
 
     @property
-    def evaluated(self) -> nn.Module:
+    def eval_model(self) -> nn.Module:
         """The network whose metrics count: the average of weights where there is one."""
-        return self.average.module if self.average is not None else self.network
+        return self.ema.module if self.ema is not None else self.network
 
     @property
     def balance(self) -> float:
@@ -87,7 +87,7 @@ class TrainingState:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The arithmetic of forward passes."""
-        return autocast(self.config.train.precision, self.world.device)
+        return autocast(self.config.train.precision, self.group.device)
 
     def set_learning_rate(self) -> float:
         """Gives the optimizer the rates and the momentum of the step to come; returns the weights' rate."""
@@ -99,28 +99,28 @@ class TrainingState:
 
     def snapshot(self) -> Snapshot:
         """The whole state. Every rank must call this: each adds the state of its random numbers."""
-        states = self.world.gather_all(_random_state(self.world.device))
+        states = self.group.all_gather(_random_state(self.group.device))
         random = {f"{kind}/{rank}": tensor for rank, state in enumerate(states) for kind, tensor in state.items()}
         tensors: dict[str, Mapping[str, torch.Tensor]] = {
             "model": self.network.state_dict(),
-            "optimizer": optimizer_tensors(self.optimizer, self.trained),
+            "optimizer": optimizer_tensors(self.optimizer, self.train_model),
             "random": random,
         }
-        if isinstance(self.trained, ShortcutNetwork):
-            tensors["branches"] = self.trained.branches.state_dict()
-        if self.average is not None:
-            tensors["average"] = self.average.module.state_dict()
+        if isinstance(self.train_model, ShortcutNetwork):
+            tensors["branches"] = self.train_model.branches.state_dict()
+        if self.ema is not None:
+            tensors["average"] = self.ema.module.state_dict()
         state = {
             "epoch": self.epoch,
             "step_in_epoch": self.step_in_epoch,
             "steps_per_epoch": self.steps_per_epoch,
-            "world_size": self.world.size,
+            "world_size": self.group.size,
             "data_hash": self.data_hash,
             "best": self.best,
             "history": self.history,
             "sums": self.sums,
             "scaler": self.scaler.state_dict(),
-            "averaged": 0 if self.average is None else int(self.average.n_averaged),
+            "averaged": 0 if self.ema is None else int(self.ema.n_averaged),
         }
         return Snapshot(tensors, state, self.config.dump())
 
@@ -130,29 +130,29 @@ class TrainingState:
         complaints = differences(snapshot.config, self.config.dump())
         if state["data_hash"] != self.data_hash:
             complaints.append(f"data: content {state['data_hash'][:12]} in the run, {self.data_hash[:12]} here")
-        if state["world_size"] != self.world.size:
-            complaints.append(f"cluster.workers: {state['world_size']} in the run, {self.world.size} asked for")
+        if state["world_size"] != self.group.size:
+            complaints.append(f"cluster.workers: {state['world_size']} in the run, {self.group.size} asked for")
         if complaints:
             raise UserError(
                 "the run cannot go on with another configuration: " + "; ".join(complaints) + ". "
                 "Use the run's own values, or another --name for a new run"
             )
         self.load_weights(snapshot)
-        if isinstance(self.trained, ShortcutNetwork):
-            self.trained.branches.load_state_dict(dict(snapshot.tensors["branches"]))
-        restore_optimizer(self.optimizer, self.trained, snapshot.tensors["optimizer"])
+        if isinstance(self.train_model, ShortcutNetwork):
+            self.train_model.branches.load_state_dict(dict(snapshot.tensors["branches"]))
+        restore_optimizer(self.optimizer, self.train_model, snapshot.tensors["optimizer"])
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        _set_random_state(snapshot.tensors["random"], self.world)
+        _set_random_state(snapshot.tensors["random"], self.group)
         self.epoch, self.step_in_epoch = state["epoch"], state["step_in_epoch"]
         self.best, self.history, self.sums = state["best"], list(state["history"]), dict(state["sums"])
 
     def load_weights(self, snapshot: Snapshot) -> None:
         """Puts back the weights and their average, nothing else."""
         self.network.load_state_dict(dict(snapshot.tensors["model"]))
-        if self.average is not None:
-            self.average.module.load_state_dict(dict(snapshot.tensors["average"]))
-            self.average.n_averaged.fill_(snapshot.state["averaged"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(dict(snapshot.tensors["average"]))
+            self.ema.n_averaged.fill_(snapshot.state["averaged"])
 
 
 def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -162,7 +162,7 @@ def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
     return states
 
 
-def _set_random_state(states: Mapping[str, torch.Tensor], world: World) -> None:
-    torch.set_rng_state(states[f"cpu/{world.rank}"])
-    if world.device.type == "cuda":
-        torch.cuda.set_rng_state(states[f"cuda/{world.rank}"], world.device)
+def _set_random_state(states: Mapping[str, torch.Tensor], group: ProcessGroup) -> None:
+    torch.set_rng_state(states[f"cpu/{group.rank}"])
+    if group.device.type == "cuda":
+        torch.cuda.set_rng_state(states[f"cuda/{group.rank}"], group.device)

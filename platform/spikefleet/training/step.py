@@ -12,8 +12,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from spikefleet.errors import RunError
 from spikefleet.tasks import AnyTask
-from spikefleet.training.distributed import World
-from spikefleet.training.events import Outlet, StepDone
+from spikefleet.training.distributed import ProcessGroup
+from spikefleet.training.events import EventSink, StepDone
 from spikefleet.training.state import TrainingState
 from spikefleet_models.health import SpikeMonitor
 from spikefleet_pipelines.loading import Batch
@@ -43,44 +43,46 @@ class Meter:
         return rate
 
 
-def training_step(state: TrainingState, task: AnyTask, batch: Batch, meter: Meter, outlet: Outlet) -> None:
+def training_step(state: TrainingState, task: AnyTask, batch: Batch, meter: Meter, sink: EventSink) -> None:
     """Trains on one global batch: forward and backward of its micro-batches, the exchange of gradients, the optimizer.
 
     Raises:
         NonFiniteError: the loss or a gradient is not finite; on all ranks, before the optimizer's step.
     """
-    config, world = state.config, state.world
+    config, group = state.config, state.group
     monitor = _monitor_if_due(state)
     rate, balance = state.set_learning_rate(), state.balance
-    state.trained.train()
+    state.train_model.train()
     state.optimizer.zero_grad(set_to_none=True)
     local: dict[str, torch.Tensor] = {}
     parts = list(micro_batches(batch, config.train.accumulate))
     for position, part in enumerate(parts):
-        here = part.to(world.device, config.train.channels_last)
+        here = part.to(group.device, config.train.channels_last)
         last = position == len(parts) - 1
         # DDP exchanges gradients in the backward of the last part only.
-        together = nullcontext() if last or world.size == 1 else state.replica.no_sync()  # type: ignore[operator]
+        together = nullcontext() if last or group.size == 1 else state.ddp_model.no_sync()  # type: ignore[operator]
         with together:
             with state.autocast(), monitor if monitor is not None and position == 0 else nullcontext():
-                values = task.loss(state.replica, here, balance)
+                values = task.loss(state.ddp_model, here, balance)
             # DDP divides by the number of ranks; the mean wanted is over the samples of all ranks.
-            weight = len(part.targets) * world.size / batch.global_count
+            weight = len(part.targets) * group.size / batch.global_count
             if config.train.loss == "sum":
                 weight *= batch.global_count
             state.scaler.scale(values["loss"] * weight).backward()
         for name, value in values.items():
             local[name] = local.get(name, 0) + value.detach().double() * len(part.targets)
-    means = _global_means(local, batch, world)
+    means = _global_means(local, batch, group)
     state.scaler.unscale_(state.optimizer)
     norms = _gradient_norms(state)
     _refuse_non_finite(state, means, local, norms["gradient/norm"])
     if config.train.clip_norm is not None:
-        clip_grads_with_norm_(state.trained.parameters(), config.train.clip_norm, torch.tensor(norms["gradient/norm"]))
+        clip_grads_with_norm_(
+            state.train_model.parameters(), config.train.clip_norm, torch.tensor(norms["gradient/norm"])
+        )
     state.scaler.step(state.optimizer)
     state.scaler.update()
-    if state.average is not None:
-        state.average.update_parameters(state.network)
+    if state.ema is not None:
+        state.ema.update_parameters(state.network)
     for name, mean in means.items():
         state.sums[name] = state.sums.get(name, 0.0) + mean * batch.global_count
     state.step_in_epoch += 1
@@ -92,7 +94,7 @@ def training_step(state: TrainingState, task: AnyTask, batch: Batch, meter: Mete
             figures["balance_coefficient"] = balance
         if monitor is not None:
             figures |= {f"spikes/{name}": value for name, value in monitor.summary().items()}
-        outlet.emit(StepDone(state.epoch, state.step, figures))
+        sink.emit(StepDone(state.epoch, state.step, figures))
 
 
 def micro_batches(batch: Batch, parts: int) -> Iterator[Batch]:
@@ -105,12 +107,12 @@ def micro_batches(batch: Batch, parts: int) -> Iterator[Batch]:
 
 
 def _monitor_if_due(state: TrainingState) -> SpikeMonitor | None:
-    wanted = state.world.leads and due(state.config.tracking.health_every_steps, state.step + 1)
+    wanted = state.group.is_main and due(state.config.tracking.health_every_steps, state.step + 1)
     return SpikeMonitor(state.network) if wanted else None
 
 
-def _global_means(local: Mapping[str, torch.Tensor], batch: Batch, world: World) -> dict[str, float]:
-    sums = world.sum(torch.stack([value.double() for value in local.values()]))
+def _global_means(local: Mapping[str, torch.Tensor], batch: Batch, group: ProcessGroup) -> dict[str, float]:
+    sums = group.all_reduce(torch.stack([value.double() for value in local.values()]))
     return {name: total / batch.global_count for name, total in zip(local, sums.tolist(), strict=True)}
 
 
@@ -118,7 +120,7 @@ def _gradient_norms(state: TrainingState) -> dict[str, float]:
     """L2 norms of the averaged gradient before clipping: of the whole, and of the first layer's weight."""
     first = next(p for p in state.network.parameters() if p.ndim > 1)
     first_norm = 0.0 if first.grad is None else float(first.grad.norm())
-    whole = get_total_norm([p.grad for p in state.trained.parameters() if p.grad is not None])
+    whole = get_total_norm([p.grad for p in state.train_model.parameters() if p.grad is not None])
     return {"gradient/norm": float(whole), "gradient/first_layer_norm": first_norm}
 
 
@@ -129,13 +131,13 @@ def _refuse_non_finite(
     where = f"step {state.step + 1} (epoch {state.epoch + 1})"
     remedy = "the weights are those before it; lower optim.lr, set train.clip_norm, or look at the data of this step"
     if not math.isfinite(means["loss"]):
-        losses = state.world.gather_all(float(local["loss"]))
+        losses = state.group.all_gather(float(local["loss"]))
         ranks = [str(rank) for rank, loss in enumerate(losses) if not math.isfinite(loss)]
         raise NonFiniteError(f"the loss is {means['loss']} at {where}, from rank {', '.join(ranks)}; {remedy}")
     if math.isfinite(norm):
         return
     if not state.scaler.is_enabled():
-        bad = [name for name, p in state.trained.named_parameters() if p.grad is not None and not _finite(p.grad)]
+        bad = [name for name, p in state.train_model.named_parameters() if p.grad is not None and not _finite(p.grad)]
         named = f"{bad[0]} and {len(bad) - 1} more" if len(bad) > 1 else "".join(bad) or "their norm"
         raise NonFiniteError(f"the gradient is not finite at {where}: {named}; {remedy}")
     if state.scaler.get_scale() <= _SMALLEST_LOSS_SCALE:  # fp16 overflows now and then; the scaler skips such a step
