@@ -22,10 +22,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from spikefleet_models.neurons import spiking_nodes
+from spikefleet_models.slots import Layer, NotSpikeDrivenError
 from spikefleet_models.spike_driven import spike_driven
-from spikefleet_models.spike_edges import Layer, LayerInput, SpikeFed, layer_inputs
+from spikefleet_models.spike_edges import LayerInput, SpikeFed, layer_inputs
 
 WEIGHT_BITS = 30
 EXACT_BITS = 53
@@ -131,7 +133,7 @@ def on_grid(deployed: nn.Module, inputs: Mapping[str, LayerInput] | None = None)
         inputs: `layer_inputs(deployed, images)`; found with a noise picture when left out.
 
     Raises:
-        ValueError: a layer needs more than 53 bits; or as `layer_inputs`.
+        NotSpikeDrivenError: a layer needs more than 53 bits; or as `layer_inputs`.
     """
     network = copy.deepcopy(deployed).eval().double()
     return network, _put_on_grid(network, layer_inputs(network) if inputs is None else inputs)
@@ -146,7 +148,7 @@ def _put_on_grid(network: nn.Module, inputs: Mapping[str, LayerInput]) -> dict[s
             assert isinstance(layer, Layer)
             headroom[name] = _to_grid(layer, source.bound)
             if headroom[name] < 0:
-                raise ValueError(
+                raise NotSpikeDrivenError(
                     f"layer {name} needs {EXACT_BITS - headroom[name]} bits to sum exactly, but fp64 has {EXACT_BITS}: "
                     "its bias is too large beside its weights"
                 )
@@ -176,11 +178,10 @@ def check_equivalence(deployed: nn.Module, images: Tensor) -> EquivalenceProof:
         images: pictures [B, C, H, W] or frames [T, B, C, H, W]. Memory is that of one picture.
 
     Raises:
-        ValueError: there are no pictures; the network cannot be made spike-driven; or as `on_grid`.
+        NotSpikeDrivenError: the network cannot be made spike-driven; or as `on_grid`.
+        ValueError: there are no images.
     """
     pictures = _one_by_one(images.double())
-    if not pictures:
-        raise ValueError(f"images has shape {tuple(images.shape)}; the proof needs at least one picture")
     integer = copy.deepcopy(deployed).eval().double()
     inputs = layer_inputs(integer, pictures[0])
     headroom = _put_on_grid(integer, inputs)
@@ -203,7 +204,8 @@ def count_flips(deployed: nn.Module, images: Tensor, dtype: torch.dtype = torch.
         dtype: float32, bfloat16 or float16.
 
     Raises:
-        ValueError: as `layer_inputs`.
+        NotSpikeDrivenError: the forms cannot be compared, or as `layer_inputs`.
+        ValueError: there are no images.
     """
     integer = copy.deepcopy(deployed).eval().to(dtype)
     for module in integer.modules():
@@ -215,13 +217,15 @@ def count_flips(deployed: nn.Module, images: Tensor, dtype: torch.dtype = torch.
     for picture in pictures:
         comparison.run(picture)
     if comparison.failure is not None:
-        raise ValueError(comparison.failure)
+        raise NotSpikeDrivenError(comparison.failure)
     layers = [LayerFlips(n, tally.unequal, tally.elements) for n, tally in comparison.tallies.items() if tally.node]
     return FlipCount(str(dtype).removeprefix("torch."), tuple(layers), comparison.output_difference)
 
 
 def _one_by_one(images: Tensor) -> list[Tensor]:
-    return list(images.split(1, dim=images.ndim - 4)) if images.numel() else []
+    if not images.numel():
+        raise ValueError(f"images has shape {tuple(images.shape)}; the proof needs at least one picture")
+    return list(images.split(1, dim=images.ndim - 4))
 
 
 @dataclass
@@ -299,17 +303,25 @@ class _Comparison:
                 output = self._counts(name, output)
             elif isinstance(self.inputs.get(name), SpikeFed):
                 tally.count_slots(given)
-            tally.compare(waiting.pop(0), output)
+            other = waiting.pop(0)
+            tally.compare(other, output)
+            if other.shape != output.shape:
+                # Whatever comes next fails somehow, by torch's errors too.
+                raise NotSpikeDrivenError(f"{name} gives {tuple(output.shape)} for {tuple(other.shape)}")
 
         expected = self._forward(self.integer, picture, keep)
         try:
             found = self._forward(self.binary, picture, compare)
-        except (ValueError, RuntimeError) as error:
+        except NotSpikeDrivenError as error:  # what torch or the machine raises is no finding
             self.failure, self.output_difference = f"the binary form does not run: {error}", math.inf
             return
         if any(kept.values()):
             name = next(name for name, waiting in kept.items() if waiting)
             self.failure = f"layer {name} runs more often in the integer form than in the binary form"
+        if len(expected) != len(found):
+            self.failure = f"the integer form has {len(expected)} outputs, the binary form {len(found)}"
+            self.output_difference = math.inf
+            return
         outputs = _Tally(node=False)
         for one, other in zip(expected, found, strict=True):
             outputs.compare(one, other)
@@ -327,7 +339,7 @@ class _Comparison:
     ) -> tuple[Tensor, ...]:
         with _recording(network, [*self._bounds, *self.inputs], record):
             outputs = network(picture)
-        return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+        return tuple(leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
 
     def proof(self, headroom: Mapping[str, int], images: int) -> EquivalenceProof:
         rows = []
@@ -363,10 +375,10 @@ def _recording(network: nn.Module, names: list[str], record: Callable[[str, Tens
     """Call `record(name, input, output)` after each call of the named modules."""
 
     def hook(name: str) -> Callable[..., None]:
-        return lambda module, inputs, output: record(name, inputs[0], output)
+        return lambda module, args, kwargs, output: record(name, tree_leaves((args, kwargs))[0], output)
 
     with ExitStack() as stack:
         for name in dict.fromkeys(names):
-            handle = network.get_submodule(name).register_forward_hook(hook(name))
+            handle = network.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True)
             stack.callback(handle.remove)
         yield

@@ -1,13 +1,12 @@
 """What multiplies in a forward pass, and on what: convolutions, matrix products, products of feature maps.
 
-Operations are seen where torch dispatches them, whichever module or function called them. A tensor is known by its
-storage, so every reshape keeps its origin:
+`spike_flow.py` finds what is spikes and what is real-valued, for this and for the proof of `equivalence.py`:
 
-* What a spiking neuron emits are spikes, and so is what a gate makes of spikes, and what max-pooling, copying,
-  concatenating or repeating leaves of them. Everything else that depends on the pictures is real-valued: currents,
-  averages of spikes, the pictures themselves, be their values integers or not.
+* Spikes are what a neuron emits and what gates, selections (max-pool, concatenation, copies) and sums of spikes make of
+  it. Everything else that depends on the image is real-valued: currents, averages of spikes, the image itself, be its
+  values integers or not.
 * An operation with spikes on one side adds weights up (AC); one on real values multiplies (MAC).
-* Products that do not depend on the pictures can be computed once and are not counted. Neither are batch norms,
+* Products that do not depend on the image can be computed once and are not counted. Neither are batch norms,
   additions, pooling, factors that are plain numbers, and what happens inside neurons and gates.
 
 Sums over many multiplications are counted the way the papers do: dense operations times the mean of the input (Zhang
@@ -15,21 +14,16 @@ et al. 2023, eq 19; Luo et al. 2024, eq 17). `synaptic_operations` counts how of
 differs where zero padding and strides treat border and inner pixels unlike.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from spikefleet_models.gates import Gate, LearnedGate
-from spikefleet_models.neurons import SpikingNode
-from spikefleet_models.spike_driven import ThermometerNode
+from spikefleet_models.spike_flow import Operation as FlowOperation
+from spikefleet_models.spike_flow import SpikeFlow
 
 Operation = Literal["convolution", "matrix product", "product"]
 
@@ -76,8 +70,7 @@ def count_operations(network: nn.Module, batches: Iterable[Tensor], measure: boo
     counter = _Counter(network, measure)
     pictures = 0
     for images in batches:
-        with counter.watching():
-            counter.run(images)
+        counter.follow(images)
         pictures += images.shape[images.ndim - 4]
     if not pictures:
         raise ValueError("there are no pictures to count operations on; give at least one batch")
@@ -98,15 +91,9 @@ def count_operations(network: nn.Module, batches: Iterable[Tensor], measure: boo
     return OperationCounts(tuple(layers), pictures)
 
 
-_KEEPS_SPIKES = frozenset(
-    {"clone", "_to_copy", "copy_", "cat", "stack", "repeat", "index_select", "max_pool2d_with_indices"}
-    | {"upsample_nearest2d", "upsample_nearest3d"}
-)
-_READS_SHAPE = frozenset({"empty_like", "zeros_like", "ones_like", "full_like", "new_empty", "new_zeros", "new_full"})
 # Positions of the two factors among the arguments.
 _MATRIX_PRODUCTS = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2)}
 _PRODUCTS = frozenset({"mul", "mul_"})
-_EMITTERS = (SpikingNode, ThermometerNode, Gate, LearnedGate)
 
 
 @dataclass
@@ -116,110 +103,37 @@ class _Tally:
     events: float = 0.0
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(SpikeFlow):
     def __init__(self, network: nn.Module, measure: bool) -> None:
-        super().__init__()
+        super().__init__(network)
         self.tallies: dict[tuple[str, Operation, int], _Tally] = {}
-        self._network = network
         self._measure = measure
-        # The most that a value can be where a tensor is spikes, 0 where it is real; absent: not of the pictures. A weak
-        # reference keeps the storage's identity from being given to another tensor, but not its memory.
-        self._bounds: dict[StorageWeakRef, int] = {}
-        self._running: list[str] = []
-        self._inside = 0
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Hooks on all modules. Spiking units call their neurons and gates one by one while they are watched."""
-        with ExitStack() as stack:
-            for name, module in self._network.named_modules():
-                stack.callback(module.register_forward_pre_hook(self._push(name)).remove)
-                stack.callback(module.register_forward_hook(self._pop).remove)
-                if isinstance(module, _EMITTERS):
-                    stack.callback(module.register_forward_pre_hook(self._enter).remove)
-                    stack.callback(module.register_forward_hook(self._leave).remove)
-            yield
-
-    def run(self, images: Tensor) -> None:
-        self._bounds = {}
-        self._set(images, 0)
-        with self:
-            self._network(images)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if not self._inside:
-            self._after_operation(func, args, kwargs or {}, result)
-        return result
-
-    def _push(self, name: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            self._running.append(name)
-
-        return hook
-
-    def _pop(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        self._running.pop()
-
-    def _enter(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._inside += 1
-
-    def _leave(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        self._inside -= 1
-        if isinstance(module, Gate | LearnedGate):
-            joined = [self._bound(x) for x in inputs]
-            adds = isinstance(module, Gate) and module.name == "add"
-            self._set(output, (sum(joined) if adds else max(joined)) if all(joined) else 0)
-        else:
-            self._set(output, module.bound if isinstance(module, SpikingNode) else 1)
-
-    def _set(self, tensor: Tensor, bound: int) -> None:
-        self._bounds[StorageWeakRef(tensor.untyped_storage())] = bound
-
-    def _get(self, tensor: Tensor) -> int | None:
-        return self._bounds.get(StorageWeakRef(tensor.untyped_storage()))
+    def after_operation(self, operation: FlowOperation) -> None:
+        self._count(operation.name, operation.args, operation.result)
 
     def _bound(self, tensor: Tensor) -> int:
-        return self._get(tensor) or 0
-
-    def _after_operation(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        bounds = [bound for bound in map(self._get, tensors) if bound is not None]
-        name = func._schema.name.removeprefix("aten::")
-        if not bounds or name in _READS_SHAPE:
-            return
-        self._count(name, args, result)
-        sources = {StorageWeakRef(tensor.untyped_storage()) for tensor in tensors}
-        bound = max(bounds) if name in _KEEPS_SPIKES and all(bounds) else 0
-        for output in tree_leaves(result):
-            if not isinstance(output, Tensor):
-                continue
-            is_view = StorageWeakRef(output.untyped_storage()) in sources and not func._schema.is_mutable
-            if not is_view:
-                self._set(output, bound)
+        origin = self.origin(tensor)
+        return origin.bound if origin is not None and origin.kind in ("spikes", "sum") else 0
 
     def _count(self, name: str, args: Any, result: Any) -> None:
         if name == "convolution":
             x, weight = args[0], args[1]
             if args[6]:
-                raise ValueError(f"{self._layer} is a transposed convolution, for which there is no rule")
+                raise ValueError(f"{self.module} is a transposed convolution, for which there is no rule")
             self._add("convolution", result.numel() * weight[0].numel(), (x,), lambda: _convolution_events(args))
         elif name in _MATRIX_PRODUCTS:
             a, b = (args[position] for position in _MATRIX_PRODUCTS[name])
             self._add("matrix product", a.numel() * b.shape[-1], (a, b), lambda: self._matrix_events(a, b))
         elif name in _PRODUCTS and isinstance(args[1], Tensor):
             a, b = args[0], args[1]
-            if self._get(a) is not None and self._get(b) is not None:
+            if self.origin(a) is not None and self.origin(b) is not None:
                 self._add("product", result.numel(), (a, b), lambda: self._product_events(a, b))
-
-    @property
-    def _layer(self) -> str:
-        return self._running[-1] if self._running else ""
 
     def _add(self, operation: Operation, dense: int, factors: tuple[Tensor, ...], events: Callable[[], Tensor]) -> None:
         spiking = [x for x in factors if self._bound(x)]
         bound = max(map(self._bound, factors))
-        tally = self.tallies.setdefault((self._layer, operation, bound), _Tally())
+        tally = self.tallies.setdefault((self.module, operation, bound), _Tally())
         tally.dense += dense
         if not spiking or not self._measure:
             return

@@ -22,6 +22,7 @@ from spikefleet.training.evaluation import first_batches
 from spikefleet_models.equivalence import EquivalenceProof, FlipCount, check_equivalence, count_flips
 from spikefleet_models.neurons import spiking_nodes
 from spikefleet_models.reparam import deploy
+from spikefleet_models.slots import NotSpikeDrivenError
 from spikefleet_models.spike_driven import spike_driven
 from spikefleet_pipelines.loading import BatchLoader
 from spikefleet_pipelines.store.reader import Split
@@ -91,6 +92,9 @@ def check_spikes(
         network: on the CPU, as it was trained; not changed.
         pictures: on so many the proof is made and flips are counted.
         measured: on so many, or a few more, the figures of both forms are compared; 0 leaves that out.
+
+    Raises:
+        Exception: whatever kept the proof from being made; only `NotSpikeDrivenError` is a finding about the network.
     """
     if not spiking_nodes(network):
         return SpikeCheck(None, None)
@@ -100,13 +104,13 @@ def check_spikes(
     images = next(first_batches(loader, shown, shown)).images
     try:
         proof = check_equivalence(deployed, images)
-    except ValueError as error:
+    except NotSpikeDrivenError as error:
         return SpikeCheck(None, str(error))
     try:
         flips = tuple(count_flips(deployed, images, dtype) for dtype in _FLIP_TYPES)
         forms = {"integer": deployed, "binary": spike_driven(deployed)}
         figures = _figures(forms, task, config, loader, measured) if measured else None
-    except ValueError as error:
+    except NotSpikeDrivenError as error:
         return SpikeCheck(proof, None, remark=str(error))
     return SpikeCheck(proof, None, flips, figures)
 

@@ -74,7 +74,8 @@ def best_registered(
     metric: Annotated[str, typer.Option(help="Metric on the validation split (top1), or with a split (test/top1).")],
     dataset: Annotated[str | None, typer.Option(help="Only networks trained on this data set.")] = None,
     where: Annotated[
-        str | None, typer.Option(help='Conditions, for example "timesteps<=2 and connection==bsg".')
+        str | None,
+        typer.Option(help='Conditions, for example "timesteps * bound <= 8 and (connection==bsg or decoder==rate)".'),
     ] = None,
     mode: Annotated[Literal["max", "min"], typer.Option(help="Which end of the metric is the best.")] = "max",
     as_json: AsJson = False,

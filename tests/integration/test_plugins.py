@@ -1,4 +1,4 @@
-"""The README's own task: added from outside as printed, trained, registered, evaluated, asked and served."""
+"""The READMEs' own family and task: added from outside as printed, trained, proved, registered, served."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 
-README = Path(__file__).parents[2] / "platform" / "README.md"
+ROOT = Path(__file__).parents[2]
 
 RECIPE = {
     "task": "counting",
@@ -30,14 +30,23 @@ RECIPE = {
 }
 
 
+def printed(readme: str, *names: str) -> dict[str, str]:
+    """Code blocks of a README by the file name in their first line; all of them in less than 60 lines."""
+    found = re.findall(r"```python\n# (\w+\.py)\n(.*?)```", (ROOT / readme).read_text(), re.DOTALL)
+    blocks = {name: code for name, code in found if name in names}
+    assert set(blocks) == set(names)
+    assert sum(bool(line.strip()) for code in blocks.values() for line in code.splitlines()) < 60
+    return blocks
+
+
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the plugin, as the README prints it, and a recipe that asks for its task."""
+    """A directory with the plugins, as the READMEs print them, and a recipe that asks for the task."""
     folder = tmp_path_factory.mktemp("desk")
-    block = re.search(r"```python\n(# counting\.py\n.*?)```", README.read_text(), re.DOTALL)
-    assert block is not None
-    assert len([line for line in block[1].splitlines() if line.strip()]) < 60
-    (folder / "counting.py").write_text(block[1])
+    task = printed("platform/README.md", "counting.py")
+    family = printed("models/README.md", "spiking_vgg_config.py", "spiking_vgg.py")
+    for name, code in {**task, **family}.items():
+        (folder / name).write_text(code)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
     return folder
 
@@ -54,6 +63,33 @@ def run(desk: Path, *words: str, code: int = 0, **environment: str) -> str:
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def test_a_family_from_outside_goes_the_whole_way(desk: Path) -> None:
+    vgg = "model={family: spiking_vgg, widths: [8, 16], in_channels: 1, timesteps: 2}"
+    plugin = ("--plugin", "spiking_vgg_config")
+    settings = (vgg, "train.epochs=1", "registry.name=vgg")
+    said = run(desk, "train", "digits", *settings, "--workers", "0", "--name", "vgg", *plugin)
+    assert "vgg version 1 is champion" in said
+    (version,) = json.loads(run(desk, "registry", "show", "vgg", "--json"))
+    assert version["tags"]["family"] == "spiking_vgg"
+    assert version["tags"]["spike_driven"] == "proved"
+    assert version["metrics"]["energy_mj"] > 0
+    assert "every layer is equal in both forms" in run(desk, "spike-check", "vgg", "--measured", "0", *plugin)
+    assert "spiking_vgg" in run(desk, "config", "show", "digits", vgg, *plugin)
+    assert "must be one of" in run(desk, "config", "show", "digits", vgg, code=2)
+    near = run(desk, "config", "show", "digits", vgg.replace("widths", "width"), *plugin, code=2)
+    assert "unknown key 'model.width'; did you mean 'model.widths'?" in near
+    program = """
+import sys, mlflow, numpy as np
+mlflow.set_tracking_uri(sys.argv[1]); mlflow.set_registry_uri(sys.argv[1])
+print(mlflow.pyfunc.load_model("models:/vgg@champion").predict(np.zeros((2, 1, 8, 8), np.uint8)).shape)
+"""
+    paths = os.pathsep.join(filter(None, [str(desk), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": paths, "SPIKEFLEET_PLUGINS": "spiking_vgg_config"}
+    served = [sys.executable, "-c", program, f"sqlite:///{desk / 'runs' / 'mlflow.db'}"]
+    done = subprocess.run(served, cwd=desk, env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["(2, 10)"], done.stderr
 
 
 def test_a_task_from_outside_goes_the_whole_way(desk: Path) -> None:

@@ -1,0 +1,73 @@
+"""A proof is kept for good, so only a finding about the network may become one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from spikefleet.certificates.certify import certify
+from spikefleet.certificates.spike_check import PROOF
+from spikefleet.config.schema import load_config
+from spikefleet.runs.run_dir import Run
+from spikefleet.training.checkpoints import Snapshot
+from spikefleet_models import equivalence
+from spikefleet_models.families import build_model
+from spikefleet_models.spike_driven import spike_driven
+from spikefleet_models.spike_edges import LayerInput
+from spikefleet_pipelines.store.reader import Store
+
+FAULTS = [
+    RuntimeError("out of memory"),
+    torch.OutOfMemoryError("out of memory"),
+    ValueError("bad shape"),
+    KeyboardInterrupt(),
+]
+
+
+@pytest.fixture
+def store(stores_dir: Path) -> Store:
+    return Store.open(stores_dir / "digits", verify=False)
+
+
+def finished(folder: Path, store: Store, *overrides: str) -> Run:
+    """A run whose best checkpoint holds drawn weights."""
+    config = load_config("digits", ["model.stages=[1,1]", "cluster.workers=0", *overrides])
+    run = Run(folder / "run")
+    run.begin(config, store.manifest)
+    torch.manual_seed(0)
+    weights = build_model(config.model).state_dict()
+    run.checkpoints.save(1, Snapshot({"model": weights}, {"best": {"step": 1}}, config.model_dump(mode="json")))
+    return run
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
+def test_a_proof_that_was_cut_short_is_done_again(
+    fault: BaseException, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(module: nn.Module, inputs: object) -> None:
+        raise fault
+
+    def failing(deployed: nn.Module, inputs: Mapping[str, LayerInput]) -> nn.Module:
+        binary = spike_driven(deployed, inputs)
+        binary.get_submodule("classifier").register_forward_pre_hook(fail)
+        return binary
+
+    run = finished(tmp_path, store)
+    monkeypatch.setattr(equivalence, "spike_driven", failing)
+    with pytest.raises(type(fault)):
+        certify(run.config(), run, store)
+    assert not (run.path / "report" / PROOF).exists()
+    monkeypatch.undo()
+    assert certify(run.config(), run, store).verdict == "proved"
+    assert json.loads((run.path / "report" / PROOF).read_text())["verdict"] == "proved"
+
+
+def test_a_finding_is_kept(store: Store, tmp_path: Path) -> None:
+    run = finished(tmp_path, store, "model.connection=add", "model.stages=[2,1]")
+    assert certify(run.config(), run, store).verdict == "refuted"
+    assert "binary events" in json.loads((run.path / "report" / PROOF).read_text())["refusal"]
