@@ -29,7 +29,8 @@ def test_names_that_could_become_paths_are_refused(first: Trained, name: str) ->
 @pytest.mark.parametrize(
     ("reference", "sentence"),
     [
-        ("models:/digit@champion", "no registered model 'digit'; there are digits"),
+        ("models:/digit@champion", "no registered model 'digit'; did you mean 'digits'"),
+        ("models:/zebra@champion", "no registered model 'zebra'; there are [a-z]"),
         ("models:/digits@best", "no alias 'best'; it has champion"),
         ("models:/digits/77", "no version 77; it has 1"),
         ("models:/digits", "give models:/NAME@champion"),
