@@ -61,13 +61,13 @@ PRIVATE = [
     (
         "torch.utils._python_dispatch:TorchDispatchMode",
         None,
-        f"{MODELS}/operation_counts.py",
+        f"{MODELS}/spike_flow.py",
         "sees each operation of a forward pass; torch documents it, and has no public module for it",
     ),
     (
         "torch.utils._pytree:tree_leaves",
         None,
-        f"{MODELS}/operation_counts.py",
+        f"{MODELS}/spike_flow.py",
         "tensors in the arguments of an operation",
     ),
     (
@@ -88,8 +88,14 @@ PRIVATE = [
     (
         "torch:ops.aten.add.Tensor._schema",
         None,
-        f"{MODELS}/operation_counts.py",
+        f"{MODELS}/spike_flow.py",
         "name and mutability of an operation",
+    ),
+    (
+        "torch:ops.aten.add.Tensor._overloadname",
+        None,
+        f"{MODELS}/spike_flow.py",
+        "tells view(dtype), which reads bits anew, from view(size)",
     ),
     (
         "torchvision.models.detection._utils:BoxCoder",
