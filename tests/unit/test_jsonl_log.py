@@ -110,7 +110,7 @@ def test_a_damaged_line_before_the_last_is_named(
     log.path.write_bytes(b"".join([*lines[:damaged], garbage, *lines[damaged + 1 :]]))
     starts = [0, *(len(b"".join(lines[: n + 1])) for n in range(damaged))]
     for start in starts:  # also by a reader that has read some of it before
-        with pytest.raises(DamagedLineError, match=rf"log\.jsonl, line {damaged + 1}: the line is damaged"):
+        with pytest.raises(DamagedLineError, match=rf"log\.jsonl, line {damaged + 1} is damaged"):
             read(log, start)
     before = log.path.read_bytes()
     with pytest.raises(DamagedLineError):

@@ -35,7 +35,7 @@ def test_a_journal_survives_a_torn_line_but_not_a_broken_one(tmp_path: Path) -> 
         assert journal.read_bytes() == whole
         journal.write_bytes(b"garbage\n" + whole)
         for read in (folder.read, folder.drop_torn_line):
-            with pytest.raises(SearchError, match=r"journal.jsonl, line 1: the line is damaged"):
+            with pytest.raises(SearchError, match=r"journal.jsonl, line 1 is damaged"):
                 read()
         journal.write_bytes(whole + b'{"event": "eaten"}\n')
         with pytest.raises(SearchError, match=r"journal.jsonl, line 3: .*unknown event 'eaten'"):
@@ -43,7 +43,7 @@ def test_a_journal_survives_a_torn_line_but_not_a_broken_one(tmp_path: Path) -> 
 
 
 def test_only_plain_names_are_taken(tmp_path: Path) -> None:
-    with pytest.raises(SearchError, match=r"name '\.\./s' must be 1 to 100 letters"):
+    with pytest.raises(SearchError, match=r"search name '\.\./s' must have 1 to 100 letters"):
         SearchFolder(tmp_path, "../s")
 
 
@@ -52,7 +52,7 @@ def test_budget_may_change_but_not_the_search(tmp_path: Path) -> None:
     with folder.lock():
         folder.begin(search_of(_tree()))
         folder.begin(search_of(_tree(budget={"trials": 9}, resources={"workers": 2})))
-        with pytest.raises(SearchError, match=r"objectives: .*'max'.* in the search, .*'min'.* asked for"):
+        with pytest.raises(SearchError, match=r"objectives: expected .*'max'.*, found .*'min'"):
             folder.begin(search_of(_tree(objectives={"gain": "min"})))
     assert isinstance(folder.read(), Past)
     assert folder.read_search() == search_of(_tree(budget={"trials": 9}, resources={"workers": 2}))

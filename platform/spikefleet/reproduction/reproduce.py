@@ -294,7 +294,7 @@ def _cells(table: PaperTable, entry: Entry, runs: Sequence[tuple[TrialRecord, Ru
 
 def _trial_figure(table: PaperTable, key: str, column: Column, record: TrialRecord, run: Run) -> float | None:
     if column.origin == "run":
-        return record.figures.get(key)
+        return record.metrics.get(key)
     assert table.counted is not None, "the table was checked to say how energy is counted"
     card = EnergyCard.from_dict(read_json(run.path / "report" / ENERGY)).under(table.counted.constants)
     value: float | None = getattr(card, key)

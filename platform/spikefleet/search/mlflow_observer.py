@@ -102,7 +102,7 @@ class SearchTracker:
         tracker = self._trials.pop(record.name, None)
         if tracker is None:
             return
-        tracker.log_metrics(record.figures, step=0)
+        tracker.log_metrics(record.metrics, step=0)
         tracker.set_tags({"status": record.status, "reason": record.reason})
         report = self._trials_dir / record.name / "report"
         for path in sorted(report.iterdir()) if report.is_dir() else ():

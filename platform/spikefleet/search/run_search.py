@@ -200,7 +200,7 @@ def _known_points(search: Search, warm_start: str | None, options: Options, cons
             and len(point) == len(record.point)
             and all(key in point for key in space.dimensions if space.active(key, point))
         )
-        figures = {name: record.figures[name] for name in search.objectives} if told else None
+        figures = {name: record.metrics[name] for name in search.objectives} if told else None
         origin = f"{warm_start}, trial {record.name}"
         try:
             space.check(point, origin)
@@ -253,11 +253,11 @@ def confirm_front(
         runs = [one for one in again.comparable if dict(one.point) in points[record.name]]
         row: dict[str, Any] = {"trial": record.name, "seeds": len(runs)}
         for name in result.search.objectives:
-            values = [one.figures[name] for one in runs]
+            values = [one.metrics[name] for one in runs]
             row[name] = {
                 "mean": statistics.fmean(values) if values else None,
                 "std": statistics.stdev(values) if len(values) > 1 else None,
-                "search": record.figures[name],
+                "search": record.metrics[name],
             }
         rows.append(row)
     path = report_of(result) / "confirmation.json"
@@ -301,7 +301,7 @@ def _chosen(result: SearchResult, chosen: str) -> TrialRecord:
         return result.knee
     if chosen == "best":
         name, direction = next(iter(result.search.objectives.items()))
-        return (max if direction == "max" else min)(finished, key=lambda record: record.figures[name])
+        return (max if direction == "max" else min)(finished, key=lambda record: record.metrics[name])
     for record in finished:
         if record.name == chosen:
             return record
