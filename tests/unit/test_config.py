@@ -79,12 +79,12 @@ def test_unknown_recipe_names_the_nearest() -> None:
     ("text", "part"),
     [
         ("", "empty"),
-        ("- 1\n", "no mapping"),
-        ("base: digits\ntrain: {epochs: 1}\ntrain: {epochs: 2}\n", "stands twice"),
+        ("- 1\n", "must be a mapping"),
+        ("base: digits\ntrain: {epochs: 1}\ntrain: {epochs: 2}\n", "key 'train' is repeated"),
         ("base: digits\nmodel: &a {timesteps: 1}\ntrain: *a\n", "aliases"),
         ("base: digits\ntrain: !!python/name:os.system\n", "YAML"),
         ("model: {family: sg_resnet}\n", "'optim' is missing"),
-        ("base: nothing\n", "no recipe 'nothing'"),
+        ("base: nothing\n", "recipe 'nothing' does not exist"),
     ],
 )
 def test_bad_recipe_file(text: str, part: str, tmp_path: Path) -> None:

@@ -51,6 +51,14 @@ def test_events_survive_the_way_through_a_file_and_are_read_once(tmp_path: Path)
     assert reader.new() == []
 
 
+def test_the_start_of_an_attempt_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    attempt = new_attempt(tmp_path)
+    fields = {"step": 3, "total_steps": 10, "steps_per_epoch": 5, "epochs": 2, "headline": []}
+    line = json.dumps({"event": "Started", **fields, "facts": {"parameters": 7}}) + "\n"
+    (attempt / "events-1.jsonl").write_text(line)
+    assert EventReader(attempt).new() == EVENTS[:1]
+
+
 def test_an_unfinished_line_waits_for_its_end(tmp_path: Path) -> None:
     attempt = new_attempt(tmp_path)
     line = json.dumps({"event": "Note", "text": "whole"}) + "\n"
@@ -78,7 +86,7 @@ def test_a_writer_in_step_goes_on_after_a_checkpoint_when_all_is_handed_on(tmp_p
         read += reader.new()
     saving.join(0.2)
     assert saving.is_alive(), "read, and not yet dealt with"
-    reader.handed_on()
+    reader.acknowledge()
     saving.join(10)
     assert not saving.is_alive()
     stopped = save()

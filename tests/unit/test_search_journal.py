@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from spikefleet_tune.errors import SearchError
-from spikefleet_tune.journal import Past, SearchFolder, TrialRecord
+from spikefleet_tune.journal import Past, SearchFolder, TrialRecord, WarmStartPoint
 from spikefleet_tune.search_file import search_of
 
 
@@ -38,7 +39,7 @@ def test_a_journal_survives_a_torn_line_but_not_a_broken_one(tmp_path: Path) -> 
             with pytest.raises(SearchError, match=r"journal.jsonl, line 1 is damaged"):
                 read()
         journal.write_bytes(whole + b'{"event": "eaten"}\n')
-        with pytest.raises(SearchError, match=r"journal.jsonl, line 3: .*unknown event 'eaten'"):
+        with pytest.raises(SearchError, match=r"journal.jsonl, line 3 cannot be read: unknown event 'eaten'"):
             folder.read()
 
 
@@ -56,3 +57,20 @@ def test_budget_may_change_but_not_the_search(tmp_path: Path) -> None:
             folder.begin(search_of(_tree(objectives={"gain": "min"})))
     assert isinstance(folder.read(), Past)
     assert folder.read_search() == search_of(_tree(budget={"trials": 9}, resources={"workers": 2}))
+
+
+def test_the_stored_key_of_metrics_stays(tmp_path: Path) -> None:
+    """Journals of the first release have `figures` where the code says metrics."""
+    folder = SearchFolder(tmp_path, "s")
+    folder.path.mkdir()
+    ended = {"number": 0, "name": "s-0000", "overrides": {}, "point": {}, "figures": {"gain": 2.0}, "seed": 0}
+    folder.append("started", number=0, name="s-0000", overrides={}, point={}, memory={})
+    folder.append("ended", **ended, status="finished", seconds=1.0, reason="", epoch=None, changes=[])
+    folder.append("known", point={"x": 1}, figures={"gain": 3.0}, origin="an earlier search")
+    past = folder.read()
+    assert past.records[0].metrics == {"gain": 2.0}
+    assert past.warm_start == [WarmStartPoint({"x": 1}, {"gain": 3.0}, "an earlier search")]
+    folder.append_record(past.records[0])
+    folder.append_warm_start(past.warm_start[0])
+    lines = [json.loads(line) for line in (folder.path / "journal.jsonl").read_text().splitlines()]
+    assert lines[3:] == lines[1:3]

@@ -95,7 +95,7 @@ def test_importance_says_why_there_is_none() -> None:
     level = [_record(n, record.point | {}, acc=1.0, energy=float(n)) for n, record in enumerate(_many())]
     assert importance(_result(level))["acc"] == "all trials have the same value"
     same = [_record(n, {"kind": "if", "T": 1, "lr": 0.01}, acc=float(n), energy=1.0) for n in range(9)]
-    assert importance(_result(same))["acc"] == "no key that all trials have differs between them"
+    assert importance(_result(same))["acc"] == "no key that all trials have varies"
 
 
 def test_files_are_whole(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is shown of a run's best checkpoint before it may become champion: the spike check and the energy card."""
+"""Certifies a run's best checkpoint before it is registered: the spike check and the energy card."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from spikefleet.training.checkpoints import best_network, checkpoint_hash, load_
 from spikefleet_pipelines.store.reader import Store
 
 CERTIFICATE = "certificate.json"
-"""Written last: which checkpoint was certified, and the hashes of the files that say so."""
+"""Written last: the hash of the certified checkpoint, and the hashes of the certificate files."""
 
 
 @dataclass(frozen=True)
 class Certificates:
-    """The verdict of the spike check (`verdict.py`), the energy of an image in mJ, and the files that show both."""
+    """The verdict of the spike check (`verdict.py`), the energy per image in mJ, and the certificate files."""
 
     verdict: str
     energy_mj: float
@@ -28,13 +28,16 @@ class Certificates:
 
 
 def certify(config: Config, checkpoint: Path, report: Path, store: Store) -> Certificates:
-    """Checks and measures a checkpoint on validation images; what an earlier call has certified is read.
+    """Checks a checkpoint and measures its energy on validation images, unless an earlier call did.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
         checkpoint: directory of the run's best checkpoint.
-        report: the directory that gets, or has, the proof and the card.
-        store: the run's data.
+        report: directory for the proof and the card.
+        store: data of the run.
+
+    Returns:
+        The verdict, the energy and the files.
 
     Raises:
         UserError: the checkpoint is damaged.
@@ -56,11 +59,11 @@ def certify(config: Config, checkpoint: Path, report: Path, store: Store) -> Cer
 
 
 def _is_certified(report: Path, checkpoint: str, files: tuple[Path, ...]) -> bool:
-    """Whether the report's files are those of an earlier, finished certification of this very checkpoint."""
+    """Whether the report holds the unchanged files of a finished certification of this checkpoint."""
     try:
         record = read_json(report / CERTIFICATE)
         return bool(
             record["checkpoint"] == checkpoint and all(sha256_of(file) == record["sha256"][file.name] for file in files)
         )
-    except (ValueError, OSError, KeyError, TypeError):  # none yet, or a file is missing
+    except (ValueError, OSError, KeyError, TypeError):  # no certificate yet, or a file is missing
         return False
