@@ -1,4 +1,4 @@
-"""Criterion of RetinaNet: anchors, assignment, focal and box loss, decoding; torchvision's parts throughout.
+"""Criterion of RetinaNet: anchors, assignment, focal and box loss, decoding; built from torchvision's parts.
 
 Lin et al., "Focal loss for dense object detection", ICCV 2017, with mmdetection's settings: anchors of 4 strides times
 2^(0, 1/3, 2/3) in three aspect ratios; IoU from .5 up is an object, below .4 background, and every object gets its best
@@ -6,8 +6,8 @@ anchors whatever their IoU; both losses are sums over the batch divided by the n
 
 Deviations from mmdetection, all torchvision's: half-sides of anchors are rounded to whole pixels; an anchor that is the
 best of one object but overlaps another one more goes to the other; boxes are clipped to the network's input; anchors in
-the padding of a picture count as background. An object that no anchor overlaps (one without area) is left out: its
-"best" anchors would be all.
+the padding of an image count as background. An object that no anchor overlaps (one without area) is left out: all
+anchors would be its "best".
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class RetinaCriterion:
     Args:
         config: anchors, assignment, loss and decoding.
         num_classes: K.
-        strides: pixels a cell, one for each level.
+        strides: pixels per cell of each level.
     """
 
     def __init__(self, config: RetinaCriterionConfig, num_classes: int, strides: Sequence[int]) -> None:
@@ -44,7 +44,7 @@ class RetinaCriterion:
         self._coder = BoxCoder((1.0, 1.0, 1.0, 1.0))
 
     def anchors(self, grids: Sequence[tuple[int, int]], like: Tensor) -> list[Tensor]:
-        """[h * w * A, 4] boxes x1 y1 x2 y2 of each level, of the type and on the device of `like`."""
+        """Generate the anchors of each level: [h * w * A, 4] x1 y1 x2 y2, of the type and on the device of `like`."""
         self._generator.set_cell_anchors(like.dtype, like.device)
         boxes: list[Tensor] = self._generator.grid_anchors(list(grids), [(stride, stride) for stride in self.strides])
         return boxes
@@ -52,7 +52,7 @@ class RetinaCriterion:
     def loss(
         self, outputs: tuple[Tensor, ...], objects: Sequence[Objects], image_size: tuple[int, int]
     ) -> dict[str, Tensor]:
-        """`loss` with gradient and its detached parts `cls` and `box`, gain included. See `DetectionCriterion`.
+        """Compute `loss` with gradient and its detached parts `cls` and `box`, gain included; see `DetectionCriterion`.
 
         Raises:
             ValueError: outputs, objects and image size do not fit together.
@@ -82,7 +82,7 @@ class RetinaCriterion:
 
     @torch.no_grad()
     def detect(self, outputs: tuple[Tensor, ...], image_size: tuple[int, int]) -> list[Detections]:
-        """The detections of each picture, best first. See `DetectionCriterion`.
+        """Decode the detections of each image, best first; see `DetectionCriterion`.
 
         Raises:
             ValueError: outputs and image size do not fit together.
@@ -95,7 +95,7 @@ class RetinaCriterion:
             ]
 
     def _detect(self, levels: list[tuple[Tensor, Tensor, Tensor]], image_size: tuple[int, int]) -> Detections:
-        """Detections of one picture, of logits [M, K], codes [M, 4] and anchors [M, 4] of each level."""
+        """Detections of one image from logits [M, K], codes [M, 4] and anchors [M, 4] of each level."""
         from torchvision.ops import clip_boxes_to_image
 
         boxes, scores, labels = [], [], []
@@ -119,7 +119,7 @@ class RetinaCriterion:
         )
 
     def _match(self, boxes: Tensor, anchors: Tensor) -> Tensor:
-        """[M] index of each anchor's object; -1 for background, -2 for anchors to ignore."""
+        """Index of each anchor's object, [M]; -1 for background, -2 for anchors to ignore."""
         from torchvision.ops import box_iou
 
         overlaps = box_iou(boxes, anchors)
