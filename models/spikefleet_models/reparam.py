@@ -149,8 +149,8 @@ def fold_behind(module: nn.Module, bn: nn.Module) -> nn.Module:
         module.take_batch_norm(bn)
     else:
         raise ValueError(
-            f"{type(module).__name__} takes no batch norm, expected a Conv2d or a module that ends in one; give the "
-            "module a method take_batch_norm"
+            f"{type(module).__name__} takes no batch norm, expected a Conv2d or a module that ends in one; add a "
+            "method take_batch_norm to it"
         )
     return module
 
@@ -196,8 +196,8 @@ def deploy(network: nn.Module, merge: bool = True) -> nn.Module:
     left = [name for name, module in deployed.named_modules() if isinstance(module, _BatchNorm)]
     if left:
         raise ValueError(
-            f"{type(network).__name__} has batch norms that no convolution takes: {', '.join(left)}; give the modules "
-            "that own them a method deployed"
+            f"{type(network).__name__} has batch norms that no convolution takes: {', '.join(left)}; add a method "
+            "deployed to the modules that own them"
         )
     return deployed.requires_grad_(False)
 

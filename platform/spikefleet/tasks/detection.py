@@ -57,7 +57,7 @@ class Detection(Task[FoundBoxes, Annotations]):
         found = self._criterion.detect(network(batch.images), _size(batch))
         return [
             FoundBoxes(
-                target.placement.to_picture(one.boxes.float().cpu()).double().numpy(),
+                target.placement.to_stored_image(one.boxes.float().cpu()).double().numpy(),
                 one.scores.double().cpu().numpy(),
                 one.labels.cpu().numpy(),
             )
