@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -34,13 +35,14 @@ def store(stores_dir: Path) -> Store:
     return Store.open(stores_dir / "digits", verify=False)
 
 
-def finished(folder: Path, store: Store, *overrides: str) -> Run:
+def finished(folder: Path, store: Store, *overrides: str, variance: float = 1.0) -> Run:
     """A run whose best checkpoint holds drawn weights."""
     config = load_config("digits", ["model.stages=[1,1]", "cluster.workers=0", *overrides])
     run = Run(folder / "run")
     run.begin(config, store.manifest)
     torch.manual_seed(0)
     weights = build_model(config.model).state_dict()
+    weights["stem.unit.bn.running_var"][0] = variance
     run.checkpoints.save(1, Snapshot({"model": weights}, {"best": {"step": 1}}, config.model_dump(mode="json")))
     return run
 
@@ -71,3 +73,11 @@ def test_a_finding_is_kept(store: Store, tmp_path: Path) -> None:
     run = finished(tmp_path, store, "model.connection=add", "model.stages=[2,1]")
     assert certify(run.config(), run, store).verdict == "refuted"
     assert "binary events" in json.loads((run.path / "report" / PROOF).read_text())["refusal"]
+
+
+def test_statistics_that_are_not_finite_are_a_finding(store: Store, tmp_path: Path) -> None:
+    """Folding makes them weights of zero, which are finite."""
+    run = finished(tmp_path, store, variance=math.inf)
+    assert certify(run.config(), run, store).verdict == "refuted"
+    refusal = json.loads((run.path / "report" / PROOF).read_text())["refusal"]
+    assert refusal.startswith("stem.unit.bn.running_var holds NaN or infinity")
