@@ -28,6 +28,7 @@ from spikefleet.registry import Promotion
 from spikefleet.runs.options import Options
 from spikefleet.runs.run_dir import find_run
 from spikefleet.runs.train_run import FinishedRun, run_training
+from spikefleet.tracking.mlflow_client import resolve_tracking_uri
 from spikefleet_models.energy import EnergyCard
 
 if TYPE_CHECKING:
@@ -116,6 +117,11 @@ class Run:
     def promotion(self) -> Promotion | None:
         """What became of the version that was registered now; None if there was nothing to register."""
         return self.finished.promotion
+
+    @property
+    def tracking_uri(self) -> str:
+        """Of the tracking server or database that holds the run and the registry."""
+        return resolve_tracking_uri(self.runs_dir)
 
     @cached_property
     def model(self) -> Model:
