@@ -15,7 +15,7 @@ A card states what it counted:
   spike-driven, since the inner layers of a chain see real values.
 * shortcuts: whether the 1x1 convolutions of shortcuts count; the SG ResNet paper leaves them out.
 * twin: the same topology as an ANN, every layer dense and once, in a form of its own; by default as built, because
-  nobody would merge an ANN into more operations.
+  merging would only give an ANN more operations.
 """
 
 import copy

@@ -70,7 +70,7 @@ class SpikingUnit(nn.Module):
             name = gate.name if isinstance(gate, Gate) else "bsg_star"
             raise ValueError(
                 f"the gate {name} needs binary spikes, but I-LIF neurons with bound={neuron.bound} emit integers; "
-                "set connection to add or post_add, or bound=1"
+                "set neuron.bound=1"
             )
         self.bn = bn
         self.neuron = neuron

@@ -16,7 +16,7 @@ from spikefleet_pipelines.transforms.detection_config import DetectionTransformC
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"size": 100}, "size 100 is not a multiple of divisor 32"),
+        ({"size": 100}, "size is 100, expected a multiple of divisor=32"),
         ({"longest": 1333}, "longest is 1333, but resize is letterbox"),
         ({"resize": "keep_ratio"}, "longest is None, expected at least size=640"),
         ({"resize": "keep_ratio", "size": 800, "longest": 700}, "longest is 700"),

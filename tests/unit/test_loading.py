@@ -117,7 +117,7 @@ def test_evaluation_sees_every_sample_as_it_is(store: Store) -> None:
 
 
 def test_plan_for_another_split_is_refused(train: Split) -> None:
-    with pytest.raises(ValueError, match=r"plan is for 10 samples and split 'train' has 1295"):
+    with pytest.raises(ValueError, match=r"plan is for 10 samples, but split 'train' has 1295"):
         BatchLoader(train, AUGMENTED, train=True).epoch(EpochPlan(samples=10, global_batch=5), 0)
     with pytest.raises(ValueError, match="processes is -1"):
         BatchLoader(train, AUGMENTED, train=True, processes=-1)

@@ -241,13 +241,13 @@ def test_swapped_shards_are_found(out: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema_version": 2}, "schema_version 2; this version of spikefleet reads 1"),
+        ({"schema_version": 2}, "schema_version is 2, expected 1"),
         ({"task": "detection"}, "field 'category_ids' is invalid: .*a detection store needs category ids"),
         ({"task": "segmentation"}, "field 'task' is invalid"),
         ({"category_ids": [1, 2, 3]}, "field 'category_ids' is invalid: .*a classification store must not have"),
         ({"class_names": []}, "field 'class_names' is invalid"),
         ({"unknown": 1}, "field 'unknown' is invalid"),
-        ({"class_names": ["a", "b"]}, r"train-00000.arrow row 2: label 2 is outside 0 to 1"),
+        ({"class_names": ["a", "b"]}, r"train-00000.arrow row 2: label is 2, expected 0 to 1"),
         (
             {"image": {"encoding": "raw", "shape": [3, 4, 4]}},
             r"expected 10 rows of \(image: fixed_size_binary\[48\]",
