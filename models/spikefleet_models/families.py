@@ -106,8 +106,9 @@ def model_config(name: str, **overrides: Any) -> ModelConfig:
     """
     owner = _owner(name)
     if owner is None:
-        nearest = difflib.get_close_matches(name, list_models(), n=3) or list_models()
-        raise ValueError(f"unknown model {name!r}; did you mean {', '.join(nearest)}?")
+        nearest = difflib.get_close_matches(name, list_models(), n=3)
+        hint = f"; did you mean {', '.join(nearest)}?" if nearest else f", expected one of {', '.join(list_models())}"
+        raise ValueError(f"unknown model {name!r}{hint}")
     fields = dict(_families[owner].presets[name])
     for key, value in overrides.items():
         preset = fields.get(key)

@@ -136,7 +136,7 @@ def test_audit_counts_what_is_unusual(tmp_path: Path) -> None:
     [
         ({"category_ids": 2}, r"image \d+, annotation \d+: category id is 2, expected one of the category ids"),
         ({"boxes": np.nan}, r"annotation \d+: box is \[nan, .*, expected finite"),
-        ({"boxes": [1, 1, -1, 1]}, r"box is \[1.0, 1.0, -1.0, 1.0\], expected finite, non-negative"),
+        ({"boxes": [1, 1, -1, 1]}, r"box is \[1.0, 1.0, -1.0, 1.0\], expected finite values with width"),
         ({"areas": -1}, r"area is -1.0"),
         ({"heights": 0}, r"image \d+: size is 10 x 0, expected at least 1 x 1"),
     ],

@@ -38,7 +38,7 @@ class RemoteStore(NamedTuple):
             with self.filesystem.open_input_stream(f"{self.path}/{MANIFEST_NAME}") as stream:
                 return stream.read()
         except FileNotFoundError as error:
-            raise StoreError(f"{self.uri} is not a store: it has no {MANIFEST_NAME}") from error
+            raise StoreError(f"{self.uri} is not a store: it has no {MANIFEST_NAME}; check the URI") from error
         except OSError as error:
             raise StoreError(
                 f"{self.uri}/{MANIFEST_NAME} cannot be read: {error}; check the network and the credentials"
@@ -91,7 +91,7 @@ def locate(store: str | os.PathLike[str], filesystem: Any = None) -> Path | Remo
     try:
         found, path = pyarrow.fs.FileSystem.from_uri(text)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise StoreError(f"store {text!r} cannot be opened: {error}") from error
+        raise StoreError(f"store {text!r} cannot be opened: {error}; check the URI") from error
     return RemoteStore(found, path.rstrip("/"), text.rstrip("/"))
 
 

@@ -187,17 +187,17 @@ def check_annotations(where: str, columns: AnnotationColumns, category_ids: Sequ
         )
     labels, known = class_indices(columns.category_ids, category_ids)
     sound = np.isfinite(columns.boxes).all(1) & (columns.boxes[:, 2:] >= 0).all(1)
-    for good, what, values in (
-        (known, "category id", columns.category_ids),
-        (sound, "box", columns.boxes),
-        (np.isfinite(columns.areas) & (columns.areas >= 0), "area", columns.areas),
+    for good, what, values, expected in (
+        (known, "category id", columns.category_ids, "one of the category ids of the classes"),
+        (sound, "box", columns.boxes, "finite values with width and height of at least 0"),
+        (np.isfinite(columns.areas) & (columns.areas >= 0), "area", columns.areas, "a finite number of at least 0"),
     ):
         if not good.all():
             wrong = int(good.argmin())
             image_id = columns.image_ids[np.searchsorted(columns.offsets, wrong, side="right") - 1]
             raise StoreError(
                 f"{where}, image {image_id}, annotation {columns.ids[wrong]}: {what} is {values[wrong].tolist()}, "
-                f"expected {'one of the category ids' if what == 'category id' else 'finite, non-negative values'}"
+                f"expected {expected}"
             )
     return labels
 
