@@ -148,8 +148,8 @@ def _validate(value: Any, info: ValidationInfo) -> ModelConfig:
     if not isinstance(name, str) or name not in _families:
         raise PydanticCustomError(
             "unknown_family",
-            "family must be one of {families} (default: {default})",
-            {"families": ", ".join(_families), "default": DEFAULT_FAMILY},
+            "family must be one of {families}, not {name} (default: {default})",
+            {"families": ", ".join(_families), "name": repr(name), "default": DEFAULT_FAMILY},
         )
     return _families[name].model_validate(value, context=info.context)
 

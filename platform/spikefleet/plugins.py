@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterable
 from importlib import metadata
+from typing import Any
 
 from spikefleet.errors import UserError
 
@@ -47,12 +48,14 @@ def loaded_plugins() -> tuple[str, ...]:
     return tuple(_loaded)
 
 
-def refuse_missing_plugins(recorded: Iterable[str], what: str) -> None:
-    """Checks the plugins that a run or version was trained with against those that are loaded.
+def refuse_missing_plugins(recorded: Any, what: str) -> None:
+    """Checks the plugins that a run or version was trained with, as read from a file, against those that are loaded.
 
     Raises:
-        UserError: one is not loaded; `what` names the run or version.
+        UserError: one is not loaded, or the record is no list of names; `what` names the run or version.
     """
+    if not isinstance(recorded, list | tuple) or not all(isinstance(name, str) for name in recorded):
+        raise UserError(f"{what} is damaged: its plugins are {str(recorded)[:80]}, and not a list of names")
     missing = [name for name in recorded if name not in _loaded]
     if missing:
         raise UserError(
@@ -70,5 +73,5 @@ def _import(name: str) -> None:
         raise UserError(
             f"plugin {name} cannot be imported: {error}; install it, or add its directory to PYTHONPATH"
         ) from error
-    except Exception as error:  # whatever a module from outside does when it is imported
+    except (Exception, SystemExit) as error:  # whatever a module from outside does when it is imported
         raise UserError(f"plugin {name} cannot be loaded: {type(error).__name__}: {error}") from error

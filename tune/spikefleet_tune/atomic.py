@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
     An exception in the block leaves `path` as it was, and nothing beside it.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Not the process's number alone: on a shared file system, those of two containers are often the same.
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
         yield partial
         sync(partial)

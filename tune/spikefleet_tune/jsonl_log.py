@@ -96,7 +96,8 @@ class JsonlLog:
             for line in file:
                 record = _record(line)
                 if record is None:
-                    if file.read(1):
+                    # What follows a line without an end has come since: its writer is not done.
+                    if line.endswith(b"\n") and file.read(1):
                         raise DamagedLineError(self.path, self._lines_before(end) + 1)
                     return
                 end += len(line)

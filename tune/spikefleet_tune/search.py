@@ -128,7 +128,8 @@ def _remember(folder: SearchFolder, past: Past, warm_start: Sequence[WarmStartPo
 
 
 def _restored(search: Search, past: Past) -> PointSampler:
-    """The sampler as it was when the last launch ended."""
+    """The sampler as it was when the last launch ended. Raises SearchError when the journal is of another space."""
+    _check_warm_start(search, past.warm_start)
     queued = [given.point for given in past.warm_start if given.figures is None]
     sampler = PointSampler(search, queued)
     for given in past.warm_start:

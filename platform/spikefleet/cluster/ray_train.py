@@ -136,8 +136,6 @@ def _worker(loop_config: dict[str, Any]) -> Outcome | Stopped:
     What a restart cannot heal is written down before it ends the group; the group that Ray then starts only reads it.
     """
     arguments: WorkerArguments = loop_config["arguments"]
-    load_plugins(arguments.plugins)
-    config = parse_config(arguments.config, origin="configuration of the run")
     context = ray.train.get_context()
     group = ProcessGroup(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
     if group.device.type == "cuda":
@@ -158,6 +156,8 @@ def _worker(loop_config: dict[str, Any]) -> Outcome | Stopped:
             arguments.before_step(group, step)
 
     try:
+        load_plugins(arguments.plugins)
+        config = parse_config(arguments.config, origin="configuration of the run")
         store = Store.open(arguments.store, verify=False)  # the driver has verified it
         return train(config, store, Path(arguments.run_dir), group, sink, before_step)
     except NonFiniteError as error:

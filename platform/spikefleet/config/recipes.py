@@ -142,7 +142,11 @@ def _merged(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
     """Values by dotted key, in order, of texts `section.key=value`. Raises UserError when one has another form."""
-    return dict(_parse_override(text) for text in texts)
+    overrides: dict[str, Any] = {}
+    for path, value in map(_parse_override, texts):
+        overrides.pop(path, None)  # given again, it comes behind all before it, also behind its whole section
+        overrides[path] = value
+    return overrides
 
 
 def _parse_override(override: str) -> tuple[str, Any]:

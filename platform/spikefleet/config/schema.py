@@ -34,7 +34,7 @@ class TrainConfig(Section):
     accumulate: int = Field(1, ge=1, description="micro-batches that a worker sums up before one optimizer step")
     eval_batch: int = Field(256, ge=1, description="samples in one evaluation batch of one worker")
     evaluate_every: int = Field(1, ge=1, description="epochs between evaluations on the validation split")
-    seed: int = Field(0, ge=0, description="seed of initialisation, sample order and augmentation")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of initialisation, sample order and augmentation")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast type; membranes stay fp32")
     channels_last: bool = Field(False, description="NHWC memory layout")
     compile: bool = Field(False, description="torch.compile the network")

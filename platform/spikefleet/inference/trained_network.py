@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
+from spikefleet import registry
 from spikefleet.certificates.energy_card import ENERGY
 from spikefleet.config.recipes import parse_config
 from spikefleet.config.schema import Config
@@ -22,6 +23,7 @@ from spikefleet.files import read_json
 from spikefleet.registry.package import CARD, load_network, read_card
 from spikefleet.runs.run_dir import Run, find_run
 from spikefleet.tasks import AnyTask, build_task
+from spikefleet.tracking.mlflow_client import resolve_tracking_uri
 from spikefleet.training.checkpoints import best_network, load_checkpoint
 from spikefleet.training.distributed import ProcessGroup, pick_device
 from spikefleet.training.evaluation import Evaluation, evaluate
@@ -61,9 +63,6 @@ def open_trained_network(reference: str, runs_dir: Path) -> TrainedNetwork:
         UserError: there is nothing by that reference, or what is there is damaged.
     """
     if reference.startswith("models:"):
-        from spikefleet import registry
-        from spikefleet.tracking.mlflow_client import resolve_tracking_uri
-
         with tempfile.TemporaryDirectory(prefix="spikefleet-") as scratch:
             folder = Path(scratch) / "package"
             registry.pull(reference, folder, tracking_uri=resolve_tracking_uri(runs_dir))

@@ -145,11 +145,13 @@ def renew(uri: str, *, tracking_uri: str | None = None) -> RegisteredVersion:
     The new version takes over the old one's aliases.
 
     Raises:
-        UserError: there is no such version, its files are not the registered ones, or the registry fails.
+        UserError: there is no such version, its files are not the registered ones, a plugin that it was trained with
+            is not loaded, or the registry fails.
     """
     with connect(_uri(tracking_uri)) as client, _package(uri, tracking_uri) as (directory, content_hash):
         old = resolve(client, uri)
-        card = verify_package(directory, content_hash)
+        load_network(directory, content_hash)  # what cannot be built here could not be served either
+        card = read_card(directory, content_hash)
         with _scratch() as scratch:
             package = scratch / "package"
             package.mkdir()

@@ -10,6 +10,7 @@ from spikefleet.config.schema import Config
 from spikefleet.registry.api import Promotion
 from spikefleet.registry.version import SPIKE_DRIVEN
 from spikefleet.runs.run_dir import Run
+from spikefleet.training.checkpoints import best_weights
 from spikefleet.versions import code_version
 
 
@@ -27,15 +28,13 @@ def register_run(
     with its energy card.
 
     It becomes champion if its validation metric beats the champion's and the proof has not failed.
-    Raises UserError when the registry does not answer.
+    Raises UserError when the checkpoint is damaged, or the registry does not answer.
     """
-    best = run.best_checkpoint()
-    average = best / "average.safetensors"
     data = run.data()
     metric = config.checkpoint.metric
     version = registry.register(
         config.registered_name,
-        weights=average if average.is_file() else best / "model.safetensors",
+        weights=best_weights(run.best_checkpoint()),
         config=config.dump(),
         data=data,
         tags={

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from spikefleet.config.recipes import parse_config
 from spikefleet.config.schema import Config, differences
 from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
-from spikefleet.files import read_json, write_json
+from spikefleet.files import read_json_object, write_json
 from spikefleet.plugins import loaded_plugins, refuse_missing_plugins
 from spikefleet.training.checkpoints import CheckpointFolder, verify_checkpoint
 from spikefleet_tune.lock import Lock, LockedError, hold
@@ -56,7 +55,7 @@ class Run:
 
     def record(self) -> dict[str, Any]:
         """Status and result as last written; empty for a run that has not begun."""
-        return dict(read_json(self.path / "run.json")) if self.exists else {}
+        return read_json_object(self.path / "run.json", "status") if self.exists else {}
 
     def note(self, **facts: Any) -> None:
         """Adds facts to run.json, atomically."""
@@ -69,7 +68,7 @@ class Run:
     def best_checkpoint(self) -> Path:
         """The checkpoint with the best validation metric so far. Raises UserError when there is none yet."""
         latest = self.checkpoints.latest()
-        best = read_json(latest / "state.json")["best"] if latest is not None else None
+        best = read_json_object(latest / "state.json", "best")["best"] if latest is not None else None
         if best is None:
             raise UserError(f"run {self.name} has no evaluated checkpoint yet; train it to the end of an epoch first")
         return self.checkpoints.at(best["step"])
@@ -77,7 +76,7 @@ class Run:
     def config(self) -> Config:
         """The configuration that the run was started with. Raises UserError where a plugin of it is not loaded."""
         self.check_plugins()
-        return parse_config(read_json(self.path / "config.json"), origin=f"run {self.name}")
+        return parse_config(read_json_object(self.path / "config.json"), origin=f"run {self.name}")
 
     def check_plugins(self) -> None:
         """Raises UserError where a plugin that the run was trained with is not loaded."""
@@ -109,7 +108,7 @@ class Run:
         shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
 
     def _complaints(self, config: Config, data_hash: str) -> list[str]:
-        saved: Mapping[str, Any] = read_json(self.path / "config.json")
+        saved = read_json_object(self.path / "config.json")
         complaints = differences(saved, config.dump())
         if (held := self.data().content_hash) != data_hash:
             complaints.append(f"data: content {held[:12]} in the run, {data_hash[:12]} now")

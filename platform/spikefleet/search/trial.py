@@ -221,7 +221,8 @@ def reportable(metric_names: Sequence[str]) -> set[str]:
 
 def chooses_data(key: str) -> bool:
     """Whether an override asks for another store, and not only for another way to show its pictures."""
-    return key.startswith("data.") and not key.startswith("data.transform.")
+    section, _, field_name = key.partition(".")
+    return section == "data" and field_name.partition(".")[0] != "transform"
 
 
 def refusal_of(setting: TrialSetting, fixed: Collection[str] = ()) -> Callable[[Mapping[str, Any]], str | None]:
@@ -231,7 +232,7 @@ def refusal_of(setting: TrialSetting, fixed: Collection[str] = ()) -> Callable[[
         for key in overrides:
             if chooses_data(key) and key not in fixed:
                 return f"{key} would need other data; all trials of a search share one store"
-            if key.startswith("cluster."):
+            if key.partition(".")[0] == "cluster":
                 return f"{key} is set by the search's resources"
         try:
             setting.config(overrides)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from spikefleet.errors import RunError, UserError
-from spikefleet.files import read_json, sha256_of, write_json
+from spikefleet.files import read_json, read_json_object, sha256_of, write_json
 from spikefleet.versions import library_versions
 from spikefleet_models.families import build_model
 from spikefleet_models.family import ModelConfig
@@ -129,6 +129,12 @@ def best_network(snapshot: Snapshot, config: ModelConfig) -> nn.Module:
     return network.eval()
 
 
+def best_weights(path: Path) -> Path:
+    """The file of the tensors that `best_network` loads. Raises UserError when a file of the checkpoint is damaged."""
+    listed = verify_checkpoint(path)["sha256"]
+    return path / ("average.safetensors" if "average.safetensors" in listed else "model.safetensors")
+
+
 def checkpoint_hash(path: Path) -> str:
     """SHA-256 over the manifest of a committed checkpoint, and so, through its hashes, over the whole.
 
@@ -144,7 +150,7 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     """Checks every file of a checkpoint against its manifest, and returns the manifest."""
     if not (path / _MANIFEST).is_file():
         raise UserError(f"{path} is no checkpoint: it has no {_MANIFEST}")
-    manifest = read_json(path / _MANIFEST)
+    manifest = read_json_object(path / _MANIFEST)
     if manifest.get("format") != _FORMAT:
         raise UserError(f"checkpoint {path} has format {manifest.get('format')!r}; this version reads {_FORMAT}")
     for name, expected in manifest["sha256"].items():

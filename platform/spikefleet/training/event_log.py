@@ -125,7 +125,8 @@ class ResumedRunSink:
 
     def __init__(self, run_dir: Path, sink: EventSink) -> None:
         self._sink = sink
-        self._earlier = sorted((run_dir / "ray").glob("attempt-*"))
+        # Before they were called attempts, they were launches: such a run may be resumed too.
+        self._earlier = [path for word in ("launch", "attempt") for path in sorted((run_dir / "ray").glob(f"{word}-*"))]
         for attempt in self._earlier:
             write_json(attempt / STOPPED, {"reason": TAKEN_OVER, "mendable": False})
 
