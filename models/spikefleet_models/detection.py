@@ -31,7 +31,12 @@ class DetectionCriterion(Protocol):
     """Turns a detector's raw outputs into a loss in training and into detections in evaluation."""
 
     def loss(
-        self, outputs: tuple[Tensor, ...], objects: Sequence[Objects], image_size: tuple[int, int]
+        self,
+        outputs: tuple[Tensor, ...],
+        objects: Sequence[Objects],
+        image_size: tuple[int, int],
+        *,
+        divided: bool = True,
     ) -> dict[str, Tensor]:
         """Compute the loss, normalised so that it does not grow with the batch.
 
@@ -39,9 +44,12 @@ class DetectionCriterion(Protocol):
             outputs: one raw tensor [B, C, h, w] per pyramid level, finest first.
             objects: ground truth of the B images.
             image_size: H, W of the network's input.
+            divided: false returns sums over the batch, before they are divided by `divisor`. Sums and divisors of the
+                ranks' parts of a batch add up to those of the whole, so that its loss is their quotient.
 
         Returns:
-            `loss`, a scalar with gradient, and its detached parts, which add up to it.
+            `loss`, a scalar with gradient, and its detached parts, which add up to it; with `divided=False` also
+            `divisor`, a scalar without gradient, which counts as 1 where it is less.
 
         Raises:
             ValueError: outputs, objects and image size do not fit together.

@@ -50,7 +50,12 @@ class RetinaCriterion:
         return boxes
 
     def loss(
-        self, outputs: tuple[Tensor, ...], objects: Sequence[Objects], image_size: tuple[int, int]
+        self,
+        outputs: tuple[Tensor, ...],
+        objects: Sequence[Objects],
+        image_size: tuple[int, int],
+        *,
+        divided: bool = True,
     ) -> dict[str, Tensor]:
         """Compute `loss` with gradient and its detached parts `cls` and `box`, gain included; see `DetectionCriterion`.
 
@@ -69,7 +74,7 @@ class RetinaCriterion:
             boxes, labels = (pad_sequence([entry[part] for entry in on_device], batch_first=True) for part in (0, 1))
             owner = torch.stack([self._match(entry.boxes, anchors) for entry in on_device])  # [B, M]
             b, m = (owner >= 0).nonzero(as_tuple=True)
-            positives = max(1, len(b))
+            positives = max(1, len(b)) if divided else 1
             target = torch.zeros_like(logits)
             target[b, m, labels[b, owner[b, m]]] = 1.0
             focal = sigmoid_focal_loss(logits, target, config.focal_alpha, config.focal_gamma)
@@ -78,7 +83,9 @@ class RetinaCriterion:
             beta = config.smooth_l1_beta if config.box_loss == "smooth_l1" else 0.0
             box = F.smooth_l1_loss(codes[b, m], target_codes, reduction="sum", beta=beta) / positives
             parts = {"cls": cls, "box": config.box_gain * box}
-        return {"loss": parts["cls"] + parts["box"], **{name: part.detach() for name, part in parts.items()}}
+        undivided = {} if divided else {"divisor": cls.new_tensor(float(len(b)))}
+        loss = parts["cls"] + parts["box"]
+        return {"loss": loss, **{name: part.detach() for name, part in parts.items()}, **undivided}
 
     @torch.no_grad()
     def detect(self, outputs: tuple[Tensor, ...], image_size: tuple[int, int]) -> list[Detections]:

@@ -137,7 +137,12 @@ class YoloCriterion:
         self.strides = tuple(strides)
 
     def loss(
-        self, outputs: tuple[Tensor, ...], objects: Sequence[Objects], image_size: tuple[int, int]
+        self,
+        outputs: tuple[Tensor, ...],
+        objects: Sequence[Objects],
+        image_size: tuple[int, int],
+        *,
+        divided: bool = True,
     ) -> dict[str, Tensor]:
         """Compute `loss` with gradient and its detached parts `box`, `cls` and `dfl`; see `DetectionCriterion`.
 
@@ -153,7 +158,8 @@ class YoloCriterion:
             target = assign(boxes, logits.sigmoid(), objects, anchors, config)
             foreground = target.owner >= 0
             weights = target.scores.sum(-1)
-            total = weights.sum().clamp_min(1)
+            divisor = weights.sum()
+            total = divisor.clamp_min(1) if divided else torch.ones_like(divisor)
             weights = weights[foreground] / total
             distances = boxes_to_distances(target.boxes, anchors)[foreground]
             cls = F.binary_cross_entropy_with_logits(logits, target.scores, reduction="sum") / total
@@ -161,7 +167,8 @@ class YoloCriterion:
             dfl = (weights * distribution_focal_loss(bins[foreground], distances)).sum()
             parts = {"box": config.box_gain * box, "cls": config.cls_gain * cls, "dfl": config.dfl_gain * dfl}
             loss = parts["box"] + parts["cls"] + parts["dfl"]
-        return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
+        undivided = {} if divided else {"divisor": divisor}
+        return {"loss": loss, **{name: part.detach() for name, part in parts.items()}, **undivided}
 
     @torch.no_grad()
     def detect(self, outputs: tuple[Tensor, ...], image_size: tuple[int, int]) -> list[Detections]:
