@@ -32,3 +32,13 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {str(error)[:200]}") from None
+
+
+def read_json_object(path: Path, *needed: str) -> dict[str, Any]:
+    """Reads a JSON object. Raises UserError if it is another value, or lacks one of the keys `needed`."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: expected an object, found {json.dumps(content)[:40]}")
+    if lacking := [key for key in needed if key not in content]:
+        raise UserError(f"{path} is damaged: it has no {', '.join(lacking)}")
+    return content

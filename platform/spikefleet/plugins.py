@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterable
 from importlib import metadata
+from typing import Any
 
 from spikefleet.errors import UserError
 
@@ -52,16 +53,18 @@ def loaded_plugins() -> tuple[str, ...]:
     return tuple(_loaded)
 
 
-def refuse_missing_plugins(recorded: Iterable[str], what: str) -> None:
+def refuse_missing_plugins(recorded: Any, what: str) -> None:
     """Checks that the plugins of a run or version are loaded.
 
     Args:
-        recorded: modules of the plugins it was trained with.
+        recorded: modules of the plugins it was trained with, as read from a file.
         what: names the run or version, for the error message.
 
     Raises:
-        UserError: a plugin is not loaded.
+        UserError: a plugin is not loaded, or the record is not a list of names.
     """
+    if not isinstance(recorded, list | tuple) or not all(isinstance(name, str) for name in recorded):
+        raise UserError(f"{what} is damaged: expected a list of plugins, found {str(recorded)[:80]}")
     missing = [name for name in recorded if name not in _loaded]
     if missing:
         raise UserError(
@@ -79,5 +82,5 @@ def _import(name: str) -> None:
         raise UserError(
             f"plugin {name} cannot be imported: {error}; install it, or add its directory to PYTHONPATH"
         ) from error
-    except Exception as error:  # an external module may raise anything
+    except (Exception, SystemExit) as error:  # an external module may raise anything
         raise UserError(f"plugin {name} cannot be loaded: {type(error).__name__}: {error}") from error

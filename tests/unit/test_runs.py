@@ -85,3 +85,22 @@ def test_missing_run_names_those_that_exist(config: Config, manifest: Manifest, 
     with pytest.raises(UserError, match="expected one of yours"):
         find_run(tmp_path, "mine")
     assert find_run(tmp_path, "yours").config() == config
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", "3", '{"a": 1}', "[" * 100_000])
+@pytest.mark.parametrize("name", ["run.json", "config.json", "data.json", "checkpoint.json", "state.json"])
+def test_a_damaged_file_is_named(name: str, content: str, config: Config, manifest: Manifest, tmp_path: Path) -> None:
+    run, data = Run(tmp_path / "mine"), DataSummary.of(manifest)
+    run.begin(config, data)
+    checkpoint = run.checkpoints.save(3, Snapshot({}, {"best": {"step": 3}}, {}))
+    folder = run.path if (run.path / name).is_file() else checkpoint
+    (folder / name).write_text(content)
+    complaint = r"train.seed: absent in the run" if (name, content) == ("config.json", '{"a": 1}') else name
+
+    def use() -> None:
+        run.begin(config, data)
+        run.record()
+        run.best_checkpoint()
+
+    with pytest.raises(UserError, match=complaint if name != "checkpoint.json" else "checkpoint"):
+        use()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from spikefleet_tune.errors import SearchError
 from spikefleet_tune.journal import Past, SearchFolder, TrialRecord, WarmStartPoint
+from spikefleet_tune.search import read_search_result
 from spikefleet_tune.search_file import search_of
 
 
@@ -74,3 +76,32 @@ def test_the_stored_key_of_metrics_stays(tmp_path: Path) -> None:
     folder.append_warm_start(past.warm_start[0])
     lines = [json.loads(line) for line in (folder.path / "journal.jsonl").read_text().splitlines()]
     assert lines[3:] == lines[1:3]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"event": "started", "number": 1, "name": "s-0001", "overrides": {}, "point": {}}',
+        '{"event": "started", "number": 1, "name": "s-0001", "overrides": {}, "point": 3, "memory": {}}',
+        '{"event": "changed", "number": 1, "overrides": {}, "point": {}, "before": {}}',
+        '{"event": "known", "point": 3, "figures": null, "origin": "o"}',
+        '{"event": ["ended"]}',
+        json.dumps({"event": "ended", **asdict(_record(1))}),
+        "{}",
+    ],
+)
+def test_a_line_that_says_what_cannot_be_is_named(line: str, tmp_path: Path) -> None:
+    folder = SearchFolder(tmp_path, "s")
+    with folder.lock():
+        (folder.path / "journal.jsonl").write_text(line + "\n")
+        with pytest.raises(SearchError, match=r"journal.jsonl, line 1 cannot be read"):
+            folder.read()
+
+
+def test_points_of_another_space_are_refused(tmp_path: Path) -> None:
+    folder = SearchFolder(tmp_path, "s")
+    with folder.lock():
+        folder.begin(search_of(_tree()))
+        folder.append("known", point={"a": 1}, figures={"loss": 1.0}, origin="earlier")
+    with pytest.raises(SearchError, match="earlier has no metric gain"):
+        read_search_result(tmp_path, "s")

@@ -119,7 +119,7 @@ class SearchFolder:
         """Reads the search as it was started. Raises SearchError if there is none, or it cannot be read."""
         try:
             tree = json.loads((self.path / "search.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise SearchError(f"{self.path / 'search.json'} cannot be read as a search: {error}") from None
         return search_of(tree, f"{self.path / 'search.json'}")
 
@@ -244,6 +244,7 @@ def _take(past: Past, line: dict[str, Any]) -> None:
     match event:
         case "started":
             number = int(line["number"])
+            _need_objects(line, "point", "overrides", "memory")
             line["changes"] = past.started.get(number, {}).get("changes", [])
             past.started[number] = line
             past.proposed.setdefault(number, line["point"])
@@ -251,11 +252,14 @@ def _take(past: Past, line: dict[str, Any]) -> None:
             if ("started", number) not in past.order:
                 past.order.append(("started", number))
         case "changed":
+            _need_objects(line, "point", "overrides", "before")
             past.started[int(line["number"])].update(overrides=line["overrides"], point=line["point"])
             past.started[int(line["number"])]["changes"].append(line["before"])
         case "ended":
             metrics = line.pop(_STORED_METRICS)
             record = TrialRecord(**{**line, "metrics": metrics, "changes": tuple(line["changes"])})
+            if record.number not in past.started:
+                raise ValueError(f"trial {record.number} ended but was never started")
             past.ended[record.number] = record
             past.order = [one for one in past.order if one != ("ended", record.number)] + [("ended", record.number)]
         case "again":
@@ -263,8 +267,15 @@ def _take(past: Past, line: dict[str, Any]) -> None:
             past.retried.add(int(line["number"]))
             past.order = [one for one in past.order if one != ("ended", int(line["number"]))]
         case "known":
+            _need_objects(line, "point")
             past.warm_start.append(WarmStartPoint(line["point"], line[_STORED_METRICS], line["origin"]))
         case "extended":
             past.extended += int(line["trials"])
         case _:
             raise ValueError(f"unknown event {event!r}")
+
+
+def _need_objects(line: Mapping[str, Any], *keys: str) -> None:
+    for key in keys:
+        if not isinstance(line[key], Mapping):
+            raise ValueError(f"{key} must be an object")

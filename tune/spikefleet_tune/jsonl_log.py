@@ -101,7 +101,8 @@ class JsonlLog:
             for line in file:
                 record = _record(line)
                 if record is None:
-                    if file.read(1):
+                    # Bytes after an incomplete line were written since: its writer is still writing.
+                    if line.endswith(b"\n") and file.read(1):
                         raise DamagedLineError(self.path, self._lines_before(end) + 1)
                     return
                 end += len(line)

@@ -143,7 +143,12 @@ def _remember(folder: SearchFolder, past: Past, warm_start: Sequence[WarmStartPo
 
 
 def _restored(search: Search, past: Past) -> PointSampler:
-    """The sampler in its state at the end of the last attempt."""
+    """The sampler in its state at the end of the last attempt.
+
+    Raises:
+        SearchError: a warm-start point in the journal is not in the space of the search.
+    """
+    _check_warm_start(search, past.warm_start)
     queued = [given.point for given in past.warm_start if given.metrics is None]
     sampler = PointSampler(search, queued)
     for given in past.warm_start:

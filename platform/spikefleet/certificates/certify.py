@@ -11,7 +11,7 @@ from spikefleet.config.schema import Config
 from spikefleet.data_summary import DataSummary
 from spikefleet.files import read_json, sha256_of, write_json
 from spikefleet.tasks import build_task
-from spikefleet.training.checkpoints import best_network, checkpoint_hash, load_checkpoint
+from spikefleet.training.checkpoints import best_network, checkpoint_hash, load_checkpoint, verify_checkpoint
 from spikefleet_pipelines.store.reader import Store
 
 CERTIFICATE = "certificate.json"
@@ -44,6 +44,7 @@ def certify(config: Config, checkpoint: Path, report: Path, store: Store) -> Cer
     """
     proof, energy = report / PROOF, report / ENERGY
     files = (proof, energy, energy.with_suffix(".png"))
+    verify_checkpoint(checkpoint)  # its weights are about to be registered
     certified = checkpoint_hash(checkpoint)
     if not _is_certified(report, certified, files):
         (report / CERTIFICATE).unlink(missing_ok=True)

@@ -163,8 +163,6 @@ def _worker(loop_config: dict[str, Any]) -> Outcome | Stopped:
     A worker saves an error that a restart cannot fix before it fails; the group that Ray restarts only reads it.
     """
     arguments: WorkerArguments = loop_config["arguments"]
-    load_plugins(arguments.plugins)
-    config = parse_config(arguments.config, origin="configuration of the run")
     context = ray.train.get_context()
     group = ProcessGroup(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
     if group.device.type == "cuda":
@@ -185,6 +183,8 @@ def _worker(loop_config: dict[str, Any]) -> Outcome | Stopped:
             arguments.before_step(group, step)
 
     try:
+        load_plugins(arguments.plugins)
+        config = parse_config(arguments.config, origin="configuration of the run")
         store = Store.open(arguments.store, verify=False)  # the driver has verified it
         return train(config, store, Path(arguments.run_dir), group, sink, before_step)
     except NonFiniteError as error:

@@ -174,7 +174,11 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
     Raises:
         UserError: a text has another form, or its value is not valid YAML.
     """
-    return dict(_parse_override(text) for text in texts)
+    overrides: dict[str, Any] = {}
+    for path, value in map(_parse_override, texts):
+        overrides.pop(path, None)  # a repeated key moves to the end, behind a later override of its whole section
+        overrides[path] = value
+    return overrides
 
 
 def _parse_override(override: str) -> tuple[str, Any]:

@@ -35,7 +35,7 @@ class TrainConfig(Section):
     accumulate: int = Field(1, ge=1, description="micro-batches per worker and optimizer step")
     eval_batch: int = Field(256, ge=1, description="samples per evaluation batch and worker")
     evaluate_every: int = Field(1, ge=1, description="epochs between evaluations on the validation split")
-    seed: int = Field(0, ge=0, description="seed of initialisation, sample order and augmentation")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of initialisation, sample order and augmentation")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast type; membranes stay fp32")
     channels_last: bool = Field(False, description="NHWC memory layout")
     compile: bool = Field(False, description="compile the network with torch.compile")
@@ -55,6 +55,11 @@ class TrainConfig(Section):
         "mean",
         description="reduction over the samples of a global batch; with sum (SpikeYOLO) the effective learning rate "
         "depends on the batch size",
+    )
+    loss_divisor: Literal["global", "rank"] = Field(
+        "global",
+        description="detection: count the divisor of the loss over the global batch, so that the loss does not depend "
+        "on the number of workers; or over each rank's slice, as the released code does",
     )
 
 

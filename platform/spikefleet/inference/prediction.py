@@ -1,17 +1,16 @@
-"""Predictions for image files."""
+"""Predictions for images."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from spikefleet.errors import UserError
+from spikefleet.inference.image_input import ImageInput, Pixels, check_image_file, read_image
 from spikefleet.inference.trained_network import TrainedNetwork
 from spikefleet.training.distributed import pick_device
 from spikefleet.training.precision import autocast
@@ -42,37 +41,57 @@ def predict_files(
     Raises:
         UserError: a file is missing or not an image, a folder has no images, or `out` cannot be used.
     """
-    task = trained.task
-    report = task.report
+    report = trained.task.report
     if out is not None and not report.draws_each and out.suffix.lower() != ".png":
         raise UserError(f"--out {out} must end in .png")
     if out is not None and report.draws_each and out.is_file():
         raise UserError(f"--out {out} is a file; {trained.config.task} needs a folder")
     files = list(_image_files(paths))
     for file in files:
-        _check(file)
-    device = pick_device(gpu)
-    network, transform = trained.network.to(device), trained.config.data.transform
-    channels = trained.config.model.in_channels
+        check_image_file(file)
     names = _names(files, out) if out is not None and report.draws_each else []
     answers: list[dict[str, Any]] = []
     images, predictions = [], []
-    # One image at a time: photographs are large, and a folder may hold thousands.
-    for position, file in enumerate(files):
-        pixels = _read(file, channels, None if task.any_size else trained.data.image_shape)
-        batch = image_batch(pixels[None], transform, channels).to(device)
-        with autocast(trained.config.train.precision, device):
-            (prediction,) = task.predict(network, batch)
-        prediction = task.confident(prediction, score)
+    for position, (pixels, prediction) in enumerate(predict_images(trained, files, gpu=gpu, score=score)):
         if names:
             _write_image(report.draw_one(torch.from_numpy(pixels), prediction), names[position])
         elif out is not None:
             images.append(torch.from_numpy(pixels))
             predictions.append(prediction)
-        answers.append({"image": str(file), **report.answer(prediction)})
+        answers.append({"image": str(files[position]), **report.answer(prediction)})
     if images and out is not None:
         report.draw(images, predictions, None, out)
     return answers
+
+
+def predict_images(
+    trained: TrainedNetwork, images: Iterable[ImageInput], *, gpu: bool = False, score: float = 0.3
+) -> Iterator[tuple[Pixels, Any]]:
+    """Iterates over predictions, one image at a time: photographs are large, and a folder may hold thousands.
+
+    Args:
+        trained: the network.
+        images: files, PIL images or arrays; resized to the size of the training images, unless the task takes any
+            size.
+        gpu: run on the GPU.
+        score: smallest score of an object.
+
+    Yields:
+        The pixels of each image, uint8 `[C, H, W]` before normalisation, with the task's prediction.
+
+    Raises:
+        UserError: an image cannot be read, or there is no GPU.
+    """
+    task, device = trained.task, pick_device(gpu)
+    network, transform = trained.network.to(device), trained.config.data.transform
+    channels, shape = trained.config.model.in_channels, trained.data.image_shape
+    size = None if task.any_size or shape is None else shape[1:]
+    for image in images:
+        pixels = read_image(image, channels, size)
+        batch = image_batch(pixels[None], transform, channels).to(device)
+        with autocast(trained.config.train.precision, device):
+            (prediction,) = task.predict(network, batch)
+        yield pixels, task.confident(prediction, score)
 
 
 def _names(files: Sequence[Path], folder: Path) -> list[Path]:
@@ -107,25 +126,3 @@ def _write_image(image: torch.Tensor, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(partial, format="png")
-
-
-def _check(file: Path) -> None:
-    """Reads the header only, so that all files are checked before anything is written."""
-    try:
-        with Image.open(file):
-            pass
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"image {file} cannot be read: {error}") from None
-
-
-def _read(file: Path, channels: int, shape: tuple[int, int, int] | None) -> NDArray[np.uint8]:
-    """Reads an image as uint8 `[C, H, W]`, rotated as its EXIF orientation says."""
-    try:
-        with Image.open(file) as opened:
-            image = ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"image {file} cannot be read: {error}") from None
-    if shape is not None and image.size != (shape[2], shape[1]):
-        image = image.resize((shape[2], shape[1]), Image.Resampling.BILINEAR)
-    pixels = np.asarray(image, dtype=np.uint8)
-    return np.ascontiguousarray(pixels[None] if channels == 1 else pixels.transpose(2, 0, 1))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,22 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
+from spikefleet import registry
+from spikefleet.certificates.energy_card import ENERGY
 from spikefleet.config.recipes import parse_config
 from spikefleet.config.schema import Config
 from spikefleet.data_access import open_data
 from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
-from spikefleet.registry.package import CARD, load_network
+from spikefleet.files import read_json
+from spikefleet.registry.package import CARD, load_network, read_card
 from spikefleet.runs.run_dir import Run, find_run
 from spikefleet.tasks import AnyTask, build_task
+from spikefleet.tracking.mlflow_client import resolve_tracking_uri
 from spikefleet.training.checkpoints import best_network, load_checkpoint
 from spikefleet.training.distributed import ProcessGroup, pick_device
 from spikefleet.training.evaluation import Evaluation, evaluate
+from spikefleet_models.energy import EnergyCard
 from spikefleet_pipelines.loading import BatchLoader
 from spikefleet_pipelines.store.reader import Split
 
@@ -35,6 +41,10 @@ class TrainedNetwork:
     config: Config
     data: DataSummary
     """Summary of its training data."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Its recorded metrics by split and name, such as "test/top1"."""
+    card: EnergyCard | None = None
+    """Its recorded energy card."""
 
     @cached_property
     def task(self) -> AnyTask:
@@ -54,9 +64,6 @@ def open_trained_network(reference: str, runs_dir: Path) -> TrainedNetwork:
         UserError: the reference does not exist, or a file is damaged.
     """
     if reference.startswith("models:"):
-        from spikefleet import registry
-        from spikefleet.tracking.mlflow_client import resolve_tracking_uri
-
         with tempfile.TemporaryDirectory(prefix="spikefleet-") as scratch:
             folder = Path(scratch) / "package"
             registry.pull(reference, folder, tracking_uri=resolve_tracking_uri(runs_dir))
@@ -73,15 +80,31 @@ def open_trained_network(reference: str, runs_dir: Path) -> TrainedNetwork:
 
 
 def _from_package(reference: str, folder: Path) -> TrainedNetwork:
-    network, config = load_network(folder)
-    return TrainedNetwork(reference, network, parse_config(config, origin=reference), DataSummary.read(folder))
+    network, plain = load_network(folder)
+    config, data = parse_config(plain, origin=reference), DataSummary.read(folder)
+    metrics = {str(name): float(value) for name, value in read_card(folder).metadata.get("metrics", {}).items()}
+    return TrainedNetwork(reference, network, config, data, metrics, _energy_card(folder))
 
 
 def _from_checkpoint(reference: str, checkpoint: Path, run: Run) -> TrainedNetwork:
     run.check_plugins()
     snapshot = load_checkpoint(checkpoint)
     config = parse_config(snapshot.config, origin=str(checkpoint))
-    return TrainedNetwork(reference, best_network(snapshot, config.model), config, run.data())
+    network, record = best_network(snapshot, config.model), run.record()
+    metrics = {f"val/{name}": float(value) for name, value in record.get("validation", {}).items()}
+    metrics |= {f"test/{name}": float(value) for name, value in record.get("test", {}).items()}
+    return TrainedNetwork(reference, network, config, run.data(), metrics, _energy_card(run.path / "report"))
+
+
+def _energy_card(folder: Path) -> EnergyCard | None:
+    """Reads the energy card of a folder, if it has one. Raises UserError if the file is damaged."""
+    path = folder / ENERGY
+    if not path.is_file():
+        return None
+    try:
+        return EnergyCard.from_dict(read_json(path))
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def open_split(

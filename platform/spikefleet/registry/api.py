@@ -158,11 +158,13 @@ def renew(uri: str, *, tracking_uri: str | None = None) -> RegisteredVersion:
         The new version.
 
     Raises:
-        UserError: the version does not exist, its files have changed, or the registry fails.
+        UserError: the version does not exist, its files have changed, a plugin that it was trained with is not loaded,
+            or the registry fails.
     """
     with connect(_uri(tracking_uri)) as client, _package(uri, tracking_uri) as (directory, content_hash):
         old = resolve(client, uri)
-        card = verify_package(directory, content_hash)
+        load_network(directory, content_hash)  # a network that cannot be built cannot be served
+        card = read_card(directory, content_hash)
         with _scratch() as scratch:
             package = scratch / "package"
             package.mkdir()

@@ -10,6 +10,7 @@ from spikefleet.config.schema import Config
 from spikefleet.registry.api import Promotion
 from spikefleet.registry.version import SPIKE_DRIVEN
 from spikefleet.runs.run_dir import Run
+from spikefleet.training.checkpoints import best_weights
 from spikefleet.versions import code_version
 
 
@@ -40,15 +41,13 @@ def register_run(
         The alias of the new version, and why.
 
     Raises:
-        UserError: the registry fails.
+        UserError: the checkpoint is damaged, or the registry fails.
     """
-    best = run.best_checkpoint()
-    average = best / "average.safetensors"
     data = run.data()
     metric = config.checkpoint.metric
     version = registry.register(
         config.registered_name,
-        weights=average if average.is_file() else best / "model.safetensors",
+        weights=best_weights(run.best_checkpoint()),
         config=config.dump(),
         data=data,
         tags={

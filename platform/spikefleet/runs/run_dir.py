@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from spikefleet.config.renamed import with_current_keys
 from spikefleet.config.schema import Config, differences
 from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
-from spikefleet.files import read_json, write_json
+from spikefleet.files import read_json_object, write_json
 from spikefleet.plugins import loaded_plugins, refuse_missing_plugins
 from spikefleet.training.checkpoints import CheckpointFolder, verify_checkpoint
 from spikefleet_tune.lock import Lock, LockedError, hold
@@ -59,7 +58,7 @@ class Run:
 
     def record(self) -> dict[str, Any]:
         """The content of run.json: status and result; empty if the run was not started."""
-        return dict(read_json(self.path / "run.json")) if self.exists else {}
+        return read_json_object(self.path / "run.json", "status") if self.exists else {}
 
     def note(self, **fields: Any) -> None:
         """Updates fields of run.json, atomically."""
@@ -72,7 +71,7 @@ class Run:
     def best_checkpoint(self) -> Path:
         """The checkpoint with the best validation metric so far. Raises UserError if there is none yet."""
         latest = self.checkpoints.latest()
-        best = read_json(latest / "state.json")["best"] if latest is not None else None
+        best = read_json_object(latest / "state.json", "best")["best"] if latest is not None else None
         if best is None:
             raise UserError(f"run {self.name} has no evaluated checkpoint yet; train it to the end of its first epoch")
         return self.checkpoints.at(best["step"])
@@ -80,7 +79,7 @@ class Run:
     def config(self) -> Config:
         """Reads the configuration of the run. Raises UserError if it is invalid, or a plugin of it is not loaded."""
         self.check_plugins()
-        stored = with_current_keys(read_json(self.path / "config.json"))
+        stored = with_current_keys(read_json_object(self.path / "config.json"))
         return parse_config(stored, origin=f"run {self.name}")
 
     def check_plugins(self) -> None:
@@ -115,7 +114,7 @@ class Run:
         shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
 
     def _differences(self, config: Config, data_hash: str) -> list[str]:
-        saved: Mapping[str, Any] = read_json(self.path / "config.json")
+        saved = read_json_object(self.path / "config.json")
         differing = differences(saved, config.dump())
         if (held := self.data().content_hash) != data_hash:
             differing.append(f"data: expected content hash {held[:12]}, found {data_hash[:12]}")

@@ -9,7 +9,7 @@ from typing import Any
 from spikefleet.config.schema import Config, leaves
 from spikefleet.data_summary import DATA_SUMMARY, DataSummary
 from spikefleet.errors import UserError
-from spikefleet.files import read_json
+from spikefleet.files import read_json_object
 from spikefleet.runs.options import Options
 from spikefleet.search.display import SearchDisplay
 from spikefleet.tracking.mlflow_client import resolve_tracking_uri
@@ -28,7 +28,7 @@ def check_same_data(folder: Path, data: DataSummary) -> None:
     """Raises UserError if the search in a folder was started on other data."""
     if not (folder / DATA_SUMMARY).is_file():
         return
-    held = str(read_json(folder / DATA_SUMMARY)["content_hash"])
+    held = str(read_json_object(folder / DATA_SUMMARY, "content_hash")["content_hash"])
     if held != data.content_hash:
         raise UserError(
             f"search {folder.name} was started on data with content hash {held[:12]}, but the store has "

@@ -230,7 +230,8 @@ def reportable(metric_names: Sequence[str]) -> set[str]:
 
 def chooses_data(key: str) -> bool:
     """Whether an override selects another store, not only another transform of its images."""
-    return key.startswith("data.") and not key.startswith("data.transform.")
+    section, _, field_name = key.partition(".")
+    return section == "data" and field_name.partition(".")[0] != "transform"
 
 
 def refusal_of(setting: TrialSetting, fixed: Collection[str] = ()) -> Callable[[Mapping[str, Any]], str | None]:
@@ -245,7 +246,7 @@ def refusal_of(setting: TrialSetting, fixed: Collection[str] = ()) -> Callable[[
         for key in overrides:
             if chooses_data(key) and key not in fixed:
                 return f"{key} selects other data, but all trials share one store; move it to overrides"
-            if key.startswith("cluster."):
+            if key.partition(".")[0] == "cluster":
                 return f"{key} cannot be searched; set the search's resources instead"
         try:
             setting.config(overrides)

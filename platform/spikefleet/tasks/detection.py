@@ -32,16 +32,22 @@ class Detection(Task[FoundBoxes, Annotations]):
     headline = ("map50_95", "map50")
     any_size = True
 
-    def __init__(self, criterion: DetectionCriterion, class_names: Sequence[str], category_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        criterion: DetectionCriterion,
+        class_names: Sequence[str],
+        category_ids: Sequence[int],
+        global_divisor: bool = False,
+    ) -> None:
         self.class_names = tuple(class_names)
         self.category_ids = tuple(category_ids)
-        self._criterion = criterion
+        self._criterion, self._global_divisor = criterion, global_divisor
 
     @classmethod
     def build(cls, model: ModelConfig, data: DataSummary, loss: LossSettings) -> Self:
         """The task for the classes of the data. Raises UserError if the network has another number of classes."""
         check_class_count(model, data)
-        return cls(model.build_criterion(), data.class_names, data.category_ids)
+        return cls(model.build_criterion(), data.class_names, data.category_ids, loss.global_divisor)
 
     @property
     def report(self) -> DetectionReport:
@@ -49,9 +55,10 @@ class Detection(Task[FoundBoxes, Annotations]):
         return DetectionReport(self.class_names, self.category_ids)
 
     def loss(self, network: nn.Module, batch: Batch, balance: float = 0.0) -> dict[str, torch.Tensor]:
-        """`loss`, normalised as in the paper of the family, and its parts; `balance` is unused."""
+        """`loss` and its parts, normalised as in the paper of the family, or as sums with their `divisor`."""
         objects = [Objects(target.boxes, target.labels) for target in batch.targets]
-        return self._criterion.loss(network(batch.images), objects, _size(batch))
+        divided = not self._global_divisor
+        return self._criterion.loss(network(batch.images), objects, _size(batch), divided=divided)
 
     @torch.no_grad()
     def predict(self, network: nn.Module, batch: Batch) -> list[FoundBoxes]:
@@ -59,7 +66,7 @@ class Detection(Task[FoundBoxes, Annotations]):
         found = self._criterion.detect(network(batch.images), _size(batch))
         return [
             FoundBoxes(
-                target.placement.to_picture(one.boxes.float().cpu()).double().numpy(),
+                target.placement.to_stored_image(one.boxes.float().cpu()).double().numpy(),
                 one.scores.double().cpu().numpy(),
                 one.labels.cpu().numpy(),
             )

@@ -38,6 +38,8 @@ class LossSettings:
     """Settings of the loss; the task's entry in the table of tasks says which it supports."""
 
     label_smoothing: float = 0.0
+    global_divisor: bool = True
+    """Losses with a divisor of their own return sums and that divisor; the training divides."""
     shortcut: ShortcutConfig = field(default_factory=ShortcutConfig)
 
 
@@ -82,7 +84,9 @@ class Task(ABC, Generic[Prediction, Target]):
             balance: coefficient of shortcut back-propagation, for networks with side branches.
 
         Returns:
-            Scalars by name: `loss`, the mean over the batch, with a gradient; and its parts or other metrics.
+            Scalars by name: `loss`, the mean over the batch, with a gradient; and its parts or other metrics. A loss
+            with its own divisor, such as the number of objects, returns sums and a `divisor`; training adds those of
+            all ranks and divides.
         """
 
     @abstractmethod
@@ -203,7 +207,11 @@ def build_task(config: Config, data: DataSummary) -> AnyTask:
     Raises:
         UserError: the network does not fit the data, or the task has no such `checkpoint.metric`.
     """
-    loss = LossSettings(config.train.label_smoothing, config.shortcut)
+    loss = LossSettings(
+        label_smoothing=config.train.label_smoothing,
+        global_divisor=config.train.loss_divisor == "global",
+        shortcut=config.shortcut,
+    )
     task = task_class(config.task).build(config.model, data, loss)
     if config.checkpoint.metric not in task.metric_names:
         known = ", ".join(task.metric_names)

@@ -5,7 +5,6 @@ delivered. Delivery sends the records after that position and then moves it. A c
 receiver must accept a record twice (MLflow does: see `delivery.py`).
 """
 
-import json
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -13,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from spikefleet.errors import UserError
-from spikefleet.files import write_json
+from spikefleet.files import read_json, write_json
 from spikefleet_tune.jsonl_log import DamagedLineError, Entry, JsonlLog, Record
 from spikefleet_tune.lock import Lock, LockedError, hold
 
@@ -115,15 +114,17 @@ class Journal:
 
     def _read_delivered(self) -> Delivered:
         try:
-            delivered = Delivered(**json.loads((self.directory / DELIVERED).read_text()))
-        except (FileNotFoundError, ValueError, TypeError):
-            return Delivered(tracking_uri="")
+            delivered = Delivered(**read_json(self.directory / DELIVERED))
+            whole = isinstance(delivered.tracking_uri, str) and isinstance(delivered.records, int)
+            whole = whole and self._ends_a_line(delivered.offset)
+        except (UserError, ValueError, TypeError):
+            whole = False
         # Sending everything again is harmless; a position inside a record is not.
-        return delivered if self._ends_a_line(delivered.offset) else Delivered(tracking_uri="")
+        return delivered if whole else Delivered(tracking_uri="")
 
     def _ends_a_line(self, position: int) -> bool:
         with self._log.path.open("rb") as file:
-            return position == 0 or (file.seek(position - 1) >= 0 and file.read(1) == b"\n")
+            return position == 0 or (position > 0 and file.seek(position - 1) >= 0 and file.read(1) == b"\n")
 
 
 def _hold(directory: Path) -> Lock:

@@ -19,7 +19,7 @@ from torch import nn
 
 from spikefleet.config.renamed import with_current_keys
 from spikefleet.errors import RunError, UserError
-from spikefleet.files import read_json, sha256_of, write_json
+from spikefleet.files import read_json, read_json_object, sha256_of, write_json
 from spikefleet.versions import library_versions
 from spikefleet_models.families import build_model
 from spikefleet_models.family import ModelConfig
@@ -146,6 +146,12 @@ def best_network(snapshot: Snapshot, config: ModelConfig) -> nn.Module:
     return network.eval()
 
 
+def best_weights(path: Path) -> Path:
+    """The file of the weights that `best_network` loads. Raises UserError if a file of the checkpoint is damaged."""
+    listed = verify_checkpoint(path)["sha256"]
+    return path / ("average.safetensors" if "average.safetensors" in listed else "model.safetensors")
+
+
 def checkpoint_hash(path: Path) -> str:
     """SHA-256 of the manifest of a checkpoint, which covers all files through their hashes.
 
@@ -165,7 +171,7 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not (path / _MANIFEST).is_file():
         raise UserError(f"{path} is not a checkpoint: it has no {_MANIFEST}")
-    manifest = read_json(path / _MANIFEST)
+    manifest = read_json_object(path / _MANIFEST)
     if manifest.get("format") != _FORMAT:
         raise UserError(
             f"checkpoint {path}: expected format {_FORMAT}, found {manifest.get('format')!r}; use the spikefleet that "

@@ -135,7 +135,8 @@ class ResumedRunSink:
 
     def __init__(self, run_dir: Path, sink: EventSink) -> None:
         self._sink = sink
-        self._earlier = sorted((run_dir / "ray").glob("attempt-*"))
+        # Earlier versions called attempts launches; their runs can be resumed too.
+        self._earlier = [path for word in ("launch", "attempt") for path in sorted((run_dir / "ray").glob(f"{word}-*"))]
         for attempt in self._earlier:
             write_json(attempt / STOPPED, {"reason": TAKEN_OVER, "mendable": False})
 

@@ -2,7 +2,7 @@
 
 Data-parallel back-propagation through time (BPTT): each worker runs all T steps on its slice of the global batch, and
 DDP averages the gradients. The mean over the global batch is exact for any number of workers and any size of the last
-batch. (A detector normalises its loss over one worker's slice, as the code of its paper does.)
+batch. A detector's loss is divided by a count over the global batch (`train.loss_divisor`), so the same holds for it.
 """
 
 from __future__ import annotations
