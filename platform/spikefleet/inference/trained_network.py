@@ -17,7 +17,8 @@ from spikefleet.config.schema import Config
 from spikefleet.data_access import open_data
 from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
-from spikefleet.registry.package import CARD, load_network
+from spikefleet.plugins import missing_plugins_named
+from spikefleet.registry.package import CARD, load_network, read_card
 from spikefleet.runs.run_dir import Run, find_run
 from spikefleet.tasks import AnyTask, build_task
 from spikefleet.tracking.mlflow_client import resolve_tracking_uri
@@ -71,14 +72,15 @@ def open_trained_network(reference: str, runs_dir: Path) -> TrainedNetwork:
 
 
 def _from_package(reference: str, folder: Path) -> TrainedNetwork:
-    network, config = load_network(folder)
-    return TrainedNetwork(reference, network, parse_config(config, origin=reference), DataSummary.read(folder))
+    network, tree = load_network(folder)
+    with missing_plugins_named(read_card(folder).facts.get("plugins", ()), reference):
+        config = parse_config(tree, origin=reference)
+    return TrainedNetwork(reference, network, config, DataSummary.read(folder))
 
 
 def _from_checkpoint(reference: str, checkpoint: Path, run: Run) -> TrainedNetwork:
-    run.check_plugins()
     snapshot = load_checkpoint(checkpoint)
-    config = parse_config(snapshot.config, origin=str(checkpoint))
+    config = run.parse(snapshot.config, origin=str(checkpoint))
     return TrainedNetwork(reference, best_network(snapshot, config.model), config, run.data())
 
 
