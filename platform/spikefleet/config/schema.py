@@ -51,6 +51,11 @@ class TrainConfig(Section):
     loss: Literal["mean", "sum"] = Field(
         "mean", description="over the samples of a global batch; sum makes the rate depend on the batch (SpikeYOLO)"
     )
+    loss_divisor: Literal["global", "rank"] = Field(
+        "global",
+        description="detection: what the loss is divided by is counted over the global batch, so that the number of "
+        "workers changes nothing; or over each rank's part of it, as released code does",
+    )
 
 
 class OptimConfig(Section):

@@ -1,17 +1,16 @@
-"""Predictions for picture files."""
+"""Predictions for images."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from spikefleet.errors import UserError
+from spikefleet.inference.image_input import ImageInput, Pixels, check_image_file, read_image
 from spikefleet.inference.trained_network import TrainedNetwork
 from spikefleet.training.distributed import pick_device
 from spikefleet.training.precision import autocast
@@ -24,44 +23,72 @@ _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff",
 def predict_files(
     trained: TrainedNetwork, paths: Sequence[Path], *, out: Path | None = None, gpu: bool = False, score: float = 0.3
 ) -> list[dict[str, Any]]:
-    """What the network says of each picture, in order: `{"picture", "classes": [{"name", "probability"}, ...]}`, or
-    `{"picture", "objects": [{"name", "score", "box"}, ...]}` with boxes x1 y1 x2 y2 in the picture's own pixels.
+    """What the network says of each image file, in order.
 
-    Where the task says so, images are resized to the size of the training images. `out` gets one PNG with all of them,
-    or is a folder that gets each image with its prediction drawn on it; parts below `score` are left out.
-    Raises UserError naming the file that is missing or no image, or the folder without any.
+    Args:
+        trained: the network.
+        paths: files, or folders of them.
+        out: a PNG with all images, or a folder that gets each image with its prediction drawn on it, as the task has
+            it.
+        gpu: predict on a GPU.
+        score: parts of a prediction below it are left out.
+
+    Returns:
+        `{"picture": FILE, ...}` with what the task answers: `"classes": [{"name", "probability"}, ...]`, or
+        `"objects": [{"name", "score", "box"}, ...]` with boxes x1 y1 x2 y2 in the image's own pixels.
+
+    Raises:
+        UserError: a file is missing or no image, a folder holds none, or `out` does not suit the task.
     """
-    task = trained.task
-    report = task.report
+    report = trained.task.report
     if out is not None and not report.draws_each and out.suffix.lower() != ".png":
         raise UserError(f"--out {out} must end in .png")
     if out is not None and report.draws_each and out.is_file():
         raise UserError(f"--out {out} is a file; for {trained.config.task}, give a folder")
-    files = list(_picture_files(paths))
+    files = list(_image_files(paths))
     for file in files:
-        _check(file)
-    device = pick_device(gpu)
-    network, transform = trained.network.to(device), trained.config.data.transform
-    channels = trained.config.model.in_channels
+        check_image_file(file)
     names = _names(files, out) if out is not None and report.draws_each else []
     answers: list[dict[str, Any]] = []
-    pictures, predictions = [], []
-    # One picture at a time: photographs are large, and a folder may hold thousands.
-    for position, file in enumerate(files):
-        pixels = _read(file, channels, None if task.any_size else trained.data.image_shape)
+    images, predictions = [], []
+    for position, (pixels, prediction) in enumerate(predict_images(trained, files, gpu=gpu, score=score)):
+        if names:
+            _write_image(report.draw_one(torch.from_numpy(pixels), prediction), names[position])
+        elif out is not None:
+            images.append(torch.from_numpy(pixels))
+            predictions.append(prediction)
+        answers.append({"picture": str(files[position]), **report.answer(prediction)})
+    if images and out is not None:
+        report.draw(images, predictions, None, out)
+    return answers
+
+
+def predict_images(
+    trained: TrainedNetwork, images: Iterable[ImageInput], *, gpu: bool = False, score: float = 0.3
+) -> Iterator[tuple[Pixels, Any]]:
+    """The task's prediction for each image, beside its pixels as the network was given them before normalisation.
+
+    One image at a time: photographs are large, and a folder may hold thousands.
+
+    Args:
+        trained: the network.
+        images: in any form; resized to the size of the training images unless the task takes any size.
+        gpu: predict on a GPU.
+        score: parts of a prediction below it are left out.
+
+    Raises:
+        UserError: an image cannot be read, or there is no GPU.
+    """
+    task, device = trained.task, pick_device(gpu)
+    network, transform = trained.network.to(device), trained.config.data.transform
+    channels, shape = trained.config.model.in_channels, trained.data.image_shape
+    size = None if task.any_size or shape is None else shape[1:]
+    for image in images:
+        pixels = read_image(image, channels, size)
         batch = image_batch(pixels[None], transform, channels).to(device)
         with autocast(trained.config.train.precision, device):
             (prediction,) = task.predict(network, batch)
-        prediction = task.confident(prediction, score)
-        if names:
-            _write_picture(report.draw_one(torch.from_numpy(pixels), prediction), names[position])
-        elif out is not None:
-            pictures.append(torch.from_numpy(pixels))
-            predictions.append(prediction)
-        answers.append({"picture": str(file), **report.answer(prediction)})
-    if pictures and out is not None:
-        report.draw(pictures, predictions, None, out)
-    return answers
+        yield pixels, task.confident(prediction, score)
 
 
 def _names(files: Sequence[Path], folder: Path) -> list[Path]:
@@ -79,7 +106,7 @@ def _names(files: Sequence[Path], folder: Path) -> list[Path]:
     return names
 
 
-def _picture_files(paths: Sequence[Path]) -> Iterator[Path]:
+def _image_files(paths: Sequence[Path]) -> Iterator[Path]:
     for path in paths:
         if path.is_dir():
             inside = sorted(file for file in path.iterdir() if file.suffix.lower() in _SUFFIXES)
@@ -92,29 +119,7 @@ def _picture_files(paths: Sequence[Path]) -> Iterator[Path]:
             raise UserError(f"picture {path} does not exist")
 
 
-def _write_picture(picture: torch.Tensor, path: Path) -> None:
+def _write_image(image: torch.Tensor, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(partial, format="png")
-
-
-def _check(file: Path) -> None:
-    """Reads the header only, so that all files are looked at before anything is written."""
-    try:
-        with Image.open(file):
-            pass
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"picture {file} cannot be read: {error}") from None
-
-
-def _read(file: Path, channels: int, shape: tuple[int, int, int] | None) -> NDArray[np.uint8]:
-    """Pixels uint8 [C, H, W], upright."""
-    try:
-        with Image.open(file) as opened:
-            picture = ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"picture {file} cannot be read: {error}") from None
-    if shape is not None and picture.size != (shape[2], shape[1]):
-        picture = picture.resize((shape[2], shape[1]), Image.Resampling.BILINEAR)
-    pixels = np.asarray(picture, dtype=np.uint8)
-    return np.ascontiguousarray(pixels[None] if channels == 1 else pixels.transpose(2, 0, 1))
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(partial, format="png")

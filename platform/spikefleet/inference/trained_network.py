@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from rich.console import Console
 from torch import nn
 
 from spikefleet import registry
+from spikefleet.certificates.energy_card import ENERGY
 from spikefleet.config.recipes import parse_config
 from spikefleet.config.schema import Config
 from spikefleet.data_access import open_data
 from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
+from spikefleet.files import read_json
 from spikefleet.plugins import missing_plugins_named
 from spikefleet.registry.package import CARD, load_network, read_card
 from spikefleet.runs.run_dir import Run, find_run
@@ -25,6 +28,7 @@ from spikefleet.tracking.mlflow_client import resolve_tracking_uri
 from spikefleet.training.checkpoints import best_network, load_checkpoint
 from spikefleet.training.distributed import ProcessGroup, pick_device
 from spikefleet.training.evaluation import Evaluation, evaluate
+from spikefleet_models.energy import EnergyCard
 from spikefleet_pipelines.loading import BatchLoader
 from spikefleet_pipelines.store.reader import Split
 
@@ -38,6 +42,10 @@ class TrainedNetwork:
     config: Config
     data: DataSummary
     """What it was trained on."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """As recorded with it, by split and name, such as "test/top1"."""
+    card: EnergyCard | None = None
+    """As recorded with it."""
 
     @cached_property
     def task(self) -> AnyTask:
@@ -72,16 +80,32 @@ def open_trained_network(reference: str, runs_dir: Path) -> TrainedNetwork:
 
 
 def _from_package(reference: str, folder: Path) -> TrainedNetwork:
-    network, tree = load_network(folder)
-    with missing_plugins_named(read_card(folder).facts.get("plugins", ()), reference):
-        config = parse_config(tree, origin=reference)
-    return TrainedNetwork(reference, network, config, DataSummary.read(folder))
+    network, plain = load_network(folder)
+    facts = read_card(folder).facts
+    with missing_plugins_named(facts.get("plugins", ()), reference):
+        config = parse_config(plain, origin=reference)
+    metrics = {str(name): float(value) for name, value in facts.get("metrics", {}).items()}
+    return TrainedNetwork(reference, network, config, DataSummary.read(folder), metrics, _energy_card(folder))
 
 
 def _from_checkpoint(reference: str, checkpoint: Path, run: Run) -> TrainedNetwork:
     snapshot = load_checkpoint(checkpoint)
     config = run.parse(snapshot.config, origin=str(checkpoint))
-    return TrainedNetwork(reference, best_network(snapshot, config.model), config, run.data())
+    network, record = best_network(snapshot, config.model), run.record()
+    metrics = {f"val/{name}": float(value) for name, value in record.get("validation", {}).items()}
+    metrics |= {f"test/{name}": float(value) for name, value in record.get("test", {}).items()}
+    return TrainedNetwork(reference, network, config, run.data(), metrics, _energy_card(run.path / "report"))
+
+
+def _energy_card(folder: Path) -> EnergyCard | None:
+    """The card that lies in a folder, if one does. Raises UserError naming a file that is damaged."""
+    path = folder / ENERGY
+    if not path.is_file():
+        return None
+    try:
+        return EnergyCard.from_dict(read_json(path))
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def open_split(

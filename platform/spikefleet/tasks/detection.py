@@ -31,25 +31,33 @@ class Detection(Task[FoundBoxes, Annotations]):
     headline = ("map50_95", "map50")
     any_size = True
 
-    def __init__(self, criterion: DetectionCriterion, class_names: Sequence[str], category_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        criterion: DetectionCriterion,
+        class_names: Sequence[str],
+        category_ids: Sequence[int],
+        global_divisor: bool = False,
+    ) -> None:
         self.class_names = tuple(class_names)
         self.category_ids = tuple(category_ids)
-        self._criterion = criterion
+        self._criterion, self._global_divisor = criterion, global_divisor
 
     @classmethod
     def build(cls, model: ModelConfig, data: DataSummary, loss: LossSettings) -> Self:
         """The task for as many classes as the data have."""
         check_class_count(model, data)
-        return cls(model.build_criterion(), data.class_names, data.category_ids)
+        return cls(model.build_criterion(), data.class_names, data.category_ids, loss.global_divisor)
 
     @property
     def report(self) -> DetectionReport:
         return DetectionReport(self.class_names, self.category_ids)
 
     def loss(self, network: nn.Module, batch: Batch, balance: float = 0.0) -> dict[str, torch.Tensor]:
-        """`loss` (normalised as the family's paper does) and its parts; detectors have no side branches."""
+        """`loss` and its parts, divided as the family's paper does, or as sums with their `divisor`; detectors have no
+        side branches."""
         objects = [Objects(target.boxes, target.labels) for target in batch.targets]
-        return self._criterion.loss(network(batch.images), objects, _size(batch))
+        divided = not self._global_divisor
+        return self._criterion.loss(network(batch.images), objects, _size(batch), divided=divided)
 
     @torch.no_grad()
     def predict(self, network: nn.Module, batch: Batch) -> list[FoundBoxes]:
@@ -57,7 +65,7 @@ class Detection(Task[FoundBoxes, Annotations]):
         found = self._criterion.detect(network(batch.images), _size(batch))
         return [
             FoundBoxes(
-                target.placement.to_picture(one.boxes.float().cpu()).double().numpy(),
+                target.placement.to_stored_image(one.boxes.float().cpu()).double().numpy(),
                 one.scores.double().cpu().numpy(),
                 one.labels.cpu().numpy(),
             )

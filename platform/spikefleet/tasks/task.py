@@ -37,6 +37,8 @@ class LossSettings:
     """What a training adds to a task's loss; its entry in the table of tasks says which it knows."""
 
     label_smoothing: float = 0.0
+    global_divisor: bool = True
+    """Losses with a divisor of their own return sums and that divisor; the training divides."""
     shortcut: ShortcutConfig = field(default_factory=ShortcutConfig)
 
 
@@ -72,7 +74,9 @@ class Task(ABC, Generic[Prediction, Target]):
             balance: coefficient of shortcut back-propagation, for networks with side branches.
 
         Returns:
-            `{"loss": mean over the batch, parts...}`: scalars, `loss` with a gradient.
+            `{"loss": mean over the batch, parts...}`: scalars, `loss` with a gradient. A loss that counts what it is
+            divided by, such as the objects of the batch, returns sums and a `divisor`: the training adds those of all
+            ranks and divides.
         """
 
     @abstractmethod
@@ -165,7 +169,11 @@ def build_task(config: Config, data: DataSummary) -> AnyTask:
     Raises:
         UserError: the data do not suit the task or the network, or the task has no such metric.
     """
-    loss = LossSettings(config.train.label_smoothing, config.shortcut)
+    loss = LossSettings(
+        label_smoothing=config.train.label_smoothing,
+        global_divisor=config.train.loss_divisor == "global",
+        shortcut=config.shortcut,
+    )
     task = task_class(config.task).build(config.model, data, loss)
     if config.checkpoint.metric not in task.metric_names:
         known = ", ".join(task.metric_names)

@@ -2,7 +2,7 @@
 
 Data-parallel back-propagation through time: each worker runs all T steps on its slice of the global batch, DDP averages
 the gradients. The mean over the global batch is exact whatever the number of workers and however uneven the last batch.
-(A detector's loss has divisors of its own, which are those of one worker's part of the batch, as in its paper's code.)
+A detector's loss is divided by what it counts over the global batch (`train.loss_divisor`), so the same holds for it.
 """
 
 from __future__ import annotations

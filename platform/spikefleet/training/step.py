@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 
 import torch
@@ -55,6 +55,7 @@ def training_step(state: TrainingState, task: AnyTask, batch: Batch, meter: Mete
     state.train_model.train()
     state.optimizer.zero_grad(set_to_none=True)
     local: dict[str, torch.Tensor] = {}
+    divisor = _Divisor(group)
     parts = list(micro_batches(batch, config.train.accumulate))
     for position, part in enumerate(parts):
         here = part.to(group.device, config.train.channels_last)
@@ -64,15 +65,18 @@ def training_step(state: TrainingState, task: AnyTask, batch: Batch, meter: Mete
         with together:
             with state.autocast(), monitor if monitor is not None and position == 0 else nullcontext():
                 values = task.loss(state.ddp_model, here, balance)
-            # DDP divides by the number of ranks; the mean wanted is over the samples of all ranks.
-            weight = len(part.targets) * group.size / batch.global_count
+            count = divisor.add(values.pop("divisor", None))
+            # DDP divides by the number of ranks; the mean is over the samples, or by the divisor, of all ranks.
+            share = len(part.targets) / batch.global_count if count is None else (1 / count).to(values["loss"].dtype)
+            weight = group.size * share
             if config.train.loss == "sum":
                 weight *= batch.global_count
             state.scaler.scale(values["loss"] * weight).backward()
         for name, value in values.items():
-            local[name] = local.get(name, 0) + value.detach().double() * len(part.targets)
-    means = _global_means(local, batch, group)
+            local[name] = local.get(name, 0) + value.detach().double() * (len(part.targets) if count is None else 1)
+    means = _global_means(local, divisor.total(batch.global_count), group)
     state.scaler.unscale_(state.optimizer)
+    divisor.correct(state.train_model.parameters())
     norms = _gradient_norms(state)
     _refuse_non_finite(state, means, local, norms["gradient/norm"])
     if config.train.clip_norm is not None:
@@ -111,9 +115,53 @@ def _monitor_if_due(state: TrainingState) -> SpikeMonitor | None:
     return SpikeMonitor(state.network) if wanted else None
 
 
-def _global_means(local: Mapping[str, torch.Tensor], batch: Batch, group: ProcessGroup) -> dict[str, float]:
-    sums = group.all_reduce(torch.stack([value.double() for value in local.values()]))
-    return {name: total / batch.global_count for name, total in zip(local, sums.tolist(), strict=True)}
+class _Divisor:
+    """What the loss of a step is divided by, where the loss counts it itself: over all micro-batches of all ranks.
+
+    Each micro-batch is divided by the count of the first, which keeps fp16 gradients in range; `correct` puts the
+    gradients right when all have been counted.
+    """
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self._group = group
+        self._parts: list[torch.Tensor] = []
+        self._first: torch.Tensor | None = None
+        self._total: torch.Tensor | None = None
+
+    def add(self, count: torch.Tensor | None) -> torch.Tensor | None:
+        """Counts a micro-batch; what to divide it by, or None where the loss is a mean over samples."""
+        if count is None:
+            return None
+        self._parts.append(count.detach().double())
+        if self._first is None:
+            self._first = self._over_ranks(self._parts[0])
+        return self._first
+
+    def total(self, samples: int) -> torch.Tensor | int:
+        """What sums over all ranks are divided by: all counts, or the number of samples."""
+        if self._first is None:
+            return samples
+        self._total = self._first if len(self._parts) == 1 else self._over_ranks(torch.stack(self._parts).sum())
+        return self._total
+
+    def correct(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Divides gradients by `total` instead of the first micro-batch's count."""
+        if self._first is None or self._total is None or len(self._parts) == 1:
+            return
+        factor = self._first / self._total
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor.to(parameter.grad.dtype))
+
+    def _over_ranks(self, count: torch.Tensor) -> torch.Tensor:
+        return self._group.all_reduce(count.clone()).clamp_min(1)
+
+
+def _global_means(
+    local: Mapping[str, torch.Tensor], total: torch.Tensor | int, group: ProcessGroup
+) -> dict[str, float]:
+    means = group.all_reduce(torch.stack([value.double() for value in local.values()])) / total
+    return dict(zip(local, means.tolist(), strict=True))
 
 
 def _gradient_norms(state: TrainingState) -> dict[str, float]:
