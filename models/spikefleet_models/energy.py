@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from spikefleet_models.energy_constants import EnergyConstants, energy_constants
 from spikefleet_models.family import ModelConfig
 from spikefleet_models.neurons import spiking_nodes
 from spikefleet_models.operation_counts import LayerCount, OperationCounts, count_operations
@@ -45,27 +46,6 @@ CONVENTIONS = (
 )
 """What holds for every card; each says so."""
 _DERIVED = ("version", "totals", "rows", "conventions")
-
-
-@dataclass(frozen=True)
-class EnergyConstants:
-    """Energy of one operation in pJ, under a name that never changes its meaning."""
-
-    name: str
-    version: int
-    mac_pj: float
-    ac_pj: float
-    source: str
-
-
-_HOROWITZ = "M. Horowitz, ISSCC 2014"
-CONSTANTS = {
-    constants.name: constants
-    for constants in (
-        EnergyConstants("int32-45nm", 1, 3.1, 0.1, f"{_HOROWITZ}: int32 multiply, add; as Zhang et al. 2023"),
-        EnergyConstants("fp32-45nm", 1, 4.6, 0.9, f"{_HOROWITZ}: fp32 multiply and add, add; as Luo et al. 2024"),
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -225,7 +205,7 @@ def energy_card(
     Args:
         network: any of this package, trained; not changed. One without batch norms (deployed already) counts as built.
         batches: pictures [B, C, H, W] or frames [T, B, C, H, W], of the network's type and on its device.
-        constants: a name of CONSTANTS, or one's own.
+        constants: a name of `energy_constants.CONSTANTS`, or one's own.
         form: what to count; see the module docstring.
         shortcuts: count the 1x1 convolutions of shortcuts.
         twin_form: the same for the ANN twin; None leaves the twin out.
@@ -284,15 +264,6 @@ def energy_at_rates(
     )
     counts = replace(counts, layers=layers)
     return _card(network, counts, chosen, form, shortcuts, twin_form, {image_size: 1}, pictures=0)
-
-
-def energy_constants(constants: str | EnergyConstants) -> EnergyConstants:
-    """Constants by name. Raises ValueError for an unknown one."""
-    if isinstance(constants, EnergyConstants):
-        return constants
-    if constants not in CONSTANTS:
-        raise ValueError(f"unknown energy constants {constants!r}; known are {', '.join(CONSTANTS)}")
-    return CONSTANTS[constants]
 
 
 def _millijoules(constants: EnergyConstants, macs: float, acs: float) -> float:

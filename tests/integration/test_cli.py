@@ -259,7 +259,7 @@ def test_pictures_that_cannot_be_read(desk: Desk) -> None:
     (desk.folder / "hollow").mkdir()
     assert "text.png cannot be read" in desk.refuse("predict", model, "text.png")
     assert "gone.png does not exist" in desk.refuse("predict", model, "gone.png")
-    assert "holds no pictures" in desk.refuse("predict", model, "hollow")
+    assert "holds no images" in desk.refuse("predict", model, "hollow")
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(desk.folder / "black.png")
     assert "must end in .png" in desk.refuse("predict", model, "black.png", "--out", "x.jpg")
 
@@ -305,6 +305,6 @@ def test_interruption_leaves_a_run_that_goes_on(desk: Desk) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "the same command goes on from the last checkpoint" in errors
+    assert "the same command resumes from the last checkpoint" in errors
     assert json.loads((run_dir / "run.json").read_text())["status"] == "interrupted"
     assert "top1" in desk.ask("evaluate", "interrupted")

@@ -164,7 +164,7 @@ def test_prediction_draws_boxes_on_each_picture(desk: Desk, tmp_path: Path) -> N
     out = tmp_path / "out"
     said = desk.run("predict", NETWORK, str(photos), "--out", str(out), "--score", "0", "--json")
     answers = json.loads(said[: said.rindex("]") + 1])
-    assert [Path(answer["picture"]).name for answer in answers] == ["0.png", "1.png"]
+    assert [Path(answer["image"]).name for answer in answers] == ["0.png", "1.png"]
     boxes = np.array([found["box"] for found in answers[1]["objects"]])
     assert len(boxes)
     assert boxes.min() >= 0

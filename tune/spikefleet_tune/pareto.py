@@ -7,12 +7,12 @@ less is better.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-Direction = Literal["max", "min"]
+from spikefleet_tune.direction import Direction
+
 Rows = Sequence[Sequence[float]]
 Gains = NDArray[np.float64]
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from spikefleet import plots
 from spikefleet.files import write_json
+from spikefleet.status import Count, uncounted
 from spikefleet.training.evaluation import SpreadPlan
 from spikefleet_models.energy import EnergyCard, Form, energy_card
 from spikefleet_pipelines.loading import BatchLoader
@@ -30,13 +32,21 @@ def measure_energy(
     constants: str = REGISTERED_CONSTANTS,
     form: Form = "merged",
     shortcuts: bool = True,
+    progress: Count = uncounted,
 ) -> EnergyCard:
     """The card of a network on pictures spread over a split, one at a time: a batch may be padded to its largest.
 
-    Raises ValueError for unknown constants.
+    `progress` is called with (pictures measured, pictures to measure). Raises ValueError for unknown constants.
     """
     loader = BatchLoader(split, transform, train=False)
-    batches = (batch.images for batch in loader.epoch(SpreadPlan(len(split), pictures), epoch=0))
+    plan = SpreadPlan(len(split), pictures)
+
+    def shown() -> Iterator[Tensor]:
+        for position, batch in enumerate(loader.epoch(plan, epoch=0)):
+            yield batch.images
+            progress(position + 1, plan.steps_per_epoch)
+
+    batches = shown()
     return energy_card(network, batches, constants, form, shortcuts)
 
 

@@ -18,6 +18,7 @@ from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
 from spikefleet.registry.package import CARD, load_network
 from spikefleet.runs.run_dir import Run, find_run
+from spikefleet.status import counting
 from spikefleet.tasks import AnyTask, build_task
 from spikefleet.training.checkpoints import best_network, load_checkpoint
 from spikefleet.training.distributed import ProcessGroup, pick_device
@@ -119,6 +120,8 @@ def evaluate_on_split(
     rows = open_split(trained, split, stores_dir, console, data=data)
     group = ProcessGroup(0, 1, pick_device(gpu))
     loader = BatchLoader(rows, config.transform, train=False, processes=config.loader_processes)
-    evaluation = evaluate(trained.network.to(group.device), trained.task, loader, trained.config.train, group)
+    with counting(console, f"evaluating {split}") as progress:
+        network = trained.network.to(group.device)
+        evaluation = evaluate(network, trained.task, loader, trained.config.train, group, progress)
     assert evaluation is not None, "a single process gets its own predictions"
     return evaluation

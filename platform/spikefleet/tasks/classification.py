@@ -124,20 +124,28 @@ class ClassificationReport(TaskReport[Ranking, int]):
         self, images: Sequence[torch.Tensor], predictions: Sequence[Ranking], targets: Sequence[int] | None, path: Path
     ) -> None:
         """Images with the predicted class and its probability; a wrong one in red beside the target."""
-        captions, right = [], []
+        captions: list[str] = []
+        right: list[bool | None] = []
         for position, prediction in enumerate(predictions):
             caption = f"{self.class_names[prediction.classes[0]]} {prediction.probabilities[0]:.0%}"
-            correct = targets is None or prediction.classes[0] == targets[position]
+            correct = None if targets is None else prediction.classes[0] == targets[position]
             if targets is not None and not correct:
                 caption += f"\nis {self.class_names[targets[position]]}"
             captions.append(caption)
             right.append(correct)
         plots.picture_grid(images, captions, right, path)
 
+    def draw_files(
+        self, images: Sequence[torch.Tensor], predictions: Sequence[Ranking], names: Sequence[str], path: Path
+    ) -> None:
+        """Images over their files' names, under the predicted class and its probability."""
+        captions = [f"{self.class_names[one.classes[0]]} {one.probabilities[0]:.0%}" for one in predictions]
+        plots.picture_grid(images, captions, [None] * len(captions), path, names)
+
     def draw_batch(self, images: Sequence[torch.Tensor], targets: torch.Tensor, path: Path) -> None:
         """Images of a training batch under their classes."""
         names = [self.class_names[label] for label in targets.tolist()]
-        plots.picture_grid(images, names, [True] * len(names), path)
+        plots.picture_grid(images, names, [None] * len(names), path)
 
     def table(self, details: Mapping[str, Any]) -> list[tuple[str, ...]]:
         """Samples and accuracy of each class."""
@@ -160,11 +168,11 @@ class ClassificationReport(TaskReport[Ranking, int]):
 
     def answer_table(self, answers: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
         """The likeliest class of each image, and the two after it."""
-        rows: list[tuple[str, ...]] = [("picture", "class", "probability", "then")]
+        rows: list[tuple[str, ...]] = [("image", "class", "probability", "then")]
         for answer in answers:
             first, *others = answer["classes"]
             then = ", ".join(f"{other['name']} {other['probability']:.1%}" for other in others[:2])
-            rows.append((answer["picture"], first["name"], f"{first['probability']:.1%}", then))
+            rows.append((answer["image"], first["name"], f"{first['probability']:.1%}", then))
         return rows
 
     def write(

@@ -79,7 +79,7 @@ class Detection(Task[FoundBoxes, Annotations]):
         """
         truth = ground_truth(targets, self.class_names, self.category_ids)
         if all(entry["iscrowd"] for entry in truth["annotations"]):
-            raise UserError(f"none of the {len(targets)} pictures has an object, so nothing can be measured on them")
+            raise UserError(f"none of the {len(targets)} images has an object, so nothing can be measured on them")
         figures = evaluate_boxes(truth, results(predictions, targets, self.category_ids))
         return {
             "metrics": figures.twelve,
@@ -168,13 +168,13 @@ class DetectionReport(TaskReport[FoundBoxes, Annotations]):
 
     def answer_table(self, answers: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
         """A row for each object, and one for each image without any."""
-        rows: list[tuple[str, ...]] = [("picture", "object", "score", "x1 y1 x2 y2 (pixels)")]
+        rows: list[tuple[str, ...]] = [("image", "object", "score", "x1 y1 x2 y2 (pixels)")]
         for answer in answers:
             for found in answer["objects"]:
                 corners = " ".join(f"{x:.0f}" for x in found["box"])
-                rows.append((answer["picture"], found["name"], f"{found['score']:.2f}", corners))
+                rows.append((answer["image"], found["name"], f"{found['score']:.2f}", corners))
             if not answer["objects"]:
-                rows.append((answer["picture"], "-", "-", "-"))
+                rows.append((answer["image"], "-", "-", "-"))
         return rows
 
     def write(

@@ -122,13 +122,19 @@ class TaskReport(ABC, Generic[Prediction, Target]):
     ) -> None:
         """Plots images `[C, H, W]` (uint8) with their predictions, beside the targets where there are any."""
 
+    def draw_files(
+        self, images: Sequence[torch.Tensor], predictions: Sequence[Prediction], names: Sequence[str], path: Path
+    ) -> None:
+        """Plots images of files with their predictions; with the files' names, where a task draws them."""
+        self.draw(images, predictions, None, path)
+
     def draw_one(self, image: torch.Tensor, prediction: Prediction) -> torch.Tensor:
         """An image `[C, H, W]` (uint8) with its prediction drawn on it, uint8 `[3, H', W']`."""
         raise TypeError(f"{type(self).__name__} draws no single images")
 
     def draw_batch(self, images: Sequence[torch.Tensor], targets: Any, path: Path) -> None:
         """Plots images `[C, H, W]` (uint8) of a training batch with its targets (`Batch.targets`); bare by default."""
-        plots.picture_grid(images, [""] * len(images), [True] * len(images), path)
+        plots.picture_grid(images, [""] * len(images), [None] * len(images), path)
 
     def table(self, details: Mapping[str, Any]) -> list[tuple[str, ...]]:
         """Details for people, by class where there are classes; the first row is the header."""
@@ -139,8 +145,8 @@ class TaskReport(ABC, Generic[Prediction, Target]):
         """One prediction as plain data with names."""
 
     def answer_table(self, answers: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-        """Answers, each with the name of its `picture`, for people; the first row is the header."""
-        header = tuple(answers[0]) if answers else ("picture",)
+        """Answers, each with the name of its `image`, for people; the first row is the header."""
+        header = tuple(answers[0]) if answers else ("image",)
         return [header, *(tuple(str(answer[key]) for key in header) for answer in answers)]
 
     def write(

@@ -57,6 +57,13 @@ class Note:
 
 
 @dataclass(frozen=True)
+class Phase:
+    """Something other than training steps begins, such as "testing"; the next event of another kind ends it."""
+
+    what: str
+
+
+@dataclass(frozen=True)
 class WorkerFailed:
     """A worker died or raised; unless that was once too often, the group starts again from the latest checkpoint."""
 
@@ -70,7 +77,7 @@ class Recovered:
     events: tuple[Event, ...]
 
 
-Event = Started | StepDone | EpochDone | CheckpointSaved | Note | WorkerFailed | Recovered
+Event = Started | StepDone | EpochDone | CheckpointSaved | Note | Phase | WorkerFailed | Recovered
 
 
 class EventSink(Protocol):
