@@ -41,15 +41,18 @@ def test_every_event_is_shown_as_it_is(terminal: bool) -> None:
     for part in ("epoch   1/2", "val/top1 80.00%", "best", "[/__w/torch/pair.cc:545] Read error", "[bold]"):
         assert part in shown
     assert ("1234 images/s" in shown) == terminal
-    assert ("min" in shown) != terminal
+    assert (" s left" in shown) != terminal
 
 
-PHASES = (Started(0, 20, 10, 2), Phase("validating"), Phase("testing"), WorkerFailed("lost"))
-
-
-@pytest.mark.parametrize(
-    ("event", "named"), zip(PHASES, ("warming up", "validating", "testing", "restarting"), strict=True)
+PHASES = (
+    (Started(0, 20, 10, 2), "warming up"),
+    (Phase("validating"), "validating"),
+    (Phase("testing"), "testing"),
+    (WorkerFailed("lost"), "restarting"),
 )
+
+
+@pytest.mark.parametrize(("event", "named"), PHASES)
 @pytest.mark.parametrize("terminal", [True, False])
 def test_what_is_no_training_step_is_named_while_it_takes(
     terminal: bool, event: Event, named: str, monkeypatch: pytest.MonkeyPatch
