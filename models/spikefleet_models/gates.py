@@ -20,6 +20,8 @@ from spikingjelly.activation_based import surrogate
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from spikefleet_models.membrane import membrane_dtype
+
 GateName = Literal["bsg", "bsg_star", "add", "and", "iand"]
 
 SAVES_SHORTCUT = {"bsg": True, "add": False, "and": True, "iand": True}
@@ -127,8 +129,9 @@ class _LearnedGateFunction(torch.autograd.Function):
         grad_h = torch.addcmul(grad * opening, grad_u, weight[:, None, None].to(h.dtype))
         grad_x = torch.addcmul(grad, grad, opening, value=-1.0)
         others = [d for d in range(h.ndim) if d != h.ndim - 3]
-        grad_bias = grad_u.sum(others, dtype=torch.float32)
-        grad_weight = grad_u.mul_(h).sum(others, dtype=torch.float32)
+        wide = membrane_dtype(grad_u.dtype)
+        grad_bias = grad_u.sum(others, dtype=wide)
+        grad_weight = grad_u.mul_(h).sum(others, dtype=wide)
         return grad_h, grad_x, grad_weight, grad_bias, None
 
 

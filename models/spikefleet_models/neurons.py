@@ -227,6 +227,9 @@ class _BinaryNode(_LeanNode):
         )
 
     def _run(self, x_seq: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if x_seq.ndim == 1:
+            spikes, v_last = self._run(x_seq[:, None], None if v is None else v[None])
+            return spikes[:, 0], None if v_last is None else v_last[0]
         spikes, v_last = _MembraneFunction.apply(x_seq, v, getattr(self, "w", None), self.dynamics())
         return spikes, v_last
 
@@ -271,12 +274,17 @@ class ILIF(_LeanNode):
     ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """((x[t],), (v[t-1],)) -> ((s[t],), (v[t],)) with v = u - s; plain autograd."""
         u = states[0] * self.leak + inputs[0] * self.input_scale
-        # clamp passes gradient at both ends of its range; round(c) - c is exact, so the sum is round(c).
-        clipped = u.clamp(0, self.bound)
+        # The gradient is 1 on all of [0, D], its ends included, where torch's clamp may pass none;
+        # round(c) - c is exact, so the sum is round(c).
+        inside = (u >= 0) & (u <= self.bound)
+        clipped = torch.where(inside, u, u.detach().clamp(0, self.bound))
         emitted = clipped + (clipped.round() - clipped).detach()
         return (emitted,), (u - emitted.detach(), *states[1:])
 
     def _run(self, x_seq: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if x_seq.ndim == 1:
+            emitted, v_last = self._run(x_seq[:, None], None if v is None else v[None])
+            return emitted[:, 0], None if v_last is None else v_last[0]
         emitted, v_last = _IntegerFunction.apply(x_seq, v, self.bound, self.leak, self.input_scale)
         return emitted, v_last
 

@@ -69,7 +69,7 @@ class SpikingUnit(nn.Module):
             name = gate.name if isinstance(gate, Gate) else "bsg_star"
             raise ValueError(
                 f"the gate {name} joins spikes 0 and 1, but I-LIF neurons with bound={neuron.bound} emit integers; "
-                "choose the connection add or post_add, or bound=1"
+                "set neuron.bound=1"
             )
         self.bn = bn
         self.neuron = neuron

@@ -98,7 +98,7 @@ def test_other_data_are_refused(folder: Path, stores_dir: Path) -> None:
     words = ["tune", str(folder / "small.yaml"), "train.label_smoothing=0.1", f"data.store={store}", *places]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 2
-    assert "was begun on data with content hash" in " ".join(done.stderr.split())
+    assert "was started on data with content hash" in " ".join(done.stderr.split())
 
 
 def test_the_same_command_runs_nothing_again(folder: Path, stores_dir: Path) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 data_app = typer.Typer(help="Prepare and look at data sets.", no_args_is_help=True)
 
 _AS_COCO = (
-    "convert it to COCO's JSON and run `spikefleet data prepare coco --images DIR --annotations FILE.json "
+    "convert the labels to COCO's JSON and run `spikefleet data prepare coco --images DIR --annotations FILE.json "
     "--split train`, then the same for val"
 )
 _AS_FOLDERS = "sort the images into a folder for each class and run `spikefleet data prepare image_folder DIR`"

@@ -193,7 +193,7 @@ def energy(
 def _print_card(card: EnergyCard) -> None:
     columns: list[Column | str] = [
         "layer",
-        "operation",
+        Column("operation", optional=True),
         "input",
         number("dense", optional=True),
         number("mean input", optional=True),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,21 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
+from spikefleet.certificates.energy_card import ENERGY
 from spikefleet.config.recipes import parse_config
 from spikefleet.config.schema import Config
 from spikefleet.data_access import open_data
 from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
-from spikefleet.registry.package import CARD, load_network
+from spikefleet.files import read_json
+from spikefleet.registry.package import CARD, load_network, read_card
 from spikefleet.runs.run_dir import Run, find_run
 from spikefleet.status import counting
 from spikefleet.tasks import AnyTask, build_task
 from spikefleet.training.checkpoints import best_network, load_checkpoint
 from spikefleet.training.distributed import ProcessGroup, pick_device
 from spikefleet.training.evaluation import Evaluation, evaluate
+from spikefleet_models.energy import EnergyCard
 from spikefleet_pipelines.loading import BatchLoader
 from spikefleet_pipelines.store.reader import Split
 
@@ -36,6 +40,10 @@ class TrainedNetwork:
     config: Config
     data: DataSummary
     """What it was trained on."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """As recorded with it, by split and name, such as "test/top1"."""
+    card: EnergyCard | None = None
+    """As recorded with it."""
 
     @cached_property
     def task(self) -> AnyTask:
@@ -73,15 +81,31 @@ def open_trained_network(reference: str, runs_dir: Path) -> TrainedNetwork:
 
 
 def _from_package(reference: str, folder: Path) -> TrainedNetwork:
-    network, config = load_network(folder)
-    return TrainedNetwork(reference, network, parse_config(config, origin=reference), DataSummary.read(folder))
+    network, plain = load_network(folder)
+    config, data = parse_config(plain, origin=reference), DataSummary.read(folder)
+    metrics = {str(name): float(value) for name, value in read_card(folder).facts.get("metrics", {}).items()}
+    return TrainedNetwork(reference, network, config, data, metrics, _energy_card(folder))
 
 
 def _from_checkpoint(reference: str, checkpoint: Path, run: Run) -> TrainedNetwork:
     run.check_plugins()
     snapshot = load_checkpoint(checkpoint)
     config = parse_config(snapshot.config, origin=str(checkpoint))
-    return TrainedNetwork(reference, best_network(snapshot, config.model), config, run.data())
+    network, record = best_network(snapshot, config.model), run.record()
+    metrics = {f"val/{name}": float(value) for name, value in record.get("validation", {}).items()}
+    metrics |= {f"test/{name}": float(value) for name, value in record.get("test", {}).items()}
+    return TrainedNetwork(reference, network, config, run.data(), metrics, _energy_card(run.path / "report"))
+
+
+def _energy_card(folder: Path) -> EnergyCard | None:
+    """The card that lies in a folder, if one does. Raises UserError naming a file that is damaged."""
+    path = folder / ENERGY
+    if not path.is_file():
+        return None
+    try:
+        return EnergyCard.from_dict(read_json(path))
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def open_split(
