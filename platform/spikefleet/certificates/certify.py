@@ -48,7 +48,7 @@ def certify(config: Config, checkpoint: Path, report: Path, store: Store, announ
         (report / CERTIFICATE).unlink(missing_ok=True)
         network = best_network(load_checkpoint(checkpoint), config.model)
         task = build_task(config, DataSummary.of(store.manifest))
-        announce("proving that binary inference is equal")
+        announce("spike check")
         check_spikes(network, task, config, store.split("val")).write(proof)
         announce("measuring energy")
         write_card(measure_energy(network, config.data.transform, store.split("val")), report)

@@ -194,13 +194,13 @@ def _print_card(card: EnergyCard) -> None:
     columns: list[Column | str] = [
         "layer",
         Column("operation", optional=True),
-        "input",
+        Column("input", optional=True),
         number("dense", optional=True),
         number("mean input", optional=True),
         number("MACs"),
         number("ACs"),
         number("energy, mJ"),
-        number("share"),
+        number("share", optional=True),
     ]
     rows = [
         (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -134,6 +136,8 @@ def _asking(runs_dir: Path) -> Iterator[str]:
     uri = resolve_tracking_uri(runs_dir)
     with loading("MLflow and asking the registry", stderr):
         yield uri
+        if "torch" not in sys.modules:  # whose libraries complain at exit of what was not collected
+            gc.freeze()  # else the exit looks through all that MLflow has made, which takes as long as the answer
 
 
 def _full(uri: str) -> str:

@@ -58,9 +58,9 @@ def predict_files(
     images, predictions = [], []
     for position, (pixels, prediction) in enumerate(predict_images(trained, files, gpu=gpu, score=score)):
         if names:
-            _write_image(report.draw_one(torch.from_numpy(pixels), prediction), names[position])
+            _write_image(report.draw_one(torch.tensor(pixels), prediction), names[position])
         elif out is not None:
-            images.append(torch.from_numpy(pixels))
+            images.append(torch.tensor(pixels))
             predictions.append(prediction)
         answers.append({"image": str(files[position]), **report.answer(prediction)})
         progress(position + 1, len(files))

@@ -22,6 +22,9 @@ from rich.text import Text
 from spikefleet.status import PLAIN_LINES, PlainLines, Waiting, print_line
 from spikefleet.training.events import EpochDone, Event, Note, Phase, Started, StepDone, WorkerFailed
 
+_WIDE = 110
+"""Columns of a terminal on which a long bar leaves room for the metrics beside it."""
+
 
 class Display(Protocol):
     """Draws events."""
@@ -47,7 +50,7 @@ class LiveDisplay:
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("epoch {task.fields[epoch]}"),
-            BarColumn(),
+            BarColumn(bar_width=40 if console.width >= _WIDE else 10),
             MofNCompleteColumn(),
             _Doing(),
             TimeRemainingColumn(),
@@ -122,7 +125,8 @@ class PlainDisplay:
                 self._epochs, self._total, self._first_step = event.epochs, event.total_steps, event.step
                 self._headline = event.headline
                 self._began = time.monotonic()
-                self._print(f"{event.epochs} epochs of {event.steps_per_epoch} steps, from step {event.step}")
+                epochs = f"{event.epochs} epoch{'s' * (event.epochs > 1)}"
+                self._print(f"{epochs} of {event.steps_per_epoch} steps, from step {event.step}")
                 self.announce("warming up")
             case StepDone():
                 where = f"epoch {event.epoch + 1}/{self._epochs}  step {event.step}/{self._total}"
