@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class EnergyConstants:
-    """Energy of one operation in pJ, under a name that never changes its meaning."""
+    """Energy of one operation in pJ, under a name and version whose values never change."""
 
     name: str
     version: int
@@ -27,9 +28,15 @@ CONSTANTS = {
 
 
 def energy_constants(constants: str | EnergyConstants) -> EnergyConstants:
-    """Constants by name. Raises ValueError for an unknown one."""
+    """Look up constants by name; constants themselves are returned unchanged.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
     if isinstance(constants, EnergyConstants):
         return constants
     if constants not in CONSTANTS:
-        raise ValueError(f"unknown energy constants {constants!r}; known are {', '.join(CONSTANTS)}")
+        nearest = difflib.get_close_matches(constants, CONSTANTS, 1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"unknown energy constants {constants!r}, expected one of {', '.join(CONSTANTS)}{hint}")
     return CONSTANTS[constants]

@@ -1,6 +1,6 @@
 """spikefleet: distributed training of spiking neural networks for vision.
 
-`import spikefleet as sf` imports neither torch nor ray: what is below is loaded when it is used.
+`import spikefleet as sf` imports neither torch nor ray: each name is imported on first use.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""spikefleet from Python: train, search, load, predict. The commands do the same.
+"""The Python API: train, search, load, predict. The commands do the same.
 
 import spikefleet as sf
 
@@ -39,15 +39,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Model:
-    """A trained network with what is known of it."""
+    """A trained network with its configuration, metrics and energy card."""
 
     reference: str
-    """What it was loaded by."""
+    """The reference that it was loaded with."""
     trained: TrainedNetwork
     metrics: Mapping[str, float]
-    """By split and name, such as "test/top1"; of a registered version with "energy_mj"."""
+    """Metrics by split and name, such as "test/top1"; a registered version also has "energy_mj"."""
     card: EnergyCard | None
-    """Operations and energy of an image, layer by layer; None where none was measured."""
+    """Operations and energy per image, layer by layer; None if they were not measured."""
 
     @property
     def network(self) -> nn.Module:
@@ -61,25 +61,25 @@ class Model:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names of the classes that it knows."""
+        """Names of its classes, in the order of its outputs."""
         return self.trained.data.class_names
 
     def predict(
         self, images: ImageInput | Iterable[ImageInput], *, score: float = 0.3, gpu: bool = False
     ) -> list[dict[str, Any]]:
-        """What the network says of each image, in order.
+        """Predicts images.
 
         Args:
-            images: one or more files, PIL images, or uint8 arrays [H, W], [H, W, C] or [C, H, W].
-            score: of a detector, the least score of a box.
-            gpu: predict on a GPU.
+            images: one or more files, PIL images, or uint8 arrays `[H, W]`, `[H, W, C]` or `[C, H, W]`.
+            score: detection: smallest score of an object.
+            gpu: run on the GPU.
 
         Returns:
-            `{"classes": [{"name", "probability"}, ...]}`, the likeliest first, or `{"objects": [{"name", "score",
-            "box"}, ...]}` with boxes x1 y1 x2 y2 in the image's own pixels.
+            For each image, in order, `{"classes": [{"name", "probability"}, ...]}`, the most likely first, or
+            `{"objects": [{"name", "score", "box"}, ...]}` with boxes x1 y1 x2 y2 in pixels of the image.
 
         Raises:
-            UserError: an image cannot be read.
+            UserError: an image cannot be read, or there is no GPU.
         """
         report = self.trained.task.report
         found = predict_images(self.trained, _each(images), gpu=gpu, score=score)
@@ -95,7 +95,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """By which commands and `load` know it."""
+        """Name of the run, for commands and `load`."""
         return self.finished.run.name
 
     @property
@@ -105,22 +105,22 @@ class Run:
 
     @property
     def metrics(self) -> Mapping[str, float]:
-        """Of the best checkpoint, on the test split."""
+        """Metrics of the best checkpoint on the test split."""
         return self.finished.test
 
     @property
     def validation(self) -> Mapping[str, float]:
-        """Of the best checkpoint, on the validation split, by which it was chosen."""
+        """Metrics of the best checkpoint on the validation split, which selects it."""
         return self.finished.validation
 
     @property
     def promotion(self) -> Promotion | None:
-        """What became of the version that was registered now; None if there was nothing to register."""
+        """The result of the registration; None if nothing was registered now."""
         return self.finished.promotion
 
     @property
     def tracking_uri(self) -> str:
-        """Of the tracking server or database that holds the run and the registry."""
+        """URI of the tracking server or database with the run and the registry."""
         return resolve_tracking_uri(self.runs_dir)
 
     @cached_property
@@ -131,7 +131,7 @@ class Run:
     def predict(
         self, images: ImageInput | Iterable[ImageInput], *, score: float = 0.3, gpu: bool = False
     ) -> list[dict[str, Any]]:
-        """As `Model.predict`, by the best checkpoint."""
+        """Predicts images with the best checkpoint; see `Model.predict`."""
         return self.model.predict(images, score=score, gpu=gpu)
 
 
@@ -150,36 +150,39 @@ def train(
     verbose: bool = False,
     console: Console | None = None,
 ) -> Run:
-    """Trains a recipe; tests, certifies and registers its best checkpoint. The same call resumes an interrupted run.
+    """Trains a recipe; then tests, certifies and registers its best checkpoint. The same call resumes the run.
 
     Args:
-        recipe: a name of `spikefleet recipes`, or the path of a YAML file.
+        recipe: a name (`spikefleet recipes` lists them), or the path of a YAML file.
         overrides: values by dotted key, such as `{"model.timesteps": 2}`.
         workers: Ray Train workers; 0 trains in this process, without Ray.
-        gpu: one GPU for each worker.
-        name: of the run; by default it follows from the configuration.
-        resume: name of an existing run to resume, with its own configuration.
-        address: Ray cluster, HOST:PORT.
-        runs_dir: where runs and their tracking database are kept.
-        stores_dir: where prepared data sets are kept.
+        gpu: use one GPU per worker.
+        name: of the run; by default the recipe with a digest of the configuration.
+        resume: name of an existing run to resume with its own configuration.
+        address: HOST:PORT of the Ray cluster; by default RAY_ADDRESS, else a local Ray is started.
+        runs_dir: directory of runs and of their tracking database.
+        stores_dir: directory of prepared stores.
         plugins: modules that register model families, tasks, sources or transforms.
-        verbose: show what Ray and its workers log.
-        console: for progress; `rich.console.Console(quiet=True)` for none.
+        verbose: show the logs of Ray and of its workers.
+        console: for progress; `rich.console.Console(quiet=True)` shows none.
+
+    Returns:
+        The finished run.
 
     Raises:
-        UserError: what can be corrected, before anything starts.
-        RunError: the training failed.
+        UserError: an error that the user can fix, before training starts.
+        RunError: the training or the registration failed.
     """
     load_plugins(plugins)
-    wanted = dict(overrides or {})
+    given = dict(overrides or {})
     if workers is not None:
-        wanted["cluster.workers"] = workers
+        given["cluster.workers"] = workers
     if gpu:
-        wanted["cluster.gpu"] = True
+        given["cluster.gpu"] = True
     if name not in (None, resume) and resume is not None:
-        raise UserError(f"--name {name} and --resume {resume} name two runs; give one of them")
+        raise UserError(f"--name {name} and --resume {resume} are two runs; give one of them")
     folder = Path(runs_dir)
-    config = load_config(recipe, wanted) if resume is None else _resumed(recipe, resume, wanted, folder)
+    config = load_config(recipe, given) if resume is None else _resumed(recipe, resume, given, folder)
     options = Options(folder, Path(stores_dir), address, verbose)
     return Run(run_training(config, options, console or Console(), name or resume), folder)
 
@@ -187,7 +190,7 @@ def train(
 def _resumed(recipe: str, resume: str, overrides: Mapping[str, Any], runs_dir: Path) -> Config:
     held = find_run(runs_dir, resume).config()
     if held.recipe != Path(recipe).stem:
-        raise UserError(f"run {resume} was trained by recipe {held.recipe!r}, not {recipe!r}")
+        raise UserError(f"run {resume} was trained by recipe {held.recipe!r}, not {recipe!r}; set recipe {held.recipe}")
     return override_config(held, overrides, origin=f"run {resume}")
 
 
@@ -209,24 +212,25 @@ def search(
     """Runs a search, or resumes the one of this name. Its trials are runs, which `load` opens by their directories.
 
     Args:
-        search: a name of `spikefleet searches`, the path of a YAML file, or what such a file holds.
-        name: of the search's directory; the search's name if not given.
-        extend: add so many trials to a search that is done.
+        search: a name (`spikefleet searches` lists them), the path of a YAML file, or the content of one.
+        name: of the search; by default the name of its file.
+        extend: number of trials to add to a search that is complete.
         warm_start: name of an earlier search whose trials inform this one.
-        retry_failed: run failed trials once more.
-        address: Ray cluster, HOST:PORT.
-        runs_dir: where searches, runs and their tracking database are kept.
-        stores_dir: where prepared data sets are kept.
-        data: overrides that say where the data lie, such as `{"data.root": "/data/cifar"}`.
+        retry_failed: run each failed trial once more.
+        address: HOST:PORT of the Ray cluster; by default RAY_ADDRESS, else a local Ray is started.
+        runs_dir: directory of searches, runs and their tracking database.
+        stores_dir: directory of prepared stores.
+        data: overrides with the location of the data, such as `{"data.root": "/data/cifar"}`.
         plugins: modules that register model families, tasks, sources or transforms.
-        verbose: show what Ray and its workers log.
+        verbose: show the logs of Ray and of its workers.
         console: for progress.
 
     Returns:
-        Its trials (`records`), the Pareto front (`front`), its `knee`, and where it lies (`folder`).
+        The trials (`records`), the Pareto front (`front`), its `knee`, and the search's directory (`folder`).
 
     Raises:
-        UserError: it cannot run, before anything starts.
+        UserError: the search is invalid or cannot be resumed; raised before any trial starts.
+        KeyboardInterrupt: the user pressed Ctrl-C; the same call resumes the search.
     """
     from spikefleet.search.run_search import run_tracked_search
     from spikefleet.search.search_files import load_search
@@ -254,16 +258,16 @@ def search(
 
 
 def load(reference: str | Path, *, runs_dir: str | Path = "runs", plugins: Sequence[str] = ()) -> Model:
-    """A trained network with its configuration, metrics and energy card. Every file is checked against its hash.
+    """Loads a trained network with its configuration, metrics and energy card; every file is verified by its hash.
 
     Args:
         reference: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, the directory of a pulled version or of a checkpoint,
             or the name of a run.
-        runs_dir: where runs and their tracking database are kept, unless MLFLOW_TRACKING_URI is set.
-        plugins: modules that register what the network needs.
+        runs_dir: directory of runs and, unless MLFLOW_TRACKING_URI is set, of their tracking database.
+        plugins: modules that the network needs.
 
     Raises:
-        UserError: there is nothing by that reference, or what is there is damaged.
+        UserError: the reference does not exist, or a file is damaged.
     """
     load_plugins(plugins)
     named, folder = str(reference), Path(runs_dir)

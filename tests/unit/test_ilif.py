@@ -279,7 +279,7 @@ def test_gates_of_spikes_refuse_integers(gate: str) -> None:
 
     shortcut = torch.randint(2, (2, 2, 4, 3, 3)).float()
     assert unit(1)(torch.randn(4, 4, 3, 3), shortcut).unique().tolist() == [0, 1]
-    with pytest.raises(ValueError, match=f"gate {gate} joins spikes 0 and 1.*bound=2"):
+    with pytest.raises(ValueError, match=f"gate {gate} needs binary spikes.*bound=2"):
         unit(2)
 
 

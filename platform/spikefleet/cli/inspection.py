@@ -171,7 +171,7 @@ def energy(
                     trained.network,
                     trained.config.data.transform,
                     rows,
-                    pictures=images,
+                    images=images,
                     constants=constants,
                     form=form,
                     shortcuts=shortcuts,

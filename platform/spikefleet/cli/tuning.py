@@ -28,6 +28,7 @@ from spikefleet.cli.parameters import (
 from spikefleet.cli.tables import Column, number, print_table, text
 from spikefleet.errors import UserError
 from spikefleet.status import print_line
+from spikefleet_tune.messages import counted
 
 if TYPE_CHECKING:
     from spikefleet.registry import Promotion
@@ -125,7 +126,7 @@ def tune(
         )
         if not as_json:
             header, *cells = pareto_table(result)
-            title = f"{result.name}: {len(result.front)} of {len(result.records)} trials are on the front"
+            title = f"{result.name}: {len(result.front)} of {counted(len(result.records), 'trial')} on the front"
             columns = [Column(head, "number" if head.endswith(")") else "name") for head in header]
             print_table(console, columns, cells, title)
         if confirm:

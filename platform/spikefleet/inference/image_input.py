@@ -1,4 +1,4 @@
-"""Images as people have them, files, PIL images or arrays, as the pixels that a network takes."""
+"""Reads images (files, PIL images or arrays) as the pixels of a network's input."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from spikefleet.errors import UserError
 
 Pixels = NDArray[np.uint8]
-"""uint8 [C, H, W]."""
+"""uint8 `[C, H, W]`."""
 
 ImageInput = str | Path | Image.Image | NDArray[np.uint8]
-"""An image file, a PIL image, or uint8 pixels [H, W], [H, W, C] or [C, H, W] with C = 1 or 3."""
+"""An image file, a PIL image, or uint8 pixels `[H, W]`, `[H, W, C]` or `[C, H, W]` with C = 1 or 3."""
 
 _UNREADABLE = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError)
 
 
 def check_image_file(file: Path) -> None:
-    """Reads the header only. Raises UserError naming the file when it is no image."""
+    """Reads the header of an image file. Raises UserError if it is not an image."""
     try:
         with Image.open(file):
             pass
@@ -29,15 +29,18 @@ def check_image_file(file: Path) -> None:
 
 
 def read_image(image: ImageInput, channels: int, size: tuple[int, int] | None) -> Pixels:
-    """The pixels of an image, upright, with the channels and the size that a network was trained on.
+    """Reads an image, rotated as its EXIF orientation says.
 
     Args:
-        image: in any form.
+        image: a file, a PIL image or an array.
         channels: 1 or 3; the image is converted to grey or RGB.
-        size: H, W to resize to; None keeps the image's own.
+        size: (H, W) in pixels to resize to; None keeps the size.
+
+    Returns:
+        Pixels, uint8 `[C, H, W]`.
 
     Raises:
-        UserError: the file, or the array's shape or type, that is no image.
+        UserError: the file cannot be read, or the array has another shape or type.
     """
     opened = _opened(image)
     mode = "L" if channels == 1 else "RGB"
@@ -69,6 +72,6 @@ def _from_array(pixels: NDArray[np.uint8]) -> Image.Image:
         if pixels.size and (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[-1] == 3)):
             return Image.fromarray(np.ascontiguousarray(pixels))
     raise UserError(
-        f"an image of type {pixels.dtype} and shape {list(pixels.shape)}: give uint8 pixels [H, W], [H, W, C] or "
-        "[C, H, W] with C = 1 or 3"
+        f"image array of type {pixels.dtype} and shape {list(pixels.shape)}: expected uint8 pixels [H, W], [H, W, C] "
+        "or [C, H, W] with C = 1 or 3"
     )

@@ -30,22 +30,25 @@ def predict_files(
     score: float = 0.3,
     progress: Count = uncounted,
 ) -> list[dict[str, Any]]:
-    """What the network says of each image file, in order.
+    """Predicts image files.
+
+    Images are resized to the size of the training images, unless the task takes any size.
 
     Args:
         trained: the network.
-        paths: files, or folders of them.
-        out: a PNG with all images; where the task draws each by itself, a folder, or a PNG when there is one image.
-        gpu: predict on a GPU.
-        score: parts of a prediction below it are left out.
+        paths: image files, and folders of them.
+        out: one PNG with all images (classification); a folder for each image with its prediction, or a PNG when there
+            is one image (detection).
+        gpu: run on the GPU.
+        score: smallest score of an object.
         progress: called with (images done, images in all).
 
     Returns:
-        `{"image": FILE, ...}` with what the task answers: `"classes": [{"name", "probability"}, ...]`, or
-        `"objects": [{"name", "score", "box"}, ...]` with boxes x1 y1 x2 y2 in the image's own pixels.
+        For each image, in order, `{"image": PATH, "classes": [{"name", "probability"}, ...]}`, or
+        `{"image": PATH, "objects": [{"name", "score", "box"}, ...]}` with boxes x1 y1 x2 y2 in pixels of the image.
 
     Raises:
-        UserError: a file is missing or no image, a folder holds none, or `out` does not suit the task.
+        UserError: a file is missing or not an image, a folder has no images, or `out` cannot be used.
     """
     report = trained.task.report
     if out is not None and not report.draws_each and out.suffix.lower() != ".png":
@@ -72,15 +75,17 @@ def predict_files(
 def predict_images(
     trained: TrainedNetwork, images: Iterable[ImageInput], *, gpu: bool = False, score: float = 0.3
 ) -> Iterator[tuple[Pixels, Any]]:
-    """The task's prediction for each image, beside its pixels as the network was given them before normalisation.
-
-    One image at a time: photographs are large, and a folder may hold thousands.
+    """Iterates over predictions, one image at a time: photographs are large, and a folder may hold thousands.
 
     Args:
         trained: the network.
-        images: in any form; resized to the size of the training images unless the task takes any size.
-        gpu: predict on a GPU.
-        score: parts of a prediction below it are left out.
+        images: files, PIL images or arrays; resized to the size of the training images, unless the task takes any
+            size.
+        gpu: run on the GPU.
+        score: smallest score of an object.
+
+    Yields:
+        The pixels of each image, uint8 `[C, H, W]` before normalisation, with the task's prediction.
 
     Raises:
         UserError: an image cannot be read, or there is no GPU.
@@ -130,12 +135,12 @@ def _image_files(paths: Sequence[Path]) -> Iterator[Path]:
         if path.is_dir():
             inside = sorted(file for file in path.iterdir() if file.suffix.lower() in _SUFFIXES)
             if not inside:
-                raise UserError(f"folder {path} holds no pictures ({', '.join(sorted(_SUFFIXES))})")
+                raise UserError(f"folder {path} has no images ({', '.join(sorted(_SUFFIXES))})")
             yield from inside
         elif path.is_file():
             yield path
         else:
-            raise UserError(f"picture {path} does not exist")
+            raise UserError(f"image {path} does not exist")
 
 
 def _write_image(image: torch.Tensor, path: Path) -> None:

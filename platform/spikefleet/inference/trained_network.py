@@ -1,4 +1,4 @@
-"""A trained network by its reference: a registered version, a package, a run, or a checkpoint."""
+"""Loads a trained network by reference: a registered version, a package, a run, or a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
+from spikefleet import registry
 from spikefleet.certificates.energy_card import ENERGY
 from spikefleet.config.recipes import parse_config
 from spikefleet.config.schema import Config
@@ -23,6 +24,7 @@ from spikefleet.registry.package import CARD, load_network, read_card
 from spikefleet.runs.run_dir import Run, find_run
 from spikefleet.status import counting
 from spikefleet.tasks import AnyTask, build_task
+from spikefleet.tracking.mlflow_client import resolve_tracking_uri
 from spikefleet.training.checkpoints import best_network, load_checkpoint
 from spikefleet.training.distributed import ProcessGroup, pick_device
 from spikefleet.training.evaluation import Evaluation, evaluate
@@ -33,38 +35,36 @@ from spikefleet_pipelines.store.reader import Split
 
 @dataclass(frozen=True)
 class TrainedNetwork:
-    """A network in evaluation mode on the CPU, with what is needed to use it."""
+    """A network in evaluation mode on the CPU, with its configuration and data summary."""
 
     reference: str
     network: nn.Module
     config: Config
     data: DataSummary
-    """What it was trained on."""
+    """Summary of its training data."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """As recorded with it, by split and name, such as "test/top1"."""
+    """Its recorded metrics by split and name, such as "test/top1"."""
     card: EnergyCard | None = None
-    """As recorded with it."""
+    """Its recorded energy card."""
 
     @cached_property
     def task(self) -> AnyTask:
-        """The task that it was trained for."""
+        """The task of the network."""
         return build_task(self.config, self.data)
 
 
 def open_trained_network(reference: str, runs_dir: Path) -> TrainedNetwork:
-    """Loads the network that a reference names; nothing is unpickled, every file is checked against its hash.
+    """Loads a network; nothing is unpickled, and every file is verified against its hash.
 
     Args:
         reference: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, the directory of a pulled package or of a checkpoint,
             or the name of a run (its best checkpoint).
+        runs_dir: directory of the runs.
 
     Raises:
-        UserError: there is nothing by that reference, or what is there is damaged.
+        UserError: the reference does not exist, or a file is damaged.
     """
     if reference.startswith("models:"):
-        from spikefleet import registry
-        from spikefleet.tracking.mlflow_client import resolve_tracking_uri
-
         with tempfile.TemporaryDirectory(prefix="spikefleet-") as scratch:
             folder = Path(scratch) / "package"
             registry.pull(reference, folder, tracking_uri=resolve_tracking_uri(runs_dir))
@@ -75,7 +75,7 @@ def open_trained_network(reference: str, runs_dir: Path) -> TrainedNetwork:
     if path.is_dir() and path.parent.name == "checkpoints":
         return _from_checkpoint(reference, path, Run(path.parent.parent))
     if path.is_dir():
-        raise UserError(f"{path} holds neither a registered network ({CARD}) nor a checkpoint of a run")
+        raise UserError(f"{path} is neither a registered network (with {CARD}) nor a checkpoint of a run")
     run = find_run(runs_dir, reference)
     return _from_checkpoint(reference, run.best_checkpoint(), run)
 
@@ -83,7 +83,7 @@ def open_trained_network(reference: str, runs_dir: Path) -> TrainedNetwork:
 def _from_package(reference: str, folder: Path) -> TrainedNetwork:
     network, plain = load_network(folder)
     config, data = parse_config(plain, origin=reference), DataSummary.read(folder)
-    metrics = {str(name): float(value) for name, value in read_card(folder).facts.get("metrics", {}).items()}
+    metrics = {str(name): float(value) for name, value in read_card(folder).metadata.get("metrics", {}).items()}
     return TrainedNetwork(reference, network, config, data, metrics, _energy_card(folder))
 
 
@@ -98,7 +98,7 @@ def _from_checkpoint(reference: str, checkpoint: Path, run: Run) -> TrainedNetwo
 
 
 def _energy_card(folder: Path) -> EnergyCard | None:
-    """The card that lies in a folder, if one does. Raises UserError naming a file that is damaged."""
+    """Reads the energy card of a folder, if it has one. Raises UserError if the file is damaged."""
     path = folder / ENERGY
     if not path.is_file():
         return None
@@ -111,21 +111,31 @@ def _energy_card(folder: Path) -> EnergyCard | None:
 def open_split(
     trained: TrainedNetwork, split: str, stores_dir: Path, console: Console, *, data: str | None = None
 ) -> Split:
-    """A split of the network's own data, or of the store `data`.
+    """Opens a split of the network's own data, or of another store.
 
-    Raises UserError when the store holds other classes than the network knows.
+    Args:
+        trained: the network.
+        split: name of the split.
+        stores_dir: directory of prepared stores.
+        console: for progress.
+        data: location of another store; by default the data of the network's configuration.
+
+    Raises:
+        UserError: the classes or category ids of the store are not those of the training data.
+        SourceError: the data is missing and cannot be prepared.
+        StoreError: the store is damaged.
     """
     config = trained.config.data
     store = open_data(config.model_copy(update={"store": data}) if data else config, stores_dir, console)
     if store.manifest.class_names != trained.data.class_names:
         raise UserError(
-            f"{store.location} has the classes {', '.join(store.manifest.class_names[:5])}, ...; "
-            f"{trained.reference} was trained on {', '.join(trained.data.class_names[:5])}, ..."
+            f"{store.location}: expected the classes {', '.join(trained.data.class_names[:5])}, ... of "
+            f"{trained.reference}, found {', '.join(store.manifest.class_names[:5])}, ..."
         )
     if tuple(store.manifest.category_ids or ()) != trained.data.category_ids:
         raise UserError(
-            f"{store.location} has other category ids for these classes than the data of {trained.reference}; "
-            "figures by class would be wrong"
+            f"{store.location}: its category ids are not those of the data of {trained.reference}, so metrics by class "
+            "would be wrong; use a store with the same categories"
         )
     return store.split(split)
 
@@ -139,7 +149,24 @@ def evaluate_on_split(
     data: str | None = None,
     gpu: bool = False,
 ) -> Evaluation[Any, Any]:
-    """Runs the network over a split, as `open_split` has it. Raises as that."""
+    """Evaluates a network on a split.
+
+    Args:
+        trained: the network.
+        split: name of the split.
+        stores_dir: directory of prepared stores.
+        console: for progress.
+        data: location of another store; by default the data of the network's configuration.
+        gpu: run on the GPU.
+
+    Returns:
+        Predictions and targets in the order of the split.
+
+    Raises:
+        UserError: the classes or category ids of the store are not those of the training data.
+        SourceError: the data is missing and cannot be prepared.
+        StoreError: the store is damaged.
+    """
     config = trained.config.data
     rows = open_split(trained, split, stores_dir, console, data=data)
     group = ProcessGroup(0, 1, pick_device(gpu))
@@ -147,5 +174,5 @@ def evaluate_on_split(
     with counting(console, f"evaluating {split}") as progress:
         network = trained.network.to(group.device)
         evaluation = evaluate(network, trained.task, loader, trained.config.train, group, progress)
-    assert evaluation is not None, "a single process gets its own predictions"
+    assert evaluation is not None, "rank 0 gets the predictions"
     return evaluation

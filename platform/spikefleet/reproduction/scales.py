@@ -5,4 +5,4 @@ from __future__ import annotations
 from typing import Literal
 
 Scale = Literal["digits", "fashion_mnist", "full"]
-"""full: the paper's network and data. The others stand for it on two CPU cores: narrow networks on small real data."""
+"""full: the paper's networks and data. The others run on two CPU cores: narrow networks on small real data."""

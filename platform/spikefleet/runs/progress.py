@@ -43,8 +43,10 @@ def build_display(console: Console) -> Display:
 
 
 class LiveDisplay:
-    """One bar over all steps with loss, accuracy, rate and remaining time, or with what is waited for and its seconds;
-    epochs scroll by above it."""
+    """One bar over all steps, with metrics, rate and remaining time, or with what is waited for and its seconds.
+
+    Epochs scroll by above it.
+    """
 
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
