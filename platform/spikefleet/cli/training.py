@@ -13,7 +13,6 @@ from spikefleet.cli.completion import run_names
 from spikefleet.cli.output import console, loading, messages, print_json, say, stderr
 from spikefleet.cli.parameters import Address, AsJson, Overrides, Recipe, RunsDir, StoresDir, Verbose
 from spikefleet.cli.tables import number, print_table, text
-from spikefleet.errors import UserError
 from spikefleet.status import print_line
 
 if TYPE_CHECKING:
@@ -43,18 +42,33 @@ def train(
     stores_dir: StoresDir = Path("stores"),
 ) -> None:
     """Train a recipe, test and register its best checkpoint. The same command resumes an interrupted run."""
-    config = _wanted_config(recipe, overrides or [], workers, gpu, name, resume, runs_dir)
+    from spikefleet.config.recipes import load_config, parse_overrides, with_cluster
+
+    wanted = parse_overrides(overrides or [])
+    if resume is None:
+        load_config(recipe, with_cluster(wanted, workers, gpu))  # what is wrong is said before torch is loaded
     where = messages(as_json)
     with loading("torch", where):
-        from spikefleet.runs.options import Options
-        from spikefleet.runs.train_run import run_training
+        from spikefleet import api
 
-    options = Options(runs_dir, stores_dir, address, verbose)
     try:
-        finished = run_training(config, options, where, name or resume)
+        run = api.train(
+            recipe,
+            wanted,
+            workers=workers,
+            gpu=gpu,
+            name=name,
+            resume=resume,
+            address=address,
+            runs_dir=runs_dir,
+            stores_dir=stores_dir,
+            verbose=verbose,
+            console=where,
+        )
     except KeyboardInterrupt:
         print_line(stderr, "interrupted; the same command resumes from the last checkpoint")
         raise
+    finished = run.finished
     if as_json:
         print_json(_as_data(finished))
         return
@@ -68,29 +82,6 @@ def train(
         say(f"{promotion.name} version {promotion.version} is {promotion.alias}: {promotion.reason}")
     say(f"report: {finished.run.path / 'report'}")
     say(f"tracking: {finished.look_at}  (or: spikefleet ui)")
-
-
-def _wanted_config(
-    recipe: str, overrides: list[str], workers: int | None, gpu: bool, name: str | None, resume: str | None, runs: Path
-) -> Config:
-    """The configuration of a recipe, or of the run that is resumed, with the overrides of the command."""
-    from spikefleet.config.recipes import load_config, override_config, parse_overrides
-
-    wanted = parse_overrides(overrides)
-    if workers is not None:
-        wanted["cluster.workers"] = workers
-    if gpu:
-        wanted["cluster.gpu"] = True
-    if resume is None:
-        return load_config(recipe, wanted)
-    if name not in (None, resume):
-        raise UserError(f"--name {name} and --resume {resume} name two runs; give one of them")
-    with loading("torch", stderr):
-        from spikefleet.runs.run_dir import find_run
-    held = find_run(runs, resume).config()
-    if held.recipe != Path(recipe).stem:
-        raise UserError(f"run {resume} was trained by recipe {held.recipe!r}, not {recipe!r}")
-    return override_config(held, wanted, origin=f"run {resume}")
 
 
 def _as_data(finished: FinishedRun) -> dict[str, Any]:
