@@ -86,7 +86,7 @@ def _refuse_too_little(present: Mapping[str, float], needed: Mapping[str, float]
         if amount > present.get(kind, 0):
             remedy = "leave out --gpu" if kind == "GPU" else "lower cluster.cpus_per_worker"
             raise UserError(
-                f"the run needs {amount:g} {kind}s ({_NEED[kind]}), but {where} has {present.get(kind, 0):g}; "
+                f"the run needs {amount:g} {kind}{'s' * (amount != 1)} ({_NEED[kind]}), but {where} has {present.get(kind, 0):g}; "
                 f"lower --workers, {remedy}, or set --address to a larger cluster"
             )
 
