@@ -231,19 +231,19 @@ def test_a_taken_port_is_refused_at_once(desk: Desk) -> None:
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (("train", "digit"), ("no recipe 'digit'", "did you mean 'digits'")),
+        (("train", "digit"), ("recipe 'digit' does not exist", "did you mean 'digits'")),
         (("train", "digits", "model.timestep=2"), ("unknown key 'model.timestep'", "'model.timesteps'")),
         (("train", "digits", "model.timesteps=0"), ("model.timesteps=0", "greater than or equal to 1")),
         (("train", "digits", "optim.lr=fast"), ("optim.lr='fast'", "number")),
         (("train", "digits", "--workers", "3"), ("global_batch=64", "63 or 66")),
         (("train", "digits", "--runs-dir", "/proc/none", "--workers", "0"), ("/proc/none", "--runs-dir")),
         (("train", "digits", "data.transform.normalise=cifar10"), ("normalise.mean has 3 values", "1 channels")),
-        (("train", "digits", "model.in_channels=3"), ("model.in_channels=3", "1 channels")),
+        (("train", "digits", "model.in_channels=3"), ("model.in_channels=3", "1 channel;")),
         (("train", "digits", "registry.name=../x"), ("registry.name='../x'",)),
         (("train", "digits", "data.store=s3://key:secret@bucket/x"), ("data.store", "credentials")),
-        (("train", "digits", "--name", "a/b"), ("run name 'a/b'", "path separators")),
-        (("train", "digits", "--resume", "gone"), ("no run 'gone'",)),
-        (("train", "digits", "--gpu", "--workers", "0"), ("no CUDA device",)),
+        (("train", "digits", "--name", "a/b"), ("run name 'a/b'", "1 to 100 letters")),
+        (("train", "digits", "--resume", "gone"), ("run 'gone' does not exist",)),
+        (("train", "digits", "--gpu", "--workers", "0"), ("--gpu needs a CUDA device",)),
         (("train", "digits", "model.num_classes=3", "--workers", "0"), ("10 classes", "model.num_classes=10")),
         (("train", "digits", "--address", "127.0.0.1:1"), ("127.0.0.1:1", "--address")),
         (("train", "digits", "--address", "nowhere"), ("'nowhere'", "HOST:PORT")),
@@ -260,7 +260,7 @@ def test_a_taken_port_is_refused_at_once(desk: Desk) -> None:
         (("data", "prepare", "digits", "--option", "upsample"), ("key=value",)),
         (("data", "show", "gone"), ("gone", "not a store")),
         (("evaluate", "models:/gone@champion"), ("no registry", "mlflow.db")),
-        (("evaluate", "gone"), ("no run 'gone'",)),
+        (("evaluate", "gone"), ("run 'gone' does not exist",)),
         (("registry", "show", "gone"), ("no registry",)),
         (("tracking", "sync", "gone"), ("gone",)),
     ],
@@ -333,7 +333,7 @@ def test_more_than_there_is_is_refused_and_leaves_no_run(words: tuple[str, ...],
     if "--gpu" in words and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     sentence = empty.refuse("train", "digits", *words)
-    assert ("64 CPUs are needed" if "64" in words else "1 GPUs are needed") in sentence
+    assert ("needs 64 CPUs" if "64" in words else "needs 1 GPU ") in sentence
     assert not list(empty.folder.rglob("run.json"))
 
 
@@ -341,7 +341,7 @@ def test_a_refusal_as_the_shell_sees_it(empty: Desk) -> None:
     done = subprocess.run([SPIKEFLEET, "train", "digit"], cwd=empty.folder, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == "error: there is no recipe 'digit'; did you mean 'digits'?\n"
+    assert done.stderr == "error: recipe 'digit' does not exist; did you mean 'digits'?\n"
 
 
 def test_interruption_leaves_a_run_that_goes_on(desk: Desk) -> None:

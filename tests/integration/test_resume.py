@@ -148,7 +148,7 @@ def test_non_finite_loss_stops_every_rank_before_the_update(
 ) -> None:
     reference, clean = undisturbed
     recorder = Recorder()
-    with pytest.raises(RunError, match=r"the loss is nan at step 15 \(epoch 1\), from rank 1"):
+    with pytest.raises(RunError, match=r"the loss is nan at step 15 \(epoch 1\), on rank 1"):
         train_on_ray(config, store, tmp_path, recorder, before_step=poison_loss(rank=1, step=14))
     assert not recorder.restarts, "a restart cannot mend it"
     latest = CheckpointFolder(tmp_path / "checkpoints").latest()
@@ -212,7 +212,7 @@ def test_killed_driver_resumes_by_the_same_command(
     assert latest.name != f"step-{STEPS:08d}", "killed too late to show anything"
     second = subprocess.run(command, env=clean_environment, capture_output=True, text=True, check=False)
     assert second.returncode == 0, second.stderr
-    assert "going on from step-" in second.stdout
+    assert "resuming from step-" in second.stdout
     assert_same_end(run_dir, reference)
     assert tracked_losses(tmp_path) == sorted(clean.losses.items())
     assert json.loads((run_dir / "run.json").read_text())["status"] == "finished"

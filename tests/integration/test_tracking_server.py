@@ -56,7 +56,7 @@ def test_a_server_that_is_away_killed_and_restarted_gets_everything_once(
     undelivered = tracker.finish("FINISHED", wait_s=1)
     assert undelivered > 500
     assert f"spikefleet tracking sync {run_dir}" in caplog.text
-    with pytest.raises(UserError, match=rf"{undelivered} records have not reached http://127.0.0.1"):
+    with pytest.raises(UserError, match=rf"http://127.0.0.1\S* did not take {undelivered} records"):
         sync(run_dir)
 
     server.start()

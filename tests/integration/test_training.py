@@ -252,7 +252,7 @@ def test_mixed_precision_learns(precision: str, store: Store, tmp_path: Path) ->
 
 
 def test_wrong_number_of_classes_and_unknown_metric_are_refused(store: Store, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"model.num_classes=7, but the data have 10 classes; set model.num_classes=10"):
+    with pytest.raises(UserError, match=r"model.num_classes=7, but the data has 10 classes; set model.num_classes=10"):
         run(load_config("digits", parse_overrides([*SMALL, "model.num_classes=7"])), store, tmp_path)
     with pytest.raises(UserError, match=r"checkpoint.metric='map50'.*top1"):
         run(load_config("digits", parse_overrides([*SMALL, "checkpoint.metric=map50"])), store, tmp_path)
@@ -260,7 +260,7 @@ def test_wrong_number_of_classes_and_unknown_metric_are_refused(store: Store, tm
 
 def test_storage_that_refuses_ends_the_run_with_a_sentence(store: Store, tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("in the way")
-    with pytest.raises(RunError, match="could not be written"):
+    with pytest.raises(RunError, match="cannot be written"):
         run(load_config("digits", parse_overrides(SMALL)), store, tmp_path)
 
 

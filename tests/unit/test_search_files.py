@@ -37,10 +37,10 @@ def test_a_search_is_read() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "empty or no mapping"),
-        ("- a", "empty or no mapping"),
+        ("", "must be a mapping"),
+        ("- a", "must be a mapping"),
         ("recipe: [", "not valid YAML"),
-        ("recipe: a\nrecipe: b", "key 'recipe' stands twice"),
+        ("recipe: a\nrecipe: b", "key 'recipe' is repeated"),
         ("a: &x 1\nb: *x", "aliases"),
         ("recipe: !!python/object/apply:os.getcwd []", "not valid YAML"),
         ("? [a]\n: b", "not valid YAML"),
@@ -70,7 +70,7 @@ def test_searches_are_found_by_name_or_path(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"mine\.yaml is not UTF-8 text"):
         load_search(str(path))
     path.write_text(_TEXT + "#" * (1 << 20))
-    with pytest.raises(UserError, match=r"mine\.yaml has \d+ bytes; a search has at most 1 MiB"):
+    with pytest.raises(UserError, match=r"mine\.yaml has \d+ bytes; at most 1 MiB is allowed"):
         load_search(str(path))
 
 

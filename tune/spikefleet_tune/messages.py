@@ -18,9 +18,13 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """
     names = sorted(known)
     near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
-    if near:
-        return f"did you mean {near[0]!r}?"
-    return f"expected one of {', '.join(names)}" if names else "none is defined"
+    return f"did you mean {near[0]!r}?" if near else one_of(names)
+
+
+def one_of(known: Iterable[str]) -> str:
+    """The end of a message about an unknown word: `expected one of a, b`, or `none exist`."""
+    names = ", ".join(known)
+    return f"expected one of {names}" if names else "none exist"
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:

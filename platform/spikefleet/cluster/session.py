@@ -85,8 +85,9 @@ def _refuse_too_little(present: Mapping[str, float], needed: Mapping[str, float]
     for kind, amount in needed.items():
         if amount > present.get(kind, 0):
             remedy = "leave out --gpu" if kind == "GPU" else "lower cluster.cpus_per_worker"
+            units = kind if amount == 1 else f"{kind}s"
             raise UserError(
-                f"the run needs {amount:g} {kind}s ({_NEED[kind]}), but {where} has {present.get(kind, 0):g}; "
+                f"the run needs {amount:g} {units} ({_NEED[kind]}), but {where} has {present.get(kind, 0):g}; "
                 f"lower --workers, {remedy}, or set --address to a larger cluster"
             )
 

@@ -31,7 +31,7 @@ Concrete = Callable[[type[BaseModel], Any], type[BaseModel]]
 """Resolves a member of an open set of configurations: (declared class, plain data) -> class."""
 
 
-def sentences(
+def error_messages(
     error: ValidationError,
     root: type[BaseModel],
     data: Any,
@@ -52,11 +52,11 @@ def sentences(
     """
     for part in reversed(at):
         data = {part: data}
-    messages = [_sentence({**item, "loc": (*at, *item["loc"])}, root, data, concrete) for item in error.errors()]
+    messages = [_error_message({**item, "loc": (*at, *item["loc"])}, root, data, concrete) for item in error.errors()]
     return "; ".join(dict.fromkeys(messages))
 
 
-def _sentence(error: Mapping[str, Any], root: type[BaseModel], data: Any, concrete: Concrete) -> str:
+def _error_message(error: Mapping[str, Any], root: type[BaseModel], data: Any, concrete: Concrete) -> str:
     location = [str(part) for part in error["loc"]]
     path = ".".join(location)
     if error["type"] in ("unknown_field", "extra_forbidden") and path in RENAMED_KEYS:

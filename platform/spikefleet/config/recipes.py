@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from spikefleet.config.messages import did_you_mean, sentences
+from spikefleet.config.messages import did_you_mean, error_messages
 from spikefleet.config.schema import Config
 from spikefleet.config.strict_yaml import parse_yaml, read_mapping, read_yaml_text
 from spikefleet.config.task_table import find_task
@@ -105,7 +105,7 @@ def parse_config(tree: Mapping[str, Any], origin: str) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{origin}: {sentences(error, Config, tree, concrete=_concrete)}") from None
+        raise UserError(f"{origin}: {error_messages(error, Config, tree, concrete=_concrete)}") from None
 
 
 def parse_model(tree: Any, origin: str) -> ModelConfig:
@@ -113,7 +113,7 @@ def parse_model(tree: Any, origin: str) -> ModelConfig:
     try:
         return _MODEL.validate_python(tree)
     except ValidationError as error:
-        raise UserError(f"{origin}: {sentences(error, Config, tree, at=('model',), concrete=_concrete)}") from None
+        raise UserError(f"{origin}: {error_messages(error, Config, tree, at=('model',), concrete=_concrete)}") from None
 
 
 def parse_transform(tree: Any, origin: str) -> BatchTransformConfig:
@@ -122,7 +122,7 @@ def parse_transform(tree: Any, origin: str) -> BatchTransformConfig:
         return _TRANSFORM.validate_python(tree)
     except ValidationError as error:
         where = ("data", "transform")
-        raise UserError(f"{origin}: {sentences(error, Config, tree, at=where, concrete=_concrete)}") from None
+        raise UserError(f"{origin}: {error_messages(error, Config, tree, at=where, concrete=_concrete)}") from None
 
 
 def check_uses(tree: Mapping[str, Any], origin: str) -> None:

@@ -51,6 +51,7 @@ from spikefleet.registry.version import (
     check_model_name,
 )
 from spikefleet.tracking.mlflow_client import resolve_tracking_uri
+from spikefleet_tune.messages import one_of
 
 if TYPE_CHECKING:
     import torch
@@ -205,8 +206,7 @@ def promote(name: str, version: int, metric: str, mode: Mode = "max", *, trackin
         candidate = before.pick(version)
         own = _of(candidate, metric)
         if own.value is None:
-            has = ", ".join(candidate.metrics) or "none"
-            raise UserError(f"{candidate.uri} has no metric {metric!r}; it has {has}")
+            raise UserError(f"{candidate.uri} has no metric {metric!r}; {one_of(candidate.metrics)}")
         asking, settled = f"asking {mode} {metric}", f"settled {mode} {metric}"
         settled_before = {v.version for v in before.versions if v.tags.get(_PROMOTION) == settled}
         client.set_model_version_tag(name, str(version), _PROMOTION, asking)
@@ -369,7 +369,7 @@ def best(
     values = [(version, value) for version in versions if (value := version.metric(metric)) is not None]
     if not values:
         known = sorted({name for version in versions for name in version.metrics})
-        raise UserError(f"no matching version has the metric {metric!r}; expected one of {', '.join(known) or 'none'}")
+        raise UserError(f"no matching version has the metric {metric!r}; {one_of(known)}")
     sign = -1 if mode == "max" else 1
     return min(values, key=lambda pair: (sign * pair[1], pair[0].created, pair[0].name, pair[0].version))[0]
 
@@ -378,7 +378,7 @@ def _narrow(versions: list[RegisteredVersion], key: str, wanted: str) -> list[Re
     kept = [version for version in versions if version.tags.get(key) == wanted]
     if not kept:
         known = sorted({version.tags[key] for version in versions if key in version.tags})
-        raise UserError(f"no version is registered for {key} {wanted!r}; expected one of {', '.join(known) or 'none'}")
+        raise UserError(f"no version is registered for {key} {wanted!r}; {one_of(known)}")
     return kept
 
 

@@ -15,6 +15,7 @@ from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
 from spikefleet.registry.version import CONTENT_HASH, RegisteredModel, RegisteredVersion, check_model_name
 from spikefleet.tracking.mlflow_client import check_tracking_uri, public_uri, quiet_mlflow
+from spikefleet_tune.messages import one_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -96,7 +97,7 @@ def find_model(client: "MlflowClient", name: str) -> RegisteredModel:
     versions = find_versions(client, check_model_name(name))
     if not versions:
         known = sorted({version.name for version in find_versions(client)})
-        hint = did_you_mean(name, known, f"expected one of {', '.join(known[:10]) or 'none'}", most=3)
+        hint = did_you_mean(name, known, one_of(known[:10]), most=3)
         raise UserError(f"registered model {name!r} does not exist; {hint}")
     return RegisteredModel(name, tuple(versions))
 

@@ -9,6 +9,7 @@ from collections.abc import Collection
 from spikefleet.config.messages import did_you_mean
 from spikefleet.errors import UserError
 from spikefleet_tune.expressions import WHERE, Expression, ExpressionError, parse
+from spikefleet_tune.messages import one_of
 
 MetadataValue = str | float
 """A tag or a metric of a version."""
@@ -35,7 +36,6 @@ def parse_where(text: str, known: Collection[str] | None = None) -> Expression:
         raise UserError(f"where: {text.strip()[:80]!r} names no key of a version; write, for example, timesteps<=2")
     for name in query.names:
         if known is not None and name not in known:
-            listed = f"expected one of {', '.join(sorted(known))}"
-            hint = " ".join(filter(None, (did_you_mean(name, known, ""), listed)))
+            hint = " ".join(filter(None, (did_you_mean(name, known, ""), one_of(sorted(known)))))
             raise UserError(f"where: no version has the key {name!r}; {hint}")
     return query

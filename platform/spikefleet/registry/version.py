@@ -7,6 +7,7 @@ from datetime import datetime
 
 from spikefleet.errors import UserError
 from spikefleet.registry.query import MetadataValue
+from spikefleet_tune.messages import one_of
 
 CHAMPION = "champion"
 CHALLENGER = "challenger"
@@ -63,16 +64,16 @@ class RegisteredModel:
         for version in self.versions:
             if version.version == number:
                 return version
-        known = ", ".join(str(version.version) for version in reversed(self.versions))
-        raise UserError(f"model {self.name} has no version {number}; expected one of {known}")
+        known = one_of(str(version.version) for version in reversed(self.versions))
+        raise UserError(f"model {self.name} has no version {number}; {known}")
 
     def pick_alias(self, alias: str) -> RegisteredVersion:
         """The version with an alias. Raises UserError for an unknown one."""
         for version in self.versions:
             if alias in version.aliases:
                 return version
-        known = ", ".join(sorted(alias for version in self.versions for alias in version.aliases))
-        raise UserError(f"model {self.name} has no alias {alias!r}; expected one of {known or 'none'}")
+        known = one_of(sorted(alias for version in self.versions for alias in version.aliases))
+        raise UserError(f"model {self.name} has no alias {alias!r}; {known}")
 
     @property
     def champion(self) -> RegisteredVersion | None:

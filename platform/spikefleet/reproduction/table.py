@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from spikefleet.config.messages import did_you_mean, sentences
+from spikefleet.config.messages import did_you_mean, error_messages
 from spikefleet.config.schema import Section
 from spikefleet.config.strict_yaml import read_mapping
 from spikefleet.errors import UserError
@@ -157,4 +157,4 @@ def load_table(name: str) -> PaperTable:
     try:
         return PaperTable.model_validate(tree)
     except ValidationError as error:  # only during the development of a table
-        raise UserError(f"table {name}: {sentences(error, PaperTable, tree)}") from None
+        raise UserError(f"table {name}: {error_messages(error, PaperTable, tree)}") from None

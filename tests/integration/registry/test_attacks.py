@@ -107,7 +107,7 @@ def test_swapped_weights_are_refused_by_hash(
     found = sha256_of(stored / "artifacts" / WEIGHTS)
     if card_too:
         rewrite_card(stored / "artifacts")
-        sentence = rf"card\.json is not the card that was registered: expected content hash {version.content_hash}"
+        sentence = rf"card\.json is not the registered card: expected content hash {version.content_hash}"
     else:
         sentence = rf"weights\.safetensors is not .* expected SHA-256 {expected}, found {found}"
     with pytest.raises(UserError, match=sentence):
@@ -127,5 +127,5 @@ def test_weights_that_work_but_are_others_are_refused_by_hash(
     shutil.copyfile(first.again(99, tmp_path).weights, stored / "artifacts" / WEIGHTS)
     rewrite_card(stored / "artifacts")
     load_network(stored / "artifacts")  # the files agree with one another ...
-    with pytest.raises(UserError, match="the stored files have been changed"):  # ... but not with the registry
+    with pytest.raises(UserError, match="the stored files were modified"):  # ... but not with the registry
         load(version.uri, tracking_uri=first.uri)

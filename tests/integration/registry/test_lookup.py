@@ -69,11 +69,11 @@ def test_best_is_what_brute_force_finds(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"task": "detection"}, "for task 'detection'; there are classification"),
-        ({"dataset": "cow"}, "for dataset 'cow'; there are .*cat, .*dog"),
-        ({"metric": "map50_95"}, "metric 'map50_95'; there are .*energy_mj"),
-        ({"where": "timestep<=2"}, "no version has 'timestep'; did you mean 'timesteps'"),
-        ({"where": "timesteps"}, "is no condition"),
+        ({"task": "detection"}, "for task 'detection'; expected one of classification"),
+        ({"dataset": "cow"}, "for dataset 'cow'; expected one of .*cat, .*dog"),
+        ({"metric": "map50_95"}, "metric 'map50_95'; expected one of .*energy_mj"),
+        ({"where": "timestep<=2"}, "no version has the key 'timestep'; did you mean 'timesteps'"),
+        ({"where": "timesteps"}, "is not a condition"),
     ],
 )
 def test_a_question_without_an_answer_says_what_there_is(

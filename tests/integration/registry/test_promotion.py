@@ -33,11 +33,11 @@ def test_the_champion_changes_only_for_a_better_version(first: Trained, tmp_path
         4: ("challenger",),
     }
     again = promote("climb", 5, "top1", tracking_uri=first.uri)
-    assert (again.alias, again.reason) == ("champion", "version 5 is the champion already")
+    assert (again.alias, again.reason) == ("champion", "version 5 is already the champion")
     assert promote("climb", 1, "top1", "min", tracking_uri=first.uri).alias == "champion"
-    with pytest.raises(UserError, match=r"no metric 'map'; it has"):
+    with pytest.raises(UserError, match=r"no metric 'map'; expected one of"):
         promote("climb", 1, "map", tracking_uri=first.uri)
-    with pytest.raises(UserError, match="no version 9; it has 1, 2, 3, 4, 5"):
+    with pytest.raises(UserError, match="no version 9; expected one of 1, 2, 3, 4, 5"):
         promote("climb", 9, "top1", tracking_uri=first.uri)
 
 

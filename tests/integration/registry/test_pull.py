@@ -29,14 +29,14 @@ def test_names_that_could_become_paths_are_refused(first: Trained, name: str) ->
 @pytest.mark.parametrize(
     ("reference", "sentence"),
     [
-        ("models:/digit@champion", "no registered model 'digit'; did you mean 'digits'"),
-        ("models:/zebra@champion", "no registered model 'zebra'; there are [a-z]"),
-        ("models:/digits@best", "no alias 'best'; it has champion"),
-        ("models:/digits/77", "no version 77; it has 1"),
-        ("models:/digits", "give models:/NAME@champion"),
-        ("models:/digits/1/../../x", "give models:/NAME@champion"),
-        ("models:/digits/latest", "give models:/NAME@champion"),
-        ("no-such-directory", "holds no registered network"),
+        ("models:/digit@champion", "registered model 'digit' does not exist; did you mean 'digits'"),
+        ("models:/zebra@champion", "registered model 'zebra' does not exist; expected one of [a-z]"),
+        ("models:/digits@best", "no alias 'best'; expected one of champion"),
+        ("models:/digits/77", "no version 77; expected one of 1"),
+        ("models:/digits", "expected models:/NAME@champion"),
+        ("models:/digits/1/../../x", "expected models:/NAME@champion"),
+        ("models:/digits/latest", "expected models:/NAME@champion"),
+        ("no-such-directory", "is not a registered network"),
     ],
 )
 def test_a_reference_to_nothing_says_what_there_is(
@@ -62,7 +62,7 @@ def test_a_pulled_directory_loads_without_a_registry(
 
 
 def test_pulling_never_overwrites_and_leaves_nothing_behind(pulled: Path, uri: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="exists and is not empty"):
+    with pytest.raises(UserError, match="is not an empty directory"):
         pull("models:/digits@champion", pulled, tracking_uri=uri)
     (tmp_path / "empty").mkdir()
     assert pull("models:/digits/1", tmp_path / "empty", tracking_uri=uri) == tmp_path / "empty"
@@ -81,9 +81,9 @@ def test_extra_files_travel_with_the_network(first: Trained, tmp_path: Path) -> 
 
 
 def test_a_registry_that_is_away_is_one_sentence_without_the_password(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"the registry at http://127.0.0.1:1 fails") as caught:
+    with pytest.raises(UserError, match=r"the registry at http://127.0.0.1:1 failed") as caught:
         list_models(tracking_uri="http://ann:s3cret@127.0.0.1:1")
     assert "s3cret" not in str(caught.value)
-    with pytest.raises(UserError, match="there is no registry at sqlite"):
+    with pytest.raises(UserError, match="no registry exists at sqlite"):
         list_models(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
     assert list(tmp_path.iterdir()) == []
