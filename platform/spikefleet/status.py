@@ -74,11 +74,11 @@ class Waiting:
 
     Args:
         console: where it is said.
-        lines: shared with whatever else writes plain lines there.
+        lines: shared with whatever else writes plain lines there; those of this process if not given.
     """
 
-    def __init__(self, console: Console, lines: PlainLines = PLAIN_LINES) -> None:
-        self._console, self._lines = console, lines
+    def __init__(self, console: Console, lines: PlainLines | None = None) -> None:
+        self._console, self._lines = console, lines or PLAIN_LINES
         self._state = ("", 0.0)
         self._over = threading.Event()
         self._thread: threading.Thread | None = None

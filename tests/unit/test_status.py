@@ -22,7 +22,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that is 20 times as fast, and no line printed before."""
     for name in ("_LIVE_AFTER_S", "_PLAIN_AFTER_S", "_LOOK_EVERY_S"):
         monkeypatch.setattr(status, name, getattr(status, name) / 20)
-    monkeypatch.setattr(status, "PLAIN_LINES", PlainLines(every_s=0.75))
+    monkeypatch.setattr(status, "PLAIN_LINES", PlainLines(every_s=0.2))
 
 
 @pytest.mark.usefixtures("quick")
