@@ -204,7 +204,7 @@ def test_what_does_not_go_together_is_refused_before_anything_is_written(desk: D
     def refuse(*words: str) -> str:
         return desk.run("train", *words, "--workers", "0", code=2)
 
-    assert "task=classification, but model.family=spike_yolo is for detection" in refuse(
+    assert "task=classification, but model.family=spike_yolo supports detection" in refuse(
         "scenes_spike_yolo", "task=classification"
     )
     assert "num_classes=7, but the data have 10 classes" in refuse(
