@@ -54,17 +54,26 @@ def stores_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ray_on_two_cpus() -> Iterator[None]:
-    """A local Ray with two CPUs for all tests of a module."""
+def ray_on_two_cpus() -> None:
+    """A local Ray with two CPUs; the modules of the group `ray` share it."""
     import ray
 
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="error",
-        object_store_memory=200_000_000,
-    )
-    yield
-    ray.shutdown()
+    if not ray.is_initialized():
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="error",
+            object_store_memory=200_000_000,
+        )
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For trainings in this process whose figures are not looked at."""
+    from spikefleet import plots
+    from support.figures import DRAWN, nothing
+
+    for name in DRAWN:
+        monkeypatch.setattr(plots, name, nothing)
