@@ -79,7 +79,7 @@ def test_the_comparison_sees_one_bit_one_number_and_one_name(undisturbed: tuple[
 def test_killed_ranks_change_no_bit(
     config: Config, store: Path, undisturbed: tuple[Path, GroupRun], tmp_path: Path
 ) -> None:
-    """Kills of one run, of either rank: before the first step, after a checkpoint, at an epoch's end, at the last step."""
+    """Kills of one run, of either rank: at the first step, after a checkpoint, at an epoch's end, at the last step."""
     reference, clean = undisturbed
     choice = random.Random(1)
     steps = [0, 3, 4, 5, EPOCH, 9, STEPS - 1]
