@@ -24,6 +24,8 @@ from spikefleet_tune.search import read_search_result, run_search
 from spikefleet_tune.search_file import Search, search_of
 from spikefleet_tune.trials import Report, Trainable, TrialPruned
 
+pytestmark = pytest.mark.xdist_group("ray")
+
 
 def _search(trials: int | None = 4, **changes: Any) -> Search:
     tree: dict[str, Any] = {

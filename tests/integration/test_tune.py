@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import ray
 from typer.testing import CliRunner
 
 from spikefleet.cli import app
 from spikefleet.runs.run_dir import Run
 from spikefleet_pipelines.sources import prepare
+
+pytestmark = pytest.mark.xdist_group("ray")
 
 SEARCH = """
 recipe: digits
@@ -27,18 +27,14 @@ budget: {trials: 2}
 
 
 def tune(folder: Path, stores_dir: Path, *words: str) -> str:
-    command = [str(Path(sys.executable).with_name("spikefleet")), "tune", str(folder / "small.yaml"), *words]
-    command += ["--runs-dir", str(folder / "runs"), "--stores-dir", str(stores_dir)]
-    clean = {key: value for key, value in os.environ.items() if "MLFLOW_TRACKING" not in key}
-    done = subprocess.run(
-        command, env={**clean, "COLUMNS": "200"}, capture_output=True, text=True, check=False, timeout=280
-    )
-    assert done.returncode == 0, done.stderr
+    places = ["--runs-dir", str(folder / "runs"), "--stores-dir", str(stores_dir)]
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["tune", str(folder / "small.yaml"), *words, *places])
+    assert done.exit_code == 0, f"{done.output}\n{done.exception!r}"
     return done.stdout
 
 
 @pytest.fixture(scope="module")
-def folder(stores_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(ray_on_two_cpus: None, stores_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("search")
     (folder / "small.yaml").write_text(SEARCH)
     said = tune(folder, stores_dir, "--register", "best", "--confirm", "1", "train.label_smoothing=0.1")
@@ -168,6 +164,7 @@ def test_trials_that_are_groups_of_workers_are_measured_and_stopped(stores_dir: 
 
     A group keeps one checkpoint only, so each must wait until its energy is measured.
     """
+    ray.shutdown()  # it asks for a Ray with a dashboard
     (tmp_path / "small.yaml").write_text(GROUPS)
     tune(tmp_path, stores_dir)
     results = json.loads((tmp_path / "runs" / "searches" / "small" / "report" / "results.json").read_text())
