@@ -1,5 +1,7 @@
-"""Networks, neurons, losses, deployment and energy of spiking vision. Importing the package imports neither torch nor
-pydantic: the names below are loaded when they are used."""
+"""Networks, neurons, losses, deployment and energy of spiking vision.
+
+Importing the package imports neither torch nor pydantic: the names below are loaded on first use.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING

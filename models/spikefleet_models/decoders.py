@@ -21,12 +21,12 @@ class RateDecoder(nn.Module):
     """Firing rate: the mean over T."""
 
     def forward(self, spikes: Tensor) -> Tensor:
-        """[T, B, C, H, W] -> [B, C, H, W]."""
+        """Average over T: [T, B, C, H, W] -> [B, C, H, W]."""
         return spikes.mean(0)
 
 
 class AttentionSpikeDecoder(nn.Module):
-    """ASD. Bound to its T: the temporal attention has T inputs.
+    """Attention spike decoder (ASD) for a fixed T, since the temporal attention has T inputs.
 
     Args:
         channels: C.
@@ -41,9 +41,14 @@ class AttentionSpikeDecoder(nn.Module):
     def __init__(self, channels: int, timesteps: int, channel_reduction: int = 16, temporal_reduction: int = 1) -> None:
         super().__init__()
         if channels % channel_reduction:
-            raise ValueError(f"asd_channel_reduction={channel_reduction} must divide the {channels} channels to decode")
+            raise ValueError(
+                f"asd_channel_reduction={channel_reduction} must divide the {channels} channels to decode; "
+                "set a divisor"
+            )
         if timesteps % temporal_reduction:
-            raise ValueError(f"asd_temporal_reduction={temporal_reduction} must divide timesteps={timesteps}")
+            raise ValueError(
+                f"asd_temporal_reduction={temporal_reduction} must divide timesteps={timesteps}; set a divisor"
+            )
         self.timesteps = timesteps
         hidden_steps, hidden_channels = timesteps // temporal_reduction, channels // channel_reduction
         self.temporal = nn.Sequential(
@@ -57,13 +62,16 @@ class AttentionSpikeDecoder(nn.Module):
         self.spatial = nn.Conv2d(2, 1, kernel_size=7, padding=3, bias=False)
 
     def forward(self, spikes: Tensor) -> Tensor:
-        """[T, B, C, H, W] -> [B, C, H, W].
+        """Decode: [T, B, C, H, W] -> [B, C, H, W].
 
         Raises:
             ValueError: T differs from the T of the temporal attention.
         """
         if spikes.shape[0] != self.timesteps:
-            raise ValueError(f"the attention spike decoder was built for T={self.timesteps}, got T={spikes.shape[0]}")
+            raise ValueError(
+                f"the attention spike decoder was built for T={self.timesteps}, found T={spikes.shape[0]}; "
+                f"give {self.timesteps} time steps or set timesteps={spikes.shape[0]}"
+            )
         step_weights = self.temporal(spikes.mean((2, 3, 4)).t()).sigmoid()
         # Weighting and averaging over T in one contraction; the weighted [T, B, C, H, W] is never stored.
         refined = torch.einsum("tbchw,bt->bchw", spikes, step_weights.to(spikes.dtype)) / self.timesteps

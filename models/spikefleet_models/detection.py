@@ -1,4 +1,4 @@
-"""What detectors, their criteria and their users exchange: objects, detections, and the criterion between them."""
+"""Types that detectors, criteria and their callers exchange: objects, detections, and the criterion protocol."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Objects(NamedTuple):
-    """The objects of one picture: ground truth."""
+    """Ground truth of one image."""
 
     boxes: Tensor
     """float32 [N, 4]: x1 y1 x2 y2 in pixels of the network's input."""
@@ -17,29 +17,39 @@ class Objects(NamedTuple):
 
 
 class Detections(NamedTuple):
-    """What a detector found in one picture, best first."""
+    """Detections in one image, best first."""
 
     boxes: Tensor
-    """float32 [M, 4]: x1 y1 x2 y2 in pixels of the network's input; not clipped to the stored picture."""
+    """float32 [M, 4]: x1 y1 x2 y2 in pixels of the network's input; not clipped to the stored image."""
     scores: Tensor
-    """float32 [M], falling."""
+    """float32 [M], in descending order."""
     labels: Tensor
     """int64 [M]: class indices 0..K-1."""
 
 
 class DetectionCriterion(Protocol):
-    """Reads a detector's raw outputs: a loss against objects in training, detections in evaluation."""
+    """Turns a detector's raw outputs into a loss in training and into detections in evaluation."""
 
     def loss(
-        self, outputs: tuple[Tensor, ...], objects: Sequence[Objects], image_size: tuple[int, int]
+        self,
+        outputs: tuple[Tensor, ...],
+        objects: Sequence[Objects],
+        image_size: tuple[int, int],
+        *,
+        divided: bool = True,
     ) -> dict[str, Tensor]:
-        """`loss`, a scalar with gradient, and its detached parts, which add up to it; normalised, so it does not grow
-        with the batch.
+        """Compute the loss, normalised so that it does not grow with the batch.
 
         Args:
             outputs: one raw tensor [B, C, h, w] per pyramid level, finest first.
-            objects: ground truth of the B pictures.
+            objects: ground truth of the B images.
             image_size: H, W of the network's input.
+            divided: false returns sums over the batch, before they are divided by `divisor`. Sums and divisors of the
+                ranks' parts of a batch add up to those of the whole, so that its loss is their quotient.
+
+        Returns:
+            `loss`, a scalar with gradient, and its detached parts, which add up to it; with `divided=False` also
+            `divisor`, a scalar without gradient, which counts as 1 where it is less.
 
         Raises:
             ValueError: outputs, objects and image size do not fit together.
@@ -47,27 +57,35 @@ class DetectionCriterion(Protocol):
         ...
 
     def detect(self, outputs: tuple[Tensor, ...], image_size: tuple[int, int]) -> list[Detections]:
-        """The detections of the B pictures. Arguments and errors as `loss`."""
+        """Decode the detections of the B images.
+
+        Args:
+            outputs: one raw tensor [B, C, h, w] per pyramid level, finest first.
+            image_size: H, W of the network's input.
+
+        Raises:
+            ValueError: outputs and image size do not fit together.
+        """
         ...
 
 
 def wide(x: Tensor) -> Tensor:
-    """x in fp32, or in fp64 if it is: losses and boxes are never computed in 16 bits."""
+    """Cast x to fp32, or keep fp64: losses and boxes are never computed in 16 bits."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def suppress(
     boxes: Tensor, scores: Tensor, labels: Tensor, *, iou: float, max_candidates: int, max_detections: int
 ) -> Detections:
-    """Non-maximum suppression within each class; the same result in the same order whenever scores tie.
+    """Non-maximum suppression within each class, with a deterministic order where scores tie.
 
     Args:
         boxes: [M, 4] x1 y1 x2 y2.
         scores: [M].
         labels: [M].
         iou: a box that overlaps a better one of its class by more than this is dropped.
-        max_candidates: only so many of the best go in.
-        max_detections: only so many of the best come out.
+        max_candidates: number of best boxes that enter the suppression.
+        max_detections: number of best boxes that are returned.
     """
     from torchvision.ops import batched_nms  # seconds to import
 
@@ -83,40 +101,45 @@ def suppress(
 def check_outputs(
     outputs: Sequence[Tensor], channels: int, strides: Sequence[int], image_size: tuple[int, int]
 ) -> list[tuple[int, int]]:
-    """Rows and columns of each level.
+    """Check a detector's raw outputs [B, C, h, w] and return (h, w) of each level.
 
     Raises:
         ValueError: number of levels, channels, batch or grid do not fit the strides and the image size.
     """
     if len(outputs) != len(strides):
-        raise ValueError(f"got {len(outputs)} levels of outputs for strides {tuple(strides)}; give one for each")
+        raise ValueError(
+            f"outputs: expected one level for each stride of {tuple(strides)}, found {len(outputs)} levels"
+        )
     for level, (output, stride) in enumerate(zip(outputs, strides, strict=True)):
         grid = tuple(-(-side // stride) for side in image_size)
         expected = (len(outputs[0]), channels, *grid)
         if tuple(output.shape) != expected:
             raise ValueError(
-                f"level {level} of the outputs has shape {tuple(output.shape)}; pictures of {image_size[0]}x"
-                f"{image_size[1]} at stride {stride} give {expected}"
+                f"outputs: level {level} has shape {tuple(output.shape)}, expected {expected} for images of "
+                f"{image_size[0]}x{image_size[1]} at stride {stride}"
             )
     return [(output.shape[2], output.shape[3]) for output in outputs]
 
 
 def check_objects(objects: Sequence[Objects], batch: int, num_classes: int) -> None:
-    """Refuse ground truth that would silently train something else.
+    """Check that the ground truth fits the batch and the classes.
 
     Raises:
-        ValueError: not one entry per picture, boxes not [N, 4], or as many labels as boxes, or a label out of range.
+        ValueError: not one entry per image, boxes not [N, 4], labels not [N], or a label out of range.
     """
     if len(objects) != batch:
-        raise ValueError(f"got objects of {len(objects)} pictures for a batch of {batch}")
+        raise ValueError(f"objects: expected one entry for each of {batch} images, found {len(objects)}")
     for index, (boxes, labels) in enumerate(objects):
         if boxes.ndim != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:
             raise ValueError(
-                f"picture {index} has boxes of shape {tuple(boxes.shape)} and labels of shape {tuple(labels.shape)}; "
-                "give [N, 4] and [N]"
+                f"objects: image {index} has boxes of shape {tuple(boxes.shape)} and labels of shape "
+                f"{tuple(labels.shape)}, expected [N, 4] and [N]"
             )
     labels = torch.cat([entry.labels for entry in objects])
     if labels.numel():
         low, high = torch.stack(labels.aminmax()).tolist()
         if low < 0 or high >= num_classes:
-            raise ValueError(f"labels run from {low} to {high}; the detector knows 0 to {num_classes - 1}")
+            raise ValueError(
+                f"objects: labels range from {low} to {high}, expected 0 to {num_classes - 1}; correct the labels or "
+                "set num_classes"
+            )

@@ -1,24 +1,25 @@
-"""Energy card of a network: multiplications, additions and estimated energy of each layer on real pictures.
+"""Energy card of a network: multiplications, additions and estimated energy of each layer on real images.
 
     E_ANN = E_MAC * sum_l MAC_l                   MAC_l = O^2 C_in C_out k^2, each layer once
     E_SNN = E_AC * sum_l fr_l T D MAC_l           fr_l: mean of the binary spikes that layer l receives
 
 Zhang et al., Front. Neurosci. 2023, eqs 18, 19; Luo et al., ECCV 2024, eqs 16, 17. An I-LIF integer n counts as n
-spikes in D virtual steps, so fr * D is the mean integer. A layer on real values (the first one, whatever the pictures
-hold; a classifier on averages; attention of the ASD) costs multiplications. Free are batch norm, additions, pooling,
-neuron updates and all memory traffic: published energies leave them out, and so this compares models, not chips.
+spikes in D virtual steps, so fr * D is the mean integer. A layer on real values (the first one, whatever the images
+hold; a classifier on averages; attention of the ASD) costs multiplications. Batch norm, additions, pooling, neuron
+updates and all memory traffic count as free: published energies leave them out, so a card compares models, not chips.
 
-What a card says it counted:
+A card states what it counted:
 
 * form: `merged` (deployed: each RepConv chain one dense 3x3), `factored` (deployed, chains kept) or `as_built` (the
-  network as it is handed in). SpikeYOLO's paper counts its own network merged and its ANN as built; merged is what
-  runs spike-driven, since the inner layers of a chain see real values.
+  network as given). SpikeYOLO's paper counts its own network merged and its ANN as built; the merged form runs
+  spike-driven, since the inner layers of a chain see real values.
 * shortcuts: whether the 1x1 convolutions of shortcuts count; the SG ResNet paper leaves them out.
 * twin: the same topology as an ANN, every layer dense and once, in a form of its own; by default as built, because
-  nobody would merge an ANN into more operations.
+  merging would only give an ANN more operations.
 """
 
 import copy
+import difflib
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -38,18 +39,20 @@ Form = Literal["merged", "factored", "as_built"]
 
 CARD_VERSION = 1
 CONVENTIONS = (
-    "the first layer multiplies, whatever the pictures hold",
+    "the first layer multiplies, whatever the images hold",
     "an integer n from a neuron counts as n spikes in D virtual steps",
     "additions are dense operations times the mean input of the layer",
     "batch norm, additions of feature maps, pooling, neuron updates and memory traffic are free",
 )
-"""What holds for every card; each says so."""
+"""Conventions of every card; each card lists them."""
 _DERIVED = ("version", "totals", "rows", "conventions")
+_RENAMED = {"pictures": "images"}
+"""Field names in cards of earlier releases -> field names today."""
 
 
 @dataclass(frozen=True)
 class EnergyConstants:
-    """Energy of one operation in pJ, under a name that never changes its meaning."""
+    """Energy of one operation in pJ, under a name and version whose values never change."""
 
     name: str
     version: int
@@ -70,7 +73,7 @@ CONSTANTS = {
 
 @dataclass(frozen=True)
 class TwinEnergy:
-    """The ANN twin, each layer dense and once, per picture."""
+    """Operations of the ANN twin per image: each layer dense and once."""
 
     form: Form
     macs: float
@@ -78,7 +81,7 @@ class TwinEnergy:
 
 @dataclass(frozen=True)
 class EnergyCard:
-    """Operations and energy of one picture."""
+    """Operations and energy of one image."""
 
     network: str
     """Name of the network's class."""
@@ -86,42 +89,42 @@ class EnergyCard:
     shortcuts: bool
     """Whether 1x1 convolutions of shortcuts are counted."""
     image_size: tuple[int, int]
-    """H, W of the (first) pictures."""
+    """H, W of the first images."""
     timesteps: int
     bound: int
-    """D: the most that a neuron emits in a step; 0 where there are none."""
-    pictures: int
-    """How many were measured; 0 where the rates were given."""
+    """D: the largest integer that a neuron emits in a step; 0 without spiking neurons."""
+    images: int
+    """Number of measured images; 0 where the rates were given."""
     constants: EnergyConstants
     layers: tuple[LayerCount, ...]
     twin: TwinEnergy | None = None
-    """None for ANNs, and for networks whose configuration knows of no twin."""
+    """None for ANNs and for networks whose configuration has no twin."""
 
     @property
     def macs(self) -> float:
-        """Multiplications of real values."""
+        """Multiply-accumulates on real values."""
         return math.fsum(layer.dense for layer in self.layers if not layer.spike_fed)
 
     @property
     def acs(self) -> float:
-        """Additions that spikes cause: dense operations times mean input."""
+        """Additions caused by spikes: dense operations times mean input."""
         return math.fsum(layer.accumulated or 0.0 for layer in self.layers)
 
     @property
     def synaptic_operations(self) -> float | None:
-        """Spikes times the weights that each meets; None where the rates were given."""
-        if not self.pictures:
+        """Spikes times the weights that each reaches; None where the rates were given."""
+        if not self.images:
             return None
         return math.fsum(layer.synaptic_operations or 0.0 for layer in self.layers)
 
     @property
     def dense(self) -> float:
-        """Operations of all layers and steps, had every input been dense."""
+        """Operations of all layers and steps, as if every input were dense."""
         return math.fsum(layer.dense for layer in self.layers)
 
     @property
     def mean_input(self) -> float | None:
-        """Mean input (integer) of the layers that spikes feed, weighted by their operations; None without such."""
+        """Mean integer input of the layers that spikes feed, weighted by their operations; None without such layers."""
         dense = math.fsum(layer.dense for layer in self.layers if layer.spike_fed)
         return self.acs / dense if dense else None
 
@@ -137,16 +140,20 @@ class EnergyCard:
 
     @property
     def twin_ratio(self) -> float | None:
-        """The twin's energy over the network's."""
+        """Energy of the ANN twin divided by the network's."""
         twin = self.twin_energy_mj
         return None if twin is None or not self.energy_mj else twin / self.energy_mj
 
     def under(self, constants: str | EnergyConstants) -> "EnergyCard":
-        """The same counts under other constants. Raises ValueError for an unknown name."""
+        """Return the same counts with other constants.
+
+        Raises:
+            ValueError: the name is unknown.
+        """
         return replace(self, constants=energy_constants(constants))
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row a layer, in the order in which they run: what tables and pictures show."""
+        """One row per layer, in the order in which they run, for tables and plots."""
         total = self.energy_mj
         rows = []
         for layer in self.layers:
@@ -172,7 +179,7 @@ class EnergyCard:
         return rows
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, fit for JSON: the counts, and under `totals` and `rows` what follows from them."""
+        """Plain data for JSON: the counts, and under `totals` and `rows` what is computed from them."""
         plain = {field.name: getattr(self, field.name) for field in fields(self)}
         plain |= {"version": CARD_VERSION, "image_size": list(self.image_size), "constants": asdict(self.constants)}
         plain["layers"] = [asdict(layer) for layer in self.layers]
@@ -194,14 +201,16 @@ class EnergyCard:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Self:
-        """The card that `to_dict` wrote.
+        """Read a card that `to_dict` wrote.
 
         Raises:
             ValueError: another version, or fields that are not a card's.
         """
         if plain.get("version") != CARD_VERSION:
-            raise ValueError(f"energy card of version {plain.get('version')}; this reads version {CARD_VERSION}")
-        known = {name: value for name, value in plain.items() if name not in _DERIVED}
+            raise ValueError(
+                f"energy card: version is {plain.get('version')}, expected {CARD_VERSION}; measure the card again"
+            )
+        known = {_RENAMED.get(name, name): value for name, value in plain.items() if name not in _DERIVED}
         try:
             known["image_size"] = (int(known["image_size"][0]), int(known["image_size"][1]))
             known["constants"] = EnergyConstants(**known["constants"])
@@ -209,7 +218,7 @@ class EnergyCard:
             known["twin"] = None if known["twin"] is None else TwinEnergy(**known["twin"])
             return cls(**known)
         except (KeyError, TypeError, IndexError) as error:
-            raise ValueError(f"these are not the fields of an energy card: {error}") from error
+            raise ValueError(f"energy card: the fields are damaged ({error}); measure the card again") from error
 
 
 def energy_card(
@@ -220,18 +229,19 @@ def energy_card(
     shortcuts: bool = True,
     twin_form: Form | None = "as_built",
 ) -> EnergyCard:
-    """Measure the card of a network in eval mode; how pictures are batched changes nothing but rounding.
+    """Measure the card of a network in eval mode; the batch size changes nothing but rounding.
 
     Args:
-        network: any of this package, trained; not changed. One without batch norms (deployed already) counts as built.
-        batches: pictures [B, C, H, W] or frames [T, B, C, H, W], of the network's type and on its device.
-        constants: a name of CONSTANTS, or one's own.
-        form: what to count; see the module docstring.
+        network: a trained network of this package; not changed. One without batch norms (already deployed) counts as
+            built.
+        batches: images [B, C, H, W] or frames [T, B, C, H, W], of the network's type and on its device.
+        constants: a name in CONSTANTS, or your own constants.
+        form: form to count; see the module docstring.
         shortcuts: count the 1x1 convolutions of shortcuts.
-        twin_form: the same for the ANN twin; None leaves the twin out.
+        twin_form: form of the ANN twin; None leaves the twin out.
 
     Raises:
-        ValueError: unknown constants, no pictures, or as `reparam.deploy`.
+        ValueError: the constants are unknown, there are no images, or `reparam.deploy` cannot fold a batch norm.
     """
     chosen = energy_constants(constants)
     form, counted = _in_form(network, form)
@@ -255,26 +265,33 @@ def energy_at_rates(
     shortcuts: bool = True,
     twin_form: Form | None = "as_built",
 ) -> EnergyCard:
-    """The card of a network from given rates: nothing is run, so it takes no time and no trained weights.
+    """Compute the card of a network from given rates, without running it; trained weights are not needed.
 
     Args:
-        network: as for `energy_card`; may live on the meta device.
-        image_size: H, W of a static picture.
+        network: any network of this package; may be on the meta device.
+        image_size: H, W of a static image.
         rates: mean input of all layers that spikes feed, or of each by its name: a mean integer, so up to D for I-LIF.
-        constants, form, shortcuts, twin_form: as for `energy_card`.
+        constants: as for `energy_card`.
+        form: as for `energy_card`.
+        shortcuts: as for `energy_card`.
+        twin_form: as for `energy_card`.
 
     Raises:
-        ValueError: a layer that spikes feed has no rate, or a rate has no such layer; or as `energy_card`.
+        ValueError: a layer that spikes feed has no rate, a rate has no such layer, the constants are unknown, or
+            `reparam.deploy` cannot fold a batch norm.
     """
     chosen = energy_constants(constants)
     form, counted = _in_form(_on_meta(network), form)
-    counts = _count_without_pictures(counted, image_size)
+    counts = _count_without_images(counted, image_size)
     names = {layer.layer for layer in counts.layers if layer.spike_fed}
     if isinstance(rates, Mapping):
         missing, unknown = sorted(names - rates.keys()), sorted(rates.keys() - names)
         if missing or unknown:
-            wrong = [*(f"{name} is fed by no spikes" for name in unknown), *(f"no rate for {name}" for name in missing)]
-            raise ValueError(f"the rates do not fit the network: {'; '.join(wrong[:5])}")
+            wrong = [
+                *(f"{name} is not fed by spikes" for name in unknown),
+                *(f"no rate for {name}" for name in missing),
+            ]
+            raise ValueError(f"rates: the names do not fit the network: {'; '.join(wrong[:5])}")
         given = rates
     else:
         given = dict.fromkeys(names, rates)
@@ -283,15 +300,21 @@ def energy_at_rates(
         for layer in counts.layers
     )
     counts = replace(counts, layers=layers)
-    return _card(network, counts, chosen, form, shortcuts, twin_form, {image_size: 1}, pictures=0)
+    return _card(network, counts, chosen, form, shortcuts, twin_form, {image_size: 1}, images=0)
 
 
 def energy_constants(constants: str | EnergyConstants) -> EnergyConstants:
-    """Constants by name. Raises ValueError for an unknown one."""
+    """Look up constants by name; constants themselves are returned unchanged.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
     if isinstance(constants, EnergyConstants):
         return constants
     if constants not in CONSTANTS:
-        raise ValueError(f"unknown energy constants {constants!r}; known are {', '.join(CONSTANTS)}")
+        nearest = difflib.get_close_matches(constants, CONSTANTS, 1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"unknown energy constants {constants!r}, expected one of {', '.join(CONSTANTS)}{hint}")
     return CONSTANTS[constants]
 
 
@@ -300,7 +323,7 @@ def _millijoules(constants: EnergyConstants, macs: float, acs: float) -> float:
 
 
 def _in_form(network: nn.Module, form: Form) -> tuple[Form, nn.Module]:
-    """A copy in eval mode, and the form that it really has."""
+    """Return a copy in eval mode and the form that it really has."""
     folded = not any(isinstance(module, _BatchNorm) for module in network.modules())
     if form == "as_built" or folded:
         return "as_built", copy.deepcopy(network).eval()
@@ -308,7 +331,7 @@ def _in_form(network: nn.Module, form: Form) -> tuple[Form, nn.Module]:
 
 
 def _on_meta(network: nn.Module) -> nn.Module:
-    """A copy without data."""
+    """Return a copy on the meta device."""
     kept: dict[int, Any] = {}
     for tensor in (*network.parameters(), *network.buffers()):
         bare = torch.empty_like(tensor, device="meta")
@@ -316,15 +339,15 @@ def _on_meta(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network, kept)
 
 
-def _count_without_pictures(network: nn.Module, image_size: tuple[int, int]) -> OperationCounts:
+def _count_without_images(network: nn.Module, image_size: tuple[int, int]) -> OperationCounts:
     channels = getattr(getattr(network, "config", None), "in_channels", None)
     if channels is None:
         raise ValueError(
-            "the network has no config.in_channels, so nothing is known of its pictures; measure it instead"
+            "the network has no config.in_channels, so its input shape is unknown; measure it with energy_card instead"
         )
     dtype = next(network.parameters()).dtype
-    picture = torch.empty((1, channels, *image_size), dtype=dtype, device="meta")
-    return count_operations(network, [picture], measure=False)
+    image = torch.empty((1, channels, *image_size), dtype=dtype, device="meta")
+    return count_operations(network, [image], measure=False)
 
 
 def _card(
@@ -335,9 +358,9 @@ def _card(
     shortcuts: bool,
     twin_form: Form | None,
     sizes: Mapping[tuple[int, int], int],
-    pictures: int,
+    images: int,
 ) -> EnergyCard:
-    """The card of what was counted on so many pictures of each size (H, W); the twin is counted on the same ones."""
+    """Build the card from counts; `sizes` maps (H, W) to the number of images, on which the twin is counted too."""
     nodes = spiking_nodes(network)
     twin = None
     config = getattr(network, "config", None)
@@ -348,7 +371,7 @@ def _card(
         twin_form, counted = _in_form(ann, twin_form)
         dense = 0.0
         for size, share in sizes.items():
-            layers = _chosen(ann, _count_without_pictures(counted, size).layers, shortcuts)
+            layers = _chosen(ann, _count_without_images(counted, size).layers, shortcuts)
             dense += math.fsum(layer.dense for layer in layers) * share / sum(sizes.values())
         twin = TwinEnergy(twin_form, dense)
     return EnergyCard(
@@ -358,7 +381,7 @@ def _card(
         image_size=next(iter(sizes)),
         timesteps=getattr(network, "timesteps", 1),
         bound=max((node.bound for node in nodes.values()), default=0),
-        pictures=pictures,
+        images=images,
         constants=constants,
         layers=_chosen(network, counts.layers, shortcuts),
         twin=twin,

@@ -11,6 +11,9 @@ then a whole number of steps of the grid, and up to 2^53 steps fp64 holds it exa
 `headroom_bits` is what is left of the 53 bits. Moving the weights to the grid changes each by at most 2^-31 of the
 layer's largest; the proof is about the wiring (slots, order in time, biases), which does not depend on it. What
 rounding does to the weights as they are, in the types that people run, is `count_flips`.
+
+Neurons with D = 1 are the same in both forms, so for them the comparison shows little. What is proved there is that
+spikes are used as binary events (`spike_edges.py`) and step by step (`causality.py`).
 """
 
 import copy
@@ -24,10 +27,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from spikefleet_models.causality import acausal_neuron
 from spikefleet_models.neurons import spiking_nodes
 from spikefleet_models.slots import Layer, NotSpikeDrivenError
 from spikefleet_models.spike_driven import spike_driven
-from spikefleet_models.spike_edges import LayerInput, SpikeFed, layer_inputs
+from spikefleet_models.spike_edges import LayerInput, SpikeFed, check_finite, layer_inputs
 
 WEIGHT_BITS = 30
 EXACT_BITS = 53
@@ -130,7 +134,7 @@ def on_grid(deployed: nn.Module, inputs: Mapping[str, LayerInput] | None = None)
 
     Args:
         deployed: a network after `reparam.deploy`; not changed.
-        inputs: `layer_inputs(deployed, images)`; found with a noise picture when left out.
+        inputs: `layer_inputs(deployed, images)`; found with a noise image when left out.
 
     Raises:
         NotSpikeDrivenError: a layer needs more than 53 bits; or as `layer_inputs`.
@@ -171,25 +175,27 @@ def _to_grid(layer: Layer, bound: int) -> int:
 
 
 def check_equivalence(deployed: nn.Module, images: Tensor) -> EquivalenceProof:
-    """Run the integer and the binary form in fp64, one picture at a time, and compare every layer.
+    """Run the integer and the binary form in fp64, one image at a time, and compare every layer.
 
     Args:
         deployed: a network after `reparam.deploy`, of any floating-point type; not changed.
-        images: pictures [B, C, H, W] or frames [T, B, C, H, W]. Memory is that of one picture.
+        images: images [B, C, H, W] or frames [T, B, C, H, W]. Memory is that of one image.
 
     Raises:
-        NotSpikeDrivenError: the network cannot be made spike-driven; or as `on_grid`.
-        ValueError: there are no images.
+        NotSpikeDrivenError: the network has no spike-driven form, see `spike_edges.py`; a weight, bias or statistic is
+            not finite; or as `on_grid`.
+        ValueError: there are no images, or they hold NaN or infinity.
     """
-    pictures = _one_by_one(images.double())
+    samples = _one_by_one(images.double())
+    check_finite(deployed)
     integer = copy.deepcopy(deployed).eval().double()
-    inputs = layer_inputs(integer, pictures[0])
+    inputs = layer_inputs(integer, images.double())
     headroom = _put_on_grid(integer, inputs)
-    binary = spike_driven(integer, inputs)
-    comparison = _Comparison(integer, binary, inputs)
-    for picture in pictures:
-        comparison.run(picture)
-    return comparison.proof(headroom, len(pictures))
+    acausal = acausal_neuron(integer, samples[0])
+    comparison = _Comparison(integer, spike_driven(integer, inputs), inputs)
+    for sample in samples:
+        comparison.run(sample)
+    return comparison.proof(headroom, len(samples), acausal)
 
 
 def count_flips(deployed: nn.Module, images: Tensor, dtype: torch.dtype = torch.float32) -> FlipCount:
@@ -205,17 +211,18 @@ def count_flips(deployed: nn.Module, images: Tensor, dtype: torch.dtype = torch.
 
     Raises:
         NotSpikeDrivenError: the forms cannot be compared, or as `layer_inputs`.
-        ValueError: there are no images.
+        ValueError: there are no images, or they hold NaN or infinity.
     """
+    check_finite(deployed)
     integer = copy.deepcopy(deployed).eval().to(dtype)
     for module in integer.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.float()  # as under autocast, where one is left
-    pictures = _one_by_one(images.to(dtype))
-    inputs = layer_inputs(integer, pictures[0])
+    samples = _one_by_one(images.to(dtype))
+    inputs = layer_inputs(integer, samples[0])
     comparison = _Comparison(integer, spike_driven(integer, inputs), inputs)
-    for picture in pictures:
-        comparison.run(picture)
+    for sample in samples:
+        comparison.run(sample)
     if comparison.failure is not None:
         raise NotSpikeDrivenError(comparison.failure)
     layers = [LayerFlips(n, tally.unequal, tally.elements) for n, tally in comparison.tallies.items() if tally.node]
@@ -224,13 +231,15 @@ def count_flips(deployed: nn.Module, images: Tensor, dtype: torch.dtype = torch.
 
 def _one_by_one(images: Tensor) -> list[Tensor]:
     if not images.numel():
-        raise ValueError(f"images has shape {tuple(images.shape)}; the proof needs at least one picture")
+        raise ValueError(f"images has shape {tuple(images.shape)}; give at least one image")
+    if not images.isfinite().all():
+        raise ValueError("images holds NaN or infinity; give finite values")
     return list(images.split(1, dim=images.ndim - 4))
 
 
 @dataclass
 class _Tally:
-    """Sums over the calls of one layer on all pictures."""
+    """Sums over the calls of one layer on all images."""
 
     node: bool
     elements: int = 0
@@ -262,7 +271,7 @@ class _Tally:
 
 @dataclass
 class _Comparison:
-    """Both forms on the same pictures. The integer form's tensors are kept until the binary form's meet them."""
+    """Both forms on the same images. The integer form's tensors are kept until the binary form's meet them."""
 
     integer: nn.Module
     binary: nn.Module
@@ -276,7 +285,7 @@ class _Comparison:
         self._steps: dict[str, int] = {}
 
     @torch.no_grad()
-    def run(self, picture: Tensor) -> None:
+    def run(self, sample: Tensor) -> None:
         kept: dict[str, list[Tensor]] = {}
 
         def keep(name: str, given: Tensor, output: Tensor) -> None:
@@ -309,9 +318,9 @@ class _Comparison:
                 # Whatever comes next fails somehow, by torch's errors too.
                 raise NotSpikeDrivenError(f"{name} gives {tuple(output.shape)} for {tuple(other.shape)}")
 
-        expected = self._forward(self.integer, picture, keep)
+        expected = self._forward(self.integer, sample, keep)
         try:
-            found = self._forward(self.binary, picture, compare)
+            found = self._forward(self.binary, sample, compare)
         except NotSpikeDrivenError as error:  # what torch or the machine raises is no finding
             self.failure, self.output_difference = f"the binary form does not run: {error}", math.inf
             return
@@ -335,13 +344,13 @@ class _Comparison:
         return spikes.unflatten(0, (T, -1)).sum(1).to(torch.uint8)
 
     def _forward(
-        self, network: nn.Module, picture: Tensor, record: Callable[[str, Tensor, Tensor], None]
+        self, network: nn.Module, sample: Tensor, record: Callable[[str, Tensor, Tensor], None]
     ) -> tuple[Tensor, ...]:
         with _recording(network, [*self._bounds, *self.inputs], record):
-            outputs = network(picture)
+            outputs = network(sample.clone())
         return tuple(leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
 
-    def proof(self, headroom: Mapping[str, int], images: int) -> EquivalenceProof:
+    def proof(self, headroom: Mapping[str, int], images: int, acausal: str | None) -> EquivalenceProof:
         rows = []
         for name, tally in self.tallies.items():
             source = self.inputs.get(name)
@@ -363,9 +372,9 @@ class _Comparison:
                     reason=None if source is None or isinstance(source, SpikeFed) else source.reason,
                 )
             )
-        failure = self.failure
+        failure = self.failure or acausal
         if failure is None and not any(row.ones for row in rows if row.kind == "spike-fed"):
-            failure = "no layer received a single spike on these pictures, so nothing was shown"
+            failure = "no layer received a single spike on these images, so nothing was shown"
         difference = self.output_difference
         return EquivalenceProof(tuple(rows), difference == 0.0, difference, images, failure)
 

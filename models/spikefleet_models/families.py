@@ -1,8 +1,8 @@
 """The families of networks by name, and their named members.
 
-A member is one published network; everything else about it is an override:
-`model_config("sg_resnet18", num_classes=100, timesteps=2)`. The set is open: `register_family` adds a family of another
-package, which is then validated, built and deployed like those of this one.
+A member is one published network; other fields are overridden:
+`model_config("sg_resnet18", num_classes=100, timesteps=2)`. `register_family` adds a family of another package, which
+is then validated, built and deployed like the built-in ones.
 """
 
 import difflib
@@ -36,7 +36,7 @@ _Family = TypeVar("_Family", bound=type[ModelConfig])
 
 
 def register_family(config_class: _Family) -> _Family:
-    """Add a family; usable as a decorator of its configuration. Adding the same class again changes nothing.
+    """Register a family; usable as a decorator of its configuration. Registering the same class again has no effect.
 
     Args:
         config_class: a `ModelConfig` with a default for `family`, a `task`, and `timesteps`, `in_channels` and
@@ -46,61 +46,69 @@ def register_family(config_class: _Family) -> _Family:
         `config_class`.
 
     Raises:
-        ValueError: it lacks one of these, another class has its family, or another family has a member of that name.
+        ValueError: the class lacks one of these, or its family or the name of one of its members is taken.
     """
     name = _family_of(config_class)
     if _families.get(name) is config_class:
         return config_class
     if name in _families:
         raise ValueError(
-            f"family={name} of {_origin(config_class)} is already {_origin(_families[name])}; choose another name"
+            f"family={name} of {_origin(config_class)} is already registered by {_origin(_families[name])}; choose "
+            "another name"
         )
     for member in config_class.presets:
         if (owner := _owner(member)) is not None:
             raise ValueError(
-                f"model {member!r} of family={name} is already one of family={owner}; give it another name, or the "
-                "class presets of its own"
+                f"model {member!r} of family={name} is already a member of family={owner}; rename it in presets, or "
+                "give the class its own presets"
             )
     _families[name] = config_class
     return config_class
 
 
 def unregister_family(name: str) -> None:
-    """Take a family out again, with its members: for tests, and for notebooks that define it anew.
+    """Remove a family and its members, for tests and for notebooks that define it again.
 
     Raises:
-        ValueError: there is no such family.
+        ValueError: the family is unknown.
     """
     find_family(name)
     del _families[name]
 
 
 def find_family(name: str) -> type[ModelConfig]:
-    """The class of a family's configurations.
+    """Return the configuration class of a family.
 
     Raises:
-        ValueError: there is no such family.
+        ValueError: the family is unknown.
     """
     if name not in _families:
-        raise ValueError(f"unknown family {name!r}; known are {', '.join(_families)}")
+        nearest = difflib.get_close_matches(name, _families, 1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"unknown family {name!r}, expected one of {', '.join(_families)}{hint}")
     return _families[name]
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Names of members that match an fnmatch pattern: family by family, in the order of their presets."""
+    """List the names of members that match an fnmatch pattern, family by family in the order of their presets."""
     return [name for family in _families.values() for name in family.presets if fnmatch.fnmatchcase(name, pattern)]
 
 
 def model_config(name: str, **overrides: Any) -> ModelConfig:
-    """The configuration of a named member with fields overridden; a mapping overrides fields inside the field.
+    """Build the configuration of a named member.
+
+    Args:
+        name: of the member, as `list_models` gives it.
+        **overrides: fields to override; a mapping overrides fields inside a nested configuration.
 
     Raises:
-        ValueError: unknown name (the sentence names the nearest), unknown field or bad value.
+        ValueError: the name or a field is unknown, or a value is not allowed.
     """
     owner = _owner(name)
     if owner is None:
-        nearest = difflib.get_close_matches(name, list_models(), n=3) or list_models()
-        raise ValueError(f"unknown model {name!r}; did you mean {', '.join(nearest)}?")
+        nearest = difflib.get_close_matches(name, list_models(), n=3)
+        hint = f"; did you mean {', '.join(nearest)}?" if nearest else f", expected one of {', '.join(list_models())}"
+        raise ValueError(f"unknown model {name!r}{hint}")
     fields = dict(_families[owner].presets[name])
     for key, value in overrides.items():
         preset = fields.get(key)
@@ -109,7 +117,7 @@ def model_config(name: str, **overrides: Any) -> ModelConfig:
 
 
 def build_model(config: ModelConfig) -> "nn.Module":
-    """The network of a configuration, freshly initialised from torch's global generator."""
+    """Build the network of a configuration, initialised from torch's global generator."""
     return config.build()
 
 
@@ -119,14 +127,14 @@ def _owner(member: str) -> str | None:
 
 
 def _family_of(config_class: type[ModelConfig]) -> str:
-    """The name that a configuration class gives its family. Raises ValueError as `register_family`."""
+    """The name that a configuration class gives its family; ValueError for a class that is not a family."""
     name = config_class.model_fields["family"].default
     lacking = [] if isinstance(name, str) else ["a default for family"]
     lacking += [] if isinstance(getattr(config_class, "task", None), str) else ["task"]
     # A field is no attribute of its class.
     lacking += [a for a in _ANSWERS if a not in config_class.model_fields and not hasattr(config_class, a)]
     if lacking:
-        raise ValueError(f"{_origin(config_class)} is no family of networks; it lacks {', '.join(lacking)}")
+        raise ValueError(f"{_origin(config_class)} is not a family of networks: it lacks {', '.join(lacking)}")
     return str(name)
 
 
@@ -135,19 +143,19 @@ def _origin(config_class: type[ModelConfig]) -> str:
 
 
 def _validate(value: Any, info: ValidationInfo) -> ModelConfig:
-    """Dispatch on `family`. The family's own ValidationError keeps its field locations: pydantic merges it."""
+    """Dispatch on `family`; pydantic merges the family's own ValidationError with its field locations."""
     name = value.get("family", DEFAULT_FAMILY) if isinstance(value, Mapping) else getattr(value, "family", None)
     if not isinstance(name, str) or name not in _families:
         raise PydanticCustomError(
             "unknown_family",
-            "family must be one of {families}; {default} when it is left out",
-            {"families": ", ".join(_families), "default": DEFAULT_FAMILY},
+            "family must be one of {families}, not {name} (default: {default})",
+            {"families": ", ".join(_families), "name": repr(name), "default": DEFAULT_FAMILY},
         )
     return _families[name].model_validate(value, context=info.context)
 
 
 AnyModelConfig = Annotated[SerializeAsAny[ModelConfig], PlainValidator(_validate)]
-"""A field or `TypeAdapter` of this type reads plain data of any registered family and writes all of its fields."""
+"""Type of a field or `TypeAdapter` that reads the configuration of any registered family and writes all its fields."""
 
 for _config_class in _BUILT_IN:
     register_family(_config_class)

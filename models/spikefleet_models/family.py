@@ -1,7 +1,7 @@
-"""What a family of networks answers through its configuration; README.md says how to add one.
+"""The base configuration of a family of networks; README.md shows how to add one.
 
-Importing a configuration imports no torch: listing, checking and completing configurations are for programs that never
-build a network. So whatever needs torch is imported by the method that needs it.
+Importing a configuration does not import torch, because programs that never build a network list, check and complete
+configurations. A method that needs torch imports it.
 """
 
 from abc import abstractmethod
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
 
 
 class ModelConfig(BaseModel):
-    """The configuration of one network; each subclass with a `family` of its own is a family.
+    """The configuration of one network; each subclass with its own `family` is a family.
 
     A subclass declares `family` as a Literal with a default, `task`, its `presets`, and `timesteps`, `in_channels` and
-    `num_classes` as fields or properties. It overrides of the methods below what differs for its networks.
+    `num_classes` as fields or properties. It overrides those of the methods below that differ for its networks.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     task: ClassVar[str]
-    """What the networks are trained for: classification or detection; or the word of a task from outside."""
+    """The task that the networks are trained for: classification, detection, or the name of a plugin's task."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Fields of the family's named members, by name."""
 
     family: str
 
     if TYPE_CHECKING:
-        # At run time pydantic warns of a field that takes the place of an inherited property.
+        # At run time pydantic warns about a field that shadows an inherited property.
         @property
         @abstractmethod
         def timesteps(self) -> int:
@@ -49,16 +49,16 @@ class ModelConfig(BaseModel):
         @property
         @abstractmethod
         def num_classes(self) -> int:
-            """Size of the logits, or classes of objects."""
+            """Number of classes: size of the logits, or classes of objects."""
 
     @property
     def is_spiking(self) -> bool:
-        """Whether the network has spiking neurons; an ANN twin has none."""
+        """Whether the network has spiking neurons; False for an ANN twin."""
         return True
 
     @property
     def simulated_timesteps(self) -> int:
-        """T that really runs: 1 for an ANN twin, whatever `timesteps` says."""
+        """Number of time steps that really run: 1 for an ANN twin, whatever `timesteps` says."""
         return self.timesteps if self.is_spiking else 1
 
     @property
@@ -68,30 +68,33 @@ class ModelConfig(BaseModel):
 
     @abstractmethod
     def build(self) -> "nn.Module":
-        """The network, freshly initialised from torch's global generator."""
+        """Build the network, initialised from torch's global generator."""
 
     def build_criterion(self) -> "DetectionCriterion":
-        """What turns a detector's outputs into a loss and into detections.
+        """Build the criterion that turns a detector's outputs into a loss and into detections.
 
         Raises:
-            ValueError: the family or this member of it has none.
+            ValueError: the family or this member of it has no criterion.
         """
         if self.task == "classification":
-            raise ValueError(f"family={self.family} classifies pictures; only detectors have a detection criterion")
+            raise ValueError(f"family={self.family} classifies images; only detectors have a detection criterion")
         raise ValueError(f"family={self.family} has no detection criterion; its task is {self.task}")
 
     def twin(self) -> Self | None:
-        """The configuration of the ANN twin: same topology, ReLU for every neuron, one step. None: there is none."""
+        """The configuration of the ANN twin: same topology, ReLU for every neuron, one step. None if there is none."""
         return None
 
     def branch_channels(self, shortcut: ShortcutConfig) -> list[int]:
         """Channels that each side branch of shortcut back-propagation sees, first to last.
 
         Raises:
-            ValueError: networks of this family have no place for side branches; or as `ShortcutConfig.check_branches`.
+            ValueError: the family supports no side branches, or `ShortcutConfig.check_branches` refuses them.
         """
-        raise ValueError(f"side branches classify the stages of an SGResNet; family={self.family} is none")
+        raise ValueError(
+            f"side branches attach to the stages of an SGResNet; family={self.family} is not one, set "
+            "shortcut.where=none"
+        )
 
     def tags(self) -> dict[str, object]:
-        """What a deployer asks a registry for and the configuration knows."""
+        """Tags of a registered version that follow from the configuration."""
         return {"task": self.task, "family": self.family, "timesteps": self.timesteps}

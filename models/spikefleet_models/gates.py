@@ -9,8 +9,8 @@
 The gradients are those of the formulas as written. For BSG that means dY/dH = 2H - X and dY/dX = 1 - H, not what the
 same Boolean function written as H + X - H X would give. H is always spikes; X is spikes but for ADD.
 
-What backward needs of H and X is kept as they are: X is the input of the block's first convolution, and so in memory
-anyway. `SpikingUnit` recomputes H as well.
+Backward saves H and X themselves: X is the input of the block's first convolution, so it is in memory anyway.
+`SpikingUnit` recomputes H as well.
 """
 
 from typing import Any, Literal
@@ -20,14 +20,16 @@ from spikingjelly.activation_based import surrogate
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from spikefleet_models.membrane import membrane_dtype
+
 GateName = Literal["bsg", "bsg_star", "add", "and", "iand"]
 
 SAVES_SHORTCUT = {"bsg": True, "add": False, "and": True, "iand": True}
-"""The gates without parameters, and whether their backward reads X."""
+"""Gates without parameters -> whether their backward reads X."""
 
 
 def gate_forward(name: str, h: Tensor, x: Tensor, out: Tensor) -> Tensor:
-    """Y of a gate without parameters. `out` is not `h`."""
+    """Compute Y of a gate without parameters into `out`, which must not be `h`."""
     if name == "bsg":
         return torch.addcmul(x, x, h, value=-1.0, out=out).add_(h)
     if name == "add":
@@ -39,7 +41,7 @@ def gate_forward(name: str, h: Tensor, x: Tensor, out: Tensor) -> Tensor:
 
 
 def gate_backward_residual(name: str, grad: Tensor, h: Tensor, x: Tensor | None) -> Tensor:
-    """dL/dH. `grad` is left alone."""
+    """Compute dL/dH from dL/dY; `grad` is not changed."""
     if name == "add":
         return grad
     assert x is not None
@@ -50,7 +52,7 @@ def gate_backward_residual(name: str, grad: Tensor, h: Tensor, x: Tensor | None)
 
 
 def gate_backward_shortcut(name: str, grad: Tensor, h: Tensor, out: Tensor) -> Tensor:
-    """dL/dX into `out`."""
+    """Compute dL/dX from dL/dY into `out`."""
     if name == "add":
         return out.copy_(grad)
     if name == "and":
@@ -78,19 +80,19 @@ class _GateFunction(torch.autograd.Function):
 
 
 class Gate(nn.Module):
-    """BSG, ADD, AND or IAND: (H, X) -> Y of the same shape."""
+    """Gate without parameters (BSG, ADD, AND or IAND): (H, X) -> Y of the same shape."""
 
     def __init__(self, name: Literal["bsg", "add", "and", "iand"]) -> None:
         super().__init__()
         self.name = name
 
     def forward(self, h: Tensor, x: Tensor) -> Tensor:
-        """Y, saving H and X themselves and no product of theirs."""
+        """Compute Y; backward keeps H and X themselves and no product of them."""
         y: Tensor = _GateFunction.apply(h, x, self.name)
         return y
 
     def reference_forward(self, h: Tensor, x: Tensor) -> Tensor:
-        """Y by the formula of the module docstring and plain autograd."""
+        """Compute Y by the formula of the module docstring with plain autograd."""
         if self.name == "bsg":
             return h * h + (1 - h) * x
         if self.name == "add":
@@ -98,11 +100,12 @@ class Gate(nn.Module):
         return h * x if self.name == "and" else (1 - h) * x
 
     def extra_repr(self) -> str:
+        """The name of the gate."""
         return self.name
 
 
 class _LearnedGateFunction(torch.autograd.Function):
-    """BSG* on H in {0, 1}: u = W H + B - thr takes two values a channel, so only H and X need saving."""
+    """BSG* on H in {0, 1}: u = W H + B - thr takes two values per channel, so only H and X need saving."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, x: Tensor, weight: Tensor, bias: Tensor, gate: "LearnedGate") -> Tensor:
@@ -127,8 +130,9 @@ class _LearnedGateFunction(torch.autograd.Function):
         grad_h = torch.addcmul(grad * opening, grad_u, weight[:, None, None].to(h.dtype))
         grad_x = torch.addcmul(grad, grad, opening, value=-1.0)
         others = [d for d in range(h.ndim) if d != h.ndim - 3]
-        grad_bias = grad_u.sum(others, dtype=torch.float32)
-        grad_weight = grad_u.mul_(h).sum(others, dtype=torch.float32)
+        wide = membrane_dtype(grad_u.dtype)
+        grad_bias = grad_u.sum(others, dtype=wide)
+        grad_weight = grad_u.mul_(h).sum(others, dtype=wide)
         return grad_h, grad_x, grad_weight, grad_bias, None
 
 
@@ -140,8 +144,10 @@ def _per_channel(at_silence: Tensor, at_spike: Tensor, h: Tensor) -> Tensor:
 class LearnedGate(nn.Module):
     """BSG*: per channel it opens on spikes, on silence, always or never, so Y is H OR X, H AND X, H or X.
 
-    `surrogate_function` is that of the network's neurons; the paper says only that gradients of the gate are
-    surrogates.
+    Args:
+        channels: C.
+        threshold: thr of eq 14.
+        surrogate_function: that of the network's neurons; the paper only says that the gate's gradients are surrogates.
     """
 
     def __init__(self, channels: int, threshold: float, surrogate_function: surrogate.SurrogateFunctionBase) -> None:
@@ -152,30 +158,31 @@ class LearnedGate(nn.Module):
         self.surrogate_function = surrogate_function
 
     def opening(self, h: Tensor) -> Tensor:
-        """G in {0, 1} of spikes H [..., C, H, W]; decided in fp32, since a 16-bit W would move the gate's edge."""
+        """Compute G in {0, 1} of spikes H [..., C, H, W] in fp32, since a 16-bit W would shift the threshold."""
         at_silence = (self.bias.detach() - self.threshold >= 0).float()
         at_spike = (self.weight.detach() + self.bias.detach() - self.threshold >= 0).float()
         return _per_channel(at_silence, at_spike, h)
 
     def forward(self, h: Tensor, x: Tensor) -> Tensor:
-        """Y of spikes H and X [..., C, H, W], saving H and X themselves and nothing else."""
+        """Compute Y of spikes H and X [..., C, H, W]; backward keeps H and X and nothing else."""
         y: Tensor = _LearnedGateFunction.apply(h, x, self.weight, self.bias, self)
         return y
 
     def reference_forward(self, h: Tensor, x: Tensor) -> Tensor:
-        """Y by the formula of the module docstring and plain autograd."""
+        """Compute Y by the formula of the module docstring with plain autograd."""
         weight, bias = self.weight[:, None, None], self.bias[:, None, None]
         gate = self.surrogate_function(weight * h + bias - self.threshold)
         return gate * h + (1 - gate) * x
 
     def extra_repr(self) -> str:
+        """Channels and threshold."""
         return f"channels={self.weight.numel()}, threshold={self.threshold}"
 
 
 def build_gate(
     name: GateName, channels: int, threshold: float, surrogate_function: surrogate.SurrogateFunctionBase
 ) -> Gate | LearnedGate:
-    """The gate module of a residual block with `channels` output channels."""
+    """Build the gate of a residual block with `channels` output channels."""
     if name == "bsg_star":
         return LearnedGate(channels, threshold, surrogate_function)
     return Gate(name)

@@ -10,12 +10,12 @@ from spikefleet_models.neurons import spiking_nodes
 
 
 class SpikeMonitor:
-    """Counts spikes of every spiking layer while its `with` block runs; entering it starts from zero.
+    """Counts the spikes of every spiking layer inside a `with` block; entering the block starts from zero.
 
-    A neuron is one (c, h, w) of a layer. It is dead when it fired at no step of no recorded sample, saturated when it
-    emitted the most it can (1; D for I-LIF) at every step of every one. Rates are shares of that most, so that 1 is
-    saturated for every kind. Inside the block the units call their neurons as modules instead of the fused form: the
-    same numbers, a little slower.
+    A neuron is one (c, h, w) of a layer. It is dead when it never fired on any recorded sample, and saturated when it
+    emitted its maximum (1; D for I-LIF) at every step of every sample. Rates are fractions of that maximum, so 1 means
+    saturated for every kind of neuron. Inside the block, units call their neurons as modules instead of the fused
+    form: the numbers are the same, the speed is a little lower.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -46,8 +46,8 @@ class SpikeMonitor:
                 return
             if counts.shape != self._counts[name].shape:
                 raise ValueError(
-                    f"layer {name} gave spikes of shape {tuple(counts.shape)} after {tuple(self._counts[name].shape)}; "
-                    "record pictures of one size in one `with` block"
+                    f"layer {name}: spikes have shape {tuple(counts.shape)}, expected "
+                    f"{tuple(self._counts[name].shape)} as before; record images of one size in one `with` block"
                 )
             self._counts[name] += counts
             self._samples[name] += spikes.shape[1]
@@ -55,7 +55,11 @@ class SpikeMonitor:
         return record
 
     def table(self) -> list[dict[str, Any]]:
-        """A row a spiking layer, in network order: layer, channels, rate, dead, saturated, rate_per_step (T values)."""
+        """One row per spiking layer, in network order.
+
+        Returns:
+            Rows of `layer`, `channels`, `rate`, `dead`, `saturated` (fractions) and `rate_per_step` (T values).
+        """
         rows = []
         for name, counts in self._counts.items():
             most = self._samples[name] * self._nodes[name].bound
@@ -74,7 +78,7 @@ class SpikeMonitor:
         return rows
 
     def summary(self) -> dict[str, float]:
-        """Firing rate, dead and saturated share over the neurons of all layers; empty where no spiking layer ran."""
+        """Firing rate, dead and saturated fraction over the neurons of all layers; empty if no spiking layer ran."""
         if not self._counts:
             return {}
         rows = self.table()

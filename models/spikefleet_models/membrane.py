@@ -1,4 +1,4 @@
-"""Membrane dynamics over T steps, written on buffers: what every lean autograd Function of this package is made of.
+"""Membrane dynamics over T steps on buffers: the building blocks of every lean autograd Function of this package.
 
 Charge, fire, reset (Zhang et al., Front. Neurosci. 2023, eqs 5, 6, 8, 9; the order of operations is SpikingJelly's,
 so that spikes are bit-identical to its torch reference):
@@ -11,8 +11,8 @@ so that spikes are bit-identical to its torch reference):
     reset  v[t] = v_reset where s[t] else h[t]                        hard
            v[t] = h[t] - v_threshold * s[t]                           soft (v_reset is None)
 
-The backward recomputes h from x, so that x is all a caller has to save. Callers hand in tiles that fit
-the processor's second-level cache: each line below is then a pass over cached memory.
+The backward recomputes h from x, so a caller only has to save x. Callers pass tiles that fit the processor's
+second-level cache, so that each line below is a pass over cached memory.
 """
 
 import math
@@ -28,10 +28,10 @@ TILE_ELEMENTS = 1 << 19
 
 
 def tiles(tensor: Tensor, axis: int) -> Iterator[slice]:
-    """Slices of `axis` that cut `tensor` into tiles of about TILE_ELEMENTS; one slice on accelerators.
+    """Yield slices of `axis` that cut `tensor` into tiles of about TILE_ELEMENTS; one slice on accelerators.
 
-    Elementwise passes over a whole activation cost one trip to memory each; over a tile they cost a trip to the cache.
-    On accelerators a launch costs more than a pass, so there a tile is the whole tensor.
+    An elementwise pass over a whole activation reads it from memory; over a tile it reads it from the cache. On
+    accelerators a kernel launch costs more than a pass, so there the tile is the whole tensor.
     """
     length = tensor.shape[axis]
     step = length
@@ -43,7 +43,7 @@ def tiles(tensor: Tensor, axis: int) -> Iterator[slice]:
 
 @dataclass(frozen=True)
 class Dynamics:
-    """What a neuron does in one step. `tau` is None for IF and for PLIF, whose q comes as a tensor."""
+    """Parameters of a neuron's step equations. `tau` is None for IF, and for PLIF, whose q is passed as a tensor."""
 
     v_threshold: float
     v_reset: float | None
@@ -54,19 +54,27 @@ class Dynamics:
 
     @property
     def rest(self) -> float:
-        """Voltage of a neuron that has seen nothing, and what the leak pulls towards."""
+        """Voltage of the reset state, towards which the leak decays."""
         return 0.0 if self.v_reset is None else self.v_reset
 
 
 def membrane_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp32, or fp64 for fp64 input: a 16-bit membrane loses small currents."""
+    """Return fp32, or fp64 for fp64 input: a 16-bit membrane loses small currents."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def charge(dynamics: Dynamics, q: Tensor | None, v: Tensor | None, x: Tensor, out: Tensor) -> Tensor:
-    """h[t], in `out` (which may be `v` or `x`) or, where the neuron only passes its first current on, `x` itself.
+    """Compute h[t] from v[t-1] and x[t].
 
-    `v` None is the reset state.
+    Args:
+        dynamics: of the neuron.
+        q: 1 / tau of PLIF, a scalar tensor; None for the other kinds.
+        v: v[t-1]; None is the reset state.
+        x: x[t].
+        out: buffer for the result; may be `v` or `x`.
+
+    Returns:
+        `out`, or `x` itself where h[t] equals x[t].
     """
     leaky = q is not None or dynamics.tau is not None
     if v is None:
@@ -91,7 +99,7 @@ def _leak(dynamics: Dynamics, q: Tensor | None, x: Tensor, out: Tensor) -> Tenso
 
 
 def reset(dynamics: Dynamics, h: Tensor, spike: Tensor, out: Tensor) -> Tensor:
-    """v[t] into `out`, which may be `h`."""
+    """Compute v[t] from h[t] and s[t] into `out`, which may be `h`."""
     if dynamics.v_reset is None:
         return torch.sub(h, spike, alpha=dynamics.v_threshold, out=out)
     if dynamics.v_reset == 0.0:
@@ -107,7 +115,7 @@ def forward_steps(
     v_init: Tensor | None = None,
     v_last: Tensor | None = None,
 ) -> None:
-    """Write s[t] for every step and, where it is given, v[T] into `v_last`. `spikes` may be `x`."""
+    """Write s[t] of every step into `spikes` (which may be `x`) and, if it is given, v[T] into `v_last`."""
     v, state = v_init, torch.empty_like(x[0])
     for t, (x_t, s_t) in enumerate(zip(x, spikes, strict=True)):
         h = charge(dynamics, q, v, x_t, out=state)
@@ -121,7 +129,7 @@ def forward_steps(
 
 
 def charge_steps(dynamics: Dynamics, q: Tensor | None, x: Sequence[Tensor], v: Tensor | None) -> None:
-    """Turn x[t] into h[t] in place for every step."""
+    """Replace x[t] by h[t] in place for every step."""
     state = torch.empty_like(x[0])
     for t, x_t in enumerate(x):
         h = charge(dynamics, q, v, x_t, out=x_t)
@@ -138,9 +146,19 @@ def backward_steps(
     v_init: Tensor | None = None,
     currents: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Turn h[t] into dL/dx[t] in place; return (dL/dv_init, dL/dq).
+    """Replace h[t] by dL/dx[t] in place for every step.
 
-    `grad_spikes` and `grad_v` are left alone. PLIF (q is not None) needs the `currents` x[t] as well.
+    Args:
+        dynamics: of the neuron.
+        q: 1 / tau of PLIF; None for the other kinds.
+        h: charged membranes h[t]; replaced.
+        grad_spikes: dL/ds[t]; not changed.
+        grad_v: dL/dv[T]; not changed.
+        v_init: v[0]; None is the reset state.
+        currents: x[t]; only PLIF needs them.
+
+    Returns:
+        (dL/dv_init, dL/dq); the latter is None without q.
     """
     below, base = torch.empty_like(h[0]), torch.empty_like(h[0])
     threshold = h[0].new_full((), dynamics.v_threshold)
@@ -168,7 +186,7 @@ def backward_steps(
 
 
 def _fire_backward(dynamics: Dynamics, below: Tensor, grad_s: Tensor, grad_h: Tensor | None, out: Tensor) -> None:
-    """out = grad_s * surrogate'(-below) + grad_h. `below` = v_threshold - h is used up."""
+    """Compute out = grad_s * surrogate'(-below) + grad_h; `below` = v_threshold - h is overwritten."""
     function = dynamics.surrogate_function
     if type(function) is surrogate.ATan:
         # a / (1 + (pi a d)^2) with a = alpha / 2, as one denominator: 1/a + pi^2 a d^2
@@ -187,7 +205,7 @@ def _fire_backward(dynamics: Dynamics, below: Tensor, grad_s: Tensor, grad_h: Te
 
 
 def _charge_backward(dynamics: Dynamics, q: Tensor | None, grad: Tensor) -> Tensor:
-    """Turn dL/dh[t] into dL/dx[t] in place; return dL/dv[t-1]."""
+    """Replace dL/dh[t] by dL/dx[t] in place; return dL/dv[t-1]."""
     if q is None and dynamics.tau is None:
         return grad
     leak = _leak(dynamics, q, grad, torch.empty_like(grad))

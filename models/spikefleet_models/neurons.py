@@ -1,14 +1,14 @@
-"""IF, LIF, PLIF and I-LIF neurons: SpikingJelly nodes whose multi-step forward saves next to nothing.
+"""IF, LIF, PLIF and I-LIF neurons: SpikingJelly nodes whose multi-step forward saves almost nothing for backward.
 
-The nodes subclass SpikingJelly's, so `functional.reset_net`, its monitors and its converters treat them as its own.
-They differ in three ways, all on purpose:
+The nodes subclass SpikingJelly's, so `functional.reset_net`, its monitors and its converters work with them. They
+differ in three ways:
 
-* The membrane is fp32 whatever the input's type (SpikingJelly keeps a 16-bit membrane under autocast); spikes come
-  back in the input's type.
-* Each multi-step call starts from the reset state unless `keep_state` is set, so nothing leaks from one batch into
+* The membrane is fp32 whatever the input's type (SpikingJelly keeps a 16-bit membrane under autocast); spikes are
+  returned in the input's type.
+* Each multi-step call starts from the reset state unless `keep_state` is set, so no state leaks from one batch into
   the next and training needs no `reset_net`.
-* The backward of IF, LIF and PLIF recomputes the membrane (membrane.py) where SpikingJelly saves it; I-LIF's
-  needs one byte an element.
+* The backward of IF, LIF and PLIF recomputes the membrane (membrane.py) where SpikingJelly saves it; I-LIF saves one
+  byte per element.
 
 I-LIF (Luo et al., "Integer-valued training and spike-driven inference spiking neural network for high-performance and
 energy-efficient object detection", ECCV 2024, eqs 8 to 11) emits integers 0..D:
@@ -170,7 +170,7 @@ class _IntegerFunction(torch.autograd.Function):
 
 
 class _LeanNode(neuron.BaseNode):
-    """What the nodes share: state handling around an autograd Function."""
+    """Base of the nodes: state handling around an autograd Function."""
 
     keep_state: bool = False
     """Carry the voltage from one call to the next, as SpikingJelly does; `functional.reset_net` clears it."""
@@ -180,13 +180,13 @@ class _LeanNode(neuron.BaseNode):
         raise NotImplementedError
 
     def materialize_states(self, inputs: tuple[Any, ...], states: tuple[Any, ...], step_mode: str) -> tuple[Any, ...]:
-        """SpikingJelly's, with an fp32 voltage for every input type."""
+        """Materialise the states as SpikingJelly does, with an fp32 voltage for every input type."""
         first = inputs[0][0] if step_mode == "m" else inputs[0]
         (v,) = super().materialize_states((first.to(membrane_dtype(first.dtype)),), states, "s")
         return (v,)
 
     def multi_step_forward(self, x_seq: Tensor, *args: Tensor, **kwargs: object) -> Tensor:
-        """[T, ...] currents -> [T, ...] spikes (I-LIF: integers in [0, D]) of the same type."""
+        """Run all steps: [T, ...] currents -> [T, ...] spikes (I-LIF: integers in [0, D]) of the same type."""
         if not self.keep_state and not self.store_v_seq:
             return self._run(x_seq, None)[0]
         if not self.keep_state:
@@ -199,7 +199,7 @@ class _LeanNode(neuron.BaseNode):
         return emitted
 
     def reference_forward(self, x_seq: Tensor) -> Tensor:
-        """The same from the reset state, by step equations (SpikingJelly's, or eqs 8 to 11) and plain autograd."""
+        """Run all steps from the reset state by SpikingJelly's step equations (I-LIF: eqs 8 to 11), plain autograd."""
         states = self.materialize_states((x_seq,), (self.get_reset_value("v"),), "m")
         currents = x_seq.to(membrane_dtype(x_seq.dtype))
         steps = []
@@ -210,13 +210,13 @@ class _LeanNode(neuron.BaseNode):
 
 
 class _BinaryNode(_LeanNode):
-    """What IF, LIF and PLIF share."""
+    """Base of IF, LIF and PLIF."""
 
     bound = 1
-    """The most a neuron emits in one step; I-LIF's is D."""
+    """Largest value that a neuron emits in one step; D for I-LIF."""
 
     def dynamics(self) -> Dynamics:
-        """The step equations, as plain numbers."""
+        """The parameters of the step equations."""
         return Dynamics(
             v_threshold=self.v_threshold,
             v_reset=self.v_reset,
@@ -227,6 +227,9 @@ class _BinaryNode(_LeanNode):
         )
 
     def _run(self, x_seq: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if x_seq.ndim == 1:
+            spikes, v_last = self._run(x_seq[:, None], None if v is None else v[None])
+            return spikes[:, 0], None if v_last is None else v_last[0]
         spikes, v_last = _MembraneFunction.apply(x_seq, v, getattr(self, "w", None), self.dynamics())
         return spikes, v_last
 
@@ -240,7 +243,7 @@ class LIF(_BinaryNode, neuron.LIFNode):
 
 
 class PLIF(_BinaryNode, neuron.ParametricLIFNode):
-    """LIF with 1/tau = sigmoid(w), one learned w a layer."""
+    """Parametric LIF: 1/tau = sigmoid(w) with one learned w per layer."""
 
 
 class ILIF(_LeanNode):
@@ -248,9 +251,9 @@ class ILIF(_LeanNode):
 
     Args:
         bound: D.
-        leak: what is left of the membrane after a step.
+        leak: fraction of the membrane kept after a step.
         input_scale: factor on the input.
-        step_mode: SpikingJelly's; "m" takes [T, ...].
+        step_mode: as in SpikingJelly; "m" takes [T, ...].
     """
 
     def __init__(
@@ -269,18 +272,24 @@ class ILIF(_LeanNode):
     def single_step_functional_forward(
         self, inputs: tuple[Any, ...], states: tuple[Any, ...], **kwargs: object
     ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """((x[t],), (v[t-1],)) -> ((s[t],), (v[t],)) with v = u - s; plain autograd."""
+        """Run one step with plain autograd: ((x[t],), (v[t-1],)) -> ((s[t],), (v[t],)) with v = u - s."""
         u = states[0] * self.leak + inputs[0] * self.input_scale
-        # clamp passes gradient at both ends of its range; round(c) - c is exact, so the sum is round(c).
-        clipped = u.clamp(0, self.bound)
+        # The gradient is 1 on all of [0, D], its ends included, where torch's clamp may pass none;
+        # round(c) - c is exact, so the sum is round(c).
+        inside = (u >= 0) & (u <= self.bound)
+        clipped = torch.where(inside, u, u.detach().clamp(0, self.bound))
         emitted = clipped + (clipped.round() - clipped).detach()
         return (emitted,), (u - emitted.detach(), *states[1:])
 
     def _run(self, x_seq: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if x_seq.ndim == 1:
+            emitted, v_last = self._run(x_seq[:, None], None if v is None else v[None])
+            return emitted[:, 0], None if v_last is None else v_last[0]
         emitted, v_last = _IntegerFunction.apply(x_seq, v, self.bound, self.leak, self.input_scale)
         return emitted, v_last
 
     def extra_repr(self) -> str:
+        """The arguments of the constructor."""
         return f"bound={self.bound}, leak={self.leak}, input_scale={self.input_scale}, step_mode={self.step_mode}"
 
 
@@ -288,7 +297,7 @@ SpikingNode = IF | LIF | PLIF | ILIF
 
 
 def node_arguments(config: NeuronConfig) -> dict[str, Any]:
-    """Keyword arguments of the node of a kind; for IF, LIF and PLIF those of SpikingJelly's node as well."""
+    """Keyword arguments of the node of a config; SpikingJelly's IF, LIF and PLIF nodes take the same ones."""
     if config.kind == "ilif":
         return {"bound": config.bound, "leak": config.leak, "input_scale": config.input_scale, "step_mode": "m"}
     arguments: dict[str, Any] = {
@@ -305,11 +314,11 @@ def node_arguments(config: NeuronConfig) -> dict[str, Any]:
 
 
 def build_neuron(config: NeuronConfig) -> SpikingNode:
-    """A multi-step node: [T, ...] currents -> [T, ...] spikes, or integers in [0, D]."""
+    """Build a multi-step node: [T, ...] currents -> [T, ...] spikes, or integers in [0, D]."""
     kinds: dict[str, Callable[..., SpikingNode]] = {"if": IF, "lif": LIF, "plif": PLIF, "ilif": ILIF}
     return kinds[config.kind](**node_arguments(config))
 
 
 def spiking_nodes(model: nn.Module) -> dict[str, SpikingNode]:
-    """Every spiking neuron layer of a network by its module name."""
+    """Return every spiking neuron layer of a network by its module name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SpikingNode)}

@@ -114,7 +114,7 @@ class _Counter(SpikeFlow):
 
     def _bound(self, tensor: Tensor) -> int:
         origin = self.origin(tensor)
-        return origin.bound if origin is not None and origin.kind in ("spikes", "sum") else 0
+        return origin.bound if origin is not None and origin.is_spiking else 0
 
     def _count(self, name: str, args: Any, result: Any) -> None:
         if name == "convolution":

@@ -1,8 +1,8 @@
-"""From the network that is trained to the one that is deployed: batch norms folded into convolutions, chains merged.
+"""Deployment of a trained network: batch norms folded into convolutions, re-parameterised chains merged.
 
 A batch norm in eval mode is a scale s and a shift t per channel, so that convolution and batch norm are one convolution
 with a bias. SpikeYOLO's chains (Luo et al., ECCV 2024, eq 7) are linear too and merge to one dense 3x3 convolution with
-zero padding, because they pad with the value that their batch norm gives to zero:
+zero padding, because they pad with the value that their batch norm maps zero to:
 
     RepConv      W[o, i] = s2_o sum_m P[o, m] k_m s_m K[m, i]      b_o = s2_o sum_m P[o, m] (sum k_m) t_m + t2_o
     SepRepConv   W[o, i] = k_o P[o, i] s_i                         b_o = (sum k_o) (P t)_o
@@ -10,11 +10,11 @@ zero padding, because they pad with the value that their batch norm gives to zer
 K is the first 1x1, (s, t) the padding batch norm, k the depth-wise 3x3, P the last 1x1, (s2, t2) the trailing batch
 norm.
 
-Merging is what makes a chain spike-driven: one convolution sits behind each neuron. It also multiplies SpikeYOLO-s's
-operations by 1.7 and its weights by 2.6; `deploy(network, merge=False)` keeps the factors, each with its bias.
+Merging makes a chain spike-driven: each neuron feeds one convolution. It also multiplies SpikeYOLO-s's operations by
+1.7 and its weights by 2.6; `deploy(network, merge=False)` keeps the factors, each with its bias.
 
-The arithmetic is here; which convolution takes which batch norm, each module says beside its forward (`Deployable`). An
-`nn.Sequential` in which a `Conv2d` stands before a batch norm or a `SpikingUnit` needs to say nothing.
+This file holds the arithmetic; each module declares next to its forward which convolution takes which batch norm
+(`Deployable`). An `nn.Sequential` with a `Conv2d` before a batch norm or a `SpikingUnit` needs no declaration.
 """
 
 import copy
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Deployable(Protocol):
-    """A module that owns batch norms, or that merges to less than it is in training."""
+    """A module that owns batch norms, or that merges to a smaller module for deployment."""
 
     def deployed(self, merge: bool) -> nn.Module:
-        """What takes the module's place in deployment: itself, changed, or another module.
+        """Return the module that replaces this one in deployment: itself, changed, or another module.
 
-        Its children have been deployed before. `merge` as in `deploy`.
+        Its children have already been deployed. `merge` is as in `deploy`.
         """
         ...
 
@@ -52,20 +52,20 @@ class TakesBatchNorm(Protocol):
 
 
 class Affine(NamedTuple):
-    """What a batch norm in eval mode does to a channel: scale * x + shift; both fp64 [C]."""
+    """A batch norm in eval mode as scale * x + shift per channel; both fp64 [C]."""
 
     scale: Tensor
     shift: Tensor
 
 
 def affine(bn: nn.Module) -> Affine:
-    """Scale and shift of a batch norm with running statistics.
+    """Compute scale and shift of a batch norm with running statistics.
 
     Raises:
-        ValueError: another module, or a batch norm that keeps no running statistics.
+        ValueError: `bn` is another module, or a batch norm without running statistics.
     """
     if not isinstance(bn, _BatchNorm) or bn.running_mean is None or bn.running_var is None:
-        raise ValueError(f"cannot fold {type(bn).__name__}; only batch norms with running statistics are linear")
+        raise ValueError(f"cannot fold {type(bn).__name__}, expected a batch norm with running statistics")
     scale = (bn.running_var.double() + bn.eps).rsqrt()
     if bn.weight is not None:
         scale = scale * bn.weight.detach().double()
@@ -76,7 +76,9 @@ def affine(bn: nn.Module) -> Affine:
 
 
 def fold_bn(conv: nn.Conv2d, bn: nn.Module) -> nn.Conv2d:
-    """One convolution with bias that computes bn(conv(x)) of eval mode; computed in fp64, in the type of `conv`.
+    """Fold a batch norm in eval mode into the convolution before it: one convolution with bias that is bn(conv(x)).
+
+    It is computed in fp64 and returned in the type of `conv`.
 
     Raises:
         ValueError: `bn` cannot be folded.
@@ -88,7 +90,7 @@ def fold_bn(conv: nn.Conv2d, bn: nn.Module) -> nn.Conv2d:
 
 
 def merge_rep_conv(chain: "RepConv") -> nn.Conv2d:
-    """The dense 3x3 convolution with zero padding and bias that equals a RepConv in eval mode, borders included."""
+    """Merge a RepConv in eval mode to one dense 3x3 convolution with zero padding and bias, borders included."""
     inner, outer = affine(chain.pad_bn.bn), affine(chain.bn)
     first = chain.first.weight.detach().double()[:, :, 0, 0] * inner.scale[:, None]
     depthwise = chain.depthwise.weight.detach().double()[:, 0]
@@ -101,7 +103,7 @@ def merge_rep_conv(chain: "RepConv") -> nn.Conv2d:
 
 
 def merge_sep_rep_conv(chain: "SepRepConv") -> nn.Conv2d:
-    """The dense 3x3 convolution with zero padding and bias that equals a SepRepConv in eval mode, borders included."""
+    """Merge a SepRepConv in eval mode to one dense 3x3 convolution with zero padding and bias, borders included."""
     inner = affine(chain.pad_bn.bn)
     pointwise = chain.pointwise.weight.detach().double()[:, :, 0, 0]
     depthwise = chain.depthwise.weight.detach().double()
@@ -111,25 +113,31 @@ def merge_sep_rep_conv(chain: "SepRepConv") -> nn.Conv2d:
 
 
 def fold_unit(conv: nn.Module, unit: SpikingUnit) -> tuple[nn.Conv2d, SpikingUnit]:
-    """A convolution with the batch norm of the unit behind it folded in, and a copy of the unit without.
+    """Fold the batch norm of a unit into the convolution before it.
+
+    Returns:
+        The new convolution, and a copy of the unit without batch norm.
 
     Raises:
-        ValueError: `conv` is no convolution, or the unit's batch norm cannot be folded.
+        ValueError: `conv` is not a Conv2d, or the unit's batch norm cannot be folded.
     """
     if not isinstance(conv, nn.Conv2d):
-        raise ValueError(f"{type(conv).__name__} takes no batch norm; only Conv2d does")
+        raise ValueError(f"{type(conv).__name__} takes no batch norm, expected a Conv2d")
     folded = fold_bn(conv, unit.bn)
-    # A copy: a unit that stands behind several convolutions has its batch norm folded into each.
+    # A copy: a unit that follows several convolutions has its batch norm folded into each.
     bare = copy.deepcopy(unit)
     bare.bn = nn.Identity()
     return folded, bare
 
 
 def fold_behind(module: nn.Module, bn: nn.Module) -> nn.Module:
-    """What computes bn(module(x)) without `bn`: a new convolution, or `module` with its last convolution changed.
+    """Fold `bn` into the module before it.
+
+    Returns:
+        A new convolution, or `module` with its last convolution changed.
 
     Raises:
-        ValueError: `module` has no last convolution that could take it, or `bn` cannot be folded.
+        ValueError: `module` has no last convolution that can take `bn`, or `bn` cannot be folded.
     """
     if isinstance(bn, nn.Identity):
         return module
@@ -140,19 +148,25 @@ def fold_behind(module: nn.Module, bn: nn.Module) -> nn.Module:
     elif isinstance(module, TakesBatchNorm):
         module.take_batch_norm(bn)
     else:
-        raise ValueError(f"{type(module).__name__} takes no batch norm; only Conv2d and what ends in one do")
+        raise ValueError(
+            f"{type(module).__name__} takes no batch norm, expected a Conv2d or a module that ends in one; add a "
+            "method take_batch_norm to it"
+        )
     return module
 
 
 def fold_padded(conv: nn.Conv2d, bn: nn.Module) -> nn.Conv2d:
-    """A 1x1 convolution and the `BatchNormAndPad` of `bn`: zero padding before a 1x1 leaves its bias on the border."""
+    """Fold the `BatchNormAndPad` of `bn` into the 1x1 convolution before it.
+
+    The result has padding 1: zero padding before a 1x1 convolution leaves its bias at the border.
+    """
     folded = fold_bn(conv, bn)
     folded.padding = (1, 1)
     return folded
 
 
 def fold_padded_in_front(bn: nn.Module, conv: nn.Conv2d) -> nn.Conv2d:
-    """The `BatchNormAndPad` of `bn` and, behind it, a dense 1x1 or a depth-wise 3x3 convolution without bias."""
+    """Fold the `BatchNormAndPad` of `bn` into the dense 1x1 or depth-wise 3x3 convolution without bias after it."""
     scale, shift = affine(bn)
     weight = conv.weight.detach().double()
     if conv.kernel_size == (1, 1):
@@ -161,29 +175,35 @@ def fold_padded_in_front(bn: nn.Module, conv: nn.Conv2d) -> nn.Conv2d:
 
 
 def deploy(network: nn.Module, merge: bool = True) -> nn.Module:
-    """A deep copy in eval mode, without gradients, with every batch norm folded and every chain merged.
+    """Copy a network for deployment, with every batch norm folded and every chain merged.
 
     Outputs equal those of `network` in eval mode up to rounding (below 1e-12 in fp64). Each neuron then feeds
-    convolutions or linear layers with one bias each, or a gate; only the transformer variant's attention, where
-    three neurons a block feed matrix products, is not of that form.
+    convolutions or linear layers with one bias each, or a gate; the only exception is the transformer variant's
+    attention, where three neurons per block feed matrix products.
 
     Args:
-        network: any network whose batch norms follow convolutions; left alone.
-        merge: one dense 3x3 convolution a chain; false keeps RepConv and SepRepConv as three convolutions, the first
-            with padding and bias.
+        network: any network whose batch norms follow convolutions; not changed.
+        merge: merge each chain to one dense 3x3 convolution; false keeps RepConv and SepRepConv as three convolutions,
+            the first with padding and bias.
+
+    Returns:
+        A deep copy in eval mode, without gradients.
 
     Raises:
-        ValueError: a batch norm is left that no rule covers.
+        ValueError: a batch norm follows no convolution that can take it.
     """
     deployed = _deployed(copy.deepcopy(network).eval().requires_grad_(False), merge, {})
     left = [name for name, module in deployed.named_modules() if isinstance(module, _BatchNorm)]
     if left:
-        raise ValueError(f"{type(network).__name__} has batch norms that no convolution takes: {', '.join(left)}")
+        raise ValueError(
+            f"{type(network).__name__} has batch norms that no convolution takes: {', '.join(left)}; add a method "
+            "deployed to the modules that own them"
+        )
     return deployed.requires_grad_(False)
 
 
 def _deployed(module: nn.Module, merge: bool, done: dict[nn.Module, nn.Module]) -> nn.Module:
-    """What takes the place of a module, children first. `done` keeps a module that is used twice one module."""
+    """Deploy a module, children first; `done` keeps a shared module shared."""
     if module not in done:
         for name, child in module.named_children():
             setattr(module, name, _deployed(child, merge, done))
@@ -194,7 +214,7 @@ def _deployed(module: nn.Module, merge: bool, done: dict[nn.Module, nn.Module]) 
 
 
 def _fold_pairs(stack: nn.Sequential) -> None:
-    """Fold each batch norm, bare or in a `SpikingUnit`, that follows a convolution in a plain stack."""
+    """Fold each batch norm, bare or in a `SpikingUnit`, that follows a convolution in an `nn.Sequential`."""
     if type(stack).forward is not nn.Sequential.forward:
         return
     for index in range(len(stack) - 1):
@@ -208,7 +228,7 @@ def _fold_pairs(stack: nn.Sequential) -> None:
 
 
 def _conv_like(weight: Tensor, bias: Tensor, like: nn.Conv2d, padding: str | tuple[int, ...]) -> nn.Conv2d:
-    """A convolution with this weight and bias, and stride, groups, type and device of `like`."""
+    """Build a convolution with this weight and bias, and the stride, groups, type and device of `like`."""
     conv = nn.Conv2d(
         weight.shape[1] * like.groups,
         weight.shape[0],

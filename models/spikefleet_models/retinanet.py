@@ -1,8 +1,8 @@
 """Spiking RetinaNet: spiking residual backbone, a decoder for each tapped stage, and torchvision's pyramid and heads.
 
-Zhang et al., Front. Neurosci. 2023: SG ResNet, an attention spike decoder of its own on each of C3, C4 and C5, then
-RetinaNet (Lin et al., ICCV 2017) as an ANN: feature pyramid P3 to P7, two heads of four convolutions shared by all
-levels, nine anchors a cell. The ANN twin is the same network with `backbone.connection: ann`.
+Zhang et al., Front. Neurosci. 2023: SG ResNet, one attention spike decoder each on C3, C4 and C5, then RetinaNet (Lin
+et al., ICCV 2017) as an ANN: feature pyramid P3 to P7, two heads of four convolutions shared by all levels, nine
+anchors per cell. The ANN twin is the same network with `backbone.connection: ann`.
 
 What the paper leaves open follows mmdetection: P6 is a convolution of C5, no normalisation in pyramid and heads,
 foreground prior .01. Deviations from it: a ReLU between P6 and P7, as in torchvision's block and in Lin et al.; weights
@@ -45,9 +45,14 @@ class RetinaNet(nn.Module):
         self.backbone.initialise()
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """One [B, A * (K + 4), h, w] a level, finest first, of pictures [B, C, H, W] or frames [T, B, C, H, W].
+        """Compute the raw outputs of the levels.
 
-        Channels: K class logits of each of the A anchors, then the 4 box codes of each.
+        Args:
+            images: images [B, C, H, W] or frames [T, B, C, H, W].
+
+        Returns:
+            [B, A * (K + 4), h, w] per level, finest first: K class logits of each of the A anchors, then the 4 box
+            codes of each.
 
         Raises:
             ValueError: the shape or type of `images` does not fit the configuration.

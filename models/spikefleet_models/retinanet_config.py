@@ -1,4 +1,4 @@
-"""The configuration of Spiking RetinaNet and its criterion, and the published members.
+"""The configurations of Spiking RetinaNet and of its criterion, and the published members.
 
 The network is in retinanet.py, the criterion in retinanet_loss.py.
 """
@@ -23,29 +23,29 @@ class RetinaCriterionConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     anchor_scale: float = Field(4.0, gt=0.0, description="Side of a level's smallest square anchor over its stride.")
-    scales_per_octave: int = Field(3, ge=1, description="Anchor sizes from one level to the next.")
+    scales_per_octave: int = Field(3, ge=1, description="Number of anchor sizes per level.")
     aspect_ratios: tuple[float, ...] = Field((0.5, 1.0, 2.0), min_length=1, description="Heights over widths.")
-    positive_iou: float = Field(0.5, gt=0.0, le=1.0, description="An anchor with this IoU or more gets the object.")
-    negative_iou: float = Field(0.4, ge=0.0, le=1.0, description="Below is background; between, the anchor is ignored.")
-    low_quality_matches: bool = Field(True, description="An object's best anchors get it whatever their IoU.")
+    positive_iou: float = Field(0.5, gt=0.0, le=1.0, description="An anchor with at least this IoU is matched.")
+    negative_iou: float = Field(0.4, ge=0.0, le=1.0, description="Below: background; in between: ignored.")
+    low_quality_matches: bool = Field(True, description="Match each object's best anchors at any IoU.")
     focal_alpha: float = Field(0.25, ge=0.0, le=1.0, description="Weight of the positive class in the focal loss.")
-    focal_gamma: float = Field(2.0, ge=0.0, description="How much the focal loss turns to hard examples.")
+    focal_gamma: float = Field(2.0, ge=0.0, description="Focusing exponent of the focal loss.")
     box_loss: Literal["l1", "smooth_l1"] = Field("l1", description="Loss of the encoded boxes.")
-    smooth_l1_beta: float = Field(1 / 9, gt=0.0, description="Where the smooth L1 loss turns from square to linear.")
+    smooth_l1_beta: float = Field(1 / 9, gt=0.0, description="Error where smooth L1 turns from square to linear.")
     box_gain: float = Field(1.0, ge=0.0, description="Weight of the box loss.")
-    score_threshold: float = Field(0.05, ge=0.0, lt=1.0, description="Detections need a score above this.")
+    score_threshold: float = Field(0.05, ge=0.0, lt=1.0, description="Detections have a score above this.")
     candidates_per_level: int = Field(1000, ge=1, description="Best boxes of each level that enter the suppression.")
     nms_iou: float = Field(
         0.5, ge=0.0, le=1.0, description="Overlap at which a worse box of the same class is dropped."
     )
-    max_detections: int = Field(100, ge=1, description="Detections of an image at most.")
+    max_detections: int = Field(100, ge=1, description="Maximum number of detections per image.")
 
     @model_validator(mode="after")
     def _thresholds_in_order(self) -> "RetinaCriterionConfig":
         if self.negative_iou > self.positive_iou:
             raise ValueError(f"negative_iou={self.negative_iou} must not exceed positive_iou={self.positive_iou}")
         if min(self.aspect_ratios) <= 0:
-            raise ValueError(f"aspect_ratios={self.aspect_ratios} must be above 0")
+            raise ValueError(f"aspect_ratios={self.aspect_ratios}: every ratio must be above 0")
         return self
 
     @property
@@ -78,10 +78,10 @@ class RetinaNetConfig(ModelConfig):
     family: Literal["retinanet"] = "retinanet"
     backbone: SGResNetConfig = Field(
         default_factory=lambda: SGResNetConfig(stem="imagenet"),
-        description="Residual network and decoder; its classifier is left out, so its num_classes has no meaning.",
+        description="Residual network and decoders, without classifier: its num_classes is not used.",
     )
     num_classes: int = Field(80, ge=1, description="Classes of objects.")
-    taps: int = Field(3, ge=1, description="How many of the backbone's last stages feed the pyramid; 3 is C3 to C5.")
+    taps: int = Field(3, ge=1, description="Number of last stages that feed the pyramid; 3 is C3 to C5.")
     extra_levels: Literal[0, 2] = Field(2, description="Coarser levels after the last tapped stage; 2 is P6 and P7.")
     fpn_channels: int = Field(256, ge=1, description="Channels of pyramid and heads.")
     criterion: RetinaCriterionConfig = Field(
@@ -93,16 +93,18 @@ class RetinaNetConfig(ModelConfig):
         backbone = self.backbone
         if backbone.num_classes != SGResNetConfig.model_fields["num_classes"].default:
             raise ValueError(
-                f"backbone.num_classes={backbone.num_classes} has no meaning in a detector; set num_classes instead"
+                f"backbone.num_classes={backbone.num_classes} is not used by a detector; set num_classes instead"
             )
         if self.taps > len(backbone.stages):
-            raise ValueError(f"taps={self.taps}, but the backbone has {len(backbone.stages)} stages")
+            raise ValueError(
+                f"taps={self.taps}, but the backbone has {len(backbone.stages)} stages; set taps to at most that many"
+            )
         if backbone.uses_asd:
             for channels in self.tapped_channels:
                 if channels % backbone.asd_channel_reduction:
                     raise ValueError(
                         f"backbone.asd_channel_reduction={backbone.asd_channel_reduction} must divide the {channels} "
-                        "channels of every tapped stage"
+                        "channels of every tapped stage; set a divisor"
                     )
         return self
 
@@ -123,7 +125,7 @@ class RetinaNetConfig(ModelConfig):
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """Pixels a cell of each level, finest first."""
+        """Pixels per cell of each level, finest first."""
         stages = len(self.backbone.stages)
         return tuple(
             self.backbone.stem_stride * 2**level for level in range(stages - self.taps, stages + self.extra_levels)
@@ -131,25 +133,25 @@ class RetinaNetConfig(ModelConfig):
 
     @property
     def is_spiking(self) -> bool:
-        """Whether the backbone is; pyramid and heads never are."""
+        """Whether the backbone is spiking; pyramid and heads never are."""
         return self.backbone.is_spiking
 
     def build(self) -> "nn.Module":
-        """A `RetinaNet`."""
+        """Build the `RetinaNet`."""
         from spikefleet_models.retinanet import RetinaNet
 
         return RetinaNet(self)
 
     def build_criterion(self) -> "DetectionCriterion":
-        """A `RetinaCriterion`."""
+        """Build the `RetinaCriterion`."""
         from spikefleet_models.retinanet_loss import RetinaCriterion
 
         return RetinaCriterion(self.criterion, self.num_classes, self.strides)
 
     def twin(self) -> Self:
-        """The same on the backbone's twin."""
+        """The same configuration with the backbone's ANN twin."""
         return self.model_validate({**self.model_dump(), "backbone": self.backbone.twin().model_dump()})
 
     def tags(self) -> dict[str, object]:
-        """Also what the backbone says of itself."""
+        """Tags of the backbone and of the detector."""
         return {**self.backbone.tags(), **super().tags()}

@@ -1,4 +1,4 @@
-"""Criterion of RetinaNet: anchors, assignment, focal and box loss, decoding; torchvision's parts throughout.
+"""Criterion of RetinaNet: anchors, assignment, focal and box loss, decoding; built from torchvision's parts.
 
 Lin et al., "Focal loss for dense object detection", ICCV 2017, with mmdetection's settings: anchors of 4 strides times
 2^(0, 1/3, 2/3) in three aspect ratios; IoU from .5 up is an object, below .4 background, and every object gets its best
@@ -6,8 +6,8 @@ anchors whatever their IoU; both losses are sums over the batch divided by the n
 
 Deviations from mmdetection, all torchvision's: half-sides of anchors are rounded to whole pixels; an anchor that is the
 best of one object but overlaps another one more goes to the other; boxes are clipped to the network's input; anchors in
-the padding of a picture count as background. An object that no anchor overlaps (one without area) is left out: its
-"best" anchors would be all.
+the padding of an image count as background. An object that no anchor overlaps (one without area) is left out: all
+anchors would be its "best".
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class RetinaCriterion:
     Args:
         config: anchors, assignment, loss and decoding.
         num_classes: K.
-        strides: pixels a cell, one for each level.
+        strides: pixels per cell of each level.
     """
 
     def __init__(self, config: RetinaCriterionConfig, num_classes: int, strides: Sequence[int]) -> None:
@@ -44,15 +44,20 @@ class RetinaCriterion:
         self._coder = BoxCoder((1.0, 1.0, 1.0, 1.0))
 
     def anchors(self, grids: Sequence[tuple[int, int]], like: Tensor) -> list[Tensor]:
-        """[h * w * A, 4] boxes x1 y1 x2 y2 of each level, of the type and on the device of `like`."""
+        """Generate the anchors of each level: [h * w * A, 4] x1 y1 x2 y2, of the type and on the device of `like`."""
         self._generator.set_cell_anchors(like.dtype, like.device)
         boxes: list[Tensor] = self._generator.grid_anchors(list(grids), [(stride, stride) for stride in self.strides])
         return boxes
 
     def loss(
-        self, outputs: tuple[Tensor, ...], objects: Sequence[Objects], image_size: tuple[int, int]
+        self,
+        outputs: tuple[Tensor, ...],
+        objects: Sequence[Objects],
+        image_size: tuple[int, int],
+        *,
+        divided: bool = True,
     ) -> dict[str, Tensor]:
-        """`loss` with gradient and its detached parts `cls` and `box`, gain included. See `DetectionCriterion`.
+        """Compute `loss` with gradient and its detached parts `cls` and `box`, gain included; see `DetectionCriterion`.
 
         Raises:
             ValueError: outputs, objects and image size do not fit together.
@@ -69,7 +74,7 @@ class RetinaCriterion:
             boxes, labels = (pad_sequence([entry[part] for entry in on_device], batch_first=True) for part in (0, 1))
             owner = torch.stack([self._match(entry.boxes, anchors) for entry in on_device])  # [B, M]
             b, m = (owner >= 0).nonzero(as_tuple=True)
-            positives = max(1, len(b))
+            positives = max(1, len(b)) if divided else 1
             target = torch.zeros_like(logits)
             target[b, m, labels[b, owner[b, m]]] = 1.0
             focal = sigmoid_focal_loss(logits, target, config.focal_alpha, config.focal_gamma)
@@ -78,11 +83,13 @@ class RetinaCriterion:
             beta = config.smooth_l1_beta if config.box_loss == "smooth_l1" else 0.0
             box = F.smooth_l1_loss(codes[b, m], target_codes, reduction="sum", beta=beta) / positives
             parts = {"cls": cls, "box": config.box_gain * box}
-        return {"loss": parts["cls"] + parts["box"], **{name: part.detach() for name, part in parts.items()}}
+        undivided = {} if divided else {"divisor": cls.new_tensor(float(len(b)))}
+        loss = parts["cls"] + parts["box"]
+        return {"loss": loss, **{name: part.detach() for name, part in parts.items()}, **undivided}
 
     @torch.no_grad()
     def detect(self, outputs: tuple[Tensor, ...], image_size: tuple[int, int]) -> list[Detections]:
-        """The detections of each picture, best first. See `DetectionCriterion`.
+        """Decode the detections of each image, best first; see `DetectionCriterion`.
 
         Raises:
             ValueError: outputs and image size do not fit together.
@@ -95,7 +102,7 @@ class RetinaCriterion:
             ]
 
     def _detect(self, levels: list[tuple[Tensor, Tensor, Tensor]], image_size: tuple[int, int]) -> Detections:
-        """Detections of one picture, of logits [M, K], codes [M, 4] and anchors [M, 4] of each level."""
+        """Detections of one image from logits [M, K], codes [M, 4] and anchors [M, 4] of each level."""
         from torchvision.ops import clip_boxes_to_image
 
         boxes, scores, labels = [], [], []
@@ -119,7 +126,7 @@ class RetinaCriterion:
         )
 
     def _match(self, boxes: Tensor, anchors: Tensor) -> Tensor:
-        """[M] index of each anchor's object; -1 for background, -2 for anchors to ignore."""
+        """Index of each anchor's object, [M]; -1 for background, -2 for anchors to ignore."""
         from torchvision.ops import box_iou
 
         overlaps = box_iou(boxes, anchors)

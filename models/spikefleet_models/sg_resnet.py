@@ -1,4 +1,4 @@
-"""SG ResNet and its relatives: one residual network, told apart by how a block joins its shortcut.
+"""SG ResNet, SEW ResNet, Spiking ResNet and ResNet: one residual network with different connections of the shortcut.
 
 Zhang et al., "Direct training high-performance spiking neural networks for object recognition and detection",
 Front. Neurosci. 2023: section 3.2 and table 1 (network), eqs 12 to 15 (gates), section 3.4 (decoder).
@@ -10,7 +10,7 @@ Front. Neurosci. 2023: section 3.2 and table 1 (network), eqs 12 to 15 (gates), 
     ann             ResNet (He et al. 2016), the ANN twin   ReLU(F(S) + S), one step
 
 Where a block changes the shape, the shortcut is conv1x1-BN-SN; without SN for post_add and ann, which add before the
-activation. Static images pass the stem's convolution and batch norm once; the result is the current of every step.
+activation. Static images pass the stem's convolution and batch norm once; the result is the current at every step.
 
 What the paper leaves open follows the SEW ResNet code, whose settings it uses: statistics over merged (T, B), Kaiming
 fan-out convolutions, no zero-init, 1x1 shortcut convolutions (needed for its 11.22M parameters). Deviation: the ANN
@@ -28,7 +28,7 @@ from spikefleet_models.spiking_unit import SpikingUnit
 
 
 class Stem(nn.Module):
-    """Encoder layer: analogue pictures to spikes."""
+    """Encoder layer: analogue images to spikes."""
 
     def __init__(self, config: SGResNetConfig) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Stem(nn.Module):
         self.pool = nn.MaxPool2d(3, stride=2, padding=1) if imagenet else nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] or [T, B, C, H, W] -> [T, B, C', H', W']."""
+        """Encode images: [B, C, H, W] or [T, B, C, H, W] -> spikes [T, B, C', H', W']."""
         if images.ndim == 4:
             spikes = self.unit.repeat_over_time(self.conv(images))
         else:
@@ -48,7 +48,7 @@ class Stem(nn.Module):
         return pooled
 
     def deployed(self, merge: bool) -> nn.Module:
-        """Itself, the batch norm folded."""
+        """Fold the batch norm and return the module itself."""
         self.conv, self.unit = fold_unit(self.conv, self.unit)
         return self
 
@@ -57,7 +57,7 @@ class Shortcut(nn.Module):
     """conv1x1-BN-SN where a block changes the shape; conv1x1-BN where the shortcut is added before the activation."""
 
     is_shortcut = True
-    """Energy cards leave such modules out on request."""
+    """Energy cards leave out such modules with `shortcuts=False`."""
 
     def __init__(self, config: SGResNetConfig, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -66,12 +66,12 @@ class Shortcut(nn.Module):
         self.unit: nn.Module = nn.BatchNorm2d(channels) if joins_currents else _unit(config, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[T, B, C, H, W] -> [T, B, C', H', W']."""
+        """Compute the shortcut: [T, B, C, H, W] -> [T, B, C', H', W']."""
         y: Tensor = self.unit(self.conv(x.flatten(0, 1)))
         return y if y.ndim == 5 else y.unflatten(0, x.shape[:2])
 
     def deployed(self, merge: bool) -> nn.Module:
-        """Itself, the batch norm folded."""
+        """Fold the batch norm and return the module itself."""
         if isinstance(self.unit, SpikingUnit):
             self.conv, self.unit = fold_unit(self.conv, self.unit)
         else:
@@ -99,7 +99,7 @@ class ResidualBlock(nn.Module):
         self.shortcut = Shortcut(config, in_channels, channels, stride) if changes_shape else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[T, B, C, H, W] -> [T, B, C', H', W']."""
+        """Run the block: [T, B, C, H, W] -> [T, B, C', H', W']."""
         shortcut = x if self.shortcut is None else self.shortcut(x)
         for index, (conv, unit) in enumerate(zip(self.convs, self.units, strict=True)):
             z = conv(x.flatten(0, 1))
@@ -107,7 +107,7 @@ class ResidualBlock(nn.Module):
         return x
 
     def deployed(self, merge: bool) -> nn.Module:
-        """Itself, the batch norms folded; the shortcut folds its own."""
+        """Fold the batch norms and return the module itself; the shortcut folds its own."""
         for index, unit in enumerate(self.units):
             assert isinstance(unit, SpikingUnit)
             self.convs[index], self.units[index] = fold_unit(self.convs[index], unit)
@@ -115,7 +115,7 @@ class ResidualBlock(nn.Module):
 
 
 class SGResNetBackbone(nn.Module):
-    """Stem and stages of a `SGResNetConfig`: what a classifier and a detector share."""
+    """Stem and stages of a `SGResNetConfig`, shared by classifiers and detectors."""
 
     def __init__(self, config: SGResNetConfig) -> None:
         super().__init__()
@@ -133,7 +133,10 @@ class SGResNetBackbone(nn.Module):
             self.stages.append(stage)
 
     def forward_features(self, images: Tensor) -> list[Tensor]:
-        """The output [T, B, C, H, W] of every stage, first to last.
+        """Compute the output [T, B, C, H, W] of every stage, first to last.
+
+        Args:
+            images: images [B, C, H, W] or frames [T, B, C, H, W].
 
         Raises:
             ValueError: the shape or type of `images` does not fit the configuration.
@@ -147,7 +150,14 @@ class SGResNetBackbone(nn.Module):
         return outputs
 
     def forward_blocks(self, images: Tensor) -> list[Tensor]:
-        """The output [T, B, C, H, W] of every block of every stage, first to last. Raises as `forward_features`."""
+        """Compute the output [T, B, C, H, W] of every block of every stage, first to last.
+
+        Args:
+            images: images [B, C, H, W] or frames [T, B, C, H, W].
+
+        Raises:
+            ValueError: the shape or type of `images` does not fit the configuration.
+        """
         self._check(images)
         x = self.stem(images)
         outputs = []
@@ -159,18 +169,23 @@ class SGResNetBackbone(nn.Module):
     def _check(self, images: Tensor) -> None:
         shape = tuple(images.shape)
         if images.ndim not in (4, 5):
-            raise ValueError(f"images has shape {shape}; give [B, C, H, W] or [T, B, C, H, W]")
+            raise ValueError(f"images: shape is {shape}, expected [B, C, H, W] or [T, B, C, H, W]")
         if not images.is_floating_point():
-            raise ValueError(f"images has type {images.dtype}; convert and normalise it to floating point first")
+            raise ValueError(
+                f"images: type is {images.dtype}, expected floating point; convert and normalise them first"
+            )
         if images.shape[-3] != self.config.in_channels:
-            raise ValueError(f"images has shape {shape}, but the network has in_channels={self.config.in_channels}")
+            raise ValueError(
+                f"images: shape is {shape}, expected C={self.config.in_channels}; give images with that many channels "
+                "or set in_channels"
+            )
         if images.ndim == 5 and images.shape[0] != self.timesteps:
             raise ValueError(
-                f"images has shape {shape}, so T={shape[0]}, but the network runs timesteps={self.timesteps}"
+                f"images: shape is {shape}, so T={shape[0]}, expected T={self.timesteps} of timesteps={self.timesteps}"
             )
 
     def initialise(self) -> None:
-        """Draw the weights; the network that owns the backbone does it last, so the order of random numbers is kept."""
+        """Initialise the weights; the owner of the backbone calls this last, so the random numbers keep their order."""
         for module in (*self.stem.modules(), *self.stages.modules()):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -190,7 +205,13 @@ class SGResNet(SGResNetBackbone):
         self.initialise()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, K] of pictures [B, C, H, W] or of T frames [T, B, C, H, W].
+        """Compute the logits.
+
+        Args:
+            images: images [B, C, H, W] or frames [T, B, C, H, W].
+
+        Returns:
+            Logits [B, K].
 
         Raises:
             ValueError: the shape or type of `images` does not fit the configuration.
@@ -198,13 +219,13 @@ class SGResNet(SGResNetBackbone):
         return self.forward_head(self.forward_features(images)[-1])
 
     def forward_head(self, features: Tensor) -> Tensor:
-        """Logits [B, K] of the last stage's output [T, B, C, H, W]."""
+        """Compute the logits [B, K] from the last stage's output [T, B, C, H, W]."""
         logits: Tensor = self.classifier(self.decoder(features).mean((2, 3)))
         return logits
 
 
 def build_decoder(config: SGResNetConfig, channels: int) -> nn.Module:
-    """The decoder that a configuration asks for, of features with so many channels."""
+    """Build the decoder of a configuration for features with `channels` channels."""
     if not config.uses_asd:
         return RateDecoder()
     return AttentionSpikeDecoder(

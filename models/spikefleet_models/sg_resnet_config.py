@@ -1,4 +1,4 @@
-"""The configuration of SG ResNet and its relatives, and the published members; the networks are in sg_resnet.py."""
+"""The configuration of SG, SEW, Spiking and ANN ResNet, and the published members; sg_resnet.py holds the network."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -50,7 +50,7 @@ class SGResNetConfig(ModelConfig):
 
     family: Literal["sg_resnet"] = "sg_resnet"
     stages: tuple[int, ...] = Field(
-        (2, 2, 2, 2), min_length=1, description="Blocks a stage; all stages but the first halve H and W."
+        (2, 2, 2, 2), min_length=1, description="Blocks per stage; all stages but the first halve H and W."
     )
     block: Literal["basic", "bottleneck"] = Field("basic", description="3x3, 3x3; or 1x1, 3x3, 1x1 times 4.")
     width: float = Field(1.0, gt=0.0, description="Channels of the first stage over 64; they double each stage.")
@@ -58,34 +58,35 @@ class SGResNetConfig(ModelConfig):
         "cifar", description="3x3 stride 1; 3x3 stride 2, for small members; or 7x7 stride 2 and 3x3 max-pool."
     )
     connection: Literal["bsg", "bsg_star", "add", "and", "iand", "post_add", "ann"] = Field(
-        "bsg", description="How a block joins its shortcut; ann is the ANN twin."
+        "bsg", description="How a block combines with its shortcut; ann is the ANN twin."
     )
-    gate_threshold: float = Field(0.5, gt=0.0, le=1.0, description="thr of BSG*; up to 1 the gate starts as H.")
+    gate_threshold: float = Field(0.5, gt=0.0, le=1.0, description="thr of BSG*; the gate is initially H.")
     decoder: Literal["asd", "rate"] = Field("asd", description="Attention spike decoder or firing rate.")
     asd_channel_reduction: int = Field(16, ge=1, description="r of the ASD's channel attention.")
     asd_temporal_reduction: int = Field(1, ge=1, description="r_t of the ASD's temporal attention.")
     neuron: NeuronConfig = Field(default_factory=NeuronConfig, description="Every spiking neuron of the network.")
-    timesteps: int = Field(4, ge=1, description="T; the ANN twin runs one step whatever this says.")
+    timesteps: int = Field(4, ge=1, description="Time steps T; the ANN twin always runs one.")
     in_channels: int = Field(3, ge=1, description="Channels of the images or event frames.")
-    num_classes: int = Field(10, ge=1, description="Size of the logits.")
-    zero_init_residual: bool = Field(False, description="Start the last batch norm of each block at gamma = 0.")
+    num_classes: int = Field(10, ge=1, description="Number of classes.")
+    zero_init_residual: bool = Field(False, description="Initialise the last batch norm of each block to gamma = 0.")
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "SGResNetConfig":
         if any(blocks < 1 for blocks in self.stages):
-            raise ValueError(f"stages={self.stages} has a stage without blocks; give each at least 1")
+            raise ValueError(f"stages={self.stages}: every stage must have at least 1 block")
         if not (STEM_CHANNELS * self.width).is_integer():
             channels = STEM_CHANNELS * self.width
-            raise ValueError(f"width={self.width} gives {channels} channels; choose a multiple of 1/64")
+            raise ValueError(f"width={self.width} gives {channels} channels; set a multiple of 1/64")
         if self.uses_asd:
             if self.stage_channels[-1] % self.asd_channel_reduction:
                 raise ValueError(
                     f"asd_channel_reduction={self.asd_channel_reduction} must divide the last stage's "
-                    f"{self.stage_channels[-1]} channels"
+                    f"{self.stage_channels[-1]} channels; set a divisor"
                 )
             if self.timesteps % self.asd_temporal_reduction:
                 raise ValueError(
-                    f"asd_temporal_reduction={self.asd_temporal_reduction} must divide timesteps={self.timesteps}"
+                    f"asd_temporal_reduction={self.asd_temporal_reduction} must divide timesteps={self.timesteps}; "
+                    "set a divisor"
                 )
         return self
 
@@ -96,7 +97,7 @@ class SGResNetConfig(ModelConfig):
 
     @property
     def stem_stride(self) -> int:
-        """Pixels a cell of the first stage."""
+        """Pixels per cell of the first stage."""
         return {"cifar": 1, "strided": 2, "imagenet": 4}[self.stem]
 
     @property
@@ -116,17 +117,21 @@ class SGResNetConfig(ModelConfig):
         return self.decoder == "asd" and self.is_spiking
 
     def build(self) -> "nn.Module":
-        """An `SGResNet`."""
+        """Build the `SGResNet`."""
         from spikefleet_models.sg_resnet import SGResNet
 
         return SGResNet(self)
 
     def twin(self) -> Self:
-        """The same with `connection: ann`."""
+        """The same configuration with `connection: ann`."""
         return self.model_validate({**self.model_dump(), "connection": "ann"})
 
     def branch_channels(self, shortcut: ShortcutConfig) -> list[int]:
-        """Output channels of all stages, or of all blocks, but the last. Raises as `ShortcutConfig.check_branches`."""
+        """Output channels of all stages, or of all blocks, except the last.
+
+        Raises:
+            ValueError: there are no branches, or `convex` would give the network's own output a negative weight.
+        """
         channels = [
             out
             for out, blocks in zip(self.stage_channels, self.stages, strict=True)
@@ -135,5 +140,5 @@ class SGResNetConfig(ModelConfig):
         return shortcut.check_branches(channels[:-1])
 
     def tags(self) -> dict[str, object]:
-        """Also connection, decoder and neuron."""
+        """Tags of the base class, connection, decoder and neuron."""
         return {**super().tags(), "connection": self.connection, "decoder": self.decoder, **self.neuron.tags()}

@@ -9,12 +9,12 @@ classifies it; its gradient reaches the stage without passing the surrogate grad
     convex    o = (1 - (n - 1) lambda) * o_n + lambda * sum_l o_l
     loss      CE(o, y); or, with loss=sum_losses, the same combination of CE(o_l, y)
 
-The balance coefficient lambda falls while training goes on ("evolutionary training"). The paper's text fixes that the
-coefficient is made of the iteration i, their number I and one constant, 0.25, and that branches weigh nothing at i = I;
-its formula (eq 10), how lambda enters, and where branches attach are not public. Each is a field here; the defaults are
-the likeliest readings. Under `convex` with four stages, 0.25 starts as the mean over all outputs.
+The balance coefficient lambda falls during training ("evolutionary training"). The paper's text fixes that the
+coefficient depends on the iteration i, their number I and one constant, 0.25, and that branches have no weight at
+i = I; its formula (eq 10), how lambda enters, and where branches attach are not public. Each is a field here; the
+defaults are the likeliest readings. With `convex` and four stages, 0.25 starts as the mean over all outputs.
 
-The plain network stays as it is under `ShortcutNetwork.network`: what is evaluated, exported and registered is that.
+The plain network is kept unchanged as `ShortcutNetwork.network`: that one is evaluated, exported and registered.
 """
 
 import math
@@ -30,19 +30,19 @@ from spikefleet_models.shortcut_config import ShortcutConfig as ShortcutConfig
 
 
 def balance_coefficient(config: ShortcutConfig, iteration: int, total: int) -> float:
-    """Lambda of a training step.
+    """Compute lambda of a training step.
 
     Args:
         config: schedule and lambda0.
-        iteration: steps done before this one, 0 to `total`; the first step has lambda0, and 0 is what is left after the
-            last one (but for constant and step).
-        total: steps of the whole training.
+        iteration: number of completed steps, 0 to `total`; the first step has lambda0, and after the last one lambda is
+            0 (except for constant and step).
+        total: number of steps of the whole training.
 
     Raises:
-        ValueError: the iteration is not within the training.
+        ValueError: `iteration` is not in 0 to `total`.
     """
     if total < 1 or not 0 <= iteration <= total:
-        raise ValueError(f"iteration={iteration} is not within a training of {total} iterations")
+        raise ValueError(f"iteration={iteration} is outside the training, expected 0 to total={total} and total >= 1")
     if config.schedule == "step":
         passed = sum(iteration >= milestone * total for milestone in config.milestones)
         return config.lambda0 * config.gamma**passed
@@ -56,30 +56,30 @@ _FALL: dict[str, Callable[[float, ShortcutConfig], float]] = {
     "cosine": lambda done, config: (1.0 + math.cos(math.pi * done)) / 2.0,
     "poly": lambda done, config: (1.0 - done) ** config.power,
 }
-"""lambda / lambda0 at a part of training in [0, 1]."""
+"""lambda / lambda0 at a fraction of training in [0, 1]."""
 
 
 def branch_channels(model: ModelConfig, config: ShortcutConfig) -> list[int]:
-    """`model.branch_channels(config)`."""
+    """Channels of the side branches of a network: `model.branch_channels(config)`."""
     return model.branch_channels(config)
 
 
 @runtime_checkable
 class StagedClassifier(Protocol):
-    """A network that side branches can attach to. Its configuration answers `branch_channels`."""
+    """A network that side branches can attach to; its configuration implements `branch_channels`."""
 
     config: ModelConfig
 
     def forward_features(self, images: Tensor) -> list[Tensor]:
-        """The output [T, B, C, H, W] of every stage, first to last, of images [B, C, H, W] or [T, B, C, H, W]."""
+        """Compute the output [T, B, C, H, W] of every stage from images [B, C, H, W] or [T, B, C, H, W]."""
         ...
 
     def forward_blocks(self, images: Tensor) -> list[Tensor]:
-        """The output [T, B, C, H, W] of every block of every stage, first to last."""
+        """Compute the output [T, B, C, H, W] of every block of every stage, first to last."""
         ...
 
     def forward_head(self, features: Tensor) -> Tensor:
-        """Logits [B, K] of the last stage's output."""
+        """Compute the logits [B, K] from the last stage's output."""
         ...
 
 
@@ -87,36 +87,46 @@ class ShortcutLogits(NamedTuple):
     """Outputs of one forward pass in training, each [B, K]."""
 
     main: Tensor
-    """The network's own."""
+    """Logits of the network itself."""
     sides: tuple[Tensor, ...]
-    """Those of the side branches, first to last."""
+    """Logits of the side branches, first to last."""
 
 
 class ShortcutNetwork(nn.Module):
-    """A network with side branches. In evaluation it is the network alone.
+    """A network with side branches; in evaluation it runs the network alone.
 
     Args:
-        network: held unchanged under `network`; build it first, so that its weights do not depend on the branches.
+        network: kept unchanged as `network`; build it first, so that its weights do not depend on the branches.
         config: where the branches attach.
 
     Raises:
-        ValueError: the configuration asks for no branches, there is no place for any, or `convex` would give the
+        ValueError: the configuration enables no branches, the network supports none, or `convex` would give the
             network's own output a negative weight.
     """
 
     def __init__(self, network: nn.Module, config: ShortcutConfig) -> None:
         super().__init__()
         if not config.enabled:
-            raise ValueError(f"where={config.where} asks for no side branches; train the network itself")
+            raise ValueError(f"where={config.where} enables no side branches; train the network itself")
         if not isinstance(network, StagedClassifier):
-            raise ValueError(f"side branches classify the stages of an SGResNet; {type(network).__name__} is none")
+            raise ValueError(
+                f"side branches attach to the stages of an SGResNet; {type(network).__name__} is not one, "
+                "set where=none"
+            )
         channels = network.config.branch_channels(config)
         self.network = network
         self.config = config
         self.branches = nn.ModuleList(nn.Linear(out, network.config.num_classes) for out in channels)
 
     def forward(self, images: Tensor) -> ShortcutLogits | Tensor:
-        """All logits in training, the network's own [B, K] in evaluation. Arguments and errors as the network's."""
+        """Compute all logits in training, the network's own [B, K] in evaluation.
+
+        Args:
+            images: images [B, C, H, W] or frames [T, B, C, H, W].
+
+        Raises:
+            ValueError: the shape or type of `images` does not fit the network.
+        """
         if not self.training:
             own: Tensor = self.network(images)
             return own
@@ -133,10 +143,10 @@ class ShortcutNetwork(nn.Module):
 def shortcut_loss(
     logits: ShortcutLogits, targets: Tensor, coefficient: float, config: ShortcutConfig, label_smoothing: float = 0.0
 ) -> Tensor:
-    """Cross entropy, mean over the batch, of all outputs; eqs 6 and 10.
+    """Cross entropy of all outputs, mean over the batch; eqs 6 and 10.
 
-    With a coefficient of 0 it is the loss of the network alone, and so are the network's gradients, to the last bit;
-    the branches then get gradients of 0, not None, so that DDP waits for none.
+    With a coefficient of 0 the loss and the network's gradients equal those of the network alone, bit for bit; the
+    branches then get gradients of 0, not None, so that DDP does not wait for them.
 
     Args:
         logits: outputs of a `ShortcutNetwork` in training.
@@ -145,7 +155,6 @@ def shortcut_loss(
         config: how outputs are combined.
         label_smoothing: as in torch's cross entropy.
     """
-
     wide = torch.promote_types(logits.main.dtype, torch.float32)
     main, sides = logits.main.to(wide), torch.stack(logits.sides).to(wide)
     own = 1.0 if config.combine == "add" else 1.0 - coefficient * len(sides)

@@ -4,12 +4,19 @@ A convolution or linear layer is fed with spikes when its input is the output of
 (max-pool, upsampling, concatenation) made of such outputs. Every other one is analogue, with a reason: its input is the
 image, another layer's real-valued output, or an average of spikes.
 
-What no hardware of binary events could run is refused: a neuron with D > 1 that feeds anything but a convolution or a
-linear layer, and sums of spikes (SEW ResNet's ADD) that feed one.
+What no hardware of binary events could run is refused by name. On the way to a neuron, spikes may only
+
+* pass nn.Conv2d or nn.Linear, as 0 and 1 in D slots a step, and be added up behind it, with biases and with branches
+  that depend on the image alone;
+* with D = 1, be added to such a current themselves: a synapse of weight 1;
+* be selected: max-pools, nearest upsampling, concatenation, zero padding, views and copies, of spikes and of currents;
+* meet other binary spikes in a gate that keeps them binary.
+
+Behind the last neuron everything is allowed but integers (D > 1) or sums of spikes (SEW ResNet's ADD) in the place of
+binary spikes. Neurons may do what they want inside; they and the layers must be of these classes, not of subclasses.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +24,8 @@ from torch.utils._pytree import tree_leaves
 
 from spikefleet_models.neurons import spiking_nodes
 from spikefleet_models.slots import NotSpikeDrivenError
-from spikefleet_models.spike_flow import Operation, Origin, SpikeFlow
+from spikefleet_models.spike_flow import NEURONS, Operation, SpikeFlow
+from spikefleet_models.spike_origins import FOREIGN, Origin
 
 
 @dataclass(frozen=True)
@@ -48,13 +56,35 @@ def layer_inputs(network: nn.Module, images: Tensor | None = None) -> dict[str, 
             the channels that `network.config` names.
 
     Raises:
-        NotSpikeDrivenError: the network has no spiking neuron, or uses spikes as binary events cannot be used.
+        NotSpikeDrivenError: the network has no spiking neuron, or uses spikes as binary events cannot be used; the
+            sentence names layer or operation, and neuron.
     """
     if not spiking_nodes(network):
         raise NotSpikeDrivenError("the network has no spiking neurons, so it has no spike-driven form")
+    for name, node in spiking_nodes(network).items():
+        if type(node) not in NEURONS:
+            raise NotSpikeDrivenError(
+                f"neuron {name} is a {type(node).__name__}, which could compute anything; use IF, LIF, PLIF or ILIF"
+            )
+    followed = images if images is not None else noise_image(network)
+    samples = followed.split(1, dim=followed.ndim - 4)
     judge = _Judge(network)
-    judge.check_outputs(judge.follow(images if images is not None else noise_image(network)))
+    for sample in samples:
+        judge.run(sample)
+    if judge.keeps_state:
+        judge.run(samples[0])  # now with what it kept
     return judge.inputs
+
+
+def check_finite(network: nn.Module) -> None:
+    """Refuse parameters and buffers that hold NaN or infinity, of which no sum is exact and many vanish unseen.
+
+    Raises:
+        NotSpikeDrivenError: the first such weight, bias or statistic by its name.
+    """
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        if not tensor.isfinite().all():
+            raise NotSpikeDrivenError(f"{name} holds NaN or infinity; train again from a checkpoint before that")
 
 
 def noise_image(network: nn.Module) -> Tensor:
@@ -77,6 +107,41 @@ class _Judge(SpikeFlow):
     def __init__(self, network: nn.Module) -> None:
         super().__init__(network)
         self.inputs: dict[str, LayerInput] = {}
+        self._read = ""
+
+    def run(self, image: Tensor) -> None:
+        """Follow one image, or the frames of one sample."""
+        self._read = ""
+        for output in tree_leaves(self.follow(image.clone())):
+            origin = self.origin(output) if isinstance(output, Tensor) else None
+            if origin is not None and origin.kind == "spikes" and origin.bound > 1:
+                raise NotSpikeDrivenError(
+                    f"neuron {', '.join(origin.nodes)} (D={origin.bound}) is an output of the network; binary slots "
+                    "must end in a layer"
+                )
+
+    def after_reading(self, name: str) -> None:
+        self._read = self._read or name
+
+    def after_neuron(self, name: str, fed_by: Origin | None) -> None:
+        if self._read:
+            raise NotSpikeDrivenError(
+                f"neuron {name} runs after {self._read} has read values that depend on spikes into Python, where they "
+                "cannot be followed; compute with tensors"
+            )
+        if fed_by is None or fed_by.kind == "image":
+            return
+        of_nodes = f" (made of the spikes of {', '.join(fed_by.nodes)})" if fed_by.nodes else ""
+        if fed_by.kind == "real":
+            raise NotSpikeDrivenError(
+                f"neuron {name} depends on {fed_by.culprit}{of_nodes}; on the way to a neuron spikes may only pass "
+                "nn.Conv2d and nn.Linear, be added to such currents, or be selected (max-pool, nearest upsampling, "
+                "concatenation, binary gates); fold batch norms and merge chains with reparam.deploy"
+            )
+        if fed_by.kind == "spikes" and fed_by.bound > 1:
+            raise NotSpikeDrivenError(
+                f"neuron {name} is fed with integers (D={fed_by.bound}){of_nodes}, without a layer"
+            )
 
     def after_operation(self, operation: Operation) -> None:
         if operation.in_layer:
@@ -84,7 +149,7 @@ class _Judge(SpikeFlow):
         for origin in operation.inputs:
             slots = origin.kind == "spikes" and origin.bound > 1 and operation.output.kind != "spikes"
             # A convolution by hand would escape the bookkeeping of biases even for one slot.
-            if slots or (origin.kind in ("spikes", "sum") and "convolution" in operation.name):
+            if slots or (origin.is_spiking and "convolution" in operation.name):
                 raise NotSpikeDrivenError(
                     f"neuron {', '.join(origin.nodes)} (D={origin.bound}) feeds {operation.name}; a spike-driven "
                     "network lets integers feed only nn.Conv2d and nn.Linear, and spikes no convolution but these"
@@ -104,15 +169,6 @@ class _Judge(SpikeFlow):
                 f"layer {name} runs more than once, on {earlier} and on {found}; give each its own layer"
             )
 
-    def check_outputs(self, outputs: Any) -> None:
-        for output in tree_leaves(outputs):
-            origin = self.origin(output) if isinstance(output, Tensor) else None
-            if origin is not None and origin.kind == "spikes" and origin.bound > 1:
-                raise NotSpikeDrivenError(
-                    f"neuron {', '.join(origin.nodes)} (D={origin.bound}) is an output of the network; binary slots "
-                    "must end in a layer"
-                )
-
 
 def _layer_input(name: str, fed_by: Origin | None) -> LayerInput:
     """What feeds a layer.
@@ -124,6 +180,8 @@ def _layer_input(name: str, fed_by: Origin | None) -> LayerInput:
         return Analogue("its input does not depend on the image")
     if fed_by.kind == "spikes":
         return SpikeFed(fed_by.nodes, fed_by.timesteps, fed_by.bound)
+    if fed_by is FOREIGN:
+        return Analogue(f"its input is {fed_by.culprit}")
     operations = ", ".join(fed_by.operations)
     if fed_by.kind == "sum":
         raise NotSpikeDrivenError(

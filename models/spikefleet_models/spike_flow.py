@@ -2,77 +2,51 @@
 
 Operations are seen where torch dispatches them, whichever module or function called them. A tensor is known by its
 storage, so every reshape keeps its origin. Neurons, gates and layers are one operation each, whatever they do inside.
+What an operation makes of its inputs is `spike_origins.py`'s rule.
 
-    kind      values                                                            made by
-    image     real, dependent on the image alone                                anything
-    spikes    0 and 1, or integers up to D that D binary slots can carry        a neuron; a selection of such; a gate
-    sum       integers: spikes added up                                         ADD, as a gate or by hand
-    current   what a membrane adds up: outputs of layers that spikes feed,      a layer on spikes; selections and sums
-              spikes themselves (synapses of weight 1), branches of the image   of these
-    real      all others that depend on spikes                                  any other operation
-
-A selection is an operation each of whose outputs is one of its inputs (max-pool, nearest upsampling, concatenation,
-zero padding, copies): it acts on each binary slot alone. Tensors that do not depend on the image have no origin.
+Code that hides from torch what it computes (another thread that writes in place, memory shared through dlpack, hooks
+that a forward adds to its own modules) is not followed; new tensors from there are foreign.
 
 `operation_counts.py` counts and `spike_edges.py` judges what is found here, so energy cards and proofs agree.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from spikefleet_models.gates import Gate, LearnedGate
 from spikefleet_models.neurons import IF, ILIF, LIF, PLIF
 from spikefleet_models.slots import ThermometerNode
-
-Kind = Literal["image", "spikes", "sum", "current", "real"]
-Rule = Literal["view", "selection", "addition", "other"]
+from spikefleet_models.spike_origins import (
+    FOREIGN,
+    READS_SHAPE,
+    Origin,
+    derive,
+    gated,
+    is_whole,
+    origins,
+    rounded,
+    rule_of,
+    weighted,
+)
 
 NEURONS = frozenset({IF, LIF, PLIF, ILIF, ThermometerNode})
 GATES = frozenset({Gate, LearnedGate})
 LAYERS = frozenset({nn.Conv2d, nn.Linear})
 
-_VIEWS = frozenset(
-    {"view", "_unsafe_view", "_reshape_alias", "alias", "detach", "lift_fresh", "expand", "permute", "transpose", "t"}
-    | {"slice", "select", "unsqueeze", "squeeze", "unbind", "split", "split_with_sizes", "diagonal", "unfold"}
-    | {"as_strided"}
-)
-_SELECTIONS = frozenset(
-    {"clone", "_to_copy", "copy_", "cat", "stack", "repeat", "index_select", "constant_pad_nd"}
-    | {"max_pool2d_with_indices", "upsample_nearest2d", "upsample_nearest3d"}
-)
-_ADDITIONS = frozenset({"add", "add_"})
-_READS_SHAPE = frozenset(
-    {"empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"}
-    | {"new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full"}
-)
-# A conversion to another type rounds real values.
-_REAL_TYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+_READS_VALUES = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
+# Python reads these without an operation.
+_READERS = frozenset({"numpy", "tolist", "__array__", "__dlpack__", "data_ptr"})
 
-
-class Origin(NamedTuple):
-    """Where the values of a tensor come from."""
-
-    kind: Kind
-    nodes: tuple[str, ...] = ()
-    """Names of the neurons whose spikes they are made of."""
-    timesteps: int = 0
-    """T of these neurons."""
-    bound: int = 0
-    """The most that a value of spikes or sums can be; 0 where that is not known, and for other kinds."""
-    layer: str = ""
-    """The layer whose output they are made of; empty for what is made of the image or of spikes themselves."""
-    operations: tuple[str, ...] = ()
-    """What was done to spikes to get them, where there is no layer."""
-    culprit: str = ""
-    """The operation or layer that made them real, and its module."""
+_Key = StorageWeakRef | int
 
 
 class Operation(NamedTuple):
@@ -93,7 +67,7 @@ class _Call:
 
     is_layer: bool
     inputs: tuple[Origin | None, ...]
-    storages: frozenset[StorageWeakRef | int]
+    storages: frozenset[_Key]
     """Those of the inputs."""
     depth: int = 0
     reads: list[Origin] = field(default_factory=list)
@@ -106,8 +80,9 @@ class SpikeFlow(TorchDispatchMode):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self._network = network
-        # A weak reference keeps the storage's identity from being given to another tensor, but not its memory.
-        self._origins: dict[StorageWeakRef | int, Origin] = {}
+        # None for constants. A weak reference keeps the storage's identity from being given to another tensor, but not
+        # its memory.
+        self._origins: dict[_Key, Origin | None] = {}
         self._without_storage: list[Tensor] = []
         self._running: list[str] = []
         self._call: _Call | None = None
@@ -121,37 +96,53 @@ class SpikeFlow(TorchDispatchMode):
     def after_layer(self, name: str, fed_by: Origin | None) -> None:
         """Called after each call of a convolution or linear layer."""
 
+    def after_reading(self, name: str) -> None:
+        """Called when values that depend on spikes become numbers or shapes of Python."""
+
     @torch.no_grad()
     def follow(self, images: Tensor) -> Any:
         """Run the network once and return its outputs. Spiking units call their parts one by one meanwhile."""
         # What a network keeps from one call to the next keeps its origin.
-        alive = [key for key in self._origins if isinstance(key, StorageWeakRef) and not key.expired()]
-        self._origins = {key: self._origins[key] for key in alive}
-        self._without_storage = []
+        kept = {key: origin for key, origin in self._origins.items() if origin is not None and _is_alive(key)}
+        self._origins, self._without_storage = {}, []
+        for tensor in (*self._network.parameters(), *self._network.buffers()):
+            self._set(tensor, None)
+        self._origins |= kept
         self._set(images, Origin("image"))
-        with self._watching(), self:
+        with self._watching(), _Readers(self), self:
             return self._network(images)
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether tensors that depend on spikes have outlived the pass."""
+        return any(o is not None and o.kind != "image" and _is_alive(key) for key, o in self._origins.items())
 
     def origin(self, tensor: Tensor) -> Origin | None:
         """Where a tensor comes from; None if it does not depend on the image."""
-        return self._origins.get(self._key(tensor))
+        origin = self._look(tensor)
+        return None if origin is FOREIGN else origin
 
     @property
     def module(self) -> str:
         """Name of the innermost module that runs."""
         return self._running[-1] if self._running else ""
 
-    def _key(self, tensor: Tensor) -> StorageWeakRef | int:
+    @property
+    def is_in_neuron(self) -> bool:
+        """Whether a neuron or gate runs."""
+        return self._call is not None and not self._call.is_layer
+
+    def _look(self, tensor: Tensor) -> Origin | None:
+        return self._origins.get(self._key(tensor), FOREIGN)
+
+    def _key(self, tensor: Tensor) -> _Key:
         if tensor.layout is torch.strided:
             return StorageWeakRef(tensor.untyped_storage())
         self._without_storage.append(tensor)  # keeps its id from being given to another one
         return id(tensor)
 
     def _set(self, tensor: Tensor, origin: Origin | None) -> None:
-        if origin is None:
-            self._origins.pop(self._key(tensor), None)
-        else:
-            self._origins[self._key(tensor)] = origin
+        self._origins[self._key(tensor)] = origin
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
@@ -182,7 +173,7 @@ class SpikeFlow(TorchDispatchMode):
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             if self._call is None:
                 given = _tensors((args, kwargs))
-                self._call = _Call(is_layer, tuple(map(self.origin, given)), frozenset(map(self._key, given)))
+                self._call = _Call(is_layer, tuple(map(self._look, given)), frozenset(map(self._key, given)))
             self._call.depth += 1
 
         return enter
@@ -196,33 +187,27 @@ class SpikeFlow(TorchDispatchMode):
                 return
             self._call = None
             if isinstance(module, nn.Conv2d | nn.Linear):
+                weights = [self._look(tensor) for tensor in (module.weight, module.bias) if tensor is not None]
                 self.after_layer(name, call.inputs[0])
-                self._set(output, self._weighted(name, module, call.inputs[0]))
+                self._set(output, weighted(name, call.inputs[0], weights))
             elif isinstance(module, Gate | LearnedGate):
                 self._after_gate(module, call, output)
             else:
-                known = _known([*call.inputs, *call.reads])
-                self.after_neuron(name, self._addition("neuron", known) if len(known) > 1 else next(iter(known), None))
+                known = origins([*call.inputs, *call.reads])
+                fed_by = derive("addition", "neuron", known) if len(known) > 1 else None
+                self.after_neuron(name, fed_by or next(iter(known), None))
                 bound = 1 if isinstance(module, ThermometerNode) else int(module.bound)  # type: ignore[arg-type]
                 self._set(output, Origin("spikes", (name,), output.shape[0], bound))
 
         return leave
 
     def _after_gate(self, gate: Gate | LearnedGate, call: _Call, joined: Tensor) -> None:
-        name, inputs = f"gate {gate.name}" if isinstance(gate, Gate) else "gate bsg_star", (*call.inputs, *call.reads)
-        if not any(inputs):
-            return
-        if call.reads:
-            output = self._real(name, inputs)
-        elif name == "gate add":
-            output = self._addition(name, inputs)
-        else:
-            output = self._selection(name, inputs)
-            if output.kind not in ("spikes", "sum"):
-                output = self._real(name, inputs)
-            elif output.bound > 1:
-                output = _merged("sum", name, inputs, output.bound)  # no slot of an integer is gated alone
-        self.after_operation(Operation(name, (), joined, _known(inputs), output, in_layer=False))
+        name = f"gate {gate.name}" if isinstance(gate, Gate) else "gate bsg_star"
+        inputs = (*call.inputs, *call.reads)
+        output = None
+        if any(inputs):
+            output = derive("other", name, inputs) if call.reads else gated(name, inputs)
+            self.after_operation(Operation(name, (), joined, origins(inputs), output, in_layer=False))
         self._set(joined, output)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -231,134 +216,72 @@ class SpikeFlow(TorchDispatchMode):
             self._follow_operation(func, args, kwargs or {}, result)
         else:
             others = [tensor for tensor in _tensors((args, kwargs)) if self._key(tensor) not in self._call.storages]
-            self._call.reads += _known([self.origin(tensor) for tensor in others])
+            self._call.reads += origins([self.origin(tensor) for tensor in others])
         return result
 
     def _follow_operation(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         name = func._schema.name.removeprefix("aten::")
-        overwritten = {argument.name for argument in func._schema.arguments if argument.is_out}
-        given = _tensors((args, {key: value for key, value in kwargs.items() if key not in overwritten}))
-        outputs = [*_tensors(result), *_written(func, args, kwargs)]
-        if name == "copy_" and _is_whole(args[0]):
-            given = given[1:]  # nothing is left of what was there
-        inputs = [self.origin(tensor) for tensor in given]
-        if not any(inputs) or name in _READS_SHAPE:
-            for tensor in outputs:
-                self._set(tensor, None)
+        given, outputs = _given(func, name, args, kwargs), [*_tensors(result), *_written(func, args, kwargs)]
+        inputs = [self._look(tensor) for tensor in given]
+        known = [origin for origin in inputs if origin is not None and origin is not FOREIGN]
+        if not known or name in READS_SHAPE:
+            if FOREIGN not in inputs or name in READS_SHAPE or name == "lift_fresh":
+                for tensor in outputs:
+                    self._set(tensor, None)
             return
-        in_layer = self._call is not None
-        rule = self._rule(func, name, args, kwargs)
-        if self._call is not None and (fed_by := self._call.inputs[0]) is not None:
-            output = fed_by
-        elif rule == "view":
-            output = _known(inputs)[0]
-        elif rule == "selection":
-            output = self._selection(name, inputs[:1] if name == "index_select" else inputs)
-        elif rule == "addition":
-            plain = isinstance(args[1], Tensor) or args[1] == 0
-            output = self._addition(name, inputs if plain else [*inputs, None])
+        rule = rule_of(name, func._overloadname, args, kwargs)
+        if self._call is not None and self._call.inputs[0] is not None:
+            output = self._call.inputs[0]
+        elif name == "index_select":
+            # Which values are taken must not depend on spikes.
+            rule = "selection" if inputs[1] is None else "other"
+            output = derive(rule, name, inputs[:1] if rule == "selection" else inputs, self.module)
         else:
-            output = self._real(name, inputs)
-        if outputs and not in_layer and _is_rounded(output, outputs[0].dtype):
-            output = self._real(name, inputs)
-        self.after_operation(Operation(name, args, result, _known(inputs), output, in_layer))
+            plus = rule == "addition" and not isinstance(args[1], Tensor) and args[1] != 0
+            output = derive(rule, name, [*inputs, None] if plus else inputs, self.module)
+            if outputs and rounded(output, outputs[0].dtype):
+                output = derive("other", name, inputs, self.module)
+        if _reads_values(func, name, args) and any(origin.kind != "image" for origin in known):
+            self.after_reading(f"operation {name} in {self.module}" if self.module else f"operation {name}")
+        self.after_operation(Operation(name, args, result, origins(inputs), output, self._call is not None))
         if rule == "view" and not func._schema.is_mutable:
             return
         for position, tensor in enumerate(outputs):
             indices = name == "max_pool2d_with_indices" and position == 1
-            self._set(tensor, self._real(name, inputs) if indices else output)
-
-    def _rule(self, func: Any, name: str, args: Any, kwargs: Any) -> Rule:
-        if name in _VIEWS and func._overloadname != "dtype":
-            return "view"
-        if name == "index_select" and self.origin(args[2]) is not None:
-            return "other"  # which values are taken depends on spikes
-        if name == "constant_pad_nd" and (args[2] if len(args) > 2 else kwargs.get("value", 0)) != 0:
-            return "other"
-        if name in _SELECTIONS:
-            return "selection"
-        alpha = args[2] if len(args) > 2 else kwargs.get("alpha", 1)
-        return "addition" if name in _ADDITIONS and alpha == 1 else "other"
-
-    def _selection(self, name: str, inputs: Sequence[Origin | None]) -> Origin:
-        """What an operation makes each of whose outputs is one of its inputs; None is a constant."""
-        known = _known(inputs)
-        if any(origin.kind == "real" for origin in known):
-            return self._real(name, inputs)
-        if all(origin is not None and origin.kind in ("spikes", "sum") for origin in inputs):
-            same = len({(origin.kind, origin.timesteps, origin.bound) for origin in known}) == 1
-            kind: Kind = "spikes" if same and known[0].kind == "spikes" else "sum"
-            return _merged(kind, name, inputs, max(origin.bound for origin in known))
-        return _merged("current", name, inputs)
-
-    def _addition(self, name: str, inputs: Sequence[Origin | None]) -> Origin:
-        """What a sum is; None is a constant."""
-        known = _known(inputs)
-        if any(origin.kind == "real" for origin in known):
-            return self._real(name, inputs)
-        if all(origin.kind in ("spikes", "sum") for origin in known):
-            bounded = len(known) == len(inputs) and all(origin.bound for origin in known)
-            return _merged("sum", name, inputs, sum(origin.bound for origin in known) if bounded else 0)
-        return _merged("current", name, inputs)
-
-    def _real(self, name: str, inputs: Sequence[Origin | None]) -> Origin:
-        """What any other operation makes."""
-        earlier = next((origin.culprit for origin in _known(inputs) if origin.culprit), "")
-        where = f" in {self.module}" if self.module else ""
-        output = _merged("real", name, inputs)
-        return output._replace(culprit=earlier or f"operation {name}{where}") if output.kind == "real" else output
-
-    def _weighted(self, name: str, layer: nn.Conv2d | nn.Linear, fed_by: Origin | None) -> Origin | None:
-        """The origin of the output of a layer."""
-        weights = _known([self.origin(tensor) for tensor in (layer.weight, layer.bias) if tensor is not None])
-        known = (*_known([fed_by]), *weights)
-        if not known:
-            return None
-        if all(origin.kind == "image" for origin in known):
-            return Origin("image", layer=name)
-        current = not weights and fed_by is not None and fed_by.kind == "spikes"
-        earlier = next((origin.culprit for origin in known if origin.culprit), "")
-        return Origin(
-            "current" if current else "real",
-            tuple(dict.fromkeys(node for origin in known for node in origin.nodes)),
-            max(origin.timesteps for origin in known),
-            layer=name,
-            culprit="" if current else earlier or f"layer {name}",
-        )
+            self._set(tensor, derive("other", name, inputs, self.module) if indices else output)
 
 
-def _merged(kind: Kind, name: str, inputs: Sequence[Origin | None], bound: int = 0) -> Origin:
-    """The origin of what an operation makes of these inputs; of the image where no spikes are among them."""
-    known = _known(inputs)
-    of_spikes = [origin for origin in known if origin.kind != "image"]
-    if not of_spikes:
-        return next((origin for origin in known if origin.layer), known[0])
-    nodes = tuple(dict.fromkeys(node for origin in of_spikes for node in origin.nodes))
-    timesteps = max(origin.timesteps for origin in of_spikes)
-    direct = [origin for origin in of_spikes if not origin.layer]
-    if not direct:
-        return Origin(kind, nodes, timesteps, bound, of_spikes[0].layer)
-    done = () if kind == "spikes" else (*(one for origin in direct for one in origin.operations), name)
-    return Origin(kind, nodes, timesteps, bound, "", tuple(dict.fromkeys(done)))
+class _Readers(TorchFunctionMode):
+    """Tells a flow of tensors whose values Python reads."""
+
+    def __init__(self, flow: SpikeFlow) -> None:
+        super().__init__()
+        self._flow = flow
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _READERS and not self._flow.is_in_neuron:
+            origin = self._flow.origin(args[0])
+            if origin is not None and origin.kind != "image":
+                where = self._flow.module
+                self._flow.after_reading(f"{name} in {where}" if where else name)
+        return func(*args, **(kwargs or {}))
 
 
-def _is_rounded(origin: Origin, dtype: torch.dtype) -> bool:
-    if origin.kind in ("spikes", "sum"):
-        return dtype == torch.bool and origin.bound != 1
-    return origin.kind == "current" and dtype not in _REAL_TYPES
-
-
-def _is_whole(tensor: Tensor) -> bool:
-    """Whether a tensor is all of its storage."""
-    return tensor.layout is torch.strided and tensor.nbytes == tensor.untyped_storage().nbytes()
-
-
-def _known(inputs: Sequence[Origin | None]) -> tuple[Origin, ...]:
-    return tuple(origin for origin in inputs if origin is not None)
+def _is_alive(key: _Key) -> bool:
+    return isinstance(key, StorageWeakRef) and not key.expired()
 
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _given(func: Any, name: str, args: Any, kwargs: Any) -> list[Tensor]:
+    """Tensors whose values an operation reads."""
+    if name == "copy_" and is_whole(args[0]):
+        return [args[1]]  # nothing is left of what was there
+    overwritten = {argument.name for argument in func._schema.arguments if argument.is_out}
+    return _tensors((args, {key: value for key, value in kwargs.items() if key not in overwritten}))
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
@@ -368,3 +291,10 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     changed = {argument.name for argument in func._schema.arguments if argument.is_write}
     named = zip((argument.name for argument in func._schema.arguments), args, strict=False)
     return _tensors([value for name, value in (*named, *kwargs.items()) if name in changed])
+
+
+def _reads_values(func: Any, name: str, args: Any) -> bool:
+    """Whether values decide on the result's shape, or become a number of Python."""
+    if name == "index":
+        return any(index.dtype in (torch.bool, torch.uint8) for index in _tensors(args[1]))
+    return not _READS_VALUES.isdisjoint(func.tags)

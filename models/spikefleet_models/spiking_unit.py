@@ -1,22 +1,23 @@
-"""The repeating unit of every family: batch norm, neuron and, in a residual block, the gate. The convolution stays
-outside.
+"""The repeating unit of every family: batch norm, neuron and, in a residual block, the gate.
+
+The convolution is not part of the unit:
 
     plain      S = SN(BN(z))
     gated      Y = gate(SN(BN(z)), X)                  SG and SEW ResNet
     post_add   S = SN(BN(z) + X)                       Spiking ResNet
 
-`SpikingUnit` owns parameters and state (`bn`, `neuron`, `gate`); how its forward is computed can change without
-touching a network or a state dict. Three ways exist:
+`SpikingUnit` owns parameters and state (`bn`, `neuron`, `gate`); its forward can be computed in three ways without any
+change to a network or a state dict:
 
 * lean (default): one autograd Function that saves the convolution's output z, the batch statistics and (where its
   backward reads it) the shortcut, and recomputes normalisation, membrane and spikes tile by tile in backward;
-* modules: `bn`, `neuron` and `gate` called one after the other. Taken where the lean form does not apply: another
+* modules: `bn`, `neuron` and `gate` called one after the other. Used where the lean form does not apply: another
   kind of normalisation (SyncBatchNorm) or none, gradients in eval mode, I-LIF, a neuron that keeps its state, hooks on
   one of the modules;
 * reference: the formulas with plain autograd and SpikingJelly's step equations, for tests and benchmarks.
 
-Batch statistics are shared over T, B, H and W, merged as in the SEW ResNet code.
-Whatever the type of z, normalisation and membrane are fp32 and spikes come back in the type of z.
+Batch statistics are shared over T, B, H and W, merged as in the SEW ResNet code. Normalisation and membrane are fp32
+whatever the type of z, and spikes are returned in the type of z.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -49,7 +50,7 @@ class SpikingUnit(nn.Module):
         neuron: multi-step node; or ReLU for the ANN twin, which has one step and neither gate nor membrane.
         timesteps: T.
         gate: combines the spikes with the shortcut spikes.
-        post_add: add the shortcut to the currents before the neuron instead.
+        post_add: add the shortcut to the currents before the neuron, instead of a gate.
 
     Raises:
         ValueError: a gate other than ADD behind I-LIF neurons that emit more than 1.
@@ -68,8 +69,8 @@ class SpikingUnit(nn.Module):
         if isinstance(neuron, ILIF) and neuron.bound > 1 and gate is not None and not adds:
             name = gate.name if isinstance(gate, Gate) else "bsg_star"
             raise ValueError(
-                f"the gate {name} joins spikes 0 and 1, but I-LIF neurons with bound={neuron.bound} emit integers; "
-                "choose the connection add or post_add, or bound=1"
+                f"the gate {name} needs binary spikes, but I-LIF neurons with bound={neuron.bound} emit integers; "
+                "set neuron.bound=1"
             )
         self.bn = bn
         self.neuron = neuron
@@ -79,11 +80,16 @@ class SpikingUnit(nn.Module):
         self.implementation: Implementation = "lean"
 
     def forward(self, z: Tensor, shortcut: Tensor | None = None) -> Tensor:
-        """Spikes [T, B, C, H, W] of z [T * B, C, H, W]; or of z [B, C, H, W] with `repeat_over_time`."""
+        """Compute spikes [T, B, C, H, W].
+
+        Args:
+            z: output of the convolution, [T * B, C, H, W]; for a static [B, C, H, W] call `repeat_over_time`.
+            shortcut: spikes for the gate, or currents for post-addition, [T, B, C, H, W].
+        """
         return self._forward(z, shortcut, repeat=False)
 
     def repeat_over_time(self, z: Tensor) -> Tensor:
-        """Spikes [T, B, C, H, W] of a static z [B, C, H, W] that is the current at each of the T steps."""
+        """Compute spikes [T, B, C, H, W] of a static z [B, C, H, W] that is the current at each of the T steps."""
         return self._forward(z, None, repeat=True)
 
     def _forward(self, z: Tensor, shortcut: Tensor | None, repeat: bool) -> Tensor:
@@ -141,7 +147,7 @@ class SpikingUnit(nn.Module):
 
 
 def use_implementation(model: nn.Module, implementation: Implementation) -> None:
-    """Switch every spiking unit of a network between the lean and the reference form; weights stay where they are."""
+    """Switch every spiking unit of a network between the lean and the reference form; the weights do not change."""
     for module in model.modules():
         if isinstance(module, SpikingUnit):
             module.implementation = implementation
@@ -160,13 +166,13 @@ class _Spec(NamedTuple):
     repeat: bool
 
     def sequence(self, x: Tensor) -> Tensor:
-        """[T * B, C, H, W], or a static [B, C, H, W], -> [T, B, C, H, W]; a view."""
+        """View [T * B, C, H, W], or a static [B, C, H, W], as [T, B, C, H, W]."""
         if self.repeat:
             return x.expand(self.timesteps, *x.shape)
         return x.unflatten(0, (self.timesteps, -1))
 
     def empty_spikes(self, z: Tensor) -> Tensor:
-        """[T, B, C, H, W] of z's type and memory layout."""
+        """Allocate [T, B, C, H, W] of z's type and memory layout."""
         layout = torch.channels_last if z.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
         samples = z.shape[0] * (self.timesteps if self.repeat else 1)
         spikes = torch.empty((samples, *z.shape[1:]), dtype=z.dtype, device=z.device, memory_format=layout)
@@ -174,7 +180,7 @@ class _Spec(NamedTuple):
 
 
 class _UnitFunction(torch.autograd.Function):
-    """(z, gamma, beta, shortcut, w) -> spikes. See the module docstring for what is saved."""
+    """(z, gamma, beta, shortcut, w) -> spikes; the module docstring lists what is saved."""
 
     @staticmethod
     def forward(
@@ -256,7 +262,7 @@ class _UnitFunction(torch.autograd.Function):
 
 
 def _normalise_again(z: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
-    """BN(z) with known statistics, to the last bit as torch's CPU training kernel computed it."""
+    """BN(z) with known statistics, bit-equal to torch's CPU training kernel."""
     scale = invstd * gamma
     shift = torch.addcmul(beta, mean, scale, value=-1.0)
     # Eval-mode batch norm with mean 0 and variance 1 is torch's fastest scale-and-shift by channel.

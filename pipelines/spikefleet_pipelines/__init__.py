@@ -1,1 +1,1 @@
-"""Data for spikefleet: sources -> Arrow store -> batches. No models here."""
+"""Data for spikefleet: raw files -> Arrow store -> batches; independent of the models."""

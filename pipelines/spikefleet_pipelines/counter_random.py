@@ -1,7 +1,7 @@
 """Counter-based random numbers: a draw is a pure function of (seed, epoch, sample index, draw number).
 
-Nothing is stateful, so a draw depends neither on the number of loader processes nor on what was drawn before, and a
-whole batch is drawn by one vectorised call. The mixing function is the finaliser of SplitMix64 (Steele, Lea and Flood,
+Nothing is stateful, so a draw depends neither on the number of loader processes nor on earlier draws, and one
+vectorised call draws a whole batch. The mixing function is the finaliser of SplitMix64 (Steele, Lea and Flood,
 "Fast splittable pseudorandom number generators", OOPSLA 2014), applied once for each part of the counter.
 """
 
@@ -17,7 +17,7 @@ _MASK = 2**64 - 1
 
 
 class Draw(IntEnum):
-    """What a random number is used for. A number, once used, keeps its meaning: changing it changes every run."""
+    """Purposes of random numbers. Never change the meaning of a number: that would change every run."""
 
     ORDER = 0
     HOLD_OUT = 1
@@ -41,7 +41,14 @@ class Draw(IntEnum):
 
 
 def random_bits(seed: int, epoch: int, index: ArrayLike, draw: ArrayLike) -> NDArray[np.uint64]:
-    """64 random bits for each (index, draw), which broadcast against each other."""
+    """Draw 64 random bits for each (index, draw); `index` and `draw` are broadcast.
+
+    Args:
+        seed: of the run or of the data set.
+        epoch: of training; 0 where there are no epochs.
+        index: positions in the split.
+        draw: numbers of `Draw`.
+    """
     key = _mix_int(_mix_int(seed) + epoch * _GOLDEN)
     counter = np.atleast_1d(np.asarray(index, dtype=np.int64)).astype(np.uint64)
     number = np.atleast_1d(np.asarray(draw, dtype=np.int64)).astype(np.uint64)
@@ -51,12 +58,12 @@ def random_bits(seed: int, epoch: int, index: ArrayLike, draw: ArrayLike) -> NDA
 
 
 def uniform(seed: int, epoch: int, index: ArrayLike, draw: ArrayLike) -> NDArray[np.float64]:
-    """Numbers in [0, 1) with 53 random bits for each (index, draw)."""
+    """Draw numbers in [0, 1) with 53 random bits for each (index, draw); arguments as for `random_bits`."""
     return (random_bits(seed, epoch, index, draw) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def integers(seed: int, epoch: int, index: ArrayLike, draw: ArrayLike, bound: int) -> NDArray[np.int64]:
-    """Whole numbers in [0, bound) for each (index, draw)."""
+    """Draw integers in [0, bound) for each (index, draw); arguments as for `random_bits`."""
     return (uniform(seed, epoch, index, draw) * bound).astype(np.int64)
 
 

@@ -1,4 +1,4 @@
-"""The data part of a run's config; pydantic only. `opening.py` opens or prepares the store that it names."""
+"""The data section of a run's config, with pydantic alone; `opening.py` opens or prepares its store."""
 
 import hashlib
 import json
@@ -14,17 +14,21 @@ from spikefleet_pipelines.transforms.kinds import AnyTransformConfig
 
 
 class DataConfig(BaseModel):
-    """Which data a run reads, and how."""
+    """The data that a run reads, and how it reads them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    source: str = Field(description="name of the data set; `list_sources()` has them")
+    source: str = Field(description="name of the data set, one of `list_sources()`")
     root: Path | None = Field(default=None, description="directory of the raw files, or of a store")
     store: str | None = Field(default=None, description="directory or URI of a prepared store")
-    options: dict[str, JsonValue] = Field(default_factory=dict, description="options of the source, such as upsample")
-    seed: int = Field(default=0, ge=0, lt=2**63, description="chooses the samples that are held out for validation")
+    options: dict[str, JsonValue] = Field(
+        default_factory=dict, description="options of the source, for example upsample"
+    )
+    seed: int = Field(default=0, ge=0, lt=2**63, description="selects the samples held out for validation")
     transform: AnyTransformConfig = TransformConfig()
-    loader_processes: int = Field(default=0, ge=0, le=256, description="0 loads in the training process")
+    loader_processes: int = Field(
+        default=0, ge=0, le=256, description="loader processes; 0 loads in the training process"
+    )
 
     @field_validator("source")
     @classmethod
@@ -34,9 +38,9 @@ class DataConfig(BaseModel):
     @field_validator("store")
     @classmethod
     def _no_credentials(cls, store: str | None) -> str | None:
-        # The config is logged and goes with every registered model.
+        # The config is logged and part of every registered model.
         if store is not None and "://" in store and "@" in urlsplit(store).netloc:
-            raise ValueError("a URI with credentials would be logged; give them by the environment instead")
+            raise ValueError("the URI contains credentials, which would be logged; set them in the environment instead")
         return store
 
     @model_validator(mode="after")
@@ -46,7 +50,7 @@ class DataConfig(BaseModel):
 
 
 def store_name(config: DataConfig) -> str:
-    """The directory of a config's store: the source, and a hash of all that makes it another store than the default."""
+    """Name the directory of a config's store: the source, and a hash of all options that differ from the defaults."""
     options = check_options(find_source(config.source), config.options).model_dump(mode="json", exclude_defaults=True)
     identity: dict[str, JsonValue] = {**options}
     if config.seed:

@@ -1,4 +1,4 @@
-"""Images in memory as a batch: what evaluation gives a network for them, without a store."""
+"""Batches of images in memory, transformed as in evaluation, without a store."""
 
 import numpy as np
 import torch
@@ -11,23 +11,22 @@ from spikefleet_pipelines.transforms.batch_transform_config import BatchTransfor
 
 
 def image_batch(images: NDArray[np.uint8], transform: BatchTransformConfig, channels: int) -> Batch:
-    """Resize and normalise images as evaluation does.
+    """Transform images as in evaluation.
 
     Args:
         images: uint8 [B, C, H, W].
-        transform: of any kind.
-        channels: C, as the network has it.
+        transform: config of any kind.
+        channels: C, the input channels of the network.
 
     Returns:
-        A batch without anything to be found: class -1, or no objects.
+        A batch without targets: class -1, or no objects.
 
     Raises:
-        ValueError: the images are not such pixels, or do not suit the transform.
+        ValueError: the images have another type or shape, or do not fit the transform.
     """
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != channels:
         raise ValueError(
-            f"images of type {images.dtype} and shape {list(images.shape)}: give uint8 pixels of shape "
-            f"[B, {channels}, H, W]"
+            f"images: type and shape are {images.dtype} {list(images.shape)}, expected uint8 [B, {channels}, H, W]"
         )
     rows = np.arange(len(images))
     built = transform.build(_ImagesInMemory(images), train=False, seed=0)
@@ -36,7 +35,7 @@ def image_batch(images: NDArray[np.uint8], transform: BatchTransformConfig, chan
 
 
 class _ImagesInMemory:
-    """The `Rows` of a batch of images."""
+    """`Rows` of a batch of images."""
 
     name = location = "memory"
 

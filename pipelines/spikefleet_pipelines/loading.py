@@ -1,6 +1,6 @@
-"""Batches: the rows that a plan asks for, loaded and transformed, in this process or in loader processes.
+"""Batches: the rows of a plan, loaded and transformed in this process or in loader processes.
 
-A batch is a function of (split, config, seed, epoch, step): the number of loader processes changes no bit of it.
+A batch is a pure function of (split, config, seed, epoch, step): the number of loader processes changes no bit of it.
 """
 
 from collections.abc import Iterator
@@ -17,27 +17,28 @@ from spikefleet_pipelines.transforms.batch_transform import BatchTransform, Targ
 from spikefleet_pipelines.transforms.batch_transform_config import BatchTransformConfig
 from spikefleet_pipelines.transforms.kinds import transform_kinds
 
-if TYPE_CHECKING:  # batches are also made where no store is, by `in_memory.py`
+if TYPE_CHECKING:  # `in_memory.py` makes batches without a store
     from spikefleet_pipelines.store.reader import Split
 
 
 class Batch(NamedTuple):
-    """What one rank trains on in one step."""
+    """The samples of one rank in one step."""
 
     images: Tensor
     """float32 [B, C, H, W], normalised."""
     targets: Targets
-    """What the kind of transform makes: classes, int64 [B]; for detection a `Target` for each image."""
+    """Targets of the transform kind: classes, int64 [B]; for detection one `Target` per image."""
     indices: Tensor
     """Positions in the split, int64 [B]."""
     global_count: int
     """Samples of all ranks in this step."""
 
     def to(self, device: torch.device | str, channels_last: bool = False) -> "Batch":
-        """The batch with images and targets on a device; copies from page-locked memory do not block.
+        """Copy images and targets to a device; copies from page-locked memory are non-blocking.
 
         Args:
-            channels_last: lay the images out as NHWC.
+            device: to copy to.
+            channels_last: convert the images to the NHWC memory layout.
         """
         layout = torch.channels_last if channels_last else torch.contiguous_format
         images = self.images.to(device, non_blocking=True, memory_format=layout)
@@ -66,7 +67,7 @@ _Item = _Loaded | ValueError
 
 
 class _Batches(Dataset[_Item]):
-    """A data set whose items are whole batches; a loader process is sent what to load, so it needs no state."""
+    """A data set whose items are whole batches; a request contains everything, so loader processes have no state."""
 
     def __init__(self, transform: BatchTransform[Any, Targets]) -> None:
         self._transform = transform
@@ -75,12 +76,12 @@ class _Batches(Dataset[_Item]):
         try:
             images, packed = self._transform(request.indices, request.epoch)
         except ValueError as error:
-            return error  # raised again by the reader: a loader process would wrap the sentence in its traceback
+            return error  # raised again by the reader: a loader process would wrap the message in its traceback
         return _Loaded(images, packed, torch.from_numpy(request.indices), request.global_count)
 
 
 class _Requests(Sampler[_Request]):
-    """What the loader processes are to load next; set before each epoch."""
+    """The requests of the next epoch; set before each epoch."""
 
     def __init__(self) -> None:
         self._pending: Iterator[_Request] = iter(())
@@ -98,15 +99,17 @@ class BatchLoader:
     """Loads batches of one split.
 
     Args:
+        split: to read.
+        transform: config of the transform.
         train: apply the random transforms of training, else those of evaluation.
         seed: of the random transforms.
-        processes: loader processes, kept between epochs; 0 loads in this process. Encoded images are then decoded by as
-            many threads as torch has.
-        pin_memory: put batches in page-locked memory, for copies to a GPU that do not block.
-        epochs: how many the run has, so that mosaics can end before it does; None where that is unknown.
+        processes: number of loader processes, kept between epochs; 0 loads in this process, which decodes encoded
+            images in as many threads as torch has.
+        pin_memory: put batches in page-locked memory, for non-blocking copies to a GPU.
+        epochs: length of the run, so that mosaics can stop before its end; None if unknown.
 
     Raises:
-        ValueError: the transform does not suit the images of the split, or is for another task than its store.
+        ValueError: the transform does not fit the images of the split, or its kind does not fit the task of the store.
     """
 
     def __init__(
@@ -120,7 +123,7 @@ class BatchLoader:
         epochs: int | None = None,
     ) -> None:
         if processes < 0:
-            raise ValueError(f"processes is {processes}; it must be at least 0")
+            raise ValueError(f"processes is {processes}, expected at least 0")
         self.split = split
         _check_store(split, transform)
         self._transform: BatchTransform[Any, Targets] = transform.build(split, train, seed, epochs)
@@ -137,17 +140,22 @@ class BatchLoader:
         )
 
     def epoch(self, plan: Plan, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from `start_step` on.
+        """Yield the batches of an epoch from `start_step` on.
+
+        Args:
+            plan: the steps of this rank.
+            epoch: number of the epoch, from 0.
+            start_step: first step to load, for resuming within an epoch.
 
         Raises:
             ValueError: the plan was made for another number of samples.
-            StoreError: an image cannot be decoded; names its row.
-            RuntimeError: a loader process died.
+            StoreError: an image cannot be decoded; the message names its row.
+            RuntimeError: a loader process exited.
         """
         if plan.samples != len(self.split):
             raise ValueError(
-                f"the plan is for {plan.samples} samples and split {self.split.name!r} has {len(self.split)}; "
-                "make the plan with len(split)"
+                f"the plan is for {plan.samples} samples, but split {self.split.name!r} has {len(self.split)}; "
+                "create the plan with samples=len(split)"
             )
         self._requests.start(plan, epoch, start_step)
         return _read(iter(self._loader), self._transform)
@@ -157,8 +165,8 @@ def _check_store(split: "Split", transform: BatchTransformConfig) -> None:
     if split.is_detection != (transform.store_task == "detection"):
         task = split.manifest.task
         raise ValueError(
-            f"{split.location} is a store for {task}, and transform.kind is {transform.kind!r}; it must "
-            f"be {' or '.join(map(repr, transform_kinds(task)))}"
+            f"{split.location} is a store for {task}, but transform.kind is {transform.kind!r}; set transform.kind to "
+            f"{' or '.join(map(repr, transform_kinds(task)))}"
         )
 
 
@@ -169,9 +177,10 @@ def _read(loaded: Iterator[_Item], transform: BatchTransform[Any, Targets]) -> I
         except StopIteration:
             return
         except (EOFError, ConnectionError, FileNotFoundError) as error:
-            # The shared memory of a dead process is gone; torch notices other deaths itself, with a RuntimeError.
+            # The shared memory of a killed process is gone; torch detects other exits itself, with a RuntimeError.
             raise RuntimeError(
-                "A loader process died; if it ran out of memory, use fewer loader processes or smaller batches"
+                "a loader process exited unexpectedly; if it ran out of memory, set fewer loader_processes or a "
+                "smaller batch size"
             ) from error
         if isinstance(item, ValueError):
             raise item

@@ -1,4 +1,4 @@
-"""From the data part of a config to an open store, which is prepared first if only raw data is there."""
+"""Opening the store of a config's data section, after preparing it where only raw data exist."""
 
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,22 @@ def open_or_prepare(
     parallel: int | None = None,
     verify: bool = True,
 ) -> Store:
-    """Open the store of a config; prepare it first if only raw data is there.
+    """Open the store of a config; prepare it first where only raw data exist.
 
-    Looked for, in this order: a store at `config.store`; a store at `config.root`; the store that an earlier call left
-    in `stores_dir`; raw files at `config.root`, or where the source has them by default. Processes that race here end
-    with the same store: each builds its own, and the first one to finish stays.
+    The search order is: a store at `config.store`; a store at `config.root`; the store that an earlier call prepared in
+    `stores_dir`; raw files at `config.root` or at the source's default. Concurrent processes get the same store: each
+    builds its own, and the first one that finishes is kept.
+
+    Args:
+        config: the data section of the config.
+        stores_dir: directory of prepared stores.
+        progress: called with (images done, images in all) while a store is prepared.
+        parallel: number of Ray tasks, as for `prepare`.
+        verify: check the SHA-256 of every shard.
 
     Raises:
-        StoreError: `config.store` is no store or one of another source, or a shard is corrupt.
-        SourceError: there is no data; the sentence says where it was looked for and how to prepare it.
+        StoreError: `config.store` is not a store or belongs to another source, or a shard is corrupt.
+        SourceError: there are no data; the message says where they were searched and how to prepare them.
     """
     if config.store is not None:
         return _of_source(Store.open(config.store, verify=verify), config)
@@ -40,7 +47,7 @@ def open_or_prepare(
 def _of_source(store: Store, config: DataConfig) -> Store:
     if store.manifest.source != config.source:
         raise StoreError(
-            f"{store.location} is a store of source {store.manifest.source!r}, and the config asks for "
-            f"{config.source!r}; change data.source or the store"
+            f"{store.location} is a store of source {store.manifest.source!r}, expected {config.source!r}; set "
+            "data.source or choose another store"
         )
     return store

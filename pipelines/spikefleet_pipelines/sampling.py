@@ -1,7 +1,7 @@
-"""Which samples make up which step, on which rank: distributed, resumable, and without state.
+"""Assignment of samples to steps and ranks: distributed, resumable, and stateless.
 
 The order of an epoch is a pure function of (seed, epoch). Global batch s is the same set of samples for every world
-size; rank r takes its contiguous slice of it. A checkpoint therefore needs to hold only (epoch, step).
+size; rank r takes its contiguous slice of it. A checkpoint therefore only stores (epoch, step).
 """
 
 from collections.abc import Iterator
@@ -15,27 +15,35 @@ from spikefleet_pipelines.counter_random import Draw, random_bits
 
 
 class StepBatch(NamedTuple):
-    """What one rank loads for one optimizer step."""
+    """The samples of one rank in one optimizer step."""
 
     step: int
     indices: NDArray[np.int64]
     """Positions in the split, [n_local]."""
     global_count: int
-    """Samples of all ranks in this step: the loss of a rank is its sum divided by this."""
+    """Samples of all ranks in this step; the loss of a rank is its sum divided by this."""
 
 
 class Plan(Protocol):
-    """What a loader needs to know of `EpochPlan` or `EvaluationPlan`."""
+    """The interface of `EpochPlan` and `EvaluationPlan` to a loader."""
 
     @property
-    def samples(self) -> int: ...
+    def samples(self) -> int:
+        """Number of samples of the split."""
+        ...
+
     @property
-    def steps_per_epoch(self) -> int: ...
-    def batches(self, epoch: int, start_step: int = 0) -> Iterator[StepBatch]: ...
+    def steps_per_epoch(self) -> int:
+        """Number of steps of an epoch."""
+        ...
+
+    def batches(self, epoch: int, start_step: int = 0) -> Iterator[StepBatch]:
+        """Yield this rank's batches of an epoch from `start_step` on."""
+        ...
 
 
 def epoch_order(samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The permutation of an epoch, [samples]. It sorts hashed positions, so that no library's shuffle can change it."""
+    """Compute the permutation of an epoch, [samples], by sorting hashed positions, which no library can change."""
     keys = random_bits(seed, epoch, np.arange(samples), Draw.ORDER)
     return np.argsort(keys, kind="stable").astype(np.int64)
 
@@ -47,9 +55,9 @@ def _check_ranks(samples: int, global_batch: int, world_size: int, rank: int) ->
         ("world_size", world_size, 1),
     ):
         if value < least:
-            raise ValueError(f"{name} is {value}; it must be at least {least}")
+            raise ValueError(f"{name} is {value}, expected at least {least}")
     if not 0 <= rank < world_size:
-        raise ValueError(f"rank is {rank}; with world_size {world_size} it must be between 0 and {world_size - 1}")
+        raise ValueError(f"rank is {rank}, expected 0 to {world_size - 1} for world_size {world_size}")
 
 
 def _rank_slice(start: int, count: int, world_size: int, rank: int) -> slice:
@@ -60,10 +68,19 @@ def _rank_slice(start: int, count: int, world_size: int, rank: int) -> slice:
 class EpochPlan:
     """The training steps of one rank.
 
-    Every sample occurs exactly once an epoch. The last batch may be partial: sizes of ranks then differ by at most one.
-    A remainder that would leave a rank with fewer than two samples in one of its `accumulate` parts (batch statistics
-    need two) is folded into the batch before it, so that no rank is ever empty and no sample is lost. The parts of a
-    step are `images.tensor_split(accumulate)`.
+    Every sample occurs exactly once per epoch. The last batch may be partial: the ranks' sizes then differ by at most
+    one. A remainder that would leave a rank with fewer than two samples in one of its `accumulate` parts (batch
+    statistics need two) is merged into the batch before it, so that no rank is ever empty and no sample is dropped. The
+    parts of a step are `images.tensor_split(accumulate)`.
+
+    Attributes:
+        samples: number of samples of the split.
+        global_batch: samples of all ranks per step.
+        world_size: number of ranks.
+        rank: of this process.
+        seed: of the order.
+        accumulate: parts of a step, between which gradients are accumulated.
+        shuffle: permute the samples in each epoch.
 
     Raises:
         ValueError: global_batch is not a multiple of world_size * accumulate, or there are too few samples.
@@ -80,36 +97,41 @@ class EpochPlan:
     def __post_init__(self) -> None:
         _check_ranks(self.samples, self.global_batch, self.world_size, self.rank)
         if self.accumulate < 1:
-            raise ValueError(f"accumulate is {self.accumulate}; it must be at least 1")
+            raise ValueError(f"accumulate is {self.accumulate}, expected at least 1")
         parts = self.world_size * self.accumulate
         if self.global_batch % parts:
             below = self.global_batch // parts * parts
             nearest = f"{below} or {below + parts}" if below else f"{parts}"
             raise ValueError(
                 f"global_batch {self.global_batch} is not a multiple of world_size {self.world_size} x accumulate "
-                f"{self.accumulate} = {parts}; the nearest valid global_batch is {nearest}"
+                f"{self.accumulate} = {parts}; set global_batch to {nearest}"
             )
         if self.samples < self._least_batch:
             raise ValueError(
                 f"{self.samples} samples are too few for world_size {self.world_size} x accumulate {self.accumulate}: "
-                f"a batch needs at least {self._least_batch}; use fewer workers or a smaller accumulate"
+                f"a batch needs at least {self._least_batch}; set fewer workers or a smaller accumulate"
             )
 
     @property
     def _least_batch(self) -> int:
-        # One sample a part is all right only where the user's own batch is no larger.
+        # One sample per part is allowed only where the user's own batch is no larger.
         return min(2 * self.world_size * self.accumulate, self.global_batch)
 
     @property
     def steps_per_epoch(self) -> int:
+        """Number of steps of an epoch, the last one possibly partial."""
         full, rest = divmod(self.samples, self.global_batch)
         return full + (rest >= self._least_batch)
 
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[StepBatch]:
-        """This rank's batches of an epoch from `start_step` on; `start_step == steps_per_epoch` gives none."""
+        """Yield this rank's batches of an epoch from `start_step` on; none for `start_step == steps_per_epoch`.
+
+        Raises:
+            ValueError: `start_step` is not in 0 to `steps_per_epoch`.
+        """
         steps = self.steps_per_epoch
         if not 0 <= start_step <= steps:
-            raise ValueError(f"start_step is {start_step}; an epoch of this plan has steps 0 to {steps}")
+            raise ValueError(f"start_step is {start_step}, expected 0 to {steps}, the steps of an epoch")
         return self._batches(epoch, start_step)
 
     def _batches(self, epoch: int, start_step: int) -> Iterator[StepBatch]:
@@ -125,8 +147,8 @@ class EpochPlan:
 class EvaluationPlan:
     """The evaluation batches of one rank: in order, every sample exactly once over all ranks.
 
-    Sizes of ranks differ by at most one in a step. A rank for which nothing is left in the last step gets no batch for
-    it, so ranks may differ in their number of batches: gather results once, after the loop.
+    The ranks' sizes differ by at most one in a step. A rank without samples in the last step gets no batch for it, so
+    ranks may have different numbers of batches: gather results once, after the loop.
     """
 
     samples: int
@@ -139,10 +161,11 @@ class EvaluationPlan:
 
     @property
     def steps_per_epoch(self) -> int:
+        """Number of steps, the last one possibly partial."""
         return -(-self.samples // self.global_batch)
 
     def batches(self, epoch: int = 0, start_step: int = 0) -> Iterator[StepBatch]:
-        """This rank's non-empty batches; the epoch plays no part."""
+        """Yield this rank's non-empty batches from `start_step` on; `epoch` is ignored."""
         for step in range(start_step, self.steps_per_epoch):
             start = step * self.global_batch
             count = min(self.global_batch, self.samples - start)

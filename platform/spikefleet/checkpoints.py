@@ -1,10 +1,10 @@
-"""What is left of a module that the serving code of early versions imports: the sentence that says what to do.
+"""A stub for the serving code of early registered versions, which imports this module: it says what to do.
 
-MLflow keeps a copy of that code with each version, so it cannot follow when modules move. `registry.load` and
-all commands load such versions as before.
+MLflow stores a copy of the serving code with each version, so that code cannot follow when modules move.
+`registry.load` and all commands still load such versions.
 """
 
 raise ImportError(
-    "this version was registered by an earlier spikefleet, whose serving code does not fit this one; register it again "
+    "the serving code of this version is from an earlier spikefleet and does not work with this one; register it again "
     "with `spikefleet registry renew models:/NAME/VERSION`"
 )

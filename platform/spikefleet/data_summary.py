@@ -1,4 +1,4 @@
-"""What must be known of a data set to use a network that was trained on it: one record, beside each run and version."""
+"""The summary of a data set, saved with each run and version: what is needed to use a network trained on it."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from spikefleet.files import read_json, write_json
 from spikefleet_pipelines.store.manifest import Manifest
 
 DATA_SUMMARY = "data.json"
-"""Name of the record's file in a run, a search and a registered version."""
+"""File name of the summary in a run, a search and a registered version."""
 
 
 @dataclass(frozen=True)
 class DataSummary:
-    """Of one prepared data set."""
+    """The summary of one prepared data set."""
 
     source: str
+    """Name of the source that prepared it."""
     content_hash: str
-    """Of the whole store."""
+    """SHA-256 over the content of the store."""
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...] = ()
-    """For detection, the data's id of each class."""
+    """Detection: the data set's id of each class."""
     image_shape: tuple[int, int, int] | None = None
-    """[C, H, W] of the training images; None where their sizes vary."""
+    """`[C, H, W]` of the training images; None if their sizes vary."""
 
     @classmethod
     def of(cls, manifest: Manifest) -> DataSummary:
@@ -39,7 +40,7 @@ class DataSummary:
 
     @classmethod
     def read(cls, folder: Path) -> DataSummary:
-        """The summary that lies in a folder. Raises UserError naming the file when there is none, or another file."""
+        """Reads the summary from a folder. Raises UserError if the file is missing or damaged."""
         path = folder / DATA_SUMMARY
         plain = read_json(path)
         try:
@@ -48,12 +49,12 @@ class DataSummary:
                 str(plain["source"]),
                 str(plain["content_hash"]),
                 tuple(map(str, plain["class_names"])),
-                tuple(map(int, plain.get("category_ids") or ())),  # runs before detection have none
+                tuple(map(int, plain.get("category_ids") or ())),  # missing in runs of the first releases
                 (int(shape[0]), int(shape[1]), int(shape[2])) if shape else None,
             )
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise UserError(f"{path} is damaged: it is not the summary of a data set ({error!r})") from None
+            raise UserError(f"{path} is damaged: expected the summary of a data set ({error!r})") from None
 
     def write(self, folder: Path) -> None:
-        """Writes the summary into a folder, atomically."""
+        """Writes the summary into a folder, atomically. Raises OSError."""
         write_json(folder / DATA_SUMMARY, asdict(self))

@@ -1,9 +1,9 @@
-"""The two ways in which a command may end badly."""
+"""The two errors that end a command: of the input, and of the run."""
 
 
 class UserError(ValueError):
-    """Something that the user can mend: one sentence that names what is wrong, where, and the remedy (exit code 2)."""
+    """An error that the user can fix; the message names the field or file, the value and what to do (exit code 2)."""
 
 
 class RunError(RuntimeError):
-    """A run that began and could not be brought to its end: one sentence that says why (exit code 1)."""
+    """A run that started and failed; the message says why (exit code 1)."""

@@ -1,4 +1,4 @@
-"""Pictures of a run: learning curves, confusion matrix, precision and recall, predictions."""
+"""Plots of a run: learning curves, confusion matrix, precision and recall, predictions. Every file is a PNG."""
 
 from __future__ import annotations
 
@@ -15,18 +15,24 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _NAMED_CLASSES = 25
-"""Beyond this many classes, names along the axes could not be read."""
+"""With more classes, their names on the axes would be too small to read."""
 
 _READABLE_SIDE = 384
-"""Pictures are enlarged by whole numbers up to about this side before boxes and captions are drawn on them."""
+"""Images are enlarged by an integer factor to about this side in pixels before boxes are drawn on them."""
 
 
 def learning_curve(history: Sequence[Mapping[str, float]], metric: str, path: Path) -> None:
-    """Loss of training, the validation metric and spike health over epochs; one row of `history` an epoch."""
+    """Plots training loss, the validation metric and spike health over epochs.
+
+    Args:
+        history: metrics by name, one row per epoch.
+        metric: name of the metric, without its split.
+        path: the PNG.
+    """
     panels = (
         ("loss", ("train/loss",)),
         (metric, (f"train/{metric}", f"val/{metric}")),
-        ("share of neurons", ("spikes/firing_rate", "spikes/dead_fraction", "spikes/saturated_fraction")),
+        ("fraction of neurons", ("spikes/firing_rate", "spikes/dead_fraction", "spikes/saturated_fraction")),
     )
     figure, axes = _subplots(1, len(panels), figsize=(13, 3.6), layout="constrained")
     for axis, (title, keys) in zip(axes, panels, strict=True):
@@ -42,13 +48,19 @@ def learning_curve(history: Sequence[Mapping[str, float]], metric: str, path: Pa
 
 
 def confusion_matrix(counts: np.ndarray, class_names: Sequence[str], path: Path) -> None:
-    """Rows: the truth; columns: the prediction; colour: the share of the row. `counts` is `[K, K]`."""
+    """Plots a confusion matrix; the colour is the fraction of the row.
+
+    Args:
+        counts: `[K, K]`, targets in rows, predictions in columns.
+        class_names: of the K classes.
+        path: the PNG.
+    """
     size = len(class_names)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     figure, axis = _subplots(figsize=(2.5 + min(size, 40) * 0.42, 2 + min(size, 40) * 0.38), layout="constrained")
     image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(image, ax=axis, label="share of the true class", shrink=0.8)
-    axis.set(xlabel="predicted", ylabel="true")
+    figure.colorbar(image, ax=axis, label="fraction of the target class", shrink=0.8)
+    axis.set(xlabel="prediction", ylabel="target")
     if size <= _NAMED_CLASSES:
         axis.set_xticks(range(size), class_names, rotation=45, ha="right")
         axis.set_yticks(range(size), class_names)
@@ -58,22 +70,29 @@ def confusion_matrix(counts: np.ndarray, class_names: Sequence[str], path: Path)
     _save(figure, path)
 
 
-def picture_grid(images: Sequence[torch.Tensor], captions: Sequence[str], right: Sequence[bool], path: Path) -> None:
-    """Pictures `[C, H, W]` (uint8) under their captions, green where right and red where wrong."""
+def image_grid(images: Sequence[torch.Tensor], captions: Sequence[str], correct: Sequence[bool], path: Path) -> None:
+    """Plots images under their captions.
+
+    Args:
+        images: uint8 `[C, H, W]` each.
+        captions: one for each image.
+        correct: whether the caption is green, else red.
+        path: the PNG.
+    """
     columns = min(8, max(1, len(captions)))
     rows = -(-len(captions) // columns)
     figure, axes = _subplots(rows, columns, figsize=(1.5 * columns, 1.85 * rows), layout="constrained", squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for axis, image, caption, correct in zip(axes.flat, images, captions, right, strict=False):
+    for axis, image, caption, is_correct in zip(axes.flat, images, captions, correct, strict=False):
         pixels = image.permute(1, 2, 0).numpy()
         axis.imshow(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=255)
-        axis.set_title(caption, fontsize=8, color="#1a7f37" if correct else "#cf222e")
+        axis.set_title(caption, fontsize=8, color="#1a7f37" if is_correct else "#cf222e")
     _save(figure, path)
 
 
-def picture_sheet(images: Sequence[torch.Tensor], path: Path) -> None:
-    """Drawn pictures `[3, H, W]` (uint8) side by side."""
+def image_sheet(images: Sequence[torch.Tensor], path: Path) -> None:
+    """Plots images, uint8 `[3, H, W]` each, side by side."""
     columns = min(6, max(1, len(images)))
     rows = -(-len(images) // columns)
     figure, axes = _subplots(rows, columns, figsize=(2.6 * columns, 2.6 * rows), layout="constrained", squeeze=False)
@@ -84,34 +103,46 @@ def picture_sheet(images: Sequence[torch.Tensor], path: Path) -> None:
     _save(figure, path)
 
 
-def boxes_on_picture(
+def boxes_on_image(
     image: torch.Tensor,
     boxes: torch.Tensor,
     labels: Sequence[int],
     captions: Sequence[str],
 ) -> torch.Tensor:
-    """A picture `[C, H, W]` (uint8) with captioned boxes `[N, 4]` coloured by label.
+    """Draws captioned boxes on an image; a small image is enlarged so that captions are readable.
 
-    Small pictures are enlarged, so that captions can be read: uint8 `[3, H', W']`.
+    Args:
+        image: uint8 `[C, H, W]`.
+        boxes: `[N, 4]`, x1 y1 x2 y2 in pixels of the image.
+        labels: class of each box, which selects its colour.
+        captions: text of each box.
+
+    Returns:
+        uint8 `[3, H', W']`.
     """
     from matplotlib import colormaps
     from matplotlib.font_manager import findfont
     from torchvision.utils import draw_bounding_boxes  # seconds to import
 
     factor = max(1, _READABLE_SIDE // max(image.shape[-2:]))
-    picture = image.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
-    if picture.shape[0] == 1:
-        picture = picture.expand(3, -1, -1)
+    drawn = image.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
+    if drawn.shape[0] == 1:
+        drawn = drawn.expand(3, -1, -1)
     if len(boxes):
         palette = colormaps["tab20"].colors  # type: ignore[attr-defined]
         colours = [tuple(round(255 * part) for part in palette[label % len(palette)]) for label in labels]
-        font, size = findfont("DejaVu Sans"), max(14, max(picture.shape[-2:]) // 18)
-        picture = draw_bounding_boxes(picture, boxes * factor, list(captions), colours, False, 2, font, size)
-    return picture
+        font, size = findfont("DejaVu Sans"), max(14, max(drawn.shape[-2:]) // 18)
+        drawn = draw_bounding_boxes(drawn, boxes * factor, list(captions), colours, False, 2, font, size)
+    return drawn
 
 
 def precision_recall(curves: Mapping[str, Sequence[float]], path: Path) -> None:
-    """Precision at IoU 0.5 over recall from 0 to 1, a curve a class, and their mean."""
+    """Plots precision at IoU 0.5 over recall, one curve per class, and their mean.
+
+    Args:
+        curves: by class name, precision at evenly spaced recalls from 0 to 1.
+        path: the PNG.
+    """
     figure, axis = _subplots(figsize=(6, 4.5), layout="constrained")
     for name, values in curves.items():
         axis.plot(np.linspace(0, 1, len(values)), values, lw=1, label=name if len(curves) <= _NAMED_CLASSES else None)
@@ -124,7 +155,13 @@ def precision_recall(curves: Mapping[str, Sequence[float]], path: Path) -> None:
 
 
 def energy_bars(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
-    """Energy of each layer in mJ, in network order: additions that spikes cause, and multiplications."""
+    """Plots the energy of each layer in mJ, in network order: additions on spikes, and MACs on real values.
+
+    Args:
+        rows: `layer`, `input` ("spikes" or "real") and `energy_mj` of each layer.
+        title: of the plot.
+        path: the PNG.
+    """
     shown = [row for row in rows if row["energy_mj"] > 0]
     figure, axis = _subplots(figsize=(9, 1.5 + 0.2 * len(shown)), layout="constrained")
     for kind, label, colour in (("spikes", "spikes in: additions", "#2a9d8f"), ("real", "real in: MACs", "#e76f51")):
@@ -141,7 +178,13 @@ def energy_bars(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> No
 def paper_and_ours(
     panels: Mapping[str, Sequence[tuple[str, float | None, float | None, float | None]]], title: str, path: Path
 ) -> None:
-    """A panel for each kind of figure: rows (name, the paper's, our mean, our standard deviation) as points."""
+    """Plots results of a paper beside ours, one panel per metric.
+
+    Args:
+        panels: by axis label, rows of (name, the paper's value, our mean, our standard deviation).
+        title: of the plot.
+        path: the PNG.
+    """
     rows = max(len(points) for points in panels.values())
     figure, axes = _subplots(
         1, len(panels), figsize=(4.6 * len(panels) + 1.5, 1.6 + 0.34 * rows), layout="constrained", squeeze=False
@@ -165,7 +208,7 @@ def paper_and_ours(
 
 
 def _subplots(rows: int = 1, columns: int = 1, **settings: Any) -> tuple[Figure, Any]:
-    """A figure that no window shows, and its axes. Matplotlib is imported here: whoever serves draws nothing."""
+    """A figure without a window, and its axes. Imports matplotlib here, because serving never plots."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,8 +1,8 @@
-"""Plugins: modules from outside that register model families, tasks, sources or transforms when they are imported.
+"""Plugins: external modules that register model families, tasks, sources or transforms when they are imported.
 
-A plugin is named by an installed distribution (entry-point group `spikefleet.plugins`), by `--plugin MODULE`, or by
-SPIKEFLEET_PLUGINS, never by a recipe or a stored configuration: reading those runs no code. What is loaded is recorded
-with each run and version, and passed on to workers and trials.
+An installed distribution (entry-point group `spikefleet.plugins`), `--plugin MODULE` or SPIKEFLEET_PLUGINS names a
+plugin; recipes and stored configurations cannot: reading them runs no code. Each run and version records the loaded
+plugins, and workers and trials load those of the driver.
 """
 
 from __future__ import annotations
@@ -12,63 +12,75 @@ import os
 import re
 from collections.abc import Iterable
 from importlib import metadata
+from typing import Any
 
 from spikefleet.errors import UserError
 
 GROUP = "spikefleet.plugins"
+"""Entry-point group of plugins."""
 VARIABLE = "SPIKEFLEET_PLUGINS"
+"""Environment variable with the modules of plugins, separated by commas."""
 
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 _loaded: dict[str, None] = {}
 
 
 def load_plugins(names: Iterable[str] = ()) -> tuple[str, ...]:
-    """Imports plugins: those that are installed, those of SPIKEFLEET_PLUGINS (with commas between), and `names`.
+    """Imports the installed plugins, those of SPIKEFLEET_PLUGINS, and `names`.
+
+    Args:
+        names: modules of further plugins.
 
     Returns:
         The modules of all plugins that this process has loaded, in order.
 
     Raises:
-        UserError: a name is no module's, or importing one fails.
+        UserError: a name is not that of a module, or its import fails.
     """
     installed = (entry.value.partition(":")[0] for entry in metadata.entry_points(group=GROUP))
-    wanted = (name.strip() for name in os.environ.get(VARIABLE, "").split(","))
-    for name in (*installed, *wanted, *names):
+    listed = (name.strip() for name in os.environ.get(VARIABLE, "").split(","))
+    for name in (*installed, *listed, *names):
         if name and name not in _loaded:
             _import(name)
             _loaded[name] = None
     if _loaded:
-        os.environ[VARIABLE] = ",".join(_loaded)  # for processes that this one starts
+        os.environ[VARIABLE] = ",".join(_loaded)  # for child processes
     return loaded_plugins()
 
 
 def loaded_plugins() -> tuple[str, ...]:
-    """The modules of the plugins that this process has loaded."""
+    """Modules of the plugins that this process has loaded, in order."""
     return tuple(_loaded)
 
 
-def refuse_missing_plugins(recorded: Iterable[str], what: str) -> None:
-    """Checks the plugins that a run or version was trained with against those that are loaded.
+def refuse_missing_plugins(recorded: Any, what: str) -> None:
+    """Checks that the plugins of a run or version are loaded.
+
+    Args:
+        recorded: modules of the plugins it was trained with, as read from a file.
+        what: names the run or version, for the error message.
 
     Raises:
-        UserError: one is not loaded; `what` names the run or version.
+        UserError: a plugin is not loaded, or the record is not a list of names.
     """
+    if not isinstance(recorded, list | tuple) or not all(isinstance(name, str) for name in recorded):
+        raise UserError(f"{what} is damaged: expected a list of plugins, found {str(recorded)[:80]}")
     missing = [name for name in recorded if name not in _loaded]
     if missing:
         raise UserError(
-            f"{what} was trained with plugin {', '.join(missing)}, which is not loaded; "
-            f"give {' '.join(f'--plugin {name}' for name in missing)}, or set {VARIABLE}={','.join(missing)}"
+            f"{what} needs plugin {', '.join(missing)}, which is not loaded; "
+            f"add {' '.join(f'--plugin {name}' for name in missing)}, or set {VARIABLE}={','.join(missing)}"
         )
 
 
 def _import(name: str) -> None:
     if not _MODULE.fullmatch(name):
-        raise UserError(f"plugin {name!r} is not the name of a module, such as my_package.my_family")
+        raise UserError(f"plugin {name!r} must be the name of a module, such as my_package.my_family")
     try:
         importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise UserError(
             f"plugin {name} cannot be imported: {error}; install it, or add its directory to PYTHONPATH"
         ) from error
-    except Exception as error:  # whatever a module from outside does when it is imported
+    except (Exception, SystemExit) as error:  # an external module may raise anything
         raise UserError(f"plugin {name} cannot be loaded: {type(error).__name__}: {error}") from error

@@ -1,4 +1,4 @@
-"""Which code made a result: library versions and the commit of a checkout."""
+"""The code version of a result: library versions, and the commit of a checkout."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _LIBRARIES = ("spikefleet", "torch", "torchvision", "spikingjelly", "ray", "mlfl
 
 @cache
 def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that can change a result."""
+    """Versions of Python and of the libraries that can change a result, by name."""
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in _LIBRARIES}}
 
 
 @cache
 def code_version() -> str:
-    """The commit of the checkout that this package runs from, `+dirty` if it differs, else the package's version."""
+    """The commit of the checkout that the package runs from, with `+dirty` for changes; else the package's version."""
     here = Path(__file__).resolve().parent
     try:
-        _git(here, "ls-files", "--error-unmatch", Path(__file__).name)  # else the checkout is somebody else's
+        _git(here, "ls-files", "--error-unmatch", Path(__file__).name)  # the checkout may be another project's
         commit = _git(here, "rev-parse", "HEAD")
         dirty = _git(here, "status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):

@@ -245,9 +245,9 @@ def test_registry_lookups_that_find_nothing(words: tuple[str, ...], parts: tuple
 def test_resumption_with_another_configuration_is_refused_field_by_field(desk: Desk) -> None:
     before = (desk.folder / "runs/main/config.json").read_bytes()
     sentence = desk.refuse("train", "digits", "--workers", "2", "--name", "main", *QUICK, "model.timesteps=2")
-    assert "model.timesteps: 4 in the run, 2 asked for" in sentence
+    assert "model.timesteps: expected 4, found 2" in sentence
     resumed = desk.refuse("train", "digits", "--resume", "main", "optim.lr=0.3")
-    assert "optim.lr: 0.1 in the run, 0.3 asked for" in resumed
+    assert "optim.lr: expected 0.1, found 0.3" in resumed
     assert (desk.folder / "runs/main/config.json").read_bytes() == before
     assert "by recipe 'digits'" in desk.refuse("train", "cifar10_sg_resnet10", "--resume", "main")
     assert "give one of them" in desk.refuse("train", "digits", "--resume", "main", "--name", "other")
@@ -259,7 +259,7 @@ def test_pictures_that_cannot_be_read(desk: Desk) -> None:
     (desk.folder / "hollow").mkdir()
     assert "text.png cannot be read" in desk.refuse("predict", model, "text.png")
     assert "gone.png does not exist" in desk.refuse("predict", model, "gone.png")
-    assert "holds no pictures" in desk.refuse("predict", model, "hollow")
+    assert "has no images" in desk.refuse("predict", model, "hollow")
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(desk.folder / "black.png")
     assert "must end in .png" in desk.refuse("predict", model, "black.png", "--out", "x.jpg")
 

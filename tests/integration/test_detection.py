@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from spikefleet.cli import app
 from spikefleet.config.recipes import load_config, parse_overrides
-from spikefleet.tasks.coco_metrics import FIGURES
+from spikefleet.tasks.coco_metrics import COCO_METRICS
 from spikefleet.training.checkpoints import CheckpointFolder, load_checkpoint
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.events import NullSink
@@ -118,7 +118,7 @@ def test_evaluation_gives_cocos_figures_by_class(desk: Desk, tmp_path: Path) -> 
     assert written == files | {"precision_recall.png", "confusion.png"}
     report = desk.folder / "runs" / "small" / "report"
     assert {"training_batch.png", "learning_curve.png", "energy.png"} <= {path.name for path in report.iterdir()}
-    assert json.loads((tmp_path / "report" / "evaluation.json").read_text())["metrics"].keys() <= set(FIGURES)
+    assert json.loads((tmp_path / "report" / "evaluation.json").read_text())["metrics"].keys() <= set(COCO_METRICS)
 
 
 def test_the_proof_goes_with_the_version(desk: Desk, tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_prediction_draws_boxes_on_each_picture(desk: Desk, tmp_path: Path) -> N
     out = tmp_path / "out"
     said = desk.run("predict", NETWORK, str(photos), "--out", str(out), "--score", "0", "--json")
     answers = json.loads(said[: said.rindex("]") + 1])
-    assert [Path(answer["picture"]).name for answer in answers] == ["0.png", "1.png"]
+    assert [Path(answer["image"]).name for answer in answers] == ["0.png", "1.png"]
     boxes = np.array([found["box"] for found in answers[1]["objects"]])
     assert len(boxes)
     assert boxes.min() >= 0

@@ -147,5 +147,5 @@ def test_ray_is_started_and_shut_down_when_there_is_much(
 
 
 def test_parallel_below_one_is_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="parallel is 0; it must be at least 1"):
+    with pytest.raises(ValueError, match="parallel is 0, expected at least 1"):
         prepare("image_folder", folder, tmp_path / "store", parallel=0)

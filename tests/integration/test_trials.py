@@ -30,7 +30,7 @@ def test_trials_train_in_their_own_process(ray_on_two_cpus: None, stores_dir: Pa
     assert [record.point for record in result.records] == points
     for record in result.records[:2]:
         assert record.status == "finished", record.reason
-        assert {"val/top1", "test/top1", "energy_mj", "parameters"} <= record.figures.keys()
+        assert {"val/top1", "test/top1", "energy_mj", "parameters"} <= record.metrics.keys()
         assert (tmp_path / "runs" / record.name / "report" / "evaluation.json").exists()
     assert result.records[2].status == "failed"
     assert "model.timesteps=0" in result.records[2].reason

@@ -94,7 +94,7 @@ def test_other_data_are_refused(folder: Path, stores_dir: Path) -> None:
     words = ["tune", str(folder / "small.yaml"), "train.label_smoothing=0.1", f"data.store={store}", *places]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 2
-    assert "was begun on data with content hash" in " ".join(done.stderr.split())
+    assert "was started on data with content hash" in " ".join(done.stderr.split())
 
 
 def test_the_same_command_runs_nothing_again(folder: Path, stores_dir: Path) -> None:
@@ -138,7 +138,7 @@ def test_overrides_and_resources_are_laid_over_the_file(stores_dir: Path, tmp_pa
         assert done.exit_code == 2, f"{done.output}\n{done.exception!r}"
         return " ".join(done.stderr.split())
 
-    assert "stands in both space and overrides" in refuse("model.timesteps=4")
+    assert "is in both space and overrides" in refuse("model.timesteps=4")
     assert "did you mean 'optim.lr'" in refuse("optim.lrr=0.1")
     assert "data.store" in refuse(f"data.store={tmp_path}/none") or "none" in refuse(f"data.store={tmp_path}/none")
     assert "gpus_per_worker=0.5" in refuse("--workers", "2", "--gpus-per-worker", "0.5")

@@ -94,7 +94,7 @@ def test_objects_are_views_into_the_mapped_shard(store: Store) -> None:
 
 
 def test_one_kind_of_split_has_no_other_kind_of_targets(store: Store, tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="is for detection: it has annotations, no labels"):
+    with pytest.raises(StoreError, match="is for detection: it has annotations and no labels"):
         _ = store.split("train").labels
     with writer(tmp_path / "other", category_ids=None) as open_writer:
         with pytest.raises(StoreError, match="either labels or annotations"):
@@ -134,11 +134,11 @@ def test_audit_counts_what_is_unusual(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"category_ids": 2}, r"image \d+, annotation \d+: category id 2 is not in the table of categories"),
-        ({"boxes": np.nan}, r"annotation \d+: box \[nan, .* is not finite"),
-        ({"boxes": [1, 1, -1, 1]}, r"box \[1.0, 1.0, -1.0, 1.0\] is not finite or is negative"),
-        ({"areas": -1}, r"area -1.0"),
-        ({"heights": 0}, r"image \d+: its size is 10 x 0"),
+        ({"category_ids": 2}, r"image \d+, annotation \d+: category id is 2, expected one of the category ids"),
+        ({"boxes": np.nan}, r"annotation \d+: box is \[nan, .*, expected finite"),
+        ({"boxes": [1, 1, -1, 1]}, r"box is \[1.0, 1.0, -1.0, 1.0\], expected finite values with width"),
+        ({"areas": -1}, r"area is -1.0"),
+        ({"heights": 0}, r"image \d+: size is 10 x 0, expected at least 1 x 1"),
     ],
 )
 def test_wrong_objects_are_refused_when_written_and_when_opened(
@@ -159,8 +159,8 @@ def test_wrong_objects_are_refused_when_written_and_when_opened(
 @pytest.mark.parametrize(
     ("column", "change", "message"),
     [
-        ("iscrowd", lambda lists: [[], *lists[1:]], "differ in number|with gaps"),
-        ("area", lambda lists: [lists[0] + lists[1], [], *lists[2:]], r"row 0: boxes and area differ in number"),
+        ("iscrowd", lambda lists: [[], *lists[1:]], "the numbers of boxes|with gaps"),
+        ("area", lambda lists: [lists[0] + lists[1], [], *lists[2:]], r"row 0: the numbers of boxes and area differ"),
         ("image_id", lambda values: [None, *values[1:]], "without image or label"),
         ("category_id", lambda lists: [[None for _ in ids] for ids in lists], "object with a missing value"),
     ],
@@ -195,12 +195,14 @@ def _unchecked(values: pa.Array, kind: pa.DataType) -> pa.Array:
 
 def test_other_columns_are_refused(tmp_path: Path) -> None:
     shard = write_shard(tmp_path / "a.arrow", pixels(3), np.arange(3), RAW)
-    with pytest.raises(StoreError, match=r"should hold 3 rows of \(.*boxes: list<item: .*and holds .*label: int64"):
+    with pytest.raises(
+        StoreError, match=r"holds 3 rows of \(.*label: int64.*expected 3 rows of \(.*boxes: list<item: "
+    ):
         open_shard(tmp_path / "a.arrow", shard, RAW, 3, TABLE)
 
 
 def test_manifest_needs_one_id_for_each_class(tmp_path: Path) -> None:
-    for ids, message in (((1, 3), "2 different ids for 3 classes"), ((1, 3, 3), "2 different ids for 3 classes")):
+    for ids, message in (((1, 3), "2 different ids, expected one for each of 3"), ((1, 3, 3), "2 different ids")):
         with writer(tmp_path / "store", category_ids=ids) as open_writer, pytest.raises(ValueError, match=message):
             open_writer.manifest()
 
@@ -245,7 +247,7 @@ def test_placement_round_trips(dtype: torch.dtype) -> None:
         scale = torch.tensor([placement.scale_x, placement.scale_y] * 2, dtype=torch.float64)
         shift = torch.tensor([placement.left, placement.top] * 2, dtype=torch.float64)
         shown = (stored * scale + shift).to(dtype)
-        found = placement.to_picture(shown)
+        found = placement.to_stored_image(shown)
         assert found.dtype == dtype
         # What is left is the rounding of the boxes themselves to 32 bits.
         tolerance = 1e-9 if dtype == torch.float64 else 1e-3 + 1e-7 * side / float(scale.min())
@@ -254,5 +256,5 @@ def test_placement_round_trips(dtype: torch.dtype) -> None:
 
 def test_placement_clips_to_the_picture() -> None:
     placement = Placement(2.0, 2.0, 10, 0, height=20, width=30)
-    found = placement.to_picture(torch.tensor([[0.0, -5.0, 1000.0, 1000.0], [20.0, 10.0, 30.0, 20.0]]))
+    found = placement.to_stored_image(torch.tensor([[0.0, -5.0, 1000.0, 1000.0], [20.0, 10.0, 30.0, 20.0]]))
     assert found.tolist() == [[0, 0, 30, 20], [5, 5, 10, 10]]

@@ -195,7 +195,7 @@ def test_criteria_fit_their_networks(name: str) -> None:
 
 
 def test_networks_without_a_criterion_say_why() -> None:
-    with pytest.raises(ValueError, match="family=sg_resnet classifies pictures"):
+    with pytest.raises(ValueError, match="family=sg_resnet classifies images"):
         model_config("sg_resnet18").build_criterion()
     with pytest.raises(ValueError, match="head='anchor' has no published loss"):
         model_config("spike_yolo_s_anchor").build_criterion()

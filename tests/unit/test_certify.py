@@ -6,13 +6,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from spikefleet.certificates import certify as certification
 from spikefleet.certificates.certify import CERTIFICATE, certify
 from spikefleet.certificates.energy_card import ENERGY
 from spikefleet.certificates.spike_check import PROOF
+from spikefleet.errors import UserError
 from spikefleet.files import read_json, write_json
 from spikefleet.runs.run_dir import Run
+from spikefleet.training.checkpoints import CheckpointFolder, Snapshot, best_weights
 from spikefleet_pipelines.store.reader import Store
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "format_1" / "run"
@@ -86,3 +89,21 @@ def test_a_certification_that_is_interrupted_leaves_no_certificate(
     assert not (certified.report / CERTIFICATE).exists()
     assert certified.again() == "proved"
     assert certified.checks == 3
+
+
+def test_weights_that_were_changed_later_are_not_certified(certified: Certified) -> None:
+    latest = certified.run.checkpoints.latest()
+    assert latest is not None
+    weights = latest / "average.safetensors"
+    assert best_weights(latest) == weights
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
+    for use in (certified.again, lambda: best_weights(latest)):
+        with pytest.raises(UserError, match=r"average.safetensors is damaged"):
+            use()
+
+
+def test_a_file_that_the_manifest_does_not_list_is_not_the_weights(tmp_path: Path) -> None:
+    """The certificate is of what the manifest lists."""
+    path = CheckpointFolder(tmp_path).save(1, Snapshot({"model": {"w": torch.zeros(2)}}, {}, {}))
+    shutil.copyfile(path / "model.safetensors", path / "average.safetensors")
+    assert best_weights(path) == path / "model.safetensors"

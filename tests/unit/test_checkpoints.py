@@ -79,7 +79,7 @@ def test_damaged_file_is_named_with_both_hashes(name: str, damage: str, tmp_path
     file.unlink()
     if damage != "remove":
         file.write_bytes({"flip": content, "truncate": content[:-1], "empty": b""}[damage])
-    sentence = rf"{name} is damaged: SHA-256 .*, expected [0-9a-f]{{64}}; remove .*step-00000001"
+    sentence = rf"{name} is damaged: expected SHA-256 [0-9a-f]{{64}}, found .*; remove .*step-00000001"
     with pytest.raises(UserError, match=sentence):
         load_checkpoint(file.parent)
 
@@ -88,7 +88,7 @@ def test_manifest_of_another_format_or_none(tmp_path: Path) -> None:
     path = CheckpointFolder(tmp_path).save(1, snapshot())
     manifest = json.loads((path / "checkpoint.json").read_text())
     (path / "checkpoint.json").write_text(json.dumps({**manifest, "format": 99}))
-    with pytest.raises(UserError, match="format 99"):
+    with pytest.raises(UserError, match="expected format 1, found 99"):
         load_checkpoint(path)
     (path / "checkpoint.json").write_text("{")
     with pytest.raises(UserError, match=r"checkpoint\.json cannot be read as JSON"):

@@ -13,7 +13,7 @@ from pycocotools.cocoeval import COCOeval
 
 from spikefleet.errors import UserError
 from spikefleet.files import read_json
-from spikefleet.tasks.coco_metrics import FIGURES, FoundBoxes, box_confusion, evaluate_boxes, ground_truth, results
+from spikefleet.tasks.coco_metrics import COCO_METRICS, FoundBoxes, box_confusion, evaluate_boxes, ground_truth, results
 from spikefleet.tasks.detection import Detection
 from spikefleet_models.families import model_config
 from spikefleet_pipelines.store.annotations import Annotations
@@ -83,7 +83,7 @@ def test_figures_equal_pycocotools_run_by_hand_on_the_report(task: Detection, se
     predictions, truths = random_case(seed)
     details = task.details(predictions, truths)
     task.report.write(details, predictions, truths, tmp_path)
-    expected = {name: value for name, value in zip(FIGURES, by_hand(tmp_path), strict=True) if value > -1}
+    expected = {name: value for name, value in zip(COCO_METRICS, by_hand(tmp_path), strict=True) if value > -1}
     assert details["metrics"] == expected
     assert len(expected) >= 9
     assert read_json(tmp_path / "evaluation.json")["metrics"] == expected
@@ -158,5 +158,5 @@ def test_confusion_counts_wrong_classes_misses_and_strays() -> None:
 
 
 def test_pictures_without_any_object_cannot_be_measured(task: Detection) -> None:
-    with pytest.raises(UserError, match="none of the 1 pictures has an object"):
+    with pytest.raises(UserError, match="found none in 1 image"):
         task.metrics([found([], [], [])], [annotations(1, [], [], [])])

@@ -59,6 +59,8 @@ def test_paper_schedules() -> None:
         ("optim.lr", ("optim.lr", "section.key=value")),
         ("optim.lr.x=1", ("optim.lr.x=1",)),
         ("optim.lr=[1", ("optim.lr=[1", "YAML")),
+        ("train.seed=9223372036854775808", ("train.seed=9223372036854775808", "less than")),
+        ("model={family: sg_resnext}", ("sg_resnet, ", "not 'sg_resnext'")),
         ("train.seed=!!python/object/apply:os.getcwd []", ("YAML",)),
         ("train.seed=__import__('os').getpid()", ("train.seed", "integer")),
     ],
@@ -70,6 +72,11 @@ def test_bad_override_is_named_with_its_remedy(override: str, parts: tuple[str, 
         assert part in str(caught.value)
 
 
+def test_a_later_override_counts_also_behind_a_whole_section() -> None:
+    texts = ["optim.lr=0.1", "optim={lr: 0.2}", "optim.lr=0.3"]
+    assert [load_config("digits", parse_overrides(texts[:count])).optim.lr for count in (1, 2, 3)] == [0.1, 0.2, 0.3]
+
+
 def test_unknown_recipe_names_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean 'digits'"):
         load_config("digit")
@@ -79,12 +86,12 @@ def test_unknown_recipe_names_the_nearest() -> None:
     ("text", "part"),
     [
         ("", "empty"),
-        ("- 1\n", "no mapping"),
-        ("base: digits\ntrain: {epochs: 1}\ntrain: {epochs: 2}\n", "stands twice"),
+        ("- 1\n", "must be a mapping"),
+        ("base: digits\ntrain: {epochs: 1}\ntrain: {epochs: 2}\n", "key 'train' is repeated"),
         ("base: digits\nmodel: &a {timesteps: 1}\ntrain: *a\n", "aliases"),
         ("base: digits\ntrain: !!python/name:os.system\n", "YAML"),
         ("model: {family: sg_resnet}\n", "'optim' is missing"),
-        ("base: nothing\n", "no recipe 'nothing'"),
+        ("base: nothing\n", "recipe 'nothing' does not exist"),
     ],
 )
 def test_bad_recipe_file(text: str, part: str, tmp_path: Path) -> None:

@@ -60,5 +60,5 @@ def test_refusals_name_the_field() -> None:
         AttentionSpikeDecoder(24, 4)
     with pytest.raises(ValueError, match="asd_temporal_reduction=3 must divide timesteps=4"):
         AttentionSpikeDecoder(32, 4, temporal_reduction=3)
-    with pytest.raises(ValueError, match="built for T=4, got T=2"):
+    with pytest.raises(ValueError, match="built for T=4, found T=2"):
         AttentionSpikeDecoder(32, 4)(spikes(T=2))

@@ -16,11 +16,11 @@ from spikefleet_pipelines.transforms.detection_config import DetectionTransformC
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"size": 100}, "size 100 is not a multiple of divisor 32"),
-        ({"longest": 1333}, "longest is 1333, and resize is letterbox"),
-        ({"resize": "keep_ratio"}, "longest is None; keep_ratio needs one of at least size 640"),
+        ({"size": 100}, "size is 100, expected a multiple of divisor=32"),
+        ({"longest": 1333}, "longest is 1333, but resize is letterbox"),
+        ({"resize": "keep_ratio"}, "longest is None, expected at least size=640"),
         ({"resize": "keep_ratio", "size": 800, "longest": 700}, "longest is 700"),
-        ({"resize": "keep_ratio", "longest": 1333, "mosaic": 1.0}, "mosaic is 1.0, and resize is keep_ratio"),
+        ({"resize": "keep_ratio", "longest": 1333, "mosaic": 1.0}, "mosaic is 1.0, but resize is keep_ratio"),
         ({"hsv": (0.1, 1.5, 0)}, r"hsv is \(0.1, 1.5, 0.0\)"),
         ({"scale": 1.0}, "scale"),
         ({"mosaic": 1.5}, "mosaic"),
@@ -41,7 +41,7 @@ def test_the_kind_chooses_the_transform_of_a_config() -> None:
     for config in (data, DataConfig(source="digits")):
         assert DataConfig.model_validate_json(config.model_dump_json()) == config
     wrong: list[tuple[Any, str]] = [
-        ({"kind": "detektion"}, "kind must be 'image' or 'detection'"),
+        ({"kind": "detektion"}, "kind is 'detektion', expected 'image' or 'detection'"),
         ({"kind": "detection", "cutout": 3}, "cutout"),
         ({"size": 96}, "size"),
     ]
@@ -53,11 +53,13 @@ def test_the_kind_chooses_the_transform_of_a_config() -> None:
 def test_a_transform_for_the_other_task_is_refused(tmp_path: Path) -> None:
     scenes = prepare("scenes", None, tmp_path / "scenes", train=2, val=1, test=1).split("train")
     with pytest.raises(
-        ValueError, match=r"is a store for detection, and transform\.kind is 'image'; it must be 'detec"
+        ValueError, match=r"is a store for detection, but transform\.kind is 'image'; set transform.kind to 'detec"
     ):
         BatchLoader(scenes, TransformConfig(), True)
     digits = prepare("digits", None, tmp_path / "digits").split("train")
-    with pytest.raises(ValueError, match=r"is a store for classification, .* 'detection'; it must be 'image'"):
+    with pytest.raises(
+        ValueError, match=r"is a store for classification, .* 'detection'; set transform.kind to 'image'"
+    ):
         BatchLoader(digits, DetectionTransformConfig(), True)
     for config, message in (({"hsv": (0, 0.5, 0)}, "needs 3 channels"), ({"normalise": "imagenet"}, "have 1 channel")):
         with pytest.raises(ValueError, match=message):

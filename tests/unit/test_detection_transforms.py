@@ -302,7 +302,7 @@ def test_evaluation_maps_back_to_the_stored_picture(encoded: Split, config: dict
         assert np.array_equal(target.annotations.category_ids, stored.category_ids)
         corners = torch.from_numpy(stored.boxes.copy())
         corners[:, 2:] += corners[:, :2]
-        assert torch.allclose(target.placement.to_picture(target.boxes).double(), corners, atol=1e-3)
+        assert torch.allclose(target.placement.to_stored_image(target.boxes).double(), corners, atol=1e-3)
         assert target.labels.tolist() == stored.labels.tolist()
         assert target.boxes.dtype == torch.float32
         assert target.labels.dtype == torch.int64

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,8 @@ from spikefleet_models.neurons import ILIF
 from spikefleet_models.reparam import deploy
 from spikefleet_models.sg_resnet_config import SGResNetConfig
 from spikefleet_models.spike_driven import spike_driven
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
 def bare(name: str, **overrides: object) -> nn.Module:
@@ -162,7 +165,7 @@ def test_two_layers_by_hand() -> None:
     # Emitted in each step: 0 1 2 3 and 0 2 4 4, which clips 6.
     images = torch.tensor([[0.0, 1.0], [2.0, 3.0]]).view(1, 1, 2, 2)
     card = energy_card(TwoLayers(), [images], EnergyConstants("mine", 1, 2.0, 0.5, "a test"))
-    assert (card.timesteps, card.bound, card.pictures, card.form, card.twin) == (2, 4, 1, "as_built", None)
+    assert (card.timesteps, card.bound, card.images, card.form, card.twin) == (2, 4, 1, "as_built", None)
     first, second = card.rows()
     assert (first["dense"], first["macs"], first["acs"], first["rate"]) == (8, 8, 0, None)
     assert second["dense"] == 2 * 4 * 3 * 2 * 9
@@ -242,7 +245,7 @@ def test_batches_do_not_matter(name: str) -> None:
         return energy_card(network, batches, "fp32-45nm").to_dict()
 
     whole, split = card([images]), card(images.split([1, 2, 1]))
-    assert whole["pictures"] == split["pictures"] == 4
+    assert whole["images"] == split["images"] == 4
     assert whole["totals"]["acs"] > 0
     assert whole["totals"] == pytest.approx(split["totals"], rel=1e-9)
     for one, other in zip(whole["rows"], split["rows"], strict=True):
@@ -341,17 +344,32 @@ def test_foreign_cards_are_refused(change: dict[str, object]) -> None:
         EnergyCard.from_dict(plain)
 
 
+def test_cards_of_earlier_releases_are_read() -> None:
+    card = energy_at_rates(bare("sg_resnet_tiny"), (8, 8), 0.1)
+    plain = card.to_dict()
+    earlier = {"pictures" if name == "images" else name: value for name, value in plain.items()}
+    assert earlier != plain
+    assert EnergyCard.from_dict(earlier) == card
+    with pytest.raises(ValueError, match="energy card"):
+        EnergyCard.from_dict(earlier | {"paintings": 1})
+    registered = json.loads((FIXTURES / "format_1/model/artifacts/energy.json").read_text())
+    assert EnergyCard.from_dict(registered).images == registered["pictures"] == 32
+
+
 def test_constants_are_named() -> None:
     assert [(c.mac_pj, c.ac_pj) for c in CONSTANTS.values()] == [(3.1, 0.1), (4.6, 0.9)]
-    with pytest.raises(ValueError, match="unknown energy constants '45nm'; known are int32-45nm, fp32-45nm"):
+    with pytest.raises(
+        ValueError,
+        match=r"unknown energy constants '45nm', expected one of int32-45nm, fp32-45nm; did you mean 'fp32-45nm'\?$",
+    ):
         energy_at_rates(bare("sg_resnet_tiny"), (8, 8), 0.1, "45nm")
 
 
-def test_wrong_rates_and_no_pictures_are_refused() -> None:
+def test_wrong_rates_and_no_images_are_refused() -> None:
     network = bare("sg_resnet_tiny")
     with pytest.raises(ValueError, match=r"no rate for decoder; no rate for stages\.0"):
         energy_at_rates(network, (8, 8), {})
-    with pytest.raises(ValueError, match=r"stem\.conv is fed by no spikes"):
+    with pytest.raises(ValueError, match=r"stem\.conv is not fed by spikes"):
         energy_at_rates(network, (8, 8), {"stem.conv": 1.0})
     with pytest.raises(ValueError, match="no pictures"):
         energy_card(tiny()[0], [])

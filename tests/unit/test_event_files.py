@@ -7,6 +7,8 @@ import resource
 import threading
 from pathlib import Path
 
+import pytest
+
 from spikefleet.files import write_json
 from spikefleet.training.event_log import STOPPED, EventReader, EventWriter, ResumedRunSink, new_attempt
 from spikefleet.training.events import (
@@ -51,6 +53,14 @@ def test_events_survive_the_way_through_a_file_and_are_read_once(tmp_path: Path)
     assert reader.new() == []
 
 
+def test_the_start_of_an_attempt_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    attempt = new_attempt(tmp_path)
+    fields = {"step": 3, "total_steps": 10, "steps_per_epoch": 5, "epochs": 2, "headline": []}
+    line = json.dumps({"event": "Started", **fields, "facts": {"parameters": 7}}) + "\n"
+    (attempt / "events-1.jsonl").write_text(line)
+    assert EventReader(attempt).new() == EVENTS[:1]
+
+
 def test_an_unfinished_line_waits_for_its_end(tmp_path: Path) -> None:
     attempt = new_attempt(tmp_path)
     line = json.dumps({"event": "Note", "text": "whole"}) + "\n"
@@ -78,7 +88,7 @@ def test_a_writer_in_step_goes_on_after_a_checkpoint_when_all_is_handed_on(tmp_p
         read += reader.new()
     saving.join(0.2)
     assert saving.is_alive(), "read, and not yet dealt with"
-    reader.handed_on()
+    reader.acknowledge()
     saving.join(10)
     assert not saving.is_alive()
     stopped = save()
@@ -103,6 +113,22 @@ def test_a_full_disk_stops_no_training(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     writer.emit(EVENTS[2])
     assert reader.new() == [EVENTS[0], EVENTS[2]]
+
+
+@pytest.mark.parametrize("word", ["launch", "attempt"])
+def test_events_that_an_earlier_version_left_are_heard_too(tmp_path: Path, word: str) -> None:
+    """Attempts were called launches, and Started had no headline."""
+    earlier = tmp_path / "ray" / f"{word}-{7:020d}"
+    earlier.mkdir(parents=True)
+    lines = [{"event": "Started", "step": 0, "total_steps": 9, "steps_per_epoch": 9, "epochs": 1, "facts": {}}]
+    lines += [{"event": "StepDone", "epoch": 0, "step": 4, "metrics": {"train/loss": 0.5}}]
+    (earlier / "events-1.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    kept = Kept()
+    sink = ResumedRunSink(tmp_path, kept)
+    assert (earlier / STOPPED).is_file()
+    sink.emit(EVENTS[0])
+    assert kept.events == [Recovered((Started(0, 9, 9, 1), StepDone(0, 4, {"train/loss": 0.5}))), EVENTS[0]]
+    assert not earlier.exists()
 
 
 def test_taking_over_stops_earlier_workers_and_hears_them_out(tmp_path: Path) -> None:

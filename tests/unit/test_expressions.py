@@ -92,7 +92,7 @@ def test_any_text_is_a_condition_or_the_one_error(dialect: Dialect, known: dict[
     ],
 )
 def test_length_and_depth_are_limited(dialect: Dialect, text: str) -> None:
-    with pytest.raises(ExpressionError, match=r"too many|more than 30"):
+    with pytest.raises(ExpressionError, match=r"at most 1000|more than 30"):
         parse(text, dialect)
 
 
@@ -124,7 +124,7 @@ def test_dialects_differ_in_words_numbers_and_what_is_missing() -> None:
     assert parse("T == 2 or D == 1", WHERE).holds(facts)
     assert not parse("T == 2 and D != 1", WHERE).holds(facts)
     assert parse("T == 3 and D == 1", CONSTRAINT).holds(facts)  # D is not chosen: kept as a whole
-    with pytest.raises(ExpressionError, match="'bsg' is no number"):
+    with pytest.raises(ExpressionError, match="'bsg' is not a number"):
         parse("kind < 2", CONSTRAINT).holds(facts)
     assert not parse("kind < 2 or kind >= 2", WHERE).holds(facts)
     assert parse("kind != 2", WHERE).holds(facts)

@@ -152,7 +152,7 @@ def test_side_branches_are_a_matter_of_the_family() -> None:
     with pytest.raises(ValueError, match="only one stage"):
         model_config("sg_resnet18", stages=(2,)).branch_channels(ShortcutConfig(where="stage"))
     for name in ("retinanet_tiny", "spike_yolo_tiny"):
-        with pytest.raises(ValueError, match=f"family={model_config(name).family} is none"):
+        with pytest.raises(ValueError, match=f"family={model_config(name).family} is not one"):
             model_config(name).branch_channels(block)
 
 
@@ -166,7 +166,7 @@ def test_a_family_from_outside_joins_and_leaves(plain: type[Plain]) -> None:
     with pytest.raises(ValueError, match="family=plain has no detection criterion; its task is segmentation"):
         nested.models[0].build_criterion()
     unregister_family("plain")
-    with pytest.raises(ValueError, match="unknown family 'plain'; known are sg_resnet, "):
+    with pytest.raises(ValueError, match="unknown family 'plain', expected one of sg_resnet, "):
         find_family("plain")
     with pytest.raises(ValidationError, match="family must be one of sg_resnet, spike_yolo"):
         Nested.model_validate(nested.model_dump())
@@ -179,7 +179,9 @@ def test_a_family_has_one_class(plain: type[Plain]) -> None:
     class Other(Plain):
         pass
 
-    with pytest.raises(ValueError, match=r"family=plain of \S+Other is already \S+Plain; choose another name"):
+    with pytest.raises(
+        ValueError, match=r"family=plain of \S+Other is already registered by \S+Plain; choose another name"
+    ):
         register_family(Other)
     assert find_family("plain") is plain
 
@@ -189,7 +191,7 @@ def test_a_member_has_one_family() -> None:
         presets: ClassVar[dict[str, dict[str, Any]]] = {"mine": {}, "resnet18": {}}
         family: Literal["taken"] = "taken"  # type: ignore[assignment]
 
-    with pytest.raises(ValueError, match="model 'resnet18' of family=taken is already one of family=sg_resnet"):
+    with pytest.raises(ValueError, match="model 'resnet18' of family=taken is already a member of family=sg_resnet"):
         register_family(Taken)
     assert "mine" not in list_models()
     with pytest.raises(ValueError, match="unknown family 'taken'"):
@@ -229,7 +231,7 @@ def test_errors_of_a_lone_configuration_have_no_prefix() -> None:
     with pytest.raises(ValidationError) as caught:
         TypeAdapter(AnyModelConfig).validate_python({"stages": [0]})
     assert [error["loc"] for error in caught.value.errors()] == [()]
-    assert "stage without blocks" in str(caught.value)
+    assert "every stage must have at least 1 block" in str(caught.value)
 
 
 def test_the_bins_of_a_box_are_counted_once() -> None:

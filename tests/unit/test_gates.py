@@ -122,3 +122,20 @@ def test_gates_save_their_inputs_only() -> None:
         for name in (*TRUTH, "bsg_star"):
             build_gate(name, 3, 0.5, surrogate.ATan())(h, x)
     assert {t.data_ptr() for t in saved if t.numel() > 3} == {h.data_ptr(), x.data_ptr()}
+
+
+def test_gradients_of_the_learned_gate_are_summed_in_fp64_where_the_network_is_fp64() -> None:
+    """A sum in fp32 would lose what a thousand small terms add up to."""
+    torch.manual_seed(0)
+    gate = build_gate("bsg_star", 2, 0.5, surrogate.ATan()).double()
+    h = (torch.rand(3, 8, 2, 20, 20) < 0.5).double()
+    x = (torch.rand_like(h) < 0.5).double()
+    weights = torch.rand_like(h)
+    gradients = []
+    for forward in (gate, gate.reference_forward):
+        gate.zero_grad()
+        (forward(h, x) * weights).sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in gate.parameters()])
+    for lean, reference in zip(*gradients, strict=True):
+        assert lean.dtype == torch.float64
+        torch.testing.assert_close(lean, reference, rtol=1e-13, atol=1e-13)

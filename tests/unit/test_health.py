@@ -96,9 +96,9 @@ def test_the_ann_twin_has_no_spikes_to_count() -> None:
     assert monitor.summary() == {}
 
 
-def test_pictures_of_two_sizes_are_refused() -> None:
+def test_images_of_two_sizes_are_refused() -> None:
     model = build_model(model_config("sg_resnet_tiny"))
     with SpikeMonitor(model):
         model(torch.randn(2, 1, 8, 8))
-        with pytest.raises(ValueError, match="pictures of one size"):
+        with pytest.raises(ValueError, match="record images of one size"):
             model(torch.randn(2, 1, 16, 16))

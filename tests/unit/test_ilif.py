@@ -65,6 +65,36 @@ def test_values_and_gradients_at_the_edges(dtype: torch.dtype) -> None:
     assert grad[0].tolist() == [0, 1, 1, 1, 1, 1, 1, 1, 1, 0]
 
 
+@pytest.mark.parametrize("bound", [1, 4])
+def test_the_gradient_is_one_at_both_ends_on_every_path(bound: int) -> None:
+    u = torch.tensor([[-0.1, 0.0, bound / 2, bound, bound + 0.1]])
+    node = build_neuron(NeuronConfig(kind="ilif", bound=bound))
+    recording = ILIF(bound)
+    recording.store_v_seq = True
+    single = ILIF(bound, step_mode="s")
+    paths = {
+        "multi-step": node,
+        "reference": node.reference_forward,
+        "recorded": recording,
+        "single step": lambda x: single(x[0])[None],
+        "one neuron": lambda x: torch.stack([node(one) for one in x.unbind(1)], dim=1),
+    }
+    for name, path in paths.items():
+        _, grad = run(path, u, torch.ones(1))
+        assert grad[0].tolist() == [0, 1, 1, 1, 0], name
+
+
+@pytest.mark.parametrize("kind", ["if", "lif", "plif", "ilif"])
+def test_one_neuron_over_time_is_a_batch_of_one(kind: str) -> None:
+    x = torch.randn(5, generator=torch.Generator().manual_seed(0)) + 0.5
+    node = build_neuron(NeuronConfig(kind=kind))
+    assert torch.equal(node(x), node(x[:, None])[:, 0])
+    node.keep_state = True
+    first, second = node(x[:2]), node(x[2:])
+    node.reset()
+    assert torch.equal(torch.cat([first, second]), node(x))
+
+
 @pytest.mark.parametrize("constants", [{}, GEN1, {"leak": 0.3, "input_scale": 1.7}], ids=["coco", "gen1", "odd"])
 @pytest.mark.parametrize("bound", [1, 2, 4, 8])
 @pytest.mark.parametrize("T", [1, 2, 4])
@@ -249,7 +279,7 @@ def test_gates_of_spikes_refuse_integers(gate: str) -> None:
 
     shortcut = torch.randint(2, (2, 2, 4, 3, 3)).float()
     assert unit(1)(torch.randn(4, 4, 3, 3), shortcut).unique().tolist() == [0, 1]
-    with pytest.raises(ValueError, match=f"gate {gate} joins spikes 0 and 1.*bound=2"):
+    with pytest.raises(ValueError, match=f"gate {gate} needs binary spikes.*bound=2"):
         unit(2)
 
 

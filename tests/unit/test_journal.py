@@ -90,7 +90,11 @@ def test_a_crash_between_sending_and_acknowledging_sends_the_same_again(tmp_path
     assert journal.unsent(100_000) == []
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"offset": 7}', '{"tracking_uri": "x", "offset": 5, "records": 1}'])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "[" * 100_000, '{"offset": 7}', '{"tracking_uri": 3}', '{"tracking_uri": "x", "records": "a"}']
+    + [f'{{"tracking_uri": "x", "offset": {offset}, "records": 1}}' for offset in ("5", "-7", '"5"')],
+)
 def test_an_unreadable_delivered_position_means_from_the_beginning(tmp_path: Path, content: str) -> None:
     journal = Journal(tmp_path)
     number(journal, 2)

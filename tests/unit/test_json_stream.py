@@ -17,15 +17,15 @@ from spikefleet_pipelines.sources.json_stream import list_elements
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "'{' is wanted and 'the end' is there, near character 0"),
-        ("[]", "'{' is wanted and '\\[' is there"),
-        ('{"other": [{"id": 1}', "',' is wanted and 'the end'"),
+        ("", "expected '{', found the end of the file, near character 0"),
+        ("[]", "expected '{', found '\\['"),
+        ('{"other": [{"id": 1}', "expected ',', found the end"),
         ('{"other": [{"id": 1}, ]}', "near character 22"),
         ('{"images": [], "images": []}', "'images' occurs twice"),
-        ('{"images": []} {}', "more follows after the end"),
-        ('{1: []}', "a name in quotes is wanted"),
-        ('{"images": [' + "[" * 200_000, "nested too deep|near character"),
-        ("\xff", "cannot be read|'{' is wanted"),
+        ('{"images": []} {}', "expected the end of the file"),
+        ('{1: []}', "expected a name in quotes"),
+        ('{"images": [' + "[" * 200_000, "nested too deeply|near character"),
+        ("\xff", "cannot be read|expected '{'"),
     ],
 )  # fmt: skip
 def test_text_that_is_no_such_json_is_refused_with_its_place(tmp_path: Path, text: str, message: str) -> None:

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spikefleet_tune import jsonl_log
 from spikefleet_tune.jsonl_log import DamagedLineError, JsonlLog
 
 texts = st.text(max_size=20)
@@ -110,7 +111,7 @@ def test_a_damaged_line_before_the_last_is_named(
     log.path.write_bytes(b"".join([*lines[:damaged], garbage, *lines[damaged + 1 :]]))
     starts = [0, *(len(b"".join(lines[: n + 1])) for n in range(damaged))]
     for start in starts:  # also by a reader that has read some of it before
-        with pytest.raises(DamagedLineError, match=rf"log\.jsonl, line {damaged + 1}: the line is damaged"):
+        with pytest.raises(DamagedLineError, match=rf"log\.jsonl, line {damaged + 1} is damaged"):
             read(log, start)
     before = log.path.read_bytes()
     with pytest.raises(DamagedLineError):
@@ -144,3 +145,24 @@ def test_a_log_that_is_opened_anew_is_plain_data_and_one_that_is_closed_takes_no
     with pytest.raises(OSError, match="Bad file descriptor"):
         kept.append({"a": 2})
     assert read(log) == [{"a": 1}]
+
+
+def test_a_line_that_is_finished_while_it_is_read_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader comes to the end of the file in the middle of a write, and looks once more after it."""
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"n": 1}\n{"n"')
+    decode = jsonl_log._record
+
+    def slowly(line: bytes) -> dict[str, Any] | None:
+        record = decode(line)
+        if record is None:
+            with path.open("ab") as writer:
+                writer.write(b': 2}\n{"n": 3}\n')
+        return record
+
+    log = JsonlLog(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(jsonl_log, "_record", slowly)
+        (entry,) = log.entries()
+    assert entry.record == {"n": 1}
+    assert read(log, entry.end) == [{"n": 2}, {"n": 3}]

@@ -117,7 +117,7 @@ def test_evaluation_sees_every_sample_as_it_is(store: Store) -> None:
 
 
 def test_plan_for_another_split_is_refused(train: Split) -> None:
-    with pytest.raises(ValueError, match=r"plan is for 10 samples and split 'train' has 1295"):
+    with pytest.raises(ValueError, match=r"plan is for 10 samples, but split 'train' has 1295"):
         BatchLoader(train, AUGMENTED, train=True).epoch(EpochPlan(samples=10, global_batch=5), 0)
     with pytest.raises(ValueError, match="processes is -1"):
         BatchLoader(train, AUGMENTED, train=True, processes=-1)
@@ -152,7 +152,7 @@ def test_death_of_a_loader_process_is_an_error_not_a_hang(store: Store) -> None:
     command = [sys.executable, "-c", KILL_A_LOADER_PROCESS, store.location]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 3, ended.stderr
-    assert re.search(r"killed by signal|exited unexpectedly|A loader process died", ended.stdout)
+    assert re.search(r"killed by signal|exited unexpectedly", ended.stdout)
 
 
 @pytest.mark.parametrize("processes", [0, 1])
@@ -220,9 +220,9 @@ def test_processes_that_race_end_with_one_store(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"source": "digit"}, "Unknown data source 'digit'; did you mean 'digits'"),
-        ({"source": "digits", "options": {"upsample": 3}}, "Option 'upsample' of source 'digits' has value 3"),
-        ({"source": "digits", "options": {"upscale": 2}}, "Option 'upscale' of source 'digits'.*options are: upsample"),
+        ({"source": "digit"}, "unknown data source 'digit'; did you mean 'digits'"),
+        ({"source": "digits", "options": {"upsample": 3}}, "option 'upsample' of source 'digits' has value 3"),
+        ({"source": "digits", "options": {"upscale": 2}}, "option 'upscale' of source 'digits'.*options are: upsample"),
         ({"source": "digits", "loader_processes": -1}, "loader_processes"),
         ({"source": "digits", "rot": "x"}, "rot"),
         ({"source": "digits", "transform": {"crop": 1}}, r"transform\.crop"),
@@ -235,12 +235,12 @@ def test_bad_config_is_refused_by_field(fields: dict[str, object], message: str)
 
 
 def test_missing_data_says_where_it_looked_and_what_to_do(tmp_path: Path, store: Store) -> None:
-    with pytest.raises(SourceError, match=r"'cifar10' was not given a root.*spikefleet data prepare cifar10 DIR"):
+    with pytest.raises(SourceError, match=r"'cifar10' not found: root is not set.*spikefleet data prepare cifar10 DIR"):
         open_or_prepare(DataConfig(source="cifar10"), tmp_path)
     with pytest.raises(SourceError, match=rf"not found: {tmp_path}/absent is missing.*cifar-10-python\.tar\.gz"):
         open_or_prepare(DataConfig(source="cifar10", root=tmp_path / "absent"), tmp_path)
     with pytest.raises(StoreError, match="absent is not a store"):
         open_or_prepare(DataConfig(source="digits", store=str(tmp_path / "absent")), tmp_path)
-    with pytest.raises(StoreError, match="is a store of source 'digits', and the config asks for 'cifar10'"):
+    with pytest.raises(StoreError, match="is a store of source 'digits', expected 'cifar10'"):
         open_or_prepare(DataConfig(source="cifar10", store=store.location), tmp_path)
     assert not any(tmp_path.iterdir())

@@ -154,7 +154,7 @@ def empty(path: Path) -> None:
         (overlapping_tensors, "not a valid safetensors file"),
         (hole, "not a valid safetensors file"),
         (duplicate_key, "not a valid safetensors file"),
-        (half_precision, "has type torch.float16"),
+        (half_precision, "found torch.float16"),
         (a_tensor_less, "is missing"),
         (a_tensor_more, "not one of the network's tensors"),
         (empty, "not a valid safetensors file"),
@@ -196,7 +196,7 @@ def test_a_damaged_card_is_named(package: Path, content: str) -> None:
 def test_missing_files_and_other_formats_are_named(package: Path) -> None:
     card = json.loads((package / CARD).read_text())
     (package / CARD).write_text(json.dumps({**card, "format": 9}))
-    with pytest.raises(UserError, match="has format 9"):
+    with pytest.raises(UserError, match="expected format 1, found 9"):
         load_network(package)
     (package / CARD).write_text(json.dumps(card))
     (package / WEIGHTS).unlink()

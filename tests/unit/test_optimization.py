@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from spikefleet.config.schema import OptimConfig
-from spikefleet.training.optimizer import build_average, build_optimizer, learning_rate, momentum
+from spikefleet.training.optimizer import build_ema, build_optimizer, learning_rate, momentum
 
 
 def test_step_schedule_changes_at_whole_epochs() -> None:
@@ -78,7 +78,7 @@ def test_biases_and_momentum_warm_up_on_their_own() -> None:
 
 def test_average_forgets_the_first_steps_soon_when_it_ramps() -> None:
     network = nn.Linear(1, 1, bias=False)
-    average = build_average(network, decay=0.9, ramp=2.0)
+    average = build_ema(network, decay=0.9, ramp=2.0)
     expected = float(network.weight.detach())
     for step in range(4):
         with torch.no_grad():
@@ -91,7 +91,7 @@ def test_average_forgets_the_first_steps_soon_when_it_ramps() -> None:
 
 def test_average_follows_weights_and_statistics() -> None:
     network = nn.BatchNorm1d(1)
-    average = build_average(network, decay=0.75)
+    average = build_ema(network, decay=0.75)
     average.update_parameters(network)
     with torch.no_grad():
         network.weight.fill_(5.0)

@@ -79,7 +79,7 @@ def test_what_is_below_the_reference_adds_nothing() -> None:
 def test_reference_lies_a_tenth_beyond_the_worst() -> None:
     assert reference_point([(90.0, 10.0), (80.0, 20.0)], MAX_MIN) == pytest.approx([79.0, 21.0])
     assert reference_point([(90.0, 10.0)], MAX_MIN) == pytest.approx([89.9, 10.1])
-    with pytest.raises(ValueError, match="without rows"):
+    with pytest.raises(ValueError, match="at least one row"):
         reference_point([], MAX_MIN)
 
 
@@ -106,9 +106,9 @@ def test_knee_is_where_gain_bends() -> None:
 @pytest.mark.parametrize(
     ("rows", "directions", "said"),
     [
-        ([(1, 2, 3)], MAX_MIN, "row 0 has 3 values for 2 objectives"),
+        ([(1, 2, 3)], MAX_MIN, "row 0: expected 2 values, found 3"),
         ([(1, 2), (float("nan"), 1)], MAX_MIN, "row 1 has a value that is not finite"),
-        ([(1, 2)], ("max", "up"), "direction 'up' is neither max nor min"),
+        ([(1, 2)], ("max", "up"), "direction 'up' must be max or min"),
     ],
 )
 def test_bad_rows_are_refused(rows: list[tuple[float, ...]], directions: tuple[Direction, ...], said: str) -> None:

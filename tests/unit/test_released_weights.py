@@ -126,12 +126,12 @@ def test_all_that_does_not_fit_is_in_one_error() -> None:
     with pytest.raises(ValueError, match="does not fit the configuration") as caught:
         convert_released(theirs, model_config("spike_yolo_n"))
     message = str(caught.value)
-    missing, rest = message.split("left over: ")
-    left_over, reshaped = rest.split("of another shape: ")
+    missing, rest = message.split("unexpected: ")
+    unexpected, reshaped = rest.split("of another shape: ")
     assert "layer 6: model.6.1.conv2.body.1.bn.running_var for stages.2.1.project.conv.pad_bn.bn.running_var" in missing
     assert "layer 4: stages.1.0.sep_conv.depthwise.conv.weight" in missing
     assert missing.count("layer ") == 2
-    assert left_over.strip(". ") == "model.11.conv.weight; ema.decay; model.2.extra.weight"
+    assert unexpected.strip(". ") == "model.11.conv.weight; ema.decay; model.2.extra.weight"
     assert reshaped == "model.14.conv.weight (3, 4, 1, 1) for lateral4.conv.weight (96, 384, 1, 1)"
 
 

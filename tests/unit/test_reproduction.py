@@ -113,7 +113,7 @@ def test_the_order_of_rows_is_told_from_the_means() -> None:
     assert agreeing.pairs_in_order("test/top1") == (3, 3)
     reversed_ = reproduction({"SG ResNet10, BSG": 99.0, "SG ResNet18, BSG": 95.0, "SG ResNet34, BSG": 90.0})
     assert reversed_.pairs_in_order("test/top1") == (0, 3)
-    assert list(order_sentences(reversed_)) == ["top-1: 0 of 3 pairs of rows stand in the paper's order"]
+    assert list(order_sentences(reversed_)) == ["top-1: 0 of 3 pairs of rows in the paper's order"]
     assert reproduction({"SG ResNet10, BSG": 99.0}).pairs_in_order("test/top1") == (0, 0)
 
 
@@ -123,8 +123,8 @@ def test_a_report_says_what_was_not_run_and_where_figures_come_from(tmp_path: Pa
     assert "| CIFAR-100: SG ResNet18, BSG | 74.62 | 95 ± 1.4 | +20.4 | 0 1 |  |" in text
     assert text.count("not run: its data are not there") == 4
     assert "| CIFAR-100: SG ResNet18, BSG | t-0, t-1 | dddddddddddd | abc |" in text
-    assert "Differences to the paper are differences of data" in text
-    assert "Differences to the paper" not in as_markdown(reproduction({}, "full"))
+    assert "The data differs from the paper's" in text
+    assert "The data differs" not in as_markdown(reproduction({}, "full"))
     paths = write_reproduction(found, tmp_path / "report")
     assert {path.name for path in paths} == {"report.md", "report.json", "report.png"}
     assert json.loads((tmp_path / "report" / "report.json").read_text()) == json.loads(json.dumps(as_data(found)))
@@ -142,10 +142,10 @@ def test_a_cell_compares_only_what_is_there() -> None:
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        ({"columns": {}}, "is no column of the table"),
+        ({"columns": {}}, "is not a column of the table"),
         (
             {"columns": {"test/top1": {"label": "a", "unit": "b", "from": "card"}}},
-            "counted is missing",
+            "'counted' is missing",
         ),
         ({"counted": {"side": 32, "constants": "int8", "shortcuts": True}}, "unknown energy constants"),
     ],

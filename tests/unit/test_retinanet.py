@@ -310,7 +310,7 @@ def test_outputs_that_do_not_fit_are_refused() -> None:
     model = tiny()
     outputs = model(scene()[0])
     criterion = criterion_of(model)
-    with pytest.raises(ValueError, match="level 0 of the outputs has shape"):
+    with pytest.raises(ValueError, match="outputs: level 0 has shape"):
         criterion.loss(outputs, [NO_OBJECTS], (128, 128))
-    with pytest.raises(ValueError, match="2 pictures for a batch of 1"):
+    with pytest.raises(ValueError, match="one entry for each of 1 images, found 2"):
         criterion.loss(outputs, [NO_OBJECTS] * 2, (96, 96))

@@ -48,11 +48,15 @@ def test_resumption_with_other_values_is_refused_field_by_field(
     other = load_config("digits", parse_overrides(["model.timesteps=2", "optim.lr=0.3", "cluster.workers=4"]))
     with pytest.raises(UserError) as caught:
         run.begin(other, DataSummary.of(manifest))
-    for part in ("model.timesteps: 4 in the run, 2", "optim.lr: 0.1 in the run, 0.3", "workers: 2 in the run, 4"):
+    for part in (
+        "model.timesteps: expected 4, found 2",
+        "optim.lr: expected 0.1, found 0.3",
+        "workers: expected 2, found 4",
+    ):
         assert part in str(caught.value)
     assert "--name" in str(caught.value)
     changed = manifest.model_copy(update={"class_names": (*manifest.class_names[:-1], "nine")})
-    with pytest.raises(UserError, match="data: content"):
+    with pytest.raises(UserError, match="data: expected content hash"):
         run.begin(config, DataSummary.of(changed))
 
 
@@ -75,9 +79,28 @@ def test_best_checkpoint_needs_an_evaluation(config: Config, manifest: Manifest,
 
 
 def test_missing_run_names_those_that_exist(config: Config, manifest: Manifest, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="it holds none"):
+    with pytest.raises(UserError, match="it has no runs"):
         find_run(tmp_path, "mine")
     Run(tmp_path / "yours").begin(config, DataSummary.of(manifest))
-    with pytest.raises(UserError, match="it holds yours"):
+    with pytest.raises(UserError, match="expected one of yours"):
         find_run(tmp_path, "mine")
     assert find_run(tmp_path, "yours").config() == config
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", "3", '{"a": 1}', "[" * 100_000])
+@pytest.mark.parametrize("name", ["run.json", "config.json", "data.json", "checkpoint.json", "state.json"])
+def test_a_damaged_file_is_named(name: str, content: str, config: Config, manifest: Manifest, tmp_path: Path) -> None:
+    run, data = Run(tmp_path / "mine"), DataSummary.of(manifest)
+    run.begin(config, data)
+    checkpoint = run.checkpoints.save(3, Snapshot({}, {"best": {"step": 3}}, {}))
+    folder = run.path if (run.path / name).is_file() else checkpoint
+    (folder / name).write_text(content)
+    complaint = r"train.seed: absent in the run" if (name, content) == ("config.json", '{"a": 1}') else name
+
+    def use() -> None:
+        run.begin(config, data)
+        run.record()
+        run.best_checkpoint()
+
+    with pytest.raises(UserError, match=complaint if name != "checkpoint.json" else "checkpoint"):
+        use()

@@ -97,9 +97,11 @@ def test_small_remainder_is_folded() -> None:
 
 
 def test_indivisible_batch_is_refused_with_nearest_values() -> None:
-    with pytest.raises(ValueError, match=r"global_batch 100 .*world_size 3 x accumulate 4 = 12.* 96 or 108"):
+    with pytest.raises(
+        ValueError, match=r"global_batch 100 .*world_size 3 x accumulate 4 = 12; set global_batch to 96 or 108"
+    ):
         EpochPlan(samples=1000, global_batch=100, world_size=3, accumulate=4)
-    with pytest.raises(ValueError, match="nearest valid global_batch is 8"):
+    with pytest.raises(ValueError, match="set global_batch to 8"):
         EpochPlan(samples=1000, global_batch=3, world_size=8)
 
 

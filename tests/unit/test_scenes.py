@@ -131,7 +131,7 @@ def test_options_are_checked_and_reach_the_store(tmp_path: Path) -> None:
     for wrong, message in (({"size": 63}, "size"), ({"size": 68}, "multiple of 8"), ({"objects": 0}, "objects")):
         with pytest.raises(SourceError, match=message):
             prepare("scenes", None, tmp_path / "other", **wrong)
-    with pytest.raises(SourceError, match="built in and reads no files"):
+    with pytest.raises(SourceError, match="built in and reads no files; remove root"):
         prepare("scenes", tmp_path, tmp_path / "other")
 
 

@@ -56,7 +56,7 @@ def test_bad_yaml_is_refused(text: str, said: str) -> None:
 
 
 def test_searches_are_found_by_name_or_path(tmp_path: Path) -> None:
-    near = r"there is no search 'digits_t_gate'; did you mean 'digits_t_gate_schedule'\?"
+    near = r"search 'digits_t_gate' does not exist; did you mean 'digits_t_gate_schedule'\?"
     with pytest.raises(UserError, match=near):
         load_search("digits_t_gate")
     with pytest.raises(SearchError, match=near):

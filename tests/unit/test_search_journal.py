@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from spikefleet_tune.errors import SearchError
-from spikefleet_tune.journal import Past, SearchFolder, TrialRecord
+from spikefleet_tune.journal import Past, SearchFolder, TrialRecord, WarmStartPoint
+from spikefleet_tune.search import read_search_result
 from spikefleet_tune.search_file import search_of
 
 
@@ -35,15 +38,15 @@ def test_a_journal_survives_a_torn_line_but_not_a_broken_one(tmp_path: Path) -> 
         assert journal.read_bytes() == whole
         journal.write_bytes(b"garbage\n" + whole)
         for read in (folder.read, folder.drop_torn_line):
-            with pytest.raises(SearchError, match=r"journal.jsonl, line 1: the line is damaged"):
+            with pytest.raises(SearchError, match=r"journal.jsonl, line 1 is damaged"):
                 read()
         journal.write_bytes(whole + b'{"event": "eaten"}\n')
-        with pytest.raises(SearchError, match=r"journal.jsonl, line 3: .*unknown event 'eaten'"):
+        with pytest.raises(SearchError, match=r"journal.jsonl, line 3 cannot be read: unknown event 'eaten'"):
             folder.read()
 
 
 def test_only_plain_names_are_taken(tmp_path: Path) -> None:
-    with pytest.raises(SearchError, match=r"name '\.\./s' must be 1 to 100 letters"):
+    with pytest.raises(SearchError, match=r"search name '\.\./s' must have 1 to 100 letters"):
         SearchFolder(tmp_path, "../s")
 
 
@@ -52,7 +55,53 @@ def test_budget_may_change_but_not_the_search(tmp_path: Path) -> None:
     with folder.lock():
         folder.begin(search_of(_tree()))
         folder.begin(search_of(_tree(budget={"trials": 9}, resources={"workers": 2})))
-        with pytest.raises(SearchError, match=r"objectives: .*'max'.* in the search, .*'min'.* asked for"):
+        with pytest.raises(SearchError, match=r"objectives: expected .*'max'.*, found .*'min'"):
             folder.begin(search_of(_tree(objectives={"gain": "min"})))
     assert isinstance(folder.read(), Past)
     assert folder.read_search() == search_of(_tree(budget={"trials": 9}, resources={"workers": 2}))
+
+
+def test_the_stored_key_of_metrics_stays(tmp_path: Path) -> None:
+    """Journals of the first release have `figures` where the code says metrics."""
+    folder = SearchFolder(tmp_path, "s")
+    folder.path.mkdir()
+    ended = {"number": 0, "name": "s-0000", "overrides": {}, "point": {}, "figures": {"gain": 2.0}, "seed": 0}
+    folder.append("started", number=0, name="s-0000", overrides={}, point={}, memory={})
+    folder.append("ended", **ended, status="finished", seconds=1.0, reason="", epoch=None, changes=[])
+    folder.append("known", point={"x": 1}, figures={"gain": 3.0}, origin="an earlier search")
+    past = folder.read()
+    assert past.records[0].metrics == {"gain": 2.0}
+    assert past.warm_start == [WarmStartPoint({"x": 1}, {"gain": 3.0}, "an earlier search")]
+    folder.append_record(past.records[0])
+    folder.append_warm_start(past.warm_start[0])
+    lines = [json.loads(line) for line in (folder.path / "journal.jsonl").read_text().splitlines()]
+    assert lines[3:] == lines[1:3]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"event": "started", "number": 1, "name": "s-0001", "overrides": {}, "point": {}}',
+        '{"event": "started", "number": 1, "name": "s-0001", "overrides": {}, "point": 3, "memory": {}}',
+        '{"event": "changed", "number": 1, "overrides": {}, "point": {}, "before": {}}',
+        '{"event": "known", "point": 3, "figures": null, "origin": "o"}',
+        '{"event": ["ended"]}',
+        json.dumps({"event": "ended", **asdict(_record(1))}),
+        "{}",
+    ],
+)
+def test_a_line_that_says_what_cannot_be_is_named(line: str, tmp_path: Path) -> None:
+    folder = SearchFolder(tmp_path, "s")
+    with folder.lock():
+        (folder.path / "journal.jsonl").write_text(line + "\n")
+        with pytest.raises(SearchError, match=r"journal.jsonl, line 1 cannot be read"):
+            folder.read()
+
+
+def test_points_of_another_space_are_refused(tmp_path: Path) -> None:
+    folder = SearchFolder(tmp_path, "s")
+    with folder.lock():
+        folder.begin(search_of(_tree()))
+        folder.append("known", point={"a": 1}, figures={"loss": 1.0}, origin="earlier")
+    with pytest.raises(SearchError, match="earlier has no metric gain"):
+        read_search_result(tmp_path, "s")

@@ -91,11 +91,11 @@ def test_importance_finds_what_matters() -> None:
 
 
 def test_importance_says_why_there_is_none() -> None:
-    assert importance(_result(_many()[:7]))["acc"] == "needs 8 trials with values, and there are 7"
+    assert importance(_result(_many()[:7]))["acc"] == "needs 8 trials with values, found 7"
     level = [_record(n, record.point | {}, acc=1.0, energy=float(n)) for n, record in enumerate(_many())]
     assert importance(_result(level))["acc"] == "all trials have the same value"
     same = [_record(n, {"kind": "if", "T": 1, "lr": 0.01}, acc=float(n), energy=1.0) for n in range(9)]
-    assert importance(_result(same))["acc"] == "no key that all trials have differs between them"
+    assert importance(_result(same))["acc"] == "no key that all trials have varies"
 
 
 def test_files_are_whole(tmp_path: Path) -> None:
@@ -147,9 +147,9 @@ def test_one_objective_or_three_are_drawn_too(tmp_path: Path) -> None:
     one = _result(_many(), objectives={"acc": "max"})
     assert "front.png" not in {path.name for path in write_report(one, tmp_path / "one")}
     assert one.knee is not None
-    assert one.knee.figures["acc"] == max(record.figures["acc"] for record in one.records)
+    assert one.knee.metrics["acc"] == max(record.metrics["acc"] for record in one.records)
     three = _result(
-        [_record(n, record.point | {}, **record.figures, time=float(-n)) for n, record in enumerate(_many())],
+        [_record(n, record.point | {}, **record.metrics, time=float(-n)) for n, record in enumerate(_many())],
         objectives={"acc": "max", "energy": "min", "time": "min"},
     )
     assert "front.png" in {path.name for path in write_report(three, tmp_path / "three")}

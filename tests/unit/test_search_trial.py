@@ -66,6 +66,8 @@ def test_time_steps_change_only_where_no_weight_depends_on_them(setting: TrialSe
         ({"model.timesteps": 0}, "model.timesteps=0"),
         ({"model.neuron.bound": 2}, "does not use bound=2"),
         ({"data.seed": 3}, "share one store"),
+        ({"data": {"source": "scenes"}}, "share one store"),
+        ({"cluster": {"workers": 2}}, "set by the search's resources"),
         ({"cluster.workers": 2}, "set by the search's resources"),
         ({"optim.lrr": 2}, "optim.lr"),
     ],
@@ -77,6 +79,7 @@ def test_what_no_training_accepts_is_refused_by_name(
     assert complaint is not None
     assert part in complaint
     assert refusal_of(setting)({"data.transform.crop_padding": 0}) is None
+    assert refusal_of(setting)({"data.transform": {"kind": "image", "normalise": "digits"}}) is None
     assert refusal_of(setting, fixed=["data.seed"])({"data.seed": 3}) is None
 
 

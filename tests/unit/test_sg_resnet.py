@@ -187,7 +187,7 @@ def test_autocast_trains(connection: str, channels_last: bool) -> None:
     ("bad", "message"),
     [
         ({"width": 0.51}, "width=0.51 gives 32.64 channels"),
-        ({"stages": (2, 0)}, "stage without blocks"),
+        ({"stages": (2, 0)}, "every stage must have at least 1 block"),
         ({"asd_channel_reduction": 7}, "asd_channel_reduction=7 must divide the last stage's 32 channels"),
         ({"asd_temporal_reduction": 3}, "asd_temporal_reduction=3 must divide timesteps=4"),
         ({"timesteps": 0}, "timesteps"),
@@ -204,9 +204,9 @@ def test_bad_configurations_name_the_field(bad: dict[str, object], message: str)
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((3, 16, 16), r"give \[B, C, H, W\]"),
-        ((2, 1, 16, 16), "in_channels=3"),
-        ((5, 2, 3, 16, 16), "T=5, but the network runs timesteps=4"),
+        ((3, 16, 16), r"expected \[B, C, H, W\]"),
+        ((2, 1, 16, 16), "expected C=3; .* set in_channels"),
+        ((5, 2, 3, 16, 16), "T=5, expected T=4 of timesteps=4"),
     ],
 )
 def test_wrong_shapes_are_refused(shape: tuple[int, ...], message: str) -> None:
@@ -214,6 +214,6 @@ def test_wrong_shapes_are_refused(shape: tuple[int, ...], message: str) -> None:
         build_model(tiny())(torch.zeros(shape))
 
 
-def test_integer_pictures_are_refused() -> None:
+def test_integer_images_are_refused() -> None:
     with pytest.raises(ValueError, match=r"torch\.uint8"):
         build_model(tiny())(torch.zeros(2, 3, 16, 16, dtype=torch.uint8))

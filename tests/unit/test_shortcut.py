@@ -61,7 +61,7 @@ def test_schedules_fall_all_the_time(schedule: str) -> None:
 
 @pytest.mark.parametrize(("iteration", "total"), [(-1, 8), (9, 8), (0, 0)])
 def test_iterations_outside_training_are_refused(iteration: int, total: int) -> None:
-    with pytest.raises(ValueError, match="is not within a training"):
+    with pytest.raises(ValueError, match="is outside the training"):
         balance_coefficient(ShortcutConfig(), iteration, total)
 
 
@@ -75,7 +75,7 @@ def test_iterations_outside_training_are_refused(iteration: int, total: int) -> 
         ({"milestones": (0.5,)}, "has no effect with schedule=linear"),
         ({"gamma": 0.5, "schedule": "poly"}, "gamma=0.5 has no effect with schedule=poly"),
         ({"schedule": "step"}, "needs milestones"),
-        ({"schedule": "step", "milestones": (0.75, 0.5)}, "growing parts"),
+        ({"schedule": "step", "milestones": (0.75, 0.5)}, "increasing fractions"),
         ({"schedule": "step", "milestones": (0.5, 1.0)}, "between 0 and 1"),
         ({"lamda0": 0.25}, "lamda0"),
     ],
@@ -252,16 +252,16 @@ def test_autocast_combines_in_fp32() -> None:
 
 
 def test_places_that_do_not_exist_are_refused() -> None:
-    with pytest.raises(ValueError, match="asks for no side branches"):
+    with pytest.raises(ValueError, match="enables no side branches"):
         ShortcutNetwork(tiny(), ShortcutConfig())
     with pytest.raises(ValueError, match="only one stage"):
         ShortcutNetwork(tiny(stages=(2,)), STAGE)
-    with pytest.raises(ValueError, match="SGResNet; Linear is none"):
+    with pytest.raises(ValueError, match="SGResNet; Linear is not one"):
         ShortcutNetwork(nn.Linear(2, 2), STAGE)
-    with pytest.raises(ValueError, match="SGResNet; SGResNetBackbone is none"):
+    with pytest.raises(ValueError, match="SGResNet; SGResNetBackbone is not one"):
         ShortcutNetwork(SGResNetBackbone(SGResNetConfig()), STAGE)  # stages, and nothing that classifies them
-    with torch.device("meta"), pytest.raises(ValueError, match="SGResNet; SpikeYolo is none"):
+    with torch.device("meta"), pytest.raises(ValueError, match="SGResNet; SpikeYolo is not one"):
         ShortcutNetwork(build_model(model_config("spike_yolo_tiny")), STAGE)
     too_heavy = ShortcutConfig(where="block", combine="convex", lambda0=0.3)
-    with pytest.raises(ValueError, match=r"give at most 0\.25"):
+    with pytest.raises(ValueError, match=r"set at most 0\.25"):
         ShortcutNetwork(tiny(stages=(2, 3)), too_heavy)

@@ -68,7 +68,7 @@ def test_a_source_from_outside_is_like_the_built_in_ones(outside: Source, tmp_pa
     assert list_sources()["stripes"] == "grey stripes of two widths"
     with pytest.raises(SourceError, match="did you mean 'stripes'"):
         find_source("stripe")
-    with pytest.raises(SourceError, match=r"Option 'width' of source 'stripes' has value 9.* options are: width"):
+    with pytest.raises(SourceError, match=r"option 'width' of source 'stripes' has value 9.* options are: width"):
         check_options(outside, {"width": 9})
     config = DataConfig(source="stripes", options={"width": 4})
     store = open_or_prepare(config, tmp_path)
@@ -93,7 +93,7 @@ def test_registering_again_is_harmless_and_another_one_of_that_name_is_refused(o
 
 
 def test_without_registration_the_name_is_unknown() -> None:
-    with pytest.raises(SourceError, match="Unknown data source 'stripes'"):
+    with pytest.raises(SourceError, match="unknown data source 'stripes'"):
         find_source("stripes")
 
 

@@ -74,12 +74,14 @@ def test_existing_store_is_reused_refused_or_replaced(tmp_path: Path) -> None:
     inode = out.stat().st_ino
     assert prepare("digits", None, out).manifest == first.manifest
     assert out.stat().st_ino == inode
-    with pytest.raises(StoreError, match=r"already holds a store of 'digits' with .*'seed': 0.* not of 'digits' with"):
+    with pytest.raises(
+        StoreError, match=r"already contains a store of 'digits' with .*'seed': 0.* expected 'digits' with"
+    ):
         prepare("digits", None, out, seed=1)
     assert prepare("digits", None, out, seed=1, overwrite=True).manifest.options["seed"] == 1
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
-    with pytest.raises(StoreError, match="full is not empty and not a store"):
+    with pytest.raises(StoreError, match="full is neither empty nor a store"):
         prepare("digits", None, tmp_path / "full")
     assert (tmp_path / "full" / "thesis.tex").exists()
 
@@ -88,7 +90,7 @@ def test_overwriting_heals_a_corrupt_store(tmp_path: Path) -> None:
     first = prepare("digits", None, tmp_path / "store").manifest
     shard = tmp_path / "store" / first.shards["train"][0].file
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
-    with pytest.raises(StoreError, match=r"train-00000\.arrow is corrupt.* prepare the store again with overwriting"):
+    with pytest.raises(StoreError, match=r"train-00000\.arrow is corrupt.* prepare the store again with --overwrite"):
         prepare("digits", None, tmp_path / "store")
     prepare("digits", None, tmp_path / "store", overwrite=True)
     assert Store.open(tmp_path / "store").manifest == first
@@ -141,7 +143,7 @@ def test_truncated_idx_is_refused_with_sizes(tmp_path: Path, compress: bool) -> 
     write_fashion_mnist(tmp_path / "raw", compress)
     (path,) = (tmp_path / "raw").glob("train-images*")
     path.write_bytes(path.read_bytes()[:-1000])
-    sizes = r"\d,?\d+ bytes" if compress else r"should hold 376,320 values for shape \[480, 28, 28\] and holds 375,320"
+    sizes = r"\d,?\d+ bytes" if compress else r"found 375,320 values, expected 376,320 for shape \[480, 28, 28\]"
     with pytest.raises(SourceError, match=rf"{path}.*{sizes}"):
         prepare("fashion_mnist", tmp_path / "raw", tmp_path / "store")
     assert not (tmp_path / "store").exists()
@@ -152,9 +154,9 @@ def test_truncated_idx_is_refused_with_sizes(tmp_path: Path, compress: bool) -> 
     [
         (b"", "not an IDX file of unsigned bytes: it starts with nothing"),
         (b"PK\x03\x04", "it starts with 504b0304"),
-        (b"\0\0\x08\x03\0\0", "is truncated: its header should have 16 bytes"),
-        (b"\0\0\x08\x03" + b"\xff" * 12, "its header asks for"),
-        (b"\0\0\x08\x01\0\0\0\x02abc", "holds more"),
+        (b"\0\0\x08\x03\0\0", "is truncated: the header has 6 bytes, expected 16"),
+        (b"\0\0\x08\x03" + b"\xff" * 12, "the header declares"),
+        (b"\0\0\x08\x01\0\0\0\x02abc", "found more values"),
     ],
 )
 def test_damaged_idx_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
@@ -175,7 +177,7 @@ def test_missing_and_mismatched_idx_files_are_named(tmp_path: Path) -> None:
     ):
         prepare("fashion_mnist", tmp_path / "raw", tmp_path / "store")
     write_idx(labels, LABELS[480:] + 5, False)
-    with pytest.raises(StoreError, match=r"split 'test': label 10 .* outside 0 to 9"):
+    with pytest.raises(StoreError, match=r"split 'test': label is 10 .*, expected 0 to 9"):
         prepare("fashion_mnist", tmp_path / "raw", tmp_path / "store")
 
 
@@ -346,13 +348,16 @@ def damaged(change: dict[str, Any]) -> bytes:
             r"data_batch_2 is truncated or damaged: it has 50,000 bytes.* 10,000 images in more than",
         ),
         (b"", r"data_batch_2 is truncated or damaged: it has 0 bytes"),
-        (damaged({"data": colour(slice(0, 100))[:, :3000]}), r"should be uint8 \[n, 3072\] and is uint8 \[100, 3000\]"),
-        (damaged({"data": [1, 2]}), r"should be uint8 \[n, 3072\] and is list"),
+        (
+            damaged({"data": colour(slice(0, 100))[:, :3000]}),
+            r"data is uint8 \[100, 3000\], expected uint8 \[n, 3072\]",
+        ),
+        (damaged({"data": [1, 2]}), r"data is list, expected uint8 \[n, 3072\]"),
         (damaged({"labels": [0] * 99}), "has 100 images and 99 labels"),
-        (damaged({"labels": [0] * 99 + [10]}), "label 10 of image 99 is not a number from 0 to 9"),
-        (damaged({"labels": ["a"] * 100}), "label 'a' of image 0"),
+        (damaged({"labels": [0] * 99 + [10]}), "label of image 99 is 10, expected an integer from 0 to 9"),
+        (damaged({"labels": ["a"] * 100}), "label of image 0 is 'a'"),
         (pickle.dumps({"data": colour(slice(0, 9))}, protocol=2), "has no list 'labels'"),
-        (pickle.dumps([1], protocol=2), "is NoneType"),
+        (pickle.dumps([1], protocol=2), "data is NoneType"),
     ],
 )
 def test_damaged_cifar_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
@@ -429,7 +434,7 @@ def test_broken_image_is_named(folder: Path, tmp_path: Path, content: bytes) -> 
 def test_missing_folders_and_empty_classes_are_named(folder: Path, tmp_path: Path) -> None:
     for file in (folder / "val" / "eel").iterdir():
         file.unlink()
-    with pytest.raises(SourceError, match=r"val/eel holds no image \(\.jpeg, \.jpg"):
+    with pytest.raises(SourceError, match=r"val/eel contains no image \(\.jpeg, \.jpg"):
         prepare("image_folder", folder, tmp_path / "store")
     with pytest.raises(SourceError, match=r"dog/train is missing.*train/<class>"):
         prepare("image_folder", folder / "train" / "dog", tmp_path / "store")

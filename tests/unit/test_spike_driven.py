@@ -342,7 +342,7 @@ def test_a_silent_network_proves_nothing() -> None:
     assert not proof.passed
     assert "not" not in str(proof.unequal)
     assert "single spike" in proof.failure
-    with pytest.raises(ValueError, match="at least one picture"):
+    with pytest.raises(ValueError, match="at least one image"):
         check_equivalence(net, pictures()[:0])
 
 

@@ -56,7 +56,7 @@ def test_sg_resnets_pass_only_binary_spikes(fields: dict[str, object]) -> None:
 
 
 def test_sums_of_sew_resnet_are_refused() -> None:
-    network = build_model(model_config("sg_resnet_tiny", connection="add")).eval()
+    network = deploy(build_model(model_config("sg_resnet_tiny", connection="add")))
     with pytest.raises(NotSpikeDrivenError, match="gate add, not with binary events"):
         spike_driven.spike_driven(network)
 
@@ -120,19 +120,28 @@ def test_spike_yolo_with_a_batch_norm_in_every_slot_is_found(monkeypatch: pytest
     assert not check_equivalence(network, torch.rand(1, 3, 64, 64)).passed
 
 
-def test_chains_that_are_not_merged_count_as_analogue_behind_their_first_layer() -> None:
-    network = deploy(randomise_norms(build_model(model_config("spike_yolo_tiny"))), merge=False)
-    proof = check_equivalence(network, torch.rand(1, 3, 64, 64))
-    assert proof.passed
-    analogue = [layer for layer in proof.layers if layer.kind == "analogue"]
-    assert len(analogue) > 1
-    assert all(layer.reason.startswith("its input is real-valued, from") for layer in analogue[1:])
+@pytest.mark.parametrize("bound", [1, 4])
+def test_chains_that_are_not_merged_are_refused(bound: int) -> None:
+    network = build_model(model_config("spike_yolo_tiny", neuron=NeuronConfig(kind="ilif", bound=bound)))
+    with pytest.raises(NotSpikeDrivenError, match=r"expand\.sn\.neuron depends on layer .*project\.conv\.1"):
+        check_equivalence(deploy(network, merge=False), torch.rand(1, 3, 64, 64))
+    assert check_equivalence(deploy(network), torch.rand(1, 3, 64, 64)).passed
 
 
-def test_attention_on_integers_is_refused() -> None:
-    network = deploy(build_model(model_config("spike_yolo_s_transformer", width=0.0625)))
-    with pytest.raises(NotSpikeDrivenError, match=r"\(D=4\) feeds bmm"):
+@pytest.mark.parametrize(
+    ("bound", "sentence"), [(4, r"\(D=4\) feeds bmm"), (1, r"project\.sn\.neuron .* operation bmm")]
+)
+def test_products_of_spikes_are_refused(bound: int, sentence: str) -> None:
+    config = model_config("spike_yolo_s_transformer", width=0.0625, neuron=NeuronConfig(kind="ilif", bound=bound))
+    network = deploy(build_model(config))
+    with pytest.raises(NotSpikeDrivenError, match=sentence):
         spike_driven.spike_driven(network)
+
+
+def test_batch_norms_that_are_not_folded_are_refused() -> None:
+    network = build_model(model_config("sg_resnet_tiny")).eval()
+    with pytest.raises(NotSpikeDrivenError, match=r"operation .*batch_norm in stages\.0\.0\.units\.0\.bn"):
+        check_equivalence(network, torch.rand(1, 1, 16, 16))
 
 
 def test_the_spiking_part_of_retinanet() -> None:

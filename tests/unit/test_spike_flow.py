@@ -105,7 +105,7 @@ KEEP: dict[str, Callable[[Tensor], Tensor]] = {
     "stack": lambda s: torch.stack((s, s), 1)[:, 1],
     "repeat": lambda s: s.repeat(1, 2, 1, 1)[:, :3],
     "views": lambda s: s.unsqueeze(0).transpose(2, 3).squeeze(0).expand(2, 4, 3, 4).permute(0, 2, 1, 3),
-    "reshape": lambda s: s.permute(0, 2, 3, 1).reshape(2, -1, 3).transpose(1, 2).reshape(2, 3, 4, 4),
+    "reshape": lambda s: s.permute(0, 2, 3, 1).reshape(-1, 3).t().reshape(3, -1, 4, 4).transpose(0, 1),
     "max pool": lambda s: F.max_pool2d(s, 3, 1, 1),
     "upsample": lambda s: F.interpolate(s, scale_factor=2),
     "index_select": lambda s: s.index_select(1, torch.tensor([2, 0, 1])),

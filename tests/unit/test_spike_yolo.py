@@ -304,7 +304,10 @@ def test_it_learns_one_batch() -> None:
     ("bad", "message"),
     [
         ({"width": 0.01}, "width=0.01 gives 1 channels"),
-        ({"width": 0.04, "high_block": "transformer"}, "gives 20, 40, 20, 40 channels.* multiples of 8"),
+        (
+            {"width": 0.04, "high_block": "transformer"},
+            "gives the transformer blocks 20, 40, 20, 40 channels; .* 8 heads",
+        ),
         ({"stem_stride": 3}, "stem_stride"),
         ({"neuron": {"kind": "ilif", "v_threshold": 0.5}}, "v_threshold"),
         ({"head": "anchor_based"}, "head"),
@@ -320,10 +323,10 @@ def test_bad_configurations_name_the_field(bad: dict[str, object], message: str)
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((3, 64, 64), r"give \[B, C, H, W\]"),
-        ((2, 1, 64, 64), "in_channels=3"),
-        ((3, 2, 3, 64, 64), "T=3, but the network runs timesteps=2"),
-        ((2, 3, 64, 72), "sides 64x72; both must be multiples of 16"),
+        ((3, 64, 64), r"expected \[B, C, H, W\]"),
+        ((2, 1, 64, 64), "expected C=3; .* set in_channels"),
+        ((3, 2, 3, 64, 64), "T=3, expected T=2 of timesteps=2"),
+        ((2, 3, 64, 72), "sides are 64x72, expected multiples of 16"),
     ],
 )
 def test_wrong_shapes_are_refused(shape: tuple[int, ...], message: str) -> None:

@@ -76,11 +76,11 @@ IMAGENET = TransformConfig(random_resized_crop=32, horizontal_flip=0.5, resize=3
     [
         (
             {"crop_padding": 4, "random_resized_crop": 32, "resize": 36, "center_crop": 32},
-            "crop_padding and random_res",
+            "crop_padding is 4 and random_resized_crop is 32; set only one",
         ),
         ({"resize": 256}, "resize is 256 and center_crop is None"),
-        ({"resize": 200, "center_crop": 224}, "center_crop 224 is larger than resize 200"),
-        ({"random_resized_crop": 224}, "random_resized_crop is given without resize and center_crop"),
+        ({"resize": 200, "center_crop": 224}, "center_crop is 224, expected at most resize=200"),
+        ({"random_resized_crop": 224}, "random_resized_crop is 224, but evaluation also needs resize and center_crop"),
         ({"random_resized_crop_scale": (0.5, 0.2)}, r"random_resized_crop_scale is \(0.5, 0.2\)"),
         ({"random_resized_crop_scale": (0.0, 1.0)}, "random_resized_crop_scale"),
         ({"normalise": "cifar"}, "unknown normalisation 'cifar'.*cifar10"),
@@ -97,10 +97,10 @@ def test_bad_configs_are_refused_by_field(fields: dict[str, object], message: st
 
 
 def test_config_that_does_not_suit_the_images_is_refused(raw: Split, encoded: Split) -> None:
-    with pytest.raises(ValueError, match="random_resized_crop, resize and center_crop must be given"):
+    with pytest.raises(ValueError, match="set random_resized_crop, resize and center_crop"):
         ImageTransform(encoded, TransformConfig(), True, 0)
     grey = (1, 8, 8)
-    with pytest.raises(ValueError, match=r"normalise.mean has 3 values, and the images have 1 channels"):
+    with pytest.raises(ValueError, match=r"normalise.mean has 3 values, but the images have 1 channels"):
         TransformConfig(normalise="cifar10").check_images(grey)
     with pytest.raises(ValueError, match="auto_augment 'cifar10' needs 3 channels"):
         TransformConfig(auto_augment="cifar10").check_images(grey)

@@ -46,7 +46,7 @@ def test_as_many_trials_as_have_places(resources: dict[str, Any], nodes: list[di
 
 def test_a_population_of_groups_must_fit_as_a_whole() -> None:
     search = search_of(_population(resources={"workers": 2}))
-    with pytest.raises(SearchError, match=r"the cluster holds 2 trials; set budget\.trials=2 or lower"):
+    with pytest.raises(SearchError, match=r"the cluster fits 2 trials; set budget\.trials=2 or lower"):
         check_population(search, 3, [{"CPU": 4}])
     check_population(search, 3, [{"CPU": 6}])
     check_population(search_of(_population()), 3, [{"CPU": 1}])  # Ray Tune takes turns with one worker each

@@ -317,13 +317,13 @@ def test_saturated_outputs_stay_finite() -> None:
 def test_refusals() -> None:
     criterion = YoloCriterion(YoloCriterionConfig(), K, STRIDES)
     outputs = random_outputs(1)
-    with pytest.raises(ValueError, match="2 levels of outputs for strides"):
+    with pytest.raises(ValueError, match=r"one level for each stride of .*, found 2 levels"):
         criterion.loss(outputs[:2], [NO_OBJECTS], SIZE)
-    with pytest.raises(ValueError, match="level 0 of the outputs has shape"):
+    with pytest.raises(ValueError, match="outputs: level 0 has shape"):
         criterion.loss(outputs, [NO_OBJECTS], (128, 128))
-    with pytest.raises(ValueError, match="2 pictures for a batch of 1"):
+    with pytest.raises(ValueError, match="one entry for each of 1 images, found 2"):
         criterion.loss(outputs, [NO_OBJECTS] * 2, SIZE)
-    with pytest.raises(ValueError, match=r"labels run from 3 to 3; the detector knows 0 to 2"):
+    with pytest.raises(ValueError, match=r"labels range from 3 to 3, expected 0 to 2"):
         criterion.loss(outputs, [Objects(torch.tensor([[0.0, 0, 9, 9]]), torch.tensor([3]))], SIZE)
-    with pytest.raises(ValueError, match=r"give \[N, 4\]"):
+    with pytest.raises(ValueError, match=r"expected \[N, 4\]"):
         criterion.loss(outputs, [Objects(torch.zeros(2, 4), torch.zeros(1, dtype=torch.int64))], SIZE)

@@ -1,1 +1,1 @@
-"""Searches over the choices that are special to spiking networks, on Ray Tune. Is handed a trainable."""
+"""Hyperparameter search for spiking networks on Ray Tune; the caller provides the trainable."""

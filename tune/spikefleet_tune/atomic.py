@@ -1,8 +1,9 @@
-"""Files that are written whole: a reader, a killed process or a crashed machine meets the old one or the new one."""
+"""Atomic file writes: after a kill or a crash a reader finds either the old file or the new one, never a part."""
 
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,11 +11,21 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; what is written there takes its place, synced to disk, when the block ends.
+    """Yields a temporary path; the file written there replaces `path` when the block ends, synced to disk.
 
-    An exception in the block leaves `path` as it was, and nothing beside it.
+    An exception in the block leaves `path` unchanged and removes the temporary file.
+
+    Args:
+        path: the file to replace; its directory exists.
+
+    Yields:
+        A path in the same directory.
+
+    Raises:
+        OSError: the file cannot be written or renamed.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # The process id alone is not unique: two containers on a shared file system often have the same one.
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
         yield partial
         sync(partial)
@@ -26,13 +37,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a file whole, synced to disk; text as UTF-8."""
+    """Writes a file atomically, synced to disk; text is encoded as UTF-8. Raises OSError."""
     with replacing(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def sync(path: Path) -> None:
-    """Makes a file's content, or a directory's entries, survive a crash of the machine. Raises OSError."""
+    """Flushes a file's content, or a directory's entries, to disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

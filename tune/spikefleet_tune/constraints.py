@@ -1,19 +1,26 @@
-"""Constraints between choices: conditions over keys such as `model.timesteps * model.neuron.bound <= 8`."""
+"""Constraints over the keys of a search, such as `model.timesteps * model.neuron.bound <= 8`."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from spikefleet_tune.errors import SearchError, nearest
+from spikefleet_tune.errors import SearchError
 from spikefleet_tune.expressions import CONSTRAINT, ExpressionError, NotANumberError, parse
+from spikefleet_tune.messages import nearest
 
 
 class Constraint:
-    """One condition over keys of a search, which a point keeps or does not keep; `expressions.py` has the grammar.
+    """One condition over the keys of a search; `expressions.py` has the grammar.
 
-    A name is a full key (`model.neuron.bound`) or the end of exactly one key (`bound`, `neuron.bound`).
-    Raises SearchError when the text is no such condition, or when a name fits no key or several.
+    A name is a full key (`model.neuron.bound`) or the suffix of exactly one key (`bound`, `neuron.bound`).
+
+    Args:
+        text: the condition.
+        keys: full keys of the space and of the fixed overrides.
+
+    Raises:
+        SearchError: the text is not a condition, or a name matches no key or several.
     """
 
     def __init__(self, text: str, keys: Collection[str]) -> None:
@@ -27,19 +34,25 @@ class Constraint:
 
     @property
     def keys(self) -> frozenset[str]:
+        """Full keys that the condition reads."""
         return frozenset(self._key_of.values())
 
     def holds(self, values: Mapping[str, Any]) -> bool:
-        """Whether the values keep it. One that speaks of a key which has no value here (a branch not taken) is kept.
+        """Whether the values satisfy the constraint.
 
-        A comparison that divides by zero does not hold. Raises SearchError when it calculates with, or orders, what is
-        no number.
+        A constraint on a key without a value (a branch not taken) holds. A comparison that divides by zero does not.
+
+        Args:
+            values: values by full key.
+
+        Raises:
+            SearchError: an arithmetic or an ordering operand is not a number.
         """
         try:
             return self._expression.holds({name: values[key] for name, key in self._key_of.items() if key in values})
         except NotANumberError:
             given = ", ".join(f"{key}={values[key]!r}" for key in sorted(self.keys))
-            raise SearchError(f"constraint {self.text!r} calculates with what is no number: {given}") from None
+            raise SearchError(f"constraint {self.text!r} needs numbers, found {given}") from None
 
 
 def _ends(key: str) -> list[str]:
@@ -54,9 +67,9 @@ def _resolve(name: str, keys: Collection[str], text: str) -> str:
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
-        raise SearchError(f"constraint {text!r}: {name!r} may be {' or '.join(fitting)}; write the whole key")
+        raise SearchError(f"constraint {text!r}: {name!r} is ambiguous: {' or '.join(fitting)}; write the full key")
     ends = {key.rsplit(".", 1)[-1] for key in keys}
     known = keys if "." in name else {*keys, *ends}
     raise SearchError(
-        f"constraint {text!r}: {name!r} is a key neither of space nor of overrides; {nearest(name, known)}"
+        f"constraint {text!r}: {name!r} is neither a key of space nor of overrides; {nearest(name, known)}"
     )

@@ -1,4 +1,4 @@
-"""Conditions over named values, as a search's constraints and the registry's `--where` write them.
+"""The expression language of a search's constraints and of the registry's `--where`: grammar, parser, evaluation.
 
     or         = and { "or" and }
     and        = comparison { "and" comparison }
@@ -12,12 +12,11 @@
     name       = a letter or "_", then letters, digits and "_", which ".", "/" or "-" may join, such as val/top1
     word       = letters, digits and "_.:/+-"
 
-The operands of `and`, `or` and the whole are comparisons; those of arithmetic are not. A name that holds "/" or "-" is
-told from a division or a difference by the names that are known: the longest one from its beginning that is known
-counts, so that `val/top1` is one name where there is such a metric and `T/D` a division where there is none. Spaces
-around an operator leave no doubt.
+The operands of `and`, `or` and the whole expression are comparisons; those of arithmetic are not. Whether "/" or "-"
+belongs to a name depends on the known names: the longest known prefix is the name, so `val/top1` is one name if such a
+metric exists, and `T/D` is a division if not. Spaces around an operator always make it an operator.
 
-The text is read by this module alone; nothing of it is ever run by Python. Length and nesting are limited.
+This module parses the text itself; Python never evaluates it. Length and nesting are limited.
 """
 
 from __future__ import annotations
@@ -58,25 +57,25 @@ _KEYWORDS = {word: re.compile(rf"\s*({word})\b", re.ASCII) for word in ("and", "
 
 
 class ExpressionError(ValueError):
-    """A text that is no condition: a sentence that shows the place."""
+    """The text is not a condition; the message quotes the place."""
 
 
 class NotANumberError(ExpressionError):
-    """A condition orders, or calculates with, a value that is no number."""
+    """An arithmetic or ordering operand is not a number."""
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """In what constraints and `--where` differ."""
+    """The rules in which constraints and `--where` differ."""
 
     bare_words: bool
-    """Right of a comparison a word that stands alone, and is no number, is text, as in `connection==bsg`. A name there
-    stands in parentheses or in arithmetic. Otherwise every word is a name, but for True and False."""
+    """A single word on the right of a comparison that is not a number is text, as in `connection==bsg`; a name there
+    needs parentheses or arithmetic. If False, every word is a name, except True and False."""
     spelled_numbers: bool
-    """Values may be text that spells a number. What is no number equals none, and is neither above nor below one.
-    Otherwise 2 and "2" differ, and NotANumberError is raised."""
+    """Values may be text that spells a number; other text equals no number and is neither above nor below one.
+    If False, 2 and "2" differ, and ordering text raises NotANumberError."""
     missing_holds: bool
-    """Whether an expression holds that names what has no value. Otherwise a comparison that names it does not."""
+    """An expression holds if one of its names has no value. If False, a comparison with such a name does not hold."""
 
 
 CONSTRAINT = Dialect(bare_words=False, spelled_numbers=False, missing_holds=True)
@@ -85,22 +84,28 @@ WHERE = Dialect(bare_words=True, spelled_numbers=True, missing_holds=False)
 
 @dataclass(frozen=True)
 class Constant:
+    """A number, True or False."""
+
     value: float | bool
 
 
 @dataclass(frozen=True)
 class Text:
+    """A quoted text, or a bare word."""
+
     value: str
 
 
 @dataclass(frozen=True)
 class Name:
+    """A name whose value the caller provides."""
+
     name: str
 
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """From left to right; a flat list, so that a long sum is not deep."""
+    """Operators of one precedence, left to right; a flat list, so that a long sum is not nested deeply."""
 
     first: Term
     rest: tuple[tuple[str, Term], ...]
@@ -108,12 +113,16 @@ class Arithmetic:
 
 @dataclass(frozen=True)
 class Comparison:
+    """A chain of comparisons, as in `1 <= T < 3`."""
+
     first: Term
     rest: tuple[tuple[str, Term], ...]
 
 
 @dataclass(frozen=True)
 class Joined:
+    """Conditions joined by `and` or by `or`."""
+
     word: str
     parts: tuple[Condition, ...]
 
@@ -124,20 +133,24 @@ Condition = Comparison | Joined
 
 @dataclass(frozen=True)
 class Expression:
-    """A condition that was read; equal ones read equal."""
+    """A parsed condition; equal texts give equal expressions."""
 
     root: Condition
     dialect: Dialect
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names in it, each once, in order."""
+        """The names in the expression, each once, in order."""
         return tuple(dict.fromkeys(_names(self.root)))
 
     def holds(self, values: Mapping[str, Any]) -> bool:
-        """Whether values, by name, fulfil it. A comparison that divides by zero does not hold.
+        """Whether the values satisfy the condition. A comparison that divides by zero does not hold.
 
-        Raises NotANumberError, unless the dialect has `spelled_numbers`.
+        Args:
+            values: values by name; `Dialect.missing_holds` says what a missing one means.
+
+        Raises:
+            NotANumberError: an operand is not a number, and the dialect has no `spelled_numbers`.
         """
         if self.dialect.missing_holds and any(name not in values for name in self.names):
             return True
@@ -175,7 +188,7 @@ class Expression:
         if self.dialect.spelled_numbers and isinstance(value, str):
             return float(value) if _SPELLED_NUMBER.fullmatch(value) else math.nan
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise NotANumberError(f"{value!r} is no number")
+            raise NotANumberError(f"{value!r} is not a number")
         return value
 
     def _compare(self, op: str, left: Any, right: Any, as_text: bool) -> bool:
@@ -192,29 +205,32 @@ class Expression:
 
 
 def parse(text: str, dialect: Dialect, known: Collection[str] | None = None) -> Expression:
-    """Reads a condition.
+    """Parses a condition.
 
     Args:
         text: at most 1000 characters.
-        dialect: whose.
-        known: the names that there are, which tell `val/top1` from a division; without them, every name is as long as
-            it can be. Whether the names in the expression are known is for the caller to see to.
+        dialect: CONSTRAINT or WHERE.
+        known: the known names, which distinguish `val/top1` from a division; None makes every name as long as
+            possible. The caller checks that the names of the expression are known.
+
+    Returns:
+        The parsed condition.
 
     Raises:
-        ExpressionError: the text is no condition.
+        ExpressionError: the text is not a condition.
     """
     if len(text) > MAX_LENGTH:
-        raise ExpressionError(f"{len(text)} characters are too many; at most {MAX_LENGTH} are read")
+        raise ExpressionError(f"the expression has {len(text)} characters; at most {MAX_LENGTH} are allowed")
     return Expression(_Parser(text, dialect, known).whole(), dialect)
 
 
 class _Parser:
-    """Recursive descent; a method for each rule of the grammar."""
+    """Recursive descent: one method for each rule of the grammar."""
 
     def __init__(self, text: str, dialect: Dialect, known: Collection[str] | None) -> None:
         self._text, self._dialect = text, dialect
-        self._truths = {} if dialect.bare_words else {"True": True, "False": False}
-        self._known = None if known is None else {*known, *self._truths}
+        self._booleans = {} if dialect.bare_words else {"True": True, "False": False}
+        self._known = None if known is None else {*known, *self._booleans}
         self._at = self._depth = 0
 
     def whole(self) -> Condition:
@@ -246,8 +262,8 @@ class _Parser:
             words = [term.value for term in (left, right) if isinstance(term, Text)]
             if words and op not in ("==", "!="):
                 raise ExpressionError(
-                    f"{self._text[start : self._at].strip()!r} is no condition: {words[0]!r} is no number, and a word "
-                    "is compared with == or !=" + "; a key on the right stands in (...)" * self._dialect.bare_words
+                    f"{self._text[start : self._at].strip()!r} is not a condition: {words[0]!r} is not a number; "
+                    "compare text with == or !=" + ", or put a key on the right in (...)" * self._dialect.bare_words
                 )
         return Comparison(self._term(first), tuple(rest)) if rest else first
 
@@ -271,7 +287,7 @@ class _Parser:
     def _unary(self) -> Term | Condition:
         self._depth += 1
         if self._depth > _DEEPEST:
-            raise ExpressionError(f"more than {_DEEPEST} parentheses or signs stand in one another")
+            raise ExpressionError(f"more than {_DEEPEST} parentheses or signs are nested")
         try:
             if sign := self._take(_SIGN):
                 return Arithmetic(Constant(0), ((sign, self._addend(self._unary())),))
@@ -292,7 +308,7 @@ class _Parser:
                     return Constant(value)
             except (ValueError, OverflowError):
                 pass
-            raise ExpressionError(f"{number[:80]!r} is no number that can be calculated with")
+            raise ExpressionError(f"{number[:80]!r} is not a finite number")
         if text := self._take(_TEXT):
             return Text(text[1:-1])
         found = _NAME.match(self._text, self._at)
@@ -300,10 +316,10 @@ class _Parser:
             raise self._no_condition(self._at)
         name = self._known_part(found[1])
         self._at = found.start(1) + len(name)
-        return Constant(self._truths[name]) if name in self._truths else Name(name)
+        return Constant(self._booleans[name]) if name in self._booleans else Name(name)
 
     def _known_part(self, run: str) -> str:
-        """The longest beginning, up to a "/" or "-", that is known; all of it when none is."""
+        """The longest known prefix that ends before a "/" or "-"; the whole text if none is known."""
         if self._known is None or run in self._known:
             return run
         cuts = [found.start() for found in re.finditer("[/-]", run)]
@@ -324,18 +340,16 @@ class _Parser:
     def _term(self, node: Term | Condition) -> Term:
         if isinstance(node, Term):
             return node
-        raise ExpressionError(
-            f"a comparison stands where a value is needed before {self._text[self._at :].strip()[:80]!r}"
-        )
+        raise ExpressionError(f"expected a value before {self._text[self._at :].strip()[:80]!r}, found a comparison")
 
     def _addend(self, node: Term | Condition) -> Term:
         if isinstance(node, Text):
-            raise ExpressionError(f"{node.value!r} is text; + - * / take numbers")
+            raise ExpressionError(f"{node.value!r} is text; + - * / need numbers")
         return self._term(node)
 
     def _no_condition(self, start: int) -> ExpressionError:
         return ExpressionError(
-            f"{self._text[start:].strip()[:80]!r} is no condition; write KEY OP VALUE with one of "
+            f"{self._text[start:].strip()[:80]!r} is not a condition; write KEY OP VALUE with one of "
             f"{' '.join(_COMPARISONS)}, such as timesteps<=2"
         )
 

@@ -1,7 +1,7 @@
-"""Append-only logs of JSON objects, one a line, that survive killed writers and full disks.
+"""Append-only JSON Lines logs that survive killed writers and full disks.
 
-A line is written with one call and taken back when it does not fit. A last line that is no whole object is torn: its
-writer was killed, or is not done. Readers stop before it, and the next writer cuts it off.
+Each line is written with one call, and removed again if the disk is full. An incomplete last line is torn: its writer
+was killed, or is still writing. Readers stop before it, and the next writer truncates it.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Entry:
-    """A record and the position in the file just behind it."""
+    """A record and the byte offset of the end of its line."""
 
     record: Record
     end: int
 
 
 class DamagedLineError(ValueError):
-    """A line that is no JSON object, and not the last one, so that what follows it cannot be trusted."""
+    """A line other than the last one is not a JSON object, so the lines after it cannot be trusted."""
 
     def __init__(self, path: Path, number: int) -> None:
-        super().__init__(f"{path}, line {number}: the line is damaged")
+        super().__init__(f"{path}, line {number} is damaged: it is not a JSON object")
 
 
 class JsonlLog:
-    """A log file, which one process at a time appends to.
+    """A log file to which one process at a time appends.
 
     Args:
-        path: the file; it is created by the first record, in a directory that exists.
-        keep_open: open it now, and keep it so until `close`. Otherwise it is opened anew for each record: on a network
-            file system, closing is what makes a record seen elsewhere.
-        durable: each record survives a crash of the machine before `append` returns.
-        compact: no spaces between the parts of a line.
+        path: the file; the first record creates it, in a directory that exists.
+        keep_open: open the file now and keep it open until `close`. If False, the file is opened for each record: on
+            a network file system, only closing makes a record visible to other machines.
+        durable: `append` returns only after the record is synced to disk.
+        compact: write no spaces inside a line.
         allow_nan: write numbers that are not finite, as Python's `json` does.
     """
 
@@ -61,9 +61,11 @@ class JsonlLog:
         self._descriptor = self._open() if keep_open else None
 
     def append(self, record: Record) -> None:
-        """Hands a record to the operating system: from then on it survives a kill of this process.
+        """Writes a record, which then survives a kill of this process.
 
-        Raises OSError, and leaves no part of the line, when the disk is full; ValueError when JSON cannot hold it.
+        Raises:
+            OSError: the disk is full; no part of the line remains in the file.
+            ValueError: JSON cannot represent the record.
         """
         text = json.dumps(record, separators=self._separators, allow_nan=self._allow_nan)
         descriptor, before = self._open() if self._descriptor is None else self._descriptor, None
@@ -83,29 +85,37 @@ class JsonlLog:
             raise
 
     def entries(self, start: int = 0) -> Iterator[Entry]:
-        """The records behind a position, oldest first, up to a torn last line; none when there is no file.
+        """Iterates over the records after an offset, oldest first, up to a torn last line; a missing file has none.
 
         Args:
-            start: 0, or the `end` of an entry.
+            start: 0, or the `end` of an entry, in bytes.
+
+        Yields:
+            Each record with its end offset.
 
         Raises:
-            DamagedLineError: a line is no JSON object, and another one follows it.
+            DamagedLineError: a line is not a JSON object, and another line follows it.
         """
         with suppress(FileNotFoundError), self.path.open("rb") as file:
             end = file.seek(start)
             for line in file:
                 record = _record(line)
                 if record is None:
-                    if file.read(1):
+                    # Bytes after an incomplete line were written since: its writer is still writing.
+                    if line.endswith(b"\n") and file.read(1):
                         raise DamagedLineError(self.path, self._lines_before(end) + 1)
                     return
                 end += len(line)
                 yield Entry(record, end)
 
     def drop_torn_line(self) -> int:
-        """Cuts off a torn last line, as a writer must before it appends to what another has left.
+        """Truncates a torn last line; a writer must call this before it appends to the log of another process.
 
-        Returns the number of records. Raises DamagedLineError.
+        Returns:
+            The number of records.
+
+        Raises:
+            DamagedLineError: a line before the last one is damaged.
         """
         count = end = 0
         for entry in self.entries():
@@ -115,11 +125,11 @@ class JsonlLog:
         return count
 
     def sync(self) -> None:
-        """Makes all records survive a crash of the machine."""
+        """Flushes all records to disk. Raises OSError."""
         sync(self.path)
 
     def close(self) -> None:
-        """Ends the use of a log that is kept open: a later record fails, and lands in no other file."""
+        """Closes a log that is kept open; a later `append` raises OSError."""
         if self._descriptor is not None and self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -130,8 +140,8 @@ class JsonlLog:
     def _write(self, descriptor: int, line: bytes) -> None:
         written = os.write(descriptor, line)
         if written < len(line):
-            told = f"the disk is full: only {written} of {len(line)} bytes were written"
-            raise OSError(errno.ENOSPC, told, str(self.path))
+            message = f"the disk is full: only {written} of {len(line)} bytes were written"
+            raise OSError(errno.ENOSPC, message, str(self.path))
         if self._durable:
             os.fsync(descriptor)
 
@@ -141,7 +151,7 @@ class JsonlLog:
 
 
 def _record(line: bytes) -> Record | None:
-    """The object that a line holds, or None when it is no whole one."""
+    """The JSON object of a line, or None for an incomplete line or another value."""
     if not line.endswith(b"\n"):
         return None
     try:

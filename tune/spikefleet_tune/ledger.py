@@ -1,4 +1,4 @@
-"""The books of a running search: who runs, who has ended and how, told to the journal, the sampler and the observer."""
+"""The state of a running search: which trials run, and how others ended; kept in step with journal and sampler."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Counts:
-    """How far a search is."""
+    """Progress of a search: trials by status."""
 
     total: int | None
-    """Trials that it will have at its end; None when only hours or an exhausted space end it."""
+    """Trials of the whole search; None if only hours or an exhausted space end it."""
     finished: int = 0
     stopped: int = 0
     pruned: int = 0
@@ -31,12 +31,13 @@ class Counts:
 
     @property
     def done(self) -> int:
+        """Trials that have ended."""
         return self.finished + self.stopped + self.pruned + self.failed
 
 
 @dataclass(frozen=True)
 class TrialStart:
-    """A trial that begins, or begins again."""
+    """A trial that starts or restarts."""
 
     number: int
     name: str
@@ -46,44 +47,48 @@ class TrialStart:
 
 
 class SearchObserver(Protocol):
-    """Is told what happens, in the driver. What it raises is logged and stops nothing."""
+    """Callbacks of a search, called in the driver. Exceptions are logged; they do not stop the search."""
 
-    def on_trial_started(self, trial: TrialStart, counts: Counts) -> None: ...
+    def on_trial_started(self, trial: TrialStart, counts: Counts) -> None:
+        """A trial starts, restarts, or resumes with other values."""
 
-    def on_trial_reported(self, trial: TrialStart, metrics: Mapping[str, float]) -> None: ...
+    def on_trial_reported(self, trial: TrialStart, metrics: Mapping[str, float]) -> None:
+        """A trial reports the metrics of an epoch."""
 
     def on_trial_finished(self, record: TrialRecord, counts: Counts) -> None:
-        """Status finished or stopped."""
+        """A trial ended with status finished or stopped."""
 
-    def on_trial_pruned(self, record: TrialRecord, counts: Counts) -> None: ...
+    def on_trial_pruned(self, record: TrialRecord, counts: Counts) -> None:
+        """A trial ended with status pruned."""
 
-    def on_trial_failed(self, record: TrialRecord, counts: Counts) -> None: ...
+    def on_trial_failed(self, record: TrialRecord, counts: Counts) -> None:
+        """A trial ended with status failed."""
 
 
 class SilentObserver:
-    """Watches and says nothing. A base for observers that care for some of it."""
+    """Does nothing; a base for observers that implement some of the callbacks."""
 
     def on_trial_started(self, trial: TrialStart, counts: Counts) -> None:
-        return None
+        """Does nothing."""
 
     def on_trial_reported(self, trial: TrialStart, metrics: Mapping[str, float]) -> None:
-        return None
+        """Does nothing."""
 
     def on_trial_finished(self, record: TrialRecord, counts: Counts) -> None:
-        return None
+        """Does nothing."""
 
     def on_trial_pruned(self, record: TrialRecord, counts: Counts) -> None:
-        return None
+        """Does nothing."""
 
     def on_trial_failed(self, record: TrialRecord, counts: Counts) -> None:
-        return None
+        """Does nothing."""
 
 
 @dataclass
 class _Live:
     start: TrialStart
     since: float | None = None
-    """When its process began."""
+    """When its process started."""
     changes: list[Mapping[str, Any]] = field(default_factory=list)
     best: Mapping[str, float] | None = None
     epoch: float = 0.0
@@ -91,7 +96,10 @@ class _Live:
 
 
 class Ledger:
-    """One for each launch. Trials are known by their number; nothing is forgotten that the journal says."""
+    """Trials of one attempt by number, with those that ended in earlier attempts.
+
+    Every change is written to the journal, then reported to the sampler and the observer.
+    """
 
     def __init__(
         self, search: Search, folder: SearchFolder, past: Past, sampler: PointSampler, observer: SearchObserver
@@ -104,15 +112,17 @@ class Ledger:
         self.total: int | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Ray Tune pickles what a search hangs on, for a restoration that is never asked for; observers hold locks."""
+        """Ray Tune pickles the callbacks for a restoration that we never use; observers hold locks."""
         return {**self.__dict__, "_observer": SilentObserver()}
 
     @property
     def records(self) -> list[TrialRecord]:
+        """Trials that have ended, in the order of their numbers."""
         return [self.ended[number] for number in sorted(self.ended)]
 
     @property
     def counts(self) -> Counts:
+        """Trials by status."""
         statuses = [record.status for record in self.ended.values()]
         of: dict[Status, int] = {"finished": 0, "stopped": 0, "pruned": 0, "failed": 0}
         for status in statuses:
@@ -120,7 +130,7 @@ class Ledger:
         return Counts(self.total, **of, running=len(self.live))
 
     def begin(self, number: int, point: Mapping[str, Any], memory: Mapping[str, Any]) -> dict[str, Any]:
-        """Writes a trial down before it starts; returns its configuration for Ray Tune."""
+        """Journals a trial before it starts; returns its configuration for Ray Tune."""
         overrides = {**self._search.overrides, **point}
         self._attempts[number] = self._attempts.get(number, 0) + 1
         start = TrialStart(number, f"{self._folder.name}-{number:04d}", overrides, dict(point), self._attempts[number])
@@ -131,21 +141,21 @@ class Ledger:
         return {"number": number, "overrides": overrides, "point": dict(point)}
 
     def running(self, number: int, config: Mapping[str, Any]) -> None:
-        """A trial's process begins; or it begins again with what the scheduler has changed."""
+        """A trial's process started, or resumed with values that the scheduler changed."""
         live = self.live[number]
         live.since = live.since or time.monotonic()
         if config["point"] != live.start.point:
             before = {"point": dict(live.start.point), "until_epoch": live.epoch}
             live.changes.append(before)
-            live.best = None  # that was another point's
+            live.best = None  # it belongs to the earlier point
             live.start = replace(live.start, overrides=config["overrides"], point=config["point"])
             self._folder.append(
                 "changed", number=number, overrides=config["overrides"], point=config["point"], before=before
             )
-        self._tell("on_trial_started", live.start, self.counts)
+        self._notify("on_trial_started", live.start, self.counts)
 
     def reported(self, number: int, result: Mapping[str, Any]) -> None:
-        """A report of an epoch, or the last one, which says how the trial ended."""
+        """A trial reported an epoch, or, in its last report, how it ended."""
         live = self.live[number]
         if END in result:
             live.end = json.loads(result[END])
@@ -155,7 +165,7 @@ class Ledger:
         kept = metrics.pop(BEST, None)
         if self._decides(metrics, live.best) if kept is None else kept:
             live.best = metrics
-        self._tell("on_trial_reported", live.start, metrics)
+        self._notify("on_trial_reported", live.start, metrics)
 
     def _decides(self, metrics: Mapping[str, float], best: Mapping[str, float] | None) -> bool:
         """Whether an epoch is better than the best so far by the deciding metric."""
@@ -165,30 +175,31 @@ class Ledger:
         return metrics[metric] > best[metric] if mode == "max" else metrics[metric] < best[metric]
 
     def completed(self, number: int, stopped: bool) -> None:
-        """A trial has left Ray Tune without an error: by its own end, or stopped by the scheduler."""
+        """Ray Tune ended a trial without an error: the trial returned, or the scheduler `stopped` it."""
         live = self.live[number]
         if live.end is not None:
-            self._end(number, live.end["status"], live.end["figures"], live.end["reason"])
+            self._end(number, live.end["status"], live.end["metrics"], live.end["reason"])
         elif stopped:
-            self.cut_short(number, f"stopped by {self._search.scheduler.kind} after epoch {live.epoch:g}")
+            self.stop_early(number, f"stopped by {self._search.scheduler.kind} after epoch {live.epoch:g}")
 
-    def cut_short(self, number: int, reason: str) -> None:
-        """Ends a trial with its best reported epoch; one that has reported none stays unfinished."""
+    def stop_early(self, number: int, reason: str) -> None:
+        """Ends a trial with its best reported epoch; a trial without a report stays unfinished."""
         best = self.live[number].best
         if best is not None:
             self._end(number, "stopped", {key: value for key, value in best.items() if key != EPOCH}, reason)
 
-    def died(self, number: int, reason: str) -> None:
+    def failed(self, number: int, reason: str) -> None:
+        """A trial's process died, or Ray Tune reported an error."""
         self._end(number, "failed", {}, reason)
 
-    def _end(self, number: int, status: Status, figures: Mapping[str, float], reason: str) -> None:
+    def _end(self, number: int, status: Status, metrics: Mapping[str, float], reason: str) -> None:
         live = self.live.pop(number)
         record = TrialRecord(
             number=number,
             name=live.start.name,
             overrides=live.start.overrides,
             point=live.start.point,
-            figures=figures,
+            metrics=metrics,
             status=status,
             seconds=0.0 if live.since is None else round(time.monotonic() - live.since, 3),
             seed=self._search.seed,
@@ -200,10 +211,10 @@ class Ledger:
         self.ended[number] = record
         self._sampler.tell(number, record.values(self._search.objectives))
         to = {"pruned": "on_trial_pruned", "failed": "on_trial_failed"}.get(status, "on_trial_finished")
-        self._tell(to, record, self.counts)
+        self._notify(to, record, self.counts)
 
-    def _tell(self, method: str, *facts: Any) -> None:
+    def _notify(self, method: str, *arguments: Any) -> None:
         try:
-            getattr(self._observer, method)(*facts)
+            getattr(self._observer, method)(*arguments)
         except Exception:
-            log.exception("the observer's %s failed; the search goes on", method)
+            log.exception("%s of the observer failed; the search continues", method)

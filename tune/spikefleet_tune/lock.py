@@ -1,8 +1,8 @@
-"""A lock of one file, held by one part of one process on one machine.
+"""File locks, each held by one owner in one process.
 
-It is fcntl's lock (`lockf`), not flock's: a process that is forked, such as a data loader, inherits a lock of flock and
-would hold it on when its parent is killed. fcntl's has two traps, which the table of this process avoids: it never
-refuses the process that holds it, and closing any descriptor of the file drops it.
+They use `lockf`, not `flock`: a forked process, such as a data loader, inherits a `flock` lock and would keep it after
+its parent is killed. `lockf` has two pitfalls, which the process-wide table below avoids: it never refuses the process
+that holds the lock, and closing any descriptor of the file releases it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _Key = tuple[int, int]  # device and inode: one for all names of a file
 
 
 class LockedError(OSError):
-    """Somebody else holds the lock: `holder` names the process, `own` says whether it is this one."""
+    """The lock is held: `holder` names the process, `own` says whether it is this one."""
 
     def __init__(self, path: Path, holder: str, own: bool) -> None:
         super().__init__(f"{path} is locked by {holder}")
@@ -30,13 +30,13 @@ class LockedError(OSError):
 
 
 class Lock:
-    """A lock that is held until `release`, or to the end of a `with` block."""
+    """A held lock; released by `release`, or at the end of a `with` block."""
 
     def __init__(self, key: _Key, descriptor: int) -> None:
         self._key, self.descriptor = key, descriptor
 
     def release(self) -> None:
-        """Gives the lock back; does nothing the second time, and nothing in a forked child, which never held it."""
+        """Releases the lock. A second call does nothing, nor does a call in a forked child, which never held it."""
         with _guard:
             if _held.get(self._key) is self:
                 del _held[self._key]
@@ -51,18 +51,21 @@ class Lock:
 
 _guard = threading.Lock()
 _held: dict[_Key, Lock] = {}
-"""What this process holds. It is asked before a file is opened."""
+"""The locks of this process; checked before a lock file is opened."""
 
 
 def hold(path: Path, patience_s: float = 0.0) -> Lock:
-    """Takes the lock of a file, which is created where it is missing; the name of the process is written into it.
+    """Acquires the lock of a file and writes the name of this process into it.
 
     Args:
-        path: the lock file; its directory exists.
-        patience_s: how long to wait for another holder, in seconds.
+        path: the lock file, created if it is missing; its directory exists.
+        patience_s: seconds to wait for another holder.
+
+    Returns:
+        The held lock.
 
     Raises:
-        LockedError: another process, or another part of this one, holds the lock after `patience_s`.
+        LockedError: another process, or another owner in this one, still holds the lock after `patience_s`.
         OSError: the file cannot be created or locked.
     """
     give_up = time.monotonic() + patience_s
@@ -78,7 +81,7 @@ def hold(path: Path, patience_s: float = 0.0) -> Lock:
 
 
 def _attempt(path: Path) -> Lock:
-    """Takes the lock now. No descriptor is left open by a refusal: closing it later would drop a lock taken since."""
+    """Acquires the lock now. A refusal closes its descriptor: closing it later would release a lock taken since."""
     if path.exists() and _key(path.stat()) in _held:
         raise LockedError(path, f"process {os.getpid()}, this one", own=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -103,7 +106,7 @@ def _key(status: os.stat_result) -> _Key:
 
 
 def _forget_in_child() -> None:
-    """A forked child holds none of its parent's locks. Their descriptors go now, when closing them drops nothing."""
+    """A forked child holds none of its parent's locks; closing their descriptors now releases nothing."""
     global _guard
     _guard = threading.Lock()  # another thread of the parent may have held it
     for lock in _held.values():

@@ -1,4 +1,4 @@
-"""One launch of a search on Ray Tune: where its trials come from, how their fate is heard of, and when it ends."""
+"""One attempt of a search on Ray Tune: its search algorithm, its callback and its stopper."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from spikefleet_tune.ledger import Ledger
 from spikefleet_tune.samplers import PointSampler
 from spikefleet_tune.schedulers import Scheduler
 from spikefleet_tune.search_file import Search
-from spikefleet_tune.trials import Trainable, in_words, tune_function
+from spikefleet_tune.trials import Trainable, describe_error, tune_function
 
 SCRATCH = "ray_tune"
-"""Ray Tune's own files in the search's directory; no launch reads those of another."""
+"""Ray Tune's own files in the search's directory; no attempt reads those of another."""
 
 _CAPACITY_EVERY = 2.0
 
 
 def total_trials(search: Search, past: Past) -> int | None:
-    """Trials that the search has at its end, if a number of trials ends it."""
+    """Trials of the whole search, extensions included; None if no number of trials ends it."""
     return None if search.budget.trials is None else search.budget.trials + past.extended
 
 
 class TrialSource(SearchAlgorithm):
-    """Gives Ray Tune its trials: first those that were running when the last launch ended, then new proposals.
+    """The search algorithm of Ray Tune: first the unfinished trials of the last attempt, then new suggestions.
 
-    Never more at a time than have places for all their workers.
+    It starts no more trials at a time than fit into the cluster with all their workers.
     """
 
     def __init__(self, search: Search, past: Past, sampler: PointSampler, ledger: Ledger, clock: Clock) -> None:
@@ -53,7 +53,7 @@ class TrialSource(SearchAlgorithm):
         self.interrupted = False
 
     def _foreseen(self, past: Past) -> int | None:
-        """Trials that there will have been, if that is known."""
+        """Trials of the whole search, if that is known."""
         left = self._sampler.left
         listed = None if left is None else len(past.started) + left
         return min((number for number in (self._total, listed) if number is not None), default=None)
@@ -65,18 +65,22 @@ class TrialSource(SearchAlgorithm):
 
     @property
     def total_samples(self) -> int:
+        """For Ray Tune's console; 0 if the number is not known."""
         return self._total or 0
 
     @property
     def out_of_time(self) -> bool:
+        """Whether the hours of the budget are used up."""
         hours = self._search.budget.hours
         return hours is not None and self._clock.seconds >= hours * 3600
 
     def add_configurations(self, experiments: Any) -> None:
+        """Takes the experiment of Ray Tune whose specification all trials share."""
         (experiment,) = experiments if isinstance(experiments, list) else [experiments]
         self._spec = experiment.spec
 
     def is_finished(self) -> bool:
+        """Whether no trial is left to start."""
         if self._finished or self.interrupted or self.out_of_time:
             return True
         if self._again:
@@ -84,8 +88,8 @@ class TrialSource(SearchAlgorithm):
         return (self._total is not None and self._next >= self._total) or self._sampler.exhausted
 
     def next_trial(self) -> Any:
-        """The next trial, or None when there is no place for one, or none is left."""
-        if self.is_finished() or not self._has_place():
+        """The next trial; None if none fits now, or none is left."""
+        if self.is_finished() or not self._fits():
             return None
         if self._again:
             number, line = self._again.pop(0)
@@ -96,9 +100,9 @@ class TrialSource(SearchAlgorithm):
         self._next += 1
         return self._trial(proposal.number, proposal.point, proposal.memory)
 
-    def _has_place(self) -> bool:
+    def _fits(self) -> bool:
         if self._search.scheduler.kind == "pbt":
-            return True  # Ray Tune pauses some of the population for others
+            return True  # Ray Tune time-shares the population
         if time.monotonic() - self._capacity_since >= _CAPACITY_EVERY:
             self._capacity = trials_at_once(self._search.resources, nodes_of_cluster())
             self._capacity_since = time.monotonic()
@@ -118,7 +122,17 @@ def run_on_tune(
     ledger: Ledger,
     clock: Clock,
 ) -> None:
-    """One launch, up to the end of the budget or an interruption."""
+    """Runs one attempt, until the budget ends or the user interrupts it.
+
+    Args:
+        search: the search.
+        trainable: runs one trial in its own process.
+        folder: the search's directory.
+        scheduler: the scheduler of the search.
+        source: suggests the trials; its `interrupted` says whether the attempt ended by Ctrl-C.
+        ledger: records what happens to the trials.
+        clock: measures the hours of the budget.
+    """
 
     class Bookkeeper(tune.Callback):
         def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -134,9 +148,9 @@ def run_on_tune(
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             error = trial.get_error()
-            ledger.died(int(trial.trial_id), "its process died" if error is None else in_words(error))
+            ledger.failed(int(trial.trial_id), "its process died" if error is None else describe_error(error))
 
-    class Enough(Stopper):
+    class BudgetStopper(Stopper):
         def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
             return False
 
@@ -160,7 +174,7 @@ def run_on_tune(
             run_config=tune.RunConfig(
                 name=SCRATCH,
                 storage_path=str(folder.path),
-                stop=Enough(),
+                stop=BudgetStopper(),
                 callbacks=[Bookkeeper()],
                 failure_config=tune.FailureConfig(max_failures=search.resources.retries),
                 verbose=0,
@@ -168,22 +182,22 @@ def run_on_tune(
         ).fit()
     if source.out_of_time and not source.interrupted:
         for number in list(ledger.live):
-            ledger.cut_short(number, f"the budget of {search.budget.hours:g} hours was used up")
+            ledger.stop_early(number, f"the budget of {search.budget.hours:g} hours is used up")
 
 
 @contextmanager
 def _tune_environment(population: int | None) -> Iterator[None]:
-    """What Ray Tune reads from the environment of its driver, for as long as it runs."""
-    wanted = {
-        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # the last report carries an end, no metrics
+    """Sets the environment variables that Ray Tune's driver reads, and restores them at the end."""
+    settings = {
+        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # the last report has a status, no metrics
         "TUNE_DISABLE_SIGINT_HANDLER": "1",
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
         "TUNE_FORCE_TRIAL_CLEANUP_S": "10",
         "RAY_AIR_NEW_OUTPUT": "0",  # the new console prints a box at any verbosity
         **({"TUNE_MAX_PENDING_TRIALS_PG": str(population)} if population else {}),
     }
-    before = {key: os.environ.get(key) for key in wanted}
-    os.environ.update(wanted)
+    before = {key: os.environ.get(key) for key in settings}
+    os.environ.update(settings)
     try:
         yield
     finally:
@@ -196,7 +210,7 @@ def _tune_environment(population: int | None) -> Iterator[None]:
 
 @contextmanager
 def _interruptible(source: TrialSource) -> Iterator[None]:
-    """The first Ctrl-C lets Ray Tune stop its trials; a second one falls to whoever handled it before."""
+    """The first Ctrl-C lets Ray Tune stop its trials; a second one calls the earlier handler."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,7 +1,7 @@
-"""Non-dominated trials, hypervolume and knee, for any mixture of objectives to maximise and to minimise.
+"""Pareto front, hypervolume and knee, for objectives of which each is maximised or minimised.
 
-Rows are trials, columns are objectives. Everything works on gains: the value where more is better, its negative where
-less is better.
+Rows are trials, columns are objectives. All computations use gains: the value of an objective to maximise, the negative
+value of one to minimise.
 """
 
 from __future__ import annotations
@@ -12,42 +12,67 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from spikefleet_tune.messages import counted
+
 Direction = Literal["max", "min"]
 Rows = Sequence[Sequence[float]]
 Gains = NDArray[np.float64]
 
 MARGIN = 0.1
-"""The reference point lies this part of each objective's range beyond its worst value."""
+"""Distance of the reference point from the worst value of each objective, as a fraction of the objective's range."""
 
 
 def front(rows: Rows, directions: Sequence[Direction]) -> list[int]:
-    """Positions, in order, of the rows that no other dominates.
+    """The Pareto front.
 
-    A row dominates another when it is at least as good in every objective and better in one; hence of equal rows all
-    are kept, or none. Raises ValueError when a row has another number of values, or one that is not finite.
+    A row dominates another if it is at least as good in every objective and better in one; of equal rows, all are on
+    the front or none.
+
+    Args:
+        rows: `[N][M]`, values of N trials for M objectives.
+        directions: `max` or `min` for each objective.
+
+    Returns:
+        Positions of the rows that no other row dominates, ascending.
+
+    Raises:
+        ValueError: a row has another number of values, or a value that is not finite.
     """
     gains = _gains(rows, directions)
     return [i for i, gain in enumerate(gains) if not ((gains >= gain).all(axis=1) & (gains > gain).any(axis=1)).any()]
 
 
 def reference_point(rows: Rows, directions: Sequence[Direction]) -> list[float]:
-    """The worst value of each objective, and a tenth of its range (or of 1 where all are equal) beyond.
+    """The reference point of the hypervolume.
 
-    Raises ValueError when there are no rows.
+    Args:
+        rows: `[N][M]`, values of N trials for M objectives.
+        directions: `max` or `min` for each objective.
+
+    Returns:
+        For each objective its worst value, made worse by a tenth of its range (by 0.1 if all values are equal).
+
+    Raises:
+        ValueError: there are no rows.
     """
     gains = _gains(rows, directions)
     if not len(gains):
-        raise ValueError("without rows there is no reference point")
+        raise ValueError("a reference point needs at least one row")
     worst, spread = gains.min(axis=0), np.ptp(gains, axis=0)
     beyond = worst - MARGIN * np.where(spread > 0, spread, 1.0)
     return [float(value) for value in beyond * _signs(directions)]
 
 
 def hypervolume(rows: Rows, directions: Sequence[Direction], reference: Sequence[float]) -> float:
-    """Volume of what the rows dominate, down to the reference point: exact, for any number of objectives.
+    """The exact volume that the rows dominate, bounded by the reference point, for any number of objectives.
 
-    Rows that are no better than the reference in some objective add nothing. Its time grows with the number of front
-    rows to the power of the number of objectives less one: milliseconds for hundreds of rows and three objectives.
+    Rows that are not better than the reference in every objective add nothing. The time is O(N^(M - 1)) in the size N
+    of the front: milliseconds for hundreds of rows and three objectives.
+
+    Args:
+        rows: `[N][M]`, values of N trials for M objectives.
+        directions: `max` or `min` for each objective.
+        reference: the reference point `[M]`.
     """
     gains = _gains(rows, directions) - np.asarray(reference, dtype=float) * _signs(directions)
     return _volume(gains[(gains > 0).all(axis=1)])
@@ -56,9 +81,12 @@ def hypervolume(rows: Rows, directions: Sequence[Direction], reference: Sequence
 def hypervolume_curve(
     rows: Sequence[Sequence[float] | None], directions: Sequence[Direction], reference: Sequence[float] | None = None
 ) -> list[float]:
-    """Hypervolume after each trial; None is a trial without values, after which the curve stays level.
+    """The hypervolume after each trial; it never decreases.
 
-    The reference point is that of all rows unless given, so that the curve never falls.
+    Args:
+        rows: values of each trial, in order; None for a trial without values, which adds nothing.
+        directions: `max` or `min` for each objective.
+        reference: the reference point `[M]`; by default that of all rows.
     """
     known = [row for row in rows if row is not None]
     if not known:
@@ -75,11 +103,17 @@ def hypervolume_curve(
 
 
 def knee(rows: Rows, directions: Sequence[Direction]) -> int | None:
-    """Position of the front row where giving up a little of one objective stops buying much of the others.
+    """The knee of the front: the row farthest above the plane through the best point of each objective.
 
-    Each objective is scaled to 0..1 over the front. The knee lies farthest above the plane through the corners that
-    are best in one objective and worst in all others: with two objectives, the line between the front's two ends.
-    Of equals it is the first; with one objective it is the best row; None when there are no rows.
+    Each objective is scaled to [0, 1] over the front. The plane passes through the corners that are best in one
+    objective and worst in all others; with two objectives it is the line between the ends of the front.
+
+    Args:
+        rows: `[N][M]`, values of N trials for M objectives.
+        directions: `max` or `min` for each objective.
+
+    Returns:
+        The position of the row, of equal ones the first; with one objective that of the best row; None without rows.
     """
     gains = _gains(rows, directions)
     if not len(gains):
@@ -93,7 +127,7 @@ def knee(rows: Rows, directions: Sequence[Direction]) -> int | None:
 
 
 def _volume(gains: Gains) -> float:
-    """Volume of the union of the boxes from the origin to each row: slices along the last objective."""
+    """Volume of the union of the boxes from the origin to each row, by slices along the last objective."""
     if not len(gains):
         return 0.0
     if gains.shape[1] == 1:
@@ -113,14 +147,14 @@ def _volume(gains: Gains) -> float:
 
 def _signs(directions: Sequence[Direction]) -> Gains:
     if unknown := [one for one in directions if one not in ("max", "min")]:
-        raise ValueError(f"direction {unknown[0]!r} is neither max nor min")
+        raise ValueError(f"direction {unknown[0]!r} must be max or min")
     return np.array([1.0 if one == "max" else -1.0 for one in directions])
 
 
 def _gains(rows: Rows, directions: Sequence[Direction]) -> Gains:
     for i, row in enumerate(rows):
         if len(row) != len(directions):
-            raise ValueError(f"row {i} has {len(row)} values for {len(directions)} objectives")
+            raise ValueError(f"row {i}: expected {counted(len(directions), 'value')}, found {len(row)}")
     table = np.array([list(row) for row in rows], dtype=float).reshape(len(rows), len(directions))
     if not np.isfinite(table).all():
         raise ValueError(f"row {int(np.argmin(np.isfinite(table).all(axis=1)))} has a value that is not finite")

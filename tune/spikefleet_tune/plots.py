@@ -1,6 +1,6 @@
-"""Plots of a search as PNG: the front, hypervolume over trials, and parallel coordinates.
+"""Plots of a search as PNG: the Pareto front, the hypervolume over trials, and parallel coordinates.
 
-Not Optuna's: the README says why, under "Findings".
+The README says under "Findings" why they are not Optuna's.
 """
 
 from __future__ import annotations
@@ -24,14 +24,21 @@ _MOST_TICKS = 12
 
 
 def front_of_two(result: SearchResult) -> bytes:
-    """First objective over the second: dominated trials grey, the front as a line of steps, the knee marked."""
+    """Plots the first objective over the second: dominated trials in grey, the front as steps, the knee circled.
+
+    Args:
+        result: has at least two objectives.
+
+    Returns:
+        A PNG.
+    """
     (y, y_way), (x, x_way) = list(result.search.objectives.items())[:2]
     figure, axes = _canvas(7, 5)
     front, knee = result.front, result.knee
     on_front = {record.number for record in front}
     behind = [record for record in result.comparable if record.number not in on_front]
     axes.scatter(_column(behind, x), _column(behind, y), color="0.75", s=24, label=f"dominated ({len(behind)})")
-    line = sorted(front, key=lambda one: (one.figures[x], one.figures[y]))
+    line = sorted(front, key=lambda one: (one.metrics[x], one.metrics[y]))
     if len(result.search.objectives) == 2:
         # What can be had at a price is the best up to there.
         where = "post" if x_way == "min" else "pre"
@@ -39,8 +46,8 @@ def front_of_two(result: SearchResult) -> bytes:
     axes.scatter(_column(line, x), _column(line, y), color="tab:blue", s=36, zorder=3, label=f"front ({len(line)})")
     if knee is not None:
         axes.scatter(
-            [knee.figures[x]],
-            [knee.figures[y]],
+            [knee.metrics[x]],
+            [knee.metrics[y]],
             s=180,
             facecolors="none",
             edgecolors="tab:red",
@@ -48,7 +55,7 @@ def front_of_two(result: SearchResult) -> bytes:
             label="knee",
         )
     for record in line:
-        spot = (record.figures[x], record.figures[y])
+        spot = (record.metrics[x], record.metrics[y])
         axes.annotate(f"{record.number}", spot, textcoords="offset points", xytext=(5, 5), fontsize=7)
     axes.set_xlabel(_title(x, x_way))
     axes.set_ylabel(_title(y, y_way))
@@ -58,7 +65,7 @@ def front_of_two(result: SearchResult) -> bytes:
 
 
 def hypervolume_over_trials(result: SearchResult) -> bytes:
-    """The part of the final hypervolume that each further trial has reached."""
+    """Plots the hypervolume after each trial, as a fraction of the final one. Returns a PNG."""
     figure, axes = _canvas(7, 3.5)
     curve = result.hypervolume_curve
     whole = curve[-1] if curve and curve[-1] > 0 else 1.0
@@ -72,14 +79,14 @@ def hypervolume_over_trials(result: SearchResult) -> bytes:
 
 
 def parallel_coordinates(result: SearchResult) -> bytes:
-    """One line for each trial with values, over keys and objectives, coloured by the first objective."""
+    """Plots a line for each trial with values, over keys and objectives, coloured by the first objective: a PNG."""
     trials = result.comparable
     keys = list(result.search.space) or sorted({key for record in trials for key in record.point})
     objectives = list(result.search.objectives)
     columns = [_scaled([record.point.get(key) for record in trials]) for key in keys]
-    columns += [_scaled([record.figures[name] for record in trials]) for name in objectives]
+    columns += [_scaled([record.metrics[name] for record in trials]) for name in objectives]
     figure, axes = _canvas(max(6.0, 1.6 * len(columns)), 4.5)
-    first = [record.figures[objectives[0]] for record in trials]
+    first = [record.metrics[objectives[0]] for record in trials]
     norm, colours = (
         Normalize(min(first), max(first) if max(first) > min(first) else min(first) + 1),
         colormaps["viridis"],
@@ -122,11 +129,11 @@ def _title(name: str, direction: str) -> str:
 
 
 def _column(records: Sequence[TrialRecord], name: str) -> list[float]:
-    return [record.figures[name] for record in records]
+    return [record.metrics[name] for record in records]
 
 
 def _scaled(values: Sequence[Any]) -> tuple[list[float], list[tuple[float, str]]]:
-    """Heights of 0 to 1 with tick texts: numbers to scale, anything else in even steps; what is absent lies below."""
+    """Heights in [0, 1] with tick labels: numbers to scale, other values in even steps, absent ones below 0."""
     present = [value for value in values if value is not None]
     numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in present)
     known: list[Any] = sorted(set(present)) if numbers else sorted({label(value) for value in present})

@@ -16,17 +16,22 @@ from rich.table import Table
 from spikefleet_tune import plots
 from spikefleet_tune.atomic import write_atomically
 from spikefleet_tune.journal import TrialRecord
+from spikefleet_tune.messages import counted
 from spikefleet_tune.result import SearchResult
 from spikefleet_tune.samplers import study_of
 from spikefleet_tune.space import label
 
 FEWEST_FOR_IMPORTANCE = 8
+"""Trials with values that parameter importance needs."""
 
 
 def write_report(result: SearchResult, folder: Path) -> list[Path]:
-    """Writes results.json, results.csv and the plots, each one whole or not at all. Returns their paths.
+    """Writes results.json, results.csv and the plots, each atomically.
 
-    Plots that cannot be drawn yet (no trial with values, no second objective) are left out.
+    Plots that cannot be drawn (no trial with values, no second objective) are left out.
+
+    Returns:
+        The paths of the files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     content: dict[str, str | bytes] = {
@@ -44,7 +49,7 @@ def write_report(result: SearchResult, folder: Path) -> list[Path]:
 
 
 def summary(result: SearchResult) -> dict[str, Any]:
-    """All that a search has found, as plain data."""
+    """The whole result as plain data, the content of results.json."""
     front, knee = result.front, result.knee
     counts = dict.fromkeys(("finished", "stopped", "pruned", "failed"), 0)
     for record in result.records:
@@ -66,13 +71,17 @@ def summary(result: SearchResult) -> dict[str, Any]:
 
 
 def pareto_rows(result: SearchResult) -> list[dict[str, Any]]:
-    """The front, best in the first objective first: name, chosen values, objectives, and whether it is the knee."""
+    """The front, best in the first objective first.
+
+    Returns:
+        For each trial: `trial` (its name), its point and its objectives by key, `status`, and `knee` (a bool).
+    """
     knee = result.knee
     return [
         {
             "trial": record.name,
             **dict(record.point),
-            **{name: record.figures[name] for name in result.search.objectives},
+            **{name: record.metrics[name] for name in result.search.objectives},
             "status": record.status,
             "knee": knee is not None and record.number == knee.number,
         }
@@ -81,8 +90,8 @@ def pareto_rows(result: SearchResult) -> list[dict[str, Any]]:
 
 
 def pareto_table(result: SearchResult) -> Table:
-    """The front for a terminal; the knee is marked."""
-    table = Table(title=f"{result.name}: {len(result.front)} of {len(result.records)} trials are on the front")
+    """The front as a table for a terminal, with the knee marked."""
+    table = Table(title=f"{result.name}: {len(result.front)} of {counted(len(result.records), 'trial')} on the front")
     keys = [key for key in result.search.space if any(key in record.point for record in result.front)]
     keys = keys or sorted({key for record in result.front for key in record.point})
     table.add_column("trial", no_wrap=True)
@@ -103,27 +112,30 @@ def pareto_table(result: SearchResult) -> Table:
 
 
 def _shortest(key: str, keys: Sequence[str]) -> str:
-    """The end of a key, as much of it as tells it from the others."""
+    """The shortest suffix of a key that no other key has."""
     parts = key.split(".")
     ends = (".".join(parts[-length:]) for length in range(1, len(parts)))
     return next((end for end in ends if sum(f".{other}".endswith(f".{end}") for other in keys) == 1), key)
 
 
 def importance(result: SearchResult) -> dict[str, dict[str, float] | str]:
-    """For each objective, the share of its variance that each key explains (fANOVA), largest first.
+    """The share of each objective's variance that each key explains (fANOVA), largest first.
 
-    Only keys that every trial has are weighed. A sentence stands instead where there are fewer than eight trials with
-    values, where the objective does not vary, or where no two trials differ in such a key.
+    Only keys that every trial has are evaluated.
+
+    Returns:
+        By objective, the shares by key; or the reason why there are none: fewer than eight trials with values, an
+        objective that does not vary, or no key that varies.
     """
     trials = result.comparable
     found: dict[str, dict[str, float] | str] = {}
     for position, name in enumerate(result.search.objectives):
         if len(trials) < FEWEST_FOR_IMPORTANCE:
-            found[name] = f"needs {FEWEST_FOR_IMPORTANCE} trials with values, and there are {len(trials)}"
-        elif len({record.figures[name] for record in trials}) == 1:
+            found[name] = f"needs {FEWEST_FOR_IMPORTANCE} trials with values, found {len(trials)}"
+        elif len({record.metrics[name] for record in trials}) == 1:
             found[name] = "all trials have the same value"
         else:
-            found[name] = _importance(result, position) or "no key that all trials have differs between them"
+            found[name] = _importance(result, position) or "no key that all trials have varies"
     return found
 
 
@@ -151,23 +163,23 @@ def _row(record: TrialRecord) -> dict[str, Any]:
         "seed": record.seed,
         "epoch": record.epoch,
         "overrides": dict(record.overrides),
-        "figures": dict(record.figures),
+        "figures": dict(record.metrics),  # the key of results.json since the first release
         "changes": list(record.changes),
     }
 
 
 def _as_csv(result: SearchResult) -> str:
     keys = sorted({key for record in result.records for key in record.overrides})
-    figures = sorted({key for record in result.records for key in record.figures})
+    metrics = sorted({key for record in result.records for key in record.metrics})
     front = {record.number for record in result.front}
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["trial", "status", "on_front", *keys, *figures, "seconds", "seed", "epoch", "reason"])
+    writer.writerow(["trial", "status", "on_front", *keys, *metrics, "seconds", "seed", "epoch", "reason"])
     for record in result.records:
         writer.writerow(
             [record.name, record.status, int(record.number in front)]
             + [_plain(record.overrides[key]) if key in record.overrides else "" for key in keys]
-            + [record.figures.get(key, "") for key in figures]
+            + [record.metrics.get(key, "") for key in metrics]
             + [record.seconds, record.seed, "" if record.epoch is None else record.epoch, _unformulated(record.reason)]
         )
     return out.getvalue()
@@ -180,5 +192,5 @@ def _plain(value: Any) -> str:
 
 
 def _unformulated(text: str) -> str:
-    """Text that no spreadsheet takes for a formula."""
+    """Text that no spreadsheet evaluates as a formula."""
     return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text

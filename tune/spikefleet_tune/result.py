@@ -1,4 +1,4 @@
-"""What a search has found: its trials, their front, knee and hypervolume."""
+"""The result of a search: its trials, their Pareto front, knee and hypervolume."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from spikefleet_tune.search_file import Search
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search has found so far."""
+    """The trials of a search that have ended so far."""
 
     name: str
     folder: Path
@@ -20,35 +20,36 @@ class SearchResult:
     records: tuple[TrialRecord, ...]
     seconds: float
     complete: bool
-    """False when hours were used up before the trials, or when it was read in the middle."""
+    """False if the hours ended before the trials did, or if trials are still unfinished."""
 
     @property
     def comparable(self) -> list[TrialRecord]:
-        """Trials that have a value for each objective."""
+        """Trials with a value for each objective."""
         return [record for record in self.records if record.values(self.search.objectives) is not None]
 
     @property
     def front(self) -> list[TrialRecord]:
-        """The trials that no other dominates, best in the first objective first."""
+        """The trials that no other trial dominates, best in the first objective first."""
         trials, rows = self.comparable, self._rows()
         members = [trials[i] for i in pareto.front(rows, self.search.directions)]
         first, direction = next(iter(self.search.objectives.items()))
-        return sorted(members, key=lambda one: one.figures[first] * (-1 if direction == "max" else 1))
+        return sorted(members, key=lambda one: one.metrics[first] * (-1 if direction == "max" else 1))
 
     @property
     def knee(self) -> TrialRecord | None:
-        """The front's knee; None when no trial has values."""
+        """The knee of the front; None if no trial has values."""
         position = pareto.knee(self._rows(), self.search.directions)
         return None if position is None else self.comparable[position]
 
     @property
     def hypervolume_curve(self) -> list[float]:
-        """Hypervolume after each trial, in the order of their numbers, below the reference point of all of them."""
+        """The hypervolume after each trial, in the order of their numbers, with one reference point for all."""
         rows = [record.values(self.search.objectives) for record in self.records]
         return pareto.hypervolume_curve(rows, self.search.directions)
 
     @property
     def reference(self) -> list[float] | None:
+        """The reference point of the hypervolume; None if no trial has values."""
         rows = self._rows()
         return pareto.reference_point(rows, self.search.directions) if rows else None
 

@@ -1,7 +1,7 @@
-"""Asking for points and telling what came of them: a thin layer over Optuna's samplers.
+"""Ask and tell: a thin layer over Optuna's samplers.
 
-Each proposal is a pure function of the search's seed, its own number and what was told before, so that a search that
-was killed resumes as if it had not been: `replay` the recorded trials in the order of their numbers, and ask on.
+Each suggestion is a pure function of the search's seed, its own number and the results reported before, so a killed
+search resumes exactly: `replay` the journaled trials in their order, then ask for the next.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _RANDOM_TRIES = 2000
 
 @dataclass(frozen=True)
 class Proposal:
-    """A point to try, and what the sampler must be handed back to remember it by."""
+    """A point to try; `memory` is what the sampler needs to replay it."""
 
     number: int
     point: Point
@@ -37,9 +37,11 @@ class Proposal:
 
 
 class PointSampler:
-    """Proposes points that keep the constraints, each one once, until there are none left.
+    """Suggests points that satisfy the constraints, each once, until none is left.
 
-    `queued` are points (or parts of points) to propose first, after the search's own.
+    Args:
+        search: the search.
+        queued: points, or parts of points, to suggest after the search's own `points` and before all others.
     """
 
     def __init__(self, search: Search, queued: Sequence[Mapping[str, Any]] = ()) -> None:
@@ -52,15 +54,19 @@ class PointSampler:
         self._queue = [self._completed(part, i) for i, part in enumerate((*search.points, *queued))]
         self._listed = [] if search.sampler.kind == "listed" else self._space.listed()
         if search.sampler.kind == "grid":
-            assert self._listed is not None, "a grid was checked to be finite"
+            assert self._listed is not None, "the search file checks that a grid is finite"
             random.Random(search.seed).shuffle(self._listed)
         self._tried: set[str] = set()
         self._study_number: dict[int, int] = {}
 
     def ask(self, number: int) -> Proposal | None:
-        """The proposal with this number, or None when every point of the space has been proposed.
+        """Suggests the point with this number.
 
-        Raises SearchError when no point that keeps the constraints could be found.
+        Returns:
+            The suggestion; None if every point of the space was suggested.
+
+        Raises:
+            SearchError: no new point satisfies the constraints.
         """
         for point in self._queue:
             if signature(point) not in self._tried:
@@ -74,43 +80,48 @@ class PointSampler:
         return self._suggested(number)
 
     def replay(self, number: int, point: Mapping[str, Any], memory: Mapping[str, Any] | None = None) -> None:
-        """Takes up a point that was proposed in an earlier launch."""
+        """Replays a point that an earlier attempt suggested, with the `memory` of its proposal."""
         self._enter(number, dict(point), memory or {})
 
     def tell(self, number: int, values: Sequence[float] | None) -> None:
-        """What came of a proposal: the objectives in order, or None when it failed, was pruned or stopped without."""
+        """Reports the result of a suggestion.
+
+        Args:
+            number: of the suggestion.
+            values: the objectives in order; None for a trial that failed, was pruned, or was stopped without them.
+        """
         state = TrialState.COMPLETE if values is not None else TrialState.FAIL
         if values is None and len(self._directions) == 1:
-            state = TrialState.PRUNED  # which tpe takes for worse than everything else
+            state = TrialState.PRUNED  # TPE ranks pruned trials last
         self._study.tell(self._study_number[number], values=values, state=state)
 
     def add_warm_start(self, point: Mapping[str, Any], values: Sequence[float]) -> None:
-        """Figures of a point that this search has not tried itself; it may still be proposed."""
+        """Reports the objectives, in order, of a point from another search; the point may still be suggested."""
         self._study.add_trial(self._frozen(point, {}, TrialState.COMPLETE, values))
 
     @property
     def exhausted(self) -> bool:
-        """Whether nothing is left to propose."""
+        """Whether no point is left to suggest."""
         if any(signature(point) not in self._tried for point in self._queue):
             return False
         return self._listed is not None and all(signature(point) in self._tried for point in self._listed)
 
     @property
     def left(self) -> int | None:
-        """Points still to propose of a grid or a list; None for samplers that choose."""
+        """Points that a grid or a list has left; None for other samplers."""
         if self._config.kind not in ("grid", "listed"):
             return None
         every = {signature(point) for point in (*self._queue, *(self._listed or ()))}
         return len(every - self._tried)
 
-    # ------------------------------------------------------------------------------------------ proposals
+    # ---------------------------------------------------------------------------------------- suggestions
 
     def _suggested(self, number: int) -> Proposal:
-        """Asks the model a few times, then chance: a model of few points may repeat itself for ever."""
+        """Asks the model a few times, then draws at random: a model of few points may repeat itself endlessly."""
         for attempt in range(_MODEL_TRIES):
             self._study.sampler = _sampler(self._config, self._derived_seed(number, str(attempt)))
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of Optuna: that this or that is experimental
+                warnings.simplefilter("ignore")  # Optuna warns of experimental features
                 trial = self._study.ask()
                 point = self._suggest(trial)
             if self._fits(point):
@@ -124,8 +135,8 @@ class PointSampler:
             if self._fits(point := self._space.draw(rng)):
                 return self._enter(number, point)
         raise SearchError(
-            f"no new point that keeps the constraints was found in {_RANDOM_TRIES} draws; "
-            "widen the space or loosen a constraint"
+            f"{_RANDOM_TRIES} random draws found no new point that satisfies the constraints; "
+            "widen the space or relax a constraint"
         )
 
     def _suggest(self, trial: optuna.Trial) -> Point:
@@ -140,14 +151,14 @@ class PointSampler:
         return signature(point) not in self._tried and self._space.keeps_constraints(point)
 
     def _completed(self, part: Mapping[str, Any], position: int) -> Point:
-        """A part of a point, filled up by chance so that it keeps the constraints."""
+        """A part of a point, completed at random so that it satisfies the constraints."""
         if self._config.kind == "listed":
             return dict(part)
         rng = random.Random(self._derived_seed(position, "queue"))
         for _ in range(_RANDOM_TRIES):
             if self._space.keeps_constraints(point := self._space.draw(rng, part)):
                 return point
-        raise SearchError(f"no point with {dict(part)} that keeps the constraints was found")
+        raise SearchError(f"no point with {dict(part)} satisfies the constraints; change that point or a constraint")
 
     def _derived_seed(self, number: int, use: str) -> int:
         return int.from_bytes(hashlib.sha256(f"{self._seed}/{number}/{use}".encode()).digest()[:4], "big")
@@ -155,7 +166,7 @@ class PointSampler:
     # --------------------------------------------------------------------------------------------- memory
 
     def _enter(self, number: int, point: Point, memory: Mapping[str, Any] | None = None) -> Proposal:
-        """Takes a point that the model did not propose into its memory."""
+        """Adds a point that the model did not suggest to its study."""
         self._study.add_trial(self._frozen(point, memory or {}, TrialState.RUNNING, None))
         self._note(number, point, len(self._study.trials) - 1)
         return Proposal(number, point, dict(memory or {}))
@@ -180,7 +191,7 @@ class PointSampler:
 
 
 def _distribution(dimension: Dimension) -> BaseDistribution:
-    """Choices travel as JSON text: Optuna takes no lists, and holds 1 and true for equal."""
+    """Choices become JSON text: Optuna accepts no lists, and takes 1 and true as equal."""
     if dimension.choice is not None:
         return CategoricalDistribution([label(value) for value in dimension.choice])
     low, high = dimension.ends
@@ -190,7 +201,7 @@ def _distribution(dimension: Dimension) -> BaseDistribution:
 
 
 def _sampler(config: SamplerConfig, seed: int) -> BaseSampler:
-    """A sampler without a past: what it needs to know is in the study."""
+    """A fresh sampler: its whole state is in the study."""
     match config.kind:
         case "tpe":
             return TPESampler(seed=seed, n_startup_trials=config.startup, constant_liar=True)
@@ -203,7 +214,7 @@ def _sampler(config: SamplerConfig, seed: int) -> BaseSampler:
 
 
 def study_of(search: Search, trials: Sequence[tuple[Mapping[str, Any], Sequence[float]]]) -> optuna.Study:
-    """An Optuna study of finished trials (point, objectives), for its analyses."""
+    """An Optuna study of finished trials (point, objectives in order), for Optuna's analyses."""
     sampler = PointSampler(search)
     for point, values in trials:
         sampler.add_warm_start(point, values)

@@ -25,14 +25,15 @@ Mutable = Callable[[str], bool]
 _TRIES = 50
 
 
-class _MindsTheEnd:
-    """A scheduler that leaves a trial's last report alone, and remembers which trials it has stopped."""
+class _IgnoresFinalReport:
+    """A scheduler that ignores a trial's final report, and records in `stopped` which trials it stopped."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.stopped: set[str] = set()
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Returns Ray Tune's decision: CONTINUE, PAUSE or STOP."""
         if END in result:
             return TrialScheduler.CONTINUE
         decision: str = super().on_trial_result(tune_controller, trial, result)  # type: ignore[misc]
@@ -41,36 +42,44 @@ class _MindsTheEnd:
         return decision
 
 
-class NoEarlyStop(_MindsTheEnd, FIFOScheduler):
-    """Every trial runs to its end."""
+class NoEarlyStop(_IgnoresFinalReport, FIFOScheduler):
+    """No early stopping."""
 
 
-class Asha(_MindsTheEnd, ASHAScheduler):
-    """Asynchronous successive halving, by epochs."""
+class Asha(_IgnoresFinalReport, ASHAScheduler):
+    """Asynchronous successive halving (ASHA), by epochs."""
 
 
-class Median(_MindsTheEnd, MedianStoppingRule):
-    """Stops a trial whose best is below the median of the others' means, by epochs."""
+class Median(_IgnoresFinalReport, MedianStoppingRule):
+    """Median stopping rule, by epochs: stops a trial whose best is worse than the median of the others' means."""
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """Each epoch has been counted when it was reported; Ray's rule would count the last report once more."""
+        """Does nothing: each epoch was counted when it was reported, and Ray's rule would count the last one twice."""
 
 
-class Population(_MindsTheEnd, PopulationBasedTraining):
-    """Trials that fall behind go on from the state of one that leads, with a few values changed."""
+class Population(_IgnoresFinalReport, PopulationBasedTraining):
+    """Population-based training: a trial of the worst quantile resumes from one of the best, with changed values."""
 
 
 Scheduler = NoEarlyStop | Asha | Median | Population
 
 
 def build_scheduler(search: Search, mutable: Mutable | None) -> Scheduler:
-    """The scheduler of a search. Raises SearchError when pbt would change a key that must not change."""
+    """The scheduler of a search.
+
+    Args:
+        search: the search.
+        mutable: which keys may change during training; only pbt needs it.
+
+    Raises:
+        SearchError: pbt has no key to change, or would change one that cannot change.
+    """
     config = search.scheduler
     metric, mode = search.deciding
     common = {"time_attr": EPOCH, "metric": metric, "mode": mode}
     match config.kind:
         case "asha":
-            # Reaching max_t is no reason to stop: the trial is about to return the figures of its best checkpoint.
+            # A trial that reaches max_t is about to return the metrics of its best checkpoint: do not stop it.
             return Asha(
                 **common,
                 grace_period=config.grace_epochs,
@@ -101,28 +110,46 @@ def build_scheduler(search: Search, mutable: Mutable | None) -> Scheduler:
 
 
 def mutated_keys(search: Search, mutable: Mutable | None) -> list[str]:
-    """Keys that pbt changes. Raises SearchError when one that is asked for must not change, or when there are none."""
+    """The keys that pbt changes.
+
+    Args:
+        search: the search; its `scheduler.mutate` names the keys, by default all that may change.
+        mutable: which keys may change during training.
+
+    Raises:
+        SearchError: `mutable` is missing, `scheduler.mutate` names a key that cannot change, or there are no keys.
+    """
     if mutable is None:
-        raise SearchError("scheduler pbt needs to be told which keys may change in the middle of training")
-    asked = search.scheduler.mutate
-    if asked is not None and (firm := [key for key in asked if not mutable(key)]):
+        raise SearchError("scheduler pbt needs a `mutable` function that says which keys may change during training")
+    given = search.scheduler.mutate
+    can_change = [key for key in search.space if mutable(key)]
+    if given is not None and (fixed := [key for key in given if not mutable(key)]):
         raise SearchError(
-            f"scheduler.mutate: {', '.join(firm)} cannot change in the middle of training; "
-            f"those that can: {', '.join(key for key in search.space if mutable(key)) or 'none of this space'}"
+            f"scheduler.mutate: {', '.join(fixed)} cannot change during training; "
+            f"keys that can: {', '.join(can_change) or 'none of this space'}"
         )
-    keys = [key for key in search.space if mutable(key) and (asked is None or key in asked)]
+    keys = [key for key in can_change if given is None or key in given]
     if not keys:
         raise SearchError(
-            f"scheduler pbt finds no key that may change in the middle of training in {list(search.space)}"
+            f"scheduler pbt needs a key that may change during training, found only {', '.join(search.space)}"
         )
     return keys
 
 
 def mutate(space: Space, point: Mapping[str, Any], keys: list[str], resample: float, rng: random.Random) -> Point:
-    """A point with some keys drawn anew or moved one step, which keeps the constraints and leaves other keys alone.
+    """Resamples some keys of a point, or moves them one step; the constraints still hold.
 
-    Branches are followed: a key that appears is drawn, if it is one of `keys`. Returns the point itself when no change
-    was found that is allowed.
+    A key that appears because its branch opens is drawn, if it is one of `keys`.
+
+    Args:
+        space: the space of the point.
+        point: values by key.
+        keys: the keys that may change.
+        resample: probability that a key is drawn anew instead of moved one step.
+        rng: source of randomness.
+
+    Returns:
+        The new point; the point itself if no allowed change was found.
     """
     for _ in range(_TRIES):
         changed: Point = {}

@@ -1,7 +1,7 @@
-"""Runs a search on Ray Tune, and resumes it after whatever has ended the last launch.
+"""Runs a search on Ray Tune, and resumes it after an interruption or a crash.
 
-Ray Tune starts, schedules and stops trials; its own files are scratch. The journal in the search's directory is what a
-later launch reads: trials that ended are not run again, those that were running are, under their names.
+Ray Tune starts, schedules and stops trials; its own files are scratch. A later attempt reads only the journal in the
+search's directory: trials that ended are not run again; unfinished ones are, under the same names.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from spikefleet_tune.capacity import check_population, nodes_of_cluster, refuse_
 from spikefleet_tune.errors import SearchError
 from spikefleet_tune.journal import Clock, Past, SearchFolder, TrialRecord, WarmStartPoint
 from spikefleet_tune.ledger import Ledger, SearchObserver, SilentObserver
+from spikefleet_tune.messages import counted
 from spikefleet_tune.on_tune import SCRATCH, TrialSource, run_on_tune, total_trials
 from spikefleet_tune.result import SearchResult
 from spikefleet_tune.samplers import PointSampler
@@ -24,7 +25,7 @@ from spikefleet_tune.trials import Trainable
 
 
 def read_search_result(storage: Path, name: str) -> SearchResult:
-    """What a search has found, without running it. Raises SearchError when there is none."""
+    """Reads the result of a search without running it. Raises SearchError if there is no search of this name."""
     folder = SearchFolder(storage, name)
     search, past = folder.read_search(), folder.read()
     sampler = _restored(search, past)
@@ -43,15 +44,29 @@ def run_search(
     extend: int = 0,
     retry_failed: bool = False,
 ) -> SearchResult:
-    """Runs a search, or resumes the one of this name, until its budget is spent.
+    """Runs a search, or resumes the one of this name, until its budget is used up.
 
-    Ray must be initialised. `mutable` says which keys the scheduler pbt may change. `warm_start` is remembered:
-    points with figures inform the sampler, those without are tried first. `extend` adds trials to a search that is
-    done. `retry_failed` runs trials that failed once more, once.
-    A failing trial is recorded with its reason and stops nothing. Ctrl-C stops the trials, leaves them to be resumed
-    under the same name, and raises KeyboardInterrupt; a second one does not wait.
-    Raises SearchError when the search is running already, was started with other settings, or can never run on this
-    cluster.
+    Ray must be initialised. A failing trial is recorded with its reason and does not stop the search.
+
+    Args:
+        search: the search.
+        trainable: runs one trial, in the trial's own process.
+        storage: parent of the search's directory.
+        name: of the search; the same name resumes it.
+        observer: callbacks in the driver.
+        mutable: which keys the scheduler pbt may change during training.
+        warm_start: points of earlier searches, saved in the journal: those with metrics inform the sampler, those
+            without are tried first.
+        extend: number of trials to add to a search that is complete.
+        retry_failed: run each failed trial once more.
+
+    Returns:
+        The trials that have ended, in this and earlier attempts.
+
+    Raises:
+        SearchError: the search is already running, was started with other settings, or never fits into this cluster.
+        KeyboardInterrupt: the user pressed Ctrl-C; running trials stop, and the same name resumes them. A second
+            Ctrl-C does not wait for them.
     """
     folder = SearchFolder(storage, name)
     scheduler = build_scheduler(search, mutable)
@@ -93,15 +108,16 @@ def _result(
 
 
 def _check_resources(folder: SearchFolder, search: Search, past: Past) -> None:
-    """Trials that are under way resume with what they were started with."""
+    """Unfinished trials resume with the resources that they were started with."""
     if not past.unfinished:
         return
-    held, wanted = (one.resources.model_dump() for one in (folder.read_search(), search))
+    saved, given = (one.resources.model_dump() for one in (folder.read_search(), search))
     for key in ("workers", "cpus_per_worker", "gpus_per_worker"):
-        if held[key] != wanted[key]:
+        if saved[key] != given[key]:
             raise SearchError(
-                f"search {folder.name} has {len(past.unfinished)} trials under way, started with "
-                f"resources.{key}={held[key]:g}; resume with that, and change it to {wanted[key]:g} after them"
+                f"resources.{key}={given[key]:g}, but search {folder.name} has "
+                f"{counted(len(past.unfinished), 'unfinished trial')} started with {saved[key]:g}; "
+                f"set resources.{key}={saved[key]:g} until they end"
             )
 
 
@@ -109,31 +125,35 @@ def _check_warm_start(search: Search, warm_start: Sequence[WarmStartPoint]) -> N
     space = search.space_view()
     for given in warm_start:
         space.check(given.point, given.origin)
-        if given.figures is not None:
-            if missing := [name for name in search.objectives if name not in given.figures]:
-                raise SearchError(f"{given.origin} has no figure for the objective {missing[0]}")
+        if given.metrics is not None:
+            if missing := [name for name in search.objectives if name not in given.metrics]:
+                raise SearchError(f"{given.origin} has no metric {missing[0]}, which is an objective")
             if lost := [key for key in space.dimensions if space.active(key, given.point) and key not in given.point]:
-                raise SearchError(f"{given.origin} has figures, but no value for {lost[0]}")
+                raise SearchError(f"{given.origin} has metrics, but no value for {lost[0]}")
 
 
 def _remember(folder: SearchFolder, past: Past, warm_start: Sequence[WarmStartPoint]) -> None:
-    """Writes warm-start points down, once each."""
-    held = {(signature(given.point), given.figures is None) for given in past.warm_start}
+    """Journals warm-start points, each once."""
+    held = {(signature(given.point), given.metrics is None) for given in past.warm_start}
     for given in warm_start:
-        if (key := (signature(given.point), given.figures is None)) not in held:
+        if (key := (signature(given.point), given.metrics is None)) not in held:
             held.add(key)
             past.warm_start.append(given)
-            figures = None if given.figures is None else dict(given.figures)
-            folder.append("known", point=dict(given.point), figures=figures, origin=given.origin)
+            folder.append_warm_start(given)
 
 
 def _restored(search: Search, past: Past) -> PointSampler:
-    """The sampler as it was when the last launch ended."""
-    queued = [given.point for given in past.warm_start if given.figures is None]
+    """The sampler in its state at the end of the last attempt.
+
+    Raises:
+        SearchError: a warm-start point in the journal is not in the space of the search.
+    """
+    _check_warm_start(search, past.warm_start)
+    queued = [given.point for given in past.warm_start if given.metrics is None]
     sampler = PointSampler(search, queued)
     for given in past.warm_start:
-        if given.figures is not None:
-            sampler.add_warm_start(given.point, [given.figures[name] for name in search.objectives])
+        if given.metrics is not None:
+            sampler.add_warm_start(given.point, [given.metrics[name] for name in search.objectives])
     for event, number in past.order:
         if event == "started":
             sampler.replay(number, past.proposed[number], past.started[number]["memory"])
@@ -151,24 +171,25 @@ def _complete(search: Search, past: Past, sampler: PointSampler) -> bool:
 
 def _extend(folder: SearchFolder, search: Search, past: Past, sampler: PointSampler, trials: int) -> None:
     if trials < 0:
-        raise SearchError(f"a search cannot be extended by {trials} trials")
+        raise SearchError(f"extend={trials} must be at least 0")
     if not trials:
         return
     if search.budget.trials is None:
-        raise SearchError("a search that only hours end is extended by a larger budget.hours")
+        raise SearchError(f"search {folder.name} has no budget.trials to extend; raise budget.hours instead")
     total = total_trials(search, past)
     if search.budget.hours is not None and folder.read_seconds() >= search.budget.hours * 3600:
         raise SearchError(f"search {folder.name} has used up its {search.budget.hours:g} hours; raise budget.hours too")
     if not _complete(search, past, sampler):
-        raise SearchError(f"search {folder.name} is not done ({len(past.ended)} of {total} trials); resume it first")
+        done = f"{len(past.ended)} of {counted(total or 0, 'trial')}"
+        raise SearchError(f"search {folder.name} is not complete ({done}); resume it first")
     if sampler.exhausted:
-        raise SearchError(f"search {folder.name} has tried every point of its space; there is nothing to extend")
+        raise SearchError(f"search {folder.name} cannot be extended: it has tried every point of its space")
     folder.append("extended", trials=trials)
     past.extended += trials
 
 
 def _again(folder: SearchFolder, search: Search, past: Past) -> tuple[Past, PointSampler]:
-    """Takes back the end of trials that failed, once each."""
+    """Marks failed trials as unfinished, each once."""
     for record in past.records:
         if record.status == "failed" and record.number not in past.retried:
             folder.append("again", number=record.number)

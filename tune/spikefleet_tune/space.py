@@ -1,4 +1,4 @@
-"""The space of a search: which values each dotted configuration key may take, and in which branch."""
+"""The search space: the values that each dotted configuration key may take, and the branches in which it exists."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from spikefleet_tune.constraints import Constraint
-from spikefleet_tune.errors import SearchError, nearest
+from spikefleet_tune.errors import SearchError
+from spikefleet_tune.messages import nearest
 
 Point = dict[str, Any]
-"""One value for each key whose branch is taken."""
+"""One value for each active key: a key whose branch is taken."""
 
 MOST_LISTED = 20_000
-"""A space with at most so many combinations is listed as a whole: no point is tried twice, and its end is known."""
+"""A space with at most this many combinations is enumerated, so that the search knows when it is exhausted."""
 
 
 class Part(BaseModel):
-    """A frozen part of a search that refuses keys it does not know."""
+    """A frozen section of a search that rejects unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
 
 
 class Dimension(Part):
-    """What one key may be: exactly one of `choice`, `uniform`, `log_uniform` and `int`, all with both ends."""
+    """The values of one key: exactly one of `choice`, `uniform`, `log_uniform` and `int`; ranges include both ends."""
 
-    choice: tuple[Any, ...] | None = None
-    uniform: tuple[float, float] | None = None
-    log_uniform: tuple[float, float] | None = None
-    integers: tuple[int, int] | None = Field(None, alias="int")
+    choice: tuple[Any, ...] | None = Field(None, description="the values to choose from")
+    uniform: tuple[float, float] | None = Field(None, description="lowest and highest value")
+    log_uniform: tuple[float, float] | None = Field(None, description="lowest and highest value, on a log scale")
+    integers: tuple[int, int] | None = Field(None, alias="int", description="lowest and highest integer")
     when: Mapping[str, tuple[Any, ...]] = Field(
         default_factory=dict, description="the key exists only where each of these keys has one of these values"
     )
@@ -42,23 +43,23 @@ class Dimension(Part):
     def _is_one_kind(self) -> Self:
         given = [name for name in ("choice", "uniform", "log_uniform", "integers") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError("give exactly one of choice, uniform, log_uniform and int")
+            raise ValueError("set exactly one of choice, uniform, log_uniform and int")
         if self.choice is not None:
             labels = [label(value) for value in self.choice]
             if not labels:
-                raise ValueError("choice=[] leaves nothing to choose; give at least one value")
+                raise ValueError("choice=[] must have at least one value")
             if repeated := sorted({text for text in labels if labels.count(text) > 1}):
-                raise ValueError(f"choice names {', '.join(repeated)} twice")
+                raise ValueError(f"choice repeats {', '.join(repeated)}; remove the duplicate")
         else:
             low, high = self.ends
             kind = "int" if self.integers else "uniform" if self.uniform else "log_uniform"
             if low >= high:
-                raise ValueError(f"{kind}=[{low:g}, {high:g}] is empty or a single value; the first must be smaller")
+                raise ValueError(f"{kind}=[{low:g}, {high:g}] must have its lowest value first, then a larger one")
             if self.log_uniform and low <= 0:
-                raise ValueError(f"log_uniform=[{low:g}, {high:g}] must begin above 0")
+                raise ValueError(f"log_uniform=[{low:g}, {high:g}] must start above 0")
         for key, values in self.when.items():
             if not values:
-                raise ValueError(f"when: {key}: [] is never true; give at least one value")
+                raise ValueError(f"when: {key}: [] must have at least one value")
         return self
 
     @property
@@ -70,7 +71,7 @@ class Dimension(Part):
 
     @property
     def values(self) -> tuple[Any, ...] | None:
-        """All values in order, or None where they are continuous."""
+        """All values in order; None for a continuous range."""
         if self.choice is not None:
             return self.choice
         return tuple(range(self.integers[0], self.integers[1] + 1)) if self.integers else None
@@ -81,6 +82,7 @@ class Dimension(Part):
         return self.choice if self.choice is not None else self.ends
 
     def allows(self, value: Any) -> bool:
+        """Whether a value is a choice, or inside the range."""
         if self.choice is not None:
             return label(value) in {label(one) for one in self.choice}
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -89,6 +91,7 @@ class Dimension(Part):
         return bool(low <= value <= high and (self.integers is None or float(value).is_integer()))
 
     def draw(self, rng: random.Random) -> Any:
+        """A random value."""
         if self.choice is not None:
             return rng.choice(self.choice)
         low, high = self.ends
@@ -99,7 +102,7 @@ class Dimension(Part):
         return rng.uniform(low, high)
 
     def step(self, value: Any, rng: random.Random) -> Any:
-        """A value nearby: the next choice to either side, or a range's value times 0.8 or 1.2, inside the range."""
+        """A neighbour of a value: the next choice or integer up or down, or 0.8 or 1.2 times it, inside the range."""
         up = rng.random() < 0.5
         if self.choice is not None:
             here = [label(one) for one in self.choice].index(label(value))
@@ -111,9 +114,15 @@ class Dimension(Part):
 
 
 class Space:
-    """All dimensions, ordered so that a key comes after those that its `when` speaks of, and the constraints.
+    """The dimensions, ordered so that a key follows the keys of its `when`, and the constraints.
 
-    Raises SearchError when a `when` or a constraint cannot be meant.
+    Args:
+        dimensions: by full key.
+        fixed: overrides of all trials, which constraints may read.
+        constraints: conditions over keys; see `constraints.Constraint`.
+
+    Raises:
+        SearchError: a `when` or a constraint names an unknown key, or a value that never occurs.
     """
 
     def __init__(self, dimensions: Mapping[str, Dimension], fixed: Mapping[str, Any], constraints: tuple[str, ...]):
@@ -122,18 +131,19 @@ class Space:
         self.constraints = [Constraint(text, {*dimensions, *fixed}) for text in constraints]
 
     def active(self, key: str, point: Mapping[str, Any]) -> bool:
-        """Whether the branch of a key is taken at a point."""
+        """Whether a key exists at a point, that is, whether its branch is taken."""
         return all(
             parent in point and label(point[parent]) in {label(value) for value in values}
             for parent, values in self.dimensions[key].when.items()
         )
 
     def keeps_constraints(self, point: Mapping[str, Any]) -> bool:
+        """Whether a point satisfies all constraints."""
         values = {**self.fixed, **point}
         return all(constraint.holds(values) for constraint in self.constraints)
 
     def draw(self, rng: random.Random, given: Mapping[str, Any] | None = None) -> Point:
-        """A random point with the given values; it may break constraints."""
+        """A random point with the given values; it may violate constraints."""
         given = given or {}
         point: Point = {}
         for key, dimension in self.dimensions.items():
@@ -142,9 +152,17 @@ class Space:
         return point
 
     def points(self, corners: bool = False, look_at: int | None = None) -> Iterator[Point]:
-        """All points that keep the constraints, in order; of ranges, only the ends when `corners`.
+        """Iterates over the points that satisfy the constraints, in order.
 
-        Looks at no more than `look_at` combinations. Raises SearchError at a continuous range, unless `corners`.
+        Args:
+            corners: of each range, only both ends.
+            look_at: largest number of combinations to check.
+
+        Yields:
+            Each point.
+
+        Raises:
+            SearchError: a range is continuous, and `corners` is False.
         """
         combinations = islice(self._branch(list(self.dimensions), {}, corners), look_at)
         yield from (point for point in combinations if self.keeps_constraints(point))
@@ -160,47 +178,53 @@ class Space:
         dimension = self.dimensions[key]
         values = dimension.corners if corners else dimension.values
         if values is None:
-            raise SearchError(f"{key} is continuous; a grid needs `choice` or `int` for every key")
+            raise SearchError(f"space.{key} is continuous; a grid needs `choice` or `int` for every key")
         for value in values:
             yield from self._branch(rest, {**point, key: value}, corners)
 
     def listed(self) -> list[Point] | None:
-        """All points that keep the constraints, or None where they are continuous or too many."""
+        """All points that satisfy the constraints; None if a range is continuous or there are too many."""
         sizes = [math.inf if one.values is None else len(one.values) for one in self.dimensions.values()]
         return list(self.points()) if math.prod(sizes) <= MOST_LISTED else None
 
     def check(self, point: Mapping[str, Any], origin: str) -> None:
-        """Raises SearchError when a point (or a part of one) is not of this space, naming key and value."""
+        """Checks that a point, or a part of one, belongs to the space.
+
+        Args:
+            point: values by key.
+            origin: where the point is from, for error messages.
+
+        Raises:
+            SearchError: names the key and the value, or the constraint.
+        """
         for key, value in point.items():
             if key not in self.dimensions:
-                raise SearchError(f"{origin}: {key!r} is no key of the space; {nearest(key, self.dimensions)}")
+                raise SearchError(f"{origin}: {key!r} is not in the space; {nearest(key, self.dimensions)}")
             if not self.dimensions[key].allows(value):
-                raise SearchError(
-                    f"{origin}: {key}={value!r} lies outside the space ({describe(self.dimensions[key])})"
-                )
+                raise SearchError(f"{origin}: {key}={value!r} is outside the space ({describe(self.dimensions[key])})")
             if not self.active(key, point):
                 needed = ", ".join(f"{k} in {list(v)}" for k, v in self.dimensions[key].when.items())
                 raise SearchError(f"{origin}: {key}={value!r} exists only where {needed}")
         for constraint in self.constraints:
             if not constraint.holds({**self.fixed, **point}):
-                raise SearchError(f"{origin} breaks the constraint {constraint.text!r}")
+                raise SearchError(f"{origin} violates the constraint {constraint.text!r}")
 
 
 def label(value: Any) -> str:
-    """A value as text that tells 1, 1.0, true and "1" apart. Raises ValueError when JSON cannot hold it."""
+    """A value as JSON text, which distinguishes 1, 1.0, true and "1". Raises ValueError for other types."""
     try:
         return json.dumps(value, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError):
-        raise ValueError(f"{value!r} is neither a number, text, true, false, null nor a list of these") from None
+        raise ValueError(f"{value!r} must be a number, text, true, false, null or a list of these") from None
 
 
 def signature(point: Mapping[str, Any]) -> str:
-    """A point as text, whatever the order of its keys."""
+    """A point as text that does not depend on the order of its keys."""
     return label(dict(point))
 
 
 def describe(dimension: Dimension) -> str:
-    """A dimension as a search file writes it."""
+    """A dimension in the notation of a search file."""
     if dimension.choice is not None:
         return f"choice: {list(dimension.choice)}"
     kind = "int" if dimension.integers else "uniform" if dimension.uniform else "log_uniform"
@@ -209,23 +233,23 @@ def describe(dimension: Dimension) -> str:
 
 
 def _ordered(dimensions: Mapping[str, Dimension]) -> list[str]:
-    """Keys in the order of the file, but parents first."""
+    """Keys in the order of the file, but parents before their branches."""
     for key, dimension in dimensions.items():
         for parent, values in dimension.when.items():
             if parent not in dimensions:
-                raise SearchError(f"space.{key}.when: {parent!r} is no key of the space; {nearest(parent, dimensions)}")
+                raise SearchError(f"space.{key}.when: {parent!r} is not in the space; {nearest(parent, dimensions)}")
             if dimensions[parent].values is None:
-                raise SearchError(f"space.{key}.when: {parent} is continuous; only a choice or int can open a branch")
+                raise SearchError(f"space.{key}.when: {parent} is continuous; `when` needs a `choice` or `int` key")
             for value in values:
                 if not dimensions[parent].allows(value):
                     raise SearchError(
-                        f"space.{key}.when: {parent}={value!r} never happens ({describe(dimensions[parent])})"
+                        f"space.{key}.when: {parent}={value!r} is outside the space ({describe(dimensions[parent])})"
                     )
     done: list[str] = []
     while len(done) < len(dimensions):
         ready = [k for k in dimensions if k not in done and all(parent in done for parent in dimensions[k].when)]
         if not ready:
             stuck = ", ".join(k for k in dimensions if k not in done)
-            raise SearchError(f"space: the `when` of {stuck} wait for one another")
+            raise SearchError(f"space: the `when` of {stuck} form a cycle; remove one of them")
         done.append(ready[0])
     return done

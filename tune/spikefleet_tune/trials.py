@@ -1,4 +1,4 @@
-"""The seam of a trial: what a search hands to a trainable, and what comes back. Runs in the trial's process."""
+"""The interface of a trial: what a search passes to a trainable, and what it returns. Runs in the trial's process."""
 
 from __future__ import annotations
 
@@ -14,45 +14,55 @@ Overrides = Mapping[str, Any]
 
 EPOCH = "epoch"
 BEST = "best"
-"""Under this key a report says whether the trial keeps this epoch's weights as its best so far: 1 or 0."""
+"""Key of a report: 1 if the trial keeps this epoch's weights as its best so far, else 0."""
 ROW = "search/row"
-"""Under this key a report carries all its metrics as JSON, apart from what Ray Tune adds to it."""
+"""Key of a report: all its metrics as JSON, without those that Ray Tune adds."""
 END = "search/end"
-"""Under this key a trial's last report carries its end as JSON: status, figures and reason."""
+"""Key of a trial's last report: status, metrics and reason as JSON."""
 
 
 class Report(Protocol):
-    """What a trial calls after each epoch, with the metrics of that epoch and `epoch`, the number of epochs done.
-
-    A trial that keeps its best weights says with `best` which those are; of one that does not, the epoch that is best
-    by the deciding metric counts.
-    Raises TrialPruned when the loss is not finite: let it pass. It does not return when the trial is stopped early.
-    `checkpoint` is a directory from which another trial can go on; the scheduler pbt needs it, others ignore it.
-    """
+    """Reports the metrics of an epoch to the search; a trainable calls it after each epoch."""
 
     @property
     def start_from(self) -> Path | None:
-        """Where pbt wants this trial to start: a directory that a trial reported. Goes before its own checkpoints."""
+        """The checkpoint that pbt makes this trial start from, a directory that a trial reported; None for its own."""
 
-    def __call__(self, metrics: Mapping[str, float], checkpoint: Path | None = None) -> None: ...
+    def __call__(self, metrics: Mapping[str, float], checkpoint: Path | None = None) -> None:
+        """Reports an epoch. Does not return if the trial is stopped early.
+
+        Args:
+            metrics: of the epoch, with `epoch`, the number of finished epochs, and `best` (1 or 0), whether the trial
+                keeps the weights of this epoch. Without `best`, the epoch that is best by the deciding metric counts.
+            checkpoint: a directory from which another trial can resume; the scheduler pbt needs it.
+
+        Raises:
+            TrialPruned: a loss is not finite; do not catch it.
+        """
 
 
 Trainable = Callable[[Overrides, str, Report], Mapping[str, float]]
-"""(overrides, name of the trial, report) -> figures of its best checkpoint.
+"""(overrides, name of the trial, report) -> metrics of its best checkpoint.
 
-Runs in the trial's own process. Started again by the same name, it should go on from where it was. With
-`resources.workers` above 1 it starts their group itself, and the trial's process holds no CPU. The group must have
-places of its own, as Ray Train's has; plain actors need `scheduling_strategy=PlacementGroupSchedulingStrategy(None)`,
-or Ray looks for their CPUs among what the trial's process holds.
+Runs in the trial's own process; a second call with the same name should resume. With `resources.workers` above 1 it
+starts its own worker group, and the trial's process holds no CPU. The group needs its own placement group, as Ray
+Train's has; plain actors need `scheduling_strategy=PlacementGroupSchedulingStrategy(None)`, or Ray takes their CPUs
+from the trial's placement group.
 """
 
 
 class TrialPruned(Exception):  # noqa: N818 -- a verdict, not an error
-    """Raised by a trainable whose training makes no sense any more, with the reason."""
+    """A trainable raises this, with the reason, if further training is pointless."""
 
 
 class TuneReport:
-    """Checks what a trial reports and hands it to Ray Tune."""
+    """Checks the reports of a trial and passes them to Ray Tune.
+
+    Args:
+        deciding: metric by which the scheduler decides; every report must have it.
+        needs_checkpoint: every report must have a checkpoint (pbt).
+        start_from: checkpoint that the trial starts from.
+    """
 
     def __init__(self, deciding: str | None, needs_checkpoint: bool, start_from: Path | None) -> None:
         self._deciding, self._needs_checkpoint = deciding, needs_checkpoint
@@ -61,9 +71,16 @@ class TuneReport:
 
     @property
     def start_from(self) -> Path | None:
+        """The checkpoint that the trial starts from; None for its own."""
         return self._start_from
 
     def __call__(self, metrics: Mapping[str, float], checkpoint: Path | None = None) -> None:
+        """Reports an epoch; see `Report`.
+
+        Raises:
+            TrialPruned: a loss is not finite.
+            ValueError: the deciding metric or the checkpoint is missing.
+        """
         from ray import tune
 
         self._count += 1
@@ -71,13 +88,13 @@ class TuneReport:
         row.setdefault(EPOCH, float(self._count))
         for key, value in row.items():
             if key.rsplit("/", 1)[-1] == "loss" and not math.isfinite(value):
-                raise TrialPruned(f"{key} was {value} in epoch {row[EPOCH]:g}")
+                raise TrialPruned(f"{key} is {value} in epoch {row[EPOCH]:g}")
         if self._deciding is not None and self._deciding not in row:
             raise ValueError(
-                f"the scheduler decides by {self._deciding!r}, and the trial reports {', '.join(sorted(row))}"
+                f"the scheduler decides by {self._deciding!r}, but the trial reports {', '.join(sorted(row))}"
             )
         if self._needs_checkpoint and checkpoint is None:
-            raise ValueError("the scheduler pbt needs a checkpoint with each report, and the trial gives none")
+            raise ValueError("the scheduler pbt needs a checkpoint with each report, but the trial reports none")
         kept = tune.Checkpoint.from_directory(str(checkpoint)) if checkpoint and self._needs_checkpoint else None
         seen = (
             {EPOCH: row[EPOCH]} if self._deciding is None else {EPOCH: row[EPOCH], self._deciding: row[self._deciding]}
@@ -88,7 +105,15 @@ class TuneReport:
 def tune_function(
     trainable: Trainable, search_name: str, objectives: Mapping[str, Any], deciding: str | None, needs_checkpoint: bool
 ) -> Callable[[dict[str, Any]], None]:
-    """A function for Ray Tune that runs a trial and reports its end, whatever that is."""
+    """A function for Ray Tune that runs a trial and reports its status at the end.
+
+    Args:
+        trainable: runs the trial.
+        search_name: prefix of the trial's name.
+        objectives: metrics that the trainable must return.
+        deciding: metric by which the scheduler decides; None without a scheduler.
+        needs_checkpoint: each report needs a checkpoint (pbt).
+    """
 
     def trial(config: dict[str, Any]) -> None:
         from ray import tune
@@ -105,34 +130,36 @@ def tune_function(
 
 
 def _end_of(run: Callable[[], Mapping[str, float]], objectives: Mapping[str, Any]) -> dict[str, Any]:
-    """Status, figures and reason of a trial."""
+    """Status, metrics and reason of a trial."""
     try:
-        figures = dict(run())
+        metrics = dict(run())
     except TrialPruned as verdict:
-        return {"status": "pruned", "figures": {}, "reason": str(verdict) or "pruned without a reason"}
+        return {"status": "pruned", "metrics": {}, "reason": str(verdict) or "pruned without a reason"}
     except (Exception, SystemExit) as error:
-        return {"status": "failed", "figures": {}, "reason": in_words(error)}
-    kept = finite(figures)
-    if lost := [name for name in objectives if name in figures and name not in kept]:
-        return {"status": "pruned", "figures": kept, "reason": f"{lost[0]} was {figures[lost[0]]}"}
+        return {"status": "failed", "metrics": {}, "reason": describe_error(error)}
+    kept = finite(metrics)
+    if lost := [name for name in objectives if name in metrics and name not in kept]:
+        return {"status": "pruned", "metrics": kept, "reason": f"{lost[0]} is {metrics[lost[0]]}"}
     if missing := [name for name in objectives if name not in kept]:
         listed = ", ".join(sorted(kept)) or "nothing"
-        return {"status": "failed", "figures": kept, "reason": f"no {missing[0]!r} came back, but {listed}"}
-    return {"status": "finished", "figures": kept, "reason": ""}
+        reason = f"the trainable returned no {missing[0]!r}, found {listed}"
+        return {"status": "failed", "metrics": kept, "reason": reason}
+    return {"status": "finished", "metrics": kept, "reason": ""}
 
 
-def in_words(error: BaseException) -> str:
-    """An error in one line of at most 500 characters."""
+def describe_error(error: BaseException) -> str:
+    """The type and the last line of an error, in at most 500 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = lines[-1] if lines else ""
-    told = said if said.startswith(type(error).__name__) else f"{type(error).__name__}: {said}".rstrip(": ")
-    return told if len(told) <= 500 else f"{told[:497]}..."
+    message = lines[-1] if lines else ""
+    name = type(error).__name__
+    line = message if message.startswith(name) else f"{name}: {message}".rstrip(": ")
+    return line if len(line) <= 500 else f"{line[:497]}..."
 
 
-def finite(figures: Mapping[str, Any]) -> dict[str, float]:
-    """The figures that are finite numbers."""
+def finite(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics that are finite numbers."""
     return {
         key: float(value)
-        for key, value in figures.items()
+        for key, value in metrics.items()
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     }

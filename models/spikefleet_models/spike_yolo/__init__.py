@@ -1,0 +1,1 @@
+"""SpikeYOLO and Spiking YOLOv8: configurations, blocks, networks, loss, decoding, released weights."""

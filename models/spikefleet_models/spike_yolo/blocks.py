@@ -1,9 +1,9 @@
 """Building blocks of SpikeYOLO (Luo et al., ECCV 2024, section 3.2 and eqs 2 to 7) on merged time and batch.
 
-Every tensor between blocks is a membrane current [T * B, C, H, W]; a neuron (SN) stands before each convolution, never
-after it, so residual additions, pooling and up-sampling all act on real values. `ConvNorm` and `SpikeConv` are the
-only places where a convolution meets its batch norm, but for the chains, which have batch norms inside. `deployed` says
-how each is folded; the arithmetic is reparam.py's.
+Every tensor between blocks is a membrane current [T * B, C, H, W]; a neuron (SN) precedes each convolution and never
+follows it, so residual additions, pooling and up-sampling all act on real values. Only `ConvNorm`, `SpikeConv` and the
+chains, which have batch norms inside, combine a convolution with a batch norm. `deployed` says how each is folded; the
+arithmetic is in reparam.py.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ BN_MOMENTUM = 0.03
 
 
 def batch_norm(channels: int) -> nn.BatchNorm2d:
-    """Batch norm with the published constants; its statistics are shared over T and B."""
+    """Build a batch norm with the published constants; its statistics are shared over T and B."""
     return nn.BatchNorm2d(channels, eps=BN_EPSILON, momentum=BN_MOMENTUM)
 
 
@@ -43,38 +43,38 @@ class SN(nn.Module):
         self.timesteps = timesteps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Currents [T * B, ...] -> spikes or integers [T * B, ...]; both reshapes are views."""
+        """Fire: currents [T * B, ...] -> spikes or integers [T * B, ...]; both reshapes are views."""
         emitted: Tensor = self.neuron(x.unflatten(0, (self.timesteps, -1)))
         return emitted.flatten(0, 1)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What all blocks of one network share. `neuron` is None in an ANN twin."""
+    """Settings shared by all blocks of one network; `neuron` is None in an ANN twin."""
 
     neuron: NeuronConfig | None
     timesteps: int
     reparameterise: bool = True
 
     def activation(self) -> nn.Module:
-        """A fresh neuron; or ReLU in an ANN twin, not in place, since residual branches read the same tensor."""
+        """Build a neuron; in an ANN twin a ReLU, not in place, since residual branches read the same tensor."""
         return nn.ReLU() if self.neuron is None else SN(self.neuron, self.timesteps)
 
     def rep_conv(self, in_channels: int, out_channels: int) -> nn.Module:
-        """RepConv, or the chain with neurons inside."""
+        """Build a RepConv, or the chain with neurons inside."""
         if self.reparameterise:
             return RepConv(in_channels, out_channels)
         return SpikingRepConv(self, in_channels, out_channels)
 
     def sep_rep_conv(self, in_channels: int, out_channels: int) -> nn.Module:
-        """SepRepConv, or the chain with a neuron inside."""
+        """Build a SepRepConv, or the chain with a neuron inside."""
         if self.reparameterise:
             return SepRepConv(in_channels, out_channels)
         return SpikingSepRepConv(self, in_channels, out_channels)
 
 
 class ConvNorm(nn.Module):
-    """A convolution, or a chain that merges to one, and its batch norm. [N, C, H, W] -> [N, C', H', W']."""
+    """A convolution, or a chain that merges to one, and its batch norm."""
 
     def __init__(self, conv: nn.Module, bn: nn.Module) -> None:
         super().__init__()
@@ -82,11 +82,12 @@ class ConvNorm(nn.Module):
         self.bn = bn
 
     def forward(self, x: Tensor) -> Tensor:
+        """Convolve and normalise: [N, C, H, W] -> [N, C', H', W']."""
         y: Tensor = self.bn(self.conv(x))
         return y
 
     def deployed(self, merge: bool) -> nn.Module:
-        """Itself, the batch norm folded into the convolution or into the last one of the chain."""
+        """Fold the batch norm into the convolution, or into the last one of the chain, and return the module itself."""
         self.conv, self.bn = fold_behind(self.conv, self.bn), nn.Identity()
         return self
 
@@ -99,6 +100,7 @@ class SpikeConv(ConvNorm):
         self.sn = plan.activation()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Fire, convolve, normalise: [N, C, H, W] -> [N, C', H', W']."""
         return super().forward(self.sn(x))
 
 
@@ -111,13 +113,13 @@ def spike_conv(
     groups: int = 1,
     bias: bool = False,
 ) -> SpikeConv:
-    """MS_StandardConv of the paper; with `bias` and a stride, MS_DownSampling."""
+    """Build the paper's MS_StandardConv; with `bias` and a stride, its MS_DownSampling."""
     conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=bias)
     return SpikeConv(plan, conv, batch_norm(out_channels))
 
 
 def prediction(plan: Plan, in_channels: int, out_channels: int) -> SpikeConv:
-    """The last layer of a head: SN -> 1x1 convolution with bias, no batch norm."""
+    """Build the last layer of a head: SN -> 1x1 convolution with bias, no batch norm."""
     return SpikeConv(plan, nn.Conv2d(in_channels, out_channels, 1), nn.Identity())
 
 
@@ -147,10 +149,10 @@ class _PadFunction(torch.autograd.Function):
 
 
 class BatchNormAndPad(nn.Module):
-    """Batch norm, then a border one pixel wide with the value that batch norm gives to zero.
+    """Batch norm, then a border one pixel wide with the value that the batch norm maps zero to.
 
-    That makes it the same as zero-padding before the 1x1 convolution in front. The border comes from the running
-    statistics and without gradient, in training too, where the inside comes from those of the batch.
+    This equals zero-padding before the preceding 1x1 convolution. The border uses the running statistics and has no
+    gradient, in training too, where the inside uses the statistics of the batch.
     """
 
     def __init__(self, channels: int) -> None:
@@ -158,13 +160,13 @@ class BatchNormAndPad(nn.Module):
         self.bn = batch_norm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, C, H + 2, W + 2]."""
+        """Normalise and pad: [N, C, H, W] -> [N, C, H + 2, W + 2]."""
         y = self.bn(x)
         padded: Tensor = _PadFunction.apply(y, self.pad_value())
         return padded
 
     def pad_value(self) -> Tensor:
-        """[C]: beta - mean * gamma / sqrt(var + eps)."""
+        """Compute the border's value, [C]: beta - mean * gamma / sqrt(var + eps)."""
         bn = self.bn
         mean, variance = bn.running_mean, bn.running_var
         assert mean is not None
@@ -184,12 +186,12 @@ class RepConv(nn.Module):
         self.bn = batch_norm(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, C', H, W]."""
+        """Run the block: [N, C, H, W] -> [N, C', H, W]."""
         y: Tensor = self.bn(self.last(self.depthwise(self.pad_bn(self.first(x)))))
         return y
 
     def deployed(self, merge: bool) -> nn.Module:
-        """One dense 3x3 convolution; or the three, the first with padding and bias."""
+        """Return one dense 3x3 convolution; without `merge` all three, the first with padding and bias."""
         if merge:
             return merge_rep_conv(self)
         return nn.Sequential(fold_padded(self.first, self.pad_bn.bn), self.depthwise, fold_bn(self.last, self.bn))
@@ -205,12 +207,12 @@ class SepRepConv(nn.Module):
         self.depthwise = nn.Conv2d(out_channels, out_channels, 3, groups=out_channels, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, C', H, W]."""
+        """Run the block: [N, C, H, W] -> [N, C', H, W]."""
         y: Tensor = self.depthwise(self.pointwise(self.pad_bn(x)))
         return y
 
     def deployed(self, merge: bool) -> nn.Module:
-        """One dense 3x3 convolution; or the two, the first with padding and bias."""
+        """Return one dense 3x3 convolution; without `merge` both, the first with padding and bias."""
         if merge:
             return merge_sep_rep_conv(self)
         return nn.Sequential(fold_padded_in_front(self.pad_bn.bn, self.pointwise), self.depthwise)
@@ -230,19 +232,19 @@ class SpikingRepConv(nn.Module):
         self.bn: nn.Module = batch_norm(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, C', H, W]."""
+        """Run the block: [N, C, H, W] -> [N, C', H, W]."""
         x = self.depthwise(self.depthwise_sn(self.pad_bn(self.first(x))))
         y: Tensor = self.bn(self.last(self.last_sn(x)))
         return y
 
     def deployed(self, merge: bool) -> nn.Module:
-        """Itself, both batch norms folded; the neurons inside keep its convolutions apart."""
+        """Fold both batch norms and return the module itself; the neurons inside prevent merging."""
         self.first = fold_padded(self.first, self.pad_bn.get_submodule("bn"))
         self.last, self.pad_bn, self.bn = fold_bn(self.last, self.bn), nn.Identity(), nn.Identity()
         return self
 
     def take_batch_norm(self, bn: nn.Module) -> None:
-        """Fold a batch norm that follows into the last convolution."""
+        """Fold the batch norm that follows the module into the last convolution."""
         self.last = fold_bn(self.last, bn)
 
 
@@ -257,18 +259,18 @@ class SpikingSepRepConv(nn.Module):
         self.pointwise = nn.Conv2d(in_channels, out_channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, C', H, W]."""
+        """Run the block: [N, C, H, W] -> [N, C', H, W]."""
         y: Tensor = self.pointwise(self.sn(self.depthwise(self.pad_bn(x))))
         return y
 
     def deployed(self, merge: bool) -> nn.Module:
-        """Itself, the batch norm folded; the neuron inside keeps its convolutions apart."""
+        """Fold the batch norm and return the module itself; the neuron inside prevents merging."""
         self.depthwise = fold_padded_in_front(self.pad_bn.get_submodule("bn"), self.depthwise)
         self.pad_bn = nn.Identity()
         return self
 
     def take_batch_norm(self, bn: nn.Module) -> None:
-        """Fold a batch norm that follows into the last convolution."""
+        """Fold the batch norm that follows the module into the last convolution."""
         self.pointwise = fold_bn(self.pointwise, bn)
 
 
@@ -283,7 +285,7 @@ class SepConv(nn.Module):
         self.project = SpikeConv(plan, plan.sep_rep_conv(hidden, channels), batch_norm(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> the same shape."""
+        """Run the block: [N, C, H, W] -> the same shape."""
         y: Tensor = self.project(self.depthwise(self.expand(x)))
         return y
 
@@ -298,14 +300,14 @@ class Block1(nn.Module):
         self.project = spike_conv(plan, ratio * channels, channels, kernel=3)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> the same shape."""
+        """Run the block: [N, C, H, W] -> the same shape."""
         x = x + self.sep_conv(x)
         y: Tensor = x + self.project(self.expand(x))
         return y
 
 
 class Block2(nn.Module):
-    """SNN-Block-2, eqs 2, 3, 6: Block1 with RepConv in the place of both 3x3 convolutions.
+    """SNN-Block-2, eqs 2, 3, 6: Block1 with RepConv instead of both 3x3 convolutions.
 
     Each RepConv ends in a batch norm and is followed by another one, as published.
     """
@@ -318,7 +320,7 @@ class Block2(nn.Module):
         self.project = SpikeConv(plan, plan.rep_conv(hidden, channels), batch_norm(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> the same shape."""
+        """Run the block: [N, C, H, W] -> the same shape."""
         x = x + self.sep_conv(x)
         y: Tensor = x + self.project(self.expand(x))
         return y
@@ -327,8 +329,8 @@ class Block2(nn.Module):
 class TransformerBlock(nn.Module):
     """Block of Spike-driven Transformer V2 (Yao et al., ICLR 2024), for table 5: attention and MLP, each with residual.
 
-    Linear attention Q (K^T V) / 8 with 8 heads on neurons' outputs Q, K, V, whose neurons therefore feed matrix
-    products and no convolution.
+    Linear attention Q (K^T V) / 8 with 8 heads. Q, K and V are outputs of neurons, which therefore feed matrix products
+    instead of convolutions.
     """
 
     SCALE = 0.125
@@ -347,7 +349,7 @@ class TransformerBlock(nn.Module):
         self.mlp_project = spike_conv(plan, hidden, channels, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> the same shape."""
+        """Run the block: [N, C, H, W] -> the same shape."""
         spikes = self.sn(x)
         # [N, heads, C / heads, H * W]
         q = self.query_sn(self.queries(spikes)).flatten(2).unflatten(1, (ATTENTION_HEADS, -1))
@@ -370,7 +372,7 @@ class SpikeSPPF(nn.Module):
         self.merge = spike_conv(plan, 4 * hidden, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, C', H, W]."""
+        """Run the block: [N, C, H, W] -> [N, C', H, W]."""
         steps = [self.reduce(x)]
         for _ in range(3):
             steps.append(self.pool(steps[-1]))
@@ -379,9 +381,9 @@ class SpikeSPPF(nn.Module):
 
 
 class Stem(ConvNorm):
-    """The first convolution, on analogue pictures; with bias, and no neuron before it.
+    """The first convolution, on analogue images; with bias and without a neuron before it.
 
-    A static picture passes once and is then the current of each of the T steps.
+    A static image passes once and is then the current at each of the T steps.
     """
 
     def __init__(self, plan: Plan, in_channels: int, out_channels: int, kernel: int, stride: int) -> None:
@@ -390,7 +392,7 @@ class Stem(ConvNorm):
         self.timesteps = plan.timesteps
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] or [T, B, C, H, W] -> [T * B, C', H / stride, W / stride]."""
+        """Encode images: [B, C, H, W] or [T, B, C, H, W] -> [T * B, C', H / stride, W / stride]."""
         if images.ndim == 5:
             return super().forward(images.flatten(0, 1))
         x = super().forward(images)
@@ -398,22 +400,26 @@ class Stem(ConvNorm):
 
 
 def check_images(images: Tensor, in_channels: int, timesteps: int, stride: int) -> None:
-    """Refuse pictures that do not fit the network.
+    """Check that images fit the network.
 
     Raises:
-        ValueError: rank, type, channels, T or sides of `images`; sides must be multiples of the largest stride.
+        ValueError: number of dimensions, type, channels, T or sides of `images` do not fit; sides must be multiples of
+            the largest stride.
     """
     shape = tuple(images.shape)
     if images.ndim not in (4, 5):
-        raise ValueError(f"images has shape {shape}; give [B, C, H, W] or [T, B, C, H, W]")
+        raise ValueError(f"images: shape is {shape}, expected [B, C, H, W] or [T, B, C, H, W]")
     if not images.is_floating_point():
-        raise ValueError(f"images has type {images.dtype}; convert and normalise it to floating point first")
+        raise ValueError(f"images: type is {images.dtype}, expected floating point; convert and normalise them first")
     if images.shape[-3] != in_channels:
-        raise ValueError(f"images has shape {shape}, but the network has in_channels={in_channels}")
+        raise ValueError(
+            f"images: shape is {shape}, expected C={in_channels}; give images with that many channels or set "
+            "in_channels"
+        )
     if images.ndim == 5 and images.shape[0] != timesteps:
-        raise ValueError(f"images has shape {shape}, so T={shape[0]}, but the network runs timesteps={timesteps}")
+        raise ValueError(f"images: shape is {shape}, so T={shape[0]}, expected T={timesteps} of timesteps={timesteps}")
     if images.shape[-2] % stride or images.shape[-1] % stride:
         raise ValueError(
-            f"images has sides {images.shape[-2]}x{images.shape[-1]}; both must be multiples of {stride}, the largest "
-            "stride: resize or pad the pictures"
+            f"images: sides are {images.shape[-2]}x{images.shape[-1]}, expected multiples of {stride}, the largest "
+            "stride; resize or pad the images"
         )

@@ -1,4 +1,4 @@
-"""The configurations of SpikeYOLO with its published variants and of Spiking YOLOv8, and the published members.
+"""The configurations of SpikeYOLO, its published variants and Spiking YOLOv8, and the published members.
 
 The networks are in network.py and spiking_yolov8.py, their criterion in loss.py.
 """
@@ -25,7 +25,7 @@ ATTENTION_HEADS = 8
 """Heads of the transformer variant's attention."""
 
 ANCHORS = 3
-"""Anchors a cell of the anchor head."""
+"""Anchors per cell of the anchor head."""
 
 
 class YoloCriterionConfig(BaseModel):
@@ -36,36 +36,36 @@ class YoloCriterionConfig(BaseModel):
     box_gain: float = Field(7.5, ge=0.0, description="Weight of the CIoU loss.")
     cls_gain: float = Field(0.5, ge=0.0, description="Weight of the classification loss.")
     dfl_gain: float = Field(1.5, ge=0.0, description="Weight of the distribution focal loss.")
-    topk: int = Field(10, ge=1, description="Anchors that an object may have at most.")
-    alpha: float = Field(0.5, ge=0.0, description="Power of the class score in the alignment score^alpha * IoU^beta.")
-    beta: float = Field(6.0, ge=0.0, description="Power of the IoU in the alignment.")
+    topk: int = Field(10, ge=1, description="Maximum number of anchors per object.")
+    alpha: float = Field(0.5, ge=0.0, description="Exponent of the score in the alignment score^alpha * IoU^beta.")
+    beta: float = Field(6.0, ge=0.0, description="Exponent of the IoU in the alignment.")
     match_small: bool = Field(
-        False, description="An object that holds no anchor point gets the nearest of the finest level, not none."
+        False, description="Match an object that contains no anchor point with the nearest one of the finest level."
     )
-    score_threshold: float = Field(0.001, ge=0.0, lt=1.0, description="Detections need a score above this.")
+    score_threshold: float = Field(0.001, ge=0.0, lt=1.0, description="Detections have a score above this.")
     nms_iou: float = Field(
         0.7, ge=0.0, le=1.0, description="Overlap at which a worse box of the same class is dropped."
     )
     max_candidates: int = Field(30_000, ge=1, description="Best boxes of an image that enter the suppression.")
-    max_detections: int = Field(300, ge=1, description="Detections of an image at most.")
-    multi_label: bool = Field(True, description="A box may be a detection of several classes, not of its best alone.")
+    max_detections: int = Field(300, ge=1, description="Maximum number of detections per image.")
+    multi_label: bool = Field(True, description="A box may be detected as several classes, not only as its best.")
 
 
 class _YoloConfig(ModelConfig):
-    """What the two families share."""
+    """Fields shared by the two families."""
 
     task: ClassVar[str] = "detection"
 
     activation: Literal["spiking", "relu"] = Field(
-        "spiking", description="relu puts a ReLU in the place of every neuron: the ANN twin."
+        "spiking", description="relu replaces every neuron by a ReLU: the ANN twin."
     )
     neuron: NeuronConfig = Field(
         default_factory=lambda: NeuronConfig(kind="ilif"), description="Every spiking neuron of the network."
     )
-    timesteps: int = Field(1, ge=1, description="T; the ANN twin runs one step whatever this says.")
+    timesteps: int = Field(1, ge=1, description="Time steps T; the ANN twin always runs one.")
     in_channels: int = Field(3, ge=1, description="Channels of the images or event frames.")
     num_classes: int = Field(80, ge=1, description="Classes of objects, K.")
-    box_channels: int = Field(64, ge=4, description="Least channels of the hidden layers of the head's box branch.")
+    box_channels: int = Field(64, ge=4, description="Minimum number of hidden channels of the head's box branch.")
     criterion: YoloCriterionConfig = Field(
         default_factory=YoloCriterionConfig, description="Loss, assignment of objects, decoding."
     )
@@ -78,7 +78,7 @@ class _YoloConfig(ModelConfig):
     @property
     @abstractmethod
     def strides(self) -> tuple[int, int, int]:
-        """Pixels a cell of each level, finest first."""
+        """Pixels per cell of each level, finest first."""
 
     @property
     def input_multiple(self) -> int:
@@ -86,17 +86,17 @@ class _YoloConfig(ModelConfig):
         return self.strides[-1]
 
     def build_criterion(self) -> "DetectionCriterion":
-        """A `YoloCriterion`."""
+        """Build the `YoloCriterion`."""
         from spikefleet_models.spike_yolo.loss import YoloCriterion
 
         return YoloCriterion(self.criterion, self.num_classes, self.strides)
 
     def twin(self) -> Self:
-        """The same with `activation: relu`."""
+        """The same configuration with `activation: relu`."""
         return self.model_validate({**self.model_dump(), "activation": "relu"})
 
     def tags(self) -> dict[str, object]:
-        """Also activation and neuron."""
+        """Tags of the base class, activation and neuron."""
         return {**super().tags(), "activation": self.activation, **self.neuron.tags()}
 
 
@@ -132,23 +132,30 @@ class SpikeYoloConfig(_YoloConfig):
     depth: float = Field(0.33, gt=0.0, description="Factor on the blocks of the four stages, 3, 6, 9 and 3.")
     width: float = Field(0.5, gt=0.0, description="Factor on the channels of the four stages, 128 to 1024.")
     neck_ratio: int = Field(1, ge=1, description="Expansion of the last neck block: 1 for n and s, 2 for m and l.")
-    stem_stride: Literal[2, 4] = Field(4, description="Stride of the first convolution; the levels' are 2, 4, 8 times.")
+    stem_stride: Literal[2, 4] = Field(
+        4, description="Stride of the first convolution; levels have 2, 4 and 8 times it."
+    )
     reparameterise: bool = Field(
-        True, description="Merge-able chains of convolutions; false puts neurons between their convolutions."
+        True, description="Chains of convolutions that can be merged; false puts neurons between the convolutions."
     )
     low_block: Literal["block1", "block2"] = Field("block1", description="Blocks at strides 4 and 8.")
     high_block: Literal["block2", "transformer"] = Field("block2", description="Blocks at strides 16 and 32.")
-    head: Literal["anchor_free", "anchor"] = Field("anchor_free", description="Decoupled box bins, or anchors.")
+    head: Literal["anchor_free", "anchor"] = Field(
+        "anchor_free", description="Decoupled head with box bins, or anchors."
+    )
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "SpikeYoloConfig":
         if self.stage_channels[0] < 2:
-            raise ValueError(f"width={self.width} gives {self.stage_channels[0]} channels at stride 4; give at least 2")
+            raise ValueError(
+                f"width={self.width} gives {self.stage_channels[0]} channels at stride 4; set a width that gives at "
+                "least 2"
+            )
         attended = (self.stage_channels[2], self.stage_channels[3], *self.pyramid_channels[1:])
         if self.high_block == "transformer" and any(channels % ATTENTION_HEADS for channels in attended):
             raise ValueError(
-                f"width={self.width} gives {', '.join(map(str, attended))} channels to the transformer blocks; they "
-                f"have {ATTENTION_HEADS} heads, so choose a width that gives multiples of {ATTENTION_HEADS}"
+                f"width={self.width} gives the transformer blocks {', '.join(map(str, attended))} channels; set a "
+                f"width that gives multiples of their {ATTENTION_HEADS} heads"
             )
         return self
 
@@ -165,24 +172,28 @@ class SpikeYoloConfig(_YoloConfig):
 
     @property
     def stage_repeats(self) -> tuple[int, int, int, int]:
-        """Blocks of the backbone's four stages. Half rounds to even, as published: 4.5 is 4."""
+        """Blocks of the backbone's four stages; halves round to even, as published: 4.5 is 4."""
         return tuple(max(round(blocks * self.depth), 1) for blocks in (3, 6, 9, 3))  # type: ignore[return-value]
 
     @property
     def strides(self) -> tuple[int, int, int]:
-        """Pixels a cell of each level, finest first."""
+        """Pixels per cell of each level, finest first."""
         return (2 * self.stem_stride, 4 * self.stem_stride, 8 * self.stem_stride)
 
     def build(self) -> "nn.Module":
-        """A `SpikeYolo`."""
+        """Build the `SpikeYolo`."""
         from spikefleet_models.spike_yolo.network import SpikeYolo
 
         return SpikeYolo(self)
 
     def build_criterion(self) -> "DetectionCriterion":
-        """A `YoloCriterion`. Raises ValueError for the anchor variant."""
+        """Build the `YoloCriterion`.
+
+        Raises:
+            ValueError: `head` is "anchor", whose loss was not published.
+        """
         if self.head == "anchor":
-            raise ValueError("head='anchor' has no published loss, and none here; use head='anchor_free' to train")
+            raise ValueError("head='anchor' has no published loss and cannot be trained; set head='anchor_free'")
         return super().build_criterion()
 
 
@@ -194,23 +205,23 @@ class SpikingYoloV8Config(_YoloConfig):
     family: Literal["spiking_yolov8"] = "spiking_yolov8"
     depth: float = Field(0.67, gt=0.0, description="Factor on the bottlenecks of a block, 3 and 6.")
     width: float = Field(0.75, gt=0.0, description="Factor on the channels, 64 to 1024.")
-    max_channels: int = Field(768, ge=64, description="Most channels before the factor.")
+    max_channels: int = Field(768, ge=64, description="Maximum number of channels before the factor.")
 
     def channels(self, published: int) -> int:
-        """The next multiple of 8 from the published number, capped and scaled."""
+        """Cap and scale a published number of channels, rounded up to a multiple of 8."""
         return math.ceil(min(published, self.max_channels) * self.width / 8) * 8
 
     def repeats(self, published: int) -> int:
-        """Bottlenecks of a block."""
+        """Scale a published number of bottlenecks."""
         return max(round(published * self.depth), 1)
 
     @property
     def strides(self) -> tuple[int, int, int]:
-        """Pixels a cell of each level, finest first."""
+        """Pixels per cell of each level, finest first."""
         return (8, 16, 32)
 
     def build(self) -> "nn.Module":
-        """A `SpikingYoloV8`."""
+        """Build the `SpikingYoloV8`."""
         from spikefleet_models.spike_yolo.spiking_yolov8 import SpikingYoloV8
 
         return SpikingYoloV8(self)

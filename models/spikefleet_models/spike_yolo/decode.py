@@ -1,9 +1,9 @@
-"""From the raw outputs of the anchor-free YOLO head to boxes and back.
+"""Conversion between the raw outputs of the anchor-free YOLO head and boxes.
 
 Li et al., "Generalized focal loss", NeurIPS 2020 (a side's distance as the mean of a distribution over bins), as YOLOv8
 and SpikeYOLO (Luo et al., ECCV 2024, section 3) use it. A level's output is [B, 4 * 16 + K, h, w]: the bins of left,
-top, right and bottom, then the class logits. Anchor points are the centres of the cells. Boxes may reach beyond the
-picture.
+top, right and bottom, then the class logits. Anchor points are the centres of the cells. Boxes may extend beyond the
+image.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ class AnchorPoints(NamedTuple):
 
 
 def anchor_points(grids: Sequence[tuple[int, int]], strides: Sequence[int], like: Tensor) -> AnchorPoints:
-    """The centres of the cells of grids of (rows, columns), of the type and on the device of `like`."""
+    """Compute the centres of the cells of grids of (rows, columns), of the type and on the device of `like`."""
     points, sides = [], []
     for (rows, columns), stride in zip(grids, strides, strict=True):
         y = (torch.arange(rows, dtype=like.dtype, device=like.device) + 0.5) * stride
@@ -38,26 +38,26 @@ def anchor_points(grids: Sequence[tuple[int, int]], strides: Sequence[int], like
 
 
 def split_outputs(outputs: Sequence[Tensor], num_classes: int) -> tuple[Tensor, Tensor]:
-    """Bins [B, A, 4, 16] and class logits [B, A, K], in fp32 or fp64, of the levels' [B, 4 * 16 + K, h, w]."""
+    """Split the levels' [B, 4 * 16 + K, h, w] into bins [B, A, 4, 16] and class logits [B, A, K], in fp32 or fp64."""
     merged = wide(torch.cat([output.flatten(2) for output in outputs], dim=2)).transpose(1, 2)
     bins, logits = merged.split((4 * REG_MAX, num_classes), dim=2)
     return bins.unflatten(2, (4, REG_MAX)), logits
 
 
 def expected_distances(bins: Tensor) -> Tensor:
-    """[..., 4, 16] bins -> [..., 4] distances in cells to left, top, right and bottom: the mean of their softmax."""
+    """Decode bins [..., 4, 16] to distances [..., 4] in cells to left, top, right, bottom: the mean of the softmax."""
     cells = torch.arange(REG_MAX, dtype=bins.dtype, device=bins.device)
     # A width of exactly 0, which a saturated softmax can give, has no aspect ratio and would make the CIoU NaN.
     return (bins.softmax(-1) @ cells).clamp_min(1e-4)
 
 
 def distances_to_boxes(distances: Tensor, anchors: AnchorPoints) -> Tensor:
-    """[..., A, 4] distances in cells -> [..., A, 4] x1 y1 x2 y2 in pixels."""
+    """Convert distances in cells [..., A, 4] to boxes x1 y1 x2 y2 in pixels [..., A, 4]."""
     to_top_left, to_bottom_right = (distances * anchors.strides).chunk(2, dim=-1)
     return torch.cat((anchors.points - to_top_left, anchors.points + to_bottom_right), dim=-1)
 
 
 def boxes_to_distances(boxes: Tensor, anchors: AnchorPoints) -> Tensor:
-    """[..., A, 4] x1 y1 x2 y2 in pixels -> [..., A, 4] distances in cells; negative where the point lies outside."""
+    """Convert boxes in pixels [..., A, 4] to distances in cells [..., A, 4]; negative where the point lies outside."""
     top_left, bottom_right = boxes.chunk(2, dim=-1)
     return torch.cat((anchors.points - top_left, bottom_right - anchors.points), dim=-1) / anchors.strides

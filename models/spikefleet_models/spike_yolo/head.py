@@ -1,4 +1,4 @@
-"""Detection heads: raw outputs of each pyramid level, averaged over T. What they mean is decode.py's matter."""
+"""Detection heads: raw outputs of each pyramid level, averaged over T; decode.py interprets them."""
 
 import math
 
@@ -9,20 +9,20 @@ from spikefleet_models.spike_yolo.blocks import Plan, prediction, spike_conv
 from spikefleet_models.spike_yolo.config import ANCHORS, REG_MAX
 
 PRIOR_IMAGE_SIDE = 640
-"""The initial class bias expects 5 objects on a picture of this side, whatever size is trained on."""
+"""The initial class bias expects 5 objects in an image of this side, whatever the training size is."""
 
 BOX_BIAS = 1.0
 
 
 class DecoupledHead(nn.Module):
-    """SpikeDetect: a box branch and a class branch a level, each 3x3, 3x3, 1x1 with a neuron before each.
+    """SpikeDetect: per level a box branch and a class branch, each 3x3, 3x3, 1x1 with a neuron before each.
 
     Args:
-        plan: of the network.
+        plan: settings of the network.
         in_channels: channels of the levels, finest first.
-        strides: pixels a cell of the levels.
+        strides: pixels per cell of the levels.
         num_classes: K.
-        box_channels: least channels of the box branch's hidden layers.
+        box_channels: minimum number of hidden channels of the box branch.
     """
 
     def __init__(
@@ -42,7 +42,14 @@ class DecoupledHead(nn.Module):
         self.bins = nn.Parameter(torch.arange(REG_MAX, dtype=torch.float32), requires_grad=False)
 
     def forward(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Levels [T * B, C, h, w] -> [B, 4 * 16 + K, h, w]: logits of left, top, right, bottom bins, then classes."""
+        """Compute the raw outputs of the levels.
+
+        Args:
+            features: currents [T * B, C, h, w] of the levels, finest first.
+
+        Returns:
+            [B, 4 * 16 + K, h, w] per level: logits of the left, top, right, bottom bins, then of the classes.
+        """
         outputs = []
         for x, box, classes in zip(features, self.box, self.classes, strict=True):
             outputs.append(_mean_over_time(torch.cat((box(x), classes(x)), dim=1), self.timesteps))
@@ -50,7 +57,7 @@ class DecoupledHead(nn.Module):
 
 
 class AnchorHead(nn.Module):
-    """Table 5's anchor-based head: SN and one 1x1 convolution a level. Its loss was not published."""
+    """Table 5's anchor-based head: SN and one 1x1 convolution per level. Its loss was not published."""
 
     def __init__(self, plan: Plan, in_channels: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
@@ -58,7 +65,7 @@ class AnchorHead(nn.Module):
         self.levels = nn.ModuleList(prediction(plan, channels, ANCHORS * (num_classes + 5)) for channels in in_channels)
 
     def forward(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Levels [T * B, C, h, w] -> [B, 3 * (K + 5), h, w]."""
+        """Compute the raw outputs of the levels: currents [T * B, C, h, w] -> [B, 3 * (K + 5), h, w]."""
         return tuple(_mean_over_time(level(x), self.timesteps) for x, level in zip(features, self.levels, strict=True))
 
 

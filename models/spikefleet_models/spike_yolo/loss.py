@@ -10,8 +10,8 @@ candidates are the anchor points inside its box; it takes the `topk` of largest 
 goes to the one of highest u. The target score is t / max t * max u, maxima over the object's own anchors. All three
 losses are divided by the sum of the target scores, or by 1 where that is less; box and dfl are weighted by them. An
 object smaller than a cell may contain no point and is then never learned; `match_small` gives it the nearest point of
-the finest level with target score 1, whatever the alignment: a young network's CIoU with so small a box is 0 or less,
-and stays there. The predicted box always contains its point, so it will be a little larger than the object.
+the finest level with target score 1, whatever the alignment: early in training the CIoU with so small a box is 0 or
+less, and stays there. The predicted box always contains its point, so it will be a little larger than the object.
 
 The paper trains with YOLOv8's loss and says no more; this follows the cited papers.
 Deviations from YOLOv8's rules: a shared point goes to the best of the objects that took it, not of all that contain it;
@@ -40,46 +40,46 @@ from spikefleet_models.spike_yolo.decode import (
 
 
 class Assignment(NamedTuple):
-    """What every anchor point has to predict."""
+    """Targets of the anchor points."""
 
     owner: Tensor
-    """int64 [B, A]: index of the object in its picture; -1 for background."""
+    """int64 [B, A]: index of the object in its image; -1 for background."""
     boxes: Tensor
-    """[B, A, 4]: the owner's box; meaningless for background."""
+    """[B, A, 4]: the owner's box; undefined for background."""
     scores: Tensor
-    """[B, A, K]: target scores; 0 but for the owner's class."""
+    """[B, A, K]: target scores; 0 except for the owner's class."""
 
 
 @torch.no_grad()
 def assign(
     boxes: Tensor, scores: Tensor, objects: Sequence[Objects], anchors: AnchorPoints, config: YoloCriterionConfig
 ) -> Assignment:
-    """Task-aligned assignment of anchor points to objects, for the whole batch at once.
+    """Assign anchor points to objects by task alignment, for the whole batch at once.
 
     Args:
         boxes: [B, A, 4] predicted boxes, x1 y1 x2 y2 in pixels.
         scores: [B, A, K] predicted scores in [0, 1].
-        objects: ground truth of the B pictures; boxes without area are nobody's.
+        objects: ground truth of the B images; boxes without area get no anchor point.
         anchors: the A anchor points.
         config: topk, alpha, beta, match_small.
     """
     device = boxes.device
-    # One entry more than there are pictures, so that N is at least 1 where no picture has an object.
+    # One entry more than there are images, so that N is at least 1 where no image has an object.
     padding = Objects(torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64))
     padded = [Objects(entry.boxes.to(device, boxes.dtype), entry.labels.to(device)) for entry in (*objects, padding)]
     object_boxes = pad_sequence([entry.boxes for entry in padded], batch_first=True)[:-1]  # [B, N, 4]
     labels = pad_sequence([entry.labels for entry in padded], batch_first=True)[:-1]  # [B, N]
     top_left, bottom_right = object_boxes.unsqueeze(2).chunk(2, dim=-1)
     candidate = ((anchors.points > top_left) & (anchors.points < bottom_right)).all(-1)  # [B, N, A]
-    lonely = torch.zeros_like(candidate[..., :1])  # [B, N, 1]
+    uncovered = torch.zeros_like(candidate[..., :1])  # [B, N, 1]
     if config.match_small:
-        lonely = (top_left < bottom_right).all(-1) & ~candidate.any(-1, keepdim=True)
+        uncovered = (top_left < bottom_right).all(-1) & ~candidate.any(-1, keepdim=True)
         centres = (object_boxes[..., :2] + object_boxes[..., 2:]) / 2
         distance = torch.cdist(centres, anchors.points.expand(len(boxes), -1, -1))
         # In pixels, a coarse cell may well be nearer, but cannot express so small a box.
         coarse = (anchors.strides > anchors.strides.amin()).squeeze(1)
         nearest = distance.masked_fill_(coarse, torch.inf).argmin(-1, keepdim=True)
-        candidate |= torch.zeros_like(candidate).scatter_(2, nearest, lonely)
+        candidate |= torch.zeros_like(candidate).scatter_(2, nearest, uncovered)
 
     b, n, a = candidate.nonzero(as_tuple=True)
     overlap = (1 - _complete_iou_loss(boxes[b, a], object_boxes[b, n])).clamp_min(0)
@@ -97,7 +97,7 @@ def assign(
     alignment = torch.where(taken, alignment, 0.0)
     peak = alignment.amax(2, keepdim=True).clamp_min(torch.finfo(alignment.dtype).tiny)
     peak_iou = torch.where(taken, iou, 0.0).amax(2, keepdim=True)
-    target = torch.where(taken & lonely, 1.0, alignment / peak * peak_iou).amax(1)  # [B, A]
+    target = torch.where(taken & uncovered, 1.0, alignment / peak * peak_iou).amax(1)  # [B, A]
     return Assignment(
         torch.where(foreground, owner, -1),
         object_boxes.gather(1, owner.unsqueeze(-1).expand(-1, -1, 4)),
@@ -106,7 +106,15 @@ def assign(
 
 
 def distribution_focal_loss(bins: Tensor, distances: Tensor) -> Tensor:
-    """[P] losses of bins [P, 4, 16] against distances [P, 4] in cells, which are cut to what the bins can express."""
+    """Distribution focal loss (Li et al., NeurIPS 2020, eq 6), mean over the four sides.
+
+    Args:
+        bins: logits [P, 4, 16].
+        distances: targets [P, 4] in cells; clamped to the range of the bins.
+
+    Returns:
+        Losses [P].
+    """
     distances = distances.clamp(0, REG_MAX - 1 - 0.01)
     left = distances.floor()
     log_p = bins.log_softmax(-1)
@@ -120,7 +128,7 @@ class YoloCriterion:
     Args:
         config: gains, assignment and decoding.
         num_classes: K.
-        strides: pixels a cell, one for each level.
+        strides: pixels per cell of each level.
     """
 
     def __init__(self, config: YoloCriterionConfig, num_classes: int, strides: Sequence[int]) -> None:
@@ -129,9 +137,16 @@ class YoloCriterion:
         self.strides = tuple(strides)
 
     def loss(
-        self, outputs: tuple[Tensor, ...], objects: Sequence[Objects], image_size: tuple[int, int]
+        self,
+        outputs: tuple[Tensor, ...],
+        objects: Sequence[Objects],
+        image_size: tuple[int, int],
+        *,
+        divided: bool = True,
     ) -> dict[str, Tensor]:
-        """`loss` with gradient and its detached parts `box`, `cls` and `dfl`, gains included. See `DetectionCriterion`.
+        """Compute `loss` with gradient and its detached parts `box`, `cls` and `dfl`; see `DetectionCriterion`.
+
+        The parts include their gains.
 
         Raises:
             ValueError: outputs, objects and image size do not fit together.
@@ -143,7 +158,8 @@ class YoloCriterion:
             target = assign(boxes, logits.sigmoid(), objects, anchors, config)
             foreground = target.owner >= 0
             weights = target.scores.sum(-1)
-            total = weights.sum().clamp_min(1)
+            divisor = weights.sum()
+            total = divisor.clamp_min(1) if divided else torch.ones_like(divisor)
             weights = weights[foreground] / total
             distances = boxes_to_distances(target.boxes, anchors)[foreground]
             cls = F.binary_cross_entropy_with_logits(logits, target.scores, reduction="sum") / total
@@ -151,11 +167,12 @@ class YoloCriterion:
             dfl = (weights * distribution_focal_loss(bins[foreground], distances)).sum()
             parts = {"box": config.box_gain * box, "cls": config.cls_gain * cls, "dfl": config.dfl_gain * dfl}
             loss = parts["box"] + parts["cls"] + parts["dfl"]
-        return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
+        undivided = {} if divided else {"divisor": divisor}
+        return {"loss": loss, **{name: part.detach() for name, part in parts.items()}, **undivided}
 
     @torch.no_grad()
     def detect(self, outputs: tuple[Tensor, ...], image_size: tuple[int, int]) -> list[Detections]:
-        """The detections of each picture, best first. See `DetectionCriterion`.
+        """Decode the detections of each image, best first; see `DetectionCriterion`.
 
         Raises:
             ValueError: outputs and image size do not fit together.
@@ -164,14 +181,14 @@ class YoloCriterion:
         with torch.autocast(outputs[0].device.type, enabled=False):
             _, logits, boxes, _ = self._read(outputs, image_size)
             detections = []
-            for picture_boxes, scores in zip(boxes, logits.sigmoid(), strict=True):
+            for image_boxes, scores in zip(boxes, logits.sigmoid(), strict=True):
                 keep = scores > config.score_threshold
                 if not config.multi_label:
                     keep &= torch.zeros_like(keep).scatter_(1, scores.argmax(1, keepdim=True), True)
                 anchor, label = keep.nonzero(as_tuple=True)
                 detections.append(
                     suppress(
-                        picture_boxes[anchor],
+                        image_boxes[anchor],
                         scores[anchor, label],
                         label,
                         iou=config.nms_iou,

@@ -1,10 +1,12 @@
-"""SpikeYOLO: Luo et al., "Integer-valued training and spike-driven inference spiking neural network for
-high-performance and energy-efficient object detection", ECCV 2024, arXiv 2407.20708; figure 1, section 3.2, eqs 2 to 7.
+"""SpikeYOLO for object detection.
+
+Luo et al., "Integer-valued training and spike-driven inference spiking neural network for high-performance and
+energy-efficient object detection", ECCV 2024, arXiv 2407.20708; figure 1, section 3.2, eqs 2 to 7.
 
     backbone   7x7 stem, then four stages: SNN-Block-1 x3d, x6d (strides 4, 8), SNN-Block-2 x9d, x3d (strides 16, 32),
                SpikeSPPF
-    neck       top-down, then bottom-up, as YOLOv8's, with one block a position
-    head       decoupled, anchor-free, 16 bins a side of a box; the mean over T is taken on its outputs
+    neck       top-down, then bottom-up, as YOLOv8's, with one block per position
+    head       decoupled, anchor-free, 16 bins per side of a box; the mean over T is taken on its outputs
 
 Variants of table 5 by configuration: `reparameterise=False`, `low_block="block2"`, `high_block="transformer"`,
 `head="anchor"`; the ANN twin of table 2 is `activation="relu"`.
@@ -13,14 +15,14 @@ Sizes follow the published table of layers; the 48.1M and 68.8M members come out
 the authors' own configuration files say, and need neck_ratio 2.
 
 Deviations:
-* A static picture passes the stem once and is repeated after its batch norm; the statistics are the same, the running
-  variance's n / (n - 1) sees B instead of T * B pictures.
+* A static image passes the stem once and is repeated after its batch norm; the statistics are the same, the running
+  variance's n / (n - 1) sees B instead of T * B images.
 * The MLP of the transformer variant is made of 1x1 convolutions and 2d batch norms, which compute the same numbers.
   Attention neurons have no threshold of their own.
 * `reparameterise=False` keeps the neurons' state over T; the first released code ran it over the batch.
 * The ANN twin's activation was not published: ReLU here.
 * The anchor head has no published loss or initialisation, and none here.
-* `stem_stride=2` and `box_channels` are ours, for small pictures.
+* `stem_stride=2` and `box_channels` are ours, for small images.
 """
 
 import torch
@@ -117,10 +119,10 @@ class SpikeYolo(nn.Module):
             )
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Raw outputs of the levels, finest first; see the head.
+        """Compute the raw outputs of the levels, finest first; see the head.
 
         Args:
-            images: pictures [B, C, H, W] or T frames [T, B, C, H, W].
+            images: images [B, C, H, W] or T frames [T, B, C, H, W].
 
         Raises:
             ValueError: shape, type or sides of `images` do not fit the network.
@@ -129,7 +131,14 @@ class SpikeYolo(nn.Module):
         return outputs
 
     def forward_features(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Currents [T * B, C, h, w] of the levels that the head sees, finest first. Raises as `forward`."""
+        """Compute the currents [T * B, C, h, w] of the levels that the head reads, finest first.
+
+        Args:
+            images: images [B, C, H, W] or T frames [T, B, C, H, W].
+
+        Raises:
+            ValueError: shape, type or sides of `images` do not fit the network.
+        """
         check_images(images, self.config.in_channels, self.timesteps, self.strides[-1])
         x = self.stages[0](self.stem(images))
         stage3 = self.stages[1](self.downs[0](x))

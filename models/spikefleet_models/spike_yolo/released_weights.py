@@ -1,10 +1,10 @@
-"""Weights released by SpikeYOLO's authors -> a state dict of this package's `SpikeYolo`.
+"""Conversion of the weights released by SpikeYOLO's authors to a state dict of this package's `SpikeYolo`.
 
-The conversion reads a plain mapping of names to tensors and nothing else: load the authors' file in an environment of
-yours that you trust with it, and hand over its state dict.
+The conversion reads a plain mapping of names to tensors and nothing else: load the authors' file in an environment that
+you trust with it, and pass its state dict.
 
 It was checked against the published structure (layers, modules in them, shapes, parameter counts) and not against a
-released file. What it assumes of the names is therefore little:
+released file. It therefore assumes little about the names:
 
 * `model.<number>.` in front, with the numbers of the published table of layers; a stage of one block is the block
   itself, a stage of several holds them in order;
@@ -15,9 +15,9 @@ released file. What it assumes of the names is therefore little:
 * in each of these modules convolutions come in the order in which they are applied, and so do batch norms; the order
   of convolutions among batch norms, and the inner names, do not matter.
 
-Every shape is verified. Order decides only between modules of equal shape in the same module: the two 1x1 convolutions
-and the two batch norms of a RepConv whose ratio is 1, the first two batch norms of SepConv, and in the head two
-batch norms of one branch.
+Every shape is verified. The order decides only between modules of equal shape in the same module: the two 1x1
+convolutions and the two batch norms of a RepConv whose ratio is 1, the first two batch norms of SepConv, and in the
+head two batch norms of one branch.
 """
 
 import re
@@ -37,22 +37,27 @@ _OPTIONAL = "num_batches_tracked"
 
 
 def convert_released(state_dict: Mapping[str, Tensor], config: SpikeYoloConfig) -> dict[str, Tensor]:
-    """The state dict of `SpikeYolo(config)` with the values of a released one. Fp16 weights become fp32.
+    """Convert a released state dict to one of `SpikeYolo(config)`; fp16 weights become fp32.
 
     Args:
         state_dict: names and tensors of the released network in registration order, as its `state_dict()` gives them.
-        config: the same size and number of classes.
+        config: of the same size and number of classes.
+
+    Returns:
+        Names and tensors in the order of `SpikeYolo(config).state_dict()`.
 
     Raises:
-        ValueError: `config` is not a published network; or names are missing, left over or of another shape: all of
-            them are in one message.
+        ValueError: `config` is not a published network, or names are missing, unexpected or of another shape; the
+            message lists all of them.
     """
     published = {"reparameterise": True, "low_block": "block1", "high_block": "block2", "head": "anchor_free"}
     foreign = [
         f"{name}={getattr(config, name)!r}" for name, value in published.items() if getattr(config, name) != value
     ]
     if foreign:
-        raise ValueError(f"no weights of this variant were released ({', '.join(foreign)}); they are of the defaults")
+        raise ValueError(
+            f"no weights of this variant were released ({', '.join(foreign)}); leave these fields at their defaults"
+        )
     with torch.device("meta"):
         network = SpikeYolo(config)
     layers: dict[int, _Module] = {}
@@ -91,7 +96,7 @@ class _Module:
         return any(tensor.ndim < 2 for name, tensor in self.tensors.items() if name != "bias")
 
     def leaves(self) -> Iterator["_Module"]:
-        """Modules with tensors of their own."""
+        """Yield the modules that have tensors of their own."""
         if self.tensors:
             yield self
         for child in self.children.values():
@@ -100,7 +105,7 @@ class _Module:
 
 @dataclass(frozen=True)
 class _Pattern:
-    """What a released module should hold. `convs` and `bns` are names of modules here, in order of application.
+    """Expected content of a released module; `convs` and `bns` are names of our modules, in order of application.
 
     With `nested` patterns, convs and bns are direct children; without, they may lie at any depth.
     """
@@ -154,7 +159,7 @@ def _pattern(module: nn.Module, name: str) -> _Pattern:
 
 
 def _collapse(module: _Module) -> _Module:
-    """The same without modules whose only content is one other module."""
+    """Remove modules whose only content is one other module."""
     children = {name: _collapse(child) for name, child in module.children.items()}
     if len(children) == 1 and not module.tensors:
         return next(iter(children.values()))
@@ -162,7 +167,7 @@ def _collapse(module: _Module) -> _Module:
 
 
 class _Conversion:
-    """Values found so far, and everything that does not fit."""
+    """The values converted so far, and everything that does not fit."""
 
     def __init__(self, expected: Mapping[str, Tensor]) -> None:
         self.converted: dict[str, Tensor] = {}
@@ -197,7 +202,9 @@ class _Conversion:
             candidates = [leaf for leaf in leaves if leaf.is_bn == is_bn]
             unmatched = []
             for name in names:
-                fitting = [leaf for leaf in candidates if self._shape(leaf) == tuple(self._wanted(name)["weight"][1])]
+                fitting = [
+                    leaf for leaf in candidates if self._shape(leaf) == tuple(self._expected_tensors(name)["weight"][1])
+                ]
                 if fitting:
                     candidates.remove(fitting[0])
                     self._take(name, fitting[0], layer)
@@ -206,14 +213,14 @@ class _Conversion:
             for name, leaf in zip(unmatched, candidates, strict=False):
                 self._take(name, leaf, layer)
             for name in unmatched[len(candidates) :]:
-                self.missing.extend(f"{layer}: {ours}" for ours, _ in self._wanted(name).values())
+                self.missing.extend(f"{layer}: {ours}" for ours, _ in self._expected_tensors(name).values())
             for leaf in candidates[len(unmatched) :]:
                 self.left_over.extend(f"{leaf.name}.{tensor}" for tensor in leaf.tensors)
 
     def _shape(self, leaf: _Module) -> tuple[int, ...]:
         return tuple(leaf.tensors["weight"].shape) if "weight" in leaf.tensors else ()
 
-    def _wanted(self, name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def _expected_tensors(self, name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Tensor name -> our key and the released shape, of one of our modules (or of the bins, theirs a 1x1 conv)."""
         if name in self._expected:
             return {"weight": (name, (1, REG_MAX, 1, 1))}
@@ -221,9 +228,9 @@ class _Conversion:
         return {key.rpartition(".")[2]: (key, tuple(self._expected[key].shape)) for key in keys}
 
     def _take(self, name: str, leaf: _Module, layer: str) -> None:
-        wanted = self._wanted(name)
-        self.left_over.extend(f"{leaf.name}.{tensor}" for tensor in leaf.tensors if tensor not in wanted)
-        for tensor_name, (ours, shape) in wanted.items():
+        expected = self._expected_tensors(name)
+        self.left_over.extend(f"{leaf.name}.{tensor}" for tensor in leaf.tensors if tensor not in expected)
+        for tensor_name, (ours, shape) in expected.items():
             like = self._expected[ours]
             released = leaf.tensors.get(tensor_name)
             if released is None and tensor_name == _OPTIONAL:
@@ -243,13 +250,16 @@ class _Conversion:
             f"{title}: {'; '.join(names)}"
             for title, names in (
                 ("missing", self.missing),
-                ("left over", self.left_over),
+                ("unexpected", self.left_over),
                 ("of another shape", self.reshaped),
             )
             if names
         ]
         if problems:
-            raise ValueError("the released state dict does not fit the configuration. " + ". ".join(problems))
+            raise ValueError(
+                "the released state dict does not fit the configuration (check depth, width, neck_ratio and "
+                f"num_classes): {'. '.join(problems)}"
+            )
 
 
 def _has_seven_by_seven(module: _Module) -> bool:

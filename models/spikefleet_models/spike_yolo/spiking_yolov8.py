@@ -1,5 +1,7 @@
-"""Spiking YOLOv8, the baseline of SpikeYOLO's table 2 (Luo et al., ECCV 2024): YOLOv8 (Ultralytics, 2023) with each
-convolution, batch norm, activation turned into neuron, convolution, batch norm.
+"""Spiking YOLOv8, the baseline of SpikeYOLO's table 2 (Luo et al., ECCV 2024).
+
+YOLOv8 (Ultralytics, 2023) with each sequence of convolution, batch norm and activation replaced by neuron, convolution
+and batch norm.
 
 The m member has YOLOv8m's parameters and a bias in its stem. The authors released no code of the blocks; deviations
 from YOLOv8 are the order above, residuals of currents, and the stem, which has no neuron.
@@ -23,13 +25,13 @@ class Bottleneck(nn.Module):
         self.residual = residual
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> the same shape."""
+        """Run the block: [N, C, H, W] -> the same shape."""
         y: Tensor = self.second(self.first(x))
         return x + y if self.residual else y
 
 
 class C2f(nn.Module):
-    """1x1, half of whose channels pass a chain of bottlenecks; 1x1 on all that was made on the way."""
+    """1x1, half of whose channels pass a chain of bottlenecks; 1x1 on the concatenation of all outputs."""
 
     def __init__(self, plan: Plan, in_channels: int, out_channels: int, repeats: int, residual: bool) -> None:
         super().__init__()
@@ -39,7 +41,7 @@ class C2f(nn.Module):
         self.merge = spike_conv(plan, (2 + repeats) * hidden, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, C', H, W]."""
+        """Run the block: [N, C, H, W] -> [N, C', H, W]."""
         parts = list(self.split(x).chunk(2, dim=1))
         for bottleneck in self.bottlenecks:
             parts.append(bottleneck(parts[-1]))
@@ -77,10 +79,10 @@ class SpikingYoloV8(nn.Module):
         self.head = DecoupledHead(plan, (c3, c4, c5), config.strides, config.num_classes, config.box_channels)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Raw outputs of the levels, finest first; see the head.
+        """Compute the raw outputs of the levels, finest first; see the head.
 
         Args:
-            images: pictures [B, C, H, W] or T frames [T, B, C, H, W].
+            images: images [B, C, H, W] or T frames [T, B, C, H, W].
 
         Raises:
             ValueError: shape, type or sides of `images` do not fit the network.
@@ -89,7 +91,14 @@ class SpikingYoloV8(nn.Module):
         return outputs
 
     def forward_features(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Currents [T * B, C, h, w] of the levels that the head sees, finest first. Raises as `forward`."""
+        """Compute the currents [T * B, C, h, w] of the levels that the head reads, finest first.
+
+        Args:
+            images: images [B, C, H, W] or T frames [T, B, C, H, W].
+
+        Raises:
+            ValueError: shape, type or sides of `images` do not fit the network.
+        """
         check_images(images, self.config.in_channels, self.timesteps, self.strides[-1])
         x = self.stages[0](self.downs[0](self.stem(images)))
         stage3 = self.stages[1](self.downs[1](x))

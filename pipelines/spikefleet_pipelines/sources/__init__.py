@@ -1,7 +1,7 @@
-"""Sources: the data sets that can be prepared, and how.
+"""Sources: the data sets that can be prepared.
 
-A source is two modules, `X_config.py` (pydantic only) and `X.py` (reading), and a line in `registry.py`. Listing
-sources and checking options imports no reader; `prepare` does.
+A source consists of two modules, `X_config.py` (pydantic only) and `X.py` (the reader), and a line in `registry.py`.
+Listing sources and checking options imports no reader; `prepare` does.
 """
 
 from collections.abc import Iterator
@@ -41,26 +41,30 @@ def prepare(
 ) -> "Store":
     """Build a store from raw data.
 
-    If `out` already holds a store of the same source, options and seed, that one is opened. The store appears at `out`
+    If `out` already contains a store of the same source, options and seed, it is opened. The store appears at `out`
     only when it is complete.
 
-    Source "coco" also takes one split by itself, with options `images`, `annotations` and `split`: it becomes a store,
-    or is added to the one at `out`. See `coco.py`.
+    Source "coco" can also prepare a single split, with options `images`, `annotations` and `split`: it becomes a new
+    store, or is added to the one at `out`. See `coco.py`.
 
     Args:
         name: of the source.
         root: directory of the raw files; None for the source's default.
         out: directory of the store.
         progress: called with (images done, images in all).
-        parallel: number of Ray tasks that convert encoded images. None: as many as the running Ray has CPUs, or this
-            machine where there is none and there is much to convert. More than 1 starts a local Ray if there is none.
-        seed: chooses the samples that are held out of the training data for val (and for test where the source has
-            none).
+        parallel: number of Ray tasks that convert encoded images. None: one per CPU of the running Ray or, without Ray
+            and with many images, of this machine. More than 1 starts a local Ray if none is running.
+        seed: selects the samples held out of the training data for val (and for test where the source has none).
         overwrite: replace another store at `out`.
+        **options: of the source.
+
+    Returns:
+        The opened store.
 
     Raises:
-        SourceError: unknown source or option; raw data missing or damaged (names the file).
-        StoreError: `out` holds something else.
+        SourceError: the source or an option is unknown, or raw data are missing or damaged (the message names the
+            file).
+        StoreError: `out` contains something else.
         ImportError: a library that the source needs is not installed.
     """
     from spikefleet_pipelines.store.reader import Store
@@ -70,7 +74,10 @@ def prepare(
     split_writer = source.load_split_writer()
     if split_writer is not None and source.split_options is not None and "split" in options:
         if root is not None:
-            raise SourceError(f"A split of {name!r} is given by options images and annotations; leave root {root} out")
+            raise SourceError(
+                f"source {name!r}: root is {root}, but a single split is given by the options images and annotations; "
+                "remove root"
+            )
         of_split = check_options(source, options, source.split_options)
         with _writing(out):
             split_writer(of_split, out.resolve(), progress or _quiet, parallel, seed, overwrite)
@@ -82,13 +89,15 @@ def prepare(
         if (store.manifest.source, store.manifest.options) == (name, recorded):
             return store
         raise StoreError(
-            f"{out} already holds a store of {store.manifest.source!r} with {store.manifest.options}, not of {name!r} "
-            f"with {recorded}; choose another directory or overwrite it"
+            f"{out} already contains a store of {store.manifest.source!r} with {store.manifest.options}, expected "
+            f"{name!r} with {recorded}; choose another directory or use --overwrite"
         )
     if out.is_dir() and not Store.is_store(out) and any(out.iterdir()):
-        raise StoreError(f"{out} is not empty and not a store; choose another directory")
+        raise StoreError(f"{out} is neither empty nor a store; choose another directory")
     if source.files is None and root is not None:
-        raise SourceError(f"Source {name!r} is built in and reads no files; leave its root {root} out")
+        raise SourceError(
+            f"source {name!r}: root is {root}, but the source is built in and reads no files; remove root"
+        )
     root = root or source.default_root
     if source.files is not None and (root is None or not root.is_dir()):
         raise source.missing(root)
@@ -117,7 +126,7 @@ def _writing(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreError(f"The store {out} cannot be written: {error}; check the space and the permissions") from error
+        raise StoreError(f"store {out} cannot be written: {error}; check the free space and the permissions") from error
 
 
 def _quiet(done: int, total: int) -> None:

@@ -17,12 +17,20 @@ _TEST_IMAGES = 10_000
 
 
 def read_cifar10(root: Path, options: SourceOptions, seed: int) -> ArrayContents:
-    """A tenth of the training images of each class (5,000 in all) is held out for val."""
+    """Read CIFAR-10; a tenth of the training images of each class (5,000 in all) is held out for val.
+
+    Raises:
+        SourceError: a file is missing or damaged.
+    """
     return _read(CIFAR10, CIFAR10_LAYOUT, root, seed)
 
 
 def read_cifar100(root: Path, options: SourceOptions, seed: int) -> ArrayContents:
-    """The 100 fine classes. A tenth of the training images of each (5,000 in all) is held out for val."""
+    """Read the 100 fine classes of CIFAR-100; a tenth of the training images of each is held out for val.
+
+    Raises:
+        SourceError: a file is missing or damaged.
+    """
     return _read(CIFAR100, CIFAR100_LAYOUT, root, seed)
 
 
@@ -48,24 +56,30 @@ def _read_batch(
         content = read_plain_pickle(path)
     except DamagedPickleError as error:
         raise SourceError(
-            f"{path} is truncated or damaged: it has {path.stat().st_size:,} bytes, and the official file holds "
-            f"{official:,} images in more than {official * _PIXELS:,} ({error}); get it again"
+            f"{path} is truncated or damaged: it has {path.stat().st_size:,} bytes, expected {official:,} images in "
+            f"more than {official * _PIXELS:,} bytes ({error}); download it again"
         ) from error
     images = content.get("data") if isinstance(content, dict) else None
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != _PIXELS:
         found = f"{images.dtype} {list(images.shape)}" if isinstance(images, np.ndarray) else type(images).__name__
-        raise SourceError(f"{path}: its data should be uint8 [n, {_PIXELS}] and is {found}; get it again")
+        raise SourceError(f"{path}: data is {found}, expected uint8 [n, {_PIXELS}]; download it again")
     labels = _field(path, content, layout.labels_key)
     if len(labels) != len(images):
-        raise SourceError(f"{path} has {len(images)} images and {len(labels)} {layout.labels_key}; get it again")
+        raise SourceError(
+            f"{path} has {len(images)} images and {len(labels)} {layout.labels_key}, expected equal numbers; download "
+            "it again"
+        )
     for row, label in enumerate(labels):
         if not isinstance(label, int) or not 0 <= label < classes:
-            raise SourceError(f"{path}: label {label!r} of image {row} is not a number from 0 to {classes - 1}")
+            raise SourceError(
+                f"{path}: label of image {row} is {label!r}, expected an integer from 0 to {classes - 1}; download it "
+                "again"
+            )
     return images.reshape(-1, 3, 32, 32), np.array(labels, np.int64)
 
 
 def _field(path: Path, content: Any, key: str) -> list[Any]:
     value = content.get(key) if isinstance(content, dict) else None
     if not isinstance(value, list) or not value:
-        raise SourceError(f"{path} has no list {key!r}; it is not an official batch, get it again")
+        raise SourceError(f"{path} has no list {key!r}, so it is not an official batch; download it again")
     return value

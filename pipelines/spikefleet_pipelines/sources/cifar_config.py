@@ -7,12 +7,12 @@ from spikefleet_pipelines.sources.source import Source
 
 @dataclass(frozen=True)
 class CifarLayout:
-    """The names inside one of the two archives."""
+    """File names and keys inside one of the two archives."""
 
     folder: str
     train_files: tuple[str, ...]
     train_images: int
-    """In each file."""
+    """Number of images in each training file."""
     test_file: str
     meta_file: str
     names_key: str
@@ -20,6 +20,7 @@ class CifarLayout:
 
     @property
     def files(self) -> tuple[str, ...]:
+        """Names of all files that are needed."""
         return (self.meta_file, *self.train_files, self.test_file)
 
 

@@ -1,13 +1,13 @@
-"""COCO's format of any data set (Lin et al., "Microsoft COCO", 2014): a JSON of boxes and a directory of images.
+"""Data sets in COCO's format (Lin et al., "Microsoft COCO", 2014): JSON files of boxes and directories of images.
 
-Two ways into a store. `prepare("coco", root, out)` takes a directory that holds everything, by default laid out as
-COCO 2017; with options `images`, `annotations` and `split` and no root it takes one directory of images and one file,
-and makes a store of them or adds them to the one at `out`. Files stay as they are: their bytes go into the store, after
-each has been decoded once to find the broken ones.
+`prepare("coco", root, out)` reads a directory with all splits, by default in the layout of COCO 2017. With options
+`images`, `annotations` and `split` and without root it reads one directory of images and one JSON file, and creates a
+store or adds the split to the one at `out`. The bytes of the image files are stored unchanged, after each was decoded
+once to find broken ones.
 
-Nobody outside COCO has the boxes of its test images, and results are reported on val2017: where no test split is
-given, "test" is "val" under a second name (`audit.same_as` in the manifest says so). To choose models on other
-images than those that are reported, hold out a part of train for val and give val2017 as test.
+The boxes of COCO's test images are not public, and results are reported on val2017: where no test split is given,
+"test" is an alias of "val" (recorded in the manifest as `audit.same_as`). To select models on other images than the
+reported ones, hold out a part of train for val and use val2017 as test.
 """
 
 import hashlib
@@ -52,14 +52,14 @@ class _Images:
         return _Images(paths, self.sizes[rows], self.columns.select(rows), self.computed_areas[rows])
 
     def parts(self, shard_bytes: int) -> "list[_Images]":
-        """Runs of images, each of about `shard_bytes`, so that the shards do not depend on who writes them."""
+        """Divide the images into shards of about `shard_bytes`, independent of the number of writers."""
         number = np.cumsum([0, *self.sizes])[:-1] // shard_bytes
         return [self.select(np.flatnonzero(number == value)) for value in np.unique(number)]
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One shard to be written."""
+    """One shard to write."""
 
     split: str
     out: Path
@@ -68,7 +68,7 @@ class _Job:
 
 @dataclass(frozen=True)
 class CocoContents:
-    """The annotations that were read and the files that were found; the files are read when they are written."""
+    """Annotations and image files of a data set; the files are read when the store is written."""
 
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
@@ -77,6 +77,7 @@ class CocoContents:
     image: ImageFormat = _ENCODED
 
     def write(self, writer: StoreWriter, progress: Progress, parallel: int | None) -> None:
+        """Write all splits; see `Contents`."""
         total, done = sum(len(images.paths) for images in self.splits.values()), 0
         jobs = [
             _Job(split, writer.directory / writer.shard_name(split, number), part)
@@ -92,15 +93,21 @@ class CocoContents:
 
 
 def read_coco(root: Path, options: CocoOptions, seed: int) -> CocoContents:
-    """All splits of a directory.
+    """Read all splits of a directory.
 
     Raises:
-        SourceError: a file is missing or wrong, or the splits differ in their categories.
+        SourceError: a file is missing or invalid, or the categories of the splits differ.
     """
     if (options.test_images is None) != (options.test_annotations is None):
-        raise SourceError("Source 'coco': options test_images and test_annotations go together; give both or neither")
+        raise SourceError(
+            f"source 'coco': test_images is {options.test_images} and test_annotations is {options.test_annotations}; "
+            "set both or neither"
+        )
     if options.holdout and options.test_images is not None:
-        raise SourceError("Source 'coco': with holdout, val becomes the test split; leave test_images out")
+        raise SourceError(
+            f"source 'coco': test_images is {options.test_images}, but with holdout val becomes the test split; remove "
+            "test_images or holdout"
+        )
     places = {
         "train": (options.train_images, options.train_annotations),
         "test" if options.holdout else "val": (options.val_images, options.val_annotations),
@@ -124,25 +131,38 @@ def read_coco(root: Path, options: CocoOptions, seed: int) -> CocoContents:
 def prepare_coco_split(
     options: CocoSplitOptions, out: Path, progress: Progress, parallel: int | None, seed: int, overwrite: bool
 ) -> None:
-    """Put one split of a COCO data set into the store at `out`, which is made if it is not there.
+    """Add one split of a COCO data set to the store at `out`, or create the store.
 
-    The split appears in one step when all of it is written. If the store already has it, made from the same file, it is
-    left as it is.
+    The split appears atomically when it is complete. A split that the store already contains from the same file is not
+    changed.
 
     Args:
-        overwrite: replace this split, if the store has it; other splits stay.
+        options: files of the split.
+        out: directory of the store.
+        progress: called with (images done, images in all).
+        parallel: number of Ray tasks, as for `prepare`.
+        seed: selects the samples held out for val.
+        overwrite: replace this split if the store contains it; other splits are kept.
 
     Raises:
-        SourceError: a file is missing or wrong.
-        StoreError: `out` holds something else, or this split of other data.
+        SourceError: a file is missing or invalid.
+        StoreError: `out` contains something else, or this split of other data.
     """
     images, annotations, split, holdout = options.images, options.annotations, options.split, options.holdout
     if holdout and split != "train":
-        raise SourceError(f"Source 'coco': holdout is {holdout} for split {split!r}; only train can have it")
+        raise SourceError(
+            f"source 'coco': holdout is {holdout} for split {split!r}, expected 0; only split 'train' can hold out "
+            "images"
+        )
     if not images.is_dir():
-        raise SourceError(f"Source 'coco': {images} is no directory; option images must be one of image files")
+        raise SourceError(
+            f"source 'coco': images is {images}, which is not a directory; set images to the directory of image files"
+        )
     if not annotations.is_file():
-        raise SourceError(f"Source 'coco': {annotations} is no file; annotations must be the JSON of the boxes")
+        raise SourceError(
+            f"source 'coco': annotations is {annotations}, which is not a file; set annotations to the JSON of the "
+            "boxes"
+        )
     with annotations.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     recorded: dict[str, JsonValue] = {
@@ -156,7 +176,7 @@ def prepare_coco_split(
     if there is not None and _is_done(there, out, ("train", "val") if holdout else (split,), recorded, overwrite):
         return
     if there is None and out.is_dir() and any(out.iterdir()):
-        raise StoreError(f"{out} is not empty and not a store; choose another directory")
+        raise StoreError(f"{out} is neither empty nor a store; choose another directory")
     file = read_coco_json(annotations)
     if there is not None:
         file.check_same_categories(there.category_ids or (), there.class_names, f"the store {out}")
@@ -183,13 +203,13 @@ def prepare_coco_split(
 def _is_done(
     there: Manifest, out: Path, splits: tuple[str, ...], recorded: dict[str, JsonValue], overwrite: bool
 ) -> bool:
-    """Whether the store has just these splits already.
+    """Whether the store already contains exactly these splits.
 
     Raises:
-        StoreError: it has one of them, of other data, and is not to be overwritten; or it is of another source.
+        StoreError: it contains one of them from other data and `overwrite` is not set, or it is of another source.
     """
     if there.source != COCO.name:
-        raise StoreError(f"{out} already holds a store of {there.source!r}; choose another directory")
+        raise StoreError(f"{out} already contains a store of {there.source!r}; choose another directory")
     own = set(there.shards) - set(there.audit.same_as or ())
     has = [split for split in splits if split in own]
     if overwrite or not has:
@@ -198,15 +218,16 @@ def _is_done(
         return True
     made_of = there.options.get(f"{has[0]}_annotations", "images held out of train")
     raise StoreError(
-        f"{out} already has split {has[0]!r}, of {made_of}; choose another directory, or overwrite to replace it"
+        f"{out} already contains split {has[0]!r} from {made_of}; choose another directory, or use --overwrite to "
+        "replace it"
     )
 
 
 def _find(file: CocoFile, folder: Path) -> _Images:
-    """The files of all images that an annotation file lists.
+    """Find the files of all images that an annotation file lists.
 
     Raises:
-        SourceError: some are missing; names the first, with its image id.
+        SourceError: some are missing; the message names the first, with its image id.
     """
     paths, sizes, missing = [], [], []
     for row, name in enumerate(file.file_names):
@@ -218,16 +239,16 @@ def _find(file: CocoFile, folder: Path) -> _Images:
         paths.append(path)
     if missing:
         row = missing[0]
-        more = f" {len(missing)} of its {len(paths)} images are missing." if len(missing) > 1 else ""
+        more = f" ({len(missing)} of its {len(paths)} images are missing)" if len(missing) > 1 else ""
         raise SourceError(
-            f"{paths[row]} is missing: image {file.columns.image_ids[row]} of {file.path}.{more} "
-            "Get the images, or give the directory that holds them"
+            f"{paths[row]} is missing: image {file.columns.image_ids[row]} of {file.path}{more}; download the images, "
+            "or set the directory that contains them"
         )
     return _Images(tuple(paths), np.array(sizes, np.int64), file.columns, file.computed_areas)
 
 
 def _divide(split: str, images: _Images, holdout: float, seed: int) -> dict[str, _Images]:
-    """Hold out a part of train for val: the images whose ids hash lowest, whatever their order."""
+    """Hold out a part of train for val: the images with the smallest hashes of their ids, independent of the order."""
     if split != "train" or not holdout:
         return {split: images}
     count = len(images.paths)
@@ -251,10 +272,10 @@ def _convert(job: _Job) -> tuple[Shard, list[bytes]]:
             raise SourceError(f"{where}: {error}; replace the file, or remove its entry") from error
         if (height, width) != (columns.heights[row], columns.widths[row]):
             turned = (width, height) == (columns.heights[row], columns.widths[row])
-            hint = "; the file says by its EXIF orientation that it is to be turned, the boxes are of the unturned one"
+            hint = " (the file's EXIF orientation rotates it, the boxes are of the image before rotation)"
             raise SourceError(
-                f"{where} is {width} x {height} pixels, and its annotations say {columns.widths[row]} x "
-                f"{columns.heights[row]}{hint if turned else ''}. Replace the file, or correct its entry"
+                f"{where} is {width} x {height} pixels, expected {columns.widths[row]} x {columns.heights[row]} of its "
+                f"annotations{hint if turned else ''}; replace the file, or correct its entry"
             )
         images.append(encoded)
     return write_shard(job.out, images, columns, _ENCODED), content_digests(images)

@@ -1,4 +1,4 @@
-"""COCO's format of any data set (Lin et al., "Microsoft COCO", 2014): where its parts are. `coco.py` reads it."""
+"""Options of data sets in COCO's format (Lin et al., "Microsoft COCO", 2014); `coco.py` reads them."""
 
 from pathlib import Path
 from typing import Literal
@@ -11,29 +11,29 @@ SplitName = Literal["train", "val", "test"]
 
 
 class CocoOptions(SourceOptions):
-    """Where the parts are, below the root; the defaults are COCO 2017 as it unpacks."""
+    """Paths of the parts below the root; the defaults are the layout of the COCO 2017 archives."""
 
     train_images: str = Field(default="train2017", description="directory of the training images")
     train_annotations: str = Field(default="annotations/instances_train2017.json", description="JSON of their boxes")
     val_images: str = Field(default="val2017", description="directory of the images for validation")
     val_annotations: str = Field(default="annotations/instances_val2017.json", description="JSON of their boxes")
-    test_images: str | None = Field(default=None, description="directory of the images for the test; none: as val")
+    test_images: str | None = Field(default=None, description="directory of the images for the test; null: as val")
     test_annotations: str | None = Field(default=None, description="JSON of their boxes")
     holdout: float = Field(
         default=0.0,
         ge=0.0,
         lt=1.0,
-        description="part of the training images that becomes val; what is given as val is then test",
+        description="fraction of the training images that becomes val; the given val is then test",
     )
 
 
 class CocoSplitOptions(SourceOptions):
-    """One split, given by itself."""
+    """Files of a single split."""
 
     images: Path = Field(description="directory of the images")
     annotations: Path = Field(description="JSON of their boxes")
-    split: SplitName = Field(description="what the images are for: train, val or test")
-    holdout: float = Field(default=0.0, ge=0.0, lt=1.0, description="train: part of the images that becomes val")
+    split: SplitName = Field(description="name of the split: train, val or test")
+    holdout: float = Field(default=0.0, ge=0.0, lt=1.0, description="train: fraction that becomes val")
 
 
 COCO = Source(

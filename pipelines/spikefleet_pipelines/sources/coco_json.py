@@ -1,7 +1,7 @@
 """COCO's annotation files: one JSON object with the lists `images`, `annotations` and `categories`.
 
-What is checked follows the format (cocodataset.org/#format-data) and what its evaluation relies on. Nothing is mended:
-a file that contradicts itself is refused, with the id at fault.
+The checks follow the format (cocodataset.org/#format-data) and the assumptions of its evaluation. Nothing is repaired:
+an inconsistent file is refused with the id at fault.
 """
 
 import math
@@ -23,7 +23,7 @@ _LARGEST_SIDE = 1 << 20
 
 @dataclass(frozen=True)
 class CocoFile:
-    """One annotation file: its categories by rising id, its images in the order of the file."""
+    """One annotation file: its categories in ascending order of ids, its images in the order of the file."""
 
     path: Path
     category_ids: tuple[int, ...]
@@ -31,13 +31,18 @@ class CocoFile:
     file_names: tuple[str, ...]
     columns: AnnotationColumns
     computed_areas: NDArray[np.int64]
-    """For each image how many of its annotations had no area, [n]."""
+    """Number of annotations without an area, for each image, [n]."""
 
     def check_same_categories(self, category_ids: tuple[int, ...], class_names: tuple[str, ...], where: str) -> None:
         """Compare the categories with those of another file or of a store.
 
+        Args:
+            category_ids: of the other.
+            class_names: of the other, in the same order.
+            where: name of the other, for the error message.
+
         Raises:
-            SourceError: they differ; names the first that does.
+            SourceError: they differ; the message names the first difference.
         """
         here, there = (
             dict(zip(*table, strict=True))
@@ -46,16 +51,16 @@ class CocoFile:
         for number in sorted({*here, *there}):
             if here.get(number) != there.get(number):
                 raise SourceError(
-                    f"{self.path}: category {number} is {here.get(number, 'missing')!r}, and in {where} it is "
-                    f"{there.get(number, 'missing')!r}; all splits must have the same categories"
+                    f"{self.path}: category {number} is {here.get(number, 'missing')!r}, expected "
+                    f"{there.get(number, 'missing')!r} of {where}; all splits must have the same categories"
                 )
 
 
 def read_coco_json(path: Path) -> CocoFile:
-    """Read and check an annotation file. Segmentations and anything else that is not needed are dropped on the way.
+    """Read and check an annotation file; segmentations and other unused fields are dropped while reading.
 
     Raises:
-        SourceError: it is no such file, or an entry is wrong; names the file and the id.
+        SourceError: the file is not an annotation file, or an entry is invalid; the message names the file and the id.
     """
     categories: dict[int, str] = {}
     images: dict[int, tuple[str, int, int]] = {}
@@ -66,14 +71,14 @@ def read_coco_json(path: Path) -> CocoFile:
         if section not in ("images", "annotations", "categories"):
             continue
         if not isinstance(entry, dict):
-            raise SourceError(f"{path}: entry {position} of {section!r} is no object")
+            raise SourceError(f"{path}: entry {position} of {section!r} is {_short(entry)}, expected a JSON object")
         number = _id(path, section, position, entry)
         if section == "annotations":
             objects.add(number, entry)
         elif section == "categories":
             name = entry.get("name")
             if not isinstance(name, str) or not name:
-                raise SourceError(f"{path}: category {number} has no name")
+                raise SourceError(f"{path}: category {number}: name is {_short(name)}, expected a non-empty string")
             if number in categories or name in categories.values():
                 raise SourceError(f"{path}: category {number} {name!r}: its id or its name occurs twice")
             categories[number] = name
@@ -84,7 +89,7 @@ def read_coco_json(path: Path) -> CocoFile:
     for section, found in (("images", images), ("categories", categories)):
         if not found:
             empty = "is empty" if section in lists else "is missing or empty"
-            raise SourceError(f"{path}: its list {section!r} {empty}; it is not the JSON of a COCO data set")
+            raise SourceError(f"{path}: list {section!r} {empty}; give the JSON of a COCO data set")
     ids = tuple(sorted(categories))
     columns, computed = objects.columns(images, categories)
     names = tuple(name for name, _, _ in images.values())
@@ -92,7 +97,7 @@ def read_coco_json(path: Path) -> CocoFile:
 
 
 class _Objects:
-    """The annotations that were read so far, as columns."""
+    """The annotations read so far, as columns."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -105,24 +110,26 @@ class _Objects:
         self._computed = bytearray()
 
     def add(self, number: int, entry: Mapping[str, Any]) -> None:
-        """Check one annotation in itself, and keep what is needed of it."""
+        """Check one annotation by itself and add it."""
         where = f"{self._path}: annotation {number}"
         if number in self._ids:
             raise SourceError(f"{self._path}: annotation id {number} occurs twice")
         for key in ("image_id", "category_id"):
             if not _is_integer(entry.get(key)):
-                raise SourceError(f"{where}: its {key} is {entry.get(key)!r}; a whole number is wanted")
+                raise SourceError(f"{where}: {key} is {entry.get(key)!r}, expected an integer")
         box = entry.get("bbox")
         if not isinstance(box, list) or len(box) != 4 or not all(map(_is_finite, box)) or min(box[2:]) < 0:
             raise SourceError(
-                f"{where} of image {entry['image_id']}: its bbox is {_short(box)}; [x, y, width, height] of finite "
-                "numbers with no negative size is wanted"
+                f"{where} of image {entry['image_id']}: bbox is {_short(box)}, expected [x, y, width, height] of "
+                "finite numbers with width and height of at least 0"
             )
         area, crowd = entry.get("area"), entry.get("iscrowd", 0)
         if area is not None and (not _is_finite(area) or area < 0):
-            raise SourceError(f"{where} of image {entry['image_id']}: its area is {_short(area)}")
+            raise SourceError(
+                f"{where} of image {entry['image_id']}: area is {_short(area)}, expected a finite number of at least 0"
+            )
         if crowd not in (0, 1):
-            raise SourceError(f"{where} of image {entry['image_id']}: its iscrowd is {_short(crowd)}; 0 or 1 is wanted")
+            raise SourceError(f"{where} of image {entry['image_id']}: iscrowd is {_short(crowd)}, expected 0 or 1")
         self._ids[number] = None
         self._image_ids.append(entry["image_id"])
         self._category_ids.append(entry["category_id"])
@@ -134,17 +141,21 @@ class _Objects:
     def columns(
         self, images: Mapping[int, tuple[str, int, int]], categories: Mapping[int, str]
     ) -> tuple[AnnotationColumns, NDArray[np.int64]]:
-        """All annotations, sorted by image, and how many areas of each image were computed.
+        """Sort all annotations by image.
+
+        Returns:
+            The annotations, and the number of computed areas of each image.
 
         Raises:
-            SourceError: one is of an unknown image or category.
+            SourceError: one belongs to an unknown image or category.
         """
         row_of = {number: row for row, number in enumerate(images)}
         for number, image_id, category_id in zip(self._ids, self._image_ids, self._category_ids, strict=True):
-            for what, wanted, known in (("image", image_id, row_of), ("category", category_id, categories)):
-                if wanted not in known:
+            for what, named, known in (("image", image_id, row_of), ("category", category_id, categories)):
+                if named not in known:
                     raise SourceError(
-                        f"{self._path}: annotation {number} is of {what} {wanted}, which the file does not have"
+                        f"{self._path}: annotation {number}: {what}_id is {named}, expected the id of one of the "
+                        f"file's {what} entries"
                     )
         rows = np.array([row_of[image_id] for image_id in self._image_ids], np.int64)
         order = np.argsort(rows, kind="stable")
@@ -171,11 +182,14 @@ def _image(path: Path, number: int, entry: Mapping[str, Any]) -> tuple[str, int,
     # A file name from elsewhere must not reach outside the directory of images.
     if not isinstance(name, str) or not name or "\0" in name or "\\" in name or _leaves(PurePosixPath(name)):
         raise SourceError(
-            f"{path}: image {number}: its file_name is {_short(name)}; a path below its directory is wanted"
+            f"{path}: image {number}: file_name is {_short(name)}, expected a path below the directory of images"
         )
     height, width = entry.get("height"), entry.get("width")
     if not _is_side(height) or not _is_side(width):
-        raise SourceError(f"{path}: image {number} ({name}): its height and width are {height!r} and {width!r}")
+        raise SourceError(
+            f"{path}: image {number} ({name}): height and width are {height!r} and {width!r}, expected integers from "
+            f"1 to {_LARGEST_SIDE}"
+        )
     return name, height, width
 
 
@@ -186,9 +200,7 @@ def _leaves(name: PurePosixPath) -> bool:
 def _id(path: Path, section: str, position: int, entry: Mapping[str, Any]) -> int:
     number = entry.get("id")
     if not _is_integer(number):
-        raise SourceError(
-            f"{path}: the id of entry {position} of {section!r} is {_short(number)}; a whole number is wanted"
-        )
+        raise SourceError(f"{path}: id of entry {position} of {section!r} is {_short(number)}, expected an integer")
     return number
 
 

@@ -1,4 +1,4 @@
-"""Raw data that fits in memory, and the choice of the samples that are held out of it."""
+"""Raw data that fit in memory, and the selection of held-out samples."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,10 +23,12 @@ class ArrayContents:
 
     @property
     def image(self) -> ImageFormat:
+        """Format of the images."""
         _, channels, height, width = self.splits["train"][0].shape
         return ImageFormat(encoding="raw", shape=(channels, height, width))
 
     def write(self, writer: StoreWriter, progress: Progress, parallel: int | None) -> None:
+        """Write all splits; see `Contents`."""
         total, done = sum(len(labels) for _, labels in self.splits.values()), 0
         for split, (images, labels) in self.splits.items():
             writer.write_images(split, images, labels)
@@ -35,7 +37,13 @@ class ArrayContents:
 
 
 def held_out(labels: NDArray[np.int64], count: Callable[[int], int], seed: int) -> NDArray[np.bool_]:
-    """Choose the samples of each class to hold out, [n]: the `count(size of the class)` with the smallest hash."""
+    """Select the samples of each class to hold out, as a mask [n].
+
+    Args:
+        labels: class of each sample, [n].
+        count: number of samples to hold out, from the size of the class; those with the smallest hashes are taken.
+        seed: of the hashes.
+    """
     keys = random_bits(seed, 0, np.arange(len(labels)), Draw.HOLD_OUT)
     chosen = np.zeros(len(labels), np.bool_)
     for label in np.unique(labels):
@@ -47,6 +55,6 @@ def held_out(labels: NDArray[np.int64], count: Callable[[int], int], seed: int) 
 def hold_out_validation(
     images: NDArray[np.uint8], labels: NDArray[np.int64], count: Callable[[int], int], seed: int
 ) -> dict[str, tuple[NDArray[np.uint8], NDArray[np.int64]]]:
-    """Split training data into "train" and "val"."""
+    """Split training data into "train" and "val"; arguments as for `held_out`."""
     val = held_out(labels, count, seed)
     return {"train": (images[~val], labels[~val]), "val": (images[val], labels[val])}

@@ -13,7 +13,10 @@ from spikefleet_pipelines.sources.digits_config import DigitsOptions
 
 
 def read_digits(root: Path | None, options: DigitsOptions, seed: int) -> ArrayContents:
-    """Grey values 0 to 16 become 0 to 255. Of each class, 20 % are held out for test and 10 % of the rest for val."""
+    """Load the digits, with grey values 0 to 16 scaled to 0 to 255.
+
+    Of each class, 20 % are held out for test and 10 % of the rest for val.
+    """
     digits = load_digits()
     images: NDArray[np.uint8] = np.round(digits.images[:, None] * (255 / 16)).astype(np.uint8)
     if options.upsample > 1:

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: what can be chosen. `digits.py` reads them."""
+"""Options of scikit-learn's handwritten digits; `digits.py` reads them."""
 
 from typing import Literal
 
@@ -8,7 +8,7 @@ from spikefleet_pipelines.sources.source import Source, SourceOptions
 
 
 class DigitsOptions(SourceOptions):
-    """How the digits are enlarged."""
+    """Enlargement of the digits."""
 
     upsample: Literal[1, 2, 4] = Field(default=1, description="factor of bilinear enlargement: 8, 16 or 32 pixels")
 

@@ -17,7 +17,7 @@ CLASS_NAMES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
 
-# A header may ask for no more than this, so that a damaged one does not exhaust memory.
+# The largest accepted size in a header, so that a damaged one does not exhaust memory.
 _MOST_VALUES = 1 << 31
 
 
@@ -25,7 +25,7 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
     """Read an IDX file of unsigned bytes, gzipped or plain.
 
     Raises:
-        SourceError: it is no such file, or its size is not what its header says.
+        SourceError: the file is not an IDX file, or its size differs from its header.
     """
     with path.open("rb") as raw:
         compressed = raw.read(2) == b"\x1f\x8b"
@@ -34,26 +34,38 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
             magic = stream.read(4)
             if len(magic) < 4 or magic[:3] != b"\0\0\x08" or not 1 <= magic[3] <= 4:
                 raise SourceError(
-                    f"{path} is not an IDX file of unsigned bytes: it starts with {magic.hex() or 'nothing'}"
+                    f"{path} is not an IDX file of unsigned bytes: it starts with {magic.hex() or 'nothing'}, expected "
+                    "000008; download it again"
                 )
             header = stream.read(4 * magic[3])
             if len(header) < 4 * magic[3]:
-                raise SourceError(f"{path} is truncated: its header should have {4 + 4 * magic[3]} bytes")
+                raise SourceError(
+                    f"{path} is truncated: the header has {4 + len(header)} bytes, expected {4 + 4 * magic[3]}; "
+                    "download it again"
+                )
             shape = struct.unpack(f">{magic[3]}I", header)
             size = int(np.prod(shape, dtype=object))
             if size > _MOST_VALUES:
-                raise SourceError(f"{path}: its header asks for {size:,} values; at most {_MOST_VALUES:,} are read")
+                raise SourceError(
+                    f"{path}: the header declares {size:,} values, expected at most {_MOST_VALUES:,}; download it again"
+                )
             values = stream.read(size + 1)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise SourceError(f"{path} is truncated or damaged ({path.stat().st_size:,} bytes): {error}") from error
+        raise SourceError(
+            f"{path} is truncated or damaged ({path.stat().st_size:,} bytes): {error}; download it again"
+        ) from error
     if len(values) != size:
         found = "more" if len(values) > size else f"{len(values):,}"
-        raise SourceError(f"{path} should hold {size:,} values for shape {list(shape)} and holds {found}; get it again")
+        raise SourceError(f"{path}: found {found} values, expected {size:,} for shape {list(shape)}; download it again")
     return np.frombuffer(values, np.uint8).reshape(shape)
 
 
 def read_fashion_mnist(root: Path, options: SourceOptions, seed: int) -> ArrayContents:
-    """5,000 of the 60,000 training images, equally many of each class, are held out for val."""
+    """Read Fashion-MNIST; 5,000 of the 60,000 training images, equally many of each class, are held out for val.
+
+    Raises:
+        SourceError: a file is missing or damaged.
+    """
     images, labels = _read_part(root, "train")
     test_images, test_labels = _read_part(root, "t10k")
     splits = hold_out_validation(images, labels, lambda n: round(n / 12), seed)
@@ -65,8 +77,8 @@ def _read_part(root: Path, part: str) -> tuple[NDArray[np.uint8], NDArray[np.int
     images, labels = read_idx(image_file), read_idx(label_file)
     if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
         raise SourceError(
-            f"{image_file} has shape {list(images.shape)} and {label_file} {list(labels.shape)}; "
-            "[n, height, width] and [n] are wanted"
+            f"{image_file} has shape {list(images.shape)} and {label_file} {list(labels.shape)}, expected "
+            "[n, height, width] and [n]; download them again"
         )
     return images[:, None], labels.astype(np.int64)
 

@@ -1,4 +1,4 @@
-"""Fashion-MNIST (Xiao, Rasul and Vollgraf, 2017): its files and where they lie. `fashion_mnist.py` reads them."""
+"""Files of Fashion-MNIST (Xiao, Rasul and Vollgraf, 2017) and their default location; `fashion_mnist.py` reads them."""
 
 from pathlib import Path
 

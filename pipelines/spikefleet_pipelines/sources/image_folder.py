@@ -1,6 +1,6 @@
-"""ImageNet's layout of any data set: root/train/<class>/*.jpg and root/val/<class>/*.jpg.
+"""Data sets in ImageNet's layout: root/train/<class>/*.jpg and root/val/<class>/*.jpg.
 
-Files stay as they are: their bytes go into the store, after each has been decoded once to find the broken ones.
+The bytes of the files are stored unchanged, after each was decoded once to find broken ones.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,7 +37,7 @@ class _Files:
 
 @dataclass(frozen=True)
 class _Job:
-    """One shard to be written."""
+    """One shard to write."""
 
     split: str
     out: Path
@@ -46,7 +46,7 @@ class _Job:
 
 @dataclass(frozen=True)
 class FolderContents:
-    """The files that were found; they are read when they are written."""
+    """The image files of a data set; they are read when the store is written."""
 
     class_names: tuple[str, ...]
     splits: dict[str, _Files]
@@ -55,6 +55,7 @@ class FolderContents:
     stand_ins: Mapping[str, str] = field(default_factory=dict)
 
     def write(self, writer: StoreWriter, progress: Progress, parallel: int | None) -> None:
+        """Write all splits; see `Contents`."""
         total, done = sum(len(files.paths) for files in self.splits.values()), 0
         jobs = [
             _Job(split, writer.directory / writer.shard_name(split, number), part)
@@ -69,10 +70,12 @@ class FolderContents:
 
 
 def read_image_folder(root: Path, options: SourceOptions, seed: int) -> FolderContents:
-    """The val folder becomes the test split; 2 % of the training images of each class, at least one, become val.
+    """List the files of a directory.
+
+    The val folder becomes the test split; 2 % of the training images of each class, at least one, become val.
 
     Raises:
-        SourceError: a folder is missing or the classes of train and val differ (named).
+        SourceError: a folder is missing, or the classes of train and val differ; the message names them.
     """
     folders = {name: root / name for name in ("train", "val")}
     for folder in folders.values():
@@ -90,7 +93,9 @@ def read_image_folder(root: Path, options: SourceOptions, seed: int) -> FolderCo
             )
             if extra
         ]
-        raise SourceError(f"The class folders of {root}/train and {root}/val differ ({'; '.join(only)})")
+        raise SourceError(
+            f"class folders of {root}/train and {root}/val differ ({'; '.join(only)}); give both the same classes"
+        )
     train, test = (_list(folder, train_classes) for folder in folders.values())
     val = held_out(train.labels, lambda n: min(n - 1, max(1, round(n * 0.02))), seed)
     return FolderContents(train_classes, {"train": train.where(~val), "val": train.where(val), "test": test})
@@ -107,14 +112,17 @@ def _list(folder: Path, classes: Sequence[str]) -> _Files:
             path for path in (folder / name).iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != "."
         )
         if not found:
-            raise SourceError(f"Class folder {folder / name} holds no image ({', '.join(sorted(SUFFIXES))})")
+            raise SourceError(
+                f"class folder {folder / name} contains no image ({', '.join(sorted(SUFFIXES))}); add images or "
+                "remove it"
+            )
         paths += found
         labels += [label] * len(found)
     return _Files(tuple(paths), np.array(labels, np.int64))
 
 
 def _parts(files: _Files, shard_bytes: int) -> list[_Files]:
-    """Runs of files, each of about `shard_bytes`, so that the shards do not depend on who writes them."""
+    """Divide the files into shards of about `shard_bytes`, independent of the number of writers."""
     sizes = np.cumsum([0, *(path.stat().st_size for path in files.paths)])[:-1]
     number = sizes // shard_bytes
     return [files.where(number == value) for value in np.unique(number)]

@@ -1,4 +1,4 @@
-"""ImageNet's layout of any data set: root/train/<class>/*.jpg and root/val/<class>/*.jpg.
+"""Data sets in ImageNet's layout: root/train/<class>/*.jpg and root/val/<class>/*.jpg.
 
 `image_folder.py` reads it.
 """

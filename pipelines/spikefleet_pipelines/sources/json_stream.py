@@ -1,7 +1,7 @@
 """Reading a large JSON object one list element at a time.
 
-COCO's training annotations are 450 MB of text, and six times as much as Python objects, nearly all of them polygons
-that nobody asked for. Here an element is gone before the next one is read.
+COCO's training annotations are 450 MB of text and six times as much as Python objects, nearly all of them unused
+polygons. This reader frees each element before it reads the next one.
 """
 
 import json
@@ -17,12 +17,13 @@ _AFTER_NUMBER = frozenset(",]}" + _SPACE)
 
 
 def list_elements(path: Path) -> Iterator[tuple[str, int, Any]]:
-    """The elements of all lists in the object that a file holds: (name of the list, position in it, element).
+    """Yield the elements of all lists in the JSON object of a file; other values of the object are skipped.
 
-    Values of the object that are no lists are skipped.
+    Yields:
+        (name of the list, position in it, element).
 
     Raises:
-        SourceError: the file cannot be read, or is not such an object; says where.
+        SourceError: the file cannot be read or is not a JSON object; the message says where.
     """
     try:
         with path.open(encoding="utf-8-sig") as stream:
@@ -49,7 +50,7 @@ class _Reader:
                 self._take(",")
             name = self._value()
             if not isinstance(name, str):
-                raise self._error("a name in quotes is wanted")
+                raise self._error("expected a name in quotes")
             if name in seen:
                 raise self._error(f"{name!r} occurs twice")
             seen.add(name)
@@ -67,10 +68,10 @@ class _Reader:
             self._at += 1
         self._at += 1
         if self._next():
-            raise self._error("more follows after the end")
+            raise self._error("expected the end of the file")
 
     def _next(self) -> str:
-        """The next character that is no space; "" at the end."""
+        """Return the next non-space character; "" at the end."""
         while True:
             while self._at < len(self._text):
                 if self._text[self._at] not in _SPACE:
@@ -79,9 +80,9 @@ class _Reader:
             if not self._more():
                 return ""
 
-    def _take(self, wanted: str) -> None:
-        if (found := self._next()) != wanted:
-            raise self._error(f"{wanted!r} is wanted and {found or 'the end'!r} is there")
+    def _take(self, expected: str) -> None:
+        if (found := self._next()) != expected:
+            raise self._error(f"expected {expected!r}, found {repr(found) if found else 'the end of the file'}")
         self._at += 1
 
     def _value(self) -> Any:
@@ -90,20 +91,20 @@ class _Reader:
             try:
                 value, end = self._decode(self._text, self._at)
             except RecursionError:
-                raise self._error("it is nested too deep") from None
+                raise self._error("it is nested too deeply") from None
             except ValueError as error:
-                # An unfinished value and a wrong one look alike until more has been read.
+                # An incomplete value and an invalid one look alike until more has been read.
                 if not self._more():
                     raise self._error(str(error)) from error
                 continue
-            # A number goes on until something else than a part of one follows: "-2." is -2 only so far.
+            # A number ends only where another token follows: "-2." may continue.
             ended = not isinstance(value, (int, float)) or self._text[end : end + 1] in _AFTER_NUMBER
             if ended or not self._more():
                 self._at = end
                 return value
 
     def _more(self) -> bool:
-        """Read on, each time as much again as is waiting, so that a long value is not decoded over and over."""
+        """Read more text, doubling what is buffered, so that a long value is not decoded again and again."""
         if self._complete:
             return False
         waiting = self._text[self._at :]

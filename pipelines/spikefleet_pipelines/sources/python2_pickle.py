@@ -1,9 +1,9 @@
-"""Reading the pickles in which CIFAR is published, without running anything that a pickle may ask for.
+"""Reading the pickles of CIFAR without executing anything that a pickle names.
 
-A pickle is a program that calls whatever it names. This reader resolves the few names that those files hold (numpy's
-array and dtype, and the codec that Python 3 writes bytes with) to stand-ins of its own, and refuses every other name.
-Arrays are built from a checked dtype, shape and bytes: no function of numpy or of any other package is called for the
-file.
+A pickle is a program that can call any function it names. This reader resolves the few names that CIFAR's files contain
+(numpy's array and dtype, and the codec with which Python 3 writes bytes) to its own substitutes and refuses every other
+name. Arrays are built from a checked dtype, shape and bytes: the file calls no function of numpy or of any other
+package.
 """
 
 import pickle
@@ -17,15 +17,15 @@ _DTYPES = {"u1": np.uint8, "i1": np.int8, "i4": np.int32, "i8": np.int64}
 
 
 class ForbiddenPickleError(ValueError):
-    """A pickle names something other than the plain data that is wanted."""
+    """A pickle names something other than plain data."""
 
 
 class DamagedPickleError(ValueError):
-    """A file is no pickle, or not all of one."""
+    """A file is not a pickle, or is truncated."""
 
 
 class _PickledArray:
-    """What numpy's `_reconstruct` makes; its state holds (version, shape, dtype, is_fortran, bytes)."""
+    """Substitute for numpy's `_reconstruct`; its state is (version, shape, dtype, is_fortran, bytes)."""
 
     value: np.ndarray[Any, Any] | None = None
 
@@ -56,7 +56,7 @@ def _encode(text: Any, encoding: Any) -> bytes:
     return text.encode("latin1")
 
 
-# Each name resolves to a new function object, so that a pickle which sets attributes on it changes nothing of ours.
+# Each name resolves to a new function object, so that a pickle that sets attributes on it changes nothing here.
 _STAND_INS: dict[tuple[str, str], Callable[[], Any]] = {
     ("multiarray", "_reconstruct"): lambda: lambda *_: _PickledArray(),
     ("numpy", "ndarray"): lambda: "numpy.ndarray",
@@ -78,14 +78,16 @@ def read_plain_pickle(path: Path) -> Any:
     """Read a pickle of dicts, lists, numbers, text, bytes and numeric arrays; keys of dicts become str.
 
     Raises:
-        ForbiddenPickleError: it holds anything else, named in the message. Nothing of it has been run.
+        ForbiddenPickleError: it contains anything else, named in the message; nothing of it was executed.
         DamagedPickleError: it cannot be read to its end.
     """
     with path.open("rb") as stream:
         try:
             content = _PlainUnpickler(stream, encoding="latin1").load()
         except ForbiddenPickleError as error:
-            raise ForbiddenPickleError(f"{path} is refused: it is a pickle that asks for {error}") from error
+            raise ForbiddenPickleError(
+                f"{path} is refused: the pickle contains {error}, expected plain data; download the official file"
+            ) from error
         except Exception as error:  # a damaged pickle can fail in any way
             raise DamagedPickleError(f"{path}: {error}") from error
     return _plain(content)

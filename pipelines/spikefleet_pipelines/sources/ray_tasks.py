@@ -1,4 +1,4 @@
-"""Running the jobs of a conversion one after another, or as Ray tasks."""
+"""Running conversion jobs sequentially or as Ray tasks."""
 
 import os
 import sys
@@ -8,10 +8,10 @@ from itertools import islice
 from typing import Any, TypeVar
 
 _WORTH_RAY = 10_000
-"""Images from which on a local Ray, whose start takes seconds, pays for itself."""
+"""Number of images from which a local Ray, whose start takes seconds, saves time."""
 
 _OBJECT_STORE_BYTES = 200_000_000
-"""Jobs and results are names and hashes; images go from file to file."""
+"""Size of the object store: jobs and results are only names and hashes."""
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -20,20 +20,22 @@ Result = TypeVar("Result")
 def run_tasks(
     function: Callable[[Job], Result], jobs: Sequence[Job], parallel: int | None, images: int
 ) -> Generator[Result, None, None]:
-    """`function` of each job, in the order of the jobs.
+    """Run a function on each job and yield the results in the order of the jobs.
 
     Args:
-        parallel: how many at a time. None: as many as the running Ray has CPUs; where none is running, as many as this
-            machine has, or one, in this process, when there are fewer than 10,000 images. A local Ray is started for
-            more than one, and shut down afterwards, if none is running.
-        images: how many the jobs convert in all.
+        function: to run.
+        jobs: its arguments.
+        parallel: number of concurrent jobs. None: one per CPU of the running Ray; without Ray one per CPU of this
+            machine, or one in this process for fewer than 10,000 images. For more than one, a local Ray is started if
+            none is running, and shut down afterwards.
+        images: total number of images of the jobs.
 
     Raises:
-        ValueError: what `function` raised first, as it raised it.
+        ValueError: `parallel` is below 1, or `function` raised it; the first one is raised unchanged.
     """
     if parallel is not None and parallel < 1:
-        raise ValueError(f"parallel is {parallel}; it must be at least 1")
-    # Importing Ray takes a second, and one that is not imported is not running.
+        raise ValueError(f"parallel is {parallel}, expected at least 1")
+    # Importing Ray takes a second, and a Ray that is not imported is not running.
     running_ray = "ray" in sys.modules and sys.modules["ray"].is_initialized()
     little = images < _WORTH_RAY or os.cpu_count() == 1
     if parallel == 1 or (parallel is None and not running_ray and little):
@@ -62,7 +64,7 @@ def run_tasks(
             running.extend(task.remote(job) for job in islice(waiting, 1))
             yield result
     except ray.exceptions.RayTaskError as error:
-        # Ray's own text is a traceback of the worker; users get the sentence.
+        # Ray's own text is a traceback of the worker; users get the message alone.
         if isinstance(error.cause, ValueError):
             raise error.cause from None
         raise
@@ -70,6 +72,6 @@ def run_tasks(
         if not running_ray:
             ray.shutdown()
         elif running:
-            # Not ray.cancel: where a task ends just then, it brings the whole process down (Ray 2.60 checks that it was
-            # pending).
+            # Not ray.cancel: if a task ends at that moment, it aborts the whole process (Ray 2.60 checks that the task
+            # was pending).
             ray.wait(list(running), num_returns=len(running))

@@ -1,6 +1,6 @@
 """The table of sources.
 
-To add one: its two modules, and its line in `_BUILT_IN`; from outside, `register_source`.
+To add a source, write its two modules and add it to `_BUILT_IN`; other packages call `register_source`.
 """
 
 import difflib
@@ -32,15 +32,15 @@ _SOURCES: dict[str, Source] = {}
 
 
 def register_source(source: Source) -> None:
-    """Make a source known by its name. The same one again changes nothing.
+    """Register a source; registering the same one again has no effect.
 
     Raises:
         SourceError: another source has that name.
     """
     if _SOURCES.setdefault(source.name, source) != source:
         raise SourceError(
-            f"A data source {source.name!r} is already registered (reader {_SOURCES[source.name].reader}); "
-            f"give the one with reader {source.reader} another name"
+            f"data source {source.name!r} is already registered (reader {_SOURCES[source.name].reader}); give the one "
+            f"with reader {source.reader} another name"
         )
 
 
@@ -49,30 +49,32 @@ for _source in _BUILT_IN:
 
 
 def list_sources() -> dict[str, str]:
-    """The names that `prepare` takes, each with its description."""
+    """Return the names that `prepare` accepts, each with its description."""
     return {name: source.description for name, source in _SOURCES.items()}
 
 
 def find_source(name: str) -> Source:
-    """A source by its name.
+    """Return a source by its name.
 
     Raises:
-        SourceError: there is none; names the nearest.
+        SourceError: the name is unknown; the message names the nearest one.
     """
     if name in _SOURCES:
         return _SOURCES[name]
     nearest = difflib.get_close_matches(name, _SOURCES, 1, 0.5)
-    hint = f"did you mean {nearest[0]!r}?" if nearest else f"it must be one of {', '.join(_SOURCES)}"
-    raise SourceError(f"Unknown data source {name!r}; {hint}")
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else f", expected one of {', '.join(_SOURCES)}"
+    raise SourceError(f"unknown data source {name!r}{hint}")
 
 
 def check_options(
     source: Source, options: Mapping[str, Any], model: type[SourceOptions] | None = None
 ) -> SourceOptions:
-    """The options of a source, checked.
+    """Validate the options of a source.
 
     Args:
-        model: which options are meant, if not those of the whole data set.
+        source: whose options they are.
+        options: by name.
+        model: config class of the options; None for `source.options`.
 
     Raises:
         SourceError: an option is unknown or missing, or its value is not allowed.
@@ -85,4 +87,4 @@ def check_options(
         option = ".".join(str(part) for part in first["loc"])
         allowed = ", ".join(model.model_fields) or "none"
         value = "is missing" if first["type"] == "missing" else f"has value {first['input']!r}: {first['msg']}"
-        raise SourceError(f"Option {option!r} of source {source.name!r} {value}. Its options are: {allowed}") from error
+        raise SourceError(f"option {option!r} of source {source.name!r} {value}; the options are: {allowed}") from error

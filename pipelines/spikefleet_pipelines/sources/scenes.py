@@ -1,8 +1,8 @@
-"""Scenes of handwritten digits: detection data that needs no download, made of scikit-learn's 1,797 real digits.
+"""Scenes of handwritten digits: detection data without download, composed of scikit-learn's 1,797 real digits.
 
-A scene is a noisy coloured background with one to five digits of different sizes and colours, and with none in one
+A scene is a noisy coloured background with one to five digits of different sizes and colours, or with none in one
 scene of twenty. The digits of train, val and test scenes are different images: those of the `digits` source's splits.
-Category ids have gaps and do not start at 0, as COCO's, so that a mix-up of ids and class indices cannot go unnoticed.
+Category ids have gaps and do not start at 0, as in COCO, so that confusing ids with class indices shows up.
 """
 
 from collections.abc import Mapping
@@ -29,9 +29,9 @@ _SPLITS = ("train", "val", "test")
 _EMPTY = 0.05
 _LEAST_SIDE, _LARGEST_SIDE = 12, 48
 _ATTEMPTS = 8
-# An object may cover, or be covered by, so much of the smaller of two boxes.
+# Maximum overlap of two objects, as a fraction of the smaller box.
 _OVERLAP = 0.2
-# Strokes fade at their rims; a box is drawn around what is at least so opaque.
+# Strokes fade at their edges; a box encloses the pixels of at least this opacity.
 _VISIBLE = 0.3
 _NUMBERS_PER_OBJECT = 8 + 2 * _ATTEMPTS
 _FRAGMENTS = 3
@@ -46,7 +46,7 @@ class _Objects(NamedTuple):
 
 @dataclass(frozen=True)
 class SceneContents:
-    """Digits to compose scenes of; the scenes are made when they are written."""
+    """Digits for the scenes, which are composed when the store is written."""
 
     options: ScenesOptions
     seed: int
@@ -57,9 +57,11 @@ class SceneContents:
 
     @property
     def image(self) -> ImageFormat:
+        """Format of the images."""
         return ImageFormat(encoding="raw", shape=(3, self.options.size, self.options.size))
 
     def write(self, writer: StoreWriter, progress: Progress, parallel: int | None) -> None:
+        """Compose and write all splits; see `Contents`."""
         counts = {split: getattr(self.options, split) for split in _SPLITS}
         side, done, objects = self.options.size, 0, 0
         at_once = max(1, writer.shard_bytes // (3 * side * side))
@@ -78,7 +80,15 @@ class SceneContents:
                 objects += len(columns.ids)
 
     def scene(self, split: str, number: int) -> tuple[NDArray[np.uint8], _Objects]:
-        """Scene `number` of a split, [3, side, side], and what is in it: a function of the seed alone."""
+        """Compose a scene, a pure function of the seed.
+
+        Args:
+            split: name of the split.
+            number: of the scene, from 0.
+
+        Returns:
+            uint8 [3, side, side], and its objects.
+        """
         images, labels = self.digits[split]
         side, most = self.options.size, self.options.objects
         needed = 2 + _FRAGMENTS * _NUMBERS_PER_FRAGMENT + most * _NUMBERS_PER_OBJECT
@@ -92,7 +102,7 @@ class SceneContents:
         digits: list[int] = []
         for own in objects.reshape(most, _NUMBERS_PER_OBJECT)[:count]:
             source = int(own[0] * len(labels))
-            # As many small as large ones: sizes are even on a logarithmic scale.
+            # Sizes are uniform on a logarithmic scale: as many small digits as large ones.
             length = round(_LEAST_SIDE * (_LARGEST_SIDE / _LEAST_SIDE) ** float(own[1]))
             opacity = enlarge(images[source, 0], length)
             rows, columns = np.flatnonzero((opacity >= _VISIBLE).any(1)), np.flatnonzero((opacity >= _VISIBLE).any(0))
@@ -106,10 +116,10 @@ class SceneContents:
         return np.clip(np.rint(canvas), 0, 255).astype(np.uint8), _Objects(boxes, digits)
 
     def _background(self, split: str, number: int) -> NDArray[np.float64]:
-        """Slow changes of colour with fine noise on top, [3, side, side]."""
+        """Draw smooth changes of colour with fine noise, [3, side, side]."""
         side = self.options.size
         cells = side // 8
-        # Noise is drawn for a quarter of the pixels; the others get it turned over: the same statistics for less work.
+        # Noise is drawn for a quarter of the pixels and mirrored for the others: the same statistics for less work.
         half = side // 2
         counts = 3 * 64, 3 * half * half
         draws = uniform(self.seed, _SPLITS.index(split), number, Draw.SCENE_NOISE + np.arange(sum(counts)))
@@ -123,7 +133,7 @@ class SceneContents:
 
 
 def _strew(canvas: NDArray[np.float64], digit: NDArray[np.uint8], draws: NDArray[np.float64]) -> None:
-    """Puts a quarter of a digit somewhere; nobody could tell which digit it was."""
+    """Paint a quarter of a digit, from which the digit cannot be recognised."""
     row, column = (int(draw * 5) for draw in draws[:2])
     length = round(_FRAGMENT_SIDES[0] + (_FRAGMENT_SIDES[1] - _FRAGMENT_SIDES[0]) * float(draws[2]))
     top, left = (int(draw * (canvas.shape[-1] - length + 1)) for draw in draws[3:5])
@@ -133,7 +143,7 @@ def _strew(canvas: NDArray[np.float64], digit: NDArray[np.uint8], draws: NDArray
 def _paint(
     canvas: NDArray[np.float64], opacity: NDArray[np.float64], top: int, left: int, draws: NDArray[np.float64]
 ) -> None:
-    """Lays a colour over a square of the image."""
+    """Blend a colour into a square of the image."""
     colour = 150 + 105 * draws[:3]
     colour[int(draws[3] * 3)] = 255  # never grey and dim at once: the background is
     window = canvas[:, top : top + opacity.shape[0], left : left + opacity.shape[1]]
@@ -141,7 +151,7 @@ def _paint(
 
 
 def enlarge(digit: NDArray[np.uint8], side: int) -> NDArray[np.float64]:
-    """A digit, or a square part of one, as opacity 0 to 1 on [side, side] pixels, interpolated between its own."""
+    """Interpolate a digit, or a square part of one, to opacities 0 to 1, [side, side]."""
     return _interpolate(digit.astype(np.float64) / 255, side)
 
 
@@ -151,7 +161,7 @@ def _extent(indices: NDArray[np.int64]) -> int:
 
 
 def _interpolate(values: NDArray[np.float64], side: int) -> NDArray[np.float64]:
-    """Bilinear, in the same arithmetic on every machine: products and sums of two, no matrix product."""
+    """Interpolate bilinearly with the same arithmetic on every machine: products and sums of two, no matrix product."""
     length = values.shape[-1]
     place = np.clip((np.arange(side) + 0.5) * length / side - 0.5, 0, length - 1)
     low = np.minimum(place.astype(np.int64), length - 2)
@@ -162,14 +172,14 @@ def _interpolate(values: NDArray[np.float64], side: int) -> NDArray[np.float64]:
 
 def _free_place(
     draws: NDArray[np.float64],
-    room: int,
+    limit: int,
     extent: tuple[NDArray[np.int64], NDArray[np.int64]],
     boxes: list[tuple[int, int, int, int]],
 ) -> tuple[int, int] | None:
-    """Top and left for a digit whose visible rows and columns are `extent`, or None where no attempt is free."""
+    """Find top and left, 0 to `limit`, of a digit with visible rows and columns `extent`; None if nothing is free."""
     rows, columns = extent
     for down, right in draws.reshape(_ATTEMPTS, 2):
-        top, left = int(down * (room + 1)), int(right * (room + 1))
+        top, left = int(down * (limit + 1)), int(right * (limit + 1))
         box = left + int(columns[0]), top + int(rows[0]), _extent(columns), _extent(rows)
         if all(_overlap(box, other) <= _OVERLAP for other in boxes):
             return top, left
@@ -177,7 +187,7 @@ def _free_place(
 
 
 def _overlap(one: tuple[int, int, int, int], other: tuple[int, int, int, int]) -> float:
-    """The common area as a part of the smaller box."""
+    """Intersection area as a fraction of the smaller box."""
     width = min(one[0] + one[2], other[0] + other[2]) - max(one[0], other[0])
     height = min(one[1] + one[3], other[1] + other[3]) - max(one[1], other[1])
     return max(0, width) * max(0, height) / min(one[2] * one[3], other[2] * other[3])
@@ -201,5 +211,5 @@ def _columns(scenes: list[_Objects], first_image_id: int, first_id: int, side: i
 
 
 def read_scenes(root: Path, options: ScenesOptions, seed: int) -> SceneContents:
-    """The seed chooses the digits of each split, and everything in the scenes."""
+    """Prepare the digits; the seed determines the digits of each split and the content of the scenes."""
     return SceneContents(options, seed, read_digits(None, DigitsOptions(), seed).splits)

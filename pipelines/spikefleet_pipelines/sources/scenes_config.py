@@ -1,4 +1,4 @@
-"""Scenes of handwritten digits, for detection: what can be chosen. `scenes.py` composes them."""
+"""Options of the scenes of handwritten digits for detection; `scenes.py` composes them."""
 
 from pydantic import Field, field_validator
 
@@ -6,10 +6,10 @@ from spikefleet_pipelines.sources.source import Source, SourceOptions
 
 
 class ScenesOptions(SourceOptions):
-    """What scenes are made."""
+    """Size, content and number of the scenes."""
 
     size: int = Field(default=96, ge=64, le=1024, description="side of a scene in pixels")
-    objects: int = Field(default=5, ge=1, le=20, description="most digits in a scene")
+    objects: int = Field(default=5, ge=1, le=20, description="maximum number of digits in a scene")
     train: int = Field(default=4000, ge=1, le=1_000_000, description="number of training scenes")
     val: int = Field(default=300, ge=1, le=1_000_000, description="number of scenes for validation")
     test: int = Field(default=300, ge=1, le=1_000_000, description="number of scenes for the test")
@@ -18,7 +18,7 @@ class ScenesOptions(SourceOptions):
     @classmethod
     def _whole_cells(cls, size: int) -> int:
         if size % 8:
-            raise ValueError("it must be a multiple of 8")
+            raise ValueError("expected a multiple of 8")
         return size
 
 

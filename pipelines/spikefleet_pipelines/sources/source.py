@@ -1,7 +1,7 @@
-"""What a source is, as far as it can be said without reading anything: name, options, and where its reader is.
+"""Declaration of a source: name, options, and import path of its reader.
 
-pydantic only: a config that names a source is checked without numpy, torch or pyarrow. The reader is imported when data
-is prepared.
+This needs pydantic only: a config that names a source is checked without numpy, torch or pyarrow. The reader is
+imported when data are prepared.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,36 +23,50 @@ Progress = Callable[[int, int], None]
 
 
 class SourceOptions(BaseModel):
-    """Options of a source; a source with more of them subclasses this."""
+    """Base class of the options of a source; by itself it has no options."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Contents(Protocol):
-    """Raw data that was found and looked through, ready to be written."""
+    """Raw data that were found and checked, ready to be written to a store."""
 
     @property
-    def class_names(self) -> tuple[str, ...]: ...
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of their indices."""
+        ...
+
     @property
     def category_ids(self) -> tuple[int, ...] | None:
-        """Of a detection data set, the id of each class in the annotations."""
+        """The category id of each class of a detection data set; None for classification."""
         ...
 
     @property
     def stand_ins(self) -> Mapping[str, str]:
-        """Splits that are another one under a second name: see `StoreWriter`."""
+        """Aliases of splits; see `StoreWriter`."""
         ...
 
     @property
-    def image(self) -> "ImageFormat": ...
-    def write(self, writer: "StoreWriter", progress: Progress, parallel: int | None) -> None: ...
+    def image(self) -> "ImageFormat":
+        """Format of the images."""
+        ...
+
+    def write(self, writer: "StoreWriter", progress: Progress, parallel: int | None) -> None:
+        """Write all splits.
+
+        Args:
+            writer: of the store.
+            progress: called with (images done, images in all).
+            parallel: number of Ray tasks, as for `prepare`.
+        """
+        ...
 
 
 Reader = Callable[[Path, Any, int], Contents]
 """Finds and checks the raw data: (root, options, seed of the held-out samples) -> contents."""
 
 SplitWriter = Callable[[Any, Path, Progress, int | None, int, bool], None]
-"""Puts one split, given by itself, into a store: (options, out, progress, parallel, seed, overwrite) -> nothing."""
+"""Writes a single split into a store: (options, out, progress, parallel, seed, overwrite) -> None."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,14 +74,14 @@ class Source:
     """One data set.
 
     Attributes:
-        name: by which configs and the command line call it.
-        description: one line for who lists the sources.
-        reader: where its `Reader` is, as "package.module:function"; imported when it is used.
-        options: what can be chosen.
-        files: what `root` must hold, for the sentence that says that it is missing; None where no files are needed.
-        default_root: where the files are looked for when no root is given.
-        split_writer: where its `SplitWriter` is; None where splits cannot be given one by one.
-        split_options: the options by which one split is given; None where there is no `split_writer`.
+        name: in configs and on the command line.
+        description: one line for the list of sources.
+        reader: import path of its `Reader`, "package.module:function"; imported when it is used.
+        options: config class of the options.
+        files: required content of `root`, for the error message about missing files; None where no files are needed.
+        default_root: directory of the files when no root is given.
+        split_writer: import path of its `SplitWriter`; None where splits cannot be prepared one by one.
+        split_options: config class of the options of a single split; None without `split_writer`.
     """
 
     name: str
@@ -83,22 +97,24 @@ class Source:
         """Import the reader.
 
         Raises:
-            ImportError: the reader's module, or a library that it needs, is not there.
+            ImportError: the reader's module, or a library that it needs, is not installed.
         """
         return _load(self.reader)
 
     def load_split_writer(self) -> SplitWriter | None:
-        """Import the writer of single splits, if the source has one. Raises as `load_reader`."""
+        """Import the writer of single splits; None if the source has none.
+
+        Raises:
+            ImportError: the writer's module, or a library that it needs, is not installed.
+        """
         return None if self.split_writer is None else _load(self.split_writer)
 
     def missing(self, looked: Path | None) -> SourceError:
-        """The error for raw data that is not there: where it was looked for, and what to do."""
-        where = (
-            f"not found: {looked} is missing or lacks a file" if looked else "not given a root, and it has no default"
-        )
+        """Create the error for missing raw data; `looked` is the path that was searched, None without any root."""
+        where = f"not found: {looked} is missing or lacks a file" if looked else "not found: root is not set"
         return SourceError(
-            f"The raw data of {self.name!r} was {where}. Put {self.files} in a directory DIR and run "
-            f"`spikefleet data prepare {self.name} DIR --out STORE`, or set the data's root to DIR"
+            f"raw data of source {self.name!r} {where}; put {self.files} into a directory DIR and run "
+            f"`spikefleet data prepare {self.name} DIR --out STORE`, or set data.root=DIR"
         )
 
 

@@ -1,1 +1,1 @@
-"""A store: Arrow shards with a manifest; written, read, extended, fetched."""
+"""The store: Arrow shards with a manifest; writing, reading, extending and fetching it."""

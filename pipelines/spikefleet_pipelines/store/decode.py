@@ -1,4 +1,4 @@
-"""Decoding the bytes of an image file to uint8 RGB."""
+"""Decoding of image files to uint8 RGB."""
 
 import numpy as np
 import torch
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def decode_rgb(encoded: NDArray[np.uint8]) -> Tensor:
-    """Decode a JPEG, PNG, WebP or GIF (first frame) to uint8 [3, H, W], turned as its EXIF orientation says.
+    """Decode a JPEG, PNG, WebP or GIF (first frame) to uint8 [3, H, W], rotated by its EXIF orientation.
 
-    Grey images are repeated to three channels, CMYK is converted, an alpha channel is dropped, 16 bits are cut to 8.
+    Grey images are repeated to three channels, CMYK is converted, alpha channels are dropped, 16 bits are cut to 8.
 
     Raises:
-        ValueError: the bytes are empty, truncated, or no such image.
+        ValueError: the bytes are empty, truncated, or not such an image.
     """
     from torchvision.io import ImageReadMode, decode_image  # seconds to import
 

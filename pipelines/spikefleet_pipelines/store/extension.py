@@ -1,7 +1,7 @@
-"""Adding a split to a store that is there: its new shards come beside the old ones, then its manifest is replaced.
+"""Adding splits to an existing store: new shards are written next to the old ones, then the manifest is replaced.
 
-Replacing one file is what makes it atomic: a reader finds the store without the split or with it, and a writer that
-dies leaves at most a shard that no manifest names, which the next one overwrites.
+Replacing one file makes this atomic: a reader finds the store without the split or with it, and a killed writer leaves
+at most a shard that no manifest names, which the next writer overwrites.
 """
 
 import fcntl
@@ -22,10 +22,13 @@ _ORDER = ("train", "val", "test")
 
 
 class StoreExtension(StoreWriter):
-    """Writes splits into the store at `out`; splits of the same names that it holds are replaced.
+    """Writes splits into the store at `out`, replacing splits of the same names.
 
     Args:
-        options: added to those of the store.
+        out: directory of the store.
+        options: added to the options of the store.
+        stand_ins: as for `StoreWriter`.
+        shard_bytes: as for `StoreWriter`.
 
     Raises:
         StoreError: there is no store, or it is corrupt.
@@ -53,7 +56,8 @@ class StoreExtension(StoreWriter):
         self._there = there
 
     def shard_name(self, split: str, number: int) -> str:
-        # A replaced split must not touch the shards that readers have open: its numbers go on from theirs.
+        """Return the file name of a shard, numbered after the existing ones of the split."""
+        # A replaced split must not touch the shards that readers have open.
         used = [int(shard.file.split("-")[-1].split(".")[0]) for shard in self._own_shards(self._there, split)]
         return super().shard_name(split, number + max(used, default=-1) + 1)
 
@@ -61,7 +65,7 @@ class StoreExtension(StoreWriter):
         """Move the shards into the store and replace its manifest.
 
         Raises:
-            StoreError: another process has changed the same splits, or the store's classes, in the meantime.
+            StoreError: another process changed the same splits, or the store's classes, in the meantime.
         """
         with _locked(self.out):
             there = _read_manifest(self.out)
@@ -71,7 +75,9 @@ class StoreExtension(StoreWriter):
                 self.class_names, self.category_ids, self.image
             )  # fmt: skip
             if not same_place or not same_kind:
-                raise StoreError(f"{self.out} was changed by another process while splits were added; add them again")
+                raise StoreError(
+                    f"store {self.out}: another process changed it while splits were added; add them again"
+                )
             self._keep(there)
             self.options = {**there.options, **self.options}
             manifest = self.manifest()
@@ -88,11 +94,11 @@ class StoreExtension(StoreWriter):
         return manifest
 
     def _own_shards(self, manifest: Manifest, split: str) -> tuple[Shard, ...]:
-        """The shards of a split, none where it is only another one's second name."""
+        """The shards of a split; none where it is an alias of another split."""
         return () if split in (manifest.audit.same_as or {}) else manifest.shards.get(split, ())
 
     def _keep(self, there: Manifest) -> None:
-        """Take over the splits that are not replaced, with what the audit needs of them."""
+        """Copy the entries of the splits that are not replaced, and what the audit needs of them."""
         for split, shards in there.shards.items():
             if split in self._shards or not self._own_shards(there, split):
                 continue
@@ -121,7 +127,7 @@ def _read_manifest(store: Path) -> Manifest:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Hold a directory against other writers; the system lets go of it when the process ends."""
+    """Lock a directory against other writers; the system releases the lock when the process ends."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

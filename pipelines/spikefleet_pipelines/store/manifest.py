@@ -1,6 +1,6 @@
-"""The manifest of a store: what the shards hold, and the SHA-256 by which each is known.
+"""The manifest of a store: its contents, and the SHA-256 of each shard.
 
-Text and hash of a classification store are those of the first version: what detection adds is absent there.
+Text and hash of a classification store are those of the first version: the fields of detection are absent there.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ class Shard(_Record):
 
 
 class ImageFormat(_Record):
-    """How the image column is stored: uint8 pixels of one fixed shape, or the bytes of an image file."""
+    """Format of the image column: uint8 pixels of one fixed shape, or the bytes of image files."""
 
     encoding: Literal["raw", "encoded"]
     shape: tuple[int, int, int] | None = Field(default=None, description="[C, H, W]; None where it varies")
@@ -47,25 +47,27 @@ class ImageFormat(_Record):
     @model_validator(mode="after")
     def _shape_goes_with_raw(self) -> "ImageFormat":
         if (self.encoding == "raw") != (self.shape is not None):
-            raise ValueError(f"encoding {self.encoding!r} does not go with shape {self.shape}")
+            raise ValueError(
+                f"encoding {self.encoding!r} does not fit shape {self.shape}; only raw images have a shape"
+            )
         if self.shape is not None and min(self.shape) < 1:
-            raise ValueError(f"shape {self.shape} has a dimension below 1")
+            raise ValueError(f"shape is {self.shape}, expected dimensions of at least 1")
         return self
 
 
 class BoxAudit(_Record):
-    """What was found in the annotations of one split. Nothing of it is left out of the store."""
+    """Statistics of the annotations of one split; the store contains all of them."""
 
     objects: int = Field(ge=0, description="annotations, crowds included")
-    objects_per_class: tuple[int, ...] = Field(description="crowds left out, in the order of class_names")
+    objects_per_class: tuple[int, ...] = Field(description="without crowds, in the order of class_names")
     crowds: int = Field(ge=0, description="boxes around crowds: kept for evaluation, left out of the loss")
     empty_images: int = Field(ge=0, description="images without an annotation")
     no_area: int = Field(ge=0, description="boxes without width or height: left out of the loss")
     beyond_border: int = Field(
-        ge=0, description="boxes that reach more than a pixel over the border; batches clip them"
+        ge=0, description="boxes that extend more than a pixel over the border; batches clip them"
     )
-    outside: int = Field(ge=0, description="boxes that lie wholly outside their image: left out of the loss")
-    computed_areas: int = Field(default=0, ge=0, description="annotations without an area, which got width * height")
+    outside: int = Field(ge=0, description="boxes entirely outside their image: left out of the loss")
+    computed_areas: int = Field(default=0, ge=0, description="annotations without an area, set to width * height")
 
 
 def _is_absent(value: object) -> bool:
@@ -73,23 +75,23 @@ def _is_absent(value: object) -> bool:
 
 
 class Audit(_Record):
-    """What was found when the store was written. Duplicates are images with equal stored bytes."""
+    """Statistics of the store when it was written; duplicates are images with equal stored bytes."""
 
-    duplicates: int = Field(ge=0, description="images that equal an earlier one, whatever the split")
+    duplicates: int = Field(ge=0, description="images that equal an earlier one, in any split")
     cross_split_duplicates: int = Field(ge=0, description="different images that occur in more than one split")
     images_per_class: dict[str, tuple[int, ...]] = Field(description="for each split, in the order of class_names")
-    empty_classes: dict[str, tuple[str, ...]] = Field(description="for each split that lacks classes, their names")
+    empty_classes: dict[str, tuple[str, ...]] = Field(description="names of missing classes, for each split with any")
     # Left out of the text where they are absent, so that a classification store keeps its hash.
     boxes: dict[str, BoxAudit] | None = Field(
-        default=None, exclude_if=_is_absent, description="detection: for each split that has shards of its own"
+        default=None, exclude_if=_is_absent, description="detection: for each split that has its own shards"
     )
     same_as: dict[str, str] | None = Field(
-        default=None, exclude_if=_is_absent, description="splits that are another split under a second name"
+        default=None, exclude_if=_is_absent, description="splits that are aliases of another split"
     )
 
 
 class Manifest(_Record):
-    """The contents of `manifest.json`. A later task adds its value to `task` and its columns to the row schema."""
+    """The contents of `manifest.json`; a new task adds its value to `task` and its columns to the row schema."""
 
     schema_version: Literal[1] = 1
     source: str
@@ -102,7 +104,7 @@ class Manifest(_Record):
         description="detection: the id that annotations have for each of class_names; gaps are usual (COCO: 1 to 90)",
     )
     image: ImageFormat
-    options: dict[str, JsonValue] = Field(description="what the source was prepared with, its seed included")
+    options: dict[str, JsonValue] = Field(description="options that the source was prepared with, and its seed")
     shards: dict[str, tuple[Shard, ...]]
     audit: Audit
 
@@ -111,9 +113,9 @@ class Manifest(_Record):
     def _one_id_for_each_class(cls, ids: tuple[int, ...] | None, fields: ValidationInfo) -> tuple[int, ...] | None:
         task, classes = fields.data.get("task"), len(fields.data.get("class_names", ()))
         if (task == "detection") != (ids is not None):
-            raise ValueError(f"a {task} store {'needs' if ids is None else 'has no'} category ids")
+            raise ValueError(f"a {task} store {'needs' if ids is None else 'must not have'} category ids")
         if ids is not None and (len(ids) != classes or len(set(ids)) != classes):
-            raise ValueError(f"there are {len(set(ids))} different ids for {classes} classes")
+            raise ValueError(f"found {len(set(ids))} different ids, expected one for each of {classes} classes")
         return ids
 
     @property
@@ -128,19 +130,24 @@ class Manifest(_Record):
 
     @property
     def content_hash(self) -> str:
-        """SHA-256 over the manifest, and so, through the shards' hashes, over the whole content."""
+        """SHA-256 over the manifest and thus, through the shards' hashes, over the whole content."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_json(self) -> str:
+        """Serialise to the text of `manifest.json`."""
         return self.model_dump_json(indent=2) + "\n"
 
 
 def parse_manifest(text: bytes, where: str) -> Manifest:
-    """Read a manifest; `where` names it in the error.
+    """Parse a manifest.
+
+    Args:
+        text: content of the file.
+        where: path or URI of the file, for error messages.
 
     Raises:
-        StoreError: it is not JSON, of another schema version, or a field is wrong (named by its path).
+        StoreError: the text is not JSON, has another schema version, or a field (named by its path) is invalid.
     """
     try:
         content = json.loads(text)
@@ -149,12 +156,12 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version != SCHEMA_VERSION:
         raise StoreError(
-            f"{where} has schema_version {version!r}; this version of spikefleet reads {SCHEMA_VERSION}. "
-            "Prepare the store again, or use the version that wrote it"
+            f"{where}: schema_version is {version!r}, expected {SCHEMA_VERSION}; prepare the store again, or use the "
+            "version of spikefleet that wrote it"
         )
     try:
         return Manifest.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        raise StoreError(f"{where}: field {field!r} is wrong: {first['msg']}. Prepare the store again") from error
+        raise StoreError(f"{where}: field {field!r} is invalid: {first['msg']}; prepare the store again") from error

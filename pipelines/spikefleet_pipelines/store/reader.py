@@ -42,13 +42,13 @@ class Store:
 
         Args:
             store: path or URI of the directory; a path inside `filesystem` when that is given.
-            cache_dir: where shards of a remote store are kept; default `$XDG_CACHE_HOME/spikefleet/shards`.
-            verify: check the SHA-256 of every shard, at 0.5 to 2 GB/s. One process of a job needs to do so; its workers
-                can compare `manifest.content_hash`. Sizes and row counts are always checked.
-            filesystem: a `pyarrow.fs.FileSystem`, for end points that no URI describes.
+            cache_dir: directory for the shards of a remote store; default `$XDG_CACHE_HOME/spikefleet/shards`.
+            verify: check the SHA-256 of every shard, at 0.5 to 2 GB/s. One process of a job suffices; its workers can
+                compare `manifest.content_hash`. Sizes and row counts are always checked.
+            filesystem: a `pyarrow.fs.FileSystem`, for endpoints that no URI describes.
 
         Raises:
-            StoreError: no store there, or a part of it is missing or corrupt; names the file.
+            StoreError: there is no store, or a part of it is missing or corrupt; the message names the file.
         """
         where = locate(store, filesystem)
         if isinstance(where, RemoteStore):
@@ -61,7 +61,7 @@ class Store:
             return cls(where.uri, manifest, files)
         manifest_file = where / MANIFEST_NAME
         if not manifest_file.is_file():
-            raise StoreError(f"{where} is not a store: it has no {MANIFEST_NAME}")
+            raise StoreError(f"{where} is not a store: it has no {MANIFEST_NAME}; run `spikefleet data prepare`")
         manifest = parse_manifest(manifest_file.read_bytes(), str(manifest_file))
         for shards in manifest.shards.values():
             for shard in shards:
@@ -71,7 +71,7 @@ class Store:
 
     @property
     def absolute_location(self) -> str:
-        """Where the store lies, for processes with other working directories; a URI as it is."""
+        """Absolute path of the store, for processes with other working directories; a URI is returned unchanged."""
         return self.location if "://" in self.location else str(Path(self.location).absolute())
 
     @staticmethod
@@ -80,13 +80,15 @@ class Store:
         return (Path(path) / MANIFEST_NAME).is_file()
 
     def split(self, name: str) -> "Split":
-        """The rows of "train", "val" or "test".
+        """Return the rows of a split, for example "train", "val" or "test".
 
         Raises:
-            StoreError: the store has no such split, or a shard is not what the manifest says.
+            StoreError: the store has no such split, or a shard does not match the manifest.
         """
         if name not in self._files:
-            raise StoreError(f"{self.location} has no split {name!r}; it has {', '.join(map(repr, self._files))}")
+            raise StoreError(
+                f"{self.location} has no split {name!r}, expected one of {', '.join(map(repr, self._files))}"
+            )
         if name not in self._splits:
             self._splits[name] = Split(name, self.location, self.manifest, self._files[name])
         return self._splits[name]
@@ -95,7 +97,7 @@ class Store:
 class Split:
     """Random access to the rows of one split.
 
-    It pickles by its paths, so that spawned loader processes map the files anew.
+    It pickles as its paths, so that spawned loader processes map the files again.
 
     Attributes:
         image_shape: [C, H, W] of raw images; None for encoded ones, whose sizes vary.
@@ -108,7 +110,7 @@ class Split:
         self.image_shape = manifest.image_shape
         self._files = tuple(files)
         if self.image_shape is None:
-            # Late: torchvision takes seconds to import, and only this needs it. In time for loader processes.
+            # Late, because torchvision takes seconds to import; early enough for loader processes.
             from spikefleet_pipelines.store.decode import decode_rgb
 
             self._decode = decode_rgb
@@ -130,11 +132,12 @@ class Split:
 
     @property
     def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of their indices."""
         return self.manifest.class_names
 
     @property
     def is_detection(self) -> bool:
-        """Whether rows have `annotations`, else they have `labels`."""
+        """Whether rows have `annotations`; otherwise they have `labels`."""
         return self.manifest.task == "detection"
 
     @property
@@ -145,14 +148,17 @@ class Split:
             StoreError: this is a detection store.
         """
         if self._labels is None:
-            raise StoreError(f"split {self.name!r} of {self.location} is for detection: it has annotations, no labels")
+            raise StoreError(
+                f"split {self.name!r} of {self.location} is for detection: it has annotations and no labels"
+            )
         return self._labels
 
     def label(self, row: int) -> int:
+        """Class of one image."""
         return int(self.labels[self._check(row)])
 
     def annotations(self, row: int) -> Annotations:
-        """The objects of one image, as views into the mapped shard.
+        """Return the objects of one image, as views into the mapped shard.
 
         Raises:
             StoreError: this is a classification store.
@@ -164,10 +170,10 @@ class Split:
         return columns.annotations.image(row - int(self._starts[number]), columns.labels)
 
     def image(self, row: int) -> Tensor:
-        """One image, uint8 [C, H, W]; an encoded one is decoded to RGB.
+        """Read one image, uint8 [C, H, W]; an encoded one is decoded to RGB.
 
         Raises:
-            StoreError: it cannot be decoded; names the row.
+            StoreError: it cannot be decoded; the message names the row.
         """
         if self.image_shape is not None:
             return torch.from_numpy(self.gather(np.array([self._check(row)]))[0])
@@ -177,9 +183,15 @@ class Split:
             raise StoreError(f"row {row} of split {self.name!r} in {self.location}: {error}") from error
 
     def gather(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Copy raw images into a batch, [B, C, H, W]: one vectorised operation for each shard that is touched."""
+        """Copy raw images into a batch [B, C, H, W], with one vectorised operation per shard.
+
+        Raises:
+            StoreError: the images are encoded.
+        """
         if self.image_shape is None:
-            raise StoreError(f"split {self.name!r} of {self.location} holds encoded images of varying size")
+            raise StoreError(
+                f"split {self.name!r} of {self.location} holds encoded images of varying size; read them with image()"
+            )
         if len(self._shards) == 1:
             pixels = self._shards[0].data.take(rows, axis=0)
         else:
@@ -191,11 +203,11 @@ class Split:
         return pixels.reshape(-1, *self.image_shape)
 
     def encoded_image(self, row: int) -> NDArray[np.uint8]:
-        """The bytes of an image file: a view into the mapped shard."""
+        """Return the bytes of an image file, as a view into the mapped shard."""
         number = int(np.searchsorted(self._starts, self._check(row), side="right")) - 1
         return self._shards[number].encoded_image(row - int(self._starts[number]))
 
     def _check(self, row: int) -> int:
         if not 0 <= row < len(self):
-            raise IndexError(f"row {row} is outside split {self.name!r} with {len(self)} rows")
+            raise IndexError(f"row {row} is outside split {self.name!r}, expected 0 to {len(self) - 1}")
         return row

@@ -1,8 +1,8 @@
-"""Where the files of a store lie: a local directory, or any `pyarrow.fs` file system behind a local cache.
+"""Location of a store's files: a local directory, or any `pyarrow.fs` file system behind a local cache.
 
 Remote shards are fetched once into a directory where each file is named by its SHA-256, so that stores share shards and
-a changed shard can never be taken for the old one. A file enters the cache under a temporary name and is renamed when
-its hash has been found right: readers never see a part of one.
+a changed shard is never confused with the old one. A file enters the cache under a temporary name and is renamed after
+its hash was verified: readers never see a partial file.
 """
 
 import hashlib
@@ -29,24 +29,26 @@ class RemoteStore(NamedTuple):
     uri: str
 
     def read_manifest(self) -> bytes:
-        """The bytes of the manifest.
+        """Read the bytes of the manifest.
 
         Raises:
-            StoreError: there is none, or it cannot be reached.
+            StoreError: there is no manifest, or it cannot be read.
         """
         try:
             with self.filesystem.open_input_stream(f"{self.path}/{MANIFEST_NAME}") as stream:
                 return stream.read()
         except FileNotFoundError as error:
-            raise StoreError(f"{self.uri} is not a store: it has no {MANIFEST_NAME}") from error
+            raise StoreError(f"{self.uri} is not a store: it has no {MANIFEST_NAME}; check the URI") from error
         except OSError as error:
-            raise StoreError(f"{self.uri}/{MANIFEST_NAME} cannot be read: {error}") from error
+            raise StoreError(
+                f"{self.uri}/{MANIFEST_NAME} cannot be read: {error}; check the network and the credentials"
+            ) from error
 
     def fetch(self, shard: Shard, cache: Path, verify: bool) -> Path:
-        """The local copy of a shard, fetched if the cache does not hold it whole.
+        """Return the local copy of a shard, fetched unless the cache contains all of it.
 
         Raises:
-            StoreError: the shard cannot be read, or its hash is not the manifest's.
+            StoreError: the shard cannot be read, or its hash differs from the manifest's.
         """
         cached = cache / f"{shard.sha256}.arrow"
         intact = cached.is_file() and cached.stat().st_size == shard.bytes
@@ -65,14 +67,20 @@ class RemoteStore(NamedTuple):
         except StoreError:
             raise
         except OSError as error:
-            raise StoreError(f"{self.uri}/{shard.file} cannot be fetched into {cache}: {error}") from error
+            raise StoreError(
+                f"{self.uri}/{shard.file} cannot be fetched into {cache}: {error}; check the network and the free space"
+            ) from error
         finally:
             part.unlink(missing_ok=True)
         return cached
 
 
 def locate(store: str | os.PathLike[str], filesystem: Any = None) -> Path | RemoteStore:
-    """Tell a local store (a path or a file:// URI, read in place) from a remote one (any other `pyarrow.fs` URI)."""
+    """Resolve a local store (a path or a file:// URI, read in place) or a remote one (any other `pyarrow.fs` URI).
+
+    Raises:
+        StoreError: `pyarrow.fs` cannot open the URI.
+    """
     text = os.fspath(store)
     if filesystem is not None:
         return RemoteStore(filesystem, text.rstrip("/"), text.rstrip("/"))
@@ -83,29 +91,29 @@ def locate(store: str | os.PathLike[str], filesystem: Any = None) -> Path | Remo
     try:
         found, path = pyarrow.fs.FileSystem.from_uri(text)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise StoreError(f"store {text!r} cannot be opened: {error}") from error
+        raise StoreError(f"store {text!r} cannot be opened: {error}; check the URI") from error
     return RemoteStore(found, path.rstrip("/"), text.rstrip("/"))
 
 
 def default_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/spikefleet/shards`, by default below `~/.cache`."""
+    """Return `$XDG_CACHE_HOME/spikefleet/shards`, by default below `~/.cache`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spikefleet" / "shards"
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Compute the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def check_hash(where: str, expected: str, found: str) -> None:
-    """Refuse a shard whose hash is not the manifest's.
+    """Check the hash of a shard.
 
     Raises:
-        StoreError: naming the file and both hashes.
+        StoreError: the hashes differ; the message names the file and both.
     """
     if expected != found:
         raise StoreError(
-            f"shard {where} is corrupt: its SHA-256 should be {expected} and is {found}; "
-            "copy it again, or prepare the store again with overwriting"
+            f"shard {where} is corrupt: SHA-256 is {found}, expected {expected}; copy it again, or prepare the store "
+            "again with --overwrite"
         )

@@ -1,4 +1,4 @@
-"""What a transform reads: the rows of a split, or images that stand in for them."""
+"""The interface that transforms read: rows of a split, or images in memory."""
 
 from typing import Protocol
 
@@ -10,15 +10,17 @@ from spikefleet_pipelines.store.annotations import Annotations
 
 
 class Rows(Protocol):
-    """The part of `Split` that transforms need; `in_memory.py` has the same for images in memory."""
+    """The part of `Split` that transforms use; `in_memory.py` implements it for images in memory."""
 
     @property
     def name(self) -> str:
-        """For messages, with `location`."""
+        """Name of the split, for error messages."""
         ...
 
     @property
-    def location(self) -> str: ...
+    def location(self) -> str:
+        """Location of the store, for error messages."""
+        ...
 
     @property
     def image_shape(self) -> tuple[int, int, int] | None:
@@ -33,13 +35,13 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
 
     def gather(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Raw images as a batch of its own, [B, C, H, W]."""
+        """Copy raw images into a batch [B, C, H, W]."""
         ...
 
     def image(self, row: int) -> Tensor:
-        """One image, uint8 [C, H, W]."""
+        """Read one image, uint8 [C, H, W]."""
         ...
 
     def annotations(self, row: int) -> Annotations:
-        """The objects of one image."""
+        """Return the objects of one image."""
         ...

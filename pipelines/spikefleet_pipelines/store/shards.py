@@ -20,7 +20,7 @@ from spikefleet_pipelines.store.manifest import ImageFormat, Shard
 from spikefleet_pipelines.store.remote import check_hash, file_sha256
 
 Targets = NDArray[np.int64] | AnnotationColumns
-"""What belongs to the images of a shard: their classes [n], or their objects."""
+"""Targets of the images of a shard: their classes [n], or their objects."""
 
 
 def _list(values: pa.DataType) -> pa.DataType:
@@ -37,7 +37,7 @@ _OBJECT_COLUMNS = {
 
 
 def row_schema(image: ImageFormat, detection: bool = False) -> pa.Schema:
-    """The columns of a shard."""
+    """Return the Arrow schema of a shard."""
     columns = {"image": pa.large_binary() if image.shape is None else pa.binary(int(np.prod(image.shape)))}
     if detection:
         columns |= {"image_id": pa.int64(), "height": pa.int32(), "width": pa.int32(), **_OBJECT_COLUMNS}
@@ -48,25 +48,40 @@ def row_schema(image: ImageFormat, detection: bool = False) -> pa.Schema:
 
 @dataclass(frozen=True)
 class ShardColumns:
-    """Views into a mapped shard: nothing is copied before a row is asked for."""
+    """Views into a mapped shard; nothing is copied until a row is read."""
 
     labels: NDArray[np.int64]
-    """Class of each image [n]; in a detection shard that of each object [m]."""
+    """Class of each image [n]; in a detection shard of each object [m]."""
     data: NDArray[np.uint8]
-    """Pixels [n, C * H * W], or the bytes of all encoded images, one after another."""
+    """Pixels [n, C * H * W], or the concatenated bytes of all encoded images."""
     offsets: NDArray[np.int64] | None
-    """Where each encoded image starts and the last ends, [n + 1]; None for pixels."""
+    """Start of each encoded image, and the end of the last one, [n + 1]; None for pixels."""
     annotations: AnnotationColumns | None = None
     """The objects of a detection shard."""
 
     def encoded_image(self, row: int) -> NDArray[np.uint8]:
+        """Return the bytes of an image file.
+
+        Raises:
+            StoreError: the shard holds pixels.
+        """
         if self.offsets is None:
-            raise StoreError("these images are stored as pixels, not as image files")
+            raise StoreError("the images are stored as pixels, not as image files; read them with gather()")
         return self.data[self.offsets[row] : self.offsets[row + 1]]
 
 
 def write_shard(path: Path, images: NDArray[np.uint8] | Sequence[bytes], targets: Targets, image: ImageFormat) -> Shard:
-    """Write one shard: contiguous pixels [n, C, H, W] or n encoded images, and their labels [n] or objects."""
+    """Write one shard.
+
+    Args:
+        path: of the file.
+        images: contiguous pixels, uint8 [n, C, H, W], or n encoded images.
+        targets: labels [n], or the objects of the n images.
+        image: format of the images.
+
+    Returns:
+        The entry of the shard for the manifest.
+    """
     schema = row_schema(image, isinstance(targets, AnnotationColumns))
     if isinstance(images, np.ndarray):
         pixels = pa.py_buffer(images)
@@ -81,10 +96,10 @@ def write_shard(path: Path, images: NDArray[np.uint8] | Sequence[bytes], targets
 
 
 def check_shard(path: Path, shard: Shard, verify: bool) -> None:
-    """Compare a local shard with its entry in the manifest: its size, and with `verify` its hash.
+    """Compare the size of a local shard, and with `verify` its hash, with its entry in the manifest.
 
     Raises:
-        StoreError: naming the file with what was expected and what was found.
+        StoreError: they differ; the message names the file, the expected and the found value.
     """
     try:
         size = path.stat().st_size
@@ -92,8 +107,8 @@ def check_shard(path: Path, shard: Shard, verify: bool) -> None:
         raise StoreError(f"shard {path} cannot be read: {error.strerror}; prepare the store again") from error
     if size != shard.bytes:
         raise StoreError(
-            f"shard {path} is corrupt: it should have {shard.bytes:,} bytes and has {size:,}; "
-            "copy it again, or prepare the store again with overwriting"
+            f"shard {path} is corrupt: it has {size:,} bytes, expected {shard.bytes:,}; copy it again, or prepare the "
+            "store again with --overwrite"
         )
     if verify:
         check_hash(str(path), shard.sha256, file_sha256(path))
@@ -102,10 +117,17 @@ def check_shard(path: Path, shard: Shard, verify: bool) -> None:
 def open_shard(
     path: Path, shard: Shard, image: ImageFormat, classes: int, category_ids: Sequence[int] | None = None
 ) -> ShardColumns:
-    """Map a shard; `category_ids` is the manifest's table, and None for classification.
+    """Map a shard into memory.
+
+    Args:
+        path: of the file.
+        shard: its entry in the manifest.
+        image: format of the images.
+        classes: number of classes.
+        category_ids: the manifest's category id of each class; None for classification.
 
     Raises:
-        StoreError: its columns, rows, offsets, labels or objects are not what the manifest says.
+        StoreError: its columns, rows, offsets, labels or objects do not match the manifest.
     """
     try:
         with pa.ipc.open_file(pa.memory_map(str(path))) as reader:
@@ -117,8 +139,8 @@ def open_shard(
     expected = row_schema(image, category_ids is not None)
     if not schema.equals(expected) or batches != 1 or batch.num_rows != shard.rows:
         raise StoreError(
-            f"shard {path} should hold {shard.rows} rows of ({_columns(expected)}) in one record batch and holds "
-            f"{batch.num_rows} rows of ({_columns(schema)}) in {batches}; prepare the store again"
+            f"shard {path} holds {batch.num_rows} rows of ({_columns(schema)}) in {batches} record batches, expected "
+            f"{shard.rows} rows of ({_columns(expected)}) in one; prepare the store again"
         )
     column = batch.columns[0]
     if any(each.null_count for each in batch.columns):
@@ -129,7 +151,9 @@ def open_shard(
         outside = (labels < 0) | (labels >= classes)
         if outside.any():
             row = int(outside.argmax())
-            raise StoreError(f"shard {path} row {row}: label {labels[row]} is outside 0 to {classes - 1}")
+            raise StoreError(
+                f"shard {path} row {row}: label is {labels[row]}, expected 0 to {classes - 1}; prepare the store again"
+            )
     else:
         annotations = _read_annotations(path, batch)
         labels = check_annotations(f"shard {path}", annotations, category_ids)
@@ -143,31 +167,37 @@ def open_shard(
 
 
 def check_annotations(where: str, columns: AnnotationColumns, category_ids: Sequence[int]) -> NDArray[np.int64]:
-    """The class index of each object, [m].
+    """Check annotations and return the class index of each object, [m].
+
+    Args:
+        where: the shard or split, for error messages.
+        columns: the annotations.
+        category_ids: the category id of each class.
 
     Raises:
         StoreError: a category id is not in the table, a box is not finite or has a negative size, or an image has no
-            size; names `where`, the image and the annotation.
+            size; the message names the image and the annotation.
     """
     sizeless = (columns.heights < 1) | (columns.widths < 1)
     if sizeless.any():
         row = int(sizeless.argmax())
         raise StoreError(
-            f"{where}, image {columns.image_ids[row]}: its size is {columns.widths[row]} x {columns.heights[row]}"
+            f"{where}, image {columns.image_ids[row]}: size is {columns.widths[row]} x {columns.heights[row]}, "
+            "expected at least 1 x 1"
         )
     labels, known = class_indices(columns.category_ids, category_ids)
     sound = np.isfinite(columns.boxes).all(1) & (columns.boxes[:, 2:] >= 0).all(1)
-    for good, what, values in (
-        (known, "category id", columns.category_ids),
-        (sound, "box", columns.boxes),
-        (np.isfinite(columns.areas) & (columns.areas >= 0), "area", columns.areas),
+    for good, what, values, expected in (
+        (known, "category id", columns.category_ids, "one of the category ids of the classes"),
+        (sound, "box", columns.boxes, "finite values with width and height of at least 0"),
+        (np.isfinite(columns.areas) & (columns.areas >= 0), "area", columns.areas, "a finite number of at least 0"),
     ):
         if not good.all():
             wrong = int(good.argmin())
             image_id = columns.image_ids[np.searchsorted(columns.offsets, wrong, side="right") - 1]
             raise StoreError(
-                f"{where}, image {image_id}, annotation {columns.ids[wrong]}: {what} {values[wrong].tolist()} is not "
-                f"{'in the table of categories' if what == 'category id' else 'finite or is negative'}"
+                f"{where}, image {image_id}, annotation {columns.ids[wrong]}: {what} is {values[wrong].tolist()}, "
+                f"expected {expected}"
             )
     return labels
 
@@ -204,7 +234,7 @@ def _read_annotations(path: Path, batch: Any) -> AnnotationColumns:
         differs = column.offsets.to_numpy() != offsets
         if differs.any():
             row = max(0, int(differs.argmax()) - 1)
-            raise StoreError(f"shard {path} row {row}: boxes and {name} differ in number; prepare the store again")
+            raise StoreError(f"shard {path} row {row}: the numbers of boxes and {name} differ; prepare the store again")
     boxes, category_ids, crowd, areas, ids = (column.values for column in lists)
     return AnnotationColumns(
         batch.column("image_id").to_numpy(),

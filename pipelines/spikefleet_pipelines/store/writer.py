@@ -1,4 +1,4 @@
-"""Writing a store: into a temporary directory beside it, which is renamed when everything is there."""
+"""Writing a store into a temporary directory next to it, which is renamed when complete."""
 
 import hashlib
 import secrets
@@ -30,19 +30,23 @@ SHARD_BYTES = 256 << 20
 
 
 def content_digests(images: Iterable[Any]) -> list[bytes]:
-    """A 16-byte BLAKE2b digest of each stored image (anything with a buffer), by which duplicates are found."""
+    """Compute a 16-byte BLAKE2b digest of each stored image (any buffer), to find duplicates."""
     return [hashlib.blake2b(image, digest_size=16).digest() for image in images]
 
 
 class StoreWriter:
-    """Collects the splits of one data set; a context manager that leaves nothing behind unless `commit` was called.
+    """Collects the splits of one data set; a context manager that removes its files unless `commit` was called.
 
     Args:
-        out: the directory to become the store. Another writer may win the race for it; see `commit`.
-        overwrite: replace a store that is already there.
-        shard_bytes: about how large a shard of raw images may become.
+        out: directory of the store. Concurrent writers may create it first; see `commit`.
+        source: name of the source.
+        class_names: in the order of the class indices.
+        image: format of the images.
+        options: recorded in the manifest.
+        overwrite: replace an existing store.
+        shard_bytes: approximate maximum size of a shard of raw images.
         category_ids: of a detection store, the id of each class in the annotations; None for classification.
-        stand_ins: splits that become another one under a second name where they are not written: {"test": "val"}.
+        stand_ins: aliases of splits, used where the split itself is not written: {"test": "val"}.
     """
 
     def __init__(
@@ -83,15 +87,24 @@ class StoreWriter:
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def shard_name(self, split: str, number: int) -> str:
-        """The file name of the shard with this number, from 0."""
+        """Return the file name of a shard; `number` counts from 0."""
         return f"{split}-{number:05d}.arrow"
 
     def write_images(self, split: str, images: NDArray[np.uint8], targets: Targets) -> None:
-        """Add raw images [n, C, H, W] and their labels [n] or objects to a split, in as many shards as they need."""
+        """Add raw images to a split, in as many shards as needed.
+
+        Args:
+            split: name of the split.
+            images: uint8 [n, C, H, W].
+            targets: labels [n], or the objects of the n images.
+
+        Raises:
+            StoreError: type, shape or number of the images is wrong, or a label, box or category is invalid.
+        """
         if images.dtype != np.uint8 or images.shape[1:] != self.image.shape or len(images) != len(targets):
             raise StoreError(
-                f"images of split {split!r} are {images.dtype} {list(images.shape)} with {len(targets)} labels; "
-                f"uint8 [n, C, H, W] with [C, H, W] = {self.image.shape} and n labels are wanted"
+                f"split {split!r}: images are {images.dtype} {list(images.shape)} with {len(targets)} labels, expected "
+                f"uint8 [n, C, H, W] with [C, H, W] = {self.image.shape} and n labels"
             )
         rows = max(1, self.shard_bytes // max(1, images[:1].nbytes))
         for start in range(0, len(images), rows):
@@ -104,18 +117,23 @@ class StoreWriter:
     def add_shard(
         self, split: str, shard: Shard, targets: Targets, digests: list[bytes], computed_areas: int = 0
     ) -> None:
-        """Add a shard that was written, perhaps by another process, to `directory`.
+        """Add a shard that this or another process wrote to `directory`.
 
         Args:
-            computed_areas: how many of its annotations were given no area, for the audit.
+            split: name of the split.
+            shard: entry of the file.
+            targets: labels [n], or the objects of the n images.
+            digests: of its images, see `content_digests`.
+            computed_areas: number of its annotations without an area, for the audit.
 
         Raises:
-            StoreError: the file is not there, or a label, box or category is wrong.
+            StoreError: the file is missing, or a label, box or category is invalid.
         """
         path = self.directory / shard.file
         if not path.is_file() or path.stat().st_size != shard.bytes:
             raise StoreError(
-                f"shard {path} is not here as it was written; all workers must see directory {self.directory.parent}"
+                f"shard {path} is missing or incomplete; all workers must write to a shared directory "
+                f"{self.directory.parent}"
             )
         if isinstance(targets, AnnotationColumns) != (self.category_ids is not None):
             raise StoreError(f"source {self.source!r}: a store holds either labels or annotations")
@@ -133,13 +151,13 @@ class StoreWriter:
         if outside.any():
             row = int(outside.argmax())
             raise StoreError(
-                f"source {self.source!r}, split {split!r}: label {labels[row]} (image {row} of shard {shard.file}) is "
-                f"outside 0 to {classes - 1}"
+                f"source {self.source!r}, split {split!r}: label is {labels[row]} (image {row} of shard {shard.file}), "
+                f"expected 0 to {classes - 1}"
             )
         return np.bincount(labels, minlength=classes)
 
     def _count_objects(self, split: str, columns: AnnotationColumns, computed_areas: int) -> NDArray[np.int64]:
-        """Audit the boxes; returns the number of images that show each class, crowds left out."""
+        """Audit the boxes; return the number of images with each class, without crowds."""
         assert self.category_ids is not None
         labels = check_annotations(f"source {self.source!r}, split {split!r}", columns, self.category_ids)
         self._boxes.setdefault(split, []).append(
@@ -149,10 +167,10 @@ class StoreWriter:
         return np.bincount(shown[1], minlength=len(self.class_names))
 
     def manifest(self) -> Manifest:
-        """The manifest of what was added.
+        """Build the manifest of the added splits.
 
         Raises:
-            StoreError: a class has no training image (for detection it is only noted).
+            StoreError: a class has no training image (for detection the audit records this instead).
         """
         shards = {split: tuple(shards) for split, shards in self._shards.items()}
         stand_ins = {
@@ -172,10 +190,10 @@ class StoreWriter:
     def commit(self) -> Manifest:
         """Write the manifest and rename the directory to `out`.
 
-        If another process has put an equal store there in the meantime, that one stays.
+        If another process created an equal store in the meantime, that one is kept.
 
         Raises:
-            StoreError: `out` holds something else, or a class has no training image.
+            StoreError: `out` contains something else, or a class has no training image.
         """
         manifest = self.manifest()
         (self.directory / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
@@ -183,7 +201,9 @@ class StoreWriter:
             self.directory.replace(self.out)  # works where `out` is missing or an empty directory
         except OSError as error:
             if not (self.out / MANIFEST_NAME).is_file():
-                raise StoreError(f"{self.out} cannot be written: {error.strerror}; choose another directory") from error
+                raise StoreError(
+                    f"store {self.out} cannot be written: {error.strerror}; choose another directory"
+                ) from error
             self._replace_store(manifest)
         return manifest
 
@@ -192,7 +212,7 @@ class StoreWriter:
             there = self.out / MANIFEST_NAME
             if parse_manifest(there.read_bytes(), str(there)) == manifest:
                 return
-            raise StoreError(f"{self.out} already holds another store; choose another directory or overwrite it")
+            raise StoreError(f"{self.out} already contains another store; choose another directory or use --overwrite")
         old = self.directory.with_suffix(".old")
         self.out.replace(old)
         self.directory.replace(self.out)
@@ -205,7 +225,8 @@ class StoreWriter:
         }
         if empty.get("train") and self.category_ids is None:
             raise StoreError(
-                f"source {self.source!r}: no training image of class {', '.join(map(repr, empty['train']))}"
+                f"source {self.source!r}: no training image of class {', '.join(map(repr, empty['train']))}; add "
+                "images or remove the class"
             )
         unique = {split: set(digests) for split, digests in self._digests.items()}
         occurrences = Counter(digest for digests in unique.values() for digest in digests)
@@ -220,7 +241,14 @@ class StoreWriter:
 
 
 def audit_boxes(columns: AnnotationColumns, labels: NDArray[np.int64], classes: int, computed_areas: int) -> BoxAudit:
-    """Count what is unusual in the boxes of some images; `labels` are the class indices of the objects."""
+    """Count the unusual boxes of images.
+
+    Args:
+        columns: the annotations.
+        labels: class index of each object, [m].
+        classes: number of classes.
+        computed_areas: number of annotations without an area.
+    """
     image = columns.image_of_objects()
     limits = np.stack([columns.widths[image], columns.heights[image]], axis=1)
     start, size = columns.boxes[:, :2], columns.boxes[:, 2:]

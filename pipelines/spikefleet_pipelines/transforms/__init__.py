@@ -1,1 +1,1 @@
-"""From stored images to normalised batches: configurations, and what does as they say."""
+"""Transforms of stored images to normalised batches, and their configurations."""

@@ -1,8 +1,8 @@
 """AutoAugment for CIFAR-10 (Cubuk et al., "AutoAugment: Learning Augmentation Policies from Data", CVPR 2019, Table 7).
 
 Same operations and magnitudes as `torchvision.transforms.v2.AutoAugment`, with random numbers that are a function of
-(seed, epoch, row), and applied to all images of a batch that drew the same operation at once. Where an operation sends
-each value, or each place, to the same one in every image, torchvision is asked once for the table. The rest is numpy:
+(seed, epoch, row), applied at once to all images of a batch that drew the same operation. Where an operation maps each
+value, or each pixel position, in the same way in every image, torchvision computes a table once. The rest is numpy:
 torch's threads cost more on so few values than they save.
 """
 
@@ -49,7 +49,7 @@ CIFAR10_POLICIES: tuple[tuple[_Operation, _Operation], ...] = (
     (("TranslateY", 0.7, 9), ("AutoContrast", 0.9, None)),
 )
 
-# The value at magnitude 9, the last of ten equal steps from 0, taken with either sign; translations are parts of the
+# The value at magnitude 9, the last of ten equal steps from 0, used with either sign; translations are fractions of the
 # side.
 _SIGNED_RANGE = {
     "ShearY": 0.3,
@@ -66,7 +66,17 @@ _BY_VALUE = frozenset({"Brightness", "Posterize", "Solarize", "Invert"})
 
 
 def auto_augment(images: Pixels, seed: int, epoch: int, rows: NDArray[np.int64]) -> Pixels:
-    """Apply one of the 25 policies to each image, uint8 [B, 3, H, W]; changes `images` and returns it."""
+    """Apply one of the 25 policies to each image.
+
+    Args:
+        images: uint8 [B, 3, H, W]; changed in place.
+        seed: of the run.
+        epoch: of training.
+        rows: positions of the images in the split, [B].
+
+    Returns:
+        `images`.
+    """
     policy = integers(seed, epoch, rows, Draw.POLICY, len(CIFAR10_POLICIES))
     for stage in (0, 1):
         applied = uniform(seed, epoch, rows, Draw.POLICY_APPLY + stage)
@@ -83,7 +93,17 @@ def auto_augment(images: Pixels, seed: int, epoch: int, rows: NDArray[np.int64])
 
 
 def apply_operation(images: Pixels, name: str, magnitude: int | None, negative: bool) -> Pixels:
-    """One operation on images uint8 [N, 3, H, W]; `magnitude` is 0 to 9, or None for operations without one."""
+    """Apply one operation to images.
+
+    Args:
+        images: uint8 [N, 3, H, W].
+        name: of the operation, as in `CIFAR10_POLICIES`.
+        magnitude: 0 to 9; None for operations without one.
+        negative: apply the magnitude with negative sign.
+
+    Returns:
+        uint8 [N, 3, H, W].
+    """
     height, width = images.shape[-2:]
     if name in _BY_VALUE:
         return _value_table(name, magnitude, negative)[images]
@@ -104,20 +124,20 @@ def apply_operation(images: Pixels, name: str, magnitude: int | None, negative: 
     red, green, blue = values[:, 0], values[:, 1], values[:, 2]
     grey = np.floor(red * np.float32(0.2989) + green * np.float32(0.587) + blue * np.float32(0.114))[:, None]
     if name == "Contrast":
-        # Whole numbers are summed exactly in float64, so the mean does not depend on the order, nor on the batch.
+        # Integers are summed exactly in float64, so the mean depends neither on the order nor on the batch.
         grey = grey.mean((1, 2, 3), dtype=np.float64, keepdims=True).astype(np.float32)
     return _to_pixels(values * np.float32(factor) + grey * np.float32(1 - factor))
 
 
 def _amount(name: str, magnitude: int | None, negative: bool, side: int) -> float:
-    # The very float32 of torchvision: operations cut fractions off, so that a last bit would show.
+    # Exactly torchvision's float32: operations truncate fractions, so a different last bit would change pixels.
     steps = torch.linspace(0, _SIGNED_RANGE[name] * side, 10)
     return float(steps[magnitude or 0]) * (-1 if negative else 1)
 
 
 @lru_cache(maxsize=128)
 def _value_table(name: str, magnitude: int | None, negative: bool) -> Pixels:
-    """What an operation makes of each value, [256]."""
+    """Compute the table [256] from value to value of an operation."""
     import torchvision.transforms.v2.functional as F  # seconds to import
 
     values, level = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 256), magnitude or 0
@@ -137,7 +157,7 @@ def _value_table(name: str, magnitude: int | None, negative: bool) -> Pixels:
 def _source_table(
     name: str, magnitude: int | None, negative: bool, height: int, width: int
 ) -> tuple[NDArray[np.int64], Pixels]:
-    """Which place each place takes its value from, [H * W], and whether that lies inside the image (1 or 0)."""
+    """Compute the source position of each pixel, [H * W], and whether it lies inside the image (1 or 0)."""
     import torchvision.transforms.v2.functional as F
 
     places = torch.arange(1, height * width + 1, dtype=torch.float32).reshape(1, height, width)
@@ -162,7 +182,7 @@ def _affine(image: Tensor, **changes: list[int] | list[float]) -> Tensor:
 
 
 def _stretch_tables(channels: Pixels) -> Pixels:
-    """For each channel [n, H * W] the table [n, 256] that stretches its values to 0 to 255."""
+    """Compute for each channel [n, H * W] the table [n, 256] that stretches its values to 0 to 255."""
     least = channels.min(1, keepdims=True).astype(np.float32)
     scale = (channels.max(1, keepdims=True).astype(np.float32) - least) * np.float32(1 / 255)
     flat = scale == 0
@@ -171,7 +191,7 @@ def _stretch_tables(channels: Pixels) -> Pixels:
 
 
 def _equalize_tables(channels: Pixels) -> Pixels:
-    """For each channel [n, H * W] the table [n, 256] that flattens its histogram, in Pillow's integer arithmetic."""
+    """Compute for each channel [n, H * W] the table [n, 256] that equalises its histogram, in Pillow's arithmetic."""
     count, places = channels.shape
     offsets = 256 * np.arange(count)[:, None]
     histogram = np.bincount((channels + offsets).reshape(-1), minlength=256 * count).reshape(count, 256)
@@ -184,7 +204,7 @@ def _equalize_tables(channels: Pixels) -> Pixels:
 
 
 def _smoothed(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The mean of each 3x3 neighbourhood with weight 5 for its centre, [N, C, H - 2, W - 2]."""
+    """Average each 3x3 neighbourhood with weight 5 for its centre, [N, C, H - 2, W - 2]."""
     rows = values[..., :-2, :] + values[..., 1:-1, :] + values[..., 2:, :]
     total = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * values[..., 1:-1, 1:-1]
     return total * np.float32(1 / 13)

@@ -1,4 +1,4 @@
-"""What a transform is for the loader: rows become images and targets, which may have to travel between processes."""
+"""The interface of transforms to the loader: rows become images and targets, which are sent between processes."""
 
 from typing import Any, Protocol, TypeAlias, TypeVar
 
@@ -7,9 +7,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Targets: TypeAlias = Tensor | tuple[Any, ...]
-"""One target for each image: rows of a tensor, or a tuple (of `Target` for detection).
+"""One target per image: rows of a tensor, or a tuple (of `Target` for detection).
 
-What is in a tuple has `to(device, non_blocking=...)` as tensors have it, so that a batch can be moved.
+Items of a tuple have a method `to(device, non_blocking=...)` like tensors, so that a batch can be copied to a device.
 """
 
 PackedT = TypeVar("PackedT")
@@ -19,9 +19,8 @@ TargetsT_co = TypeVar("TargetsT_co", bound=Targets, covariant=True)
 class BatchTransform(Protocol[PackedT, TargetsT_co]):
     """Loads and transforms batches of one split.
 
-    It is pickled into loader processes and called there; its targets come back to the training process packed, and are
-    unpacked there. A tensor that travels takes a file descriptor, so targets of many small tensors are packed as numpy
-    arrays.
+    It is pickled into loader processes and called there; its packed targets are sent to the training process and
+    unpacked there. Each tensor that is sent uses a file descriptor, so many small tensors are packed as numpy arrays.
     """
 
     def __call__(self, rows: NDArray[np.int64], epoch: int) -> tuple[Tensor, PackedT]:
@@ -29,15 +28,16 @@ class BatchTransform(Protocol[PackedT, TargetsT_co]):
 
         Args:
             rows: positions in the split, [B].
+            epoch: of training, for the random transforms.
 
         Returns:
             Images float32 [B, C, H, W], normalised, and the packed targets.
 
         Raises:
-            ValueError: a row cannot be loaded; the sentence reaches the user as it is.
+            ValueError: a row cannot be loaded; the message is shown to the user unchanged.
         """
         ...
 
     def unpack(self, packed: PackedT) -> TargetsT_co:
-        """The targets of a batch, in the training process."""
+        """Unpack the targets of a batch, in the training process."""
         ...

@@ -1,4 +1,4 @@
-"""What the config of every kind of transform answers for itself, with pydantic alone."""
+"""The base config of all kinds of transforms, with pydantic alone."""
 
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 
 
 class BatchTransformConfig(BaseModel, ABC):
-    """The config of a transform; a kind subclasses it, with `kind: Literal["NAME"] = "NAME"`, and is registered.
+    """The config of a transform; a kind subclasses it with `kind: Literal["NAME"] = "NAME"` and registers the class.
 
     Attributes:
-        store_task: the task of the stores whose rows this kind reads: with labels, or with annotations.
+        store_task: task of the stores that this kind reads: classification (labels) or detection (annotations).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     store_task: ClassVar[Literal["classification", "detection"]]
 
-    kind: str = Field(description="which transform this is")
+    kind: str = Field(description="kind of the transform")
     normalise: NamedNormalisation = Normalisation()
 
     @property
@@ -35,19 +35,20 @@ class BatchTransformConfig(BaseModel, ABC):
         """Check the config against images of shape [C, H, W], or encoded ones of varying size (None).
 
         Raises:
-            ValueError: a field does not suit such images.
+            ValueError: a field does not fit such images.
         """
         check_channels(self.normalise, 3 if image_shape is None else image_shape[0])
 
     @abstractmethod
     def build(self, split: "Rows", train: bool, seed: int, epochs: int | None = None) -> "BatchTransform[Any, Any]":
-        """The transform of a split; what it needs is imported now.
+        """Build the transform of a split; this imports its dependencies.
 
         Args:
-            train: with the random transforms of training, else as in evaluation.
+            split: whose rows it transforms.
+            train: apply the random transforms of training, else those of evaluation.
             seed: of the random transforms.
-            epochs: how many the run has; None where that is unknown.
+            epochs: length of the run; None if unknown.
 
         Raises:
-            ValueError: the config does not suit the images of the split.
+            ValueError: the config does not fit the images of the split.
         """

@@ -1,8 +1,8 @@
-"""From rows of a split to a normalised batch.
+"""Transform of rows of a classification split to a normalised batch.
 
 Raw images are gathered, cropped and flipped as whole batches of uint8; encoded ones are decoded, cropped and resized
 one by one, in as many threads as torch has (one in a loader process). Both end in the same float stage. Every random
-number is a function of (seed, epoch, row, what it is for): see `counter_random.py`.
+number is a function of (seed, epoch, row, purpose); see `counter_random.py`.
 """
 
 import math
@@ -29,10 +29,10 @@ _RATIO = (3 / 4, 4 / 3)
 
 
 class ClassificationTransform:
-    """Images and their classes: a `BatchTransform` whose targets are int64 [B], which travel as they are.
+    """Images and their classes: a `BatchTransform` whose targets are int64 [B], sent without packing.
 
     Raises:
-        ValueError: the config does not suit the images of the split.
+        ValueError: the config does not fit the images of the split.
     """
 
     def __init__(self, split: Rows, config: TransformConfig, train: bool, seed: int) -> None:
@@ -40,9 +40,11 @@ class ClassificationTransform:
         self._split = split
 
     def __call__(self, rows: NDArray[np.int64], epoch: int) -> tuple[Tensor, Tensor]:
+        """Load rows; see `BatchTransform`."""
         return self._images(rows, epoch), torch.from_numpy(self._split.labels[rows])
 
     def unpack(self, packed: Tensor) -> Tensor:
+        """Return the classes unchanged."""
         return packed
 
 
@@ -50,7 +52,7 @@ class ImageTransform:
     """Loads and transforms the images of one split: `transform(rows, epoch)` -> float32 [B, C, H, W].
 
     Raises:
-        ValueError: the config does not suit the images of the split.
+        ValueError: the config does not fit the images of the split.
     """
 
     def __init__(self, split: Rows, config: TransformConfig, train: bool, seed: int) -> None:
@@ -62,7 +64,7 @@ class ImageTransform:
         self._normalise = FloatStage(config.normalise)
         self._pool: ThreadPoolExecutor | None = None
         if config.auto_augment != "none":
-            # Late: torchvision takes seconds to import, and only this needs it. In time for loader processes.
+            # Late, because torchvision takes seconds to import; early enough for loader processes.
             from spikefleet_pipelines.transforms.auto_augment import auto_augment
 
             self._auto_augment = auto_augment
@@ -71,6 +73,7 @@ class ImageTransform:
         return {**self.__dict__, "_pool": None}
 
     def __call__(self, rows: NDArray[np.int64], epoch: int) -> Tensor:
+        """Load rows [B] and transform them to float32 [B, C, H, W], normalised."""
         config = self.config
         if not self.train:
             return self._normalise(self._evaluation_images(rows))
@@ -123,7 +126,7 @@ class ImageTransform:
         return self._each(rows, side, crop)
 
     def _each(self, rows: NDArray[np.int64], side: int, crop: Callable[[Pixels, int], Pixels]) -> Pixels:
-        """Read images one by one and put what `crop(image, position in the batch)` makes of them into one batch."""
+        """Read images one by one and collect the results of `crop(image, position in the batch)` in one batch."""
         channels = 3 if self.split.image_shape is None else self.split.image_shape[0]
         batch = np.empty((len(rows), channels, side, side), np.uint8)
 
@@ -141,7 +144,7 @@ class ImageTransform:
         return batch
 
     def _cutout_mask(self, rows: NDArray[np.int64], epoch: int, height: int, width: int) -> NDArray[np.bool_]:
-        """DeVries and Taylor, 2017: the centre lies anywhere in the image, the square is clipped at the border."""
+        """Cutout (DeVries and Taylor, 2017): a square with its centre anywhere in the image, clipped at the border."""
         inside = []
         for draw, length in ((Draw.CUTOUT_Y, height), (Draw.CUTOUT_X, width)):
             start = integers(self.seed, epoch, rows, draw, length)[:, None] - self.config.cutout // 2
@@ -151,7 +154,14 @@ class ImageTransform:
 
 
 def shifted_crop(images: Pixels, padding: int, down: NDArray[np.int64], right: NDArray[np.int64]) -> Pixels:
-    """Pad images [B, C, H, W] with zeros on all sides and crop each at its (down, right), 0 to 2 * padding."""
+    """Pad images with zeros on all sides and crop them to their former size.
+
+    Args:
+        images: uint8 [B, C, H, W].
+        padding: pixels on each side.
+        down: top of each crop, 0 to 2 * padding, [B].
+        right: left of each crop, 0 to 2 * padding, [B].
+    """
     batch, channels, height, width = images.shape
     padded = np.zeros((batch, channels, height + 2 * padding, width + 2 * padding), np.uint8)
     padded[:, :, padding : padding + height, padding : padding + width] = images
@@ -162,10 +172,16 @@ def shifted_crop(images: Pixels, padding: int, down: NDArray[np.int64], right: N
 def resized_crop_box(
     draws: NDArray[np.float64], height: int, width: int, scale: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-    """The part of a random resized crop, (top, left, height, width), as torchvision's RandomResizedCrop defines it.
+    """Choose the box of a random resized crop, as torchvision's RandomResizedCrop does.
 
     Args:
         draws: [10, 4] numbers in [0, 1): area, aspect ratio, top and left of each attempt.
+        height: of the image.
+        width: of the image.
+        scale: smallest and largest fraction of the area.
+
+    Returns:
+        (top, left, height, width).
     """
     low, high = math.log(_RATIO[0]), math.log(_RATIO[1])
     for area, ratio, top, left in draws.tolist():
@@ -174,16 +190,16 @@ def resized_crop_box(
         crop_width, crop_height = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
         if 0 < crop_width <= width and 0 < crop_height <= height:
             return int(top * (height - crop_height + 1)), int(left * (width - crop_width + 1)), crop_height, crop_width
-    # No attempt fitted: the largest centred part with an allowed aspect ratio.
+    # No attempt fits: the largest centred box with an allowed aspect ratio.
     crop_width = min(width, round(height * _RATIO[1]))
     crop_height = min(height, round(width / _RATIO[0]))
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
 def resize(image: Pixels, height: int, width: int) -> Pixels:
-    """Bilinear with antialiasing, [C, h, w] to [C, height, width]."""
+    """Resize bilinearly with antialiasing: uint8 [C, h, w] -> [C, height, width]."""
     if image.shape[-2:] == (height, width):
         return image
-    # Contiguous in the order [h, w, C] that decoding gives: torch would else copy it, in threads that get in the way.
+    # Contiguous in the order [h, w, C] of decoded images: otherwise torch copies it, in threads that compete for cores.
     pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(1, 2, 0))).permute(2, 0, 1)
     return interpolate(pixels[None], (height, width), mode="bilinear", antialias=True)[0].numpy()

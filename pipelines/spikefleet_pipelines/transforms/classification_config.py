@@ -1,7 +1,7 @@
-"""What is done to images on their way into a batch: the config.
+"""The config of the image transform; `classification.py` implements it.
 
 Training, in this order: random crop (of the padded image, or random resized crop), horizontal flip, AutoAugment,
-normalisation, cutout. Evaluation: resize and centre crop if given, normalisation. `classification.py` does it.
+normalisation, cutout. Evaluation: resize and centre crop if set, normalisation.
 """
 
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
@@ -19,20 +19,20 @@ class TransformConfig(BatchTransformConfig):
     """Augmentation and normalisation of images.
 
     Raises:
-        ValueError: fields that do not go together, by name.
+        ValueError: fields contradict each other; the message names them.
     """
 
     store_task: ClassVar[Literal["classification", "detection"]] = "classification"
 
-    kind: Literal["image"] = Field(default="image", description="image: for classification; detection has its own")
+    kind: Literal["image"] = Field(default="image", description="image: images with classes")
     crop_padding: int = Field(
-        default=0, ge=0, le=128, description="training: pad with zeros and crop, a random shift of up to so many pixels"
+        default=0, ge=0, le=128, description="training: pad by this many pixels of zeros and crop at a random shift"
     )
     random_resized_crop: int | None = Field(
         default=None, ge=1, le=4096, description="training: crop a random part and resize it to this side"
     )
     random_resized_crop_scale: tuple[float, float] = Field(
-        default=(0.08, 1.0), description="smallest and largest part of the area; the aspect ratio is 3/4 to 4/3"
+        default=(0.08, 1.0), description="smallest and largest fraction of the area; the aspect ratio is 3/4 to 4/3"
     )
     horizontal_flip: float = Field(default=0.0, ge=0.0, le=1.0, description="training: probability")
     auto_augment: Literal["none", "cifar10"] = Field(default="none", description="training: policy of AutoAugment")
@@ -43,30 +43,45 @@ class TransformConfig(BatchTransformConfig):
     @model_validator(mode="after")
     def _go_together(self) -> Self:
         if self.random_resized_crop is not None and self.crop_padding:
-            raise ValueError("crop_padding and random_resized_crop are both given; choose one way to crop")
+            raise ValueError(
+                f"crop_padding is {self.crop_padding} and random_resized_crop is {self.random_resized_crop}; set only "
+                "one of them"
+            )
         if (self.resize is None) != (self.center_crop is None):
-            raise ValueError(f"resize is {self.resize} and center_crop is {self.center_crop}; give both or neither")
+            raise ValueError(f"resize is {self.resize} and center_crop is {self.center_crop}; set both or neither")
         if self.resize is not None and self.center_crop is not None and self.center_crop > self.resize:
-            raise ValueError(f"center_crop {self.center_crop} is larger than resize {self.resize}")
+            raise ValueError(f"center_crop is {self.center_crop}, expected at most resize={self.resize}")
         if self.random_resized_crop is not None and self.center_crop is None:
-            raise ValueError("random_resized_crop is given without resize and center_crop, which evaluation then needs")
+            raise ValueError(
+                f"random_resized_crop is {self.random_resized_crop}, but evaluation also needs resize and center_crop; "
+                "set all three"
+            )
         least, most = self.random_resized_crop_scale
         if not 0 < least <= most <= 1:
-            raise ValueError(f"random_resized_crop_scale is {(least, most)}; it must rise within (0, 1]")
+            raise ValueError(f"random_resized_crop_scale is {(least, most)}, expected two ascending numbers in (0, 1]")
         return self
 
     def check_images(self, image_shape: tuple[int, int, int] | None) -> None:
+        """Check the config against images of shape [C, H, W], or encoded ones of varying size (None).
+
+        Raises:
+            ValueError: a field does not fit such images.
+        """
         super().check_images(image_shape)
         channels = 3 if image_shape is None else image_shape[0]
         if self.auto_augment != "none" and channels != 3:
-            raise ValueError(f"auto_augment {self.auto_augment!r} needs 3 channels, and the images have {channels}")
+            raise ValueError(
+                f"auto_augment {self.auto_augment!r} needs 3 channels, but the images have {channels}; set "
+                "auto_augment=none"
+            )
         if image_shape is None and (self.random_resized_crop is None or self.center_crop is None):
             raise ValueError(
-                "the images are of varying size: random_resized_crop, resize and center_crop must be given, "
-                "for example 224, 256 and 224"
+                "the images have varying sizes; set random_resized_crop, resize and center_crop, for example to 224, "
+                "256 and 224"
             )
 
     def build(self, split: "Rows", train: bool, seed: int, epochs: int | None = None) -> "ClassificationTransform":
+        """Build the transform of a split; see `BatchTransformConfig.build`."""
         from spikefleet_pipelines.transforms.classification import ClassificationTransform
 
         return ClassificationTransform(split, self, train, seed)

@@ -1,13 +1,13 @@
-"""From rows of a detection split to a normalised batch with its boxes.
+"""Transform of rows of a detection split to a normalised batch with its boxes.
 
-Every image of a batch is one or four tiles: stored images, resized and laid somewhere on a canvas, of which a
-window shows. Mosaic, scale and shift are thus one resize of each image, not a warp of a warp, and a box goes through
-the same two numbers for each axis as its pixels. Every random number is a function of (seed, epoch, row, what it is
-for), also the partners of a mosaic.
+Every image of a batch consists of one or four tiles: stored images, resized and placed on a canvas, of which a window
+is visible. Mosaic, scale and shift are thus one resize of each image instead of nested warps, and boxes and pixels are
+mapped by the same scale and offset per axis. Every random number is a function of (seed, epoch, row, purpose),
+including the partners of a mosaic.
 
-Which boxes are targets: crowds and boxes without area, or wholly outside their image, never are. In training a box is
-clipped to what its tile shows, and kept if more than 2 pixels of both sides and a tenth of its area are left, and its
-longer side is less than 100 times its shorter one (the rule that is usual with mosaics).
+Crowds and boxes without area, or entirely outside their image, are never targets. In training a box is clipped to the
+visible part of its tile, and kept if more than 2 pixels of both sides and a tenth of its area are left, and its longer
+side is less than 100 times its shorter one (the usual rule with mosaics).
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +36,7 @@ _MOSAIC_DRAWS = np.array([Draw.MOSAIC, Draw.MOSAIC_CENTRE, Draw.MOSAIC_CENTRE + 
 
 
 class Sample(NamedTuple):
-    """A `Target` in numpy's arrays, which travel between processes without a file descriptor each."""
+    """A `Target` as numpy arrays, which are sent between processes without a file descriptor each."""
 
     boxes: NDArray[np.float32]
     labels: NDArray[np.int64]
@@ -44,11 +44,12 @@ class Sample(NamedTuple):
     annotations: Annotations | None
 
     def target(self) -> Target:
+        """Convert to tensors."""
         return Target(torch.from_numpy(self.boxes), torch.from_numpy(self.labels), self.placement, self.annotations)
 
 
 class _Tile(NamedTuple):
-    """A stored image on the canvas: resized to `height` x `width`, at (left, top), shown in the window."""
+    """A stored image on the canvas: resized to `height` x `width`, placed at (left, top), visible in the window."""
 
     row: int
     annotations: Annotations
@@ -57,7 +58,7 @@ class _Tile(NamedTuple):
     left: int
     top: int
     window: tuple[int, int, int, int]
-    """x1 y1 x2 y2 on the canvas, within it; empty where x2 <= x1."""
+    """x1 y1 x2 y2 on the canvas, clipped to it; empty if x2 <= x1 or y2 <= y1."""
 
     @property
     def placement(self) -> Placement:
@@ -70,13 +71,17 @@ class _Tile(NamedTuple):
 class DetectionBatchTransform:
     """Images and the objects in them: a `BatchTransform` whose targets are a `Target` for each image.
 
-    They travel as `Sample`.
+    They are sent between processes as `Sample`.
 
     Args:
-        epochs: how many the run has, so that mosaics can end before it does; None where that is unknown.
+        split: whose rows it transforms.
+        config: of the transform.
+        train: apply the random transforms of training, else those of evaluation.
+        seed: of the random transforms.
+        epochs: length of the run, so that mosaics can stop before its end; None if unknown.
 
     Raises:
-        ValueError: the config does not suit the images of the split.
+        ValueError: the config does not fit the images of the split.
     """
 
     def __init__(
@@ -95,6 +100,7 @@ class DetectionBatchTransform:
         return {**self.__dict__, "_pool": None}
 
     def __call__(self, rows: NDArray[np.int64], epoch: int) -> tuple[Tensor, list[Sample]]:
+        """Load rows; see `BatchTransform`."""
         config = self.config
         if self.train and config.resize == "letterbox":
             layouts = self._augmented(rows, epoch)
@@ -115,10 +121,11 @@ class DetectionBatchTransform:
         return self._normalise(images), samples
 
     def unpack(self, packed: list[Sample]) -> tuple[Target, ...]:
+        """Convert the targets to tensors."""
         return tuple(sample.target() for sample in packed)
 
     def _resized(self, row: int) -> _Tile:
-        """One image without anything random."""
+        """Place one image without augmentation."""
         stored, config = self.split.annotations(row), self.config
         if config.resize == "letterbox":
             ratio = config.size / max(stored.height, stored.width)
@@ -133,7 +140,7 @@ class DetectionBatchTransform:
         return _Tile(row, stored, height, width, left, top, (left, top, left + width, top + height))
 
     def _augmented(self, rows: NDArray[np.int64], epoch: int) -> list[list[_Tile]]:
-        """The tiles of each image of a training batch."""
+        """Place the tiles of each image of a training batch."""
         side, config = self.config.size, self.config
         draws = uniform(self.seed, epoch, rows[:, None], _SINGLE_DRAWS).reshape(-1, 3)
         gains = (1 + config.scale * (2 * draws[:, 0] - 1)).tolist()
@@ -155,7 +162,7 @@ class DetectionBatchTransform:
         ]
 
     def _moved(self, row: int, gain: float, right: float, down: float) -> _Tile:
-        """A letterboxed image, scaled about the middle of the canvas and shifted."""
+        """Place a letterboxed image, scaled about the centre of the canvas and shifted."""
         stored, side = self.split.annotations(row), self.config.size
         ratio = gain * side / max(stored.height, stored.width)
         height, width = _scaled(stored.height, ratio), _scaled(stored.width, ratio)
@@ -165,9 +172,9 @@ class DetectionBatchTransform:
     def _mosaic(
         self, rows: list[int], centre: tuple[float, float], gain: float, right: float, down: float
     ) -> list[_Tile]:
-        """Four images around a point of a canvas of twice the side, whose middle is scaled, shifted and shown."""
+        """Place four images around a point of a canvas of twice the side; its centre is scaled, shifted and visible."""
         side = self.config.size
-        # From the large canvas to the shown one: x -> gain * (x - side) + side / 2 + shift.
+        # From the large canvas to the visible one: x -> gain * (x - side) + side / 2 + shift.
         (middle_x, first_x, last_x), (middle_y, first_y, last_y) = (
             [round(gain * (place - side) + side / 2 + shift) for place in (point, 0, 2 * side)]
             for point, shift in zip(centre, (right, down), strict=True)
@@ -209,8 +216,8 @@ class DetectionBatchTransform:
             if stored.shape[1:] != (tile.annotations.height, tile.annotations.width):
                 raise StoreError(
                     f"row {tile.row} of split {self.split.name!r} in {self.split.location}: the image is "
-                    f"{stored.shape[2]} x {stored.shape[1]} pixels, and its annotations say "
-                    f"{tile.annotations.width} x {tile.annotations.height}; prepare the store again"
+                    f"{stored.shape[2]} x {stored.shape[1]} pixels, expected {tile.annotations.width} x "
+                    f"{tile.annotations.height} of its annotations; prepare the store again"
                 )
             x1, y1, x2, y2 = tile.window
             shown = resize(stored, tile.height, tile.width)
@@ -245,10 +252,11 @@ class DetectionBatchTransform:
 
 
 def _visible_boxes(tile: _Tile, by_rule: bool) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """The targets of a tile: boxes x1 y1 x2 y2 on the canvas, and their classes.
+    """Compute the targets of a tile: boxes x1 y1 x2 y2 on the canvas, and their classes.
 
     Args:
-        by_rule: as in training, drop boxes of which too little is left; else drop only those of which nothing is.
+        tile: the placed image.
+        by_rule: drop boxes with too little left, as in training; otherwise drop only boxes with nothing left.
     """
     stored = tile.annotations
     if not len(stored.boxes):

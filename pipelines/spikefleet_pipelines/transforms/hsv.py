@@ -7,15 +7,16 @@ _TOGETHER = 1 << 14
 
 
 def jitter_hsv(image: NDArray[np.uint8], hue: float, saturation: float, value: float) -> None:
-    """Change an image [3, H, W] in place.
+    """Change hue, saturation and value of an image in place.
 
     Args:
-        hue: added, as a part of the circle of hues.
-        saturation: factor; saturation stays within 0 to 1.
-        value: factor; values stay within 0 to 255.
+        image: uint8 [3, H, W]; changed.
+        hue: added, as a fraction of the colour circle.
+        saturation: factor; saturation is clipped to 0 to 1.
+        value: factor; values are clipped to 0 to 255.
     """
     pixels = image.reshape(3, -1)
-    # In parts that stay in the processor's cache between the operations.
+    # In chunks that stay in the processor's cache between the operations.
     for start in range(0, pixels.shape[1], _TOGETHER):
         part = pixels[:, start : start + _TOGETHER]
         part[:] = _jittered(part.astype(np.float32), hue, np.float32(saturation), np.float32(value))
@@ -41,17 +42,17 @@ def _jittered(rgb: NDArray[np.float32], hue: float, saturation: np.float32, valu
 
 
 def _turned(below: NDArray[np.float32], sixths: np.float32) -> NDArray[np.float32]:
-    """The same for a hue that is `sixths` of a sixth of the circle further on."""
+    """Rotate the hue by `sixths` sixths of the colour circle."""
     red, green, blue = below
-    # Red is 0, green 2 and blue 4; beside the largest channel, the two others tell the rest.
+    # Red is 0, green 2 and blue 4; the largest channel gives the sector, the two others the position in it.
     angle = np.where(
         red == 0, blue - green, np.where(green == 0, np.float32(2) + red - blue, np.float32(4) + green - red)
     )
     angle += sixths
     if abs(sixths) > 1:
         angle -= np.float32(6) * np.floor((angle + np.float32(1)) * np.float32(1 / 6))
-    # What is below falls from 1 to 0 over the sixth that is one to two sixths away from the channel's own place, and a
-    # distance x of up to 6 sixths is on the circle 3 - |x - 3|. Both in one: ||angle - place| - 3| - 1, within 0 to 1.
+    # `below` falls from 1 to 0 between two sixths and one sixth away from the channel's own hue, and a distance x of up
+    # to 6 sixths is 3 - |x - 3| on the circle. Together: ||angle - place| - 3| - 1, clipped to 0 to 1.
     turned = np.empty_like(below)
     for distance, place in zip(turned, (3, -1, 1), strict=True):
         np.subtract(angle, np.float32(place), out=distance)

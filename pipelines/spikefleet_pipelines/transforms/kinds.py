@@ -1,6 +1,6 @@
 """The table of transform kinds.
 
-To add one: its two modules, and its line in `_BUILT_IN`; from outside, `register_transform_kind`.
+To add a kind, write its two modules and add it to `_BUILT_IN`; other packages call `register_transform_kind`.
 """
 
 import difflib
@@ -24,10 +24,10 @@ _KINDS: dict[str, type[BatchTransformConfig]] = {}
 
 
 def register_transform_kind(config: type[BatchTransformConfig]) -> None:
-    """Make a transform known by the `kind` of its config. The same class again changes nothing.
+    """Register the config class of a transform by its `kind`; registering the same class again has no effect.
 
     Raises:
-        ValueError: another class has that kind, or the class does not say which kind it is and which stores it reads.
+        ValueError: another class has that kind, or the class does not declare its `kind` and `store_task`.
     """
     kind = config.model_fields["kind"].default
     if not isinstance(kind, str) or not kind:
@@ -36,7 +36,7 @@ def register_transform_kind(config: type[BatchTransformConfig]) -> None:
         raise ValueError(f"{config.__qualname__} has no store_task; set it to 'classification' or 'detection'")
     if (there := _KINDS.setdefault(kind, config)) is not config:
         raise ValueError(
-            f"transform kind {kind!r} is already {there.__module__}.{there.__qualname__}; "
+            f"transform kind {kind!r} is already registered by {there.__module__}.{there.__qualname__}; "
             f"give {config.__module__}.{config.__qualname__} another kind"
         )
 
@@ -46,7 +46,7 @@ for _config in _BUILT_IN:
 
 
 def transform_kinds(store_task: str | None = None) -> dict[str, type[BatchTransformConfig]]:
-    """The config of each kind.
+    """Return the config class of each kind.
 
     Args:
         store_task: only kinds that read stores of this task, "classification" or "detection"; None for all.
@@ -55,13 +55,13 @@ def transform_kinds(store_task: str | None = None) -> dict[str, type[BatchTransf
 
 
 def _by_kind(value: object) -> BatchTransformConfig:
-    """Validate by the class that is registered for a value's kind: an error is at the field, without a union's tag."""
+    """Validate by the class registered for a value's kind; errors are located at the field, without a union's tag."""
     kind = value.get("kind", DEFAULT_KIND) if isinstance(value, Mapping) else getattr(value, "kind", DEFAULT_KIND)
     config = _KINDS.get(kind) if isinstance(kind, str) else None
     if config is None:
         allowed = " or ".join(map(repr, _KINDS))
         raise PydanticCustomError(
-            "transform_kind", "kind must be {allowed}, not {kind}", {"allowed": allowed, "kind": repr(kind)}
+            "transform_kind", "kind is {kind}, expected {allowed}", {"allowed": allowed, "kind": repr(kind)}
         )
     if isinstance(value, Mapping):
         _refuse_unknown_fields(value, config)
@@ -69,7 +69,7 @@ def _by_kind(value: object) -> BatchTransformConfig:
 
 
 def _refuse_unknown_fields(fields: Mapping[Any, Any], config: type[BatchTransformConfig]) -> None:
-    """Pydantic refuses them too, but knows no other kinds and no near names."""
+    """Refuse unknown fields with a hint; pydantic refuses them too, but does not know other kinds and near names."""
     unknown = [name for name in fields if name not in config.model_fields]
     if unknown and config.model_config.get("extra") == "forbid":
         errors = [
@@ -83,7 +83,7 @@ def _unknown_field(name: str, config: type[BatchTransformConfig]) -> PydanticCus
     owners = [repr(kind) for kind, other in _KINDS.items() if name in other.model_fields]
     near = difflib.get_close_matches(name, config.model_fields, 1, 0.5)
     if owners:
-        hint = f"kind {' or '.join(owners)} has it"
+        hint = f"kind {' or '.join(owners)} has it; set kind or remove the field"
     elif near:
         hint = f"did you mean {near[0]!r}?"
     else:
@@ -95,4 +95,4 @@ def _unknown_field(name: str, config: type[BatchTransformConfig]) -> PydanticCus
 
 
 AnyTransformConfig = Annotated[SerializeAsAny[BatchTransformConfig], PlainValidator(_by_kind)]
-"""The config of any registered transform, dumped wholly. `kind` says which; "image" where nothing is said."""
+"""Type of a field that holds the config of any registered transform (default "image") and dumps all its fields."""

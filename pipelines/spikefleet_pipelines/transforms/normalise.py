@@ -1,4 +1,4 @@
-"""The last step of every transform: pixels become normalised floats, in memory that the batch can be sent from."""
+"""The last step of every transform: pixels become normalised floats, in shared memory in loader processes."""
 
 import math
 
@@ -11,11 +11,11 @@ from torch.utils.data import get_worker_info
 from spikefleet_pipelines.transforms.normalise_config import Normalisation
 
 CACHED_VALUES = 1 << 17
-"""So many values at a time stay in the processor's cache between two operations on them."""
+"""Number of values that stay in the processor's cache between two operations."""
 
 
 class FloatStage:
-    """uint8 [B, C, H, W] -> float32 [B, C, H, W], (pixel / 255 - mean) / std."""
+    """Normalisation: uint8 [B, C, H, W] -> float32 [B, C, H, W], (pixel / 255 - mean) / std."""
 
     def __init__(self, normalise: Normalisation) -> None:
         # As one multiplication and one addition.
@@ -24,6 +24,7 @@ class FloatStage:
         self._scale, self._shift = 1 / (255 * std), -mean / std
 
     def __call__(self, images: NDArray[np.uint8]) -> Tensor:
+        """Normalise a batch."""
         tensor = _empty_batch(images.shape)
         batch = tensor.numpy()
         together = max(1, CACHED_VALUES // max(1, images[:1].size))
@@ -37,6 +38,6 @@ class FloatStage:
 def _empty_batch(shape: tuple[int, ...]) -> Tensor:
     if get_worker_info() is None:
         return torch.empty(shape)
-    # In a loader process: in shared memory, as torch's own collate function does, so that sending it is no copy.
+    # In a loader process: in shared memory, as torch's own collate function does, so that sending it copies nothing.
     storage = torch.UntypedStorage._new_shared(4 * math.prod(shape))
     return torch.empty(0).set_(storage).view(shape)

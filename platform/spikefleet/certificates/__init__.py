@@ -1,1 +1,1 @@
-"""What is shown of a trained network: the spike check and the energy card."""
+"""Certificates of a trained network: the spike check and the energy card."""

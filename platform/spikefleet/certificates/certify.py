@@ -1,4 +1,4 @@
-"""What is shown of a run's best checkpoint before it may become champion: the spike check and the energy card."""
+"""Certifies a run's best checkpoint before it is registered: the spike check and the energy card."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from spikefleet.config.schema import Config
 from spikefleet.data_summary import DataSummary
 from spikefleet.files import read_json, sha256_of, write_json
 from spikefleet.tasks import build_task
-from spikefleet.training.checkpoints import best_network, checkpoint_hash, load_checkpoint
+from spikefleet.training.checkpoints import best_network, checkpoint_hash, load_checkpoint, verify_checkpoint
 from spikefleet_pipelines.store.reader import Store
 
 CERTIFICATE = "certificate.json"
-"""Written last: which checkpoint was certified, and the hashes of the files that say so."""
+"""Written last: the hash of the certified checkpoint, and the hashes of the certificate files."""
 
 
 @dataclass(frozen=True)
 class Certificates:
-    """The verdict of the spike check (`verdict.py`), the energy of an image in mJ, and the files that show both."""
+    """The verdict of the spike check (`verdict.py`), the energy per image in mJ, and the certificate files."""
 
     verdict: str
     energy_mj: float
@@ -28,19 +28,23 @@ class Certificates:
 
 
 def certify(config: Config, checkpoint: Path, report: Path, store: Store) -> Certificates:
-    """Checks and measures a checkpoint on validation images; what an earlier call has certified is read.
+    """Checks a checkpoint and measures its energy on validation images, unless an earlier call did.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
         checkpoint: directory of the run's best checkpoint.
-        report: the directory that gets, or has, the proof and the card.
-        store: the run's data.
+        report: directory for the proof and the card.
+        store: data of the run.
+
+    Returns:
+        The verdict, the energy and the files.
 
     Raises:
         UserError: the checkpoint is damaged.
     """
     proof, energy = report / PROOF, report / ENERGY
     files = (proof, energy, energy.with_suffix(".png"))
+    verify_checkpoint(checkpoint)  # its weights are about to be registered
     certified = checkpoint_hash(checkpoint)
     if not _is_certified(report, certified, files):
         (report / CERTIFICATE).unlink(missing_ok=True)
@@ -56,11 +60,11 @@ def certify(config: Config, checkpoint: Path, report: Path, store: Store) -> Cer
 
 
 def _is_certified(report: Path, checkpoint: str, files: tuple[Path, ...]) -> bool:
-    """Whether the report's files are those of an earlier, finished certification of this very checkpoint."""
+    """Whether the report holds the unchanged files of a finished certification of this checkpoint."""
     try:
         record = read_json(report / CERTIFICATE)
         return bool(
             record["checkpoint"] == checkpoint and all(sha256_of(file) == record["sha256"][file.name] for file in files)
         )
-    except (ValueError, OSError, KeyError, TypeError):  # none yet, or a file is missing
+    except (ValueError, OSError, KeyError, TypeError):  # no certificate yet, or a file is missing
         return False

@@ -1,4 +1,4 @@
-"""Energy cards of trained networks on pictures of their data: JSON and a picture."""
+"""Energy cards of trained networks on images of their data, as JSON and as a plot."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from spikefleet_pipelines.store.reader import Split
 from spikefleet_pipelines.transforms.batch_transform_config import BatchTransformConfig
 
 ENERGY = "energy.json"
-"""Name of the card's file in a report and in a registered version."""
+"""File name of the card in a report and in a registered version."""
 
 REGISTERED_CONSTANTS = "fp32-45nm"
-"""Of every registered version, so that `energy_mj` compares networks of all families."""
+"""Energy constants of every registered version, so that `energy_mj` is comparable across families."""
 
 
 def measure_energy(
@@ -26,23 +26,35 @@ def measure_energy(
     transform: BatchTransformConfig,
     split: Split,
     *,
-    pictures: int = 32,
+    images: int = 32,
     constants: str = REGISTERED_CONSTANTS,
     form: Form = "merged",
     shortcuts: bool = True,
 ) -> EnergyCard:
-    """The card of a network on pictures spread over a split, one at a time: a batch may be padded to its largest.
+    """The energy card of a network, measured on images spread evenly over a split.
 
-    Raises ValueError for unknown constants.
+    Images run one at a time: a batch would pad them to the largest one.
+
+    Args:
+        network: in evaluation mode, on the CPU.
+        transform: preprocessing of the network's data.
+        split: where the images are from.
+        images: number of images.
+        constants: name of the energy constants.
+        form: the form of the network to count.
+        shortcuts: count 1x1 convolutions of shortcuts too.
+
+    Raises:
+        ValueError: the constants are unknown.
     """
     loader = BatchLoader(split, transform, train=False)
-    batches = (batch.images for batch in loader.epoch(SpreadPlan(len(split), pictures), epoch=0))
+    batches = (batch.images for batch in loader.epoch(SpreadPlan(len(split), images), epoch=0))
     return energy_card(network, batches, constants, form, shortcuts)
 
 
 def write_card(card: EnergyCard, folder: Path) -> None:
-    """`energy.json` and `energy.png`."""
+    """Writes `energy.json` and `energy.png` into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / ENERGY, card.to_dict())
-    title = f"{card.network}, {card.form}: {card.energy_mj:.4g} mJ a picture ({card.constants.name})"
+    title = f"{card.network}, {card.form}: {card.energy_mj:.4g} mJ per image ({card.constants.name})"
     plots.energy_bars(card.rows(), title, folder / "energy.png")

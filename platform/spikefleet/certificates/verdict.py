@@ -1,4 +1,4 @@
-"""The verdicts of the spike check: whether binary inference was shown to equal the trained network."""
+"""The verdicts of the spike check: whether binary inference provably equals the trained network."""
 
 PROVED = "proved"
 REFUTED = "refuted"

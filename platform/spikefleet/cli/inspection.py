@@ -132,7 +132,7 @@ def energy(
                 trained.network,
                 trained.config.data.transform,
                 rows,
-                pictures=pictures,
+                images=pictures,
                 constants=constants,
                 form=form,
                 shortcuts=shortcuts,

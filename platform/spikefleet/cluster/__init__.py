@@ -1,1 +1,1 @@
-"""Ray: sessions, and the training core on Ray Train workers."""
+"""Ray sessions, and the training core on Ray Train workers."""

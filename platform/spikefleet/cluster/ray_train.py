@@ -1,4 +1,4 @@
-"""The training core on Ray Train V2: worker processes, their restart after a death, and their way to the driver."""
+"""The training core on Ray Train V2: workers, their restart after a failure, and their events to the driver."""
 
 from __future__ import annotations
 
@@ -35,26 +35,29 @@ _POLL_S = 0.2
 
 
 class FailureNotes(UserCallback):
-    """Runs in Ray Train's controller, where an exception would end the run: it only sends."""
+    """Sends the errors of workers as events. Runs in Ray Train's controller, where an exception would end the run."""
 
     def __init__(self, attempt: Path) -> None:
         self._attempt = attempt
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Sends the errors of all ranks that failed."""
         reasons = {f"rank {rank}: {_headline(error)}" for rank, error in worker_exceptions.items()}
         EventWriter(self._attempt).emit(WorkerFailed("; ".join(sorted(reasons))))
 
 
 @dataclass(frozen=True)
 class Stopped:
-    """Why a training ended early in a way that no restart could heal."""
+    """Why training stopped early with an error that a restart cannot fix."""
 
     reason: str
     mendable: bool
-    """By the user: exit code 2 instead of 1."""
+    """Whether the user can fix it: exit code 2 instead of 1."""
     non_finite: bool = False
+    """Whether a loss or a gradient was not finite."""
 
     def error(self) -> UserError | RunError:
+        """The exception to raise in the driver."""
         if self.non_finite:
             return NonFiniteError(self.reason)
         return (UserError if self.mendable else RunError)(self.reason)
@@ -62,21 +65,30 @@ class Stopped:
 
 @dataclass(frozen=True)
 class WorkerArguments:
-    """What a worker gets from the driver, in a form that any node can read."""
+    """The arguments of a worker, readable on every node."""
 
     config: dict[str, Any]
     store: str
     run_dir: str
     attempt: str
-    """The directory of this attempt, which all nodes share."""
+    """The directory of this attempt, on storage that all nodes share."""
     before_step: BeforeStep | None
     lockstep: bool
     plugins: tuple[str, ...]
-    """Modules that the driver has loaded."""
+    """Modules of the driver's plugins."""
 
 
 def session_for(config: Config, address: str | None, verbose: bool) -> AbstractContextManager[None]:
-    """A Ray session that has what a configuration needs. Raises as `ray_session`."""
+    """A Ray session with the resources that a configuration needs.
+
+    Args:
+        config: of the run.
+        address: HOST:PORT of the cluster; by default RAY_ADDRESS, else a local Ray is started.
+        verbose: show the logs of Ray and of its workers.
+
+    Raises:
+        UserError: nothing answers at the address, or the cluster has too few CPUs or GPUs.
+    """
     cluster = config.cluster
     gpus = cluster.workers if cluster.gpu else 0
     return ray_session(address, cpus=cluster.workers * cluster.cpus_per_worker, gpus=gpus, verbose=verbose)
@@ -95,9 +107,24 @@ def train_on_ray(
 ) -> Outcome:
     """Runs the training core on `config.cluster.workers` workers.
 
-    With `lockstep` they wait after each checkpoint until the sink has dealt with it: a search's does more than look.
-    A dead worker restarts the group from the latest committed checkpoint, `config.cluster.max_failures` times.
-    Raises RunError when that does not help, and UserError when Ray cannot be reached.
+    A failed worker restarts the group from the latest committed checkpoint, up to `config.cluster.max_failures` times.
+
+    Args:
+        config: of the run.
+        store: its data.
+        run_dir: the run's directory, on storage that all nodes share.
+        sink: receives the events of the workers.
+        address: HOST:PORT of the cluster; by default RAY_ADDRESS, else a local Ray is started.
+        verbose: show the logs of Ray and of its workers.
+        before_step: called on each rank before each optimizer step.
+        lockstep: workers wait after each checkpoint until the sink has handled its event; searches need it.
+
+    Returns:
+        The outcome of the training.
+
+    Raises:
+        RunError: the workers failed too often, or Ray lost the run.
+        UserError: Ray cannot be reached, or the workers reported an error of the user.
     """
     cluster = config.cluster
     with session_for(config, address, verbose):
@@ -115,7 +142,7 @@ def train_on_ray(
                 resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if cluster.gpu else {})},
             ),
             run_config=RunConfig(
-                # Ray's own record of a attempt; what a run resumes from are spikefleet's checkpoints.
+                # Ray's own record of the attempt; a run resumes from spikefleet's checkpoints.
                 name=attempt.name,
                 storage_path=str(attempt.parent),
                 failure_config=FailureConfig(max_failures=cluster.max_failures),
@@ -131,13 +158,11 @@ def train_on_ray(
 
 
 def _worker(loop_config: dict[str, Any]) -> Outcome | Stopped:
-    """The body of a Ray Train worker.
+    """The training function of a Ray Train worker.
 
-    What a restart cannot heal is written down before it ends the group; the group that Ray then starts only reads it.
+    A worker saves an error that a restart cannot fix before it fails; the group that Ray restarts only reads it.
     """
     arguments: WorkerArguments = loop_config["arguments"]
-    load_plugins(arguments.plugins)
-    config = parse_config(arguments.config, origin="configuration of the run")
     context = ray.train.get_context()
     group = ProcessGroup(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
     if group.device.type == "cuda":
@@ -149,7 +174,7 @@ def _worker(loop_config: dict[str, Any]) -> Outcome | Stopped:
     sink: EventSink = EventWriter(attempt, arguments.lockstep) if group.is_main else NullSink()
 
     def before_step(group: ProcessGroup, step: int) -> None:
-        # Workers of a killed driver may outlive it for a while; the next driver removes their attempt when it starts.
+        # Workers may outlive their killed driver; the next driver removes their attempt when it starts.
         if group.is_main and not attempt.is_dir():
             raise RunError(TAKEN_OVER)
         if group.is_main and stopped.is_file():
@@ -158,12 +183,13 @@ def _worker(loop_config: dict[str, Any]) -> Outcome | Stopped:
             arguments.before_step(group, step)
 
     try:
+        load_plugins(arguments.plugins)
+        config = parse_config(arguments.config, origin="configuration of the run")
         store = Store.open(arguments.store, verify=False)  # the driver has verified it
         return train(config, store, Path(arguments.run_dir), group, sink, before_step)
     except NonFiniteError as error:
-        return Stopped(
-            str(error), mendable=False, non_finite=True
-        )  # all ranks raise it together, so this ends the group by itself
+        # All ranks raise it together, so returning ends the group.
+        return Stopped(str(error), mendable=False, non_finite=True)
     except (UserError, StoreError, RunError) as error:
         with suppress(OSError):
             stopped.parent.mkdir(parents=True, exist_ok=True)
@@ -176,7 +202,7 @@ def _fit(trainer: TorchTrainer) -> Outcome | Stopped:
     try:
         result = trainer.fit()
     except SystemExit:
-        # Ray's handler of Ctrl-C ends the workers, then the program as if all were done.
+        # Ray's handler of Ctrl-C stops the workers, then exits with code 0.
         raise KeyboardInterrupt from None
     except TrainingFailedError as error:
         cause = _cause(error)
@@ -184,20 +210,21 @@ def _fit(trainer: TorchTrainer) -> Outcome | Stopped:
             raise cause from None
         if isinstance(cause, StoreError):
             raise UserError(str(cause)) from None
-        raise RunError(f"the workers failed more often than cluster.max_failures allows: {_headline(cause)}") from error
-    except RayError as error:
         raise RunError(
-            f"Ray lost the run: {_headline(error)}; the same command goes on from the last checkpoint"
+            f"the workers failed more often than cluster.max_failures allows: {_headline(cause)}; run the same command "
+            "again to resume"
         ) from error
+    except RayError as error:
+        raise RunError(f"Ray lost the run: {_headline(error)}; run the same command again to resume") from error
     finally:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, handler)  # fit leaves its own behind
+            signal.signal(signal.SIGINT, handler)  # fit does not restore it
     outcome: Outcome | Stopped = result.return_value
     return outcome
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The first exception of a worker inside of Ray's wrappers."""
+    """The first exception of a worker, without Ray's wrappers."""
     failures = getattr(error, "worker_failures", None)
     if failures:
         error = next(iter(failures.values()))
@@ -212,28 +239,28 @@ def _headline(error: BaseException) -> str:
 
 @contextmanager
 def _followed(attempt: Path, sink: EventSink, lockstep: bool) -> Iterator[None]:
-    """Hands the events of a attempt to the sink while the block runs, and what is left when it ends."""
+    """Passes the events of an attempt to the sink while the block runs, and the remaining ones when it ends."""
     done = threading.Event()
     reader = EventReader(attempt)
-    refused: list[Exception] = []
+    errors: list[Exception] = []
 
-    def hand_on() -> None:
+    def forward() -> None:
         for event in reader.new():
-            if not refused:
+            if not errors:
                 sink.emit(event)
         if lockstep:
-            with suppress(OSError):  # the next look writes it again
-                reader.handed_on()
+            with suppress(OSError):  # the next poll writes it again
+                reader.acknowledge()
 
     def follow() -> None:
         while not done.wait(_POLL_S):
             try:
-                hand_on()
-            except Exception as error:  # a search's sink ends its trial so
-                refused.append(error)
+                forward()
+            except Exception as error:  # the sink of a search ends its trial this way
+                errors.append(error)
                 try:
                     write_json(attempt / STOPPED, {"reason": str(error), "mendable": False})
-                except OSError:  # no space: to be gone stops the workers too
+                except OSError:  # no space left: removing the attempt stops the workers too
                     shutil.rmtree(attempt, ignore_errors=True)
 
     thread = threading.Thread(target=follow, name="events", daemon=True)
@@ -243,6 +270,6 @@ def _followed(attempt: Path, sink: EventSink, lockstep: bool) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-        hand_on()
-        if refused:
-            raise refused[0]
+        forward()
+        if errors:
+            raise errors[0]

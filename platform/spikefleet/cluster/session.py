@@ -1,4 +1,4 @@
-"""A Ray session that is quiet, local unless an address is given, and ended by whoever began it."""
+"""Ray sessions: local unless an address is given, quiet, and shut down by the code that started them."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from spikefleet.errors import UserError
 
 _CONNECT_TIMEOUT_S = 5.0
 _OBJECT_STORE_BYTES = 200_000_000
-"""Nothing but small events passes through the object store: the data are memory-mapped from disk."""
+"""Size of the object store: only small objects pass through it, since data is memory-mapped from disk."""
 
 
 def quiet_ray() -> None:
-    """Defaults for Ray's switches, before it is imported; whatever the user has set stays."""
+    """Sets defaults of Ray's environment variables; call it before Ray is imported. Values of the user stay."""
     for name, value in {
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how fast a report or a death is seen; 2 s by default
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # delay of reports and failures; 2 s by default
         "RAY_TRAIN_METRICS_ENABLED": "0",
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else `uv run` builds an environment for each worker
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # or `uv run` builds an environment for each worker
         "RAY_worker_niceness": "0",
-        "RAY_prestart_worker_first_driver": "0",  # Ray Train starts its own; idle ones take seconds of two cores
+        "RAY_prestart_worker_first_driver": "0",  # Ray Train starts its own workers; idle ones cost seconds
     }.items():
         os.environ.setdefault(name, value)
 
@@ -33,10 +33,17 @@ def quiet_ray() -> None:
 def ray_session(
     address: str | None = None, *, cpus: float = 1, gpus: float = 0, verbose: bool = False, dashboard: bool = False
 ) -> Iterator[None]:
-    """Connects to the cluster at `address` (or RAY_ADDRESS), else starts Ray on this machine; inside one, does nothing.
+    """Connects to a Ray cluster, or starts Ray on this machine; inside another session it does nothing.
 
-    `dashboard` starts its process too: a Ray Train run inside of a trial asks it for the state of the cluster.
-    Raises UserError when nothing answers at the address, or when there are fewer CPUs or GPUs than asked for.
+    Args:
+        address: HOST:PORT of the cluster; by default RAY_ADDRESS, else a local Ray is started.
+        cpus: CPUs that the caller needs.
+        gpus: GPUs that the caller needs.
+        verbose: show the logs of Ray and of its workers.
+        dashboard: start the dashboard of a local Ray: a Ray Train run inside a trial reads the cluster state from it.
+
+    Raises:
+        UserError: nothing answers at the address, or the cluster has too few CPUs or GPUs.
     """
     quiet_ray()
     import ray
@@ -60,10 +67,10 @@ def ray_session(
             include_dashboard=dashboard,
             object_store_memory=_OBJECT_STORE_BYTES,
         )
-    # The raylet's own words about a dead worker pass by log_to_driver; the run says in a line what happened.
+    # log_to_driver does not silence the raylet's messages about a dead worker; the run reports it in one line.
     ray._private.worker._worker_logs_enabled = verbose
     try:
-        where = "the cluster" if address else "Ray here"
+        where = "the cluster" if address else "this machine"
         _refuse_too_little(ray.cluster_resources(), {"CPU": cpus, "GPU": gpus}, where)
         yield
     finally:
@@ -74,29 +81,28 @@ _NEED = {"CPU": "cluster.workers x cluster.cpus_per_worker", "GPU": "one for eac
 
 
 def _refuse_too_little(present: Mapping[str, float], needed: Mapping[str, float], where: str) -> None:
-    """Ray would wait for ever for what is not there."""
+    """Raises UserError for missing resources; Ray itself would wait for them endlessly."""
     for kind, amount in needed.items():
         if amount > present.get(kind, 0):
+            remedy = "leave out --gpu" if kind == "GPU" else "lower cluster.cpus_per_worker"
             raise UserError(
-                f"{amount:g} {kind}s are needed ({_NEED[kind]}), "
-                f"{where} has {present.get(kind, 0):g}; lower --workers"
-                + (" or leave out --gpu" if kind == "GPU" else " or cluster.cpus_per_worker")
-                + ", or give the --address of a larger cluster"
+                f"the run needs {amount:g} {kind}s ({_NEED[kind]}), but {where} has {present.get(kind, 0):g}; "
+                f"lower --workers, {remedy}, or set --address to a larger cluster"
             )
 
 
 def _network_settings() -> dict[str, dict[str, str]]:
-    """What this process has been told about network interfaces (GLOO_SOCKET_IFNAME and the like), for all workers."""
+    """This process's environment variables of GLOO and NCCL (such as GLOO_SOCKET_IFNAME), for all workers."""
     return {"env_vars": {key: value for key, value in os.environ.items() if key.startswith(("GLOO_", "NCCL_"))}}
 
 
 def _refuse_dead_address(address: str) -> None:
-    """ray.init waits a minute for a cluster that is not there, then ends the process; this tells at once."""
+    """Fails at once for an unreachable address; ray.init would wait for a minute and then exit the process."""
     if address in ("auto", "local"):
         return
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdigit():
-        raise UserError(f"Ray address {address!r} is not of the form HOST:PORT or ray://HOST:PORT")
+        raise UserError(f"Ray address {address!r} must have the form HOST:PORT or ray://HOST:PORT")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
     except OSError as error:

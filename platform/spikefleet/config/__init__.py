@@ -1,1 +1,1 @@
-"""The configuration of a run: schema, recipes, overrides and the sentences of its errors."""
+"""The configuration of a run: schema, recipes, overrides and error messages."""

@@ -1,4 +1,4 @@
-"""How a configuration complains: a sentence for each field that is wrong, and the nearest name for an unknown one."""
+"""Error messages of a configuration: one for each invalid field, with the nearest name for an unknown key."""
 
 from __future__ import annotations
 
@@ -8,15 +8,27 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from spikefleet.config.renamed import RENAMED_KEYS
+
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str, most: int = 1) -> str:
-    """The end of a sentence about an unknown word: the nearest known ones, or else `otherwise`."""
+    """The end of a message about an unknown word.
+
+    Args:
+        word: the unknown word.
+        known: the words that are allowed.
+        otherwise: returned if no known word is near.
+        most: largest number of suggestions.
+
+    Returns:
+        `did you mean 'digits'?`, or `otherwise`.
+    """
     near = difflib.get_close_matches(word, list(known), n=most, cutoff=0.5)
     return f"did you mean {' or '.join(repr(name) for name in near)}?" if near else otherwise
 
 
 Concrete = Callable[[type[BaseModel], Any], type[BaseModel]]
-"""Which member of an open set of configurations plain data are for: (declared class, data) -> class."""
+"""Resolves a member of an open set of configurations: (declared class, plain data) -> class."""
 
 
 def sentences(
@@ -26,30 +38,36 @@ def sentences(
     at: Sequence[str] = (),
     concrete: Concrete = lambda declared, data: declared,
 ) -> str:
-    """What is wrong with plain data, a sentence for each field: its dotted path, the value, and what is allowed.
+    """The messages of a validation error: the dotted path of each field, its value, and what is allowed.
 
     Args:
         error: raised for `data`.
-        root: the whole configuration, by which fields are named.
-        data: plain data of `root`, or of a part of it.
-        at: where in `root` that part is.
-        concrete: tells the members of open sets apart.
+        root: class of the whole configuration.
+        data: plain data of `root`, or of a section of it.
+        at: path of that section in `root`.
+        concrete: resolves members of open sets.
+
+    Returns:
+        The messages, separated by `; `.
     """
     for part in reversed(at):
         data = {part: data}
-    complaints = [_sentence({**item, "loc": (*at, *item["loc"])}, root, data, concrete) for item in error.errors()]
-    return "; ".join(dict.fromkeys(complaints))
+    messages = [_sentence({**item, "loc": (*at, *item["loc"])}, root, data, concrete) for item in error.errors()]
+    return "; ".join(dict.fromkeys(messages))
 
 
 def _sentence(error: Mapping[str, Any], root: type[BaseModel], data: Any, concrete: Concrete) -> str:
     location = [str(part) for part in error["loc"]]
     path = ".".join(location)
-    if error["type"] == "unknown_field":  # a transform knows which other kind has it
+    if error["type"] in ("unknown_field", "extra_forbidden") and path in RENAMED_KEYS:
+        return f"unknown key {path!r}; it was renamed to {RENAMED_KEYS[path]!r}"
+    if error["type"] == "unknown_field":  # a transform knows which other kind has the field
         return f"unknown key {path!r}; {error['ctx']['hint']}"
     if error["type"] == "extra_forbidden":
         known = _fields_beside(location, root, data, concrete)
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean {'.'.join([*location[:-1], near[0]])!r}?" if near else f"known here: {', '.join(known)}"
+        nearest = ".".join([*location[:-1], *near])
+        hint = f"did you mean {nearest!r}?" if near else f"expected one of {', '.join(known)}"
         return f"unknown key {path!r}; {hint}"
     if error["type"] == "missing":
         return f"{path!r} is missing"
@@ -60,7 +78,7 @@ def _sentence(error: Mapping[str, Any], root: type[BaseModel], data: Any, concre
 
 
 def _fields_beside(location: Sequence[str], root: type[BaseModel], data: Any, concrete: Concrete) -> list[str]:
-    """The fields of the configuration that the last part of a location was meant for."""
+    """The fields of the section that the last part of a location belongs to."""
     here = root
     for part in location[:-1]:
         data = data.get(part, {}) if isinstance(data, Mapping) else {}
@@ -73,7 +91,7 @@ def _fields_beside(location: Sequence[str], root: type[BaseModel], data: Any, co
 
 
 def _sections_of(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The configurations that a field's annotation allows."""
+    """The configuration classes in a field's annotation."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     else:

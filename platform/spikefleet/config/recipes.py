@@ -1,7 +1,7 @@
-"""Recipes and overrides: from a name and `section.key=value` to a checked configuration.
+"""Recipes and overrides: from a name and `section.key=value` to a validated configuration.
 
-A recipe is a YAML file inside the package; `base: NAME` merges a recipe into another one, and overrides, a mapping of
-dotted keys such as `{"model.timesteps": 2}`, are merged into both.
+A recipe is a YAML file. It overrides the recipe of its `base: NAME`; overrides, a mapping of dotted keys such as
+`{"model.timesteps": 2}`, override both.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def list_recipes() -> list[str]:
 
 
 def recipe_header(name: str) -> str:
-    """The comment at the head of a recipe: command, hardware, time, expected metric."""
+    """The comments of a recipe: command, hardware, time, expected metric. Raises UserError for an unknown name."""
     lines = _recipe_text(name).splitlines()
     return "\n".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
 
@@ -47,7 +47,7 @@ def load_config(recipe: str, overrides: Mapping[str, Any] | None = None) -> Conf
         overrides: values by dotted key, such as `{"optim.lr": 0.05}`; a later one overrides an earlier one.
 
     Raises:
-        UserError: the recipe, key or value that is wrong, the nearest that exists and what is allowed.
+        UserError: an unknown recipe or key, with the nearest one, or an invalid value, with what is allowed.
     """
     tree = _read_recipe(recipe)
     apply_overrides(tree, overrides or {})
@@ -56,29 +56,51 @@ def load_config(recipe: str, overrides: Mapping[str, Any] | None = None) -> Conf
 
 
 def override_config(config: Config, overrides: Mapping[str, Any], origin: str) -> Config:
-    """A configuration with other values by dotted key. Raises UserError naming what is wrong."""
+    """A configuration with other values.
+
+    Args:
+        config: the configuration, which is not modified.
+        overrides: values by dotted key.
+        origin: where the overrides are from, for error messages.
+
+    Raises:
+        UserError: one message for each invalid field.
+    """
     tree = config.dump()
     apply_overrides(tree, overrides)
     return parse_config(tree, origin)
 
 
 def override_model(model: ModelConfig, overrides: Mapping[str, Any], origin: str) -> ModelConfig:
-    """A model's configuration with other values by dotted key, such as `{"model.timesteps": 2}`.
+    """A model's configuration with other values.
+
+    Args:
+        model: the configuration, which is not modified.
+        overrides: values by dotted key, such as `{"model.timesteps": 2}`.
+        origin: name of the model, for error messages.
 
     Raises:
-        UserError: a key of another section, or a value that is not allowed.
+        UserError: a key of another section, or an invalid value.
     """
     tree: dict[str, Any] = {"model": model.model_dump(mode="json")}
     apply_overrides(tree, overrides)
     if others := tree.keys() - {"model"}:
         raise UserError(
-            f"{origin}: a model by its name has only keys model..., not {others.pop()}; give a recipe for those"
+            f"{origin}: a model has only keys of the section model, found {others.pop()!r}; use a recipe instead"
         )
     return parse_model(tree["model"], origin)
 
 
 def parse_config(tree: Mapping[str, Any], origin: str) -> Config:
-    """Checks plain data against the schema. Raises UserError with a sentence for each field that is wrong."""
+    """Validates plain data. The stored configuration of an earlier version needs `renamed.with_current_keys` first.
+
+    Args:
+        tree: plain data of a whole configuration.
+        origin: recipe or file, for error messages.
+
+    Raises:
+        UserError: one message for each invalid field.
+    """
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -86,7 +108,7 @@ def parse_config(tree: Mapping[str, Any], origin: str) -> Config:
 
 
 def parse_model(tree: Any, origin: str) -> ModelConfig:
-    """Checks the plain data of a section `model`. Raises UserError with a sentence for each field that is wrong."""
+    """Validates plain data of the section `model`. Raises UserError with a message for each invalid field."""
     try:
         return _MODEL.validate_python(tree)
     except ValidationError as error:
@@ -94,7 +116,7 @@ def parse_model(tree: Any, origin: str) -> ModelConfig:
 
 
 def parse_transform(tree: Any, origin: str) -> BatchTransformConfig:
-    """Checks the plain data of `data.transform`. Raises UserError with a sentence for each field that is wrong."""
+    """Validates plain data of `data.transform`. Raises UserError with a message for each invalid field."""
     try:
         return _TRANSFORM.validate_python(tree)
     except ValidationError as error:
@@ -103,7 +125,7 @@ def parse_transform(tree: Any, origin: str) -> BatchTransformConfig:
 
 
 def _concrete(declared: type[BaseModel], data: Any) -> type[BaseModel]:
-    """The family or the kind of transform that plain data are for."""
+    """The class of a model family or of a kind of transform."""
     fields = data if isinstance(data, Mapping) else {}
     if declared is ModelConfig:
         return find_family(fields.get("family", DEFAULT_FAMILY))
@@ -118,13 +140,13 @@ def _recipe_text(recipe: str) -> str:
         return read_yaml_text(path, "recipe")
     if recipe not in list_recipes():
         hint = did_you_mean(recipe, list_recipes(), "`spikefleet recipes` lists them")
-        raise UserError(f"there is no recipe {recipe!r}; {hint}")
+        raise UserError(f"recipe {recipe!r} does not exist; {hint}")
     return (resources.files("spikefleet") / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
 
 
 def _read_recipe(recipe: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
     if recipe in below:
-        raise UserError(f"recipe {recipe}: its chain of bases comes back to itself: {' -> '.join((*below, recipe))}")
+        raise UserError(f"recipe {recipe}: its bases form a cycle: {' -> '.join((*below, recipe))}")
     tree = read_mapping(_recipe_text(recipe), f"recipe {recipe}", "model, data, train and optim")
     base = tree.pop("base", None)
     if base is None:
@@ -141,8 +163,22 @@ def _merged(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
-    """Values by dotted key, in order, of texts `section.key=value`. Raises UserError when one has another form."""
-    return dict(_parse_override(text) for text in texts)
+    """Parses overrides.
+
+    Args:
+        texts: each of the form `section.key=value`, with a YAML value.
+
+    Returns:
+        Values by dotted key, in order.
+
+    Raises:
+        UserError: a text has another form, or its value is not valid YAML.
+    """
+    overrides: dict[str, Any] = {}
+    for path, value in map(_parse_override, texts):
+        overrides.pop(path, None)  # a repeated key moves to the end, behind a later override of its whole section
+        overrides[path] = value
+    return overrides
 
 
 def _parse_override(override: str) -> tuple[str, Any]:
@@ -156,7 +192,7 @@ def _parse_override(override: str) -> tuple[str, Any]:
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Mapping[str, Any]) -> None:
-    """Sets values by dotted key in a tree of plain data. Raises UserError where a key leads through a value."""
+    """Sets values by dotted key in a tree of plain data, in place. Raises UserError if a key's section is a value."""
     for path, value in overrides.items():
         keys = path.split(".")
         node: Any = tree

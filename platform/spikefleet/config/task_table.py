@@ -1,6 +1,7 @@
-"""The table of tasks: what a configuration needs to know of each, without importing what does the task.
+"""The table of tasks: what validation needs to know of each task, without importing its implementation.
 
-To add a task: its module (see `spikefleet.tasks.task.Task`), and its line here, or `register_task` from a plugin.
+To add a task, write its module (see `spikefleet.tasks.task.Task`) and add its line here, or call `register_task` from a
+plugin.
 """
 
 from __future__ import annotations
@@ -12,19 +13,19 @@ from spikefleet.config.messages import did_you_mean
 
 @dataclass(frozen=True)
 class TaskEntry:
-    """One task."""
+    """The properties of one task."""
 
     name: str
     implementation: str
     """`module:class` of its `Task`."""
     networks: str
-    """Which networks it trains: the `task` that a model family declares."""
+    """The `task` of the model families that it trains."""
     transform: str
-    """Kind of `data.transform` that gives its batches, and so which stores it reads."""
+    """The kind of `data.transform` that builds its batches."""
     label_smoothing: bool = False
-    """Whether its loss knows `train.label_smoothing`."""
+    """Whether its loss supports `train.label_smoothing`."""
     side_branches: bool = False
-    """Whether its loss knows the side branches of shortcut back-propagation."""
+    """Whether its loss supports the side branches of shortcut back-propagation."""
 
 
 _TABLE: dict[str, TaskEntry] = {
@@ -44,13 +45,13 @@ _TABLE: dict[str, TaskEntry] = {
 
 
 def register_task(entry: TaskEntry) -> None:
-    """Adds a task from outside of the package. Raises ValueError when another one has its name."""
+    """Registers a task of a plugin. Raises ValueError if another task has its name."""
     if _TABLE.setdefault(entry.name, entry) != entry:
-        raise ValueError(f"task {entry.name!r} is registered already, as {_TABLE[entry.name].implementation}")
+        raise ValueError(f"task {entry.name!r} is already registered as {_TABLE[entry.name].implementation}")
 
 
 def forget_task(name: str) -> None:
-    """Takes a registered task back."""
+    """Unregisters a task; an unknown name is ignored."""
     _TABLE.pop(name, None)
 
 
@@ -60,7 +61,7 @@ def list_tasks() -> list[str]:
 
 
 def find_task(name: str) -> TaskEntry:
-    """A task by its name. Raises ValueError naming the nearest, or all."""
+    """A task by its name. Raises ValueError with the nearest name, or all of them."""
     if name not in _TABLE:
         raise ValueError(did_you_mean(name, _TABLE, f"must be one of {', '.join(_TABLE)}"))
     return _TABLE[name]

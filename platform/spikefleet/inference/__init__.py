@@ -1,1 +1,1 @@
-"""Trained networks in use: opened by a reference, evaluated, asked."""
+"""Inference with trained networks: load by reference, evaluate, predict."""

@@ -1,17 +1,16 @@
-"""Predictions for picture files."""
+"""Predictions for images."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from spikefleet.errors import UserError
+from spikefleet.inference.image_input import ImageInput, Pixels, check_image_file, read_image
 from spikefleet.inference.trained_network import TrainedNetwork
 from spikefleet.training.distributed import pick_device
 from spikefleet.training.precision import autocast
@@ -24,48 +23,79 @@ _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff",
 def predict_files(
     trained: TrainedNetwork, paths: Sequence[Path], *, out: Path | None = None, gpu: bool = False, score: float = 0.3
 ) -> list[dict[str, Any]]:
-    """What the network says of each picture, in order: `{"picture", "classes": [{"name", "probability"}, ...]}`, or
-    `{"picture", "objects": [{"name", "score", "box"}, ...]}` with boxes x1 y1 x2 y2 in the picture's own pixels.
+    """Predicts image files.
 
-    Where the task says so, images are resized to the size of the training images. `out` gets one PNG with all of them,
-    or is a folder that gets each image with its prediction drawn on it; parts below `score` are left out.
-    Raises UserError naming the file that is missing or no image, or the folder without any.
+    Images are resized to the size of the training images, unless the task takes any size.
+
+    Args:
+        trained: the network.
+        paths: image files, and folders of them.
+        out: one PNG with all images (classification), or a folder for each image with its prediction (detection).
+        gpu: run on the GPU.
+        score: smallest score of an object.
+
+    Returns:
+        For each image, in order, `{"image": PATH, "classes": [{"name", "probability"}, ...]}`, or
+        `{"image": PATH, "objects": [{"name", "score", "box"}, ...]}` with boxes x1 y1 x2 y2 in pixels of the image.
+
+    Raises:
+        UserError: a file is missing or not an image, a folder has no images, or `out` cannot be used.
     """
-    task = trained.task
-    report = task.report
+    report = trained.task.report
     if out is not None and not report.draws_each and out.suffix.lower() != ".png":
         raise UserError(f"--out {out} must end in .png")
     if out is not None and report.draws_each and out.is_file():
-        raise UserError(f"--out {out} is a file; for {trained.config.task}, give a folder")
-    files = list(_picture_files(paths))
+        raise UserError(f"--out {out} is a file; {trained.config.task} needs a folder")
+    files = list(_image_files(paths))
     for file in files:
-        _check(file)
-    device = pick_device(gpu)
-    network, transform = trained.network.to(device), trained.config.data.transform
-    channels = trained.config.model.in_channels
+        check_image_file(file)
     names = _names(files, out) if out is not None and report.draws_each else []
     answers: list[dict[str, Any]] = []
-    pictures, predictions = [], []
-    # One picture at a time: photographs are large, and a folder may hold thousands.
-    for position, file in enumerate(files):
-        pixels = _read(file, channels, None if task.any_size else trained.data.image_shape)
-        batch = image_batch(pixels[None], transform, channels).to(device)
-        with autocast(trained.config.train.precision, device):
-            (prediction,) = task.predict(network, batch)
-        prediction = task.confident(prediction, score)
+    images, predictions = [], []
+    for position, (pixels, prediction) in enumerate(predict_images(trained, files, gpu=gpu, score=score)):
         if names:
-            _write_picture(report.draw_one(torch.from_numpy(pixels), prediction), names[position])
+            _write_image(report.draw_one(torch.from_numpy(pixels), prediction), names[position])
         elif out is not None:
-            pictures.append(torch.from_numpy(pixels))
+            images.append(torch.from_numpy(pixels))
             predictions.append(prediction)
-        answers.append({"picture": str(file), **report.answer(prediction)})
-    if pictures and out is not None:
-        report.draw(pictures, predictions, None, out)
+        answers.append({"image": str(files[position]), **report.answer(prediction)})
+    if images and out is not None:
+        report.draw(images, predictions, None, out)
     return answers
 
 
+def predict_images(
+    trained: TrainedNetwork, images: Iterable[ImageInput], *, gpu: bool = False, score: float = 0.3
+) -> Iterator[tuple[Pixels, Any]]:
+    """Iterates over predictions, one image at a time: photographs are large, and a folder may hold thousands.
+
+    Args:
+        trained: the network.
+        images: files, PIL images or arrays; resized to the size of the training images, unless the task takes any
+            size.
+        gpu: run on the GPU.
+        score: smallest score of an object.
+
+    Yields:
+        The pixels of each image, uint8 `[C, H, W]` before normalisation, with the task's prediction.
+
+    Raises:
+        UserError: an image cannot be read, or there is no GPU.
+    """
+    task, device = trained.task, pick_device(gpu)
+    network, transform = trained.network.to(device), trained.config.data.transform
+    channels, shape = trained.config.model.in_channels, trained.data.image_shape
+    size = None if task.any_size or shape is None else shape[1:]
+    for image in images:
+        pixels = read_image(image, channels, size)
+        batch = image_batch(pixels[None], transform, channels).to(device)
+        with autocast(trained.config.train.precision, device):
+            (prediction,) = task.predict(network, batch)
+        yield pixels, task.confident(prediction, score)
+
+
 def _names(files: Sequence[Path], folder: Path) -> list[Path]:
-    """A PNG for each picture, by its name; no two are the same, and none is one of the pictures."""
+    """A unique PNG for each image, by its name. Raises UserError if one would overwrite an image."""
     names: list[Path] = []
     for file in files:
         number, path = 1, folder / f"{file.stem}.png"
@@ -75,46 +105,24 @@ def _names(files: Sequence[Path], folder: Path) -> list[Path]:
         names.append(path)
     originals = {file.resolve() for file in files}
     if lost := [path for path in names if path.resolve() in originals]:
-        raise UserError(f"--out {folder} would overwrite the picture {lost[0]}; give another folder")
+        raise UserError(f"--out {folder} would overwrite the image {lost[0]}; use another folder")
     return names
 
 
-def _picture_files(paths: Sequence[Path]) -> Iterator[Path]:
+def _image_files(paths: Sequence[Path]) -> Iterator[Path]:
     for path in paths:
         if path.is_dir():
             inside = sorted(file for file in path.iterdir() if file.suffix.lower() in _SUFFIXES)
             if not inside:
-                raise UserError(f"folder {path} holds no pictures ({', '.join(sorted(_SUFFIXES))})")
+                raise UserError(f"folder {path} has no images ({', '.join(sorted(_SUFFIXES))})")
             yield from inside
         elif path.is_file():
             yield path
         else:
-            raise UserError(f"picture {path} does not exist")
+            raise UserError(f"image {path} does not exist")
 
 
-def _write_picture(picture: torch.Tensor, path: Path) -> None:
+def _write_image(image: torch.Tensor, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(partial, format="png")
-
-
-def _check(file: Path) -> None:
-    """Reads the header only, so that all files are looked at before anything is written."""
-    try:
-        with Image.open(file):
-            pass
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"picture {file} cannot be read: {error}") from None
-
-
-def _read(file: Path, channels: int, shape: tuple[int, int, int] | None) -> NDArray[np.uint8]:
-    """Pixels uint8 [C, H, W], upright."""
-    try:
-        with Image.open(file) as opened:
-            picture = ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"picture {file} cannot be read: {error}") from None
-    if shape is not None and picture.size != (shape[2], shape[1]):
-        picture = picture.resize((shape[2], shape[1]), Image.Resampling.BILINEAR)
-    pixels = np.asarray(picture, dtype=np.uint8)
-    return np.ascontiguousarray(pixels[None] if channels == 1 else pixels.transpose(2, 0, 1))
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(partial, format="png")

@@ -1,9 +1,10 @@
-"""A trained network by its reference: a registered version, a package, a run, or a checkpoint."""
+"""Loads a trained network by reference: a registered version, a package, a run, or a checkpoint."""
 
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,51 +12,58 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
+from spikefleet import registry
+from spikefleet.certificates.energy_card import ENERGY
 from spikefleet.config.recipes import parse_config
 from spikefleet.config.schema import Config
 from spikefleet.data_access import open_data
 from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
-from spikefleet.registry.package import CARD, load_network
+from spikefleet.files import read_json
+from spikefleet.registry.package import CARD, load_network, read_card
 from spikefleet.runs.run_dir import Run, find_run
 from spikefleet.tasks import AnyTask, build_task
+from spikefleet.tracking.mlflow_client import resolve_tracking_uri
 from spikefleet.training.checkpoints import best_network, load_checkpoint
 from spikefleet.training.distributed import ProcessGroup, pick_device
 from spikefleet.training.evaluation import Evaluation, evaluate
+from spikefleet_models.energy import EnergyCard
 from spikefleet_pipelines.loading import BatchLoader
 from spikefleet_pipelines.store.reader import Split
 
 
 @dataclass(frozen=True)
 class TrainedNetwork:
-    """A network in evaluation mode on the CPU, with what is needed to use it."""
+    """A network in evaluation mode on the CPU, with its configuration and data summary."""
 
     reference: str
     network: nn.Module
     config: Config
     data: DataSummary
-    """What it was trained on."""
+    """Summary of its training data."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Its recorded metrics by split and name, such as "test/top1"."""
+    card: EnergyCard | None = None
+    """Its recorded energy card."""
 
     @cached_property
     def task(self) -> AnyTask:
-        """The task that it was trained for."""
+        """The task of the network."""
         return build_task(self.config, self.data)
 
 
 def open_trained_network(reference: str, runs_dir: Path) -> TrainedNetwork:
-    """Loads the network that a reference names; nothing is unpickled, every file is checked against its hash.
+    """Loads a network; nothing is unpickled, and every file is verified against its hash.
 
     Args:
         reference: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, the directory of a pulled package or of a checkpoint,
             or the name of a run (its best checkpoint).
+        runs_dir: directory of the runs.
 
     Raises:
-        UserError: there is nothing by that reference, or what is there is damaged.
+        UserError: the reference does not exist, or a file is damaged.
     """
     if reference.startswith("models:"):
-        from spikefleet import registry
-        from spikefleet.tracking.mlflow_client import resolve_tracking_uri
-
         with tempfile.TemporaryDirectory(prefix="spikefleet-") as scratch:
             folder = Path(scratch) / "package"
             registry.pull(reference, folder, tracking_uri=resolve_tracking_uri(runs_dir))
@@ -66,41 +74,67 @@ def open_trained_network(reference: str, runs_dir: Path) -> TrainedNetwork:
     if path.is_dir() and path.parent.name == "checkpoints":
         return _from_checkpoint(reference, path, Run(path.parent.parent))
     if path.is_dir():
-        raise UserError(f"{path} holds neither a registered network ({CARD}) nor a checkpoint of a run")
+        raise UserError(f"{path} is neither a registered network (with {CARD}) nor a checkpoint of a run")
     run = find_run(runs_dir, reference)
     return _from_checkpoint(reference, run.best_checkpoint(), run)
 
 
 def _from_package(reference: str, folder: Path) -> TrainedNetwork:
-    network, config = load_network(folder)
-    return TrainedNetwork(reference, network, parse_config(config, origin=reference), DataSummary.read(folder))
+    network, plain = load_network(folder)
+    config, data = parse_config(plain, origin=reference), DataSummary.read(folder)
+    metrics = {str(name): float(value) for name, value in read_card(folder).metadata.get("metrics", {}).items()}
+    return TrainedNetwork(reference, network, config, data, metrics, _energy_card(folder))
 
 
 def _from_checkpoint(reference: str, checkpoint: Path, run: Run) -> TrainedNetwork:
     run.check_plugins()
     snapshot = load_checkpoint(checkpoint)
     config = parse_config(snapshot.config, origin=str(checkpoint))
-    return TrainedNetwork(reference, best_network(snapshot, config.model), config, run.data())
+    network, record = best_network(snapshot, config.model), run.record()
+    metrics = {f"val/{name}": float(value) for name, value in record.get("validation", {}).items()}
+    metrics |= {f"test/{name}": float(value) for name, value in record.get("test", {}).items()}
+    return TrainedNetwork(reference, network, config, run.data(), metrics, _energy_card(run.path / "report"))
+
+
+def _energy_card(folder: Path) -> EnergyCard | None:
+    """Reads the energy card of a folder, if it has one. Raises UserError if the file is damaged."""
+    path = folder / ENERGY
+    if not path.is_file():
+        return None
+    try:
+        return EnergyCard.from_dict(read_json(path))
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def open_split(
     trained: TrainedNetwork, split: str, stores_dir: Path, console: Console, *, data: str | None = None
 ) -> Split:
-    """A split of the network's own data, or of the store `data`.
+    """Opens a split of the network's own data, or of another store.
 
-    Raises UserError when the store holds other classes than the network knows.
+    Args:
+        trained: the network.
+        split: name of the split.
+        stores_dir: directory of prepared stores.
+        console: for progress.
+        data: location of another store; by default the data of the network's configuration.
+
+    Raises:
+        UserError: the classes or category ids of the store are not those of the training data.
+        SourceError: the data is missing and cannot be prepared.
+        StoreError: the store is damaged.
     """
     config = trained.config.data
     store = open_data(config.model_copy(update={"store": data}) if data else config, stores_dir, console)
     if store.manifest.class_names != trained.data.class_names:
         raise UserError(
-            f"{store.location} has the classes {', '.join(store.manifest.class_names[:5])}, ...; "
-            f"{trained.reference} was trained on {', '.join(trained.data.class_names[:5])}, ..."
+            f"{store.location}: expected the classes {', '.join(trained.data.class_names[:5])}, ... of "
+            f"{trained.reference}, found {', '.join(store.manifest.class_names[:5])}, ..."
         )
     if tuple(store.manifest.category_ids or ()) != trained.data.category_ids:
         raise UserError(
-            f"{store.location} has other category ids for these classes than the data of {trained.reference}; "
-            "figures by class would be wrong"
+            f"{store.location}: its category ids are not those of the data of {trained.reference}, so metrics by class "
+            "would be wrong; use a store with the same categories"
         )
     return store.split(split)
 
@@ -114,11 +148,28 @@ def evaluate_on_split(
     data: str | None = None,
     gpu: bool = False,
 ) -> Evaluation[Any, Any]:
-    """Runs the network over a split, as `open_split` has it. Raises as that."""
+    """Evaluates a network on a split.
+
+    Args:
+        trained: the network.
+        split: name of the split.
+        stores_dir: directory of prepared stores.
+        console: for progress.
+        data: location of another store; by default the data of the network's configuration.
+        gpu: run on the GPU.
+
+    Returns:
+        Predictions and targets in the order of the split.
+
+    Raises:
+        UserError: the classes or category ids of the store are not those of the training data.
+        SourceError: the data is missing and cannot be prepared.
+        StoreError: the store is damaged.
+    """
     config = trained.config.data
     rows = open_split(trained, split, stores_dir, console, data=data)
     group = ProcessGroup(0, 1, pick_device(gpu))
     loader = BatchLoader(rows, config.transform, train=False, processes=config.loader_processes)
     evaluation = evaluate(trained.network.to(group.device), trained.task, loader, trained.config.train, group)
-    assert evaluation is not None, "a single process gets its own predictions"
+    assert evaluation is not None, "rank 0 gets the predictions"
     return evaluation

@@ -1,6 +1,6 @@
-"""The registry of trained networks: register, promote, look up, load, pull.
+"""The registry of trained networks: register, promote, search, load, pull.
 
-`from spikefleet import registry` is its public face; the modules below it are its parts.
+`from spikefleet import registry` is the public API.
 """
 
 from spikefleet.registry.api import (

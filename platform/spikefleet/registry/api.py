@@ -1,8 +1,8 @@
-"""The one place that talks to MLflow's model registry.
+"""The public API of the registry, on MLflow's model registry.
 
-A version holds a network package (`package.py`) wrapped as MLflow's "models from code", so it loads here and by
-`mlflow.pyfunc.load_model("models:/NAME@champion")`, and neither unpickles. Loading here runs no stored code at all;
-MLflow runs the Python file that is stored with the version: who may write to the registry may run code in its loader.
+A version holds a network package (`package.py`) wrapped as MLflow's "models from code": it loads here and with
+`mlflow.pyfunc.load_model("models:/NAME@champion")`, and neither unpickles. `load` runs no stored code; MLflow runs the
+Python file of the version, so anyone with write access to the registry can run code in an MLflow loader.
 """
 
 import math
@@ -70,19 +70,19 @@ __all__ = [
     "show",
 ]
 
-_PROMOTION = "spikefleet.promotion"  # tag of a version that asks, or has asked, to become champion
+_PROMOTION = "spikefleet.promotion"  # tag of a version that requests, or has requested, to become champion
 
 
 @dataclass(frozen=True)
 class Promotion:
-    """What became of a version that asked for the alias `champion`."""
+    """The result of a promotion."""
 
     name: str
     version: int
     alias: Alias
     reason: str
     champion: int | None
-    """The version that is the champion now."""
+    """The current champion version."""
 
 
 def register(
@@ -97,33 +97,39 @@ def register(
     tracking_uri: str,
     extra_files: Mapping[str, Path] | None = None,
 ) -> RegisteredVersion:
-    """Registers a network; the same files from the same run give the version that is there already.
+    """Registers a network. The same files from the same run return the existing version.
 
     Args:
-        weights: safetensors with the network's whole state.
-        config: the run's configuration, with the sections model, data (with data.transform) and task.
-        data: what the network was trained on; becomes the tags dataset and data_hash, and goes with the version.
-        tags: what the network was trained by: recipe, run_name, code_version, seed, ...; what follows from the
-            configuration (task, timesteps, connection, ...) is added.
-        metrics: by split, such as "val/top1" and "test/top1".
-        extra_files: further files of the package by their names in it, such as "energy.json".
+        name: of the registered model.
+        weights: safetensors with the complete state dict of the network.
+        config: configuration of the run, with `model`, `data` (with `data.transform`) and `task`.
+        data: summary of the training data, stored with the version; gives the tags dataset and data_hash.
+        tags: recipe, run_name, code_version, seed and others; the tags that follow from the configuration (task,
+            timesteps, connection, ...) are added.
+        metrics: by split and name, such as "val/top1".
+        run_id: MLflow's id of the run.
+        tracking_uri: of the registry.
+        extra_files: further files by their names in the package, such as "energy.json".
+
+    Returns:
+        The new or existing version.
 
     Raises:
-        UserError: a bad name, value or file, weights that are not the configuration's, or a registry that fails.
+        UserError: an invalid name, metric or file, weights that do not fit the configuration, or a registry error.
     """
     check_model_name(name)
     for metric, value in metrics.items():
         if not math.isfinite(value):
-            raise UserError(f"model {name}: metric {metric} is {value}; only finite values can be registered")
+            raise UserError(f"model {name}: metric {metric}={value} must be finite")
     with connect(tracking_uri) as client, _scratch() as scratch:
         package = scratch / "package"
         package.mkdir()
         origin = {"dataset": data.source, "data_hash": data.content_hash}
         given = {key: str(value) for key, value in {**origin, **tags}.items()}
         data.write(scratch)
-        facts = {"run_id": run_id, "tags": given, "metrics": dict(metrics), "plugins": list(loaded_plugins())}
+        metadata = {"run_id": run_id, "tags": given, "metrics": dict(metrics), "plugins": list(loaded_plugins())}
         files = {DATA_SUMMARY: scratch / DATA_SUMMARY, **(extra_files or {})}
-        card = write_package(package, weights, config, files, facts)
+        card = write_package(package, weights, config, files, metadata)
         network, _ = load_network(package)
         model = parse_model(config["model"], "the configuration of a registered model")
         for version in find_versions(client, name):
@@ -140,16 +146,25 @@ def register(
 
 
 def renew(uri: str, *, tracking_uri: str | None = None) -> RegisteredVersion:
-    """Registers a version again with the serving code of this spikefleet; files, tags and metrics stay.
+    """Registers a version again with the current serving code; files, tags and metrics stay the same.
 
-    The new version takes over the old one's aliases.
+    The new version gets the aliases of the old one.
+
+    Args:
+        uri: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+        tracking_uri: of the registry; by default MLFLOW_TRACKING_URI, else SQLite in ./runs.
+
+    Returns:
+        The new version.
 
     Raises:
-        UserError: there is no such version, its files are not the registered ones, or the registry fails.
+        UserError: the version does not exist, its files have changed, a plugin that it was trained with is not loaded,
+            or the registry fails.
     """
     with connect(_uri(tracking_uri)) as client, _package(uri, tracking_uri) as (directory, content_hash):
         old = resolve(client, uri)
-        card = verify_package(directory, content_hash)
+        load_network(directory, content_hash)  # a network that cannot be built cannot be served
+        card = read_card(directory, content_hash)
         with _scratch() as scratch:
             package = scratch / "package"
             package.mkdir()
@@ -165,15 +180,25 @@ def renew(uri: str, *, tracking_uri: str | None = None) -> RegisteredVersion:
 
 
 def promote(name: str, version: int, metric: str, mode: Mode = "max", *, tracking_uri: str | None = None) -> Promotion:
-    """Gives a version the alias `champion` if its metric is better than the present champion's, else `challenger`.
+    """Gives a version the alias `champion` if its metric is better than that of the champion, else `challenger`.
 
-    Jobs may promote at the same time. Each marks its version as asking, and after every change of the alias looks again
-    at all versions that asked meanwhile. Once all calls have returned, the champion is the best of them and of the
-    champion before; in between, and after a call was killed, it may be a worse one, until the next call. An alias that
+    Several jobs may promote concurrently. Each tags its version as requesting, and after every change of the alias
+    reads all versions that requested since. When all calls have returned, the champion is the best of them and of the
+    earlier champion; before that, and after a killed call, it may be a worse one, until the next call. An alias that
     is moved by hand at the same moment may be moved back.
 
+    Args:
+        name: of the registered model.
+        version: number of the version.
+        metric: full name, such as "val/top1".
+        mode: `max` or `min`.
+        tracking_uri: of the registry; by default MLFLOW_TRACKING_URI, else SQLite in ./runs.
+
+    Returns:
+        The alias that the version got, the reason, and the current champion.
+
     Raises:
-        UserError: there is no such version, or it lacks the metric.
+        UserError: the version does not exist, or lacks the metric.
     """
     with connect(_uri(tracking_uri)) as client:
         before = find_model(client, name)
@@ -210,13 +235,19 @@ def promote(name: str, version: int, metric: str, mode: Mode = "max", *, trackin
 
 
 def load(uri: str | Path, *, tracking_uri: str | None = None) -> "torch.nn.Module":
-    """The network of `models:/NAME@champion`, `models:/NAME/3` or a pulled directory: evaluation mode, on the CPU.
+    """Loads a registered network. No stored code runs.
 
-    Its files are checked against the hash that the registry holds (a directory: against its card) before they are read;
-    no stored code runs. `network.config` is its configuration.
+    The files are verified against the hash in the registry (a directory: against its card) before they are read.
+
+    Args:
+        uri: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, or a pulled directory.
+        tracking_uri: of the registry; by default MLFLOW_TRACKING_URI, else SQLite in ./runs.
+
+    Returns:
+        The network in evaluation mode, on the CPU; `network.config` is its configuration.
 
     Raises:
-        UserError: nothing there, or files that are not those that were registered.
+        UserError: the version does not exist, or its files have changed.
     """
     with _package(uri, tracking_uri) as (directory, content_hash):
         network, _ = load_network(directory, content_hash)
@@ -224,11 +255,19 @@ def load(uri: str | Path, *, tracking_uri: str | None = None) -> "torch.nn.Modul
 
 
 def describe(uri: str | Path, *, tracking_uri: str | None = None) -> dict[str, Any]:
-    """What is known about a registered version or a pulled directory: tags, metrics, config, hashes of the files."""
+    """Tags, metrics, configuration and file hashes of a registered version or of a pulled directory.
+
+    Args:
+        uri: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, or a pulled directory.
+        tracking_uri: of the registry; by default MLFLOW_TRACKING_URI, else SQLite in ./runs.
+
+    Raises:
+        UserError: the version does not exist, or its files have changed.
+    """
     if not _is_registered(uri):
         directory = Path(uri)
         card = verify_package(directory)
-        return {"uri": str(uri), **card.facts, "config": read_config(directory), "sha256": dict(card.sha256)}
+        return {"uri": str(uri), **card.metadata, "config": read_config(directory), "sha256": dict(card.sha256)}
     with connect(_uri(tracking_uri)) as client, _scratch() as scratch:
         version = resolve(client, str(uri))
         for name in (CARD, CONFIG):
@@ -239,7 +278,7 @@ def describe(uri: str | Path, *, tracking_uri: str | None = None) -> dict[str, A
             "aliases": list(version.aliases),
             "created": version.created.isoformat(),
             "run_id": version.run_id,
-            "tags": {key: value for key, value in version.facts().items() if key in version.tags},
+            "tags": {key: value for key, value in version.metadata().items() if key in version.tags},
             "metrics": dict(version.metrics),
             "config": read_config(scratch),
             "sha256": dict(card.sha256),
@@ -247,15 +286,23 @@ def describe(uri: str | Path, *, tracking_uri: str | None = None) -> dict[str, A
 
 
 def pull(uri: str, out: Path, *, tracking_uri: str | None = None) -> Path:
-    """Copies a version's verified files into a new directory, all or none.
+    """Downloads a version's verified files into a new directory, atomically.
+
+    Args:
+        uri: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+        out: the directory; it must be empty or missing.
+        tracking_uri: of the registry; by default MLFLOW_TRACKING_URI, else SQLite in ./runs.
+
+    Returns:
+        The directory.
 
     Raises:
-        UserError: the directory is not empty, there is no such version, or its files are not the registered ones.
+        UserError: the directory is not empty, the version does not exist, or its files have changed.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not empty; give another directory")
+        raise UserError(f"{out} is not an empty directory; use another one")
     if not _is_registered(uri):
-        raise UserError(f"{uri!r} is not a registered version; give models:/NAME@champion or models:/NAME/3")
+        raise UserError(f"{uri!r} is not a registered version; expected models:/NAME@champion or models:/NAME/3")
     with _package(uri, tracking_uri) as (directory, content_hash):
         card = verify_package(directory, content_hash)
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -272,7 +319,7 @@ def pull(uri: str, out: Path, *, tracking_uri: str | None = None) -> Path:
 
 
 def list_models(*, tracking_uri: str | None = None) -> list[RegisteredModel]:
-    """All models that spikefleet has registered, by name."""
+    """All models that spikefleet has registered, in the order of their names."""
     with connect(_uri(tracking_uri)) as client:
         versions = find_versions(client)
         names = sorted({version.name for version in versions})
@@ -280,7 +327,7 @@ def list_models(*, tracking_uri: str | None = None) -> list[RegisteredModel]:
 
 
 def show(name: str, *, tracking_uri: str | None = None) -> RegisteredModel:
-    """A model and its versions. Raises UserError naming the nearest names when there is none of this name."""
+    """A model and its versions. Raises UserError, with the nearest names, for an unknown name."""
     with connect(_uri(tracking_uri)) as client:
         return find_model(client, name)
 
@@ -294,27 +341,35 @@ def best(
     *,
     tracking_uri: str | None = None,
 ) -> RegisteredVersion:
-    """The best version for a metric, among those of a task (and data set) that satisfy `where`; of equals, the oldest.
+    """The version with the best metric; of equal ones the oldest.
+
+    Args:
+        task: only versions of this task.
+        metric: full name, or the name of a validation metric without its split.
+        dataset: only versions trained on this data set.
+        where: only versions that satisfy this condition on tags and metrics; see `query.parse_where`.
+        mode: `max` or `min`.
+        tracking_uri: of the registry; by default MLFLOW_TRACKING_URI, else SQLite in ./runs.
 
     Raises:
-        UserError: `where` is no query or asks for what no version has, or nothing matches (the sentence says why).
+        UserError: `where` is not a condition or names an unknown key, or no version matches.
     """
     if where is not None:
-        parse_where(where)  # what is no query is refused before anything is asked of the server
+        parse_where(where)  # check the syntax before the first request
     with connect(_uri(tracking_uri)) as client:
         versions = find_versions(client)
     versions = _narrow(versions, "task", task)
     if dataset is not None:
         versions = _narrow(versions, "dataset", dataset)
     if where is not None:
-        query = parse_where(where, {key for version in versions for key in version.facts()})
-        versions = [version for version in versions if query.holds(version.facts())]
+        query = parse_where(where, {key for version in versions for key in version.metadata()})
+        versions = [version for version in versions if query.holds(version.metadata())]
         if not versions:
             raise UserError(f"no version for task {task!r} satisfies where {where!r}")
     values = [(version, value) for version in versions if (value := version.metric(metric)) is not None]
     if not values:
         known = sorted({name for version in versions for name in version.metrics})
-        raise UserError(f"no version that matches has the metric {metric!r}; there are {', '.join(known) or 'none'}")
+        raise UserError(f"no matching version has the metric {metric!r}; expected one of {', '.join(known) or 'none'}")
     sign = -1 if mode == "max" else 1
     return min(values, key=lambda pair: (sign * pair[1], pair[0].created, pair[0].name, pair[0].version))[0]
 
@@ -323,7 +378,7 @@ def _narrow(versions: list[RegisteredVersion], key: str, wanted: str) -> list[Re
     kept = [version for version in versions if version.tags.get(key) == wanted]
     if not kept:
         known = sorted({version.tags[key] for version in versions if key in version.tags})
-        raise UserError(f"no version is registered for {key} {wanted!r}; there are {', '.join(known) or 'none'}")
+        raise UserError(f"no version is registered for {key} {wanted!r}; expected one of {', '.join(known) or 'none'}")
     return kept
 
 
@@ -343,7 +398,7 @@ def _scratch() -> Iterator[Path]:
 
 @contextmanager
 def _package(uri: str | Path, tracking_uri: str | None) -> Iterator[tuple[Path, str | None]]:
-    """A directory with a package's files, not yet verified, and the content hash that it must have."""
+    """Yields a directory with a package's files, not yet verified, and their expected content hash."""
     if not _is_registered(uri):
         yield Path(uri), None
         return

@@ -1,4 +1,4 @@
-"""The calls to MLflow's model registry: connection, search, download, publication."""
+"""Calls to MLflow's model registry: connect, search, download, publish."""
 
 import re
 import warnings
@@ -19,7 +19,8 @@ from spikefleet.tracking.mlflow_client import check_tracking_uri, public_uri, qu
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-METRIC_PREFIX = "metric."  # of the version tags that hold metrics
+METRIC_PREFIX = "metric."
+"""Prefix of the version tags that hold metrics."""
 
 _ARTIFACTS = "artifacts"  # where MLflow keeps a pyfunc model's files
 _URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[A-Za-z0-9_-]{1,100})|/(?P<version>[0-9]{1,9}))")
@@ -28,28 +29,32 @@ _REQUIREMENTS = ("spikefleet", "torch", "torchvision", "spikingjelly", "safetens
 
 @contextmanager
 def connect(tracking_uri: str) -> "Iterator[MlflowClient]":
-    """A client; what MLflow raises becomes a sentence."""
+    """Yields a client of the registry.
+
+    Raises:
+        UserError: the registry does not exist, or MLflow fails inside the block.
+    """
     quiet_mlflow()
     check_tracking_uri(tracking_uri)
     database = tracking_uri.removeprefix("sqlite:///")
     if database != tracking_uri and not Path(database).is_file():
-        raise UserError(f"there is no registry at {tracking_uri}; a run registers its best network there")
+        raise UserError(f"no registry exists at {tracking_uri}; train a run first, which registers its best network")
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
     try:
         yield MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
-    except (MlflowException, OSError) as error:  # an artifact store answers by requests' errors, which are OSErrors
+    except (MlflowException, OSError) as error:  # an artifact store raises errors of requests, which are OSErrors
         reason = str(error).splitlines()[0][:300]
         shown = public_uri(tracking_uri)
-        raise UserError(f"the registry at {shown} fails: {reason.replace(tracking_uri, shown)}") from error
+        raise UserError(f"the registry at {shown} failed: {reason.replace(tracking_uri, shown)}") from error
 
 
 def set_alias(client: "MlflowClient", name: str, alias: str, version: int) -> None:
     """Points an alias at a version. Raises MlflowException.
 
-    MLflow writes a new row when it has not found the alias: of two jobs that do so at once, one is refused, and finds
-    the other's row the next time.
+    MLflow inserts a row if the alias does not exist: of two concurrent jobs one fails, and its second attempt updates
+    the row of the other.
     """
     from mlflow.exceptions import MlflowException
 
@@ -60,10 +65,10 @@ def set_alias(client: "MlflowClient", name: str, alias: str, version: int) -> No
 
 
 def download(client: "MlflowClient", version: RegisteredVersion, name: str, directory: Path) -> None:
-    """Fetches one file, or all, of a version's package into a directory that only this user can read."""
+    """Downloads one file of a version's package, or all if `name` is empty, into a directory. Raises UserError."""
     import mlflow.artifacts
 
-    # Not by its models:/ URI: MLflow would look that up in its global registry instead of the client's.
+    # Not by its models:/ URI, which MLflow resolves in its global registry instead of the client's.
     place = client.get_model_version_download_uri(version.name, str(version.version))
     source = f"{place.rstrip('/')}/{_ARTIFACTS}/{name}".rstrip("/")
     try:
@@ -71,31 +76,33 @@ def download(client: "MlflowClient", version: RegisteredVersion, name: str, dire
             mlflow.artifacts.download_artifacts(source, dst_path=str(directory), tracking_uri=client.tracking_uri)
         )
     except OSError as error:
-        raise UserError(f"the files of {version.uri} cannot be fetched: {error}") from error
+        raise UserError(f"the files of {version.uri} cannot be downloaded: {error}") from error
     for file in found.iterdir() if found.is_dir() else [found]:
         if file.parent != directory:
             file.replace(directory / file.name)
 
 
 def resolve(client: "MlflowClient", uri: str) -> RegisteredVersion:
+    """The version of `models:/NAME@ALIAS` or `models:/NAME/VERSION`. Raises UserError if there is none."""
     parts = _URI.fullmatch(uri)
     if parts is None:
-        raise UserError(f"{uri[:200]!r} is not a registered version; give models:/NAME@champion or models:/NAME/3")
+        raise UserError(f"{uri[:200]!r} is not a registered version; expected models:/NAME@champion or models:/NAME/3")
     model = find_model(client, parts["name"])
     return model.pick(int(parts["version"])) if parts["version"] else model.pick_alias(parts["alias"])
 
 
 def find_model(client: "MlflowClient", name: str) -> RegisteredModel:
+    """A model and its versions. Raises UserError, with the nearest names, for an unknown name."""
     versions = find_versions(client, check_model_name(name))
     if not versions:
         known = sorted({version.name for version in find_versions(client)})
-        hint = did_you_mean(name, known, f"there are {', '.join(known[:10]) or 'none'}", most=3)
-        raise UserError(f"there is no registered model {name!r}; {hint}")
+        hint = did_you_mean(name, known, f"expected one of {', '.join(known[:10]) or 'none'}", most=3)
+        raise UserError(f"registered model {name!r} does not exist; {hint}")
     return RegisteredModel(name, tuple(versions))
 
 
 def find_versions(client: "MlflowClient", name: str | None = None) -> list[RegisteredVersion]:
-    """The versions that spikefleet registered, of one model or of all, the newest first."""
+    """The versions that spikefleet registered, of one model or of all, by name and newest first."""
     found: list[Any] = []
     token = None
     while True:
@@ -104,7 +111,7 @@ def find_versions(client: "MlflowClient", name: str | None = None) -> list[Regis
         if not (token := page.token):
             break
     ours = [version for version in found if CONTENT_HASH in version.tags]
-    # A search does not fill in the aliases.
+    # MLflow's search returns no aliases.
     aliases = {model: client.get_registered_model(model).aliases for model in {version.name for version in ours}}
     read = [_read_version(version, aliases[version.name]) for version in ours]
     return sorted(read, key=lambda version: (version.name, -version.version))
@@ -119,7 +126,7 @@ def _read_version(version: Any, aliases: Mapping[str, str | int]) -> RegisteredV
         created=datetime.fromtimestamp(version.creation_timestamp / 1000, UTC),
         tags={key: value for key, value in version.tags.items() if not key.startswith(METRIC_PREFIX)},
         metrics=_metrics(version.tags),
-        # SQLite gives numbers, a server gives strings.
+        # SQLite returns numbers, a server returns strings.
         aliases=tuple(sorted(alias for alias, target in aliases.items() if int(target) == number)),
     )
 
@@ -128,24 +135,31 @@ def _metrics(tags: Mapping[str, str]) -> dict[str, float]:
     metrics = {}
     for key, value in tags.items():
         if key.startswith(METRIC_PREFIX):
-            with suppress(ValueError):  # somebody has edited the tag by hand
+            with suppress(ValueError):  # a tag edited by hand
                 metrics[key.removeprefix(METRIC_PREFIX)] = float(value)
     return metrics
 
 
 def save_for_mlflow(package: Path, model: Path, config: Mapping[str, Any], data: DataSummary) -> None:
-    """MLflow's directory around a package: the code file, the signature and the requirements."""
+    """Writes MLflow's model directory around a package: serving code, signature and requirements.
+
+    Args:
+        package: directory of the package.
+        model: the directory to write.
+        config: configuration of the run.
+        data: summary of its data.
+    """
     import numpy as np
     from mlflow import pyfunc
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
 
-    from spikefleet.tasks import LossSettings, task_class  # imports torch, which looking models up does without
+    from spikefleet.tasks import LossSettings, task_class  # imports torch, which searching the registry does not need
 
     network = parse_model(config["model"], "the configuration of a registered model")
     images = TensorSpec(np.dtype(np.uint8), (-1, network.in_channels, -1, -1))
     shape = task_class(config["task"]).build(network, data, LossSettings()).served_shape
-    # MLflow's schemas have no word for a list of objects.
+    # MLflow's schemas cannot describe a list of objects.
     outputs = None if shape is None else Schema([TensorSpec(np.dtype(np.float32), shape)])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*An input example was not provided")
@@ -161,7 +175,19 @@ def save_for_mlflow(package: Path, model: Path, config: Mapping[str, Any], data:
 def publish(
     client: "MlflowClient", name: str, model: Path, run_id: str, tags: Mapping[str, str], tracking_uri: str
 ) -> RegisteredVersion:
-    """Uploads first and creates the version with all its tags last: what a crash leaves behind is no version."""
+    """Uploads a model directory, then creates the version with all its tags, so that a crash leaves no version.
+
+    Args:
+        client: of the registry.
+        name: of the registered model.
+        model: the model directory.
+        run_id: MLflow's id of the run.
+        tags: of the version.
+        tracking_uri: of the registry.
+
+    Raises:
+        MlflowException: the registry fails.
+    """
     from mlflow.exceptions import MlflowException
 
     experiment = client.get_run(run_id).info.experiment_id
@@ -174,7 +200,7 @@ def publish(
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    # Without a server, MLflow would look up models:/m-... in its global tracking URI instead of the client's.
+    # Without a server, MLflow resolves models:/m-... at its global tracking URI instead of the client's.
     source = f"models:/{logged.model_id}" if tracking_uri.startswith("http") else logged.artifact_location
     version = client.create_model_version(name, source, run_id=run_id, tags=dict(tags), model_id=logged.model_id)
     return _read_version(version, {})

@@ -1,6 +1,6 @@
-"""A trained network as files that hold no code: weights.safetensors, config.json, further JSON, and card.json.
+"""A trained network as files without code: weights.safetensors, config.json, further files, and card.json.
 
-The card lists the SHA-256 of every other file. Nothing here unpickles, and no file is used that the card does not list.
+The card lists the SHA-256 of every other file. Nothing is unpickled, and files that the card does not list are ignored.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spikefleet.config.recipes import parse_model
+from spikefleet.config.renamed import with_current_keys
 from spikefleet.errors import UserError
 from spikefleet.files import read_json, sha256_of
 from spikefleet.plugins import refuse_missing_plugins
@@ -26,16 +27,18 @@ CONFIG = "config.json"
 CARD = "card.json"
 FORMAT = 1
 
+_STORED_METADATA = "facts"  # the key of metadata in card.json, since the first release
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _MAX_CARD_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Card:
-    """The list of a package's files with their hashes, and what is known about the network."""
+    """The files of a package with their hashes, and the metadata of the network."""
 
     sha256: Mapping[str, str]
-    facts: Mapping[str, Any]
+    metadata: Mapping[str, Any]
+    """run_id, tags, metrics and plugins."""
 
     @property
     def content_hash(self) -> str:
@@ -44,80 +47,116 @@ class Card:
 
 
 def write_package(
-    directory: Path, weights: Path, config: Mapping[str, Any], extra_files: Mapping[str, Path], facts: Mapping[str, Any]
+    directory: Path,
+    weights: Path,
+    config: Mapping[str, Any],
+    extra_files: Mapping[str, Path],
+    metadata: Mapping[str, Any],
 ) -> Card:
-    """Fills an empty directory with a package.
+    """Writes a package.
+
+    Args:
+        directory: an empty directory.
+        weights: safetensors with the complete state dict of the network.
+        config: configuration of the run.
+        extra_files: further files by their names in the package.
+        metadata: of the network, for its card.
+
+    Returns:
+        The card of the package.
 
     Raises:
-        UserError: a file is missing, an extra file's name is a path or taken, or the configuration lacks a section.
+        UserError: a file is missing, the name of an extra file is a path or reserved, or the configuration lacks a
+            section.
     """
     _check_sections(config, "the configuration of a registered model")
     for name, source in {WEIGHTS: weights, **extra_files}.items():
         if not _FILE_NAME.fullmatch(name) or name in (CONFIG, CARD) or (name == WEIGHTS and source is not weights):
-            raise UserError(f"file {name[:80]!r} of a registered model: give a plain file name other than {WEIGHTS}")
+            raise UserError(
+                f"file {name[:80]!r} of a registered model must be a plain file name other than "
+                f"{WEIGHTS}, {CONFIG} and {CARD}"
+            )
         if not source.is_file():
-            raise UserError(f"file {source} of a registered model: there is no such file")
+            raise UserError(f"file {source} of a registered model does not exist")
         shutil.copyfile(source, directory / name)
     (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    card = Card({path.name: sha256_of(path) for path in sorted(directory.iterdir())}, facts)
-    content = {"format": FORMAT, "sha256": card.sha256, "facts": card.facts}
+    card = Card({path.name: sha256_of(path) for path in sorted(directory.iterdir())}, metadata)
+    content = {"format": FORMAT, "sha256": card.sha256, _STORED_METADATA: card.metadata}
     (directory / CARD).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     return card
 
 
 def read_card(directory: Path, expected_content_hash: str | None = None) -> Card:
-    """Reads the card; the hashes of the files that are there must be those that it states.
+    """Reads the card of a package and verifies the hashes of the files that are present.
 
     Args:
-        expected_content_hash: what the registry says about the package; None to rely on the card alone.
+        directory: of the package.
+        expected_content_hash: content hash in the registry; None trusts the card.
 
     Raises:
-        UserError: no card, a file whose hash differs (the sentence names file, expected and found hash), a file name
-            that leaves the directory, or a package other than the registered one.
+        UserError: the card is missing or damaged, a hash differs (the message has the expected and the found one), or
+            a file name leaves the directory.
     """
     path = directory / CARD
     if not path.is_file() or path.stat().st_size > _MAX_CARD_BYTES:
-        raise UserError(f"{directory} holds no registered network: there is no valid {CARD}")
+        raise UserError(f"{directory} is not a registered network: it has no valid {CARD}")
     content = read_json(path)
     try:
-        card = Card({str(name): str(digest) for name, digest in content["sha256"].items()}, dict(content["facts"]))
+        card = Card(
+            {str(name): str(digest) for name, digest in content["sha256"].items()}, dict(content[_STORED_METADATA])
+        )
         version = content["format"]
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise UserError(f"{path} is damaged; it cannot be read as the card of a network") from None
+        raise UserError(f"{path} is damaged: it is not the card of a network; download it again") from None
     if version != FORMAT:
-        raise UserError(f"{path} has format {version!r}; this version of spikefleet reads {FORMAT}")
+        raise UserError(f"{path}: expected format {FORMAT}, found {version!r}; use the spikefleet that wrote it")
     for name in card.sha256:
         if not _FILE_NAME.fullmatch(name):
-            raise UserError(f"{path} names {name[:80]!r}, which is not a plain file name; the package is not trusted")
+            raise UserError(f"{path}: file name {name[:80]!r} is not a plain file name; do not trust this package")
     if expected_content_hash not in (None, card.content_hash):
         raise UserError(
-            f"{path} is not the card that was registered: expected content hash {expected_content_hash}, found "
-            f"{card.content_hash}; the stored files have been changed"
+            f"{path} is not the registered card: expected content hash {expected_content_hash}, found "
+            f"{card.content_hash}; the stored files were modified"
         )
     for name, expected in card.sha256.items():
         file = directory / name
         if file.is_file() and (found := sha256_of(file)) != expected:
-            raise UserError(f"{file} is not the file that was registered: expected SHA-256 {expected}, found {found}")
+            raise UserError(f"{file} is not the registered file: expected SHA-256 {expected}, found {found}")
     return card
 
 
 def verify_package(directory: Path, expected_content_hash: str | None = None) -> Card:
-    """As `read_card`, and every file must be there."""
+    """Reads the card as `read_card` does, and checks that every file is present.
+
+    Args:
+        directory: of the package.
+        expected_content_hash: content hash in the registry; None trusts the card.
+
+    Raises:
+        UserError: the package is not intact.
+    """
     card = read_card(directory, expected_content_hash)
     for name in {*card.sha256, WEIGHTS, CONFIG}:
         if name not in card.sha256 or not (directory / name).is_file():
-            raise UserError(f"{directory / name} is missing; fetch the network again")
+            raise UserError(f"{directory / name} is missing; download the network again")
     return card
 
 
 def load_network(directory: Path, expected_content_hash: str | None = None) -> "tuple[torch.nn.Module, dict[str, Any]]":
-    """The network of a verified package, in evaluation mode on the CPU, and its configuration.
+    """Verifies a package and loads its network.
+
+    Args:
+        directory: of the package.
+        expected_content_hash: content hash in the registry; None trusts the card.
+
+    Returns:
+        The network in evaluation mode on the CPU, and the configuration of its run.
 
     Raises:
-        UserError: the package is not intact, or its weights are not those of its configuration.
+        UserError: the package is not intact, its weights do not fit its configuration, or a plugin is not loaded.
     """
     card = verify_package(directory, expected_content_hash)
-    refuse_missing_plugins(card.facts.get("plugins", ()), f"the network in {directory}")
+    refuse_missing_plugins(card.metadata.get("plugins", ()), f"the network in {directory}")
     config = read_config(directory)
     network = parse_model(config["model"], str(directory / CONFIG)).build()
     load_weights(network, directory / WEIGHTS)
@@ -125,24 +164,32 @@ def load_network(directory: Path, expected_content_hash: str | None = None) -> "
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The run's configuration; raises UserError unless it has the sections of a network."""
+    """Reads the configuration of a package's run, with the current names of its keys.
+
+    Raises:
+        UserError: the file is missing, or lacks a section that a network needs.
+    """
     config = read_json(directory / CONFIG)
     _check_sections(config, str(directory / CONFIG))
-    return dict(config)
+    return with_current_keys(config)
 
 
 def _check_sections(config: Any, where: str) -> None:
     if not isinstance(config, Mapping) or not {"model", "data", "task"} <= config.keys():
-        raise UserError(f"{where} lacks the sections model, data and task of a run's configuration")
+        raise UserError(f"{where} must have the keys model, data and task")
 
 
 def load_weights(network: "torch.nn.Module", path: Path) -> None:
-    """Copies tensors from safetensors; names, shapes and types must be exactly the network's.
+    """Loads weights from safetensors; names, shapes and types must be exactly those of the network.
 
-    They are compared from the header, before any tensor is read: a hostile file costs no memory.
+    Names and shapes are compared with the header before any tensor is read, so a malicious file cannot use up memory.
+
+    Args:
+        network: the network, modified in place.
+        path: the safetensors file.
 
     Raises:
-        UserError: not valid safetensors, or other tensors than the network's.
+        UserError: the file is not valid safetensors, or its tensors are not those of the network.
     """
     import torch
     from safetensors import SafetensorError, safe_open
@@ -160,12 +207,12 @@ def load_weights(network: "torch.nn.Module", path: Path) -> None:
             for name, tensor in wanted.items():
                 shape = list(file.get_slice(name).get_shape())
                 if shape != list(tensor.shape):
-                    raise UserError(f"{path}: tensor {name!r} has shape {shape}; the network's is {list(tensor.shape)}")
+                    raise UserError(f"{path}: tensor {name!r}: expected shape {list(tensor.shape)}, found {shape}")
             tensors = {name: file.get_tensor(name) for name in wanted}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a valid safetensors file: {error}") from None
     for name, tensor in tensors.items():
         if tensor.dtype != wanted[name].dtype:
-            raise UserError(f"{path}: tensor {name!r} has type {tensor.dtype}; the network's is {wanted[name].dtype}")
+            raise UserError(f"{path}: tensor {name!r}: expected type {wanted[name].dtype}, found {tensor.dtype}")
     with torch.no_grad():
         network.load_state_dict(tensors)

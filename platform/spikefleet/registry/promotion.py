@@ -1,4 +1,4 @@
-"""Which version of a registered model deserves the alias `champion`."""
+"""The rule that decides which version of a registered model gets the alias `champion`."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,14 +11,15 @@ Alias = Literal["champion", "challenger"]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A version and its value of the metric that decides; None if it has not been measured."""
+    """A version and the value of its deciding metric."""
 
     version: int
     value: float | None
+    """None if it was not measured."""
     data: str | None = None
-    """Hash of the data that the value was measured on."""
+    """Content hash of the data on which the value was measured."""
     refuted: bool = False
-    """Its binary form was shown to differ from the network that was trained."""
+    """The spike check found that the binary form differs from the trained network."""
 
 
 @dataclass(frozen=True)
@@ -30,19 +31,24 @@ class Decision:
 
 
 def decide(champion: Candidate | None, candidate: Candidate, metric: str, mode: Mode) -> Decision:
-    """A candidate replaces the champion only if its value is better; the first version has nobody to beat."""
+    """Decides the alias of a candidate: it replaces the champion only with a better value on the same data.
+
+    Args:
+        champion: the current champion; None for the first version.
+        candidate: the version to decide on.
+        metric: name of the metric, for the reason.
+        mode: `max` or `min`.
+    """
     if champion is not None and champion.version == candidate.version:
-        return Decision("champion", f"version {candidate.version} is the champion already")
+        return Decision("champion", f"version {candidate.version} is already the champion")
     if candidate.refuted:
         return Decision(
-            "challenger", f"the binary form of version {candidate.version} differs from it, see its spike_check.json"
+            "challenger", f"the binary form of version {candidate.version} differs from it; see its spike_check.json"
         )
     if candidate.value is None or isnan(candidate.value):
-        return Decision("challenger", f"version {candidate.version} has no {metric} that could be compared")
+        return Decision("challenger", f"version {candidate.version} has no {metric} to compare")
     if champion is None:
-        return Decision(
-            "champion", f"version {candidate.version} is the first one, with {metric} {candidate.value:.6g}"
-        )
+        return Decision("champion", f"version {candidate.version} is the first, with {metric} {candidate.value:.6g}")
     if champion.value is None or isnan(champion.value):
         return Decision("challenger", f"champion version {champion.version} has no {metric} to compare with")
     if champion.data != candidate.data:
@@ -56,7 +62,7 @@ def decide(champion: Candidate | None, candidate: Candidate, metric: str, mode: 
 
 
 def winner_of(champion: Candidate | None, candidates: Iterable[Candidate], metric: str, mode: Mode) -> Candidate | None:
-    """The champion after all candidates have been decided on, in the order of their versions."""
+    """The champion after `decide` on all candidates, in the order of their versions."""
     for candidate in sorted(candidates, key=lambda candidate: candidate.version):
         if decide(champion, candidate, metric, mode).alias == "champion":
             champion = candidate

@@ -1,4 +1,4 @@
-"""The code of a registered model for MLflow ("models from code"); MLflow runs this file when it loads a version."""
+"""The serving code of a registered model ("models from code"): MLflow runs this file when it loads a version."""
 
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ from spikefleet_pipelines.in_memory import image_batch
 
 
 class RegisteredNetwork(mlflow.pyfunc.PythonModel):
-    """Images uint8 [B, C, H, W] -> what the task serves: class probabilities float32 [B, K], or the objects of each.
+    """A network for MLflow: uint8 images `[B, C, H, W]` -> what its task serves.
 
-    An object has a name, a score and a box, x1 y1 x2 y2 in the pixels of the image.
+    Classification serves probabilities, float32 `[B, K]`; detection serves the objects of each image, with name, score
+    and box (x1 y1 x2 y2 in pixels of the image).
     """
 
     def load_context(self, context: Any) -> None:
-        """Builds the network from the package beside this file, after checking its hashes."""
+        """Verifies the package beside this file and builds its network. Raises UserError if it is not intact."""
         load_plugins()
         package = Path(context.artifacts[CARD]).parent
         self._network, config = load_network(package)
@@ -30,9 +31,9 @@ class RegisteredNetwork(mlflow.pyfunc.PythonModel):
         self._transform = parse_transform(config["data"]["transform"], str(package))
         self._task = task_class(config["task"]).build(self._model, DataSummary.read(package), LossSettings())
 
-    # MLflow knows this type hint, and warns of most others and of none.
+    # MLflow supports this type hint; it warns about most others, and about none.
     def predict(self, context: Any, model_input: np.ndarray, params: Any = None) -> Any:
-        """Resizes and normalises as in evaluation, then runs the network in fp32."""
+        """Preprocesses images, uint8 `[B, C, H, W]`, as in evaluation, and runs the network in fp32."""
         with torch.inference_mode():
             batch = image_batch(model_input, self._transform, self._model.in_channels)
             return self._task.serve(self._network, batch)

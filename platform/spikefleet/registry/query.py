@@ -1,7 +1,7 @@
-"""The registry's `where`: `timesteps * bound <= 8 and (connection==bsg or decoder=="rate")`, over a version's facts.
+"""The registry's `where`: conditions on metadata, `timesteps * bound <= 8 and (connection==bsg or decoder=="rate")`.
 
-The grammar is that of `spikefleet_tune.expressions`. A word right of a comparison is text; a number is compared as a
-number, also where the fact is text that spells one. A version that lacks a key satisfies no condition on it.
+`spikefleet_tune.expressions` has the grammar. A word on the right of a comparison is text; a number is compared as a
+number, also with a tag that spells one. A version that lacks a key satisfies no condition on it.
 """
 
 from collections.abc import Collection
@@ -10,28 +10,32 @@ from spikefleet.config.messages import did_you_mean
 from spikefleet.errors import UserError
 from spikefleet_tune.expressions import WHERE, Expression, ExpressionError, parse
 
-Fact = str | float
+MetadataValue = str | float
+"""A tag or a metric of a version."""
 
 
 def parse_where(text: str, known: Collection[str] | None = None) -> Expression:
-    """Reads a query, whose `holds` takes the facts of a version.
+    """Parses a condition on the metadata of a version.
 
     Args:
-        text: the query.
-        known: the keys that some version has; without them, no key is checked, and one with "/" or "-" is no division.
+        text: the condition.
+        known: the keys of all versions; None checks no key, and reads "/" and "-" as part of a name.
+
+    Returns:
+        An expression; its `holds` takes `RegisteredVersion.metadata()`.
 
     Raises:
-        UserError: the text is no query (the sentence shows the place), or no version has a key of it.
+        UserError: the text is not a condition (the message quotes the place), or no version has one of its keys.
     """
     try:
         query = parse(text, WHERE, known)
     except ExpressionError as error:
         raise UserError(f"where: {error}") from None
     if not query.names:
-        raise UserError(f"where: {text.strip()[:80]!r} is no condition on a version; name a key, as in timesteps<=2")
+        raise UserError(f"where: {text.strip()[:80]!r} names no key of a version; write, for example, timesteps<=2")
     for name in query.names:
         if known is not None and name not in known:
-            listed = f"there are {', '.join(sorted(known))}"
+            listed = f"expected one of {', '.join(sorted(known))}"
             hint = " ".join(filter(None, (did_you_mean(name, known, ""), listed)))
-            raise UserError(f"where: no version has {name!r}; {hint}")
+            raise UserError(f"where: no version has the key {name!r}; {hint}")
     return query

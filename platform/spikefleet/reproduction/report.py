@@ -1,4 +1,4 @@
-"""The report of a reproduced table: for a terminal, as Markdown, as JSON and as a picture."""
+"""The report of a reproduced table: for a terminal, as Markdown, as JSON and as a plot."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from spikefleet.files import write_json
 from spikefleet.reproduction.reproduce import Cell, ReproducedRow, Reproduction
 from spikefleet.reproduction.table import Column
 from spikefleet_tune.atomic import write_atomically
+from spikefleet_tune.messages import counted
 
 REPORT = "report.md"
 
-_OTHER_DATA = "Differences to the paper are differences of data; what can be compared is the order of rows"
+_OTHER_DATA = "The data differs from the paper's, so only the order of rows can be compared"
 _SCALES = {
     "full": "the paper's networks and data",
     "digits": f"scaled down: narrow networks on digits (detection: on scenes of them). {_OTHER_DATA}",
@@ -25,7 +26,7 @@ _SCALES = {
 
 
 def write_reproduction(found: Reproduction, folder: Path) -> list[Path]:
-    """`report.md`, `report.json` and, where there is something to draw, `report.png`. Returns their paths."""
+    """Writes `report.md`, `report.json` and, if any row has a result, `report.png`. Returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "report.json", as_data(found))
     write_atomically(folder / REPORT, as_markdown(found))
@@ -47,7 +48,7 @@ def write_reproduction(found: Reproduction, folder: Path) -> list[Path]:
 
 
 def as_table(found: Reproduction) -> Table:
-    """For a terminal: the paper's figure, then ours."""
+    """The table for a terminal: the paper's value, then ours."""
     table = Table(title=f"{found.plan.table.paper}; {found.plan.scale}")
     table.add_column("row", overflow="fold")
     for column in found.plan.table.columns.values():
@@ -60,33 +61,33 @@ def as_table(found: Reproduction) -> Table:
 
 
 def remarks(found: Reproduction) -> Iterator[str]:
-    """Why rows were not run, or not with all seeds."""
+    """Iterates over the reasons why rows were not run, or not with all seeds."""
     for row in found.rows:
         if row.remark:
             yield f"{row.entry.full_name}: {row.remark}"
 
 
 def order_sentences(found: Reproduction) -> Iterator[str]:
-    """How far ours put the rows in the paper's order, column by column."""
+    """Iterates over sentences on how many pairs of rows have the paper's order, one for each column."""
     for key, column in found.plan.table.columns.items():
         kept, compared = found.pairs_in_order(key)
         if compared:
-            yield f"{column.label}: {kept} of {compared} pairs of rows stand in the paper's order"
+            yield f"{column.label}: {kept} of {counted(compared, 'pair')} of rows in the paper's order"
 
 
 def as_markdown(found: Reproduction) -> str:
-    """The whole report as text."""
+    """The whole report as Markdown."""
     table, columns = found.plan.table, found.plan.table.columns
     lines = [f"# {table.title}", "", f"{table.paper}. Scale `{found.plan.scale}`: {_SCALES[found.plan.scale]}.", ""]
     if found.plan.overrides:
         changed = ", ".join(f"`{key}={value}`" for key, value in found.plan.overrides.items())
-        lines += [f"All rows were run with {changed}.", ""]
+        lines += [f"All rows were run with the overrides {changed}.", ""]
     heads = [part for column in columns.values() for part in _heads(column)]
     lines += _markdown_row(["row", *heads, "seeds", "remark"]), _markdown_row(["---"] * (len(heads) + 3))
     for row in found.rows:
-        figures = [part for cell in row.cells.values() for part in (_plain(cell.paper), _ours(cell), _difference(cell))]
+        values = [part for cell in row.cells.values() for part in (_plain(cell.paper), _ours(cell), _difference(cell))]
         seeds = " ".join(map(str, row.seeds)) or "-"
-        lines.append(_markdown_row([row.entry.full_name, *figures, seeds, row.remark]))
+        lines.append(_markdown_row([row.entry.full_name, *values, seeds, row.remark]))
     lines += ["", "Ours: mean ± standard deviation over seeds; difference: ours minus the paper's.", ""]
     lines += [f"* {sentence}." for sentence in order_sentences(found)]
     lines += [f"* {note}" for note in table.notes]
@@ -99,7 +100,7 @@ def as_markdown(found: Reproduction) -> str:
 
 
 def as_data(found: Reproduction) -> dict[str, Any]:
-    """The whole report as plain data."""
+    """The whole report as plain data, the content of report.json."""
     return {
         "table": found.plan.table.name,
         "paper": found.plan.table.paper,
@@ -113,7 +114,7 @@ def as_data(found: Reproduction) -> dict[str, Any]:
 
 
 def _row_as_data(row: ReproducedRow) -> dict[str, Any]:
-    figures = {
+    metrics = {
         key: {
             "paper": cell.paper,
             "mean": cell.mean,
@@ -126,7 +127,7 @@ def _row_as_data(row: ReproducedRow) -> dict[str, Any]:
     return {
         "group": row.entry.group.name,
         "row": row.entry.row.name,
-        "figures": figures,
+        "figures": metrics,  # the key of report.json since the first release
         "seeds": list(row.seeds),
         "trials": list(row.trials),
         "data_hashes": list(row.data_hashes),

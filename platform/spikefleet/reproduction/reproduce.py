@@ -1,7 +1,7 @@
-"""Reproduces a table of a paper: its rows as trainings over seeds, beside the paper's figures.
+"""Reproduces a table of a paper: trains its rows with several seeds and compares the results with the paper's.
 
-All rows of a recipe and scale, of whichever table, are trials of one search, `paper-SCALE-RECIPE`: what one table has
-trained, another one finds there, and more seeds add to what is there.
+All rows of a recipe and scale, of every table, are trials of one search, `paper-SCALE-RECIPE`: tables share trainings,
+and further seeds extend the search.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from spikefleet_tune.search_file import search_of
 
 @dataclass(frozen=True)
 class ReproductionPlan:
-    """What is to be reproduced."""
+    """What to reproduce."""
 
     table: PaperTable
     scale: Scale
@@ -50,21 +50,26 @@ class ReproductionPlan:
     only: str = "*"
     """fnmatch pattern of rows, by name or "GROUP: NAME"."""
     overrides: Mapping[str, Any] | None = None
-    """Dotted overrides laid over every row."""
+    """Dotted overrides of every row."""
     resources: Mapping[str, float] | None = None
-    """What a training takes, by the fields of Resources, where it is not what the table says."""
+    """Fields of Resources that replace those of the table."""
     retry_failed: bool = False
-    """Run failed trainings once more."""
+    """Run each failed training once more."""
     train: bool = True
-    """False reads what is there and trains nothing."""
+    """False reads existing trainings only."""
 
     @property
     def data(self) -> dict[str, Any]:
-        """Overrides that choose other data: the same in all trainings of a search, which share one store."""
+        """Overrides that select other data; they are the same in all trainings of a search, which share one store."""
         return {key: value for key, value in (self.overrides or {}).items() if chooses_data(key)}
 
     def point(self, entry: Entry, seed: int) -> dict[str, Any]:
-        """All overrides of a row's training with one of its seeds, counted from 0."""
+        """All overrides of a row's training.
+
+        Args:
+            entry: the row.
+            seed: index of the seed, from 0; it is added to the `train.seed` of the row.
+        """
         point = {**entry.group.overrides(entry.row, self.scale), **(self.overrides or {})}
         first = _config(entry.group.scales[self.scale].recipe, point).train.seed
         return {**point, "train.seed": first + seed}
@@ -72,14 +77,15 @@ class ReproductionPlan:
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure of the paper and ours, in the paper's unit."""
+    """A value of the paper and ours, in the paper's unit."""
 
     paper: float | None
     values: tuple[float, ...] = ()
-    """Ours, one for each seed; one alone where no training was needed."""
+    """Ours, one for each seed; a single one if no training is needed."""
 
     @property
     def mean(self) -> float | None:
+        """Our mean over seeds; None without values."""
         return statistics.fmean(self.values) if self.values else None
 
     @property
@@ -89,13 +95,13 @@ class Cell:
 
     @property
     def difference(self) -> float | None:
-        """Ours minus the paper's."""
+        """Our mean minus the paper's value."""
         return None if self.mean is None or self.paper is None else self.mean - self.paper
 
 
 @dataclass(frozen=True)
 class ReproducedRow:
-    """A row of the table with where its figures come from."""
+    """A row of the table with its results and their origin."""
 
     entry: Entry
     cells: Mapping[str, Cell]
@@ -109,23 +115,29 @@ class ReproducedRow:
 
 @dataclass(frozen=True)
 class Reproduction:
-    """A table with ours beside the paper's."""
+    """A table with our results beside the paper's."""
 
     plan: ReproductionPlan
     rows: tuple[ReproducedRow, ...]
 
     @property
     def name(self) -> str:
-        """Table and scale; with a digest of rows and overrides where these are not the table's own."""
+        """Table and scale, with a digest of the chosen rows and the overrides, if any."""
         name = f"{self.plan.table.name}-{self.plan.scale}"
         if self.plan.only == "*" and not self.plan.overrides:
             return name
         return f"{name}-{_short_digest([self.plan.only, dict(self.plan.overrides or {})])}"
 
     def pairs_in_order(self, column: str) -> tuple[int, int]:
-        """Pairs of rows of a group whose figures ours put in the paper's order, and how many can be compared.
+        """Compares the order of rows with the paper's, within each group.
 
-        Networks that were only counted have no say: their order is no finding.
+        Columns that are counted without training are left out.
+
+        Args:
+            column: key of the column.
+
+        Returns:
+            The number of pairs of rows in the paper's order, and the number of pairs that can be compared.
         """
         if self.plan.table.columns[column].origin == "network":
             return 0, 0
@@ -134,25 +146,36 @@ class Reproduction:
             mine, theirs = one.cells[column], other.cells[column]
             if one.entry.group is not other.entry.group or None in (mine.mean, mine.paper, theirs.mean, theirs.paper):
                 continue
-            wanted = mine.paper - theirs.paper  # type: ignore[operator]
+            expected = mine.paper - theirs.paper  # type: ignore[operator]
             found = mine.mean - theirs.mean  # type: ignore[operator]
-            if wanted:
+            if expected:
                 compared += 1
-                kept += wanted * found > 0
+                kept += expected * found > 0
         return kept, compared
 
 
 def reproduce(plan: ReproductionPlan, options: Options, console: Console) -> Reproduction:
-    """Trains what is missing and gathers the table. Interrupted, the same call goes on.
+    """Trains the missing rows and collects the table; after an interruption the same call resumes.
 
-    Rows whose data are not there, or whose search is refused, are left out with that reason, unless none is left.
-    Raises UserError for a pattern that names no row, for a scale at which no row can run, and for whatever a search
-    refuses; SourceError or StoreError when no data are there.
+    A row whose data is missing, or whose search is invalid, is left out with the reason, unless no row is left.
+
+    Args:
+        plan: what to reproduce.
+        options: directories and cluster.
+        console: for progress.
+
+    Returns:
+        The table with our results.
+
+    Raises:
+        UserError: a pattern matches no row, no row can run at the scale, or a search is invalid.
+        SourceError: the data of all rows is missing.
+        StoreError: the stores of all rows are missing or damaged.
     """
     entries = list(plan.table.entries(plan.only))
     if not entries:
         known = ", ".join(entry.full_name for entry in plan.table.entries())
-        raise UserError(f"--only {plan.only!r} names no row of {plan.table.name}; it has {known}")
+        raise UserError(f"--only {plan.only!r} matches no row of {plan.table.name}; expected one of {known}")
     by_recipe: dict[str, list[Entry]] = {}
     for entry in entries:
         if entry.group.refusal(entry.row, plan.scale) is None:
@@ -164,8 +187,8 @@ def reproduce(plan: ReproductionPlan, options: Options, console: Console) -> Rep
     if len(by_recipe) > 1 and placed:
         groups = ", ".join(dict.fromkeys(entry.group.name for rows in by_recipe.values() for entry in rows))
         raise UserError(
-            f"{placed[0]} names one data set, and these rows need several ({groups}); choose rows by --only 'GROUP*', "
-            "or prepare each store under the stores directory first (`spikefleet data prepare`)"
+            f"{placed[0]} names one data set, but these rows need several ({groups}); select rows with --only "
+            "'GROUP*', or prepare each store in the stores directory first (`spikefleet data prepare`)"
         )
     results: dict[str, SearchResult | None] = {}
     missing: dict[str, str] = {}
@@ -173,10 +196,10 @@ def reproduce(plan: ReproductionPlan, options: Options, console: Console) -> Rep
         try:
             results[recipe] = _trained(plan, recipe, rows, options, console)
         except (SourceError, StoreError, UserError) as error:
-            if len(missing) + 1 == len(by_recipe):  # the last hope
+            if len(missing) + 1 == len(by_recipe):  # no row is left
                 raise
             missing[recipe] = str(error)
-            console.print(f"{rows[0].group.name} is left out: {error}", highlight=False, soft_wrap=True, markup=False)
+            console.print(f"left out {rows[0].group.name}: {error}", highlight=False, soft_wrap=True, markup=False)
     found: list[ReproducedRow] = []
     for entry in entries:
         reason = entry.group.refusal(entry.row, plan.scale)
@@ -193,7 +216,7 @@ def reproduce(plan: ReproductionPlan, options: Options, console: Console) -> Rep
 def _trained(
     plan: ReproductionPlan, recipe: str, rows: Sequence[Entry], options: Options, console: Console
 ) -> SearchResult | None:
-    """The search that holds the rows' trainings, after what was missing in it has been trained."""
+    """The search with the rows' trainings, after training the missing ones."""
     name = f"paper-{plan.scale}-{recipe}" + (f"-{_short_digest(plan.data)}" if plan.data else "")
     if not plan.train:
         return read_tracked_search(name, options)
@@ -211,7 +234,7 @@ def _trained(
 
 
 def _distinct(plan: ReproductionPlan, rows: Sequence[Entry]) -> Iterator[dict[str, Any]]:
-    """The trainings of the rows, all with their first seed before the next, and none twice under two spellings."""
+    """The distinct trainings of the rows, all with their first seed before the next one."""
     seen: set[str] = set()
     for seed in range(plan.seeds):
         for entry in rows:
@@ -223,7 +246,7 @@ def _distinct(plan: ReproductionPlan, rows: Sequence[Entry]) -> Iterator[dict[st
 
 
 def track_reproduction(found: Reproduction, report: Sequence[Path], folder: Path, runs_dir: Path) -> None:
-    """Puts the report into MLflow, in the experiment `reproductions`; the trainings are runs of their searches."""
+    """Logs the report to MLflow, in the experiment `reproductions`; the trainings are runs of their searches."""
     tracker = Tracker.open(folder, found.name, "reproductions", resolve_tracking_uri(runs_dir))
     tracker.set_tags({"paper": found.plan.table.paper, "scale": found.plan.scale, "code_version": code_version()})
     for path in report:
@@ -231,28 +254,28 @@ def track_reproduction(found: Reproduction, report: Sequence[Path], folder: Path
     tracker.finish("FINISHED", wait_s=FLUSH_S)
 
 
-# ------------------------------------------------------------------------------------------------ figures
+# ------------------------------------------------------------------------------------------------ results
 
 
 def _measured(plan: ReproductionPlan, entry: Entry, result: SearchResult, options: Options) -> ReproducedRow:
-    """A row from the finished trainings of its configuration."""
+    """The results of a row, from its finished trainings."""
     recipe = result.search.recipe
     by_digest = {_digest(recipe, record.overrides): record for record in result.records}
     trials = options.trials_dir(result.name)
     runs: list[tuple[TrialRecord, Run]] = []
     seeds: list[int] = []
-    trouble: list[str] = []
+    problems: list[str] = []
     for seed in range(plan.seeds):
         point = plan.point(entry, seed)
         record = by_digest.get(_digest(recipe, point))
         if record is None:
-            trouble.append(f"seed {point['train.seed']} was not run")
+            problems.append(f"seed {point['train.seed']} was not run")
         elif record.status != "finished":
-            trouble.append(f"seed {point['train.seed']} {record.status}: {record.reason}")
-        elif _learnt_otherwise(run := Run(trials / record.name), _config(recipe, point)):
-            trouble.append(
+            problems.append(f"seed {point['train.seed']} {record.status}: {record.reason}")
+        elif _differs(run := Run(trials / record.name), _config(recipe, point)):
+            problems.append(
                 f"seed {point['train.seed']} was trained by an earlier form of recipe {recipe}; "
-                f"move {trials.parent} away to train it anew"
+                f"move {trials.parent} away to train it again"
             )
         else:
             seeds.append(point["train.seed"])
@@ -264,59 +287,59 @@ def _measured(plan: ReproductionPlan, entry: Entry, result: SearchResult, option
         tuple(record.name for record, _ in runs),
         tuple(dict.fromkeys(run.data().content_hash for _, run in runs)),
         tuple(dict.fromkeys(str(run.record().get("code_version", "unknown")) for _, run in runs)),
-        "; ".join(trouble) if runs or not trouble else f"not run: {'; '.join(trouble)}",
+        "; ".join(problems) if runs or not problems else f"not run: {'; '.join(problems)}",
     )
 
 
-def _learnt_otherwise(run: Run, config: Config) -> bool:
-    """Whether a trial's run learnt under values that its recipe no longer has; where its data lay does not count."""
+def _differs(run: Run, config: Config) -> bool:
+    """Whether a run was trained with values that its recipe no longer has; the location of its data is ignored."""
 
-    def learnt(one: Config) -> dict[str, Any]:
+    def compared(one: Config) -> dict[str, Any]:
         kept = ("model", "train", "optim", "shortcut", "checkpoint")
         tree = one.dump()
         return {**{key: tree[key] for key in kept}, "transform": tree["data"]["transform"]}
 
-    return learnt(run.config()) != learnt(config)
+    return compared(run.config()) != compared(config)
 
 
 def _cells(table: PaperTable, entry: Entry, runs: Sequence[tuple[TrialRecord, Run]]) -> dict[str, Cell]:
-    counted = _network_figures(table, entry) if any(c.origin == "network" for c in table.columns.values()) else {}
+    counted = _network_metrics(table, entry) if any(c.origin == "network" for c in table.columns.values()) else {}
     cells = {}
     for key, column in table.columns.items():
         if column.origin == "network":
             values = [counted[key]] if key in counted else []
         else:
-            found = (_trial_figure(table, key, column, record, run) for record, run in runs)
+            found = (_trial_metric(table, key, column, record, run) for record, run in runs)
             values = [value for value in found if value is not None]
         cells[key] = Cell(entry.row.paper.get(key), tuple(value * column.factor for value in values))
     return cells
 
 
-def _trial_figure(table: PaperTable, key: str, column: Column, record: TrialRecord, run: Run) -> float | None:
+def _trial_metric(table: PaperTable, key: str, column: Column, record: TrialRecord, run: Run) -> float | None:
     if column.origin == "run":
-        return record.figures.get(key)
-    assert table.counted is not None, "the table was checked to say how energy is counted"
+        return record.metrics.get(key)
+    assert table.counted is not None, "the table's validation requires it"
     card = EnergyCard.from_dict(read_json(run.path / "report" / ENERGY)).under(table.counted.constants)
     value: float | None = getattr(card, key)
     return value
 
 
-def _network_figures(table: PaperTable, entry: Entry) -> dict[str, float]:
-    """What is counted on the full network, without training: parameters, MACs, and energy at the paper's additions."""
+def _network_metrics(table: PaperTable, entry: Entry) -> dict[str, float]:
+    """Parameters, MACs, and energy with the paper's additions: counted on the full network, without training."""
     if "full" not in entry.group.scales:
         return {}
-    assert table.counted is not None, "the table was checked to say how it counts"
+    assert table.counted is not None, "the table's validation requires it"
     config = _config(entry.group.scales["full"].recipe, entry.group.overrides(entry.row, "full"))
     with torch.device("meta"):
         network = build_model(config.model)
-    figures = {"parameters": float(sum(parameter.numel() for parameter in network.parameters()))}
+    metrics = {"parameters": float(sum(parameter.numel() for parameter in network.parameters()))}
     if "macs" not in table.columns:
-        return figures
+        return metrics
     side, constants = table.counted.side, energy_constants(table.counted.constants)
     card = energy_at_rates(network, (side, side), 0.0, constants, shortcuts=table.counted.shortcuts)
     additions = entry.row.paper.get("acs", 0.0) / table.columns["acs"].factor
     picojoules = card.macs * constants.mac_pj + additions * constants.ac_pj
-    return {**figures, "macs": card.macs, "energy_uj": picojoules / 1e6}
+    return {**metrics, "macs": card.macs, "energy_uj": picojoules / 1e6}
 
 
 def _short_digest(what: Any) -> str:
@@ -324,7 +347,7 @@ def _short_digest(what: Any) -> str:
 
 
 def _digest(recipe: str, overrides: Mapping[str, Any]) -> str:
-    """What a training learns, however its overrides are spelled."""
+    """Digest of a training's configuration, however its overrides are spelled."""
     return _config(recipe, overrides).digest()
 
 

@@ -1,4 +1,4 @@
-"""Tables of the papers as data: rows, the paper's figures, and what stands for each row at each scale."""
+"""Tables of the papers as data: rows, the paper's values, and the recipe of each row at each scale."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from spikefleet.errors import UserError
 from spikefleet_models.energy import energy_constants
 
 Scale = Literal["digits", "fashion_mnist", "full"]
-"""full: the paper's network and data. The others stand for it on two CPU cores: narrow networks on small real data."""
+"""full: the paper's networks and data. The others run on two CPU cores: narrow networks on small real data."""
 
 Origin = Literal["network", "card", "run"]
-"""Where a figure comes from: counted on the full network without training; the energy card of a trained network; the
-figures of the training, those of the checkpoint with the best validation metric."""
+"""Origin of a value. network: counted on the full network, without training. card: energy card of the trained network.
+run: metrics of the checkpoint with the best validation metric."""
 
 
 class Column(Section):
-    """One kind of figure in a table."""
+    """One column of a table."""
 
-    label: str
-    unit: str
-    factor: float = Field(1.0, gt=0, description="ours times this is in the paper's unit")
-    origin: Origin = Field("run", alias="from")
+    label: str = Field(description="name of the metric")
+    unit: str = Field(description="the paper's unit")
+    factor: float = Field(1.0, gt=0, description="factor from our unit to the paper's")
+    origin: Origin = Field("run", alias="from", description="origin of our value")
 
 
 class Counted(Section):
     """How operations and energy are counted."""
 
-    constants: str = Field(description="of energies")
-    side: int = Field(32, ge=1, description="side of the full network's pictures, for its operations")
-    shortcuts: bool = Field(True, description="1x1 convolutions of shortcuts count among its operations")
+    constants: str = Field(description="name of the energy constants")
+    side: int = Field(32, ge=1, description="side of the full network's images, for its operations")
+    shortcuts: bool = Field(True, description="count 1x1 convolutions of shortcuts too")
 
     @model_validator(mode="after")
     def _constants_are_known(self) -> Self:
@@ -47,27 +47,27 @@ class Counted(Section):
 
 
 class Resources(Section):
-    """What one training takes by default."""
+    """Default resources of one training."""
 
-    workers: int = Field(1, ge=1)
-    cpus_per_worker: float = Field(1, gt=0)
-    gpus_per_worker: float = Field(0, ge=0)
+    workers: int = Field(1, ge=1, description="workers of the training")
+    cpus_per_worker: float = Field(1, gt=0, description="CPUs of each worker")
+    gpus_per_worker: float = Field(0, ge=0, description="GPUs of each worker")
 
 
 class Scaling(Section):
-    """What stands for the paper's data and network at a scale."""
+    """The recipe of a group at one scale."""
 
-    recipe: str
-    overrides: Mapping[str, Any] = Field(default_factory=dict)
-    resources: Resources = Resources()
+    recipe: str = Field(description="name of the recipe")
+    overrides: Mapping[str, Any] = Field(default_factory=dict, description="dotted overrides of the recipe")
+    resources: Resources = Field(Resources(), description="resources of one training")
 
 
 class Row(Section):
-    """One row: what distinguishes it, and the paper's figures in the paper's units."""
+    """One row: its overrides, and the paper's values in the paper's units."""
 
-    name: str
-    overrides: Mapping[str, Any] = Field(default_factory=dict)
-    paper: Mapping[str, float]
+    name: str = Field(description="name of the row")
+    overrides: Mapping[str, Any] = Field(default_factory=dict, description="dotted overrides of the row")
+    paper: Mapping[str, float] = Field(description="the paper's value by column")
     only_at: tuple[Scale, ...] = Field(("digits", "fashion_mnist", "full"), description="scales at which it can run")
     otherwise: str = Field("", description="why it cannot run at the others")
 
@@ -75,18 +75,18 @@ class Row(Section):
 class Group(Section):
     """Rows on the same data."""
 
-    name: str
-    scales: Mapping[Scale, Scaling]
+    name: str = Field(description="name of the group")
+    scales: Mapping[Scale, Scaling] = Field(description="recipe at each scale")
     otherwise: str = Field("", description="why it cannot run at other scales")
     fixed: Mapping[str, Any] = Field(default_factory=dict, description="overrides of all rows at all scales")
-    rows: tuple[Row, ...] = Field(min_length=1)
+    rows: tuple[Row, ...] = Field(min_length=1, description="its rows")
 
     def overrides(self, row: Row, scale: Scale) -> dict[str, Any]:
-        """All overrides of a row, laid over the recipe of its scale."""
+        """All overrides of the recipe for a row at a scale."""
         return {**self.scales[scale].overrides, **self.fixed, **row.overrides}
 
     def refusal(self, row: Row, scale: Scale) -> str | None:
-        """Why a row cannot run at a scale; None where it can."""
+        """Why a row cannot run at a scale; None if it can."""
         if scale not in self.scales:
             return self.otherwise
         return None if scale in row.only_at else row.otherwise
@@ -95,20 +95,20 @@ class Group(Section):
 class PaperTable(Section):
     """A table of a paper."""
 
-    name: str
-    title: str
-    paper: str
-    columns: Mapping[str, Column]
-    counted: Counted | None = None
-    groups: tuple[Group, ...] = Field(min_length=1)
-    notes: tuple[str, ...] = ()
+    name: str = Field(description="name of the table")
+    title: str = Field(description="title of the report")
+    paper: str = Field(description="the paper, and the number of the table")
+    columns: Mapping[str, Column] = Field(description="columns by metric")
+    counted: Counted | None = Field(None, description="how operations and energy are counted")
+    groups: tuple[Group, ...] = Field(min_length=1, description="groups of rows")
+    notes: tuple[str, ...] = Field((), description="notes for the report")
 
     @model_validator(mode="after")
     def _hangs_together(self) -> Self:
         scales: tuple[Scale, ...] = ("digits", "fashion_mnist", "full")
         for entry in self.entries():
             if unknown := entry.row.paper.keys() - self.columns.keys():
-                raise ValueError(f"row {entry.row.name}: {sorted(unknown)[0]} is no column of the table")
+                raise ValueError(f"row {entry.row.name}: {sorted(unknown)[0]} is not a column of the table")
             for scale in scales:
                 if entry.group.refusal(entry.row, scale) == "":
                     raise ValueError(f"row {entry.row.name} does not say why it cannot run at scale {scale}")
@@ -116,13 +116,13 @@ class PaperTable(Section):
         if unknown := counted - {"parameters", "macs", "energy_uj"}:
             raise ValueError(f"column {sorted(unknown)[0]} cannot be counted without training")
         if "energy_uj" in counted and not {"macs", "acs"} <= self.columns.keys():
-            raise ValueError("energy_uj is that of the network's MACs and the paper's ACs; both need a column")
+            raise ValueError("column energy_uj needs the columns macs and acs")
         if self.counted is None and any(column.origin != "run" for column in self.columns.values()):
-            raise ValueError("counted is missing: it says how operations and energy are counted")
+            raise ValueError("'counted' is missing; it says how operations and energy are counted")
         return self
 
     def entries(self, pattern: str = "*") -> Iterator[Entry]:
-        """Rows with their groups, those whose name (or "GROUP: NAME") matches an fnmatch pattern."""
+        """Iterates over the rows whose name, or "GROUP: NAME", matches an fnmatch pattern."""
         for group in self.groups:
             for row in group.rows:
                 entry = Entry(group, row)
@@ -132,13 +132,14 @@ class PaperTable(Section):
 
 @dataclass(frozen=True)
 class Entry:
-    """A row in its group."""
+    """A row with its group."""
 
     group: Group
     row: Row
 
     @property
     def full_name(self) -> str:
+        """`GROUP: NAME`."""
         return f"{self.group.name}: {self.row.name}"
 
 
@@ -149,13 +150,13 @@ def list_tables() -> list[str]:
 
 
 def load_table(name: str) -> PaperTable:
-    """A table by its name. Raises UserError for an unknown one, with the nearest that exists."""
+    """A table by its name. Raises UserError, with the nearest name, for an unknown one."""
     if name not in list_tables():
         hint = did_you_mean(name, list_tables(), "`spikefleet tables` lists them")
-        raise UserError(f"there is no table {name!r}; {hint}")
+        raise UserError(f"table {name!r} does not exist; {hint}")
     text = (resources.files("spikefleet.reproduction") / "tables" / f"{name}.yaml").read_text(encoding="utf-8")
     tree = {"name": name, **read_mapping(text, f"table {name}", "title, paper, columns and groups")}
     try:
         return PaperTable.model_validate(tree)
-    except ValidationError as error:  # only while a table is being written
+    except ValidationError as error:  # only during the development of a table
         raise UserError(f"table {name}: {sentences(error, PaperTable, tree)}") from None

@@ -1,1 +1,1 @@
-"""One training run, from its directory to its registration."""
+"""A training run, from its directory to its registration."""

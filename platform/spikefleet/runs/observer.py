@@ -1,4 +1,4 @@
-"""Turns the events of a training into progress on the screen and records in MLflow. Lives in the driver of a run."""
+"""Shows the events of a training as progress and logs them to MLflow; runs in the driver of a run."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ log = logging.getLogger(__name__)
 
 
 class RunObserver:
-    """The sink of a run: shows and tracks each event, and counts restarts."""
+    """The event sink of a run: shows and tracks each event, and counts restarts."""
 
     def __init__(self, run: Run, tracker: Tracker, display: Display) -> None:
         self._run, self._tracker, self._display = run, tracker, display
         self._started = False
 
     def begin(self, config: Config, data: Mapping[str, Any]) -> None:
-        """Logs what is known before the first step: every field of the configuration, code version and data."""
+        """Logs the configuration, the code version and tags of the data, before the first step."""
         dump = config.dump()
         self._tracker.log_params(dict(leaves(dump)))
         self._tracker.log_dict(dump, "config.json")
@@ -45,17 +45,17 @@ class RunObserver:
         self._tracker.set_tags({"restarts": self._run.record()["restarts"], "failure": ""})
 
     def emit(self, event: Event) -> None:
-        """Never raises for want of disk space: a training is worth more than its curves."""
+        """Shows and tracks an event; a full disk is logged, not raised, so that training continues."""
         self._display.show(event)
         try:
             self._track(event)
         except OSError as error:
-            log.warning("%s: could not be tracked: %s", type(event).__name__, error)
+            log.warning("event %s was not tracked: %s", type(event).__name__, error)
 
     def _track(self, event: Event) -> None:
         match event:
             case Started():
-                self._tracker.set_tags({f"fact.{name}": value for name, value in event.facts.items()})
+                self._tracker.set_tags({f"fact.{name}": value for name, value in event.metadata.items()})
                 if self._started:
                     restarts = self._run.record()["restarts"] + 1
                     self._run.note(restarts=restarts)
@@ -82,9 +82,9 @@ class RunObserver:
             if rows:
                 self._tracker.log_table(rows, f"{table}/epoch-{event.epoch:04d}.parquet")
 
-    def finish(self, figures: Mapping[str, float], step: int, report: Path) -> None:
-        """Logs the figures of the whole run, and the files and pictures of its report."""
-        self._tracker.log_metrics(figures, step=step)
+    def finish(self, metrics: Mapping[str, float], step: int, report: Path) -> None:
+        """Logs the final metrics, and the files of the run's report."""
+        self._tracker.log_metrics(metrics, step=step)
         for path in sorted(report.iterdir()):
             if path.is_file() and not path.name.startswith("."):
                 self._tracker.log_artifact(path, "report")

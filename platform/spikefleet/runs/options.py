@@ -1,4 +1,4 @@
-"""Where a run or a search keeps its files, finds its data and runs: nothing here decides what is learnt."""
+"""Options that do not affect the result of training: directories, cluster address, location of the data."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ class Options:
     """Options of a command that trains."""
 
     runs_dir: Path = Path("runs")
+    """Directory of runs and searches."""
     stores_dir: Path = Path("stores")
+    """Directory of prepared stores."""
     address: str | None = None
-    """Ray cluster, HOST:PORT; RAY_ADDRESS if not given."""
+    """HOST:PORT of the Ray cluster; default: RAY_ADDRESS."""
     verbose: bool = False
-    """Show what Ray and its workers log."""
+    """Show the logs of Ray and of its workers."""
     data: Mapping[str, Any] = field(default_factory=dict)
-    """Overrides of a search's trials that say where their data lie, such as `{"data.root": "/data/cifar"}`."""
+    """Overrides with the location of a search's data, such as `{"data.root": "/data/cifar"}`."""
 
     @property
     def searches_dir(self) -> Path:
-        """Where searches keep their directories."""
+        """Directory of all searches."""
         return self.runs_dir.resolve() / "searches"
 
     def trials_dir(self, search: str) -> Path:
-        """The runs of a search's trials."""
+        """Directory of the runs of a search's trials."""
         return self.searches_dir / search / "trials"

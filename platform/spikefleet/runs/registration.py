@@ -1,4 +1,4 @@
-"""From a finished run to a registered version: what goes with the weights, and the contest with the champion."""
+"""Registers a finished run: the weights with their certificates, tags and metrics; then promotes the version."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from spikefleet.config.schema import Config
 from spikefleet.registry.api import Promotion
 from spikefleet.registry.version import SPIKE_DRIVEN
 from spikefleet.runs.run_dir import Run
+from spikefleet.training.checkpoints import best_weights
 from spikefleet.versions import code_version
 
 
@@ -23,19 +24,30 @@ def register_run(
     validation: Mapping[str, float],
     test: Mapping[str, float],
 ) -> Promotion:
-    """Registers the best checkpoint of a run with the proof that its binary form is equal to it, and
-    with its energy card.
+    """Registers the best checkpoint of a run with its spike check and its energy card.
 
-    It becomes champion if its validation metric beats the champion's and the proof has not failed.
-    Raises UserError when the registry does not answer.
+    It becomes champion if its validation metric is better than the champion's and the spike check has not refuted it.
+
+    Args:
+        config: of the run.
+        run: its directory.
+        run_id: MLflow's id of the run.
+        tracking_uri: of the registry.
+        certificates: of the best checkpoint.
+        validation: its metrics on the validation split, by name.
+        test: its metrics on the test split, by name.
+
+    Returns:
+        The alias of the new version, and why.
+
+    Raises:
+        UserError: the checkpoint is damaged, or the registry fails.
     """
-    best = run.best_checkpoint()
-    average = best / "average.safetensors"
     data = run.data()
     metric = config.checkpoint.metric
     version = registry.register(
         config.registered_name,
-        weights=average if average.is_file() else best / "model.safetensors",
+        weights=best_weights(run.best_checkpoint()),
         config=config.dump(),
         data=data,
         tags={

@@ -1,19 +1,19 @@
-"""The directory of a run. The run's name is its identity: the same name goes on where it stopped."""
+"""The directory of a run. The name identifies the run: the same name resumes it."""
 
 from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from spikefleet.config.recipes import parse_config
+from spikefleet.config.renamed import with_current_keys
 from spikefleet.config.schema import Config, differences
 from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
-from spikefleet.files import read_json, write_json
+from spikefleet.files import read_json_object, write_json
 from spikefleet.plugins import loaded_plugins, refuse_missing_plugins
 from spikefleet.training.checkpoints import CheckpointFolder, verify_checkpoint
 from spikefleet_tune.lock import Lock, LockedError, hold
@@ -22,17 +22,16 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def check_run_name(name: str) -> str:
-    """Raises UserError unless the name is a plain file name."""
+    """Returns the name. Raises UserError unless it is a plain file name."""
     if not _NAME.fullmatch(name) or ".." in name:
         raise UserError(
-            f"run name {name!r} must be 1 to 100 letters, digits, '.', '_' or '-', beginning with a letter or digit; "
-            "it names a directory, so it has no path separators"
+            f"run name {name!r} must have 1 to 100 letters, digits, '.', '_' or '-', and start with a letter or digit"
         )
     return name
 
 
 def default_run_name(config: Config) -> str:
-    """The recipe with a digest of all that decides the result: the same command goes on with the same run."""
+    """The recipe with a digest of the fields that affect the result, so that the same command resumes the run."""
     return f"{config.recipe}-{config.digest()[:8]}"
 
 
@@ -44,49 +43,55 @@ class Run:
 
     @property
     def name(self) -> str:
+        """Name of the run."""
         return self.path.name
 
     @property
     def checkpoints(self) -> CheckpointFolder:
+        """The checkpoints of the run."""
         return CheckpointFolder(self.path / "checkpoints")
 
     @property
     def exists(self) -> bool:
+        """Whether the run was started."""
         return (self.path / "run.json").is_file()
 
     def record(self) -> dict[str, Any]:
-        """Status and result as last written; empty for a run that has not begun."""
-        return dict(read_json(self.path / "run.json")) if self.exists else {}
+        """The content of run.json: status and result; empty if the run was not started."""
+        return read_json_object(self.path / "run.json", "status") if self.exists else {}
 
-    def note(self, **facts: Any) -> None:
-        """Adds facts to run.json, atomically."""
-        write_json(self.path / "run.json", {**self.record(), **facts})
+    def note(self, **fields: Any) -> None:
+        """Updates fields of run.json, atomically."""
+        write_json(self.path / "run.json", {**self.record(), **fields})
 
     def data(self) -> DataSummary:
-        """The data that the run is trained on."""
+        """Reads the summary of the run's data. Raises UserError if it is missing or damaged."""
         return DataSummary.read(self.path)
 
     def best_checkpoint(self) -> Path:
-        """The checkpoint with the best validation metric so far. Raises UserError when there is none yet."""
+        """The checkpoint with the best validation metric so far. Raises UserError if there is none yet."""
         latest = self.checkpoints.latest()
-        best = read_json(latest / "state.json")["best"] if latest is not None else None
+        best = read_json_object(latest / "state.json", "best")["best"] if latest is not None else None
         if best is None:
-            raise UserError(f"run {self.name} has no evaluated checkpoint yet; train it to the end of an epoch first")
+            raise UserError(f"run {self.name} has no evaluated checkpoint yet; train it to the end of its first epoch")
         return self.checkpoints.at(best["step"])
 
     def config(self) -> Config:
-        """The configuration that the run was started with. Raises UserError where a plugin of it is not loaded."""
+        """Reads the configuration of the run. Raises UserError if it is invalid, or a plugin of it is not loaded."""
         self.check_plugins()
-        return parse_config(read_json(self.path / "config.json"), origin=f"run {self.name}")
+        stored = with_current_keys(read_json_object(self.path / "config.json"))
+        return parse_config(stored, origin=f"run {self.name}")
 
     def check_plugins(self) -> None:
-        """Raises UserError where a plugin that the run was trained with is not loaded."""
+        """Raises UserError if a plugin that the run was trained with is not loaded."""
         refuse_missing_plugins(self.record().get("plugins", ()), f"run {self.name}")
 
     def begin(self, config: Config, data: DataSummary) -> None:
-        """Creates the run, or makes sure that it is the same training.
+        """Creates the run, or checks that an existing one can be resumed with this configuration and data.
 
-        Raises UserError with a field-by-field difference, or naming the damaged file of the latest checkpoint.
+        Raises:
+            UserError: the configuration or the data differs (the message lists the fields), or the latest checkpoint
+                is damaged.
         """
         if not self.exists:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -94,48 +99,52 @@ class Run:
             data.write(self.path)
             self.note(name=self.name, recipe=config.recipe, status="begun", restarts=0, plugins=list(loaded_plugins()))
             return
-        complaints = self._complaints(config, data.content_hash)
-        if complaints:
+        differing = self._differences(config, data.content_hash)
+        if differing:
             raise UserError(
-                f"run {self.name} was started with another configuration: {'; '.join(complaints)}. "
-                "Ask for the run's own values to go on with it, or give another --name"
+                f"run {self.name} was started with another configuration: {'; '.join(differing)}; "
+                "use its values to resume it, or set another --name"
             )
         latest = self.checkpoints.latest()
         if latest is not None:
             verify_checkpoint(latest)
 
     def forget_checkpoints(self) -> None:
-        """Removes all checkpoints: the run starts anew, or from another run's."""
+        """Removes all checkpoints, so that the run starts from scratch or from another run's checkpoint."""
         shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
 
-    def _complaints(self, config: Config, data_hash: str) -> list[str]:
-        saved: Mapping[str, Any] = read_json(self.path / "config.json")
-        complaints = differences(saved, config.dump())
+    def _differences(self, config: Config, data_hash: str) -> list[str]:
+        saved = read_json_object(self.path / "config.json")
+        differing = differences(saved, config.dump())
         if (held := self.data().content_hash) != data_hash:
-            complaints.append(f"data: content {held[:12]} in the run, {data_hash[:12]} now")
-        return complaints
+            differing.append(f"data: expected content hash {held[:12]}, found {data_hash[:12]}")
+        return differing
 
     def lock(self, patience_s: float = 0.0) -> Lock:
-        """Holds the run for this process, until the end of a `with` block.
+        """Locks the run for this process, until the end of a `with` block.
 
-        Raises UserError when it is being trained already, after waiting for `patience_s` seconds, or cannot be written.
+        Args:
+            patience_s: seconds to wait for another process.
+
+        Raises:
+            UserError: another process is training the run, or its directory cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             return hold(self.path / ".lock", patience_s)
         except LockedError as error:
             raise UserError(
-                f"run {self.name} is being trained already ({error.holder}); wait for it, or give another --name"
+                f"run {self.name} is already being trained ({error.holder}); wait for it, or set another --name"
             ) from None
         except OSError as error:
-            raise UserError(f"run directory {self.path} cannot be written: {error}; give another --runs-dir") from None
+            raise UserError(f"run directory {self.path} cannot be written: {error}; set another --runs-dir") from None
 
 
 def find_run(runs_dir: Path, name: str) -> Run:
-    """An existing run. Raises UserError naming those that exist."""
+    """An existing run. Raises UserError, with the names of all runs, for an unknown one."""
     run = Run(runs_dir / check_run_name(name))
     if not run.exists:
         known = sorted(path.parent.name for path in runs_dir.glob("*/run.json"))
-        listed = f"it holds {', '.join(known)}" if known else "it holds none"
-        raise UserError(f"there is no run {name!r} in {runs_dir}; {listed}")
+        listed = f"expected one of {', '.join(known)}" if known else "it has no runs"
+        raise UserError(f"run {name!r} does not exist in {runs_dir}; {listed}")
     return run

@@ -1,4 +1,4 @@
-"""A whole run: data, directory, tracking, training, report, registration."""
+"""A run from start to end: data, directory, tracking, training, report, registration."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from spikefleet.training.event_log import ResumedRunSink
 from spikefleet.training.events import EventSink
 from spikefleet.training.loop import BeforeStep, Outcome, prepare_parts, train
 from spikefleet_pipelines.store.reader import Store
+from spikefleet_tune.messages import counted
 
 _FLUSH_S = 30.0
 _INTERRUPTED_FLUSH_S = 3.0
@@ -36,14 +37,15 @@ _INTERRUPTED_FLUSH_S = 3.0
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run at its end."""
+    """A finished run with the metrics of its best checkpoint."""
 
     run: Run
     validation: Mapping[str, float]
     test: Mapping[str, float]
     promotion: Promotion | None
-    """What became of the version that was registered now; None if there was nothing to register."""
+    """The result of the registration; None if nothing was registered now."""
     look_at: str
+    """Link to the run in MLflow, or the command that opens MLflow's UI."""
 
 
 def run_training(
@@ -53,18 +55,21 @@ def run_training(
     name: str | None = None,
     before_step: BeforeStep | None = None,
 ) -> FinishedRun:
-    """Trains a run, or resumes it; tests, certifies and registers its best checkpoint.
+    """Trains or resumes a run; then tests, certifies and registers its best checkpoint.
 
     Args:
-        config: what to train.
-        options: where.
+        config: the configuration.
+        options: directories and cluster.
         console: for progress.
-        name: of the run; by default it follows from the configuration.
+        name: of the run; by default the recipe with a digest of the configuration.
         before_step: called on each rank before each optimizer step.
 
+    Returns:
+        The metrics of the best checkpoint, and its registration.
+
     Raises:
-        UserError: what the user can correct, before anything is started.
-        RunError: the training itself failed.
+        UserError: an error that the user can fix, before training starts.
+        RunError: the training or the registration failed.
     """
     run = Run(options.runs_dir.resolve() / check_run_name(name or default_run_name(config)))
     pick_device(config.cluster.gpu and config.cluster.workers == 0)
@@ -74,7 +79,7 @@ def run_training(
         run.begin(config, DataSummary.of(store.manifest))
         tracking_uri = resolve_tracking_uri(options.runs_dir)
         if run.record()["status"] == "finished":
-            console.print(f"run {run.name} is complete; for another one, give another --name or other overrides")
+            console.print(f"run {run.name} is complete; to train another run, set --name or other overrides")
             look_at = public_uri(tracking_uri)
         else:
             look_at = _train_tracked(config, options, console, run, store, tracking_uri, before_step)
@@ -84,11 +89,11 @@ def run_training(
 
 
 def _processes(config: Config, options: Options, run: Run) -> AbstractContextManager[None]:
-    """The Ray session of a run: reached before anything is written, so that a refusal leaves nothing behind."""
+    """The Ray session of a run, connected before anything is written, so that an error leaves no files."""
     if config.cluster.workers == 0 or run.record().get("status") == "finished":
         return nullcontext()
     quiet_ray()
-    from spikefleet.cluster.ray_train import session_for  # imports Ray, which reads those switches
+    from spikefleet.cluster.ray_train import session_for  # imports Ray, which reads its environment variables
 
     return session_for(config, options.address, options.verbose)
 
@@ -102,7 +107,7 @@ def _train_tracked(
     tracking_uri: str,
     before_step: BeforeStep | None,
 ) -> str:
-    """Trains under the eyes of an observer, leaves the result in run.json and returns where to look at it."""
+    """Trains with tracking, saves the result in run.json, and returns where to look at it."""
     run.note(status="running")
     tracker = Tracker.open(run.path, run.name, config.tracking.experiment or config.recipe, tracking_uri)
     display = build_display(console)
@@ -112,8 +117,8 @@ def _train_tracked(
     try:
         outcome = _train(config, store, run, ResumedRunSink(run.path, observer), options, before_step)
         certificates = _certified(config, run, store)
-        figures = {f"test/{name}": value for name, value in outcome.test.items()}
-        observer.finish({**figures, "energy_mj": certificates.energy_mj}, outcome.steps, run.path / "report")
+        metrics = {f"test/{name}": value for name, value in outcome.test.items()}
+        observer.finish({**metrics, "energy_mj": certificates.energy_mj}, outcome.steps, run.path / "report")
     except KeyboardInterrupt:
         run.note(status="interrupted")
         tracker.finish("KILLED", wait_s=_INTERRUPTED_FLUSH_S)
@@ -136,9 +141,10 @@ def _train_tracked(
 
 
 def _register_once(config: Config, run: Run, store: Store, tracking_uri: str) -> Promotion | None:
-    """Registers a finished run, unless that is done or not wanted.
+    """Registers a finished run once, if `registry.register_best` says so.
 
-    Raises RunError when the tracking server is away: the run is complete, and the same command registers it later.
+    Raises:
+        RunError: the tracking server does not answer; the run is complete, and the same command registers it later.
     """
     record = run.record()
     if not config.registry.register_best or "registered" in record:
@@ -159,8 +165,8 @@ def _register_once(config: Config, run: Run, store: Store, tracking_uri: str) ->
         )
     except UserError as error:
         raise RunError(
-            f"run {run.name} is trained, but it could not be registered: {error} "
-            "The same command registers it once that is mended"
+            f"run {run.name} is trained, but its registration failed: {error}; "
+            "fix that and run the same command again to register it"
         ) from error
     run.note(registered=f"{promotion.name}/{promotion.version}")
     return promotion
@@ -195,7 +201,7 @@ def _train(
 
 def _scale(config: Config) -> str:
     workers = config.cluster.workers
-    where = f"{workers} Ray Train worker{'s' * (workers > 1)}" if workers else "this process, without Ray"
+    where = counted(workers, "Ray Train worker") if workers else "this process, without Ray"
     kind = "GPU" if config.cluster.gpu else "CPU"
     share = config.train.global_batch // (max(1, workers) * config.train.accumulate)
     parts = f" x {config.train.accumulate} micro-batches" if config.train.accumulate > 1 else ""

@@ -48,8 +48,8 @@ class SearchDisplay:
         self._bar.update(self._task, description=" ".join([trial.name, epoch, *shown]))
 
     def on_trial_finished(self, record: TrialRecord, counts: Counts) -> None:
-        known = [name for name in self._search.objectives if name in record.figures]
-        figures = "  ".join(f"{name} {record.figures[name]:.4g}" for name in known)
+        known = [name for name in self._search.objectives if name in record.metrics]
+        figures = "  ".join(f"{name} {record.metrics[name]:.4g}" for name in known)
         self._say(record, counts, figures)
 
     def on_trial_pruned(self, record: TrialRecord, counts: Counts) -> None:

@@ -1,4 +1,4 @@
-"""How a search is started, and how MLflow hears of it: a parent run, and one nested run for each trial."""
+"""Tracks a search in MLflow: a parent run, and one nested run for each trial."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from spikefleet.config.schema import Config, leaves
 from spikefleet.data_summary import DATA_SUMMARY, DataSummary
 from spikefleet.errors import UserError
-from spikefleet.files import read_json
+from spikefleet.files import read_json_object
 from spikefleet.runs.options import Options
 from spikefleet.search.display import SearchDisplay
 from spikefleet.tracking.mlflow_client import resolve_tracking_uri
@@ -21,22 +21,32 @@ from spikefleet_tune.result import SearchResult
 from spikefleet_tune.search_file import Search
 
 FLUSH_S = 30.0
+"""Seconds to wait for the delivery of tracking records."""
 
 
 def check_same_data(folder: Path, data: DataSummary) -> None:
-    """Raises UserError when the search in a folder was started on other data."""
+    """Raises UserError if the search in a folder was started on other data."""
     if not (folder / DATA_SUMMARY).is_file():
         return
-    held = str(read_json(folder / DATA_SUMMARY)["content_hash"])
+    held = str(read_json_object(folder / DATA_SUMMARY, "content_hash")["content_hash"])
     if held != data.content_hash:
         raise UserError(
-            f"search {folder.name} was started on data with content hash {held[:12]}, and the store now has "
-            f"{data.content_hash[:12]}; give the same data, or another --name"
+            f"search {folder.name} was started on data with content hash {held[:12]}, but the store has "
+            f"{data.content_hash[:12]}; use the same data, or set another --name"
         )
 
 
 class SearchTracker:
-    """Tells MLflow of the search and its trials: a parent run, and one nested run for each trial."""
+    """An observer of a search that logs to MLflow and forwards to a display.
+
+    Args:
+        name: of the search.
+        options: directories and cluster.
+        search: the search.
+        display: shows the progress.
+        data: summary of the data of all trials.
+        resolve: gives the configuration of a trial's overrides.
+    """
 
     def __init__(
         self,
@@ -47,7 +57,6 @@ class SearchTracker:
         data: DataSummary,
         resolve: Callable[[Mapping[str, Any]], Config],
     ) -> None:
-        """`resolve` gives the whole configuration of a trial's overrides."""
         self._name, self._search, self._display, self._data = name, search, display, data
         self._folder, self._trials_dir = options.searches_dir / name, options.trials_dir(name)
         self._resolve = resolve
@@ -56,45 +65,50 @@ class SearchTracker:
         self._parent: Tracker | None = None
         self._trials: dict[str, Tracker] = {}
 
-    def _begun(self) -> Tracker:
-        """The search's own run; opened with the first trial, so that a refused attempt changes nothing."""
+    def _parent_run(self) -> Tracker:
+        """The run of the search; opened with the first trial, so that a refused attempt changes nothing."""
         if self._parent is None:
             self._data.write(self._folder)
             self._parent = Tracker.open(self._folder, self._name, self._experiment, self._uri)
             self._parent.log_params(dict(leaves(self._search.dump())))
             self._parent.set_tags({"recipe": self._search.recipe, "code_version": code_version(), "kind": "search"})
-            self._parent.flush(FLUSH_S)  # trials name it as their parent
+            self._parent.flush(FLUSH_S)  # trials need its id as their parent
         return self._parent
 
     def on_trial_started(self, trial: TrialStart, counts: Counts) -> None:
+        """Opens the trial's run and logs its configuration."""
         self._display.on_trial_started(trial, counts)
         tracker = self._trials.get(trial.name)
         if tracker is None:
             run_dir = self._trials_dir / trial.name
-            tracker = Tracker.open(run_dir, trial.name, self._experiment, self._uri, self._begun().run_id)
+            tracker = Tracker.open(run_dir, trial.name, self._experiment, self._uri, self._parent_run().run_id)
             self._trials[trial.name] = tracker
         config = self._resolve(trial.overrides)
-        tracker.log_params(dict(leaves(config.dump())))  # what pbt changes later becomes a tag
+        tracker.log_params(dict(leaves(config.dump())))  # a later change by pbt becomes a tag
         tracker.set_tags({"trial": trial.number, "attempt": trial.attempt, "search": self._name})
         tracker.set_tags({"recipe": config.recipe, "task": config.task, "code_version": code_version()})
         tracker.set_tags({"dataset": config.data.source, "data_hash": self._data.content_hash})
         tracker.set_tags({f"fact.{name}": version for name, version in library_versions().items()})
 
     def on_trial_reported(self, trial: TrialStart, metrics: Mapping[str, float]) -> None:
+        """Logs the metrics of an epoch."""
         self._display.on_trial_reported(trial, metrics)
         epoch = int(metrics.get("epoch", 0))
         rows = {f"epoch/{key}": value for key, value in metrics.items() if key != "epoch"}
         self._trials[trial.name].log_metrics(rows, step=epoch)
 
     def on_trial_finished(self, record: TrialRecord, counts: Counts) -> None:
+        """Closes the trial's run with its metrics and report."""
         self._end(record)
         self._display.on_trial_finished(record, counts)
 
     def on_trial_pruned(self, record: TrialRecord, counts: Counts) -> None:
+        """Closes the trial's run with the reason."""
         self._end(record)
         self._display.on_trial_pruned(record, counts)
 
     def on_trial_failed(self, record: TrialRecord, counts: Counts) -> None:
+        """Closes the trial's run with the reason."""
         self._end(record)
         self._display.on_trial_failed(record, counts)
 
@@ -102,7 +116,7 @@ class SearchTracker:
         tracker = self._trials.pop(record.name, None)
         if tracker is None:
             return
-        tracker.log_metrics(record.figures, step=0)
+        tracker.log_metrics(record.metrics, step=0)
         tracker.set_tags({"status": record.status, "reason": record.reason})
         report = self._trials_dir / record.name / "report"
         for path in sorted(report.iterdir()) if report.is_dir() else ():
@@ -113,19 +127,19 @@ class SearchTracker:
         tracker.finish("FAILED" if record.status == "failed" else "FINISHED", wait_s=FLUSH_S)
 
     def finish(self, result: SearchResult, report: Sequence[Path]) -> None:
-        """Closes the parent run with the search's figures and report, unless nothing was run."""
+        """Closes the parent run with the metrics and the report of the search, if any trial was run."""
         if self._parent is None:
             return
-        figures = {"trials": float(len(result.records)), "front": float(len(result.front))}
+        metrics = {"trials": float(len(result.records)), "front": float(len(result.front))}
         if result.hypervolume_curve:
-            figures["hypervolume"] = result.hypervolume_curve[-1]
-        self._parent.log_metrics(figures, step=len(result.records))
+            metrics["hypervolume"] = result.hypervolume_curve[-1]
+        self._parent.log_metrics(metrics, step=len(result.records))
         for path in report:
             self._parent.log_artifact(path, "report")
         self._parent.finish("FINISHED" if result.complete else "KILLED", wait_s=FLUSH_S)
 
     def abandon(self) -> None:
-        """Leaves open runs to be gone on with."""
+        """Marks open runs as killed; the search can be resumed."""
         for tracker in (*self._trials.values(), self._parent):
             if tracker is not None:
                 tracker.finish("KILLED", wait_s=3.0)

@@ -1,7 +1,7 @@
-"""A whole search: checked against the configuration before anything starts, tracked in MLflow, drawn, reported.
+"""A search from start to end: validated before anything starts, tracked in MLflow, displayed, reported.
 
-Each trial is a nested run under the search's own; its directory is that of any run, so a trial can be evaluated,
-predicted with and registered like one. `spikefleet_tune` runs the search and knows none of this.
+Each trial is a nested run of the search's run. Its directory is that of a normal run, so every command for runs works
+on a trial too. `spikefleet_tune` runs the search itself.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from spikefleet.tracking.tracker import Tracker
 from spikefleet_pipelines.store.reader import Store
 from spikefleet_tune.errors import SearchError
 from spikefleet_tune.journal import SearchFolder, TrialRecord, WarmStartPoint
+from spikefleet_tune.messages import counted
 from spikefleet_tune.report import write_report
 from spikefleet_tune.result import SearchResult
 from spikefleet_tune.search import read_search_result, run_search
@@ -56,20 +57,23 @@ def run_tracked_search(
     warm_start: str | None = None,
     retry_failed: bool = False,
 ) -> SearchResult:
-    """Runs a search, or resumes the one of this name; writes its report beside it.
+    """Runs a search, or resumes the one of this name, and writes its report.
 
     Args:
-        search: what to search.
-        name: of the search's directory.
-        options: where.
+        search: the search.
+        name: of the search and its directory.
+        options: directories and cluster.
         console: for progress.
-        extend: add so many trials to a search that is done.
+        extend: number of trials to add to a search that is complete.
         warm_start: name of an earlier search whose trials inform this one.
-        retry_failed: run failed trials once more.
+        retry_failed: run each failed trial once more.
+
+    Returns:
+        The trials that have ended.
 
     Raises:
-        UserError: it could not run, before anything is started.
-        KeyboardInterrupt: the same command resumes it.
+        UserError: the search is invalid or cannot be resumed; raised before any trial starts.
+        KeyboardInterrupt: the user pressed Ctrl-C; the same command resumes the search.
     """
     setting, config, store = _setting(search, name, options, console)
     data = DataSummary.of(store.manifest)
@@ -82,7 +86,7 @@ def run_tracked_search(
         if folder.is_dir():  # before Ray is started: that takes seconds
             with SearchFolder(options.searches_dir, name).lock():
                 pass
-        known = _known_points(search, warm_start, options, console)
+        earlier = _warm_start_points(search, warm_start, options, console)
         with _session(search, options), SearchDisplay(console, search) as display:
             tracker = SearchTracker(name, options, search, display, data, setting.config)
             try:
@@ -93,7 +97,7 @@ def run_tracked_search(
                     name,
                     tracker,
                     mutable=mutable_keys(config, list(search.space)) if setting.shares_checkpoints else None,
-                    warm_start=known,
+                    warm_start=earlier,
                     extend=extend,
                     retry_failed=retry_failed,
                 )
@@ -107,7 +111,11 @@ def run_tracked_search(
 
 
 def read_tracked_search(name: str, options: Options) -> SearchResult | None:
-    """What the search of this name has found, without running it; None when there is none. Raises UserError."""
+    """Reads the result of a search without running it; None if it does not exist.
+
+    Raises:
+        UserError: the search or its journal is damaged.
+    """
     if not (options.searches_dir / name).is_dir():
         return None
     try:
@@ -117,7 +125,7 @@ def read_tracked_search(name: str, options: Options) -> SearchResult | None:
 
 
 def extension_of(name: str, options: Options) -> int:
-    """Trials by which the search of this name was extended so far. Raises UserError."""
+    """Number of trials by which a search was extended so far. Raises UserError if its journal is damaged."""
     try:
         folder = SearchFolder(options.searches_dir, name)
         return folder.read().extended if folder.path.is_dir() else 0
@@ -126,7 +134,7 @@ def extension_of(name: str, options: Options) -> int:
 
 
 def report_of(result: SearchResult) -> Path:
-    """Where the report of a search lies."""
+    """Directory of a search's report."""
     return result.folder / "report"
 
 
@@ -134,8 +142,8 @@ def _setting(search: Search, name: str, options: Options, console: Console) -> t
     resources = search.resources
     if resources.workers > 1 and resources.gpus_per_worker not in (0, 1):
         raise UserError(
-            f"resources.gpus_per_worker={resources.gpus_per_worker:g}: of several workers each has a GPU of its own "
-            "or none; a fraction is for trials with one worker"
+            f"resources.gpus_per_worker={resources.gpus_per_worker:g} must be 0 or 1 with several workers per trial; "
+            "set resources.workers=1 to share a GPU between trials"
         )
     setting = TrialSetting(
         recipe=search.recipe,
@@ -155,9 +163,9 @@ def _setting(search: Search, name: str, options: Options, console: Console) -> t
 
 
 def _possible_config(search: Search, setting: TrialSetting) -> Config:
-    """A configuration that the search tries: task and data are the same in all.
+    """The configuration of a point of the search; task and data are the same in all points.
 
-    Where no point is possible, that under the space, if it can be: `check_search` then says what is wrong.
+    If no point is valid, that of the fixed overrides: `check_search` then reports the error.
     """
     space = search.space_view()
     others = () if search.sampler.kind == "listed" else space.points(corners=True, look_at=_LOOKED_AT)
@@ -182,10 +190,12 @@ def _session(search: Search, options: Options) -> Any:
     )
 
 
-def _known_points(search: Search, warm_start: str | None, options: Options, console: Console) -> list[WarmStartPoint]:
-    """Points of an earlier search that this one's space has.
+def _warm_start_points(
+    search: Search, warm_start: str | None, options: Options, console: Console
+) -> list[WarmStartPoint]:
+    """The points of an earlier search that are in the space of this one.
 
-    With their figures where it pursued the same objectives on the same recipe, and varied nothing else.
+    They have metrics if both searches have the same recipe, overrides and objectives, and the point has no other keys.
     """
     if warm_start is None:
         return []
@@ -195,25 +205,22 @@ def _known_points(search: Search, warm_start: str | None, options: Options, cons
     space, points, misfits = search.space_view(), [], 0
     for record in earlier.comparable:
         point = {key: value for key, value in record.point.items() if key in search.space}
-        told = (
+        comparable = (
             same
             and len(point) == len(record.point)
             and all(key in point for key in space.dimensions if space.active(key, point))
         )
-        figures = {name: record.figures[name] for name in search.objectives} if told else None
+        metrics = {name: record.metrics[name] for name in search.objectives} if comparable else None
         origin = f"{warm_start}, trial {record.name}"
         try:
             space.check(point, origin)
         except SearchError:
             misfits += 1
         else:
-            points.append(WarmStartPoint(point, figures, origin))
+            points.append(WarmStartPoint(point, metrics, origin))
     if misfits:
-        console.print(
-            f"{misfits} of {len(earlier.comparable)} trials of {warm_start} lie outside of this space; "
-            "they are left out",
-            highlight=False,
-        )
+        trials = counted(len(earlier.comparable), "trial")
+        console.print(f"left out {misfits} of {trials} of {warm_start}: outside this space", highlight=False)
     return points
 
 
@@ -223,13 +230,28 @@ def _known_points(search: Search, warm_start: str | None, options: Options, cons
 def confirm_front(
     result: SearchResult, seeds: int, options: Options, console: Console, retry_failed: bool = False
 ) -> list[dict[str, Any]]:
-    """Trains each member of the front with other seeds; mean and standard deviation of each objective.
+    """Trains each trial of the front again with other seeds.
 
-    The trainings are a search of their own, `NAME-confirm-...`, named by the members, which goes on and grows.
+    These trainings are a search of their own, `NAME-confirm-DIGEST`; the same call resumes it, more seeds extend it.
+
+    Args:
+        result: of the search.
+        seeds: number of further seeds for each trial.
+        options: directories and cluster.
+        console: for progress.
+        retry_failed: run each failed training once more.
+
+    Returns:
+        For each trial of the front: `trial` (its name), `seeds` (how many finished) and, for each objective, `mean`,
+        `std` and `search` (the value in the search).
+
+    Raises:
+        RunError: the front is empty.
+        UserError: the search is invalid or cannot be resumed.
     """
     members = result.front
     if not members:
-        raise RunError(f"search {result.name} has no trial with figures, so there is nothing to confirm")
+        raise RunError(f"search {result.name} has no trial with metrics to confirm")
     setting, _, _ = _setting(result.search, result.name, options, console)
     fixed = {key: value for key, value in result.search.overrides.items() if key != "train.seed"}
     points = {}
@@ -253,11 +275,11 @@ def confirm_front(
         runs = [one for one in again.comparable if dict(one.point) in points[record.name]]
         row: dict[str, Any] = {"trial": record.name, "seeds": len(runs)}
         for name in result.search.objectives:
-            values = [one.figures[name] for one in runs]
+            values = [one.metrics[name] for one in runs]
             row[name] = {
                 "mean": statistics.fmean(values) if values else None,
                 "std": statistics.stdev(values) if len(values) > 1 else None,
-                "search": record.figures[name],
+                "search": record.metrics[name],
             }
         rows.append(row)
     path = report_of(result) / "confirmation.json"
@@ -270,7 +292,21 @@ def confirm_front(
 
 
 def register_trial(result: SearchResult, chosen: str, options: Options, console: Console) -> Promotion:
-    """Registers a trial of a search with its proof and its energy card: `knee`, `best`, or a trial's name."""
+    """Registers a trial of a search with its certificates.
+
+    Args:
+        result: of the search.
+        chosen: `knee`, `best` (in the first objective), or the name of a trial.
+        options: directories and cluster.
+        console: for progress.
+
+    Returns:
+        The alias of the new version, and why.
+
+    Raises:
+        RunError: no trial has finished, or the tracking server does not answer.
+        UserError: the chosen trial does not exist or has not finished, or the registry fails.
+    """
     record = _chosen(result, chosen)
     _, _, store = _setting(result.search, result.name, options, console)
     run = Run(options.trials_dir(result.name) / record.name)
@@ -279,7 +315,9 @@ def register_trial(result: SearchResult, chosen: str, options: Options, console:
     tracker = Tracker.open(run.path, record.name, f"search-{result.name}", tracking_uri)
     tracker.finish("FINISHED", wait_s=FLUSH_S)
     if tracker.run_id is None:
-        raise RunError(f"the tracking server does not answer, so trial {record.name} cannot be registered now")
+        raise RunError(
+            f"trial {record.name} was not registered: the tracking server does not answer; run the command again later"
+        )
     return register_run(
         config,
         run,
@@ -297,13 +335,13 @@ def _chosen(result: SearchResult, chosen: str) -> TrialRecord:
         raise RunError(f"search {result.name} has no finished trial to register")
     if chosen == "knee":
         if result.knee is None or result.knee.status != "finished":
-            raise UserError(f"the knee of search {result.name} is no finished trial; name another one")
+            raise UserError(f"the knee of search {result.name} is not a finished trial; choose another trial")
         return result.knee
     if chosen == "best":
         name, direction = next(iter(result.search.objectives.items()))
-        return (max if direction == "max" else min)(finished, key=lambda record: record.figures[name])
+        return (max if direction == "max" else min)(finished, key=lambda record: record.metrics[name])
     for record in finished:
         if record.name == chosen:
             return record
     listed = ", ".join(record.name for record in finished[:10])
-    raise UserError(f"search {result.name} has no finished trial {chosen!r}; it has {listed}")
+    raise UserError(f"search {result.name} has no finished trial {chosen!r}; expected one of {listed}")

@@ -1,4 +1,4 @@
-"""Searches as YAML files: those that come with spikefleet, by name, and others by path."""
+"""Search files in YAML: those of the package by name, others by path."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from spikefleet_tune.search_file import Search, search_of, search_text
 
 
 def load_search(search: str) -> Search:
-    """A search by its name in the package, or by the path of its YAML file.
+    """Loads a search.
+
+    Args:
+        search: a name in the package, or the path of a YAML file.
 
     Raises:
-        UserError: there is none, or something in it is wrong: a sentence for each thing.
+        UserError: the search does not exist, or is invalid (one message for each field).
     """
     path = Path(search)
     try:
@@ -25,7 +28,7 @@ def load_search(search: str) -> Search:
 
 
 def parse_search(text: str, origin: str = "search") -> Search:
-    """Reads a search. Raises UserError with one sentence for each thing that is wrong."""
+    """Parses the YAML text of a search. Raises UserError with one message for each invalid field."""
     tree = read_mapping(text, origin, "recipe, space, objectives and budget")
     try:
         return search_of(tree, origin)

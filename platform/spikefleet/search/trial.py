@@ -1,4 +1,4 @@
-"""One trial of a search: a training with the trial's overrides, and the figures of its best checkpoint."""
+"""One trial of a search: trains with the trial's overrides and returns the metrics of its best checkpoint."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ _CHANGEABLE = (
     "optim.momentum",
     "optim.weight_decay",
 )
-"""What population based training may change in the middle: no weight's shape depends on it."""
+"""Keys that population-based training may change during training: the shape of no weight depends on them."""
 
 _PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True)
 class TrialSetting:
-    """What all trials of a search share."""
+    """The settings that all trials of a search share."""
 
     recipe: str
     store: str
@@ -54,16 +54,16 @@ class TrialSetting:
     cpus_per_worker: float = 1.0
     gpu: bool = False
     shares_checkpoints: bool = False
-    """Trials take over one another's checkpoints (pbt)."""
+    """Trials resume from one another's checkpoints (pbt)."""
     energy_by_epoch: bool = False
-    """Energy is measured with each new best checkpoint, so that a trial that is stopped early has one too."""
+    """Measure energy with each new best checkpoint, so that a trial that is stopped early has one too."""
     plugins: tuple[str, ...] = ()
-    """Modules that the driver has loaded."""
+    """Modules of the driver's plugins."""
     data: Mapping[str, Any] = field(default_factory=dict)
-    """Overrides that say where the data lie and how they are loaded."""
+    """Overrides with the location and the loading of the data."""
 
     def config(self, overrides: Overrides) -> Config:
-        """The configuration of a trial. Raises UserError naming what is wrong."""
+        """The configuration of a trial. Raises UserError with a message for each invalid field."""
         in_process = self.workers == 1
         own = {
             "cluster.workers": 0 if in_process else self.workers,
@@ -75,9 +75,13 @@ class TrialSetting:
 
 
 def mutable_keys(config: Config, keys: Sequence[str]) -> Callable[[str], bool]:
-    """Which of the keys of a space may change in the middle of training; `config` is that of some point.
+    """Which keys of a space may change during training.
 
-    T is not among them where the decoder is an ASD in any branch of the space: its temporal attention has T inputs.
+    T may not if the decoder is an ASD in any branch of the space: its temporal attention has T inputs.
+
+    Args:
+        config: configuration of some point.
+        keys: keys of the space.
     """
     bound_to_time = getattr(config.model, "decoder", None) == "asd" or any(key.endswith(".decoder") for key in keys)
 
@@ -90,10 +94,14 @@ def mutable_keys(config: Config, keys: Sequence[str]) -> Callable[[str], bool]:
 
 
 class ReportSink:
-    """Hands the figures of each epoch to the search; with its checkpoint where trials hand theirs on.
+    """An event sink that reports the metrics of each epoch to the search.
 
-    A best epoch is reported when its checkpoint is there, since the search may end the trial in that moment.
-    `energy_of`, where it is given, measures it before.
+    A best epoch is reported after its checkpoint is saved, since the search may stop the trial at that moment.
+
+    Args:
+        report: of the trial.
+        shares_checkpoints: report the checkpoint of each epoch too (pbt).
+        energy_of: measures the energy of each best checkpoint, in mJ.
     """
 
     def __init__(
@@ -104,12 +112,13 @@ class ReportSink:
         self._measure = False
 
     def emit(self, event: Event) -> None:
+        """Reports an epoch when its evaluation and, if needed, its checkpoint are there."""
         if isinstance(event, EpochDone) and any(key.startswith("val/") for key in event.metrics):
             self._waiting = {**event.metrics, "epoch": float(event.epoch), BEST: float(event.best)}
             self._measure = event.best and self._energy_of is not None
             if not self._shares_checkpoints and not event.best:
                 self._flush(None)
-        elif isinstance(event, Started):  # a group begins again, and that epoch with it
+        elif isinstance(event, Started):  # the group restarts, and repeats the epoch
             self._waiting = None
         elif isinstance(event, CheckpointSaved) and self._waiting is not None:
             self._flush(Path(event.path))
@@ -123,10 +132,10 @@ class ReportSink:
 
 
 def as_trial(setting: TrialSetting) -> Callable[[Overrides, str, Report], dict[str, float]]:
-    """A trainable for `spikefleet_tune`: a plain in-process training, or a Ray Train run of several workers.
+    """A trainable for `spikefleet_tune`: training in the trial's process, or on a Ray Train group of several workers.
 
-    Its figures are those of the best checkpoint: `val/...`, `test/...`, `energy_mj` and `parameters`. A trial that is
-    started again by the same name goes on from its last checkpoint. A loss that is not finite prunes it.
+    It returns the metrics of the best checkpoint: `val/...`, `test/...`, `energy_mj` and `parameters`. A restarted
+    trial resumes from its last checkpoint. A loss that is not finite prunes the trial.
     """
 
     def trainable(overrides: Overrides, name: str, report: Report) -> dict[str, float]:
@@ -134,16 +143,16 @@ def as_trial(setting: TrialSetting) -> Callable[[Overrides, str, Report], dict[s
         config = setting.config(overrides)
         store = Store.open(setting.store, verify=False)  # the driver has verified it
         run = Run(setting.runs_dir / name)
-        with run.lock(patience_s=_PATIENCE_S):  # a process of an earlier attempt may not have ended yet
+        with run.lock(patience_s=_PATIENCE_S):  # a process of an earlier attempt may still be ending
             return train_trial(run, config, store, report)
 
     def train_trial(run: Run, config: Config, store: Store, report: Report) -> dict[str, float]:
         if report.start_from is not None:
-            _take_over(run, config, report.start_from)
+            _start_from(run, config, report.start_from)
         run.begin(config, DataSummary.of(store.manifest))
 
         def energy_of(checkpoint: Path) -> float:
-            with torch.random.fork_rng(devices=[]):  # a new network draws from the generator of the training
+            with torch.random.fork_rng(devices=[]):  # building a network must not advance the training's generator
                 network = best_network(load_checkpoint(checkpoint), config.model)
             card = measure_energy(network, config.data.transform, store.split("val"))
             write_card(card, run.path / "report")
@@ -163,17 +172,17 @@ def as_trial(setting: TrialSetting) -> Callable[[Overrides, str, Report], dict[s
             test=dict(outcome.test),
             code_version=code_version(),
         )
-        figures = {f"val/{key}": value for key, value in outcome.validation.items()}
-        figures |= {f"test/{key}": value for key, value in outcome.test.items()}
+        metrics = {f"val/{key}": value for key, value in outcome.validation.items()}
+        metrics |= {f"test/{key}": value for key, value in outcome.test.items()}
         with torch.device("meta"):
             parameters = sum(parameter.numel() for parameter in build_model(config.model).parameters())
-        return {**figures, "energy_mj": energy_mj, "parameters": float(parameters)}
+        return {**metrics, "energy_mj": energy_mj, "parameters": float(parameters)}
 
     return trainable
 
 
 def _report_best_so_far(run: Run, sink: ReportSink) -> None:
-    """A trial that goes on after its process died tells its best epoch again: what it told before is lost."""
+    """A trial that resumes after its process died reports its best epoch again: earlier reports are lost."""
     latest = run.checkpoints.latest()
     if latest is None or (state := load_checkpoint(latest).state)["best"] is None:
         return
@@ -191,11 +200,11 @@ def _train(config: Config, store: Store, run: Run, sink: ReportSink) -> Outcome:
     return train_on_ray(config, store, run.path, ResumedRunSink(run.path, sink), lockstep=True)
 
 
-def _take_over(run: Run, config: Config, start_from: Path) -> None:
-    """Lays another trial's checkpoint into this run, under this trial's configuration.
+def _start_from(run: Run, config: Config, start_from: Path) -> None:
+    """Copies another trial's checkpoint into this run, with this trial's configuration.
 
-    A trial that was only paused, or whose process died, is given its own one, and keeps what it has: its history then
-    begins with that of the checkpoint.
+    A trial that was paused, or whose process died, gets its own checkpoint and keeps its newer ones: their history
+    starts with that of the checkpoint.
     """
     snapshot = load_checkpoint(start_from)
     state, wanted = snapshot.state, config.dump()
@@ -205,43 +214,49 @@ def _take_over(run: Run, config: Config, start_from: Path) -> None:
         if held.config == wanted and held.state["history"][: len(state["history"])] == state["history"]:
             return
     if state["epoch"] >= config.train.epochs:
-        raise TrialPruned("it was to go on from the end of another trial, which leaves nothing to train")
+        raise TrialPruned("the trial would resume from the end of another trial, with nothing to train")
     run.forget_checkpoints()
     run.path.mkdir(parents=True, exist_ok=True)
     write_json(run.path / "config.json", wanted)
-    # The best so far was another configuration's: what counts for this trial begins here.
+    # The best epoch so far belongs to another configuration.
     step = state["epoch"] * state["steps_per_epoch"] + state["step_in_epoch"]
     run.checkpoints.save(step, snapshot.under(wanted, best=None))
 
 
 def reportable(metric_names: Sequence[str]) -> set[str]:
-    """What a trial of a task gives back that a search may pursue; test figures are for the report alone."""
+    """Metrics of a trial that a search may optimise; test metrics are for the report only."""
     return {*(f"val/{name}" for name in metric_names), "energy_mj", "parameters"}
 
 
 def chooses_data(key: str) -> bool:
-    """Whether an override asks for another store, and not only for another way to show its pictures."""
-    return key.startswith("data.") and not key.startswith("data.transform.")
+    """Whether an override selects another store, not only another transform of its images."""
+    section, _, field_name = key.partition(".")
+    return section == "data" and field_name.partition(".")[0] != "transform"
 
 
 def refusal_of(setting: TrialSetting, fixed: Collection[str] = ()) -> Callable[[Mapping[str, Any]], str | None]:
-    """What is wrong with the overrides of a trial, or None; `fixed` are keys that have the same value in all trials."""
+    """A function that checks the overrides of a trial: it returns the error message, or None if they are valid.
 
-    def complaint(overrides: Mapping[str, Any]) -> str | None:
+    Args:
+        setting: of the search.
+        fixed: keys with the same value in all trials.
+    """
+
+    def problem(overrides: Mapping[str, Any]) -> str | None:
         for key in overrides:
             if chooses_data(key) and key not in fixed:
-                return f"{key} would need other data; all trials of a search share one store"
-            if key.startswith("cluster."):
-                return f"{key} is set by the search's resources"
+                return f"{key} selects other data, but all trials share one store; move it to overrides"
+            if key.partition(".")[0] == "cluster":
+                return f"{key} cannot be searched; set the search's resources instead"
         try:
             setting.config(overrides)
         except UserError as error:
             return str(error)
         return None
 
-    return complaint
+    return problem
 
 
 def reported_by_epoch(metric_names: Sequence[str]) -> set[str]:
-    """What a trial of a task reports after each epoch that a scheduler may decide by."""
+    """Metrics that a trial reports after each epoch, by which a scheduler may decide."""
     return {f"val/{name}" for name in metric_names}

@@ -1,4 +1,4 @@
-"""What a network is trained for. Training, registry, progress and prediction know `Task`, and no task by its name."""
+"""Tasks: what a network is trained for. Training, registry and inference depend on `Task` only, not on one task."""
 
 from spikefleet.tasks.task import AnyTask, LossSettings, Task, TaskReport, build_task, task_class
 

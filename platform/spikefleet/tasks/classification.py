@@ -1,4 +1,4 @@
-"""Classification of one image into one class."""
+"""Image classification: one class per image."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _KEPT = 5
 
 @dataclass(frozen=True)
 class Ranking:
-    """The likeliest classes of one sample, best first, with their probabilities."""
+    """The most likely classes of one sample, best first, with their probabilities."""
 
     classes: tuple[int, ...]
     probabilities: tuple[float, ...]
 
 
 class Classification(Task[Ranking, int]):
-    """Cross entropy on the logits `[B, K]`; top-1 and top-5 accuracy."""
+    """Cross entropy on logits `[B, K]`; top-1 and, for more than five classes, top-5 accuracy."""
 
     headline = ("top1",)
 
@@ -44,16 +44,17 @@ class Classification(Task[Ranking, int]):
 
     @classmethod
     def build(cls, model: ModelConfig, data: DataSummary, loss: LossSettings) -> Self:
-        """The task for as many classes as the data have."""
+        """The task for the classes of the data. Raises UserError if the network has another number of outputs."""
         check_class_count(model, data)
         return cls(data.class_names, loss)
 
     @property
     def report(self) -> ClassificationReport:
+        """What plots and writes its results."""
         return ClassificationReport(self.class_names)
 
     def loss(self, network: nn.Module, batch: Batch, balance: float = 0.0) -> dict[str, torch.Tensor]:
-        """`loss` (mean over the batch) and `top1` (share of right answers of the network itself)."""
+        """`loss`, the mean over the batch, and `top1`, the accuracy of the network's own output."""
         assert isinstance(batch.targets, torch.Tensor)
         output = network(batch.images)
         if isinstance(output, ShortcutLogits):
@@ -66,7 +67,7 @@ class Classification(Task[Ranking, int]):
 
     @torch.no_grad()
     def predict(self, network: nn.Module, batch: Batch) -> list[Ranking]:
-        """The five likeliest classes of each sample."""
+        """The five most likely classes of each sample."""
         probabilities = _probabilities(network, batch)
         top = probabilities.topk(min(_KEPT, probabilities.shape[1]), dim=1)
         rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
@@ -78,7 +79,7 @@ class Classification(Task[Ranking, int]):
         return batch.targets.tolist()
 
     def details(self, predictions: Sequence[Ranking], targets: Sequence[int]) -> dict[str, Any]:
-        """`metrics` in [0, 1], `samples`, `classes` (name, samples, top1 of each), `confusion` (rows: the target)."""
+        """`metrics` in [0, 1], `samples`, `classes` (name, samples, top1), `confusion` `[K, K]` (targets in rows)."""
         ranked, labels = np.array([p.classes for p in predictions]), np.array(targets)
         hits = ranked == labels[:, None]
         metrics = {"top1": float(hits[:, 0].mean())}
@@ -106,6 +107,7 @@ class Classification(Task[Ranking, int]):
 
     @property
     def served_shape(self) -> tuple[int, ...]:
+        """`[B, K]`, with -1 for B."""
         return (-1, len(self.class_names))
 
 
@@ -115,7 +117,7 @@ def _probabilities(network: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 class ClassificationReport(TaskReport[Ranking, int]):
-    """Images under their classes, accuracy by class, the confusion matrix."""
+    """Images with their classes, accuracy by class, the confusion matrix."""
 
     def __init__(self, class_names: tuple[str, ...]) -> None:
         self.class_names = class_names
@@ -123,21 +125,21 @@ class ClassificationReport(TaskReport[Ranking, int]):
     def draw(
         self, images: Sequence[torch.Tensor], predictions: Sequence[Ranking], targets: Sequence[int] | None, path: Path
     ) -> None:
-        """Images with the predicted class and its probability; a wrong one in red beside the target."""
-        captions, right = [], []
+        """Plots images with the predicted class and its probability; a wrong one in red, with the target."""
+        captions, correct = [], []
         for position, prediction in enumerate(predictions):
             caption = f"{self.class_names[prediction.classes[0]]} {prediction.probabilities[0]:.0%}"
-            correct = targets is None or prediction.classes[0] == targets[position]
-            if targets is not None and not correct:
+            is_correct = targets is None or prediction.classes[0] == targets[position]
+            if targets is not None and not is_correct:
                 caption += f"\nis {self.class_names[targets[position]]}"
             captions.append(caption)
-            right.append(correct)
-        plots.picture_grid(images, captions, right, path)
+            correct.append(is_correct)
+        plots.image_grid(images, captions, correct, path)
 
     def draw_batch(self, images: Sequence[torch.Tensor], targets: torch.Tensor, path: Path) -> None:
-        """Images of a training batch under their classes."""
+        """Plots images of a training batch with their classes."""
         names = [self.class_names[label] for label in targets.tolist()]
-        plots.picture_grid(images, names, [True] * len(names), path)
+        plots.image_grid(images, names, [True] * len(names), path)
 
     def table(self, details: Mapping[str, Any]) -> list[tuple[str, ...]]:
         """Samples and accuracy of each class."""
@@ -150,7 +152,7 @@ class ClassificationReport(TaskReport[Ranking, int]):
         ]
 
     def answer(self, prediction: Ranking) -> dict[str, Any]:
-        """`classes`: name and probability of the likeliest."""
+        """`classes`: name and probability of the most likely classes."""
         return {
             "classes": [
                 {"name": self.class_names[k], "probability": p}
@@ -159,18 +161,18 @@ class ClassificationReport(TaskReport[Ranking, int]):
         }
 
     def answer_table(self, answers: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-        """The likeliest class of each image, and the two after it."""
-        rows: list[tuple[str, ...]] = [("picture", "class", "probability", "then")]
+        """The most likely class of each image, and the next two."""
+        rows: list[tuple[str, ...]] = [("image", "class", "probability", "then")]
         for answer in answers:
             first, *others = answer["classes"]
             then = ", ".join(f"{other['name']} {other['probability']:.1%}" for other in others[:2])
-            rows.append((answer["picture"], first["name"], f"{first['probability']:.1%}", then))
+            rows.append((answer["image"], first["name"], f"{first['probability']:.1%}", then))
         return rows
 
     def write(
         self, details: Mapping[str, Any], predictions: Sequence[Ranking], targets: Sequence[int], folder: Path
     ) -> None:
-        """`evaluation.json` and `confusion.png`."""
+        """Writes `evaluation.json` and `confusion.png`."""
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "evaluation.json", details)
         plots.confusion_matrix(np.array(details["confusion"]), self.class_names, folder / "confusion.png")

@@ -1,7 +1,7 @@
-"""COCO's figures of detections, by pycocotools, which defines them.
+"""COCO metrics of detections, computed by pycocotools, which defines them.
 
-The evaluation reads the same plain data that `ground_truth.json` and `predictions.json` of a report hold, so
-pycocotools run by hand on those files gives the same figures.
+The evaluation reads the same plain data that a report saves in `ground_truth.json` and `predictions.json`, so running
+pycocotools on these files gives the same metrics.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pycocotools.cocoeval import COCOeval
 
 from spikefleet_pipelines.store.annotations import Annotations
 
-FIGURES = (
+COCO_METRICS = (
     "map50_95",
     "map50",
     "map75",
@@ -35,82 +35,95 @@ FIGURES = (
     "ar_medium",
     "ar_large",
 )
-"""COCO's twelve numbers, in its order: mean average precision, and average recall at 1, 10 and 100 boxes a picture."""
+"""COCO's twelve metrics, in its order: mean average precision, and average recall at 1, 10 and 100 boxes per image."""
 
 _IOU_50 = 0
 
 
 @dataclass(frozen=True)
 class FoundBoxes:
-    """The detections in one picture, best first."""
+    """The detections in one image, best first."""
 
     boxes: NDArray[np.float64]
-    """[M, 4], x1 y1 x2 y2 in pixels of the stored picture."""
+    """`[M, 4]`, x1 y1 x2 y2 in pixels of the stored image."""
     scores: NDArray[np.float64]
+    """`[M]`, in [0, 1]."""
     labels: NDArray[np.int64]
-    """[M], 0 to K - 1."""
+    """`[M]`, 0 to K - 1."""
 
     def at_least(self, score: float) -> FoundBoxes:
-        """Those of this score and above."""
+        """The detections with at least this score."""
         kept = self.scores >= score
         return FoundBoxes(self.boxes[kept], self.scores[kept], self.labels[kept])
 
 
 @dataclass(frozen=True)
-class ClassFigures:
-    """One class: its objects (without crowds), and average precision; None where it has no object."""
+class ClassMetrics:
+    """One class: its number of objects (without crowds), and average precision; None for a class without objects."""
 
     name: str
     objects: int
     ap50_95: float | None
     ap50: float | None
     precision50: tuple[float, ...]
-    """Precision at IoU 0.5 for recall 0, 0.01, ..., 1; empty where the class has no object."""
+    """Precision at IoU 0.5 for recall 0, 0.01, ..., 1; empty for a class without objects."""
 
 
 @dataclass(frozen=True)
-class CocoFigures:
-    """All figures of an evaluation; one of the twelve is left out where nothing in the data is of its kind."""
+class CocoMetrics:
+    """All metrics of an evaluation."""
 
     twelve: dict[str, float]
-    classes: tuple[ClassFigures, ...]
+    """COCO's twelve metrics by name, without those that are undefined (no large object, for example)."""
+    classes: tuple[ClassMetrics, ...]
 
 
-def ground_truth(truths: Sequence[Annotations], class_names: Sequence[str], category_ids: Sequence[int]) -> Any:
-    """COCO's annotation format. Boxes without area stand in it as they were given.
+def ground_truth(targets: Sequence[Annotations], class_names: Sequence[str], category_ids: Sequence[int]) -> Any:
+    """Annotations in COCO's format; boxes without area are kept.
 
-    Annotations are numbered anew from 1: pycocotools takes the id 0 for "not matched".
+    Annotations get new ids from 1: to pycocotools the id 0 means "not matched".
+
+    Args:
+        targets: annotations of each image.
+        class_names: of the K classes.
+        category_ids: COCO's id of each class.
     """
     numbers = itertools.count(1)
     return {
-        "images": [{"id": truth.image_id, "height": truth.height, "width": truth.width} for truth in truths],
+        "images": [{"id": target.image_id, "height": target.height, "width": target.width} for target in targets],
         "categories": [{"id": key, "name": name} for key, name in zip(category_ids, class_names, strict=True)],
         "annotations": [
             {
                 "id": next(numbers),
-                "image_id": truth.image_id,
+                "image_id": target.image_id,
                 "category_id": int(category),
                 "bbox": box.tolist(),
                 "area": float(area),
                 "iscrowd": int(crowd),
             }
-            for truth in truths
+            for target in targets
             for category, box, area, crowd in zip(
-                truth.category_ids, truth.boxes, truth.areas, truth.crowd, strict=True
+                target.category_ids, target.boxes, target.areas, target.crowd, strict=True
             )
         ],
     }
 
 
-def results(found: Sequence[FoundBoxes], truths: Sequence[Annotations], category_ids: Sequence[int]) -> list[Any]:
-    """COCO's result format: one entry a box, x y w h."""
+def results(found: Sequence[FoundBoxes], targets: Sequence[Annotations], category_ids: Sequence[int]) -> list[Any]:
+    """Detections in COCO's result format: one entry per box, x y w h.
+
+    Args:
+        found: detections of each image.
+        targets: annotations of each image, which have its id.
+        category_ids: COCO's id of each class.
+    """
     entries = []
-    for one, truth in zip(found, truths, strict=True):
+    for one, target in zip(found, targets, strict=True):
         for box, score, label in zip(one.boxes, one.scores, one.labels, strict=True):
             left, top, right, bottom = box.tolist()
             entries.append(
                 {
-                    "image_id": truth.image_id,
+                    "image_id": target.image_id,
                     "category_id": category_ids[label],
                     "bbox": [left, top, right - left, bottom - top],
                     "score": float(score),
@@ -119,44 +132,58 @@ def results(found: Sequence[FoundBoxes], truths: Sequence[Annotations], category
     return entries
 
 
-def evaluate_boxes(truth: Any, found: Sequence[Any]) -> CocoFigures:
-    """COCO's figures of results (`results`) against annotations (`ground_truth`)."""
+def evaluate_boxes(annotations: Any, found: Sequence[Any]) -> CocoMetrics:
+    """COCO metrics.
+
+    Args:
+        annotations: as `ground_truth` returns them.
+        found: as `results` returns them.
+    """
     with contextlib.redirect_stdout(io.StringIO()):
         annotated = COCO()
-        annotated.dataset = truth
+        annotated.dataset = annotations
         annotated.createIndex()
-        evaluation = COCOeval(annotated, _detections(annotated, truth, found), "bbox")
+        evaluation = COCOeval(annotated, _detections(annotated, annotations, found), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    twelve = {name: float(value) for name, value in zip(FIGURES, evaluation.stats, strict=True) if value > -1}
-    # [IoU, recall, class, area, boxes a picture]: all areas, 100 boxes a picture
+    twelve = {name: float(value) for name, value in zip(COCO_METRICS, evaluation.stats, strict=True) if value > -1}
+    # [IoU, recall, class, area, boxes per image]: all areas, 100 boxes per image
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
     counts = dict.fromkeys(evaluation.params.catIds, 0)
-    for entry in truth["annotations"]:
+    for entry in annotations["annotations"]:
         counts[entry["category_id"]] += not entry["iscrowd"]
-    names = {category["id"]: category["name"] for category in truth["categories"]}
+    names = {category["id"]: category["name"] for category in annotations["categories"]}
     classes = {
-        key: _class_figures(names[key], counts[key], precision[:, :, position])
+        key: _class_metrics(names[key], counts[key], precision[:, :, position])
         for position, key in enumerate(evaluation.params.catIds)
     }
-    return CocoFigures(twelve, tuple(classes[category["id"]] for category in truth["categories"]))
+    return CocoMetrics(twelve, tuple(classes[category["id"]] for category in annotations["categories"]))
 
 
 def box_confusion(
-    found: Sequence[FoundBoxes], truths: Sequence[Annotations], classes: int, iou: float = 0.5
+    found: Sequence[FoundBoxes], targets: Sequence[Annotations], classes: int, iou: float = 0.5
 ) -> NDArray[np.int64]:
-    """Counts [K + 1, K + 1]; rows: the truth, columns: what was found; the last of each is the background.
+    """Confusion matrix of detections.
 
-    Each object is matched with the free box of any class that overlaps it most, at least by `iou`; the largest overlaps
-    first. Crowds are left out, and so is what was found in them.
+    Objects and boxes of any class are matched one to one, the largest overlaps first. Crowds are left out, and so are
+    the boxes that overlap them.
+
+    Args:
+        found: detections of each image.
+        targets: annotations of each image.
+        classes: number K of classes.
+        iou: smallest overlap of a match.
+
+    Returns:
+        Counts `[K + 1, K + 1]`, targets in rows and detections in columns; the last of each is the background.
     """
     from torchvision.ops import box_iou  # seconds to import
 
     counts = np.zeros((classes + 1, classes + 1), np.int64)
-    for one, truth in zip(found, truths, strict=True):
-        crowd = truth.crowd.tolist()
-        corners = [[x, y, x + width, y + height] for x, y, width, height in truth.boxes.tolist()]
+    for one, target in zip(found, targets, strict=True):
+        crowd = target.crowd.tolist()
+        corners = [[x, y, x + width, y + height] for x, y, width, height in target.boxes.tolist()]
         overlaps = np.zeros((len(corners), len(one.boxes)))
         if overlaps.size:
             boxes = torch.from_numpy(one.boxes).double()
@@ -164,32 +191,32 @@ def box_confusion(
         free_objects, free_boxes = {k for k, is_crowd in enumerate(crowd) if not is_crowd}, set(range(len(one.boxes)))
         for place in np.argsort(-overlaps, axis=None, kind="stable"):
             row, column = divmod(int(place), max(1, len(one.boxes)))
-            if not overlaps[row, column] >= iou:  # NaN for two boxes without area
+            if not overlaps[row, column] >= iou:  # the IoU of two boxes without area is NaN
                 break
             if row in free_objects and column in free_boxes:
-                counts[truth.labels[row], one.labels[column]] += 1
+                counts[target.labels[row], one.labels[column]] += 1
                 free_objects.remove(row)
                 free_boxes.remove(column)
         for row in free_objects:
-            counts[truth.labels[row], classes] += 1
+            counts[target.labels[row], classes] += 1
         for column in free_boxes:
             if not any(crowd[row] and overlaps[row, column] > 0 for row in range(len(crowd))):
                 counts[classes, one.labels[column]] += 1
     return counts
 
 
-def _detections(annotated: COCO, truth: Any, found: Sequence[Any]) -> COCO:
+def _detections(annotated: COCO, annotations: Any, found: Sequence[Any]) -> COCO:
     if found:
         return annotated.loadRes(list(found))
-    nothing = COCO()  # loadRes reads the first result, and there is none
-    nothing.dataset = {"images": truth["images"], "categories": truth["categories"], "annotations": []}
+    nothing = COCO()  # loadRes fails on an empty list
+    nothing.dataset = {"images": annotations["images"], "categories": annotations["categories"], "annotations": []}
     nothing.createIndex()
     return nothing
 
 
-def _class_figures(name: str, objects: int, precision: NDArray[np.float64]) -> ClassFigures:
-    """`precision` is [IoU, recall]; -1 all over for a class without objects."""
+def _class_metrics(name: str, objects: int, precision: NDArray[np.float64]) -> ClassMetrics:
+    """The metrics of one class; `precision` `[IoU, recall]` is -1 everywhere for a class without objects."""
     if (precision < 0).all():
-        return ClassFigures(name, objects, None, None, ())
+        return ClassMetrics(name, objects, None, None, ())
     curve = precision[_IOU_50]
-    return ClassFigures(name, objects, float(precision.mean()), float(curve.mean()), tuple(curve.tolist()))
+    return ClassMetrics(name, objects, float(precision.mean()), float(curve.mean()), tuple(curve.tolist()))

@@ -1,4 +1,4 @@
-"""Detection of objects by boxes."""
+"""Object detection: boxes with classes."""
 
 from __future__ import annotations
 
@@ -13,51 +13,60 @@ from spikefleet import plots
 from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
 from spikefleet.files import write_json
-from spikefleet.tasks.coco_metrics import FIGURES, FoundBoxes, box_confusion, evaluate_boxes, ground_truth, results
+from spikefleet.tasks.coco_metrics import COCO_METRICS, FoundBoxes, box_confusion, evaluate_boxes, ground_truth, results
 from spikefleet.tasks.task import LossSettings, Task, TaskReport, check_class_count
 from spikefleet_models.detection import DetectionCriterion, Objects
 from spikefleet_models.family import ModelConfig
 from spikefleet_pipelines.loading import Batch
 from spikefleet_pipelines.store.annotations import Annotations, Target
+from spikefleet_tune.messages import counted
 
 SHOWN_SCORE = 0.3
 """Boxes below this score are not drawn."""
 
 
 class Detection(Task[FoundBoxes, Annotations]):
-    """The loss and the decoding of a detector's family; COCO's metrics."""
+    """The loss and the decoding of the model family; COCO metrics."""
 
-    metric_names = FIGURES
+    metric_names = COCO_METRICS
     headline = ("map50_95", "map50")
     any_size = True
 
-    def __init__(self, criterion: DetectionCriterion, class_names: Sequence[str], category_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        criterion: DetectionCriterion,
+        class_names: Sequence[str],
+        category_ids: Sequence[int],
+        global_divisor: bool = False,
+    ) -> None:
         self.class_names = tuple(class_names)
         self.category_ids = tuple(category_ids)
-        self._criterion = criterion
+        self._criterion, self._global_divisor = criterion, global_divisor
 
     @classmethod
     def build(cls, model: ModelConfig, data: DataSummary, loss: LossSettings) -> Self:
-        """The task for as many classes as the data have."""
+        """The task for the classes of the data. Raises UserError if the network has another number of classes."""
         check_class_count(model, data)
-        return cls(model.build_criterion(), data.class_names, data.category_ids)
+        return cls(model.build_criterion(), data.class_names, data.category_ids, loss.global_divisor)
 
     @property
     def report(self) -> DetectionReport:
+        """What plots and writes its results."""
         return DetectionReport(self.class_names, self.category_ids)
 
     def loss(self, network: nn.Module, batch: Batch, balance: float = 0.0) -> dict[str, torch.Tensor]:
-        """`loss` (normalised as the family's paper does) and its parts; detectors have no side branches."""
+        """`loss` and its parts, normalised as in the paper of the family, or as sums with their `divisor`."""
         objects = [Objects(target.boxes, target.labels) for target in batch.targets]
-        return self._criterion.loss(network(batch.images), objects, _size(batch))
+        divided = not self._global_divisor
+        return self._criterion.loss(network(batch.images), objects, _size(batch), divided=divided)
 
     @torch.no_grad()
     def predict(self, network: nn.Module, batch: Batch) -> list[FoundBoxes]:
-        """The boxes of each image, in its own pixels."""
+        """The boxes of each image, in pixels of the stored image."""
         found = self._criterion.detect(network(batch.images), _size(batch))
         return [
             FoundBoxes(
-                target.placement.to_picture(one.boxes.float().cpu()).double().numpy(),
+                target.placement.to_stored_image(one.boxes.float().cpu()).double().numpy(),
                 one.scores.double().cpu().numpy(),
                 one.labels.cpu().numpy(),
             )
@@ -65,24 +74,29 @@ class Detection(Task[FoundBoxes, Annotations]):
         ]
 
     def targets(self, batch: Batch) -> list[Annotations]:
-        """The annotations of each image as they stand in the store."""
+        """The stored annotations of each image."""
         annotations = [target.annotations for target in batch.targets]
-        assert None not in annotations, "batches of evaluation carry their annotations"
+        assert None not in annotations, "evaluation batches have annotations"
         return annotations
 
     def details(self, predictions: Sequence[FoundBoxes], targets: Sequence[Annotations]) -> dict[str, Any]:
-        """`metrics` (COCO's twelve, in [0, 1]), `samples` (images), and `classes`: name, objects, ap50_95, ap50 and
-        precision50 of each.
+        """COCO metrics of a split.
+
+        Returns:
+            `metrics` (COCO's twelve, in [0, 1]), `samples` (images), and `classes`, a list of name, objects, ap50_95,
+            ap50 and precision50.
 
         Raises:
             UserError: no image has an object.
         """
-        truth = ground_truth(targets, self.class_names, self.category_ids)
-        if all(entry["iscrowd"] for entry in truth["annotations"]):
-            raise UserError(f"none of the {len(targets)} pictures has an object, so nothing can be measured on them")
-        figures = evaluate_boxes(truth, results(predictions, targets, self.category_ids))
+        annotations = ground_truth(targets, self.class_names, self.category_ids)
+        if all(entry["iscrowd"] for entry in annotations["annotations"]):
+            raise UserError(
+                f"detection metrics need at least one object, found none in {counted(len(targets), 'image')}"
+            )
+        measured = evaluate_boxes(annotations, results(predictions, targets, self.category_ids))
         return {
-            "metrics": figures.twelve,
+            "metrics": measured.twelve,
             "samples": len(targets),
             "classes": [
                 {
@@ -92,22 +106,22 @@ class Detection(Task[FoundBoxes, Annotations]):
                     "ap50": one.ap50,
                     "precision50": list(one.precision50),
                 }
-                for one in figures.classes
+                for one in measured.classes
             ],
         }
 
     def confident(self, prediction: FoundBoxes, score: float) -> FoundBoxes:
-        """The boxes of this score and above."""
+        """The boxes with at least this score."""
         return prediction.at_least(score)
 
     def serve(self, network: nn.Module, batch: Batch) -> list[list[dict[str, Any]]]:
-        """The objects of each image: name, score and box (x1, y1, x2, y2 in pixels)."""
+        """The objects of each image: name, score and box (x1 y1 x2 y2 in pixels)."""
         report = self.report
         return [report.answer(prediction)["objects"] for prediction in self.predict(network, batch)]
 
 
 class DetectionReport(TaskReport[FoundBoxes, Annotations]):
-    """Boxes on images, average precision by class, COCO's files."""
+    """Boxes on images, average precision by class, and files in COCO's formats."""
 
     draws_each = True
 
@@ -115,7 +129,7 @@ class DetectionReport(TaskReport[FoundBoxes, Annotations]):
         self.class_names, self.category_ids = class_names, category_ids
 
     def table(self, details: Mapping[str, Any]) -> list[tuple[str, ...]]:
-        """Objects and average precision of each class."""
+        """Objects and average precision by class."""
         return [
             ("class", "objects", "AP50-95", "AP50"),
             *(
@@ -131,34 +145,34 @@ class DetectionReport(TaskReport[FoundBoxes, Annotations]):
         targets: Sequence[Annotations] | None,
         path: Path,
     ) -> None:
-        """Images with the boxes that were found (score at least 0.3), each to the right of the annotated one."""
+        """Plots images with the detected boxes (score at least 0.3), each to the right of the annotated image."""
         drawn = []
         for position, (image, found) in enumerate(zip(images, predictions, strict=True)):
             if targets is not None:
-                truth = targets[position]
-                boxes = torch.tensor(truth.boxes).float()
+                target = targets[position]
+                boxes = torch.tensor(target.boxes).float()
                 corners = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)
-                names = [self.class_names[label] for label in truth.labels]
-                drawn.append(plots.boxes_on_picture(image, corners, truth.labels.tolist(), names))
+                names = [self.class_names[label] for label in target.labels]
+                drawn.append(plots.boxes_on_image(image, corners, target.labels.tolist(), names))
             drawn.append(self.draw_one(image, found.at_least(SHOWN_SCORE)))
-        plots.picture_sheet(drawn, path)
+        plots.image_sheet(drawn, path)
 
     def draw_one(self, image: torch.Tensor, prediction: FoundBoxes) -> torch.Tensor:
-        """One image `[C, H, W]` (uint8) with all boxes drawn on it, uint8 `[3, H', W']`."""
+        """One image, uint8 `[C, H, W]`, with all boxes drawn on it, uint8 `[3, H', W']`."""
         labels = prediction.labels.tolist()
         captions = [f"{self.class_names[k]} {score:.2f}" for k, score in zip(labels, prediction.scores, strict=True)]
-        return plots.boxes_on_picture(image, torch.as_tensor(prediction.boxes).float(), labels, captions)
+        return plots.boxes_on_image(image, torch.as_tensor(prediction.boxes).float(), labels, captions)
 
     def draw_batch(self, images: Sequence[torch.Tensor], targets: Sequence[Target], path: Path) -> None:
-        """Images of a training batch with the boxes that the loss sees."""
+        """Plots images of a training batch with the boxes of the loss."""
         drawn = []
         for image, target in zip(images, targets, strict=True):
             labels = target.labels.tolist()
-            drawn.append(plots.boxes_on_picture(image, target.boxes, labels, [self.class_names[k] for k in labels]))
-        plots.picture_sheet(drawn, path)
+            drawn.append(plots.boxes_on_image(image, target.boxes, labels, [self.class_names[k] for k in labels]))
+        plots.image_sheet(drawn, path)
 
     def answer(self, prediction: FoundBoxes) -> dict[str, Any]:
-        """`objects`: name, score and box (x1, y1, x2, y2 in pixels) of each."""
+        """`objects`: name, score and box (x1 y1 x2 y2 in pixels) of each."""
         return {
             "objects": [
                 {"name": self.class_names[label], "score": float(score), "box": [float(x) for x in box]}
@@ -167,14 +181,14 @@ class DetectionReport(TaskReport[FoundBoxes, Annotations]):
         }
 
     def answer_table(self, answers: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-        """A row for each object, and one for each image without any."""
-        rows: list[tuple[str, ...]] = [("picture", "object", "score", "x1 y1 x2 y2 (pixels)")]
+        """One row for each object, and one for each image without objects."""
+        rows: list[tuple[str, ...]] = [("image", "object", "score", "x1 y1 x2 y2 (pixels)")]
         for answer in answers:
             for found in answer["objects"]:
                 corners = " ".join(f"{x:.0f}" for x in found["box"])
-                rows.append((answer["picture"], found["name"], f"{found['score']:.2f}", corners))
+                rows.append((answer["image"], found["name"], f"{found['score']:.2f}", corners))
             if not answer["objects"]:
-                rows.append((answer["picture"], "-", "-", "-"))
+                rows.append((answer["image"], "-", "-", "-"))
         return rows
 
     def write(
@@ -184,9 +198,11 @@ class DetectionReport(TaskReport[FoundBoxes, Annotations]):
         targets: Sequence[Annotations],
         folder: Path,
     ) -> None:
-        """`evaluation.json`, COCO's `ground_truth.json` and `predictions.json`, `precision_recall.png`, and
-        `confusion.png`: which class a box that was found (score at least 0.3, IoU at least 0.5) stood for, and what was
-        missed or found in the background."""
+        """Writes `evaluation.json`, and the plots `precision_recall.png` and `confusion.png`.
+
+        `ground_truth.json` and `predictions.json` are in COCO's formats. The confusion matrix has boxes with a score of
+        at least 0.3, matched at an IoU of at least 0.5.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "evaluation.json", details)
         write_json(folder / "ground_truth.json", ground_truth(targets, self.class_names, self.category_ids))

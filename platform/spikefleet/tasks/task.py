@@ -1,4 +1,4 @@
-"""The seam between everything that trains, measures or serves a network, and one kind of problem.
+"""The interface of a task: everything that trains, evaluates or serves a network depends on it.
 
 A task is one module with a `Task` and its `TaskReport`, and one line in `spikefleet.config.task_table`.
 """
@@ -24,19 +24,22 @@ from spikefleet.files import write_json
 from spikefleet_models.family import ModelConfig
 from spikefleet_models.shortcut import ShortcutConfig
 from spikefleet_pipelines.loading import Batch
+from spikefleet_tune.messages import counted
 
 Prediction = TypeVar("Prediction")
-"""What a network says of one sample; plain and picklable."""
+"""The prediction for one sample; plain and picklable."""
 
 Target = TypeVar("Target")
-"""What `metrics` compares a prediction with; plain and picklable."""
+"""The target of one sample, which `metrics` compares with its prediction; plain and picklable."""
 
 
 @dataclass(frozen=True)
 class LossSettings:
-    """What a training adds to a task's loss; its entry in the table of tasks says which it knows."""
+    """Settings of the loss; the task's entry in the table of tasks says which it supports."""
 
     label_smoothing: float = 0.0
+    global_divisor: bool = True
+    """Losses with a divisor of their own return sums and that divisor; the training divides."""
     shortcut: ShortcutConfig = field(default_factory=ShortcutConfig)
 
 
@@ -44,27 +47,36 @@ class Task(ABC, Generic[Prediction, Target]):
     """Loss, predictions and metrics of one kind of problem."""
 
     metric_names: tuple[str, ...]
-    """Metrics over a split, all that `checkpoint.metric` may name."""
+    """Metrics of a split: the allowed values of `checkpoint.metric`."""
 
     headline: tuple[str, ...]
-    """Those shown while it trains; shares of 1."""
+    """Metrics in [0, 1] to show during training."""
 
     any_size: bool = False
-    """Whether it takes images of any size; else they are resized to that of the training images."""
+    """Whether the task takes images of any size; if not, they are resized to that of the training images."""
 
     @classmethod
     @abstractmethod
     def build(cls, model: ModelConfig, data: DataSummary, loss: LossSettings) -> Self:
-        """The task for a network and its data. Raises UserError when they do not suit one another."""
+        """The task for a network and its data.
+
+        Args:
+            model: configuration of the network.
+            data: summary of the data.
+            loss: settings of the loss.
+
+        Raises:
+            UserError: the network does not fit the data.
+        """
 
     @property
     @abstractmethod
     def report(self) -> TaskReport[Prediction, Target]:
-        """What draws and writes its results."""
+        """What plots and writes its results."""
 
     @abstractmethod
     def loss(self, network: nn.Module, batch: Batch, balance: float) -> dict[str, torch.Tensor]:
-        """Runs a network that trains on a batch.
+        """Runs a network on a training batch.
 
         Args:
             network: in training mode.
@@ -72,7 +84,9 @@ class Task(ABC, Generic[Prediction, Target]):
             balance: coefficient of shortcut back-propagation, for networks with side branches.
 
         Returns:
-            `{"loss": mean over the batch, parts...}`: scalars, `loss` with a gradient.
+            Scalars by name: `loss`, the mean over the batch, with a gradient; and its parts or other metrics. A loss
+            with its own divisor, such as the number of objects, returns sums and a `divisor`; training adds those of
+            all ranks and divides.
         """
 
     @abstractmethod
@@ -85,24 +99,24 @@ class Task(ABC, Generic[Prediction, Target]):
 
     @abstractmethod
     def details(self, predictions: Sequence[Prediction], targets: Sequence[Target]) -> dict[str, Any]:
-        """`metrics` (by name), `samples`, and whatever else describes an evaluation of a split; plain data."""
+        """The evaluation of a split as plain data: `metrics` by name, `samples`, and further keys of the task."""
 
     def metrics(self, predictions: Sequence[Prediction], targets: Sequence[Target]) -> dict[str, float]:
-        """Metrics over a whole split, each sample once."""
+        """Metrics of a whole split by name."""
         metrics: dict[str, float] = self.details(predictions, targets)["metrics"]
         return metrics
 
     def confident(self, prediction: Prediction, score: float) -> Prediction:
-        """A prediction without the parts below a score in [0, 1]; as it is where it has no parts."""
+        """A prediction without the parts whose score in [0, 1] is smaller; by default all of it."""
         return prediction
 
     def serve(self, network: nn.Module, batch: Batch) -> Any:
-        """What a served model returns for a batch: an array, or plain data for each image."""
+        """The answer of a served model for a batch: an array, or plain data for each image."""
         return [self.report.answer(prediction) for prediction in self.predict(network, batch)]
 
     @property
     def served_shape(self) -> tuple[int, ...] | None:
-        """Shape of a served float32 array, -1 for the batch; None where plain data are served."""
+        """Shape of the served float32 array, with -1 for the batch; None for plain data."""
         return None
 
 
@@ -110,7 +124,7 @@ class TaskReport(ABC, Generic[Prediction, Target]):
     """Plots, tables and files of a task's results."""
 
     draws_each: bool = False
-    """Whether a prediction is drawn on its image (`draw_one`), a file each; else `draw` puts all into one plot."""
+    """Whether each prediction is drawn on its image (`draw_one`) in a file of its own; if not, `draw` plots all."""
 
     @abstractmethod
     def draw(
@@ -120,27 +134,44 @@ class TaskReport(ABC, Generic[Prediction, Target]):
         targets: Sequence[Target] | None,
         path: Path,
     ) -> None:
-        """Plots images `[C, H, W]` (uint8) with their predictions, beside the targets where there are any."""
+        """Plots images with their predictions, and with the targets if there are any.
+
+        Args:
+            images: uint8 `[C, H, W]` each.
+            predictions: one for each image.
+            targets: one for each image, or None.
+            path: the PNG.
+        """
 
     def draw_one(self, image: torch.Tensor, prediction: Prediction) -> torch.Tensor:
-        """An image `[C, H, W]` (uint8) with its prediction drawn on it, uint8 `[3, H', W']`."""
-        raise TypeError(f"{type(self).__name__} draws no single images")
+        """An image, uint8 `[C, H, W]`, with its prediction drawn on it, uint8 `[3, H', W']`.
+
+        Raises:
+            TypeError: `draws_each` is False.
+        """
+        raise TypeError(f"{type(self).__name__} does not draw single images")
 
     def draw_batch(self, images: Sequence[torch.Tensor], targets: Any, path: Path) -> None:
-        """Plots images `[C, H, W]` (uint8) of a training batch with its targets (`Batch.targets`); bare by default."""
-        plots.picture_grid(images, [""] * len(images), [True] * len(images), path)
+        """Plots images of a training batch with their targets; without targets by default.
+
+        Args:
+            images: uint8 `[C, H, W]` each.
+            targets: those of `Batch.targets`.
+            path: the PNG.
+        """
+        plots.image_grid(images, [""] * len(images), [True] * len(images), path)
 
     def table(self, details: Mapping[str, Any]) -> list[tuple[str, ...]]:
-        """Details for people, by class where there are classes; the first row is the header."""
+        """A table of the details, by class if there are classes; the first row is the header."""
         return [("metric", "value"), *((name, f"{value:.4g}") for name, value in details["metrics"].items())]
 
     @abstractmethod
     def answer(self, prediction: Prediction) -> dict[str, Any]:
-        """One prediction as plain data with names."""
+        """A prediction as plain data with class names."""
 
     def answer_table(self, answers: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-        """Answers, each with the name of its `picture`, for people; the first row is the header."""
-        header = tuple(answers[0]) if answers else ("picture",)
+        """A table of answers, each with the path of its `image`; the first row is the header."""
+        header = tuple(answers[0]) if answers else ("image",)
         return [header, *(tuple(str(answer[key]) for key in header) for answer in answers)]
 
     def write(
@@ -150,40 +181,55 @@ class TaskReport(ABC, Generic[Prediction, Target]):
         targets: Sequence[Target],
         folder: Path,
     ) -> None:
-        """Writes details (`evaluation.json`) and the plots that go with them into a folder."""
+        """Writes the details (`evaluation.json`) and the plots of an evaluation into a folder.
+
+        Args:
+            details: as `Task.details` returns them.
+            predictions: of the split.
+            targets: of the split.
+            folder: the folder.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "evaluation.json", details)
 
 
 AnyTask = Task[Any, Any]
-"""A task whose predictions and targets pass from one of its methods to another, unread."""
+"""A task whose predictions and targets the caller only passes between its methods."""
 
 
 def build_task(config: Config, data: DataSummary) -> AnyTask:
-    """The task that a configuration names.
+    """The task of a configuration.
+
+    Args:
+        config: of the run.
+        data: summary of its data.
 
     Raises:
-        UserError: the data do not suit the task or the network, or the task has no such metric.
+        UserError: the network does not fit the data, or the task has no such `checkpoint.metric`.
     """
-    loss = LossSettings(config.train.label_smoothing, config.shortcut)
+    loss = LossSettings(
+        label_smoothing=config.train.label_smoothing,
+        global_divisor=config.train.loss_divisor == "global",
+        shortcut=config.shortcut,
+    )
     task = task_class(config.task).build(config.model, data, loss)
     if config.checkpoint.metric not in task.metric_names:
         known = ", ".join(task.metric_names)
-        raise UserError(f"checkpoint.metric={config.checkpoint.metric!r} is not measured by this task; it has {known}")
+        raise UserError(f"checkpoint.metric={config.checkpoint.metric!r} must be a metric of the task: {known}")
     return task
 
 
 def task_class(name: str) -> type[AnyTask]:
-    """The class of a task, by the table's name. Raises ValueError for an unknown one."""
+    """The class of a task by its name in the table. Raises ValueError for an unknown one."""
     module, _, attribute = find_task(name).implementation.partition(":")
     found: type[AnyTask] = getattr(importlib.import_module(module), attribute)
     return found
 
 
 def check_class_count(model: ModelConfig, data: DataSummary) -> None:
-    """Raises UserError unless the network has an output for each class of the data."""
+    """Raises UserError unless the network has one output for each class of the data."""
     if len(data.class_names) != model.num_classes:
         raise UserError(
-            f"model.num_classes={model.num_classes}, but the data have {len(data.class_names)} classes; "
-            f"set model.num_classes={len(data.class_names)}"
+            f"model.num_classes={model.num_classes}, but the data has "
+            f"{counted(len(data.class_names), 'class', 'classes')}; set model.num_classes={len(data.class_names)}"
         )

@@ -1,1 +1,1 @@
-"""Runs in MLflow: a journal that is written first, and its delivery."""
+"""Tracking of runs in MLflow: a write-ahead journal and its delivery."""

@@ -1,4 +1,4 @@
-"""Delivery of journaled tracking records to MLflow: once in effect, although a crash may repeat a request.
+"""Delivery of journaled tracking records to MLflow; requests are idempotent, since a crash may repeat one.
 
 * The run is looked up by the tag `spikefleet.run_uid` before it is created.
 * MLflow's metric table has the primary key (run, key, timestamp, step, value), and a record keeps its first timestamp.
@@ -19,21 +19,28 @@ from spikefleet.tracking.mlflow_client import public_uri, without_credentials
 from spikefleet_tune.jsonl_log import Entry, Record
 
 RUN_UID_TAG = "spikefleet.run_uid"
-SPOOL = "tracking-artifacts"  # in the run directory: the files that artifact records name
+"""Tag by which a run is found again in MLflow."""
+SPOOL = "tracking-artifacts"
+"""Folder in the run's directory with the files of artifact records."""
 
 # MLflow's limits (mlflow.utils.validation).
 MAX_METRICS = 1000
 MAX_PARAMS_OR_TAGS = 100
 
 READ_BYTES = 128 * 1024  # of the journal at a time; far below MLflow's limit of 1 MB a request
-GATHER_S = 0.5  # records of this long go out in one request
+GATHER_S = 0.5  # records of this period go into one request
 MAX_BACKOFF_S = 10.0
 
 log = logging.getLogger(__name__)
 
 
 class Delivery:
-    """Sends the records of a journal to MLflow, in order; one thread uses it."""
+    """Sends the records of a journal to MLflow, in order. Used by one thread.
+
+    Args:
+        journal: the journal.
+        tracking_uri: of the server or database.
+    """
 
     def __init__(self, journal: Journal, tracking_uri: str) -> None:
         self.journal = journal
@@ -41,20 +48,23 @@ class Delivery:
         self._uri = tracking_uri
         self._client: Any = None
         if journal.delivered.tracking_uri != public_uri(tracking_uri):
-            # Another server knows nothing of this run: it gets all of it.
+            # Another server has none of the records: send all.
             journal.mark_delivered(Delivered(tracking_uri=public_uri(tracking_uri)))
 
     def attempt(self) -> bool:
-        """Sends the next records; False when none are left.
+        """Sends the next records.
+
+        Returns:
+            False if no records are left.
 
         Raises:
-            Exception: whatever MLflow and the network raise; the records stay where they are.
-            RunGoneError: the run, or its experiment, has been deleted in MLflow.
+            Exception: any error of MLflow or of the network; the records stay in the journal.
+            RunGoneError: the run or its experiment was deleted in MLflow.
         """
         try:
             batch = next_batch(self.journal.unsent(READ_BYTES))
             if batch:
-                self.journal.sync()  # MLflow must not know more than a journal that lost power
+                self.journal.sync()  # after a power failure MLflow must not have more than the journal
                 self._deliver(batch)
         except Exception as error:
             self.problem = self._reason(error)
@@ -63,7 +73,7 @@ class Delivery:
         return bool(batch)
 
     def _deliver(self, batch: list[Entry]) -> None:
-        """Sends a batch. What the server refuses for good is left out, or it would hold up all that follows."""
+        """Sends a batch. A record that the server rejects permanently is skipped, so that it does not block others."""
         delivered = self.journal.delivered
         try:
             delivered = self._send(batch, delivered)
@@ -76,11 +86,11 @@ class Delivery:
                 self._deliver(batch[:middle])
                 self._deliver(batch[middle:])
                 return
-            log.warning("MLflow refuses a record (%s): %s", batch[0].record["kind"], self._reason(error))
+            log.warning("MLflow rejected a record (%s): %s", batch[0].record["kind"], self._reason(error))
         self.journal.mark_delivered(replace(delivered, offset=batch[-1].end, records=delivered.records + len(batch)))
 
     def _refused(self, error: Exception) -> bool:
-        """Whether MLflow says that it will never take this request; a proxy or the network cannot say so."""
+        """Whether MLflow rejects this request permanently, as opposed to an error of a proxy or the network."""
         from mlflow.exceptions import MlflowException, RestException
         from requests import HTTPError
 
@@ -111,7 +121,7 @@ class Delivery:
             case "artifact":
                 file = self.journal.directory / SPOOL / first["digest"] / first["name"]
                 if not file.is_file():
-                    raise UserError(f"artifact {file} has been removed before it was uploaded")
+                    raise UserError(f"artifact {file} was removed before its upload")
                 self._client.log_artifact(delivered.run_id, str(file), first["folder"] or None)
             case _:
                 metrics: list[Metric] = []
@@ -141,16 +151,16 @@ class Delivery:
         if experiment is None:
             try:
                 return self._client.create_experiment(name, artifact_location=self._artifact_location())
-            except MlflowException:  # another run may have been faster
+            except MlflowException:  # another run may have created it
                 experiment = self._client.get_experiment_by_name(name)
                 if experiment is None:
                     raise
         if experiment.lifecycle_stage != "active":
-            raise RunGoneError(f"experiment {name} has been deleted in MLflow; restore it there or choose another name")
+            raise RunGoneError(f"experiment {name} was deleted in MLflow; restore it there, or set tracking.experiment")
         return experiment.experiment_id
 
     def _artifact_location(self) -> str | None:
-        """A server decides itself; for a bare database MLflow would choose a directory below the current one."""
+        """None for a server, which decides itself; MLflow's default for a database is the current directory."""
         if self._uri.startswith("sqlite"):
             database = Path(self._uri.split(":///", 1)[-1]).resolve()
             return (database.parent / "artifacts").as_uri()
@@ -166,7 +176,7 @@ class Delivery:
         if found:
             return found[0].info.run_id
         tags = {RUN_UID_TAG: uid}
-        with suppress(KeyError, OSError):  # a container's user may have no name
+        with suppress(KeyError, OSError):  # the user of a container may have no name
             tags["mlflow.user"] = getpass.getuser()
         if create["parent_run_id"]:
             tags["mlflow.parentRunId"] = create["parent_run_id"]
@@ -184,8 +194,8 @@ class Delivery:
             stage = "deleted"
         if stage != "active":
             raise RunGoneError(
-                f"run {delivered.run_id} has been deleted in MLflow; restore it (mlflow runs restore --run-id "
-                f"{delivered.run_id}) or use another run name"
+                f"run {delivered.run_id} was deleted in MLflow; restore it (mlflow runs restore --run-id "
+                f"{delivered.run_id}), or set another run name"
             )
 
     def _reason(self, error: Exception) -> str:
@@ -195,27 +205,29 @@ class Delivery:
 
 
 class RunGoneError(Exception):
-    """The run cannot take records any more; repeating the request does not help."""
+    """The run accepts no records any more; retrying does not help."""
 
 
 class Sender(threading.Thread):
-    """Delivers in the background, with growing pauses while the server is away."""
+    """Delivers in the background, with exponential backoff while the server is unreachable."""
 
     def __init__(self, delivery: Delivery) -> None:
         super().__init__(name="spikefleet-tracking", daemon=True)
         self._delivery = delivery
         self._journal = delivery.journal
         self._change = threading.Condition()
-        self._flushing = False  # somebody waits: pauses stay short
-        self._hurry = False  # the present pause is cut short
+        self._flushing = False  # a caller waits: pauses stay short
+        self._hurry = False  # ends the current pause
         self._stopping = False
         self._gone = False
 
     def wake(self) -> None:
+        """Tells the thread that records were appended."""
         with self._change:
             self._change.notify_all()
 
     def flush(self, wait_s: float) -> int:
+        """Waits until all records are delivered, at most `wait_s` seconds; returns how many are not."""
         with self._change:
             self._flushing = self._hurry = True
             self._change.notify_all()
@@ -224,13 +236,14 @@ class Sender(threading.Thread):
             return self._journal.pending
 
     def stop(self) -> None:
-        """Ends the thread; one that waits for the server ends when its request does."""
+        """Stops the thread, after its current request."""
         with self._change:
             self._stopping = True
             self._change.notify_all()
         self.join(timeout=1.0)
 
     def run(self) -> None:
+        """Delivers records until `stop`."""
         pause = GATHER_S
         failing = False
         while self._wait(pause):
@@ -242,7 +255,7 @@ class Sender(threading.Thread):
                 self._gone = isinstance(error, RunGoneError)
                 if not failing or self._gone:
                     log.warning(
-                        "tracking at %s fails: %s; the run goes on and its records wait in %s",
+                        "tracking at %s fails: %s; the run continues, and its records are kept in %s",
                         self._journal.delivered.tracking_uri,
                         self._delivery.problem,
                         self._journal.directory,
@@ -252,7 +265,7 @@ class Sender(threading.Thread):
         self._journal.close()
 
     def _wait(self, pause: float) -> bool:
-        """Until there is something to send and `pause` seconds have gone by; False when the thread is to end."""
+        """Waits for records and then `pause` seconds; False if the thread should end."""
         with self._change:
             self._change.wait_for(lambda: self._stopping or (self._journal.pending and not self._gone))
             self._change.wait_for(lambda: self._stopping or self._hurry, pause)
@@ -261,7 +274,7 @@ class Sender(threading.Thread):
 
 
 def next_batch(entries: list[Entry]) -> list[Entry]:
-    """The longest run of records, from the first one on, that go out in one request."""
+    """The longest prefix of records that fits into one request."""
     limits = {"metrics": MAX_METRICS, "params": MAX_PARAMS_OR_TAGS, "tags": MAX_PARAMS_OR_TAGS}
     counts = dict.fromkeys(limits, 0)
     for position, entry in enumerate(entries):

@@ -1,11 +1,10 @@
-"""Write-ahead journal of a run's tracking calls: what a process logged survives the process and the tracking server.
+"""Write-ahead journal of a run's tracking calls, which survive the process and an unreachable tracking server.
 
-One record is one line of JSON in `tracking.jsonl`. `tracking.delivered.json` holds how far the records have reached the
-tracking server. A reader takes records from that position, sends them and then moves it: a crash in between sends the
-same records again, so a receiver must accept a record twice (MLflow does: see `tracker.py`).
+One record is one line of JSON in `tracking.jsonl`; `tracking.delivered.json` has the position up to which records were
+delivered. Delivery sends the records after that position and then moves it. A crash in between sends them again, so a
+receiver must accept a record twice (MLflow does: see `delivery.py`).
 """
 
-import json
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -13,21 +12,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from spikefleet.errors import UserError
-from spikefleet.files import write_json
+from spikefleet.files import read_json, write_json
 from spikefleet_tune.jsonl_log import DamagedLineError, Entry, JsonlLog, Record
 from spikefleet_tune.lock import Lock, LockedError, hold
 
 JOURNAL = "tracking.jsonl"
+"""File name of the journal."""
 DELIVERED = "tracking.delivered.json"
+"""File name of the delivered position."""
 LOCK = "tracking.lock"
+"""File name of the lock."""
 
 _ENDING_S = 25.0
-"""The last request of a journal's earlier user in this process may take so long: MLflow's limit is 20 seconds."""
+"""Seconds to wait for the last request of an earlier tracker in this process; MLflow's timeout is 20 seconds."""
 
 
 @dataclass(frozen=True)
 class Delivered:
-    """How far the journal has reached one tracking server."""
+    """The position up to which the records were delivered to one tracking server."""
 
     tracking_uri: str  # without credentials
     run_id: str | None = None
@@ -39,10 +41,14 @@ class Delivered:
 class Journal:
     """The journal of one run directory, written by one process at a time.
 
-    Opening it cuts off a last line that a killed writer left unfinished.
+    Opening it truncates an incomplete last line of a killed writer.
+
+    Args:
+        directory: of the run; created if it is missing.
 
     Raises:
-        UserError: it is open already, in this process or another one, or a line before the last one is damaged.
+        UserError: the journal is already open, in this process or another one, or a line before the last is damaged.
+        OSError: the directory cannot be written.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -59,25 +65,25 @@ class Journal:
 
     @property
     def pending(self) -> int:
-        """Records that have not been delivered."""
+        """Number of records that were not delivered."""
         return self._records - self.delivered.records
 
     def append(self, record: Record) -> None:
-        """Hands one record to the operating system: from then on it survives a kill of this process."""
+        """Appends a record, which then survives a kill of this process. Raises OSError if the disk is full."""
         with self._guard:
             self._log.append(record)
             self._records += 1
 
     def sync(self) -> None:
-        """Makes all records survive a power failure too."""
+        """Flushes all records to disk. Raises OSError."""
         self._log.sync()
 
     def records(self) -> Iterator[Record]:
-        """All records from the first one on."""
+        """Iterates over all records."""
         return (entry.record for entry in self._log.entries())
 
     def unsent(self, max_bytes: int) -> list[Entry]:
-        """The oldest records that have not been delivered: at least one if there is one, else up to `max_bytes`."""
+        """The oldest undelivered records, up to `max_bytes`, but at least one if there are any."""
         start = self.delivered.offset
         found: list[Entry] = []
         for entry in self._log.entries(start):
@@ -92,6 +98,7 @@ class Journal:
         self.delivered = delivered
 
     def close(self) -> None:
+        """Closes the journal and releases its lock."""
         with self._guard:
             self._log.close()
         self._lock.release()
@@ -101,21 +108,23 @@ class Journal:
             return self._log.drop_torn_line()
         except DamagedLineError as error:
             raise UserError(
-                f"{error}, so the records behind it cannot be trusted; "
+                f"{error}, so the records after it cannot be trusted; "
                 "move the file away to continue this run as a new run in MLflow"
             ) from None
 
     def _read_delivered(self) -> Delivered:
         try:
-            delivered = Delivered(**json.loads((self.directory / DELIVERED).read_text()))
-        except (FileNotFoundError, ValueError, TypeError):
-            return Delivered(tracking_uri="")
-        # Sending everything once more is harmless; a position inside of a record is not.
-        return delivered if self._ends_a_line(delivered.offset) else Delivered(tracking_uri="")
+            delivered = Delivered(**read_json(self.directory / DELIVERED))
+            whole = isinstance(delivered.tracking_uri, str) and isinstance(delivered.records, int)
+            whole = whole and self._ends_a_line(delivered.offset)
+        except (UserError, ValueError, TypeError):
+            whole = False
+        # Sending everything again is harmless; a position inside a record is not.
+        return delivered if whole else Delivered(tracking_uri="")
 
     def _ends_a_line(self, position: int) -> bool:
         with self._log.path.open("rb") as file:
-            return position == 0 or (file.seek(position - 1) >= 0 and file.read(1) == b"\n")
+            return position == 0 or (position > 0 and file.seek(position - 1) >= 0 and file.read(1) == b"\n")
 
 
 def _hold(directory: Path) -> Lock:
@@ -128,5 +137,5 @@ def _hold(directory: Path) -> Lock:
             return hold(directory / LOCK, _ENDING_S)
     except LockedError as error:
         raise UserError(
-            f"{directory}: the run is being tracked already ({error.holder}); wait for it, or give another run name"
+            f"{directory}: the run is already being tracked ({error.holder}); wait for it, or set another run name"
         ) from None

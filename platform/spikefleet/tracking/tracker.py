@@ -1,7 +1,7 @@
 """Tracking of a run in MLflow.
 
-Every call is written to the run's journal first and delivered by a thread (`delivery.py`), so that a tracking server
-that is slow or away never holds up a training, and nothing is lost.
+Every call is first written to the run's journal; a thread delivers it (`delivery.py`). A slow or unreachable tracking
+server never blocks training, and no record is lost.
 """
 
 import hashlib
@@ -27,6 +27,7 @@ from spikefleet.tracking.journal import JOURNAL, Journal
 from spikefleet.tracking.mlflow_client import check_tracking_uri, public_uri, quiet_mlflow
 from spikefleet_tune.atomic import replacing
 from spikefleet_tune.jsonl_log import Record
+from spikefleet_tune.messages import counted
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -40,10 +41,14 @@ log = logging.getLogger(__name__)
 
 
 class Tracker:
-    """The tracking of one run, used by one process; its calls return at once.
+    """Tracks one run in one process; its calls do not block.
 
-    A tracker that is opened on the same run directory again continues the same MLflow run. Metrics of a step that has
-    been logged before are dropped then: a resumed run repeats steps, with the same values.
+    A tracker on the same run directory continues the same MLflow run. It drops metrics of steps that were logged
+    before, since a resumed run repeats steps with the same values.
+
+    Args:
+        journal: of the run.
+        tracking_uri: of the server or database.
     """
 
     def __init__(self, journal: Journal, tracking_uri: str) -> None:
@@ -53,7 +58,7 @@ class Tracker:
         self._last_step: dict[str, float] = {}
         self._params: dict[str, str] = {}
         self._changed: set[str] = set()
-        """Tags of parameters that were logged with another value later."""
+        """Tags of parameters that were logged again with another value."""
         self._status = "RUNNING"
         self._lossy = False
         self._guard = threading.RLock()
@@ -66,11 +71,18 @@ class Tracker:
     def open(
         cls, run_dir: Path, run_name: str, experiment: str, tracking_uri: str, parent_run_id: str | None = None
     ) -> "Tracker":
-        """Begins or continues the tracking of the run in `run_dir`; the server need not be up.
+        """Starts or continues the tracking of a run; the server need not be reachable.
+
+        Args:
+            run_dir: of the run.
+            run_name: of the run in MLflow.
+            experiment: name of the MLflow experiment.
+            tracking_uri: of the server or database.
+            parent_run_id: MLflow's id of the parent run.
 
         Raises:
-            UserError: another process tracks this run, its journal is damaged or cannot be written, or the URI is not
-                one of a tracking server.
+            UserError: another process tracks this run, its journal is damaged or cannot be written, or the URI is
+                invalid.
         """
         quiet_mlflow()
         check_tracking_uri(tracking_uri)
@@ -85,7 +97,7 @@ class Tracker:
         return tracker
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Logs figures of one step; a key whose step is not above its last one is dropped."""
+        """Logs the metrics of a step; a key whose step is not larger than its last one is dropped."""
         with self._guard:
             new = {
                 _key(key): float(value) for key, value in metrics.items() if step > self._last_step.get(key, -math.inf)
@@ -94,9 +106,9 @@ class Tracker:
                 self._append("metrics", step=step, values=part)
 
     def log_params(self, params: Mapping[str, object]) -> None:
-        """Logs parameters; a value of more than 6,000 characters is cut and goes whole into an artifact.
+        """Logs parameters; a value of more than 6,000 characters is truncated, and stored whole as an artifact.
 
-        MLflow never changes a parameter: the value of the first call stays, and a later one becomes tag `changed.KEY`.
+        MLflow's parameters are immutable: the first value stays, and a later one becomes the tag `changed.KEY`.
         """
         with self._guard:
             fitted = {_key(key): _fit("params", key, str(value), MAX_PARAM_LENGTH) for key, value in params.items()}
@@ -109,7 +121,7 @@ class Tracker:
                 self._append("params", values=part)
 
     def set_tags(self, tags: Mapping[str, object]) -> None:
-        """Sets tags; the last value of a tag stays. More than 8,000 characters are treated as in `log_params`."""
+        """Sets tags; a later value replaces an earlier one. A value of more than 8,000 characters is truncated."""
         with self._guard:
             texts = {_key(key): str(value) for key, value in tags.items()}
             self._keep_whole("tags", texts, MAX_TAG_LENGTH)
@@ -118,41 +130,57 @@ class Tracker:
                 self._append("tags", values=fitted)
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
-        """Stores a copy of a file as it is now; it is uploaded under its own name into `folder`."""
+        """Uploads the current content of a file under its own name into a folder of the run's artifacts.
+
+        Raises:
+            UserError: the file does not exist.
+        """
         if not path.is_file():
-            raise UserError(f"artifact {path}: there is no such file")
+            raise UserError(f"artifact {path} does not exist")
         self._spool(sha256_of(path), posixpath.join(folder, path.name), lambda copy: shutil.copyfile(path, copy))
 
     def log_dict(self, content: object, artifact: str) -> None:
-        """Stores something that JSON can hold as an artifact, for example `config.json`."""
+        """Uploads plain data as a JSON artifact, for example `config.json`."""
         self._log_bytes(json.dumps(content, indent=2, ensure_ascii=False).encode(), artifact)
 
     def log_table(self, rows: Sequence[Mapping[str, object]], artifact: str) -> None:
-        """Stores rows with the same columns as a Parquet artifact, for example `health/layers.parquet`."""
+        """Uploads rows with the same columns as a Parquet artifact, for example `layers/epoch-0001.parquet`.
+
+        Raises:
+            UserError: there are no rows.
+        """
         import pyarrow
         import pyarrow.parquet
 
         if not rows:
-            raise UserError(f"artifact {artifact}: a table needs at least one row")
+            raise UserError(f"artifact {artifact} needs at least one row")
         table = pyarrow.Table.from_pylist([dict(row) for row in rows])
         sink = pyarrow.BufferOutputStream()
         pyarrow.parquet.write_table(table, sink)
         self._log_bytes(sink.getvalue().to_pybytes(), artifact)
 
     def flush(self, wait_s: float) -> int:
-        """Waits until all is delivered, at most `wait_s` seconds; returns how many records are not."""
+        """Waits until all records are delivered, at most `wait_s` seconds; returns how many are not."""
         return self._sender.flush(wait_s)
 
     def finish(self, status: Status, wait_s: float) -> int:
-        """Closes the run; returns how many records could not be delivered within `wait_s` seconds (they are kept)."""
+        """Closes the run and waits for the delivery.
+
+        Args:
+            status: final status of the run in MLflow.
+            wait_s: seconds to wait at most.
+
+        Returns:
+            The number of records that were not delivered; they stay in the journal.
+        """
         self._append("status", status=status)
         undelivered = self._sender.flush(wait_s)
         self._sender.stop()
         if undelivered:
             log.warning(
-                "%d tracking records of run %s have not reached %s (%s); they are kept in %s and go out when the run "
-                "is started again, or by: spikefleet tracking sync %s",
-                undelivered,
+                "%s of run %s not delivered to %s (%s); kept in %s, and delivered when the run is resumed, or by: "
+                "spikefleet tracking sync %s",
+                counted(undelivered, "tracking record"),
                 self._create["run_name"],
                 public_uri(self._uri),
                 self._delivery.problem or "it is slow",
@@ -168,7 +196,7 @@ class Tracker:
 
     @property
     def run_url(self) -> str:
-        """Where to look at the run: a link, or the command that opens the database."""
+        """A link to the run, or the command that opens the database in MLflow's UI."""
         delivered = self._journal.delivered
         if not self._uri.startswith("http"):
             return f"mlflow ui --backend-store-uri {public_uri(self._uri)}"
@@ -181,9 +209,9 @@ class Tracker:
         try:
             self._journal.append(record)
         except OSError as error:
-            # A training is worth more than its curves; its next checkpoint reports a full disk as an error of its own.
+            # Training continues without tracking; its next checkpoint raises an error if the disk is full.
             if not self._lossy:
-                log.warning("%s: tracking records are being lost: %s", self._journal.directory / JOURNAL, error)
+                log.warning("%s: tracking records are lost: %s", self._journal.directory / JOURNAL, error)
             self._lossy = True
             return
         self._remember(record)
@@ -211,7 +239,7 @@ class Tracker:
         self._spool(hashlib.sha256(content).hexdigest(), artifact, lambda copy: copy.write_bytes(content))
 
     def _spool(self, digest: str, artifact: str, write: Callable[[Path], object]) -> None:
-        """Keeps the content under its hash: the source may change later, and the same content is kept once."""
+        """Stores the content under its hash, once: the source may change before the upload."""
         folder, name = posixpath.split(_artifact_path(artifact))
         directory = self._journal.directory / SPOOL / digest[:16]
         directory.mkdir(parents=True, exist_ok=True)
@@ -222,16 +250,21 @@ class Tracker:
 
 
 def sync(run_dir: Path, tracking_uri: str | None = None) -> int:
-    """Delivers what a run that has ended left behind; returns the number of records delivered.
+    """Delivers the remaining tracking records of a run that has ended.
 
-    The server is `tracking_uri`, else MLFLOW_TRACKING_URI, else the one that the run used.
+    Args:
+        run_dir: of the run.
+        tracking_uri: of the server; by default MLFLOW_TRACKING_URI, else the one that the run used.
+
+    Returns:
+        The number of delivered records.
 
     Raises:
-        UserError: the directory holds no journal, a process still tracks the run, or the server does not take them.
+        UserError: the directory has no journal, a process still tracks the run, or the delivery fails.
     """
     quiet_mlflow()
     if not (run_dir / JOURNAL).is_file():
-        raise UserError(f"{run_dir}: no {JOURNAL} there; give the directory of a run, for example runs/my-run")
+        raise UserError(f"{run_dir} has no {JOURNAL}; expected the directory of a run, for example runs/my-run")
     journal = _open_journal(run_dir)
     try:
         uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "").strip() or journal.delivered.tracking_uri
@@ -243,7 +276,7 @@ def sync(run_dir: Path, tracking_uri: str | None = None) -> int:
                 pass
         except Exception as error:
             raise UserError(
-                f"{run_dir}: {journal.pending} records have not reached {public_uri(uri)}: {delivery.problem}"
+                f"{run_dir}: {public_uri(uri)} did not take {counted(journal.pending, 'record')}: {delivery.problem}"
             ) from error
         return before
     finally:
@@ -255,7 +288,7 @@ def _open_journal(run_dir: Path) -> Journal:
         return Journal(run_dir)
     except OSError as error:
         raise UserError(
-            f"{run_dir}: the tracking journal cannot be written there: {error.strerror or error}"
+            f"{run_dir / JOURNAL} cannot be written: {error.strerror or error}; set another --runs-dir"
         ) from error
 
 
@@ -266,18 +299,18 @@ def _parts(values: dict[str, Any], size: int) -> Iterator[dict[str, Any]]:
 
 
 def _key(key: str) -> str:
-    """A name that MLflow takes (its rules; checked here because a refusal would come when nobody sees it)."""
+    """Checks a key by MLflow's rules: MLflow itself would reject it only in the background. Raises UserError."""
     if not re.fullmatch(r"[/\w.\- :]+", key) or len(key) > MAX_KEY_LENGTH or _leaves_folder(key):
         raise UserError(
-            f"tracking key {key[:80]!r}: use 1 to {MAX_KEY_LENGTH} letters, digits, '_', '-', '.', ':', spaces and "
-            f"single '/' between words"
+            f"tracking key {key[:80]!r} must have 1 to {MAX_KEY_LENGTH} letters, digits, '_', '-', '.', ':', spaces "
+            "and single '/' between words"
         )
     return key
 
 
 def _artifact_path(path: str) -> str:
     if not re.fullmatch(r"[/\w.\- ()+=@,]{1,500}", path) or _leaves_folder(path):
-        raise UserError(f"artifact {path[:80]!r}: give a relative path without '..' and special characters")
+        raise UserError(f"artifact {path[:80]!r} must be a relative path without '..' and special characters")
     return path
 
 

@@ -1,7 +1,7 @@
 """Checkpoints: weights and resume state as safetensors and JSON, committed atomically, never unpickled.
 
 A checkpoint is a directory `step-00000042`. It is written under a temporary name; its manifest `checkpoint.json`, with
-the SHA-256 of every other file, is written last; then the directory is renamed. What lacks the manifest is ignored.
+the SHA-256 of every other file, is written last; then the directory is renamed. Without a manifest it is ignored.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from spikefleet.config.renamed import with_current_keys
 from spikefleet.errors import RunError, UserError
-from spikefleet.files import read_json, sha256_of, write_json
+from spikefleet.files import read_json, read_json_object, sha256_of, write_json
 from spikefleet.versions import library_versions
 from spikefleet_models.families import build_model
 from spikefleet_models.family import ModelConfig
@@ -30,14 +31,17 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All that a training needs to go on: named groups of tensors, JSON state and the configuration."""
+    """The content of a checkpoint, with which training resumes."""
 
     tensors: Mapping[str, Mapping[str, torch.Tensor]]
+    """Groups of tensors: model, optimizer, random, and maybe branches and average (the EMA)."""
     state: Mapping[str, Any]
+    """Plain data: position, best checkpoint, history, scaler."""
     config: Mapping[str, Any]
+    """The dumped configuration, with current keys."""
 
     def under(self, config: Mapping[str, Any], **state: Any) -> Snapshot:
-        """The same tensors for a training of another configuration, with parts of the state replaced."""
+        """The same tensors with another configuration, and with parts of the state replaced."""
         return Snapshot(self.tensors, {**self.state, **state}, config)
 
 
@@ -56,10 +60,22 @@ class CheckpointFolder:
         return next(reversed(self.committed()), None)
 
     def at(self, step: int) -> Path:
+        """Directory of the checkpoint of a step."""
         return self.folder / f"step-{step:08d}"
 
     def save(self, step: int, snapshot: Snapshot) -> Path:
-        """Writes and commits a checkpoint. Raises RunError when storage refuses; older checkpoints stay."""
+        """Writes and commits a checkpoint; one that is already committed stays.
+
+        Args:
+            step: optimizer steps done.
+            snapshot: the content.
+
+        Returns:
+            The directory of the checkpoint.
+
+        Raises:
+            RunError: the checkpoint cannot be written; older checkpoints stay.
+        """
         final = self.at(step)
         if (final / _MANIFEST).is_file():
             return final
@@ -84,12 +100,12 @@ class CheckpointFolder:
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise RunError(
-                f"checkpoint {final} could not be written ({error}); free or mend that storage and resume"
+                f"checkpoint {final} cannot be written: {error}; free disk space or fix the storage, then resume"
             ) from error
         return final
 
     def prune(self, keep_last: int, keep_steps: set[int]) -> None:
-        """Removes all but the newest `keep_last` and those in `keep_steps`; what cannot be removed is left."""
+        """Removes all checkpoints but the newest `keep_last` and those of `keep_steps`; errors are ignored."""
         kept = {*self.committed()[-keep_last:], *(self.at(step) for step in keep_steps)}
         for path in self._removable():
             if path not in kept:
@@ -101,7 +117,7 @@ class CheckpointFolder:
                 shutil.rmtree(removed, ignore_errors=True)
 
     def clean(self) -> None:
-        """Removes what a killed writer left behind. Only the writer may call this."""
+        """Removes incomplete checkpoints of a killed writer. Only the writer may call this."""
         for path in self.folder.glob("partial-*"):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -110,50 +126,64 @@ class CheckpointFolder:
 
 
 def load_checkpoint(path: Path) -> Snapshot:
-    """Reads a checkpoint after checking the hash of every file.
+    """Verifies the hash of every file of a checkpoint, then reads it.
 
-    Raises UserError naming the file with its expected and found hash, or the file that is missing.
+    Raises:
+        UserError: a file is missing or damaged; the message has the expected and the found hash.
     """
     manifest = verify_checkpoint(path)
     try:
         tensors = {name[: -len(".safetensors")]: load_file(path / name) for name in manifest["sha256"] if _holds(name)}
     except SafetensorError as error:
-        raise UserError(f"checkpoint {path} holds no valid safetensors: {error}") from None
-    return Snapshot(tensors, read_json(path / "state.json"), read_json(path / "config.json"))
+        raise UserError(f"checkpoint {path} has an invalid safetensors file: {error}") from None
+    return Snapshot(tensors, read_json(path / "state.json"), with_current_keys(read_json(path / "config.json")))
 
 
 def best_network(snapshot: Snapshot, config: ModelConfig) -> nn.Module:
-    """The network of a checkpoint in evaluation mode, on the CPU: with the EMA of its weights where there is one."""
+    """The network of a checkpoint in evaluation mode, on the CPU; with the EMA of its weights if there is one."""
     network = build_model(config)
     network.load_state_dict(dict(snapshot.tensors.get("average", snapshot.tensors["model"])))
     return network.eval()
 
 
+def best_weights(path: Path) -> Path:
+    """The file of the weights that `best_network` loads. Raises UserError if a file of the checkpoint is damaged."""
+    listed = verify_checkpoint(path)["sha256"]
+    return path / ("average.safetensors" if "average.safetensors" in listed else "model.safetensors")
+
+
 def checkpoint_hash(path: Path) -> str:
-    """SHA-256 over the manifest of a committed checkpoint, and so, through its hashes, over the whole.
+    """SHA-256 of the manifest of a checkpoint, which covers all files through their hashes.
 
     Raises:
         UserError: there is no committed checkpoint.
     """
     if not (path / _MANIFEST).is_file():
-        raise UserError(f"{path} is no checkpoint: it has no {_MANIFEST}")
+        raise UserError(f"{path} is not a checkpoint: it has no {_MANIFEST}")
     return sha256_of(path / _MANIFEST)
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:
-    """Checks every file of a checkpoint against its manifest, and returns the manifest."""
+    """Checks every file of a checkpoint against its manifest, and returns the manifest.
+
+    Raises:
+        UserError: there is no committed checkpoint, its format is unknown, or a file is missing or damaged.
+    """
     if not (path / _MANIFEST).is_file():
-        raise UserError(f"{path} is no checkpoint: it has no {_MANIFEST}")
-    manifest = read_json(path / _MANIFEST)
+        raise UserError(f"{path} is not a checkpoint: it has no {_MANIFEST}")
+    manifest = read_json_object(path / _MANIFEST)
     if manifest.get("format") != _FORMAT:
-        raise UserError(f"checkpoint {path} has format {manifest.get('format')!r}; this version reads {_FORMAT}")
+        raise UserError(
+            f"checkpoint {path}: expected format {_FORMAT}, found {manifest.get('format')!r}; use the spikefleet that "
+            "wrote it"
+        )
     for name, expected in manifest["sha256"].items():
         file = path / name
         found = sha256_of(file) if file.is_file() else "no such file"
         if found != expected:
             raise UserError(
-                f"checkpoint file {file} is damaged: SHA-256 {found}, expected {expected}; "
-                f"remove {path} to go on from the checkpoint before it"
+                f"checkpoint file {file} is damaged: expected SHA-256 {expected}, found {found}; "
+                f"remove {path} to resume from the checkpoint before it"
             )
     return manifest
 
@@ -166,7 +196,7 @@ def _holds(name: str) -> bool:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, torch.Tensor]:
-    """The optimizer's state as `parameter name/state name` -> tensor."""
+    """The state of an optimizer as tensors by `PARAMETER NAME/STATE NAME`."""
     names: dict[torch.Tensor, str] = {parameter: name for name, parameter in network.named_parameters()}
     return {
         f"{names[parameter]}/{key}": torch.as_tensor(value)
@@ -179,7 +209,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, network: nn.Module) -> d
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, network: nn.Module, tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Puts back what `optimizer_tensors` took out."""
+    """Restores the state of an optimizer, in place, from the tensors of `optimizer_tensors`."""
     parameters = dict(network.named_parameters())
     optimizer.state.clear()
     for path, tensor in tensors.items():

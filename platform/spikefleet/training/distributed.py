@@ -1,4 +1,4 @@
-"""The group of processes that train one network together; a group of one needs no process group."""
+"""The processes that train one network together; a group of one process needs no torch process group."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from spikefleet.errors import UserError
 
 
 def pick_device(gpu: bool) -> torch.device:
-    """The GPU if one is asked for, else the CPU. Raises UserError when there is none."""
+    """The GPU if `gpu`, else the CPU. Raises UserError if there is no GPU."""
     if gpu and not torch.cuda.is_available():
-        raise UserError("--gpu was given, but torch finds no CUDA device on this machine; leave it out to use the CPU")
+        raise UserError("--gpu needs a CUDA device, but torch finds none on this machine; leave it out to use the CPU")
     return torch.device("cuda" if gpu else "cpu")
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """Rank, size and device of this process, with the collectives that training needs."""
+    """Rank, world size and device of this process, with the collectives that training needs."""
 
     rank: int
     size: int
@@ -29,20 +29,22 @@ class ProcessGroup:
 
     @classmethod
     def single(cls, gpu: bool = False) -> ProcessGroup:
+        """A group of this process alone. Raises UserError if there is no GPU."""
         return cls(0, 1, pick_device(gpu))
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0."""
         return self.rank == 0
 
     def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
-        """Sums a tensor over all ranks, in place."""
+        """Sums a tensor over all ranks, in place, and returns it."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def broadcast(self, value: Any) -> Any:
-        """What rank 0 holds, on all ranks."""
+        """The value of rank 0, on all ranks."""
         if self.size == 1:
             return value
         box = [value]
@@ -50,7 +52,7 @@ class ProcessGroup:
         return box[0]
 
     def gather(self, value: Any) -> list[Any] | None:
-        """The values of all ranks, in order of rank, on rank 0; None elsewhere."""
+        """The values of all ranks, in order, on rank 0; None on other ranks."""
         if self.size == 1:
             return [value]
         boxes: list[Any] | None = [None] * self.size if self.is_main else None
@@ -58,7 +60,7 @@ class ProcessGroup:
         return boxes
 
     def all_gather(self, value: Any) -> list[Any]:
-        """The values of all ranks, in order of rank, everywhere."""
+        """The values of all ranks, in order, on all ranks."""
         if self.size == 1:
             return [value]
         boxes: list[Any] = [None] * self.size
@@ -66,7 +68,7 @@ class ProcessGroup:
         return boxes
 
     def broadcast_buffers(self, network: nn.Module) -> None:
-        """Gives every rank the buffers of rank 0 (batch-norm statistics), as DDP does before a training step."""
+        """Copies the buffers of rank 0 (batch-norm statistics) to all ranks, as DDP does before a training step."""
         if self.size > 1:
             for buffer in network.buffers():
                 dist.broadcast(buffer, src=0)

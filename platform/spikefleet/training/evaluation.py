@@ -1,4 +1,4 @@
-"""Evaluation of a network on a split, each sample once, whatever the number of processes."""
+"""Evaluation of a network on a split: each sample once, with any number of processes."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ from spikefleet_pipelines.sampling import EvaluationPlan, StepBatch
 
 @dataclass(frozen=True)
 class Evaluation(Generic[Prediction, Target]):
-    """Predictions in the order of the split, their targets, and the firing of the first batch by layer."""
+    """Predictions and targets in the order of the split, with spike health of the first batch."""
 
     predictions: list[Prediction]
     targets: list[Target]
     layers: tuple[dict[str, Any], ...]
+    """Spike health by layer."""
     health: dict[str, float]
+    """Spike health of the whole network."""
 
 
 @torch.no_grad()
@@ -39,7 +41,18 @@ def evaluate(
     config: TrainConfig,
     group: ProcessGroup,
 ) -> Evaluation[Prediction, Target] | None:
-    """Predictions for every sample of the loader's split; on rank 0, None elsewhere."""
+    """Predicts every sample of the loader's split.
+
+    Args:
+        network: on the device of the group; its mode is restored.
+        task: the task.
+        loader: of the split.
+        config: batch size and precision.
+        group: this process's rank and group.
+
+    Returns:
+        The evaluation on rank 0; None on other ranks.
+    """
     was_training = network.training
     network.eval()
     plan = EvaluationPlan(
@@ -65,23 +78,27 @@ def evaluate(
 
 @dataclass(frozen=True)
 class SpreadPlan:
-    """Single samples, evenly spread over a split: its first ones may all be of one class."""
+    """Single samples, evenly spread over a split, whose first samples may all be of one class."""
 
     samples: int
+    """Samples of the split."""
     count: int
+    """Samples to take."""
 
     @property
     def steps_per_epoch(self) -> int:
+        """Number of batches."""
         return min(self.count, self.samples)
 
     def batches(self, epoch: int = 0, start_step: int = 0) -> Iterator[StepBatch]:
+        """Iterates over the batches from `start_step` on."""
         rows = np.linspace(0, self.samples - 1, self.steps_per_epoch).round().astype(np.int64)
         for step in range(start_step, len(rows)):
             yield StepBatch(step, rows[step : step + 1], 1)
 
 
 def first_batches(loader: BatchLoader, size: int, count: int) -> Iterator[Batch]:
-    """Batches of `size` in the order of the split, until `count` samples have been seen, or all."""
+    """Iterates over batches of `size` in the order of the split, until at least `count` samples, or all."""
     seen = 0
     for batch in loader.epoch(EvaluationPlan(samples=len(loader.split), global_batch=size), epoch=0):
         yield batch

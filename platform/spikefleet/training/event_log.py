@@ -1,8 +1,8 @@
-"""Events on their way from workers to the driver: files in the run's directory, which outlive every process.
+"""Events from workers to the driver, as files in the run's directory, which outlive every process.
 
-A attempt has a directory. Each process that sends events appends to a file of its own there, one line of JSON an event;
-the driver reads all of them. Rank 0 writes the event of a step before it commits the checkpoint of that step, so the
-events up to a checkpoint are never lost, whoever is killed.
+Each attempt has a directory. Each process that sends events appends to its own file there, one line of JSON per event;
+the driver reads all files. Rank 0 writes the event of a step before it commits the checkpoint of that step, so events
+up to a checkpoint are never lost, whichever process is killed.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ from spikefleet.training.events import (
 from spikefleet_tune.jsonl_log import JsonlLog, Record
 
 STOPPED = "stopped.json"
-"""In a attempt's directory: why its workers must not go on."""
+"""File name, in an attempt's directory, of the reason why its workers must stop."""
 
 TAKEN_OVER = "a later attempt has taken over the run"
+"""The reason for workers of an earlier attempt."""
 
-_HANDED_ON = ".handed-on"
-"""Suffix of the file beside a file of events that says how many of its bytes the driver has handed on."""
+_ACKNOWLEDGED = ".handed-on"
+"""Suffix of the file beside an event file with the number of bytes that the driver has handled."""
 _WAIT_S = 0.05
 
 _KINDS: dict[str, Callable[..., Event]] = {
@@ -48,37 +49,40 @@ log = logging.getLogger(__name__)
 
 
 def new_attempt(run_dir: Path) -> Path:
-    """The directory of one more attempt of a run; later attempts sort behind earlier ones."""
+    """Creates the directory of a new attempt of a run; attempts sort by time."""
     folder = run_dir / "ray" / f"attempt-{time.time_ns():020d}"
     folder.mkdir(parents=True)
     return folder
 
 
 class EventWriter:
-    """The sink of one process of a attempt.
+    """The event sink of one process of an attempt.
 
-    Does not wait for the driver, unless it is `lockstep`: then it goes on after a checkpoint when the driver has handed
-    on what was sent, so that the driver finds the checkpoint as it is, and decides before more is trained.
+    Args:
+        attempt: the attempt's directory.
+        lockstep: after the event of a checkpoint, wait until the driver has handled all events, so that it can use the
+            checkpoint, and decide, before training continues.
     """
 
     def __init__(self, attempt: Path, lockstep: bool = False) -> None:
         self._attempt, self._lockstep = attempt, lockstep
-        # Opened anew for each event: the driver may read it over a network file system.
+        # Opened for each event, since the driver may read it over a network file system.
         self._log = JsonlLog(attempt / f"events-{time.time_ns():020d}-{os.getpid()}.jsonl")
 
     def emit(self, event: Event) -> None:
+        """Appends an event; a full disk is logged, not raised."""
         try:
             self._log.append({"event": type(event).__name__, **asdict(event)})
         except OSError as error:
-            # A full disk ends the run at its checkpoint.
+            # If the disk is full, the next checkpoint raises an error.
             log.warning("%s: an event is lost: %s", self._log.path, error)
             return
         if self._lockstep and isinstance(event, CheckpointSaved):
             self._wait()
 
     def _wait(self) -> None:
-        """Until all is handed on, or the attempt is stopped or gone, which is for the next step to find out."""
-        mark = self._log.path.with_suffix(_HANDED_ON)
+        """Waits until all events are handled, or the attempt is stopped or removed, which the next step checks."""
+        mark = self._log.path.with_suffix(_ACKNOWLEDGED)
         while self._attempt.is_dir() and not (self._attempt / STOPPED).is_file():
             with suppress(OSError, UserError):  # not written yet, or the attempt is being removed
                 if read_json(mark) >= self._log.path.stat().st_size:
@@ -87,23 +91,23 @@ class EventWriter:
 
 
 class EventReader:
-    """Reads what the processes of a attempt have written since the last look."""
+    """Reads the events of an attempt that its processes have written since the last call."""
 
     def __init__(self, attempt: Path) -> None:
         self._attempt = attempt
         self._read: dict[Path, int] = {}
-        self._handed_on: dict[Path, int] = {}
+        self._acknowledged: dict[Path, int] = {}
 
     def new(self) -> list[Event]:
-        """Events that were not read before, of one process after the other. A line that is being written waits."""
+        """Events that were not read before, process by process, without incomplete lines."""
         return [event for path in sorted(self._attempt.glob("events-*.jsonl")) for event in self._of(path)]
 
-    def handed_on(self) -> None:
-        """Lets writers that are in step know that what was read so far has been dealt with. Raises OSError."""
+    def acknowledge(self) -> None:
+        """Tells lockstep writers that all events read so far have been handled. Raises OSError."""
         for path, size in self._read.items():
-            if self._handed_on.get(path) != size:
-                write_json(path.with_suffix(_HANDED_ON), size)
-                self._handed_on[path] = size
+            if self._acknowledged.get(path) != size:
+                write_json(path.with_suffix(_ACKNOWLEDGED), size)
+                self._acknowledged[path] = size
 
     def _of(self, path: Path) -> Iterator[Event]:
         for entry in JsonlLog(path).entries(self._read.get(path, 0)):
@@ -113,23 +117,31 @@ class EventReader:
 
 def _decode(fields: Record) -> Event:
     kind = _KINDS[fields.pop("event")]
+    if kind is Started and "facts" in fields:  # written by an attempt of an earlier version
+        fields["metadata"] = fields.pop("facts")
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
 
 
 class ResumedRunSink:
-    """Wraps the sink of a driver that goes on with a run whose earlier driver may have died.
+    """Wraps the sink of a driver that resumes a run whose earlier driver may have been killed.
 
-    Workers of the earlier attempts are told to stop. What they sent after their driver's death is handed on when the
-    training has picked its checkpoint, because until then they may have committed more.
+    It tells workers of earlier attempts to stop. The events that they sent without a driver are passed on when training
+    has picked its checkpoint, since they may commit further checkpoints until then.
+
+    Args:
+        run_dir: of the run.
+        sink: of the driver.
     """
 
     def __init__(self, run_dir: Path, sink: EventSink) -> None:
         self._sink = sink
-        self._earlier = sorted((run_dir / "ray").glob("attempt-*"))
+        # Earlier versions called attempts launches; their runs can be resumed too.
+        self._earlier = [path for word in ("launch", "attempt") for path in sorted((run_dir / "ray").glob(f"{word}-*"))]
         for attempt in self._earlier:
             write_json(attempt / STOPPED, {"reason": TAKEN_OVER, "mendable": False})
 
     def emit(self, event: Event) -> None:
+        """Passes an event on; before the first `Started`, the events of earlier attempts."""
         if isinstance(event, Started) and self._earlier:
             self._recover()
         self._sink.emit(event)

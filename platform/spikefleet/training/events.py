@@ -1,4 +1,4 @@
-"""What a training tells the outside: small immutable records, sent by rank 0 to whoever draws and tracks the run."""
+"""Events of a training: small immutable records that rank 0 sends to the display and the tracker of the run."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class Started:
-    """Training begins, or goes on from `step`."""
+    """Training starts, or resumes from `step`."""
 
     step: int
     total_steps: int
     steps_per_epoch: int
     epochs: int
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    """Facts of the run that are known only to a worker: parameters, device, versions."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """What only a worker knows: number of parameters, device, library versions."""
     headline: tuple[str, ...] = ()
-    """The task's metrics that are worth showing while it trains."""
+    """The task's metrics to show during training."""
 
 
 @dataclass(frozen=True)
 class StepDone:
-    """Figures of one step; `images_per_second` is since the last such event."""
+    """Metrics of one step; `images_per_second` is the mean since the last such event."""
 
     epoch: int
     step: int
@@ -32,40 +32,44 @@ class StepDone:
 
 @dataclass(frozen=True)
 class EpochDone:
-    """An evaluation on the validation split, with spike health by layer."""
+    """The end of an epoch, with metrics of training and, if it was evaluated, of the validation split."""
 
     epoch: int
     step: int
     metrics: Mapping[str, float]
     best: bool
+    """Whether it is the best epoch so far."""
     layers: tuple[Mapping[str, Any], ...] = ()
+    """Spike health by layer."""
     gradients: tuple[Mapping[str, Any], ...] = ()
-    """Norms of each parameter's gradient in the last step, after clipping."""
+    """L2 norm of each parameter's gradient in the last step, after clipping."""
 
 
 @dataclass(frozen=True)
 class CheckpointSaved:
+    """A checkpoint was committed."""
+
     step: int
     path: str
 
 
 @dataclass(frozen=True)
 class Note:
-    """A line for the person who watches."""
+    """A line of text for the user."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class WorkerFailed:
-    """A worker died or raised; unless that was once too often, the group starts again from the latest checkpoint."""
+    """A worker died or raised; the group restarts from the latest checkpoint, up to `cluster.max_failures` times."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Recovered:
-    """What an earlier attempt of the run sent and its driver did not live to hear; oldest first."""
+    """Events of an earlier attempt that its killed driver did not receive, oldest first."""
 
     events: tuple[Event, ...]
 
@@ -74,13 +78,17 @@ Event = Started | StepDone | EpochDone | CheckpointSaved | Note | WorkerFailed |
 
 
 class EventSink(Protocol):
-    """Takes events; blocks no training and never raises, but for that of a trial, whose search decides on it."""
+    """Receives the events of a training.
 
-    def emit(self, event: Event) -> None: ...
+    A sink neither blocks nor raises, except that of a trial: its search may stop the trial.
+    """
+
+    def emit(self, event: Event) -> None:
+        """Receives an event."""
 
 
 class NullSink:
-    """The sink of every rank but 0."""
+    """Ignores all events; the sink of all ranks but 0."""
 
     def emit(self, event: Event) -> None:
-        return None
+        """Ignores an event."""

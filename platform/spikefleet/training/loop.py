@@ -1,8 +1,8 @@
-"""The one training core. Ray Train workers, a one-worker trial and `--workers 0` all call `train`.
+"""The training loop. Ray Train workers, one-worker trials and `--workers 0` all call `train`.
 
-Data-parallel back-propagation through time: each worker runs all T steps on its slice of the global batch, DDP averages
-the gradients. The mean over the global batch is exact whatever the number of workers and however uneven the last batch.
-(A detector's loss has divisors of its own, which are those of one worker's part of the batch, as in its paper's code.)
+Data-parallel back-propagation through time (BPTT): each worker runs all T steps on its slice of the global batch, and
+DDP averages the gradients. The mean over the global batch is exact for any number of workers and any size of the last
+batch. A detector's loss is divided by a count over the global batch (`train.loss_divisor`), so the same holds for it.
 """
 
 from __future__ import annotations
@@ -32,28 +32,34 @@ from spikefleet.versions import library_versions
 from spikefleet_pipelines.loading import Batch, BatchLoader
 from spikefleet_pipelines.sampling import EpochPlan
 from spikefleet_pipelines.store.reader import Store
+from spikefleet_tune.messages import counted
 
-_PICTURES = 32
-_SHOWN_OF_BATCH = 16
-
+_IMAGES_OF_REPORT = 32
+_IMAGES_OF_BATCH = 16
 
 BeforeStep = Callable[[ProcessGroup, int], None]
+"""Called on each rank before each optimizer step, with the steps done (fault injection, profiling)."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished training leaves behind."""
+    """The result of a finished training."""
 
     steps: int
+    """Optimizer steps in total."""
     best_checkpoint: str
+    """Directory of the best checkpoint."""
     validation: Mapping[str, float]
+    """Its metrics on the validation split."""
     test: Mapping[str, float]
+    """Its metrics on the test split."""
     history: tuple[Mapping[str, float], ...]
+    """Metrics of each epoch."""
 
 
 @dataclass(frozen=True)
 class Splits:
-    """How a worker reads the three splits."""
+    """The loaders of the three splits."""
 
     train: BatchLoader
     val: BatchLoader
@@ -61,6 +67,8 @@ class Splits:
 
     @classmethod
     def of(cls, store: Store, config: Config, group: ProcessGroup) -> Splits:
+        """The loaders of a store. Raises ValueError if the transform does not fit its images."""
+
         def loader(split: str) -> BatchLoader:
             return BatchLoader(
                 store.split(split),
@@ -83,10 +91,23 @@ def train(
     sink: EventSink,
     before_step: BeforeStep | None = None,
 ) -> Outcome:
-    """Trains from the latest committed checkpoint in `run_dir`, or from the start, to the end; then tests the best.
+    """Trains from the latest committed checkpoint, or from scratch, to the end; then tests the best checkpoint.
 
-    `before_step(group, step)` is called before each optimizer step (fault injection, profiling).
-    Raises NonFiniteError on all ranks together; UserError when the run in `run_dir` belongs to another configuration.
+    Args:
+        config: of the run.
+        store: its data.
+        run_dir: the run's directory, which all ranks share.
+        group: this process's rank and group.
+        sink: receives events on rank 0.
+        before_step: called before each optimizer step.
+
+    Returns:
+        The metrics of the best checkpoint.
+
+    Raises:
+        NonFiniteError: a loss or a gradient is not finite; raised on all ranks at the same step.
+        UserError: the configuration does not fit the data, or the checkpoints of another configuration are there.
+        RunError: a checkpoint cannot be written.
     """
     _set_arithmetic(config)
     if group.device.type == "cpu":
@@ -112,13 +133,16 @@ def train(
 
 
 def prepare_parts(config: Config, store: Store, group: ProcessGroup) -> tuple[AnyTask, Splits, EpochPlan]:
-    """Task, loaders and plan. Raises UserError when the configuration does not suit the data."""
+    """Task, loaders and sampling plan of a training. Raises UserError if the configuration does not fit the data."""
     task = build_task(config, DataSummary.of(store.manifest))
     _refuse_splits_without_objects(store)
     shape = store.manifest.image_shape
     channels = shape[0] if shape else 3
     if config.model.in_channels != channels:
-        raise UserError(f"model.in_channels={config.model.in_channels}, but the images have {channels} channels")
+        raise UserError(
+            f"model.in_channels={config.model.in_channels}, but the images have {counted(channels, 'channel')}; "
+            f"set model.in_channels={channels}"
+        )
     try:
         splits = Splits.of(store, config, group)
         plan = EpochPlan(
@@ -130,65 +154,65 @@ def prepare_parts(config: Config, store: Store, group: ProcessGroup) -> tuple[An
             accumulate=config.train.accumulate,
         )
     except ValueError as error:
-        raise UserError(f"the configuration does not suit the data: {error}") from error
+        raise UserError(f"the configuration does not fit the data: {error}") from error
     return task, splits, plan
 
 
 def _refuse_splits_without_objects(store: Store) -> None:
-    """They could not be measured, which else would be found out after the first epoch."""
+    """Detection metrics need objects; check before the first epoch."""
     boxes = store.manifest.audit.boxes or {}
     for name in ("val", "test"):
         if name in boxes and not sum(boxes[name].objects_per_class):
-            raise UserError(f"split {name!r} of {store.location} has no object, so nothing can be measured on it")
+            raise UserError(f"split {name!r} of {store.location} has no object to measure; prepare another split")
 
 
 def _set_arithmetic(config: Config) -> None:
     if config.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS is not deterministic
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
     if torch.are_deterministic_algorithms_enabled() != config.train.deterministic:  # it imports torch's compiler: 2 s
         torch.use_deterministic_algorithms(config.train.deterministic)
     torch.backends.cudnn.benchmark = not config.train.deterministic
 
 
 def _resume(state: TrainingState, task: AnyTask, folder: CheckpointFolder, sink: EventSink) -> None:
-    """Every rank reads the checkpoint that rank 0 has picked."""
+    """Resumes from the latest checkpoint of rank 0, on all ranks."""
     if state.group.is_main:
         folder.clean()
     _refuse_unshared_storage(state.group, folder)
     latest = state.group.broadcast(folder.latest())
     if latest is not None:
         state.restore(load_checkpoint(latest))
-        sink.emit(Note(f"going on from {latest.name} (epoch {state.epoch + 1}, step {state.step})"))
+        sink.emit(Note(f"resuming from {latest.name} (epoch {state.epoch + 1}, step {state.step})"))
     parameters = sum(p.numel() for p in state.network.parameters())
-    facts = {"parameters": parameters, "device": str(state.group.device), **library_versions()}
-    epochs = state.config.train.epochs
-    sink.emit(Started(state.step, epochs * state.steps_per_epoch, state.steps_per_epoch, epochs, facts, task.headline))
+    metadata = {"parameters": parameters, "device": str(state.group.device), **library_versions()}
+    epochs, steps = state.config.train.epochs, state.steps_per_epoch
+    sink.emit(Started(state.step, epochs * steps, steps, epochs, metadata, task.headline))
 
 
 def _refuse_unshared_storage(group: ProcessGroup, folder: CheckpointFolder) -> None:
-    """Each rank must see what rank 0 writes; all ranks raise together."""
+    """Raises, on all ranks, unless each rank sees the files of rank 0."""
     probe = folder.folder / f"partial-probe-{group.broadcast(uuid.uuid4().hex)}"
     try:
         if group.is_main:
             probe.mkdir(parents=True)
     except OSError as error:
-        raise RunError(f"{folder.folder} could not be written: {error}") from error
+        raise RunError(f"{folder.folder} cannot be written: {error}; free disk space or fix the storage") from error
     group.broadcast(None)
     blind = [rank for rank, sees in enumerate(group.all_gather(probe.is_dir())) if not sees]
     if group.is_main:
         probe.rmdir()
     if blind:
         raise UserError(
-            f"ranks {', '.join(map(str, blind))} do not see the run directory {folder.folder.parent}; "
-            "give a --runs-dir that all nodes share"
+            f"run directory {folder.folder.parent} is missing on rank {', '.join(map(str, blind))}; "
+            "set --runs-dir to a directory that all nodes share"
         )
 
 
 def _settle_gradient_exchange(state: TrainingState, task: AnyTask, store: Store, plan: EpochPlan) -> None:
-    """Runs a step that is thrown away, so that a resumed run adds gradients up in the order of one never stopped.
+    """Runs one backward pass whose gradients are discarded, so that a resumed run is bit-exact.
 
-    DDP arranges its buckets anew after the first backward, and with three or more ranks their arrangement decides in
-    which order floating-point numbers are added.
+    DDP rebuilds its buckets after the first backward pass, and with three or more ranks the buckets decide in which
+    order floating-point numbers are added.
     """
     group, config = state.group, state.config
     if group.size == 1:
@@ -206,16 +230,16 @@ def _settle_gradient_exchange(state: TrainingState, task: AnyTask, store: Store,
 
 
 def _first_batch(config: Config, store: Store, plan: EpochPlan) -> Batch:
-    """Its first part, by a loader of its own, so that those of the training start at their place."""
+    """The first micro-batch, from a separate loader, so that the loader of the training keeps its position."""
     transform, seed, epochs = config.data.transform, config.train.seed, config.train.epochs
     loader = BatchLoader(store.split("train"), transform, train=True, seed=seed, epochs=epochs)
     return next(micro_batches(next(loader.epoch(plan, epoch=0)), config.train.accumulate))
 
 
 def _draw_first_batch(config: Config, task: AnyTask, store: Store, plan: EpochPlan, path: Path) -> None:
-    """The first pictures that the network is trained on, as it sees them but for the normalisation."""
+    """Plots the first training images as the network sees them, without normalisation."""
     batch = _first_batch(config, store, plan)
-    shown = min(_SHOWN_OF_BATCH, len(batch.indices))
+    shown = min(_IMAGES_OF_BATCH, len(batch.indices))
     normalise = config.data.transform.normalise
     mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (normalise.mean, normalise.std))
     pixels = ((batch.images[:shown] * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
@@ -225,7 +249,7 @@ def _draw_first_batch(config: Config, task: AnyTask, store: Store, plan: EpochPl
 def _finish_epoch(
     state: TrainingState, task: AnyTask, splits: Splits, folder: CheckpointFolder, sink: EventSink
 ) -> None:
-    """Evaluates, moves the position to the next epoch, and saves when it is time to or when this is the best so far."""
+    """Evaluates, moves the position to the next epoch, and saves a checkpoint if it is due or the best so far."""
     config = state.config
     row = {"epoch": float(state.epoch + 1)}
     row |= {f"train/{name}": total / len(splits.train.split) for name, total in state.sums.items()}
@@ -240,8 +264,8 @@ def _finish_epoch(
         measured = state.group.broadcast(evaluation and task.metrics(evaluation.predictions, evaluation.targets))
         if config.checkpoint.metric not in measured:
             raise UserError(
-                f"checkpoint.metric={config.checkpoint.metric} cannot be measured: nothing in the validation split is "
-                f"of its kind; choose one of {', '.join(measured)}"
+                f"checkpoint.metric={config.checkpoint.metric} is undefined on the validation split; set it to one of "
+                f"{', '.join(measured)}"
             )
         row |= {f"val/{name}": value for name, value in measured.items()}
     if evaluation is not None:
@@ -290,20 +314,20 @@ def _save(state: TrainingState, folder: CheckpointFolder, sink: EventSink) -> No
 def _test_best(
     state: TrainingState, task: AnyTask, splits: Splits, folder: CheckpointFolder, run_dir: Path, sink: EventSink
 ) -> Outcome:
-    """Loads the best checkpoint, measures it on the test split and writes the report of the run."""
+    """Evaluates the best checkpoint on the test split and writes the report of the run."""
     assert state.best is not None, "the last epoch is always evaluated"
-    path = state.group.broadcast(folder.at(state.best["step"]))  # not before rank 0 has committed it
+    path = state.group.broadcast(folder.at(state.best["step"]))  # waits until rank 0 has committed it
     state.load_weights(load_checkpoint(path))
     evaluation = _evaluate(state, task, splits.test)
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     if evaluation is not None:
-        sink.emit(Note(f"testing {path.name}, the best of {state.config.checkpoint.metric} on the validation split"))
+        sink.emit(Note(f"testing {path.name}, the best checkpoint by val/{state.config.checkpoint.metric}"))
         details = task.details(evaluation.predictions, evaluation.targets)
-        figures = details["metrics"]
+        metrics = details["metrics"]
         task.report.write(details, evaluation.predictions, evaluation.targets, run_dir / "report")
-        pictures = min(_PICTURES, len(evaluation.targets))
-        images = [splits.test.split.image(row) for row in range(pictures)]
-        chart = run_dir / "report" / "predictions.png"
-        task.report.draw(images, evaluation.predictions[:pictures], evaluation.targets[:pictures], chart)
+        shown = min(_IMAGES_OF_REPORT, len(evaluation.targets))
+        images = [splits.test.split.image(row) for row in range(shown)]
+        plot = run_dir / "report" / "predictions.png"
+        task.report.draw(images, evaluation.predictions[:shown], evaluation.targets[:shown], plot)
         plots.learning_curve(state.history, state.config.checkpoint.metric, run_dir / "report" / "learning_curve.png")
-    return Outcome(state.step, str(path), state.best["metrics"], state.group.broadcast(figures), tuple(state.history))
+    return Outcome(state.step, str(path), state.best["metrics"], state.group.broadcast(metrics), tuple(state.history))

@@ -1,7 +1,7 @@
-"""glibc's allocator, told to keep the memory that one training step frees for the next.
+"""Makes glibc's allocator keep freed memory for the next training step.
 
-By default it hands large blocks back to the kernel when they are free, and the next step pays for fresh, zeroed pages.
-What that costs a training step on CPU workers is what `python tests/bench/bench_allocator.py` measures.
+By default it returns large freed blocks to the kernel, and the next step pays for new, zeroed pages.
+`python tests/bench/bench_allocator.py` measures the cost for CPU workers.
 """
 
 import ctypes
@@ -10,12 +10,12 @@ import ctypes
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _LARGEST_MMAP_THRESHOLD = 32 << 20
-"""glibc refuses more on 64-bit machines: tensors above 32 MiB are mapped and unmapped as before."""
+"""glibc's maximum on 64-bit machines: larger tensors are still mapped and unmapped."""
 _NEVER = -1
 
 
 def keep_freed_memory() -> bool:
-    """Lets this process keep what it frees, for good; False where the C library is not glibc, which has no such say."""
+    """Makes this process keep the memory that it frees. Returns False if the C library is not glibc."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False

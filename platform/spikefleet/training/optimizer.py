@@ -1,4 +1,4 @@
-"""Optimizer groups, their schedules as pure functions of the position, and the average of weights."""
+"""The optimizer, its schedules as pure functions of the step, and the EMA of the weights."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from spikefleet.config.schema import OptimConfig
 
 BIASES = "biases"
-"""Name of the parameter group that `warmup_bias_lr` is for."""
+"""Name of the parameter group of `warmup_bias_lr`."""
 
 
 def build_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """SGD over three groups: weights; parameters of one dimension or none (batch norm, gates, PLIF); biases.
+    """SGD over three parameter groups: weights; scales, with at most one dimension (batch norm, gates, PLIF); biases.
 
-    The last two can be kept from weight decay. Biases are those of convolutions and linear layers, and of batch norm.
+    Biases are those of convolutions, linear layers and batch norm. `decay_norm_and_bias=false` exempts scales and
+    biases from weight decay.
     """
     named: dict[str, list[nn.Parameter]] = {"weights": [], "scales": [], BIASES: []}
     for name, parameter in network.named_parameters():
@@ -38,9 +39,17 @@ def build_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.Opti
 
 
 def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, epochs: int, biases: bool = False) -> float:
-    """The rate for optimizer step `step` (from 0).
+    """The learning rate of an optimizer step.
 
-    `step` changes at whole epochs; `cosine` and `linear` fall at every step, from the end of warm-up to the last step.
+    The schedule `step` changes the rate at whole epochs; `cosine` and `linear` decay at every step, from the end of
+    warm-up to the last step.
+
+    Args:
+        config: the schedule.
+        step: number of the step, from 0.
+        steps_per_epoch: optimizer steps per epoch.
+        epochs: epochs of the training.
+        biases: the rate of biases, which may differ in warm-up.
     """
     position = step / steps_per_epoch
     if position < config.warmup_epochs:
@@ -56,7 +65,7 @@ def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, epochs: 
 
 
 def momentum(config: OptimConfig, step: int, steps_per_epoch: int) -> float:
-    """The momentum for optimizer step `step` (from 0)."""
+    """The momentum of optimizer step `step` (from 0)."""
     if config.warmup_momentum is None or step >= config.warmup_epochs * steps_per_epoch:
         return config.momentum
     warmth = _warmth(config, step, steps_per_epoch)
@@ -64,17 +73,21 @@ def momentum(config: OptimConfig, step: int, steps_per_epoch: int) -> float:
 
 
 def _warmth(config: OptimConfig, step: int, steps_per_epoch: int) -> float:
-    """The part of warm-up that is done with this step, in (0, 1]."""
+    """The fraction of warm-up that is done after this step, in (0, 1]."""
     return min(1.0, (step + 1) / (config.warmup_epochs * steps_per_epoch))
 
 
-def build_average(network: nn.Module, decay: float, ramp: float | None = None) -> AveragedModel:
-    """Exponential moving average of the weights; batch-norm statistics are averaged alike.
+def build_ema(network: nn.Module, decay: float, ramp: float | None = None) -> AveragedModel:
+    """The exponential moving average (EMA) of the weights and of batch-norm statistics.
 
-    With `ramp` the decay of step n is `decay * (1 - exp(-n / ramp))`, so that the first steps are soon forgotten.
+    Args:
+        network: the network.
+        decay: decay of the average.
+        ramp: the decay of step n is `decay * (1 - exp(-n / ramp))`, so that the first steps are forgotten soon; None
+            keeps it constant.
     """
-    average = get_ema_multi_avg_fn(decay) if ramp is None else _ramped(decay, ramp)
-    return AveragedModel(network, multi_avg_fn=average, use_buffers=True)
+    update = get_ema_multi_avg_fn(decay) if ramp is None else _ramped(decay, ramp)
+    return AveragedModel(network, multi_avg_fn=update, use_buffers=True)
 
 
 def _ramped(decay: float, ramp: float) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""The floating-point type of forward passes, in training and in all use afterwards."""
+"""The floating-point type of forward passes, in training and in inference."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
-    """Torch's autocast to a type on a device; none for fp32."""
+    """Torch's autocast context for a device; a null context for fp32."""
     dtype = _AUTOCAST.get(precision)
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)

@@ -1,4 +1,4 @@
-"""All that changes while a network is trained, as one object that can be saved and put back bit for bit."""
+"""The whole state of a training as one object, saved and restored bit by bit."""
 
 from __future__ import annotations
 
@@ -14,17 +14,26 @@ from spikefleet.config.schema import Config, differences
 from spikefleet.errors import UserError
 from spikefleet.training.checkpoints import Snapshot, optimizer_tensors, restore_optimizer
 from spikefleet.training.distributed import ProcessGroup
-from spikefleet.training.optimizer import BIASES, build_average, build_optimizer, learning_rate, momentum
+from spikefleet.training.optimizer import BIASES, build_ema, build_optimizer, learning_rate, momentum
 from spikefleet.training.precision import autocast
 from spikefleet_models.families import build_model
 from spikefleet_models.shortcut import ShortcutNetwork, balance_coefficient
 
 
 class TrainingState:
-    """Network, optimizer, average of weights, loss scale, and the position: next epoch, step within it, total steps.
+    """Network, optimizer, EMA of the weights, loss scale, and the position: next epoch and step within it.
 
-    `best` is the checkpoint step with the best validation metric so far and that metric; `history` has one row of
-    metrics for each finished epoch; `sums` adds up the metrics of the epoch under way.
+    `best` has step, epoch and metrics of the best checkpoint so far; `history` has one row of metrics for each finished
+    epoch; `sums` has the sums of the metrics of the current epoch.
+
+    Args:
+        config: of the run.
+        group: this process's rank and group.
+        data_hash: content hash of the data.
+        steps_per_epoch: optimizer steps per epoch.
+
+    Raises:
+        UserError: the network does not support the configured side branches.
     """
 
     def __init__(self, config: Config, group: ProcessGroup, data_hash: str, steps_per_epoch: int) -> None:
@@ -37,12 +46,12 @@ class TrainingState:
         if config.train.sync_bn and group.size > 1:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         self.network: nn.Module = network
-        """What is evaluated, exported and registered."""
+        """The network without side branches, which is evaluated and registered."""
         self.train_model = self._with_branches(network)
-        self.ddp_model = self._replicate(self.train_model)
+        self.ddp_model = self._with_ddp(self.train_model)
         self.optimizer = build_optimizer(self.train_model, config.optim)
         decay = config.train.ema_decay
-        self.ema = build_average(network, decay, config.train.ema_ramp) if decay is not None else None
+        self.ema = build_ema(network, decay, config.train.ema_ramp) if decay is not None else None
         self.scaler = torch.amp.GradScaler(group.device.type, enabled=config.train.precision == "fp16")
         self.epoch = 0
         self.step_in_epoch = 0
@@ -59,14 +68,14 @@ class TrainingState:
         except ValueError as error:
             raise UserError(f"shortcut: {error}") from None
 
-    def _replicate(self, network: nn.Module) -> nn.Module:
-        replica = network
+    def _with_ddp(self, network: nn.Module) -> nn.Module:
+        model = network
         if self.group.size > 1:
             devices = [self.group.device] if self.group.device.type == "cuda" else None
-            replica = DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)
+            model = DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)
         if self.config.train.compile:
-            replica = torch.compile(replica)  # type: ignore[assignment]
-        return replica
+            model = torch.compile(model)  # type: ignore[assignment]
+        return model
 
     @property
     def step(self) -> int:
@@ -75,22 +84,22 @@ class TrainingState:
 
     @property
     def eval_model(self) -> nn.Module:
-        """The network whose metrics count: the average of weights where there is one."""
+        """The network to evaluate: the EMA of the weights if there is one."""
         return self.ema.module if self.ema is not None else self.network
 
     @property
     def balance(self) -> float:
-        """The balance coefficient of the step to come; 0 without side branches."""
+        """The balance coefficient of the next step; 0 without side branches."""
         if not self.config.shortcut.enabled:
             return 0.0
         return balance_coefficient(self.config.shortcut, self.step, self.config.train.epochs * self.steps_per_epoch)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The arithmetic of forward passes."""
+        """The autocast context of forward passes."""
         return autocast(self.config.train.precision, self.group.device)
 
     def set_learning_rate(self) -> float:
-        """Gives the optimizer the rates and the momentum of the step to come; returns the weights' rate."""
+        """Sets the learning rates and the momentum of the next step; returns the rate of the weights."""
         config, position = self.config.optim, (self.step, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, *position, self.config.train.epochs, biases=group["name"] == BIASES)
@@ -98,7 +107,7 @@ class TrainingState:
         return learning_rate(config, *position, self.config.train.epochs)
 
     def snapshot(self) -> Snapshot:
-        """The whole state. Every rank must call this: each adds the state of its random numbers."""
+        """The whole state. Collective: every rank must call it, since each adds its random state."""
         states = self.group.all_gather(_random_state(self.group.device))
         random = {f"{kind}/{rank}": tensor for rank, state in enumerate(states) for kind, tensor in state.items()}
         tensors: dict[str, Mapping[str, torch.Tensor]] = {
@@ -125,17 +134,21 @@ class TrainingState:
         return Snapshot(tensors, state, self.config.dump())
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Puts a snapshot back. Raises UserError, field by field, if it belongs to another training."""
+        """Restores a snapshot.
+
+        Raises:
+            UserError: the snapshot has another configuration, data or number of workers; the message lists the fields.
+        """
         state = snapshot.state
-        complaints = differences(snapshot.config, self.config.dump())
+        differing = differences(snapshot.config, self.config.dump())
         if state["data_hash"] != self.data_hash:
-            complaints.append(f"data: content {state['data_hash'][:12]} in the run, {self.data_hash[:12]} here")
+            differing.append(f"data: expected content hash {state['data_hash'][:12]}, found {self.data_hash[:12]}")
         if state["world_size"] != self.group.size:
-            complaints.append(f"cluster.workers: {state['world_size']} in the run, {self.group.size} asked for")
-        if complaints:
+            differing.append(f"cluster.workers: expected {state['world_size']}, found {self.group.size}")
+        if differing:
             raise UserError(
-                "the run cannot go on with another configuration: " + "; ".join(complaints) + ". "
-                "Use the run's own values, or another --name for a new run"
+                f"the run cannot be resumed with another configuration: {'; '.join(differing)}; "
+                "use its values to resume it, or set another --name"
             )
         self.load_weights(snapshot)
         if isinstance(self.train_model, ShortcutNetwork):
@@ -148,7 +161,7 @@ class TrainingState:
         self.best, self.history, self.sums = state["best"], list(state["history"]), dict(state["sums"])
 
     def load_weights(self, snapshot: Snapshot) -> None:
-        """Puts back the weights and their average, nothing else."""
+        """Restores only the weights and their EMA."""
         self.network.load_state_dict(dict(snapshot.tensors["model"]))
         if self.ema is not None:
             self.ema.module.load_state_dict(dict(snapshot.tensors["average"]))

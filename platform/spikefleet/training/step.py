@@ -1,10 +1,10 @@
-"""One optimizer step on all ranks: what it does, what it measures, and when it refuses."""
+"""One optimizer step on all ranks, its metrics, and its check for values that are not finite."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 
 import torch
@@ -22,32 +22,42 @@ _SMALLEST_LOSS_SCALE = 1.0
 
 
 class NonFiniteError(RunError):
-    """A loss or gradient is not finite; every rank raises it at the same step, before the optimizer's."""
+    """A loss or a gradient is not finite; every rank raises it at the same step, before the optimizer step."""
 
 
 class Meter:
-    """Images per second of all workers since the last look, with the time for loading but not that for evaluation."""
+    """Images per second of all workers; includes the time for loading, not that for evaluation."""
 
     def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
+        """Starts a new measurement."""
         self._images, self._since = 0, time.perf_counter()
 
     def count(self, images: int) -> None:
+        """Adds images."""
         self._images += images
 
     def rate(self) -> float:
+        """Images per second since the last call or restart."""
         rate = self._images / (time.perf_counter() - self._since)
         self.restart()
         return rate
 
 
 def training_step(state: TrainingState, task: AnyTask, batch: Batch, meter: Meter, sink: EventSink) -> None:
-    """Trains on one global batch: forward and backward of its micro-batches, the exchange of gradients, the optimizer.
+    """Trains on one global batch: forward and backward passes of its micro-batches, all-reduce, optimizer step.
+
+    Args:
+        state: of the training, modified in place.
+        task: the task.
+        batch: this rank's slice of the global batch.
+        meter: measures images per second.
+        sink: receives the metrics of the step if they are due.
 
     Raises:
-        NonFiniteError: the loss or a gradient is not finite; on all ranks, before the optimizer's step.
+        NonFiniteError: the loss or a gradient is not finite; raised on all ranks, before the optimizer step.
     """
     config, group = state.config, state.group
     monitor = _monitor_if_due(state)
@@ -55,24 +65,28 @@ def training_step(state: TrainingState, task: AnyTask, batch: Batch, meter: Mete
     state.train_model.train()
     state.optimizer.zero_grad(set_to_none=True)
     local: dict[str, torch.Tensor] = {}
+    divisor = _Divisor(group)
     parts = list(micro_batches(batch, config.train.accumulate))
     for position, part in enumerate(parts):
         here = part.to(group.device, config.train.channels_last)
         last = position == len(parts) - 1
-        # DDP exchanges gradients in the backward of the last part only.
-        together = nullcontext() if last or group.size == 1 else state.ddp_model.no_sync()  # type: ignore[operator]
-        with together:
+        # DDP all-reduces gradients in the backward pass of the last micro-batch only.
+        sync = nullcontext() if last or group.size == 1 else state.ddp_model.no_sync()  # type: ignore[operator]
+        with sync:
             with state.autocast(), monitor if monitor is not None and position == 0 else nullcontext():
                 values = task.loss(state.ddp_model, here, balance)
-            # DDP divides by the number of ranks; the mean wanted is over the samples of all ranks.
-            weight = len(part.targets) * group.size / batch.global_count
+            count = divisor.add(values.pop("divisor", None))
+            # DDP divides by the number of ranks; the mean is over the samples, or by the divisor, of all ranks.
+            share = len(part.targets) / batch.global_count if count is None else (1 / count).to(values["loss"].dtype)
+            weight = group.size * share
             if config.train.loss == "sum":
                 weight *= batch.global_count
             state.scaler.scale(values["loss"] * weight).backward()
         for name, value in values.items():
-            local[name] = local.get(name, 0) + value.detach().double() * len(part.targets)
-    means = _global_means(local, batch, group)
+            local[name] = local.get(name, 0) + value.detach().double() * (len(part.targets) if count is None else 1)
+    means = _global_means(local, divisor.total(batch.global_count), group)
     state.scaler.unscale_(state.optimizer)
+    divisor.correct(state.train_model.parameters())
     norms = _gradient_norms(state)
     _refuse_non_finite(state, means, local, norms["gradient/norm"])
     if config.train.clip_norm is not None:
@@ -88,17 +102,17 @@ def training_step(state: TrainingState, task: AnyTask, batch: Batch, meter: Mete
     state.step_in_epoch += 1
     meter.count(batch.global_count)
     if due(config.tracking.every_steps, state.step) or monitor is not None:
-        figures = {f"train/{name}": mean for name, mean in means.items()} | norms
-        figures |= {"lr": rate, "images_per_second": meter.rate()}
+        metrics = {f"train/{name}": mean for name, mean in means.items()} | norms
+        metrics |= {"lr": rate, "images_per_second": meter.rate()}
         if config.shortcut.enabled:
-            figures["balance_coefficient"] = balance
+            metrics["balance_coefficient"] = balance
         if monitor is not None:
-            figures |= {f"spikes/{name}": value for name, value in monitor.summary().items()}
-        sink.emit(StepDone(state.epoch, state.step, figures))
+            metrics |= {f"spikes/{name}": value for name, value in monitor.summary().items()}
+        sink.emit(StepDone(state.epoch, state.step, metrics))
 
 
 def micro_batches(batch: Batch, parts: int) -> Iterator[Batch]:
-    """Near-equal slices; the plan leaves none empty."""
+    """Iterates over slices of nearly equal size; the sampling plan leaves none empty."""
     start = 0
     for images, indices in zip(batch.images.tensor_split(parts), batch.indices.tensor_split(parts), strict=True):
         stop = start + len(indices)
@@ -107,17 +121,61 @@ def micro_batches(batch: Batch, parts: int) -> Iterator[Batch]:
 
 
 def _monitor_if_due(state: TrainingState) -> SpikeMonitor | None:
-    wanted = state.group.is_main and due(state.config.tracking.health_every_steps, state.step + 1)
-    return SpikeMonitor(state.network) if wanted else None
+    is_due = state.group.is_main and due(state.config.tracking.health_every_steps, state.step + 1)
+    return SpikeMonitor(state.network) if is_due else None
 
 
-def _global_means(local: Mapping[str, torch.Tensor], batch: Batch, group: ProcessGroup) -> dict[str, float]:
-    sums = group.all_reduce(torch.stack([value.double() for value in local.values()]))
-    return {name: total / batch.global_count for name, total in zip(local, sums.tolist(), strict=True)}
+class _Divisor:
+    """The divisor of a loss that counts it itself, such as its objects, over all micro-batches of all ranks.
+
+    Each micro-batch is divided by the count of the first, which keeps fp16 gradients in range; `correct` rescales the
+    gradients when all are counted.
+    """
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self._group = group
+        self._parts: list[torch.Tensor] = []
+        self._first: torch.Tensor | None = None
+        self._total: torch.Tensor | None = None
+
+    def add(self, count: torch.Tensor | None) -> torch.Tensor | None:
+        """Adds the count of a micro-batch; returns its divisor, or None for a loss that is a mean over samples."""
+        if count is None:
+            return None
+        self._parts.append(count.detach().double())
+        if self._first is None:
+            self._first = self._over_ranks(self._parts[0])
+        return self._first
+
+    def total(self, samples: int) -> torch.Tensor | int:
+        """The divisor of sums over all ranks: the total count, or the number of samples."""
+        if self._first is None:
+            return samples
+        self._total = self._first if len(self._parts) == 1 else self._over_ranks(torch.stack(self._parts).sum())
+        return self._total
+
+    def correct(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Divides gradients by `total` instead of the first micro-batch's count."""
+        if self._first is None or self._total is None or len(self._parts) == 1:
+            return
+        factor = self._first / self._total
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor.to(parameter.grad.dtype))
+
+    def _over_ranks(self, count: torch.Tensor) -> torch.Tensor:
+        return self._group.all_reduce(count.clone()).clamp_min(1)
+
+
+def _global_means(
+    local: Mapping[str, torch.Tensor], total: torch.Tensor | int, group: ProcessGroup
+) -> dict[str, float]:
+    means = group.all_reduce(torch.stack([value.double() for value in local.values()])) / total
+    return dict(zip(local, means.tolist(), strict=True))
 
 
 def _gradient_norms(state: TrainingState) -> dict[str, float]:
-    """L2 norms of the averaged gradient before clipping: of the whole, and of the first layer's weight."""
+    """L2 norms of the averaged gradient before clipping: over all parameters, and of the first layer's weight."""
     first = next(p for p in state.network.parameters() if p.ndim > 1)
     first_norm = 0.0 if first.grad is None else float(first.grad.norm())
     whole = get_total_norm([p.grad for p in state.train_model.parameters() if p.grad is not None])
@@ -127,20 +185,20 @@ def _gradient_norms(state: TrainingState) -> dict[str, float]:
 def _refuse_non_finite(
     state: TrainingState, means: Mapping[str, float], local: Mapping[str, torch.Tensor], norm: float
 ) -> None:
-    """The loss mean and the averaged gradient are the same on all ranks, so all ranks decide alike."""
+    """Raises NonFiniteError on all ranks: the mean loss and the averaged gradient are the same on all of them."""
     where = f"step {state.step + 1} (epoch {state.epoch + 1})"
-    remedy = "the weights are those before it; lower optim.lr, set train.clip_norm, or look at the data of this step"
+    remedy = "the step was not applied; lower optim.lr, set train.clip_norm, or check the data of this step"
     if not math.isfinite(means["loss"]):
         losses = state.group.all_gather(float(local["loss"]))
         ranks = [str(rank) for rank, loss in enumerate(losses) if not math.isfinite(loss)]
-        raise NonFiniteError(f"the loss is {means['loss']} at {where}, from rank {', '.join(ranks)}; {remedy}")
+        raise NonFiniteError(f"the loss is {means['loss']} at {where}, on rank {', '.join(ranks)}; {remedy}")
     if math.isfinite(norm):
         return
     if not state.scaler.is_enabled():
         bad = [name for name, p in state.train_model.named_parameters() if p.grad is not None and not _finite(p.grad)]
         named = f"{bad[0]} and {len(bad) - 1} more" if len(bad) > 1 else "".join(bad) or "their norm"
         raise NonFiniteError(f"the gradient is not finite at {where}: {named}; {remedy}")
-    if state.scaler.get_scale() <= _SMALLEST_LOSS_SCALE:  # fp16 overflows now and then; the scaler skips such a step
+    if state.scaler.get_scale() <= _SMALLEST_LOSS_SCALE:  # the scaler skips a step that overflows
         raise NonFiniteError(
             f"the fp16 gradient overflows at {where} even at loss scale {state.scaler.get_scale()}; {remedy}"
         )
@@ -151,5 +209,5 @@ def _finite(tensor: torch.Tensor) -> bool:
 
 
 def due(every: int | None, count: int) -> bool:
-    """Whether something that happens every so often happens at this count; None: never."""
+    """Whether something that happens at every multiple of `every` happens at `count`; never if `every` is None."""
     return every is not None and count % every == 0

@@ -1,0 +1,53 @@
+"""Configuration keys that were renamed: stored configurations keep loading, recipes get a hint.
+
+Every stored `config.json` (of runs, checkpoints and registered packages) is read through `with_current_keys` before it
+is validated. A recipe, an override or a search that still has an old key is refused, with the new one.
+
+To rename a key: rename the field, and add a row here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+RENAMED_KEYS: dict[str, str] = {}
+"""Dotted old key -> dotted new key, in the order of the renames; a key may be that of a whole section."""
+
+
+def with_current_keys(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored configuration with the current names of renamed keys.
+
+    Args:
+        stored: plain data, as an earlier version wrote it; not modified.
+
+    Returns:
+        A copy. A key whose new name already exists stays, and validation refuses it.
+    """
+    tree = _copy(stored)
+    for old, new in RENAMED_KEYS.items():
+        *path, last = old.split(".")
+        section = _section(tree, path)
+        if section is None or last not in section:
+            continue
+        *new_path, new_last = new.split(".")
+        target = _section(tree, new_path, create=True)
+        if target is not None and new_last not in target:
+            target[new_last] = section.pop(last)
+    return tree
+
+
+def _copy(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the sections; values that are not sections are shared."""
+    return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
+
+
+def _section(tree: dict[str, Any], path: list[str], create: bool = False) -> dict[str, Any] | None:
+    """The section at a path; None if there is none, or a value is in its place."""
+    node: Any = tree
+    for part in path:
+        node = node.setdefault(part, {}) if create else node.get(part)
+        if not isinstance(node, dict):
+            return None
+    section: dict[str, Any] = node
+    return section

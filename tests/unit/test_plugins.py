@@ -1,0 +1,51 @@
+"""Plugins that are no modules, that fail, or that a damaged record names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spikefleet.errors import UserError
+from spikefleet.plugins import VARIABLE, load_plugins, loaded_plugins, refuse_missing_plugins
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import sys; sys.exit(0)", "cannot be loaded: SystemExit: 0"),
+        ("raise OSError('no licence')", "cannot be loaded: OSError: no licence"),
+        ("def (:", "cannot be loaded: SyntaxError"),
+        ("import no_such_module", "No module named 'no_such_module'"),
+    ],
+)
+def test_a_plugin_that_fails_is_named_and_not_taken_for_loaded(
+    code: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "fails_when_imported.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv(VARIABLE, raising=False)
+    for _ in range(2):
+        with pytest.raises(UserError, match=said):
+            load_plugins(["fails_when_imported"])
+    assert "fails_when_imported" not in loaded_plugins()
+
+
+@pytest.mark.parametrize("name", ["a b", "../a", "a/b", "a:b", "a,b", "a..b", "a.", "1a", "\u00e4"])
+def test_a_name_that_is_no_module_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    with pytest.raises(UserError, match="is not the name of a module"):
+        load_plugins([name])
+
+
+@pytest.mark.parametrize("recorded", [None, "abc", 3, {"a": 1}, [1]])
+def test_a_damaged_record_of_plugins_is_refused(recorded: Any) -> None:
+    with pytest.raises(UserError, match="run r is damaged: its plugins are"):
+        refuse_missing_plugins(recorded, "run r")
+
+
+def test_plugins_that_are_not_loaded_are_named_with_what_to_do() -> None:
+    refuse_missing_plugins([], "run r")
+    with pytest.raises(UserError, match=r"run r was trained with plugin a, b.*--plugin a --plugin b.*=a,b"):
+        refuse_missing_plugins(["a", "b"], "run r")
