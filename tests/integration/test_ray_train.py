@@ -154,7 +154,7 @@ def test_a_killed_driver_resumes_by_the_same_command(
     assert latest(run_dir) != f"step-{STEPS:08d}", "killed too late to show anything"
     second = CliRunner().invoke(app, words)
     assert second.exit_code == 0, second.output
-    assert "going on from step-" in second.stdout
+    assert "resuming from step-" in second.stdout
     clean = undisturbed(1, store, tmp_path / "reference")
     assert differences(end_of(run_dir), end_of(tmp_path / "reference")) == []
     assert tracked_losses(tmp_path) == sorted(clean.losses.items())

@@ -1,5 +1,7 @@
 """Gates: values, gradients as the formulas are written, and what BSG* can become."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,10 +19,12 @@ TO_H = {"bsg": [0, -1, 2, 1], "add": [1, 1, 1, 1], "and": [0, 1, 0, 1], "iand": 
 TO_X = {"bsg": [1, 1, 0, 0], "add": [1, 1, 1, 1], "and": [0, 0, 1, 1], "iand": [1, 1, 0, 0]}
 
 
-def gradients(function, h: Tensor, x: Tensor, upstream: Tensor | float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+def gradients(function: Callable[[Tensor, Tensor], Tensor], h: Tensor, x: Tensor, upstream: Tensor | float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     h, x = h.clone().requires_grad_(), x.clone().requires_grad_()
     y = function(h, x)
     (y * upstream).sum().backward()
+    assert h.grad is not None
+    assert x.grad is not None
     return y.detach(), h.grad, x.grad
 
 

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from spikefleet_models import spike_driven
 from spikefleet_models.equivalence import EquivalenceProof, check_equivalence
 from spikefleet_models.families import build_model, model_config
-from spikefleet_models.neurons import NeuronConfig, build_neuron
+from spikefleet_models.neuron_config import NeuronConfig
+from spikefleet_models.neurons import build_neuron
 from spikefleet_models.reparam import deploy
 from spikefleet_models.slots import NotSpikeDrivenError, SlotLayer
 

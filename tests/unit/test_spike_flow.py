@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from spikefleet_models.families import build_model, list_models, model_config
 from spikefleet_models.gates import Gate, GateName, build_gate
-from spikefleet_models.neurons import NeuronConfig, build_neuron, spiking_nodes
+from spikefleet_models.neuron_config import NeuronConfig
+from spikefleet_models.neurons import build_neuron, spiking_nodes
 from spikefleet_models.operation_counts import OperationCounts, count_operations
 from spikefleet_models.reparam import deploy
 from spikefleet_models.slots import NotSpikeDrivenError

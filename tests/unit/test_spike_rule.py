@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from spikefleet_models.equivalence import check_equivalence
 from spikefleet_models.gates import Gate
-from spikefleet_models.neurons import ILIF, NeuronConfig, build_neuron
+from spikefleet_models.neuron_config import NeuronConfig
+from spikefleet_models.neurons import ILIF, build_neuron
 from spikefleet_models.slots import NotSpikeDrivenError
 from spikefleet_models.spike_edges import Analogue, SpikeFed, check_finite, layer_inputs
 
