@@ -10,7 +10,8 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
@@ -53,24 +54,34 @@ def loaded_plugins() -> tuple[str, ...]:
     return tuple(_loaded)
 
 
-def refuse_missing_plugins(recorded: Any, what: str) -> None:
-    """Checks that the plugins of a run or version are loaded.
+@contextmanager
+def missing_plugins_named(recorded: Any, what: str) -> Iterator[None]:
+    """A block that reads the configuration of a run or version that was trained with plugins.
+
+    What is recorded is all that was loaded then, which another machine need not have: a plugin is missed where the
+    block fails.
 
     Args:
-        recorded: modules of the plugins it was trained with, as read from a file.
-        what: names the run or version, for the error message.
+        recorded: the names of its plugins, as read from a file.
+        what: names it in errors.
 
     Raises:
-        UserError: a plugin is not loaded, or the record is not a list of names.
+        UserError: the block does; where plugins are not loaded, its sentence also names them and the remedy.
     """
-    if not isinstance(recorded, list | tuple) or not all(isinstance(name, str) for name in recorded):
-        raise UserError(f"{what} is damaged: expected a list of plugins, found {str(recorded)[:80]}")
-    missing = [name for name in recorded if name not in _loaded]
-    if missing:
+    try:
+        yield
+    except UserError as error:
+        if not isinstance(recorded, list | tuple) or not all(isinstance(name, str) for name in recorded):
+            raise UserError(
+                f"{error}; {what} is damaged: its plugins are {str(recorded)[:80]}, and not a list of names"
+            ) from None
+        missing = [name for name in recorded if name not in _loaded]
+        if not missing:
+            raise
         raise UserError(
-            f"{what} needs plugin {', '.join(missing)}, which is not loaded; "
-            f"add {' '.join(f'--plugin {name}' for name in missing)}, or set {VARIABLE}={','.join(missing)}"
-        )
+            f"{error}; {what} was trained with plugin {', '.join(missing)}, which is not loaded; "
+            f"give {' '.join(f'--plugin {name}' for name in missing)}, or set {VARIABLE}={','.join(missing)}"
+        ) from None
 
 
 def _import(name: str) -> None:

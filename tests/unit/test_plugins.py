@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from spikefleet.config.recipes import parse_model
 from spikefleet.errors import UserError
-from spikefleet.plugins import VARIABLE, load_plugins, loaded_plugins, refuse_missing_plugins
+from spikefleet.plugins import VARIABLE, load_plugins, loaded_plugins, missing_plugins_named
 
 
 @pytest.mark.parametrize(
@@ -39,13 +40,24 @@ def test_a_name_that_is_no_module_is_refused(name: str, monkeypatch: pytest.Monk
         load_plugins([name])
 
 
+def read_an_unknown_family(recorded: Any) -> None:
+    with missing_plugins_named(recorded, "run r"):
+        parse_model({"family": "from_a_plugin"}, "run r")
+
+
 @pytest.mark.parametrize("recorded", [None, "abc", 3, {"a": 1}, [1]])
-def test_a_damaged_record_of_plugins_is_refused(recorded: Any) -> None:
-    with pytest.raises(UserError, match="run r is damaged: its plugins are"):
-        refuse_missing_plugins(recorded, "run r")
+def test_a_damaged_record_of_plugins_is_named(recorded: Any) -> None:
+    with pytest.raises(UserError, match=r"not 'from_a_plugin'.*; run r is damaged: its plugins are"):
+        read_an_unknown_family(recorded)
 
 
-def test_plugins_that_are_not_loaded_are_named_with_what_to_do() -> None:
-    refuse_missing_plugins([], "run r")
-    with pytest.raises(UserError, match=r"run r was trained with plugin a, b.*--plugin a --plugin b.*=a,b"):
-        refuse_missing_plugins(["a", "b"], "run r")
+def test_plugins_that_are_missing_are_named_with_what_to_do() -> None:
+    with pytest.raises(UserError, match=r"not 'from_a_plugin'.*; run r was trained with plugin a, b.*=a,b"):
+        read_an_unknown_family(["a", "b"])
+    with pytest.raises(UserError, match=r"not 'from_a_plugin' [^;]*$"):
+        read_an_unknown_family([])
+
+
+def test_a_plugin_that_was_only_installed_is_not_missed() -> None:
+    with missing_plugins_named(["elsewhere"], "run r"):
+        parse_model({"family": "sg_resnet"}, "run r")

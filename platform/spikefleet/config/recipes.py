@@ -17,6 +17,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from spikefleet.config.messages import did_you_mean, sentences
 from spikefleet.config.schema import Config
 from spikefleet.config.strict_yaml import parse_yaml, read_mapping, read_yaml_text
+from spikefleet.config.task_table import find_task
 from spikefleet.errors import UserError
 from spikefleet_models.families import DEFAULT_FAMILY, AnyModelConfig, find_family
 from spikefleet_models.family import ModelConfig
@@ -122,6 +123,21 @@ def parse_transform(tree: Any, origin: str) -> BatchTransformConfig:
     except ValidationError as error:
         where = ("data", "transform")
         raise UserError(f"{origin}: {sentences(error, Config, tree, at=where, concrete=_concrete)}") from None
+
+
+def check_uses(tree: Mapping[str, Any], origin: str) -> None:
+    """Checks the task and the transform of a stored configuration, which serving needs, and nothing of its training.
+
+    Raises:
+        UserError: there is no such task, or the transform has a field that is wrong.
+    """
+    try:
+        find_task(str(tree["task"]))
+    except ValueError as error:
+        raise UserError(f"{origin}: task={tree['task']!r}: {error}") from None
+    data = tree["data"]
+    if isinstance(data, Mapping) and "transform" in data:
+        parse_transform(data["transform"], origin)
 
 
 def _concrete(declared: type[BaseModel], data: Any) -> type[BaseModel]:

@@ -20,6 +20,7 @@ from spikefleet.data_access import open_data
 from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
 from spikefleet.files import read_json
+from spikefleet.plugins import missing_plugins_named
 from spikefleet.registry.package import CARD, load_network, read_card
 from spikefleet.runs.run_dir import Run, find_run
 from spikefleet.tasks import AnyTask, build_task
@@ -81,15 +82,16 @@ def open_trained_network(reference: str, runs_dir: Path) -> TrainedNetwork:
 
 def _from_package(reference: str, folder: Path) -> TrainedNetwork:
     network, plain = load_network(folder)
-    config, data = parse_config(plain, origin=reference), DataSummary.read(folder)
-    metrics = {str(name): float(value) for name, value in read_card(folder).metadata.get("metrics", {}).items()}
-    return TrainedNetwork(reference, network, config, data, metrics, _energy_card(folder))
+    metadata = read_card(folder).metadata
+    with missing_plugins_named(metadata.get("plugins", ()), reference):
+        config = parse_config(plain, origin=reference)
+    metrics = {str(name): float(value) for name, value in metadata.get("metrics", {}).items()}
+    return TrainedNetwork(reference, network, config, DataSummary.read(folder), metrics, _energy_card(folder))
 
 
 def _from_checkpoint(reference: str, checkpoint: Path, run: Run) -> TrainedNetwork:
-    run.check_plugins()
     snapshot = load_checkpoint(checkpoint)
-    config = parse_config(snapshot.config, origin=str(checkpoint))
+    config = run.parse(snapshot.config, origin=str(checkpoint))
     network, record = best_network(snapshot, config.model), run.record()
     metrics = {f"val/{name}": float(value) for name, value in record.get("validation", {}).items()}
     metrics |= {f"test/{name}": float(value) for name, value in record.get("test", {}).items()}

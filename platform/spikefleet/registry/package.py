@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spikefleet.config.recipes import parse_model
+from spikefleet.config.recipes import check_uses, parse_model
 from spikefleet.config.renamed import with_current_keys
 from spikefleet.errors import UserError
 from spikefleet.files import read_json, sha256_of
-from spikefleet.plugins import refuse_missing_plugins
+from spikefleet.plugins import missing_plugins_named
 
 if TYPE_CHECKING:
     import torch
@@ -153,12 +153,15 @@ def load_network(directory: Path, expected_content_hash: str | None = None) -> "
         The network in evaluation mode on the CPU, and the configuration of its run.
 
     Raises:
-        UserError: the package is not intact, its weights do not fit its configuration, or a plugin is not loaded.
+        UserError: the package is not intact, a plugin that it needs is not loaded, or its weights are not those of its
+            configuration.
     """
     card = verify_package(directory, expected_content_hash)
-    refuse_missing_plugins(card.metadata.get("plugins", ()), f"the network in {directory}")
-    config = read_config(directory)
-    network = parse_model(config["model"], str(directory / CONFIG)).build()
+    config, where = read_config(directory), str(directory / CONFIG)
+    with missing_plugins_named(card.metadata.get("plugins", ()), f"the network in {directory}"):
+        check_uses(config, where)
+        model = parse_model(config["model"], where)
+    network = model.build()
     load_weights(network, directory / WEIGHTS)
     return network.eval(), config
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from spikefleet.config.schema import Config, differences
 from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
 from spikefleet.files import read_json_object, write_json
-from spikefleet.plugins import loaded_plugins, refuse_missing_plugins
+from spikefleet.plugins import loaded_plugins, missing_plugins_named
 from spikefleet.training.checkpoints import CheckpointFolder, verify_checkpoint
 from spikefleet_tune.lock import Lock, LockedError, hold
 
@@ -77,14 +78,13 @@ class Run:
         return self.checkpoints.at(best["step"])
 
     def config(self) -> Config:
-        """Reads the configuration of the run. Raises UserError if it is invalid, or a plugin of it is not loaded."""
-        self.check_plugins()
-        stored = with_current_keys(read_json_object(self.path / "config.json"))
-        return parse_config(stored, origin=f"run {self.name}")
+        """The configuration that the run was started with. Raises UserError where a plugin that it needs is missing."""
+        return self.parse(with_current_keys(read_json_object(self.path / "config.json")), origin=f"run {self.name}")
 
-    def check_plugins(self) -> None:
-        """Raises UserError if a plugin that the run was trained with is not loaded."""
-        refuse_missing_plugins(self.record().get("plugins", ()), f"run {self.name}")
+    def parse(self, config: Mapping[str, Any], origin: str) -> Config:
+        """Checks a configuration that was stored with the run. Raises UserError as `config`."""
+        with missing_plugins_named(self.record().get("plugins", ()), f"run {self.name}"):
+            return parse_config(config, origin)
 
     def begin(self, config: Config, data: DataSummary) -> None:
         """Creates the run, or checks that an existing one can be resumed with this configuration and data.
