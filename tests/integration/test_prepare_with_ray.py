@@ -138,7 +138,7 @@ def test_ray_is_started_and_shut_down_when_there_is_much(
     ray.shutdown()
     started = []
     monkeypatch.setattr("spikefleet_pipelines.sources.ray_tasks._WORTH_RAY", 48)
-    monkeypatch.setattr(ray, "init", lambda begin=ray.init, **how: started.append(how) or begin(**how))
+    monkeypatch.setattr(ray, "init", lambda begin=ray.init, **how: started.append(how) or begin(**how))  # type: ignore[func-returns-value]
     store = prepare("image_folder", folder, tmp_path / "store", parallel=None)
     assert [how["num_cpus"] for how in started] == [None]
     assert store.manifest.splits == {"train": 38, "val": 2, "test": 8}

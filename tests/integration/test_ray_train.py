@@ -125,7 +125,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_without_a_restart(
                 values = healthy(self, network, batch, balance)
                 return {**values, "loss": values["loss"] * float("nan")}
 
-            Classification.loss = poisoned  # type: ignore[method-assign]
+            Classification.loss = poisoned  # type: ignore[assignment, method-assign]
 
     recorder = Recorder()
     with pytest.raises(RunError, match=r"the loss is nan at step 3 \(epoch 1\), from rank 0"):

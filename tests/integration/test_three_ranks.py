@@ -27,7 +27,7 @@ def leave_the_exchange_unsettled() -> None:
     def nothing(*arguments: Any) -> None:
         return None
 
-    loop._settle_gradient_exchange = nothing
+    loop._settle_gradient_exchange = nothing  # type: ignore[assignment]
 
 
 def test_resumption_with_three_ranks_changes_no_bit(stores_dir: Path, tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def freeze_batch_norm() -> None:
     def train_without_batch_norm(self: SGResNet, mode: bool = True) -> SGResNet:
         return self.eval() if mode else torch.nn.Module.train(self, mode)
 
-    SGResNet.train = train_without_batch_norm  # type: ignore[method-assign]
+    SGResNet.train = train_without_batch_norm  # type: ignore[assignment, method-assign]
 
 
 def test_two_ranks_have_the_gradient_of_one(

@@ -121,7 +121,7 @@ def _poison_loss(mark: Path) -> None:
         values = healthy(self, *arguments)
         return {**values, "loss": values["loss"] * float("nan")}
 
-    Classification.loss = poisoned  # type: ignore[method-assign]
+    Classification.loss = poisoned  # type: ignore[assignment, method-assign]
 
 
 @dataclass

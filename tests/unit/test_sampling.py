@@ -1,5 +1,7 @@
 """Plans: every sample once, the same on any world size, and the same tail after a resume."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings

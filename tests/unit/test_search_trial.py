@@ -16,7 +16,7 @@ from spikefleet.search.trial import (
     ReportSink,
     TrialSetting,
     _report_best_so_far,
-    _take_over,
+    _start_from,
     as_trial,
     mutable_keys,
     refusal_of,
@@ -42,7 +42,7 @@ def test_a_trial_with_one_worker_needs_no_group(setting: TrialSetting) -> None:
     config = setting.config(SMALL)
     assert config.cluster.workers == 0
     assert config.checkpoint.every_epochs == 1
-    assert config.model.width == 0.125
+    assert config.model.width == 0.125  # type: ignore[attr-defined]
 
 
 def test_time_steps_change_only_where_no_weight_depends_on_them(setting: TrialSetting) -> None:
@@ -98,7 +98,7 @@ def test_a_search_pursues_no_test_figure() -> None:
     assert reportable(("top1", "top5")) == {"val/top1", "val/top5", "energy_mj", "parameters"}
 
 
-def test_a_take_over_brings_weights_but_not_the_best_of_another_configuration(
+def test_a_start_from_brings_weights_but_not_the_best_of_another_configuration(
     setting: TrialSetting, stores_dir: Path
 ) -> None:
     store = Store.open(stores_dir / "digits", verify=False)
@@ -108,7 +108,7 @@ def test_a_take_over_brings_weights_but_not_the_best_of_another_configuration(
     train(config, store, donor.path, ProcessGroup.single(), NullSink())
     middle, end = donor.checkpoints.committed()
     changed = setting.config({**SMALL, "optim.lr": 0.01})
-    _take_over(taker, changed, middle)
+    _start_from(taker, changed, middle)
     taken = load_checkpoint(taker.checkpoints.latest())  # type: ignore[arg-type]
     assert taken.state["best"] is None
     assert taken.config == changed.dump()
@@ -116,7 +116,7 @@ def test_a_take_over_brings_weights_but_not_the_best_of_another_configuration(
     outcome = train(changed, store, taker.path, ProcessGroup.single(), NullSink())
     assert outcome.steps == load_checkpoint(end).state["epoch"] * load_checkpoint(end).state["steps_per_epoch"]
     with pytest.raises(TrialPruned, match="nothing to train"):
-        _take_over(taker, setting.config({**SMALL, "optim.lr": 0.02}), end)
+        _start_from(taker, setting.config({**SMALL, "optim.lr": 0.02}), end)
 
 
 BRANCHED = {"model.stages": [1, 1], "shortcut.where": "stage"}
@@ -144,7 +144,7 @@ def test_a_training_goes_on_under_other_time_steps_bound_and_balance(
     donor.begin(config, DataSummary.of(store.manifest))
     train(config, store, donor.path, ProcessGroup.single(), NullSink())
     middle, _ = donor.checkpoints.committed()
-    _take_over(taker, changed, middle)
+    _start_from(taker, changed, middle)
     taken, given = (load_checkpoint(path) for path in (taker.checkpoints.committed()[-1], middle))
     for group in ("model", "optimizer"):
         for name, tensor in given.tensors[group].items():
@@ -164,7 +164,7 @@ def test_a_trial_that_is_given_its_own_checkpoint_keeps_what_it_has(
     run.begin(config, DataSummary.of(store.manifest))
     train(config, store, run.path, ProcessGroup.single(), NullSink())
     before = run.checkpoints.committed()
-    _take_over(run, config, before[given])
+    _start_from(run, config, before[given])
     assert run.checkpoints.committed() == before
     assert load_checkpoint(before[-1]).state["best"] is not None
 

@@ -97,7 +97,7 @@ def test_spike_yolo_is_spike_driven_behind_its_stem(fields: dict[str, object]) -
     assert len(layers_of(proof, "spike-fed")) == len(layers_of(proof, "neuron")) > 50
     for layer in proof.layers:
         if layer.kind == "spike-fed":
-            assert (layer.timesteps, layer.bound) == (config.timesteps, config.neuron.bound)
+            assert (layer.timesteps, layer.bound) == (config.timesteps, config.neuron.bound)  # type: ignore[attr-defined]
             assert layer.headroom_bits >= 5
             assert 0 < layer.ones < 1
 

@@ -97,7 +97,7 @@ def with_weights_of_spikes(net: Net, s: Tensor) -> Tensor:
     net.conv.weight = weight * s.mean()
     y = net.conv(s)
     del net.conv.weight
-    net.conv.weight = weight
+    net.conv.weight = weight  # type: ignore[assignment]
     return y
 
 
