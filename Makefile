@@ -50,9 +50,9 @@ unit: $(SYNCED)
 integration: $(SYNCED)
 	$(PYTEST) tests/integration -m "not slow"
 
-# What neither quick nor test runs; each such test says why.
+# What neither quick nor test runs; each such test says why. No test is no failure (pytest's exit code 5).
 slow: $(SYNCED)
-	$(PYTEST) tests/integration tests/unit -m slow
+	$(PYTEST) tests/integration tests/unit -m slow || [ $$? -eq 5 ]
 
 # Lines that the tests reach in this process and those that they fork or start, but not in Ray's.
 coverage: $(SYNCED)

@@ -67,8 +67,8 @@ def test_time_steps_change_only_where_no_weight_depends_on_them(setting: TrialSe
         ({"model.neuron.bound": 2}, "does not use bound=2"),
         ({"data.seed": 3}, "share one store"),
         ({"data": {"source": "scenes"}}, "share one store"),
-        ({"cluster": {"workers": 2}}, "set by the search's resources"),
-        ({"cluster.workers": 2}, "set by the search's resources"),
+        ({"cluster": {"workers": 2}}, "set the search's resources"),
+        ({"cluster.workers": 2}, "set the search's resources"),
         ({"optim.lrr": 2}, "optim.lr"),
     ],
 )
