@@ -19,7 +19,6 @@ A card states what it counted:
 """
 
 import copy
-import difflib
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -30,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from spikefleet_models.energy_constants import EnergyConstants, energy_constants
 from spikefleet_models.family import ModelConfig
 from spikefleet_models.neurons import spiking_nodes
 from spikefleet_models.operation_counts import LayerCount, OperationCounts, count_operations
@@ -48,27 +48,6 @@ CONVENTIONS = (
 _DERIVED = ("version", "totals", "rows", "conventions")
 _RENAMED = {"pictures": "images"}
 """Field names in cards of earlier releases -> field names today."""
-
-
-@dataclass(frozen=True)
-class EnergyConstants:
-    """Energy of one operation in pJ, under a name and version whose values never change."""
-
-    name: str
-    version: int
-    mac_pj: float
-    ac_pj: float
-    source: str
-
-
-_HOROWITZ = "M. Horowitz, ISSCC 2014"
-CONSTANTS = {
-    constants.name: constants
-    for constants in (
-        EnergyConstants("int32-45nm", 1, 3.1, 0.1, f"{_HOROWITZ}: int32 multiply, add; as Zhang et al. 2023"),
-        EnergyConstants("fp32-45nm", 1, 4.6, 0.9, f"{_HOROWITZ}: fp32 multiply and add, add; as Luo et al. 2024"),
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -235,7 +214,7 @@ def energy_card(
         network: a trained network of this package; not changed. One without batch norms (already deployed) counts as
             built.
         batches: images [B, C, H, W] or frames [T, B, C, H, W], of the network's type and on its device.
-        constants: a name in CONSTANTS, or your own constants.
+        constants: a name in `energy_constants.CONSTANTS`, or your own constants.
         form: form to count; see the module docstring.
         shortcuts: count the 1x1 convolutions of shortcuts.
         twin_form: form of the ANN twin; None leaves the twin out.
@@ -301,21 +280,6 @@ def energy_at_rates(
     )
     counts = replace(counts, layers=layers)
     return _card(network, counts, chosen, form, shortcuts, twin_form, {image_size: 1}, images=0)
-
-
-def energy_constants(constants: str | EnergyConstants) -> EnergyConstants:
-    """Look up constants by name; constants themselves are returned unchanged.
-
-    Raises:
-        ValueError: the name is unknown.
-    """
-    if isinstance(constants, EnergyConstants):
-        return constants
-    if constants not in CONSTANTS:
-        nearest = difflib.get_close_matches(constants, CONSTANTS, 1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise ValueError(f"unknown energy constants {constants!r}, expected one of {', '.join(CONSTANTS)}{hint}")
-    return CONSTANTS[constants]
 
 
 def _millijoules(constants: EnergyConstants, macs: float, acs: float) -> float:

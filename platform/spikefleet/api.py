@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from spikefleet.config.recipes import load_config, override_config
+from spikefleet.config.recipes import load_config, override_config, with_cluster
 from spikefleet.config.schema import Config
 from spikefleet.errors import UserError
 from spikefleet.inference.image_input import ImageInput
@@ -174,11 +174,7 @@ def train(
         RunError: the training or the registration failed.
     """
     load_plugins(plugins)
-    given = dict(overrides or {})
-    if workers is not None:
-        given["cluster.workers"] = workers
-    if gpu:
-        given["cluster.gpu"] = True
+    given = with_cluster(overrides or {}, workers, gpu)
     if name not in (None, resume) and resume is not None:
         raise UserError(f"--name {name} and --resume {resume} are two runs; give one of them")
     folder = Path(runs_dir)

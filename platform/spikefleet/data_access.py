@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from spikefleet.cluster.session import quiet_ray, ray_session
+from spikefleet.status import counting, print_line, waiting
 from spikefleet_pipelines.data_config import DataConfig
 from spikefleet_pipelines.opening import open_or_prepare
 from spikefleet_pipelines.sources import prepare
@@ -40,24 +40,25 @@ def prepare_store(
 ) -> Store:
     """Converts a data set into a store at `out`; on the cluster at `address` or RAY_ADDRESS, whose nodes see both."""
     quiet_ray()
-    cluster = ray_session(address) if address or os.environ.get("RAY_ADDRESS") else nullcontext()
-    with cluster, _shown(console, f"preparing {source}") as progress:
-        return prepare(source, root, out, progress=progress, **how, **options)
+    with ExitStack() as cluster:
+        if address or os.environ.get("RAY_ADDRESS"):
+            with waiting(console, "connecting to Ray"):
+                cluster.enter_context(ray_session(address))
+        with _shown(console, f"preparing {source}") as progress:
+            return prepare(source, root, out, progress=progress, **how, **options)
 
 
 @contextmanager
 def _shown(console: Console, title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar that appears with the first image, on a terminal; a line when it is done, elsewhere."""
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=None, visible=False)
-        done_of = (0, 0)
+    """Progress with rate and remaining time, and a line with the number of images when it is done."""
+    done_of = (0, 0)
+    with counting(console, title) as count:
 
         def progress(done: int, total: int) -> None:
             nonlocal done_of
             done_of = (done, total)
-            bar.update(task, completed=done, total=total, visible=True)
+            count(done, total)
 
         yield progress
     if done_of[1]:
-        console.print(f"{title}: {done_of[0]} images", highlight=False)
+        print_line(console, f"{title}: {done_of[0]:,} images")

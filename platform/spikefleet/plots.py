@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
 
 _NAMED_CLASSES = 25
 """With more classes, their names on the axes would be too small to read."""
+
+_NAME_WIDTH = 24
+"""Characters of a file's name on a line below its image."""
+
+_COLOURS = {True: "#1a7f37", False: "#cf222e", None: "black"}
+"""Of a caption: right, wrong, and where there is nothing to compare with."""
 
 _READABLE_SIDE = 384
 """Images are enlarged by an integer factor to about this side in pixels before boxes are drawn on them."""
@@ -70,24 +77,36 @@ def confusion_matrix(counts: np.ndarray, class_names: Sequence[str], path: Path)
     _save(figure, path)
 
 
-def image_grid(images: Sequence[torch.Tensor], captions: Sequence[str], correct: Sequence[bool], path: Path) -> None:
+def image_grid(
+    images: Sequence[torch.Tensor],
+    captions: Sequence[str],
+    correct: Sequence[bool | None],
+    path: Path,
+    names: Sequence[str] = (),
+) -> None:
     """Plots images under their captions.
 
     Args:
         images: uint8 `[C, H, W]` each.
         captions: one for each image.
-        correct: whether the caption is green, else red.
+        correct: whether the caption is green, else red; None: black, for there is nothing to compare with.
         path: the PNG.
+        names: below the images, if there are any.
     """
     columns = min(8, max(1, len(captions)))
     rows = -(-len(captions) // columns)
-    figure, axes = _subplots(rows, columns, figsize=(1.5 * columns, 1.85 * rows), layout="constrained", squeeze=False)
+    below = [textwrap.fill(name, _NAME_WIDTH) for name in names]
+    height = 1.85 + 0.12 * max((text.count("\n") + 1 for text in below), default=0)
+    width = max(1.5 * columns, 2.2)  # one image alone is narrower than its caption
+    figure, axes = _subplots(rows, columns, figsize=(width, height * rows), layout="constrained", squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for axis, image, caption, is_correct in zip(axes.flat, images, captions, correct, strict=False):
         pixels = image.permute(1, 2, 0).numpy()
         axis.imshow(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=255)
-        axis.set_title(caption, fontsize=8, color="#1a7f37" if is_correct else "#cf222e")
+        axis.set_title(caption, fontsize=8, color=_COLOURS[is_correct])
+    for axis, text in zip(axes.flat, below, strict=False):
+        axis.text(0.5, -0.04, text, fontsize=6, ha="center", va="top", transform=axis.transAxes)
     _save(figure, path)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -178,6 +179,50 @@ def test_recipes_config_sources_and_doctor(desk: Desk) -> None:
     assert "torch 2" in desk.ask("doctor")
 
 
+@pytest.mark.parametrize(
+    ("words", "keys"),
+    [
+        ("recipes", {"recipe", "header"}),
+        ("searches", {"search", "recipe", "space", "objectives"}),
+        ("tables", {"table", "title", "paper", "rows", "scales"}),
+        ("data sources", {"source", "description", "files", "options"}),
+        ("data show digits", {"source", "splits", "content_hash", "class_names"}),
+        ("data prepare digits", {"source", "splits", "content_hash", "class_names"}),
+        ("doctor", {"fit", "findings"}),
+        ("evaluate main", {"network", "split", "samples", "metrics", "spikes"}),
+        ("spike-check main --images 1 --measured 8", {"verdict", "proof"}),
+        ("energy main --images 2", {"rows", "totals"}),
+        ("train digits --resume main", {"run", "validation", "test", "registered", "report"}),
+        ("registry list", {"name", "versions"}),
+        ("registry show sg_resnet_digits", {"uri", "metrics", "aliases"}),
+    ],
+)
+def test_json_is_alone_on_stdout(words: str, keys: set[str], desk: Desk) -> None:
+    answer = json.loads(desk.ask(*words.split(), "--json"))
+    assert keys <= (answer[0] if isinstance(answer, list) else answer).keys()
+
+
+def test_progress_is_beside_the_results(desk: Desk) -> None:
+    done = desk.run("evaluate", "main", "--json")
+    assert json.loads(done.stdout)["metrics"]["top1"] > 0.5
+    assert "loading torch" not in done.stdout
+
+
+def test_a_store_and_a_run_go_by_their_names(desk: Desk) -> None:
+    shown = desk.ask("data", "show", "digits")
+    assert shown == desk.ask("data", "show", "stores/digits")
+    assert Store.open(desk.folder / "stores/digits").manifest.content_hash in shown
+    assert "0 records delivered" in desk.ask("tracking", "sync", "main")
+    assert "0 records delivered" in desk.ask("tracking", "sync", "runs/main", "--runs-dir", "elsewhere")
+    assert "holds main" in desk.refuse("tracking", "sync", "gone")
+
+
+def test_a_taken_port_is_refused_at_once(desk: Desk) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"port {port} of 127.0.0.1 cannot be used" in desk.refuse("ui", "--port", str(port))
+
+
 # ------------------------------------------------------------------------------------------------ bad input
 
 
@@ -203,6 +248,12 @@ def test_recipes_config_sources_and_doctor(desk: Desk) -> None:
         (("train", "cifar10_sg_resnet10"), ("cifar10", "spikefleet data prepare cifar10")),
         (("train", "cifar10_sg_resnet10", "data.root=gone"), ("gone", "spikefleet data prepare cifar10")),
         (("data", "prepare", "digit"), ("'digit'", "'digits'")),
+        (("data", "prepare", "yolo"), ("no source 'yolo'", "data prepare coco --images")),
+        (("data", "prepare", "YOLOv8"), ("no source 'YOLOv8'", "data prepare coco --images")),
+        (("data", "prepare", "voc"), ("Pascal VOC", "data prepare coco --images")),
+        (("data", "prepare", "csv"), ("data prepare image_folder",)),
+        (("data", "prepare", "coco128"), ("text files of YOLO", "data prepare coco --images")),
+        (("data", "prepare", "roboflow"), ("'COCO JSON'", "data prepare coco --images")),
         (("data", "prepare", "digits", "--option", "upsample=3"), ("upsample", "3")),
         (("data", "prepare", "digits", "--option", "upsample"), ("key=value",)),
         (("data", "show", "gone"), ("gone", "not a store")),
@@ -303,6 +354,6 @@ def test_interruption_leaves_a_run_that_goes_on(desk: Desk) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "the same command goes on from the last checkpoint" in errors
+    assert "the same command resumes from the last checkpoint" in errors
     assert json.loads((run_dir / "run.json").read_text())["status"] == "interrupted"
     assert "top1" in desk.ask("evaluate", "interrupted")

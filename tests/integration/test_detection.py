@@ -146,9 +146,16 @@ def test_prediction_draws_boxes_on_each_picture(desk: Desk, tmp_path: Path) -> N
     assert boxes.min() >= 0
     assert (boxes.max(axis=0) <= [100, 64, 100, 64]).all()
     assert {path.name for path in out.iterdir()} == {"0.png", "1.png"}
-    assert desk.run("predict", NETWORK, str(photos), "--out", str(photos / "0.png"), code=2).endswith("give a folder")
+    single = tmp_path / "single.png"
+    desk.run("predict", NETWORK, str(photos / "1.png"), "--out", str(single), "--score", "0")
+    with Image.open(single) as drawn:
+        assert drawn.width > drawn.height
+    assert desk.run("predict", NETWORK, str(photos), "--out", str(single), code=2).endswith("give a folder")
+    text = tmp_path / "text.txt"
+    text.write_text("")
+    assert "text.txt is a file" in desk.run("predict", NETWORK, str(photos), "--out", str(text), code=2)
     before = {path.name: path.read_bytes() for path in photos.iterdir()}
-    assert "would overwrite the picture" in desk.run("predict", NETWORK, str(photos), "--out", str(photos), code=2)
+    assert "would overwrite the image" in desk.run("predict", NETWORK, str(photos), "--out", str(photos), code=2)
     (photos / "torn.png").write_bytes(before["0.png"][:20])
     fresh = tmp_path / "fresh"
     assert "torn.png cannot be read" in desk.run("predict", NETWORK, str(photos), "--out", str(fresh), code=2)

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from spikefleet.config.recipes import list_recipes, load_config, parse_config, parse_overrides, recipe_header
+from spikefleet.config.recipes import (
+    list_recipes,
+    load_config,
+    parse_config,
+    parse_overrides,
+    recipe_header,
+    with_cluster,
+)
 from spikefleet.config.schema import differences
 from spikefleet.errors import UserError
 from spikefleet_models.families import build_model
@@ -150,3 +157,9 @@ def test_identity_covers_what_is_learnt_and_nothing_else() -> None:
 def test_branches_that_cannot_be_are_refused_with_the_configuration(overrides: list[str], part: str) -> None:
     with pytest.raises(UserError, match=part):
         load_config("digits", parse_overrides(["shortcut.where=stage", *overrides]))
+
+
+def test_workers_of_a_command_hold_whatever_overrides_say() -> None:
+    sections = parse_overrides(["cluster.workers=2", "cluster={gpu: true}"])
+    config = load_config("digits", with_cluster(sections, 4, gpu=False))
+    assert (config.cluster.workers, config.cluster.gpu) == (4, True)

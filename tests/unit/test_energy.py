@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from spikefleet_models import build_model, model_config
 from spikefleet_models.energy import (
-    CONSTANTS,
     EnergyCard,
-    EnergyConstants,
     energy_at_rates,
     energy_card,
 )
+from spikefleet_models.energy_constants import CONSTANTS, EnergyConstants
 from spikefleet_models.neurons import ILIF
 from spikefleet_models.reparam import deploy
 from spikefleet_models.sg_resnet_config import SGResNetConfig

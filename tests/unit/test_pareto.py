@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spikefleet_tune.pareto import Direction, front, hypervolume, hypervolume_curve, knee, reference_point
+from spikefleet_tune.direction import Direction
+from spikefleet_tune.pareto import front, hypervolume, hypervolume_curve, knee, reference_point
 
 MAX_MIN: tuple[Direction, Direction] = ("max", "min")
 

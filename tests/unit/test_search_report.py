@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from spikefleet_tune.journal import TrialRecord
 from spikefleet_tune.report import importance, pareto_rows, pareto_table, summary, write_report
@@ -70,15 +69,14 @@ def test_front_never_lists_a_dominated_or_unfinished_trial() -> None:
     assert curve[3] == curve[-1]
 
 
-def test_table_can_be_read() -> None:
-    console = Console(width=120)
-    with console.capture() as captured:
-        console.print(pareto_table(_result(_many())))
-    text = captured.get()
-    assert "on the front" in text
-    assert "acc (max)" in text
-    assert "knee" in text
-    assert "ilif" in text
+def test_table_names_every_column_and_marks_the_knee() -> None:
+    header, *rows = pareto_table(_result(_many()))
+    assert all(header)
+    assert header[0] == "trial"
+    assert "acc (max)" in header
+    assert {len(row) for row in rows} == {len(header)}
+    assert [row[-1] for row in rows].count("knee") == 1
+    assert any("ilif" in row for row in rows)
 
 
 def test_importance_finds_what_matters() -> None:

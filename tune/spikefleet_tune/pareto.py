@@ -7,14 +7,13 @@ value of one to minimise.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from spikefleet_tune.direction import Direction
 from spikefleet_tune.messages import counted
 
-Direction = Literal["max", "min"]
 Rows = Sequence[Sequence[float]]
 Gains = NDArray[np.float64]
 

@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from rich.table import Table
 
 from spikefleet_tune import plots
 from spikefleet_tune.atomic import write_atomically
 from spikefleet_tune.journal import TrialRecord
-from spikefleet_tune.messages import counted
 from spikefleet_tune.result import SearchResult
 from spikefleet_tune.samplers import study_of
 from spikefleet_tune.space import label
@@ -89,26 +87,18 @@ def pareto_rows(result: SearchResult) -> list[dict[str, Any]]:
     ]
 
 
-def pareto_table(result: SearchResult) -> Table:
-    """The front as a table for a terminal, with the knee marked."""
-    table = Table(title=f"{result.name}: {len(result.front)} of {counted(len(result.records), 'trial')} on the front")
+def pareto_table(result: SearchResult) -> list[tuple[str, ...]]:
+    """The front as a table, with the knee marked in the last column; the first row is the header."""
     keys = [key for key in result.search.space if any(key in record.point for record in result.front)]
     keys = keys or sorted({key for record in result.front for key in record.point})
-    table.add_column("trial", no_wrap=True)
-    for key in keys:
-        table.add_column(_shortest(key, keys), overflow="fold")
-    for name, direction in result.search.objectives.items():
-        table.add_column(f"{name} ({direction})", justify="right", no_wrap=True)
-    table.add_column("")
+    objectives = result.search.objectives
+    goals = (f"{name} ({direction})" for name, direction in objectives.items())
+    rows: list[tuple[str, ...]] = [("trial", *(_shortest(key, keys) for key in keys), *goals, "remark")]
     for row in pareto_rows(result):
-        values = [_plain(row[key]) if key in row else "-" for key in keys]
-        table.add_row(
-            row["trial"],
-            *values,
-            *(f"{row[name]:.5g}" for name in result.search.objectives),
-            "knee" if row["knee"] else ("stopped early" if row["status"] == "stopped" else ""),
-        )
-    return table
+        values = (_plain(row[key]) if key in row else "-" for key in keys)
+        remark = "knee" if row["knee"] else ("stopped early" if row["status"] == "stopped" else "-")
+        rows.append((row["trial"], *values, *(f"{row[name]:.5g}" for name in objectives), remark))
+    return rows
 
 
 def _shortest(key: str, keys: Sequence[str]) -> str:

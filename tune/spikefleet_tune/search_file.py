@@ -10,9 +10,9 @@ from typing import Any, Literal, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from spikefleet_tune.direction import Direction
 from spikefleet_tune.errors import SearchError
 from spikefleet_tune.messages import nearest
-from spikefleet_tune.pareto import Direction
 from spikefleet_tune.space import MOST_LISTED, Dimension, Part, Space
 
 _DRAWS = 2000

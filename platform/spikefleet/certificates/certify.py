@@ -10,6 +10,7 @@ from spikefleet.certificates.spike_check import PROOF, check_spikes
 from spikefleet.config.schema import Config
 from spikefleet.data_summary import DataSummary
 from spikefleet.files import read_json, sha256_of, write_json
+from spikefleet.status import Announce, silent
 from spikefleet.tasks import build_task
 from spikefleet.training.checkpoints import best_network, checkpoint_hash, load_checkpoint, verify_checkpoint
 from spikefleet_pipelines.store.reader import Store
@@ -27,7 +28,7 @@ class Certificates:
     files: tuple[Path, ...]
 
 
-def certify(config: Config, checkpoint: Path, report: Path, store: Store) -> Certificates:
+def certify(config: Config, checkpoint: Path, report: Path, store: Store, announce: Announce = silent) -> Certificates:
     """Checks a checkpoint and measures its energy on validation images, unless an earlier call did.
 
     Args:
@@ -35,6 +36,7 @@ def certify(config: Config, checkpoint: Path, report: Path, store: Store) -> Cer
         checkpoint: directory of the run's best checkpoint.
         report: directory for the proof and the card.
         store: data of the run.
+        announce: called with what begins: the spike check, the measurement of energy.
 
     Returns:
         The verdict, the energy and the files.
@@ -50,7 +52,9 @@ def certify(config: Config, checkpoint: Path, report: Path, store: Store) -> Cer
         (report / CERTIFICATE).unlink(missing_ok=True)
         network = best_network(load_checkpoint(checkpoint), config.model)
         task = build_task(config, DataSummary.of(store.manifest))
+        announce("spike check")
         check_spikes(network, task, config, store.split("val")).write(proof)
+        announce("measuring energy")
         write_card(measure_energy(network, config.data.transform, store.split("val")), report)
         write_json(
             report / CERTIFICATE,

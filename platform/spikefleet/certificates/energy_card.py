@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from spikefleet import plots
 from spikefleet.files import write_json
+from spikefleet.status import Count, uncounted
 from spikefleet.training.evaluation import SpreadPlan
 from spikefleet_models.energy import EnergyCard, Form, energy_card
 from spikefleet_pipelines.loading import BatchLoader
@@ -30,6 +32,7 @@ def measure_energy(
     constants: str = REGISTERED_CONSTANTS,
     form: Form = "merged",
     shortcuts: bool = True,
+    progress: Count = uncounted,
 ) -> EnergyCard:
     """The energy card of a network, measured on images spread evenly over a split.
 
@@ -43,12 +46,20 @@ def measure_energy(
         constants: name of the energy constants.
         form: the form of the network to count.
         shortcuts: count 1x1 convolutions of shortcuts too.
+        progress: called with (images measured, images to measure).
 
     Raises:
         ValueError: the constants are unknown.
     """
     loader = BatchLoader(split, transform, train=False)
-    batches = (batch.images for batch in loader.epoch(SpreadPlan(len(split), images), epoch=0))
+    plan = SpreadPlan(len(split), images)
+
+    def shown() -> Iterator[Tensor]:
+        for position, batch in enumerate(loader.epoch(plan, epoch=0)):
+            yield batch.images
+            progress(position + 1, plan.steps_per_epoch)
+
+    batches = shown()
     return energy_card(network, batches, constants, form, shortcuts)
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from spikefleet.certificates.verdict import NOT_SPIKING, PROVED, REFUTED
 from spikefleet.config.schema import Config
 from spikefleet.files import write_json
+from spikefleet.status import Count, uncounted
 from spikefleet.tasks import AnyTask
 from spikefleet.training.evaluation import first_batches
 from spikefleet_models.equivalence import EquivalenceProof, FlipCount, check_equivalence, count_flips
@@ -86,6 +87,7 @@ def check_spikes(
     *,
     pictures: int = 2,
     measured: int = 0,
+    progress: Count = uncounted,
 ) -> SpikeCheck:
     """Checks a trained network on the first pictures of a split.
 
@@ -93,6 +95,7 @@ def check_spikes(
         network: on the CPU, as it was trained; not changed.
         pictures: on so many the proof is made and flips are counted.
         measured: on so many, or a few more, the figures of both forms are compared; 0 leaves that out.
+        progress: called with (pictures measured, pictures to measure).
 
     Raises:
         Exception: whatever kept the proof from being made; only `NotSpikeDrivenError` is a finding about the network.
@@ -111,14 +114,19 @@ def check_spikes(
     try:
         flips = tuple(count_flips(deployed, images, dtype) for dtype in _FLIP_TYPES)
         forms = {"integer": deployed, "binary": spike_driven(deployed)}
-        figures = _figures(forms, task, config, loader, measured) if measured else None
+        figures = _figures(forms, task, config, loader, measured, progress) if measured else None
     except NotSpikeDrivenError as error:
         return SpikeCheck(proof, None, remark=str(error))
     return SpikeCheck(proof, None, flips, figures)
 
 
 def _figures(
-    forms: Mapping[str, nn.Module], task: AnyTask, config: Config, loader: BatchLoader, count: int
+    forms: Mapping[str, nn.Module],
+    task: AnyTask,
+    config: Config,
+    loader: BatchLoader,
+    count: int,
+    progress: Count = uncounted,
 ) -> dict[str, dict[str, float]]:
     predictions: dict[str, list[Any]] = {name: [] for name in forms}
     truths: list[Any] = []
@@ -127,4 +135,5 @@ def _figures(
             truths += task.targets(batch)
             for name, form in forms.items():
                 predictions[name] += task.predict(form, batch)
+            progress(len(truths), max(count, len(truths)))
     return {name: task.metrics(found, truths) for name, found in predictions.items()}

@@ -1,8 +1,14 @@
-"""The command line. Exit codes: 0 done, 1 a run failed, 2 bad input, 130 interrupted."""
+"""The command line. Exit codes: 0 done, 1 a run failed, 2 bad input, 130 interrupted.
+
+Commands import what takes seconds (torch, Ray, MLflow) when they run: help, listings and completion answer at once.
+"""
 
 from __future__ import annotations
 
-from spikefleet.cli import inspection, reproduction, tuning
+import os
+from functools import partial
+
+from spikefleet.cli import completion, inference, inspection, reproduction, training, tuning
 from spikefleet.cli.app import app
 from spikefleet.cli.data import data_app
 from spikefleet.cli.registry import registry_app
@@ -15,9 +21,13 @@ app.add_typer(registry_app, name="registry")
 app.add_typer(tracking_app, name="tracking")
 
 
-__all__ = ["app", "inspection", "main", "reproduction", "tuning"]
+__all__ = ["app", "inference", "inspection", "main", "reproduction", "training", "tuning"]
 
 
 def main() -> None:
     """Entry point of `spikefleet`."""
-    app()
+    command = partial(app, prog_name="spikefleet")  # the name of the variable by which a shell asks follows from it
+    if os.environ.get(completion.VARIABLE) == "complete_bash":
+        completion.answer_bash(command)
+    else:
+        command()

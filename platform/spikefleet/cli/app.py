@@ -3,36 +3,20 @@
 from __future__ import annotations
 
 import logging
+import platform
 import warnings
-from pathlib import Path
+from importlib import metadata
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
 
+from spikefleet.cli.output import say, stderr
 from spikefleet.errors import RunError, UserError
 from spikefleet.plugins import load_plugins
 from spikefleet_pipelines.errors import SourceError, StoreError
 
-console = Console()
-stderr = Console(stderr=True)
-
-RunsDir = Annotated[
-    Path, typer.Option(envvar="SPIKEFLEET_RUNS", help="Where runs and their tracking database are kept.")
-]
-StoresDir = Annotated[Path, typer.Option(envvar="SPIKEFLEET_STORES", help="Where prepared data sets are kept.")]
-
-Address = Annotated[str | None, typer.Option(help="Ray cluster, HOST:PORT; RAY_ADDRESS if not given.")]
-Verbose = Annotated[bool, typer.Option("--verbose", help="Show what Ray and its workers log.")]
-
-TrialWorkers = Annotated[
-    int | None, typer.Option("--workers", min=1, help="Ray Train workers of each training, instead of the file's.")
-]
-CpusPerWorker = Annotated[float | None, typer.Option(min=0.01, help="CPUs of each worker, instead of the file's.")]
-GpusPerWorker = Annotated[float | None, typer.Option(min=0, help="GPUs of each worker, instead of the file's.")]
-
-Network = Annotated[str, typer.Argument(help="models:/NAME@champion, models:/NAME/3, a run's name or a checkpoint.")]
+_SHOWN_VERSIONS = ("torch", "ray", "mlflow")
 
 
 class SentenceGroup(TyperGroup):
@@ -56,16 +40,16 @@ class SentenceGroup(TyperGroup):
         try:
             return super().invoke(ctx)
         except (UserError, StoreError, SourceError) as error:
-            _say(str(error))
+            _complain(str(error))
             raise typer.Exit(2) from None
         except RunError as error:
-            _say(str(error))
+            _complain(str(error))
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
 
 
-def _say(sentence: str) -> None:
+def _complain(sentence: str) -> None:
     stderr.print("error:", style="bold red", end=" ")
     stderr.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
@@ -79,12 +63,39 @@ app = typer.Typer(
 )
 
 
+def _print_versions(wanted: bool) -> None:
+    """Versions as they are installed: nothing of it is imported."""
+    if not wanted:
+        return
+    say(f"spikefleet {_installed('spikefleet')}")
+    say(f"python {platform.python_version()}")
+    for name in _SHOWN_VERSIONS:
+        say(f"{name} {_installed(name)}")
+    raise typer.Exit
+
+
+def _installed(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "is not installed"
+
+
 @app.callback()
 def prepare(
     plugin: Annotated[
         list[str] | None,
         typer.Option(help="Module that registers model families, tasks or sources; also by SPIKEFLEET_PLUGINS."),
     ] = None,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_versions,
+            is_eager=True,
+            help="Print the versions of spikefleet, Python, torch, Ray and MLflow.",
+        ),
+    ] = False,
 ) -> None:
     """Distributed training of spiking neural networks for vision."""
     load_plugins(plugin or ())

@@ -3,28 +3,60 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
-from spikefleet.cli.app import Address, console
+from spikefleet.cli.completion import source_names, store_names
+from spikefleet.cli.output import console, loading, messages, print_json, stderr
+from spikefleet.cli.parameters import Address, AsJson, StoresDir
+from spikefleet.cli.tables import print_record, print_table, text
 from spikefleet.errors import UserError
-from spikefleet_pipelines.store.manifest import BoxAudit, Manifest
+from spikefleet.status import waiting
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from spikefleet_pipelines.store.manifest import BoxAudit, Manifest
 
 data_app = typer.Typer(help="Prepare and look at data sets.", no_args_is_help=True)
+
+_AS_COCO = (
+    "convert the labels to COCO's JSON and run `spikefleet data prepare coco --images DIR --annotations FILE.json "
+    "--split train`, then the same for val"
+)
+_AS_FOLDERS = "sort the images into a folder for each class and run `spikefleet data prepare image_folder DIR`"
+_OTHER_FORMATS = {
+    "yolo": f"text files of YOLO are not read; {_AS_COCO}",
+    "voc": f"XML files of Pascal VOC are not read; {_AS_COCO}",
+    "csv": f"tables of labels are not read; for classes, {_AS_FOLDERS}; for boxes, {_AS_COCO}",
+    "coco128": f"coco128 and coco8 have text files of YOLO, which are not read; {_AS_COCO}",
+    "roboflow": f"export the data set from Roboflow in the format 'COCO JSON'; then {_AS_COCO.partition(' and ')[2]}",
+}
+"""Formats that people have, and what to do with each."""
+_OTHER_NAMES = {
+    "yolov5": "yolo",
+    "yolov8": "yolo",
+    "ultralytics": "yolo",
+    "pascal": "voc",
+    "pascal_voc": "voc",
+    "coco8": "coco128",
+}
 
 
 @data_app.command("prepare")
 def prepare_data(
-    source: Annotated[str, typer.Argument(help="Name of a source (`spikefleet data sources`).")],
+    source: Annotated[
+        str, typer.Argument(help="Name of a source (`spikefleet data sources`).", autocompletion=source_names)
+    ],
     root: Annotated[
         Path | None, typer.Argument(help="Where the downloaded files are, if the source needs any.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Directory of the store; stores/SOURCE if not given.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory of the store; SOURCE in --stores-dir if not given.")
+    ] = None,
     images: Annotated[
-        Path | None, typer.Option(help="coco: directory of the pictures of one split, instead of ROOT.")
+        Path | None, typer.Option(help="coco: directory of the images of one split, instead of ROOT.")
     ] = None,
     annotations: Annotated[Path | None, typer.Option(help="coco: JSON file with the boxes of that split.")] = None,
     split: Annotated[
@@ -34,16 +66,17 @@ def prepare_data(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the validation split, where the source has none.")] = 0,
     parallel: Annotated[
         int | None,
-        typer.Option(min=1, help="Ray tasks at a time, for encoded pictures; all CPUs, where there are many pictures."),
+        typer.Option(min=1, help="Ray tasks at a time, for encoded images; all CPUs, where there are many images."),
     ] = None,
     address: Address = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a store that is there (with --split: only that split).")
     ] = False,
+    as_json: AsJson = False,
+    stores_dir: StoresDir = Path("stores"),
 ) -> None:
     """Convert a data set into an Arrow store, checking it on the way."""
-    from spikefleet.data_access import prepare_store
-
+    _refuse_other_formats(source)
     of_split = {"images": images, "annotations": annotations, "split": split}
     options: dict[str, Any] = {key: value for key, value in of_split.items() if value is not None}
     if options and len(options) < len(of_split):
@@ -54,27 +87,88 @@ def prepare_data(
         if not equals:
             raise UserError(f"--option {item!r} is not of the form key=value, for example upsample=4")
         options[key] = value
-    where = out or Path("stores") / source
+    where = messages(as_json)
+    with loading("torch", where):
+        from spikefleet.data_access import prepare_store
+
+    folder = out or stores_dir / source
     how = {"seed": seed, "parallel": parallel, "overwrite": overwrite}
-    store = prepare_store(source, root, where, console, options, address=address, **how)
-    console.print(_summary(store.manifest, str(where)))
+    store = prepare_store(source, root, folder, where, options, address=address, **how)
+    _print_store(store.manifest, str(folder), as_json)
 
 
 @data_app.command("show")
-def show_store(store: Annotated[str, typer.Argument(help="Directory or URI of a store.")]) -> None:
+def show_store(
+    store: Annotated[
+        str,
+        typer.Argument(help="Directory or URI of a store, or its name in --stores-dir.", autocompletion=store_names),
+    ],
+    as_json: AsJson = False,
+    stores_dir: StoresDir = Path("stores"),
+) -> None:
     """Verify every shard of a store and print what it holds."""
-    from spikefleet_pipelines.store.reader import Store
+    with loading("torch", stderr):
+        from spikefleet_pipelines.store.reader import Store
 
-    console.print(_summary(Store.open(store, verify=True).manifest, store))
+    place = store if Path(store).exists() or not (stores_dir / store).is_dir() else str(stores_dir / store)
+    with waiting(stderr, f"verifying {place}"):
+        manifest = Store.open(place, verify=True).manifest
+    _print_store(manifest, place, as_json)
 
 
 @data_app.command("sources")
-def sources() -> None:
-    """List the sources that can be prepared."""
+def sources(as_json: AsJson = False) -> None:
+    """List the sources that can be prepared, the files that each needs, and its options."""
+    from spikefleet_pipelines.sources import find_source, list_sources
+
+    found = [find_source(name) for name in list_sources()]
+    if as_json:
+        print_json(
+            [
+                {
+                    "source": source.name,
+                    "description": source.description,
+                    "files": source.files,
+                    "default_root": None if source.default_root is None else str(source.default_root),
+                    "options": _options(source.options),
+                }
+                for source in found
+            ]
+        )
+        return
+    rows = []
+    for source in found:
+        files = source.files or "none, built in"
+        place = f"; looked for in {source.default_root}" if source.default_root is not None else ""
+        options = [f"{one['name']}={_value(one['default'])}: {one['description']}" for one in _options(source.options)]
+        rows.append((source.name, source.description, f"{files}{place}", "\n".join(options) or "-"))
+    print_table(console, ["source", text("what it is"), text("files"), text("options (defaults)")], rows)
+
+
+def _refuse_other_formats(source: str) -> None:
+    """Raises UserError for the name of a format that people have and no source reads: what to do with it."""
     from spikefleet_pipelines.sources import list_sources
 
-    for name in list_sources():
-        console.print(name, highlight=False)
+    name = source.lower().replace("-", "_")
+    advice = _OTHER_FORMATS.get(_OTHER_NAMES.get(name, name))
+    if advice is not None and source not in list_sources():
+        raise UserError(f"there is no source {source!r}: {advice}")
+
+
+def _options(model: type[BaseModel]) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": name,
+            "default": None if field.is_required() else field.get_default(call_default_factory=True),
+            "required": field.is_required(),
+            "description": field.description or "",
+        }
+        for name, field in model.model_fields.items()
+    ]
+
+
+def _value(default: Any) -> str:
+    return "none" if default is None else str(default)
 
 
 def _findings(boxes: BoxAudit) -> str:
@@ -91,24 +185,41 @@ def _findings(boxes: BoxAudit) -> str:
     return f"{', '.join([str(boxes.objects), *parts])}{empty}"
 
 
-def _summary(manifest: Manifest, where: str) -> Table:
-    image = "x".join(map(str, manifest.image_shape)) if manifest.image_shape else "encoded, of varying size"
-    table = Table(title=where, show_header=False, title_justify="left")
-    table.add_row("source", manifest.source)
-    table.add_row("task", manifest.task)
-    table.add_row("images", image)
-    table.add_row("classes", f"{len(manifest.class_names)}: {escape(', '.join(manifest.class_names[:10]))}")
+def _print_store(manifest: Manifest, where: str, as_json: bool) -> None:
+    audit = manifest.audit
+    if as_json:
+        print_json(
+            {
+                "store": where,
+                "source": manifest.source,
+                "options": dict(manifest.options),
+                "task": manifest.task,
+                "image_shape": manifest.image_shape,
+                "class_names": list(manifest.class_names),
+                "category_ids": None if manifest.category_ids is None else list(manifest.category_ids),
+                "splits": manifest.splits,
+                "audit": audit.model_dump(mode="json"),
+                "content_hash": manifest.content_hash,
+            }
+        )
+        return
+    image = f"{'x'.join(map(str, manifest.image_shape))} (CxHxW)" if manifest.image_shape else "encoded, varying size"
+    names = manifest.class_names
+    items = [
+        ("source", manifest.source),
+        ("task", manifest.task),
+        ("image", image),
+        ("classes", f"{len(names)}: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"),
+    ]
     if manifest.category_ids is not None:
         ids = ", ".join(map(str, manifest.category_ids[:10]))
-        table.add_row("category ids", f"{ids}{', ...' if len(manifest.category_ids) > 10 else ''}")
-    audit = manifest.audit
+        items.append(("category ids", f"{ids}{', ...' if len(manifest.category_ids) > 10 else ''}"))
     same_as = audit.same_as or {}
     for split, count in manifest.splits.items():
-        table.add_row(split, f"{count}, the same images as {same_as[split]}" if split in same_as else str(count))
-    for split, boxes in (audit.boxes or {}).items():
-        table.add_row(f"boxes of {split}", _findings(boxes))
-    table.add_row("duplicates", f"{audit.duplicates}, of which in two splits {audit.cross_split_duplicates}")
-    for split, names in audit.empty_classes.items():
-        table.add_row(f"classes missing in {split}", escape(", ".join(names)))
-    table.add_row("content", manifest.content_hash)
-    return table
+        same = f", the same images as {same_as[split]}" if split in same_as else ""
+        items.append((split, f"{count} images{same}"))
+    items += [(f"boxes of {split}", _findings(boxes)) for split, boxes in (audit.boxes or {}).items()]
+    items.append(("duplicates", f"{audit.duplicates}, of which in two splits {audit.cross_split_duplicates}"))
+    items += [(f"missing in {split}", ", ".join(names)) for split, names in audit.empty_classes.items()]
+    items.append(("content", manifest.content_hash))
+    print_record(console, items, title=where)

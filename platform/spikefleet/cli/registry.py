@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import json
+import gc
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.table import Table
 
-from spikefleet.cli.app import RunsDir, console
-from spikefleet.registry.api import RegisteredVersion
+from spikefleet.cli.completion import model_names, version_names
+from spikefleet.cli.output import console, loading, print_json, say, stderr
+from spikefleet.cli.parameters import AsJson, RunsDir
+from spikefleet.cli.tables import Column, number, print_record, print_table, text
+
+if TYPE_CHECKING:
+    from spikefleet.registry import RegisteredVersion
 
 registry_app = typer.Typer(help="Look up registered models.", no_args_is_help=True)
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Reference = Annotated[
+    str,
+    typer.Argument(help="NAME@champion, NAME/3, or the same after models:/.", autocompletion=version_names),
+]
 
 _SHOWN_TAGS = (
     "task",
@@ -40,31 +48,36 @@ _SHOWN_TAGS = (
 def list_registered(as_json: AsJson = False, runs_dir: RunsDir = Path("runs")) -> None:
     """All registered models with their champions."""
     from spikefleet import registry
-    from spikefleet.tracking.mlflow_client import resolve_tracking_uri
 
-    models = registry.list_models(tracking_uri=resolve_tracking_uri(runs_dir))
+    with _asking(runs_dir) as uri:
+        models = registry.list_models(tracking_uri=uri)
     if as_json:
-        _print_json([{"name": m.name, "versions": [_plain(v) for v in m.versions]} for m in models])
+        print_json([{"name": m.name, "versions": [_plain(v) for v in m.versions]} for m in models])
         return
-    table = Table("model", "versions", "champion", "metrics of the champion")
-    for model in models:
-        champion = model.champion
-        table.add_row(
+    rows = [
+        (
             model.name,
             str(len(model.versions)),
-            str(champion.version) if champion else "-",
+            str(champion.version) if (champion := model.champion) else "-",
             _metrics(champion) if champion else "-",
         )
-    console.print(table)
+        for model in models
+    ]
+    columns: list[Column | str] = ["model", number("versions"), number("champion"), text("metrics of the champion")]
+    print_table(console, columns, rows)
 
 
 @registry_app.command("show")
-def show_registered(name: str, as_json: AsJson = False, runs_dir: RunsDir = Path("runs")) -> None:
+def show_registered(
+    name: Annotated[str, typer.Argument(help="Name of a registered model.", autocompletion=model_names)],
+    as_json: AsJson = False,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
     """All versions of a registered model."""
     from spikefleet import registry
-    from spikefleet.tracking.mlflow_client import resolve_tracking_uri
 
-    model = registry.show(name, tracking_uri=resolve_tracking_uri(runs_dir))
+    with _asking(runs_dir) as uri:
+        model = registry.show(name, tracking_uri=uri)
     _print_versions(model.versions, as_json)
 
 
@@ -83,40 +96,48 @@ def best_registered(
 ) -> None:
     """The best version of all registered models."""
     from spikefleet import registry
-    from spikefleet.tracking.mlflow_client import resolve_tracking_uri
 
-    uri = resolve_tracking_uri(runs_dir)
-    version = registry.best(task, metric, dataset=dataset, where=where, mode=mode, tracking_uri=uri)
+    with _asking(runs_dir) as uri:
+        version = registry.best(task, metric, dataset=dataset, where=where, mode=mode, tracking_uri=uri)
     _print_versions([version], as_json)
 
 
 @registry_app.command("pull")
 def pull_registered(
-    uri: Annotated[str, typer.Argument(help="NAME@champion, NAME/3, or the same after models:/.")],
+    uri: Reference,
     out: Annotated[Path, typer.Option(help="Directory for the weights, the configuration and their hashes.")],
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Fetch a version as files; their hashes are checked."""
     from spikefleet import registry
-    from spikefleet.tracking.mlflow_client import resolve_tracking_uri
 
-    folder = registry.pull(_full(uri), out, tracking_uri=resolve_tracking_uri(runs_dir))
+    with _asking(runs_dir) as tracking_uri:
+        folder = registry.pull(_full(uri), out, tracking_uri=tracking_uri)
     for path in sorted(folder.iterdir()):
-        console.print(str(path), highlight=False, soft_wrap=True)
+        say(str(path))
 
 
 @registry_app.command("renew")
-def renew_registered(
-    uri: Annotated[str, typer.Argument(help="NAME@champion, NAME/3, or the same after models:/.")],
-    runs_dir: RunsDir = Path("runs"),
-) -> None:
+def renew_registered(uri: Reference, runs_dir: RunsDir = Path("runs")) -> None:
     """Register a version of an earlier spikefleet again, so that MLflow can serve it."""
     from spikefleet import registry
+
+    with _asking(runs_dir) as tracking_uri:
+        version = registry.renew(_full(uri), tracking_uri=tracking_uri)
+    aliases = f" ({', '.join(version.aliases)})" if version.aliases else ""
+    say(f"registered as {version.uri}{aliases}")
+
+
+@contextmanager
+def _asking(runs_dir: Path) -> Iterator[str]:
+    """The registry's URI, for a question that imports MLflow, which takes most of its time."""
     from spikefleet.tracking.mlflow_client import resolve_tracking_uri
 
-    version = registry.renew(_full(uri), tracking_uri=resolve_tracking_uri(runs_dir))
-    aliases = f" ({', '.join(version.aliases)})" if version.aliases else ""
-    console.print(f"registered as {version.uri}{aliases}", highlight=False)
+    uri = resolve_tracking_uri(runs_dir)
+    with loading("MLflow and asking the registry", stderr):
+        yield uri
+        if "torch" not in sys.modules:  # whose libraries complain at exit of what was not collected
+            gc.freeze()  # else the exit looks through all that MLflow has made, which takes as long as the answer
 
 
 def _full(uri: str) -> str:
@@ -125,22 +146,25 @@ def _full(uri: str) -> str:
 
 def _print_versions(versions: Sequence[RegisteredVersion], as_json: bool) -> None:
     if as_json:
-        _print_json([_plain(version) for version in versions])
+        print_json([_plain(version) for version in versions])
         return
     for version in versions:
         title = f"{version.uri}  {', '.join(version.aliases)}".rstrip()
-        table = Table(title=title, show_header=False, title_justify="left")
-        table.add_row("metrics", _metrics(version))
-        for key in _SHOWN_TAGS:
-            if key in version.tags:
-                table.add_row(key, version.tags[key])
-        table.add_row("run", version.run_id)
-        table.add_row("registered", f"{version.created:%Y-%m-%d %H:%M} UTC")
-        console.print(table)
+        items = [("metrics", _metrics(version))]
+        items += [(key, version.tags[key]) for key in _SHOWN_TAGS if key in version.tags]
+        items += [("run", version.run_id), ("registered", f"{version.created:%Y-%m-%d %H:%M} UTC")]
+        print_record(console, items, title=title)
 
 
 def _metrics(version: RegisteredVersion) -> str:
-    return "\n".join(f"{name} {value:.4f}" for name, value in sorted(version.metrics.items()))
+    return "\n".join(f"{name} {_measured(name, value)}" for name, value in sorted(version.metrics.items()))
+
+
+def _measured(name: str, value: float) -> str:
+    """A metric with its unit: energies are in mJ, a task's metrics are shares of 1."""
+    if name.endswith("energy_mj"):
+        return f"{value:.4g} mJ"
+    return f"{value:.2%}" if name.startswith(("val/", "test/")) and 0 <= value <= 1 else f"{value:.4g}"
 
 
 def _plain(version: RegisteredVersion) -> dict[str, Any]:
@@ -152,8 +176,3 @@ def _plain(version: RegisteredVersion) -> dict[str, Any]:
         "metrics": dict(version.metrics),
         "tags": dict(version.tags),
     }
-
-
-def _print_json(data: Any) -> None:
-    json.dump(data, sys.stdout, indent=2)
-    sys.stdout.write("\n")

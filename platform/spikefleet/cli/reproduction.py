@@ -6,27 +6,32 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from spikefleet.cli.app import (
+from spikefleet.cli.app import app
+from spikefleet.cli.completion import table_names
+from spikefleet.cli.output import console, loading, messages, print_json, say
+from spikefleet.cli.parameters import (
     Address,
+    AsJson,
     CpusPerWorker,
     GpusPerWorker,
+    Overrides,
     RunsDir,
     StoresDir,
     TrialWorkers,
     Verbose,
-    app,
-    console,
 )
-from spikefleet.cli.training import Overrides
+from spikefleet.cli.tables import number, print_table, text
 from spikefleet.cli.tuning import resumable, split_overrides
-from spikefleet.reproduction.table import Scale
+from spikefleet.reproduction.scales import Scale
+from spikefleet.status import waiting
 
 
 @app.command()
 def reproduce(
-    table: Annotated[str, typer.Argument(help="Name of a paper's table (`spikefleet tables`).")],
+    table: Annotated[
+        str, typer.Argument(help="Name of a paper's table (`spikefleet tables`).", autocompletion=table_names)
+    ],
     overrides: Overrides = None,
     scale: Annotated[
         Scale, typer.Option(help="full: the paper's networks and data; the others stand for it on two CPU cores.")
@@ -40,48 +45,72 @@ def reproduce(
     gpus_per_worker: GpusPerWorker = None,
     address: Address = None,
     verbose: Verbose = False,
+    as_json: AsJson = False,
     runs_dir: RunsDir = Path("runs"),
     stores_dir: StoresDir = Path("stores"),
 ) -> None:
-    """Reproduce a table of a paper: train its rows with several seeds, and set ours beside the paper's figures.
+    """Reproduce a table of a paper: train its rows with several seeds, and set ours beside the paper's metrics.
 
     Rows that are trained already are not trained again, whichever table they were trained for.
     """
-    from spikefleet.reproduction.report import REPORT, as_table, order_sentences, remarks, write_reproduction
-    from spikefleet.reproduction.reproduce import ReproductionPlan, reproduce, track_reproduction
     from spikefleet.reproduction.table import load_table
-    from spikefleet.runs.options import Options
 
     fixed, data = split_overrides(overrides or [])
+    chosen = load_table(table)
+    where = messages(as_json)
+    with loading("torch and Ray", where):
+        from spikefleet.reproduction.report import (
+            REPORT,
+            as_data,
+            as_table,
+            order_sentences,
+            remarks,
+            write_reproduction,
+        )
+        from spikefleet.reproduction.reproduce import ReproductionPlan, reproduce, track_reproduction
+        from spikefleet.runs.options import Options
+
     given = {"workers": workers, "cpus_per_worker": cpus_per_worker, "gpus_per_worker": gpus_per_worker}
     changed = {key: value for key, value in given.items() if value is not None}
     plan = ReproductionPlan(
-        load_table(table), scale, seeds, only, fixed, changed, retry_failed=retry_failed, train=not report_only
+        chosen, scale, seeds, only, fixed, changed, retry_failed=retry_failed, train=not report_only
     )
     options = Options(runs_dir, stores_dir, address, verbose, data)
     with resumable():
-        found = reproduce(plan, options, console)
+        found = reproduce(plan, options, where)
     folder = runs_dir / "reproductions" / found.name
-    paths = write_reproduction(found, folder)
-    track_reproduction(found, paths, folder, runs_dir)
-    console.print(as_table(found))
+    with waiting(where, "writing the report") as announce:
+        paths = write_reproduction(found, folder)
+        announce("sending the report to MLflow")
+        track_reproduction(found, paths, folder, runs_dir)
+    if as_json:
+        print_json({**as_data(found), "report": str(folder / REPORT)})
+        return
+    header, *rows = as_table(found)
+    title = f"{chosen.paper}; {scale} (paper | ours)"
+    print_table(console, [text(header[0]), *map(number, header[1:])], rows, title)
     for sentence in (*remarks(found), *order_sentences(found)):
-        console.print(sentence, highlight=False, soft_wrap=True, markup=False)
-    console.print(f"report: {folder / REPORT}", highlight=False, soft_wrap=True)
+        say(sentence)
+    say(f"report: {folder / REPORT}")
 
 
 @app.command()
-def tables() -> None:
+def tables(as_json: AsJson = False) -> None:
     """List the papers' tables that can be reproduced."""
     from spikefleet.reproduction.table import list_tables, load_table
 
-    listed = Table()
-    listed.add_column("table", no_wrap=True)
-    for title in ("what it shows", "rows", "scales"):
-        listed.add_column(title)
-    for name in list_tables():
-        found = load_table(name)
-        scales = dict.fromkeys(scale for group in found.groups for scale in group.scales)
-        what = f"{found.title} ({found.paper})"
-        listed.add_row(name, what, str(len(list(found.entries()))), ", ".join(sorted(scales)))
-    console.print(listed)
+    found = [load_table(name) for name in list_tables()]
+    rows = [
+        (one, len(list(one.entries())), sorted({scale for group in one.groups for scale in group.scales}))
+        for one in found
+    ]
+    if as_json:
+        print_json(
+            [
+                {"table": one.name, "title": one.title, "paper": one.paper, "rows": count, "scales": scales}
+                for one, count, scales in rows
+            ]
+        )
+        return
+    cells = [(one.name, f"{one.title} ({one.paper})", str(count), ", ".join(scales)) for one, count, scales in rows]
+    print_table(console, ["table", text("what it shows"), number("rows"), text("scales")], cells)

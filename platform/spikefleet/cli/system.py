@@ -3,32 +3,43 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from spikefleet.cli.app import RunsDir, app, console
-from spikefleet.errors import RunError
+from spikefleet.cli.app import app
+from spikefleet.cli.completion import run_names
+from spikefleet.cli.output import console, loading, print_json, say, stderr
+from spikefleet.cli.parameters import AsJson, RunsDir
+from spikefleet.cli.tables import Column, print_table, text
+from spikefleet.errors import RunError, UserError
+from spikefleet.status import waiting
 
 tracking_app = typer.Typer(help="Look after tracking records.", no_args_is_help=True)
 
+_MARKS = {"good": "ok", "poor": "note", "bad": "bad"}
+_LOCALHOST = "127.0.0.1"
+
 
 @app.command()
-def doctor(runs_dir: RunsDir = Path("runs")) -> None:
+def doctor(as_json: AsJson = False, runs_dir: RunsDir = Path("runs")) -> None:
     """Check this machine: versions, devices, memory, Ray, the tracking server."""
     from spikefleet.cli.doctor import examine
 
-    findings = examine(runs_dir)
-    table = Table("", "what", "finding")
-    marks = {"good": "[green]ok[/]", "poor": "[yellow]note[/]", "bad": "[red]bad[/]"}
-    for finding in findings:
-        table.add_row(marks[finding.verdict], finding.subject, finding.text)
-    console.print(table)
+    with loading("torch and looking around", stderr):
+        findings = examine(runs_dir)
     bad = [finding.subject for finding in findings if finding.verdict == "bad"]
+    if as_json:
+        found = [{"verdict": _MARKS[one.verdict], "subject": one.subject, "finding": one.text} for one in findings]
+        print_json({"fit": not bad, "findings": found})
+    else:
+        verdict = Column("verdict", styles={"ok": "green", "note": "yellow", "bad": "red"})
+        rows = [(_MARKS[finding.verdict], finding.subject, finding.text) for finding in findings]
+        print_table(console, [verdict, "what", text("finding")], rows)
     if bad:
         raise RunError(f"not fit to train: {', '.join(bad)}")
 
@@ -44,24 +55,45 @@ def ui(
     quiet_mlflow()
     uri = resolve_tracking_uri(runs_dir)
     if uri.startswith("http"):
-        console.print(f"the tracking server is at {public_uri(uri)}", highlight=False)
+        say(f"the tracking server is at {public_uri(uri)}")
         return
-    console.print(f"http://127.0.0.1:{port}  (Ctrl-C ends it)", highlight=False)
+    _refuse_taken(port)
+    say(f"http://{_LOCALHOST}:{port}  (Ctrl-C ends it)")
     settings = {"MLFLOW_BACKEND_STORE_URI": uri, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", _LOCALHOST, "--port", str(port), "--workers", "1"]
     try:
         done = subprocess.run(command, env={**os.environ, **settings}, check=False)
     except KeyboardInterrupt:
         return
     if done.returncode:
-        raise RunError(f"mlflow ui ended with exit code {done.returncode}; is port {port} free?")
+        raise RunError(f"the server of MLflow ended with exit code {done.returncode}; its messages are above")
+
+
+def _refuse_taken(port: int) -> None:
+    """Raises UserError where another process listens: MLflow itself would say so after seconds, and at length."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((_LOCALHOST, port))
+        except OSError as error:
+            raise UserError(
+                f"port {port} of {_LOCALHOST} cannot be used ({error.strerror}); give another one, for example "
+                f"--port {port + 1 if port < 65535 else port - 1}"
+            ) from None
 
 
 @tracking_app.command("sync")
 def sync_run(
-    run_dir: Annotated[Path, typer.Argument(help="Directory of a run, for example runs/digits.")],
+    run: Annotated[str, typer.Argument(help="A run's name, or its directory.", autocompletion=run_names)],
+    runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Deliver the records of a run that the tracking server did not get while it was away."""
     from spikefleet.tracking.tracker import sync
 
-    console.print(f"{sync(run_dir)} records delivered", highlight=False)
+    folder = Path(run) if Path(run).is_dir() or len(Path(run).parts) != 1 else runs_dir / run
+    if not folder.is_dir():
+        known = ", ".join(sorted(path.parent.name for path in runs_dir.glob("*/run.json")))
+        raise UserError(f"there is no run {run!r} in {runs_dir}; it holds {known or 'none'}")
+    with waiting(stderr, f"delivering the records of {folder.name}"):
+        delivered = sync(folder)
+    say(f"{delivered} records delivered")

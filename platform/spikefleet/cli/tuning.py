@@ -7,32 +7,40 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
-from spikefleet.cli.app import (
+from spikefleet.cli.app import app
+from spikefleet.cli.completion import search_names
+from spikefleet.cli.output import console, loading, messages, print_json, say, stderr
+from spikefleet.cli.parameters import (
     Address,
+    AsJson,
     CpusPerWorker,
     GpusPerWorker,
+    Overrides,
     RunsDir,
     StoresDir,
     TrialWorkers,
     Verbose,
-    app,
-    console,
-    stderr,
 )
-from spikefleet.cli.training import Overrides
-from spikefleet.config.recipes import parse_overrides
+from spikefleet.cli.tables import Column, number, print_table, text
 from spikefleet.errors import UserError
+from spikefleet.status import print_line
+from spikefleet_tune.messages import counted
+
+if TYPE_CHECKING:
+    from spikefleet.registry import Promotion
+    from spikefleet_tune.search_file import Search
 
 _WHERE_DATA_LIE = ("data.root", "data.store", "data.loader_processes")
 
 
 def split_overrides(texts: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Overrides that decide what is learnt, and those that only say where data lie and how they are loaded."""
+    from spikefleet.config.recipes import parse_overrides
+
     overrides = parse_overrides(texts)
     data = {key: value for key, value in overrides.items() if key in _WHERE_DATA_LIE}
     return {key: value for key, value in overrides.items() if key not in data}, data
@@ -40,18 +48,14 @@ def split_overrides(texts: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any
 
 @contextmanager
 def resumable(extended: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """Prints the command to go on with when it is interrupted: without --extend, where the extension is noted."""
+    """Prints the command to resume with when it is interrupted: without --extend, where the extension is noted."""
     try:
         yield
     except KeyboardInterrupt:
         words = sys.argv[1:]
         if extended():
             words = _without(words, "--extend")
-        stderr.print(
-            f"interrupted; this goes on: spikefleet {shlex.join(words)}",
-            highlight=False,
-            markup=False,
-        )
+        print_line(stderr, f"interrupted; resume with: spikefleet {shlex.join(words)}")
         raise
 
 
@@ -69,10 +73,15 @@ def _without(words: Sequence[str], option: str) -> list[str]:
 
 @app.command()
 def tune(
-    search: Annotated[str, typer.Argument(help="Name of a search (`spikefleet searches`) or path of a YAML file.")],
+    search: Annotated[
+        str,
+        typer.Argument(
+            help="Name of a search (`spikefleet searches`) or path of a YAML file.", autocompletion=search_names
+        ),
+    ],
     overrides: Overrides = None,
     name: Annotated[
-        str | None, typer.Option(help="Name of this search's directory; the same name goes on where it stopped.")
+        str | None, typer.Option(help="Name of this search's directory; the same name resumes where it stopped.")
     ] = None,
     trials: Annotated[int | None, typer.Option(min=1, help="Budget of trials instead of the file's.")] = None,
     hours: Annotated[float | None, typer.Option(help="Budget of hours instead of the file's.")] = None,
@@ -86,73 +95,131 @@ def tune(
     gpus_per_worker: GpusPerWorker = None,
     address: Address = None,
     verbose: Verbose = False,
+    as_json: AsJson = False,
     runs_dir: RunsDir = Path("runs"),
     stores_dir: StoresDir = Path("stores"),
 ) -> None:
-    """Search over configurations; each trial is a training. The same command goes on with an interrupted search."""
-    from spikefleet.runs.options import Options
-    from spikefleet.search.run_search import confirm_front, extension_of, register_trial, report_of, run_tracked_search
+    """Search over configurations; each trial is a training. The same command resumes an interrupted search."""
+    fixed, data = split_overrides(overrides or [])
+    resources = {"workers": workers, "cpus_per_worker": cpus_per_worker, "gpus_per_worker": gpus_per_worker}
+    changes = {"overrides": fixed, "budget": {"trials": trials, "hours": hours}, "resources": resources}
+    wanted = _wanted_search(search, changes)
+    where = messages(as_json)
+    with loading("torch and Ray", where):
+        from spikefleet.runs.options import Options
+        from spikefleet.search.run_search import (
+            confirm_front,
+            extension_of,
+            register_trial,
+            report_of,
+            run_tracked_search,
+        )
+        from spikefleet_tune.report import pareto_rows, pareto_table
+
+    name = name or Path(search).stem
+    options = Options(runs_dir, stores_dir, address, verbose, data)
+    extended = extension_of(name, options)
+    rows: list[dict[str, Any]] = []
+    with resumable(lambda: extension_of(name, options) > extended):
+        result = run_tracked_search(
+            wanted, name, options, where, extend=extend, warm_start=warm_start, retry_failed=retry_failed
+        )
+        if not as_json:
+            header, *cells = pareto_table(result)
+            title = f"{result.name}: {len(result.front)} of {counted(len(result.records), 'trial')} on the front"
+            columns = [Column(head, "number" if head.endswith(")") else "name") for head in header]
+            print_table(console, columns, cells, title)
+        if confirm:
+            rows = confirm_front(result, confirm, options, where, retry_failed)
+            if not as_json:
+                _print_confirmation(rows, list(result.search.objectives))
+    promotion = None if register is None else register_trial(result, register, options, where)
+    if as_json:
+        print_json(
+            {
+                "search": result.name,
+                "complete": result.complete,
+                "trials": len(result.records),
+                "objectives": dict(result.search.objectives),
+                "front": pareto_rows(result),
+                "confirmation": rows or None,
+                "report": str(report_of(result)),
+                "registered": _as_data(promotion),
+            }
+        )
+        return
+    say(f"report: {report_of(result)}")
+    if promotion is not None:
+        say(f"{promotion.name} version {promotion.version} is {promotion.alias}: {promotion.reason}")
+
+
+def _wanted_search(search: str, changes: dict[str, dict[str, Any]]) -> Search:
+    """A search with the values that the command gives instead of the file's. Raises UserError."""
     from spikefleet.search.search_files import load_search
     from spikefleet_tune.errors import SearchError
-    from spikefleet_tune.report import pareto_table
     from spikefleet_tune.search_file import search_of
 
-    fixed, data = split_overrides(overrides or [])
-    changes: dict[str, dict[str, Any]] = {
-        "overrides": fixed,
-        "budget": {"trials": trials, "hours": hours},
-        "resources": {
-            "workers": workers,
-            "cpus_per_worker": cpus_per_worker,
-            "gpus_per_worker": gpus_per_worker,
-        },
-    }
     try:
         tree = load_search(search).dump()
         for section, values in changes.items():
             tree[section] = {**tree[section], **{key: value for key, value in values.items() if value is not None}}
-        wanted = search_of(tree, f"search {search}")
+        return search_of(tree, f"search {search}")
     except SearchError as error:
         raise UserError(str(error)) from None
-    name = name or Path(search).stem
-    options = Options(runs_dir, stores_dir, address, verbose, data)
-    extended = extension_of(name, options)
-    with resumable(lambda: extension_of(name, options) > extended):
-        result = run_tracked_search(
-            wanted, name, options, console, extend=extend, warm_start=warm_start, retry_failed=retry_failed
-        )
-        console.print(pareto_table(result))
-        if confirm:
-            rows = confirm_front(result, confirm, options, console, retry_failed)
-            console.print(_confirmation(rows, list(result.search.objectives)))
-    console.print(f"report: {report_of(result)}", highlight=False, soft_wrap=True)
-    if register is not None:
-        promotion = register_trial(result, register, options, console)
-        console.print(f"{promotion.name} version {promotion.version} is {promotion.alias}: {promotion.reason}")
 
 
-def _confirmation(rows: list[dict[str, Any]], objectives: list[str]) -> Table:
-    table = Table("trial", "seeds", *(f"{name}: mean ± std (in the search)" for name in objectives), title="confirmed")
+def _as_data(promotion: Promotion | None) -> dict[str, Any] | None:
+    if promotion is None:
+        return None
+    return {
+        "name": promotion.name,
+        "version": promotion.version,
+        "alias": promotion.alias,
+        "reason": promotion.reason,
+    }
+
+
+def _print_confirmation(rows: list[dict[str, Any]], objectives: list[str]) -> None:
+    cells = []
     for row in rows:
-        cells = []
+        shown = []
         for name in objectives:
-            figures = row[name]
-            spread = "" if figures["std"] is None else f" ± {figures['std']:.2g}"
-            mean = "-" if figures["mean"] is None else f"{figures['mean']:.5g}"
-            cells.append(f"{mean}{spread} ({figures['search']:.5g})")
-        table.add_row(row["trial"], str(row["seeds"]), *cells)
-    return table
+            metric = row[name]
+            spread = "" if metric["std"] is None else f" ± {metric['std']:.2g}"
+            mean = "-" if metric["mean"] is None else f"{metric['mean']:.5g}"
+            shown.append(f"{mean}{spread} ({metric['search']:.5g})")
+        cells.append((row["trial"], str(row["seeds"]), *shown))
+    columns = [number(f"{name}: mean ± std (in the search)") for name in objectives]
+    print_table(console, ["trial", number("seeds"), *columns], cells, title="confirmed")
 
 
 @app.command()
-def searches() -> None:
+def searches(as_json: AsJson = False) -> None:
     """List the searches that come with spikefleet."""
     from spikefleet.search.search_files import load_search
     from spikefleet_tune.search_file import list_searches
 
-    table = Table("search", "recipe", "space", "objectives")
-    for name in list_searches():
-        found = load_search(name)
-        goals = ", ".join(f"{metric} {direction}" for metric, direction in found.objectives.items())
-        table.add_row(name, found.recipe, ", ".join(found.space), goals)
-    console.print(table)
+    found = {name: load_search(name) for name in list_searches()}
+    if as_json:
+        print_json(
+            [
+                {
+                    "search": name,
+                    "recipe": search.recipe,
+                    "space": list(search.space),
+                    "objectives": dict(search.objectives),
+                }
+                for name, search in found.items()
+            ]
+        )
+        return
+    rows = [
+        (
+            name,
+            search.recipe,
+            ", ".join(search.space),
+            ", ".join(f"{metric} {direction}" for metric, direction in search.objectives.items()),
+        )
+        for name, search in found.items()
+    ]
+    print_table(console, ["search", "recipe", text("space"), text("objectives")], rows)

@@ -207,6 +207,19 @@ def _parse_override(override: str) -> tuple[str, Any]:
         raise UserError(f"override {override!r}: the value {text!r} is not valid YAML") from None
 
 
+def with_cluster(overrides: Mapping[str, Any], workers: int | None, gpu: bool) -> dict[str, Any]:
+    """Adds the workers and GPUs of a command behind all other overrides, so that they hold.
+
+    Args:
+        overrides: values by dotted key.
+        workers: Ray Train workers; None leaves them as they are.
+        gpu: one GPU for each worker.
+    """
+    chosen = {"cluster.workers": workers, "cluster.gpu": gpu or None}
+    given = {key: value for key, value in chosen.items() if value is not None}
+    return {**{key: value for key, value in overrides.items() if key not in given}, **given}
+
+
 def apply_overrides(tree: dict[str, Any], overrides: Mapping[str, Any]) -> None:
     """Sets values by dotted key in a tree of plain data, in place. Raises UserError if a key's section is a value."""
     for path, value in overrides.items():

@@ -34,7 +34,17 @@ def with_current_keys(stored: Mapping[str, Any]) -> dict[str, Any]:
         target = _section(tree, new_path, create=True)
         if target is not None and new_last not in target:
             target[new_last] = section.pop(last)
+    _keep_divisor(tree)
     return tree
+
+
+def _keep_divisor(tree: dict[str, Any]) -> None:
+    """Detection runs that lack `train.loss_divisor` divided by each rank's own part of a micro-batch."""
+    train, cluster = _section(tree, ["train"]), _section(tree, ["cluster"])
+    if tree.get("task") == "detection" and train is not None and "loss_divisor" not in train:
+        parts = (cluster or {}).get("workers", 1), train.get("accumulate", 1)
+        if any(isinstance(count, int) and count > 1 for count in parts):
+            train["loss_divisor"] = "rank"
 
 
 def _copy(tree: Mapping[str, Any]) -> dict[str, Any]:

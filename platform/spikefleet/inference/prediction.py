@@ -12,6 +12,7 @@ from PIL import Image
 from spikefleet.errors import UserError
 from spikefleet.inference.image_input import ImageInput, Pixels, check_image_file, read_image
 from spikefleet.inference.trained_network import TrainedNetwork
+from spikefleet.status import Count, uncounted
 from spikefleet.training.distributed import pick_device
 from spikefleet.training.precision import autocast
 from spikefleet_pipelines.in_memory import image_batch
@@ -21,7 +22,13 @@ _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff",
 
 
 def predict_files(
-    trained: TrainedNetwork, paths: Sequence[Path], *, out: Path | None = None, gpu: bool = False, score: float = 0.3
+    trained: TrainedNetwork,
+    paths: Sequence[Path],
+    *,
+    out: Path | None = None,
+    gpu: bool = False,
+    score: float = 0.3,
+    progress: Count = uncounted,
 ) -> list[dict[str, Any]]:
     """Predicts image files.
 
@@ -30,9 +37,11 @@ def predict_files(
     Args:
         trained: the network.
         paths: image files, and folders of them.
-        out: one PNG with all images (classification), or a folder for each image with its prediction (detection).
+        out: one PNG with all images (classification); a folder for each image with its prediction, or a PNG when there
+            is one image (detection).
         gpu: run on the GPU.
         score: smallest score of an object.
+        progress: called with (images done, images in all).
 
     Returns:
         For each image, in order, `{"image": PATH, "classes": [{"name", "probability"}, ...]}`, or
@@ -44,23 +53,22 @@ def predict_files(
     report = trained.task.report
     if out is not None and not report.draws_each and out.suffix.lower() != ".png":
         raise UserError(f"--out {out} must end in .png")
-    if out is not None and report.draws_each and out.is_file():
-        raise UserError(f"--out {out} is a file; {trained.config.task} needs a folder")
     files = list(_image_files(paths))
     for file in files:
         check_image_file(file)
-    names = _names(files, out) if out is not None and report.draws_each else []
+    names = _names(files, out, trained.config.task) if out is not None and report.draws_each else []
     answers: list[dict[str, Any]] = []
     images, predictions = [], []
     for position, (pixels, prediction) in enumerate(predict_images(trained, files, gpu=gpu, score=score)):
         if names:
-            _write_image(report.draw_one(torch.from_numpy(pixels), prediction), names[position])
+            _write_image(report.draw_one(torch.tensor(pixels), prediction), names[position])
         elif out is not None:
-            images.append(torch.from_numpy(pixels))
+            images.append(torch.tensor(pixels))
             predictions.append(prediction)
         answers.append({"image": str(files[position]), **report.answer(prediction)})
+        progress(position + 1, len(files))
     if images and out is not None:
-        report.draw(images, predictions, None, out)
+        report.draw_files(images, predictions, [file.name for file in files], out)
     return answers
 
 
@@ -94,8 +102,24 @@ def predict_images(
         yield pixels, task.confident(prediction, score)
 
 
-def _names(files: Sequence[Path], folder: Path) -> list[Path]:
-    """A unique PNG for each image, by its name. Raises UserError if one would overwrite an image."""
+def _names(files: Sequence[Path], out: Path, task: str) -> list[Path]:
+    """A PNG for each image in the folder `out`, by its name; of a single one, `out` itself where it ends in .png.
+
+    No two are the same. Raises UserError where one of them is one of the images.
+    """
+    single = out.suffix.lower() == ".png" and not out.is_dir()
+    if single and len(files) > 1:
+        raise UserError(f"--out {out} is one image, and there are {len(files)} to predict; for {task}, give a folder")
+    if not single and out.is_file():
+        raise UserError(f"--out {out} is a file; for {task}, give a folder, or a .png when there is one image")
+    names = [out] if single else _names_in(files, out)
+    originals = {file.resolve() for file in files}
+    if lost := [path for path in names if path.resolve() in originals]:
+        raise UserError(f"--out {out} would overwrite the image {lost[0]}; give another place")
+    return names
+
+
+def _names_in(files: Sequence[Path], folder: Path) -> list[Path]:
     names: list[Path] = []
     for file in files:
         number, path = 1, folder / f"{file.stem}.png"
@@ -103,9 +127,6 @@ def _names(files: Sequence[Path], folder: Path) -> list[Path]:
             number += 1
             path = folder / f"{file.stem}-{number}.png"
         names.append(path)
-    originals = {file.resolve() for file in files}
-    if lost := [path for path in names if path.resolve() in originals]:
-        raise UserError(f"--out {folder} would overwrite the image {lost[0]}; use another folder")
     return names
 
 

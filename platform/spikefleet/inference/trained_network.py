@@ -23,6 +23,7 @@ from spikefleet.files import read_json
 from spikefleet.plugins import missing_plugins_named
 from spikefleet.registry.package import CARD, load_network, read_card
 from spikefleet.runs.run_dir import Run, find_run
+from spikefleet.status import counting
 from spikefleet.tasks import AnyTask, build_task
 from spikefleet.tracking.mlflow_client import resolve_tracking_uri
 from spikefleet.training.checkpoints import best_network, load_checkpoint
@@ -172,6 +173,8 @@ def evaluate_on_split(
     rows = open_split(trained, split, stores_dir, console, data=data)
     group = ProcessGroup(0, 1, pick_device(gpu))
     loader = BatchLoader(rows, config.transform, train=False, processes=config.loader_processes)
-    evaluation = evaluate(trained.network.to(group.device), trained.task, loader, trained.config.train, group)
+    with counting(console, f"evaluating {split}") as progress:
+        network = trained.network.to(group.device)
+        evaluation = evaluate(network, trained.task, loader, trained.config.train, group, progress)
     assert evaluation is not None, "rank 0 gets the predictions"
     return evaluation

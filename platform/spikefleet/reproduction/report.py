@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from spikefleet import plots
 from spikefleet.files import write_json
 from spikefleet.reproduction.reproduce import Cell, ReproducedRow, Reproduction
@@ -47,17 +45,14 @@ def write_reproduction(found: Reproduction, folder: Path) -> list[Path]:
     return paths
 
 
-def as_table(found: Reproduction) -> Table:
-    """The table for a terminal: the paper's value, then ours."""
-    table = Table(title=f"{found.plan.table.paper}; {found.plan.scale}")
-    table.add_column("row", overflow="fold")
-    for column in found.plan.table.columns.values():
-        table.add_column(f"{column.label}, {column.unit}\npaper | ours", justify="right")
-    table.add_column("seeds", justify="right")
+def as_table(found: Reproduction) -> list[tuple[str, ...]]:
+    """For a terminal: the paper's value, then ours; the first row is the header."""
+    heads = (f"{column.label}, {column.unit}" for column in found.plan.table.columns.values())
+    rows: list[tuple[str, ...]] = [("row", *heads, "seeds")]
     for row in found.rows:
-        cells = [f"{_plain(cell.paper)} | {_ours(cell)}" for cell in row.cells.values()]
-        table.add_row(row.entry.full_name, *cells, str(len(row.seeds) or "-"))
-    return table
+        cells = (f"{_plain(cell.paper)} | {_ours(cell)}" for cell in row.cells.values())
+        rows.append((row.entry.full_name, *cells, str(len(row.seeds) or "-")))
+    return rows
 
 
 def remarks(found: Reproduction) -> Iterator[str]:

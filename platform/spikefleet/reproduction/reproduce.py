@@ -23,7 +23,8 @@ from spikefleet.config.recipes import load_config
 from spikefleet.config.schema import Config
 from spikefleet.errors import UserError
 from spikefleet.files import read_json
-from spikefleet.reproduction.table import Column, Entry, PaperTable, Scale
+from spikefleet.reproduction.scales import Scale
+from spikefleet.reproduction.table import Column, Entry, PaperTable
 from spikefleet.runs.options import Options
 from spikefleet.runs.run_dir import Run
 from spikefleet.search.mlflow_observer import FLUSH_S
@@ -32,7 +33,8 @@ from spikefleet.search.trial import chooses_data
 from spikefleet.tracking.mlflow_client import resolve_tracking_uri
 from spikefleet.tracking.tracker import Tracker
 from spikefleet.versions import code_version
-from spikefleet_models.energy import EnergyCard, energy_at_rates, energy_constants
+from spikefleet_models.energy import EnergyCard, energy_at_rates
+from spikefleet_models.energy_constants import energy_constants
 from spikefleet_models.families import build_model
 from spikefleet_pipelines.errors import SourceError, StoreError
 from spikefleet_tune.journal import TrialRecord

@@ -14,10 +14,8 @@ from spikefleet.config.messages import did_you_mean, sentences
 from spikefleet.config.schema import Section
 from spikefleet.config.strict_yaml import read_mapping
 from spikefleet.errors import UserError
-from spikefleet_models.energy import energy_constants
-
-Scale = Literal["digits", "fashion_mnist", "full"]
-"""full: the paper's networks and data. The others run on two CPU cores: narrow networks on small real data."""
+from spikefleet.reproduction.scales import Scale
+from spikefleet_models.energy_constants import energy_constants
 
 Origin = Literal["network", "card", "run"]
 """Origin of a value. network: counted on the full network, without training. card: energy card of the trained network.

@@ -17,6 +17,7 @@ from spikefleet.training.events import (
     EpochDone,
     Event,
     Note,
+    Phase,
     Recovered,
     Started,
     StepDone,
@@ -69,7 +70,7 @@ class RunObserver:
                 for earlier in event.events:
                     if isinstance(earlier, StepDone | EpochDone):
                         self._track(earlier)
-            case CheckpointSaved() | Note() | WorkerFailed():
+            case CheckpointSaved() | Note() | Phase() | WorkerFailed():
                 pass
 
     def _epoch(self, event: EpochDone) -> None:

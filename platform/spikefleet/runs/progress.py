@@ -7,17 +7,32 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
-from spikefleet.training.events import CheckpointSaved, EpochDone, Event, Note, Started, StepDone, WorkerFailed
+from spikefleet.status import PLAIN_LINES, PlainLines, Waiting, print_line
+from spikefleet.training.events import EpochDone, Event, Note, Phase, Started, StepDone, WorkerFailed
 
-_PLAIN_LINE_EVERY_S = 15.0
+_WIDE = 110
+"""Columns of a terminal on which a long bar leaves room for the metrics beside it."""
 
 
 class Display(Protocol):
     """Draws events."""
 
     def show(self, event: Event) -> None: ...
+
+    def announce(self, what: str) -> None:
+        """Names what begins now and is no training step, such as "starting Ray workers"."""
 
     def close(self) -> None: ...
 
@@ -28,44 +43,52 @@ def build_display(console: Console) -> Display:
 
 
 class LiveDisplay:
-    """One bar over all steps with loss, accuracy, rate and remaining time; epochs scroll by above it."""
+    """One bar over all steps, with metrics, rate and remaining time, or with what is waited for and its seconds.
+
+    Epochs scroll by above it.
+    """
 
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("epoch {task.fields[epoch]}"),
-            BarColumn(),
+            BarColumn(bar_width=40 if console.width >= _WIDE else 10),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
+            _Doing(),
             TimeRemainingColumn(),
             console=console,
             transient=True,
         )
-        self._task = self._progress.add_task("train", total=None, epoch="-", figures="starting")
+        self._task = self._progress.add_task("train", total=None, epoch="-", doing="", since=None)
         self._epochs = 0
         self._headline: tuple[str, ...] = ()
+        self._metrics = ""
         self._progress.start()
+
+    def announce(self, what: str) -> None:
+        self._progress.update(self._task, doing=what, since=time.monotonic())
 
     def show(self, event: Event) -> None:
         match event:
             case Started():
                 self._epochs, self._headline = event.epochs, event.headline
-                self._progress.update(self._task, total=event.total_steps, completed=event.step, figures="")
+                self._progress.update(self._task, total=event.total_steps, completed=event.step)
+                self.announce("warming up")
             case StepDone():
-                self._progress.update(
-                    self._task,
-                    completed=event.step,
-                    epoch=f"{event.epoch + 1}/{self._epochs}",
-                    figures=_step_figures(event.metrics, self._headline),
-                )
+                self._metrics = _step_metrics(event.metrics, self._headline)
+                self._progress.update(self._task, epoch=f"{event.epoch + 1}/{self._epochs}")
+                self._progress.update(self._task, completed=event.step, doing=self._metrics, since=None)
             case EpochDone():
-                self._progress.update(self._task, completed=event.step)
+                self._progress.update(self._task, completed=event.step, doing=self._metrics, since=None)
                 self._print(_epoch_line(event, self._epochs, self._headline))
             case WorkerFailed():
                 self._print(f"a worker failed: {event.reason}", style="yellow")
+                self.announce("restarting")
             case Note():
                 self._print(event.text)
-            case CheckpointSaved():
+            case Phase():
+                self.announce(event.what)
+            case _:
                 pass
 
     def close(self) -> None:
@@ -76,41 +99,61 @@ class LiveDisplay:
         self._progress.console.print(line, style=style, markup=False, highlight=False)
 
 
-class PlainDisplay:
-    """A line for each epoch, and one every quarter of a minute within long ones."""
+class _Doing(ProgressColumn):
+    """Metrics of the latest step, or what is waited for with its seconds."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def render(self, task: Task) -> Text:
+        doing, since = task.fields["doing"], task.fields["since"]
+        return Text(doing if since is None else f"{doing}  {time.monotonic() - since:.0f} s")
+
+
+class PlainDisplay:
+    """A line for each epoch, and one every quarter of a minute within long ones and within what is no training."""
+
+    def __init__(self, console: Console, lines: PlainLines = PLAIN_LINES) -> None:
+        self._console, self._lines = console, lines
+        self._waiting = Waiting(console, lines)
         self._epochs = self._total = 0
         self._headline: tuple[str, ...] = ()
-        self._began = self._printed = time.monotonic()
+        self._began = time.monotonic()
         self._first_step = 0
+
+    def announce(self, what: str) -> None:
+        self._waiting.announce(what)
 
     def show(self, event: Event) -> None:
         match event:
             case Started():
                 self._epochs, self._total, self._first_step = event.epochs, event.total_steps, event.step
                 self._headline = event.headline
-                self._began = self._printed = time.monotonic()
-                self._print(f"{event.epochs} epochs of {event.steps_per_epoch} steps, from step {event.step}")
-            case StepDone() if time.monotonic() - self._printed >= _PLAIN_LINE_EVERY_S:
-                line = f"epoch {event.epoch + 1}/{self._epochs}  step {event.step}/{self._total}"
-                self._print(f"{line}  {_step_figures(event.metrics, self._headline)}  {self._remaining(event.step)}")
+                self._began = time.monotonic()
+                epochs = f"{event.epochs} epoch{'s' * (event.epochs > 1)}"
+                self._print(f"{epochs} of {event.steps_per_epoch} steps, from step {event.step}")
+                self.announce("warming up")
+            case StepDone():
+                where = f"epoch {event.epoch + 1}/{self._epochs}  step {event.step}/{self._total}"
+                metrics = _step_metrics(event.metrics, self._headline)
+                self._lines.say(self._console, f"{where}  {metrics}  {self._remaining(event.step)}")
+                self.announce(f"{where}: training on")
             case EpochDone():
                 self._print(f"{_epoch_line(event, self._epochs, self._headline)}  {self._remaining(event.step)}")
+                self.announce(f"after epoch {event.epoch}/{self._epochs}")
             case WorkerFailed():
                 self._print(f"a worker failed: {event.reason}")
+                self.announce("restarting")
             case Note():
                 self._print(event.text)
+            case Phase():
+                self.announce(event.what)
             case _:
                 pass
 
     def close(self) -> None:
-        return None
+        self._waiting.close()
 
     def _print(self, line: str) -> None:
-        self._printed = time.monotonic()
-        self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+        self._lines.printed()
+        print_line(self._console, line)
 
     def _remaining(self, step: int) -> str:
         done = step - self._first_step
@@ -120,7 +163,7 @@ class PlainDisplay:
         return f"{seconds // 60:.0f} min {seconds % 60:.0f} s left"
 
 
-def _step_figures(metrics: Mapping[str, float], headline: Sequence[str]) -> str:
+def _step_metrics(metrics: Mapping[str, float], headline: Sequence[str]) -> str:
     parts = [f"loss {metrics['train/loss']:.3f}"]
     parts += [f"{name} {metrics[f'train/{name}']:.1%}" for name in headline if f"train/{name}" in metrics]
     parts.append(f"{metrics['images_per_second']:.0f} images/s")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from spikefleet.runs.options import Options
 from spikefleet.runs.progress import build_display
 from spikefleet.runs.registration import register_run
 from spikefleet.runs.run_dir import Run, check_run_name, default_run_name
+from spikefleet.status import Announce, print_line, waiting
 from spikefleet.tracking.journal import Journal
 from spikefleet.tracking.mlflow_client import public_uri, resolve_tracking_uri
 from spikefleet.tracking.tracker import Tracker, sync
@@ -74,17 +75,22 @@ def run_training(
     run = Run(options.runs_dir.resolve() / check_run_name(name or default_run_name(config)))
     pick_device(config.cluster.gpu and config.cluster.workers == 0)
     store = open_data(config.data, options.stores_dir, console)
-    prepare_parts(config, store, ProcessGroup(0, max(1, config.cluster.workers), torch.device("cpu")))
-    with _processes(config, options, run), run.lock():
+    with waiting(console, "checking the configuration against the data"):
+        prepare_parts(config, store, ProcessGroup(0, max(1, config.cluster.workers), torch.device("cpu")))
+    with ExitStack() as held:
+        with waiting(console, "starting Ray"):
+            held.enter_context(_processes(config, options, run))
+        held.enter_context(run.lock())
         run.begin(config, DataSummary.of(store.manifest))
         tracking_uri = resolve_tracking_uri(options.runs_dir)
         if run.record()["status"] == "finished":
-            console.print(f"run {run.name} is complete; to train another run, set --name or other overrides")
+            print_line(console, f"run {run.name} is complete; to train another run, set --name or other overrides")
             look_at = public_uri(tracking_uri)
         else:
             look_at = _train_tracked(config, options, console, run, store, tracking_uri, before_step)
         record = run.record()
-        promotion = _register_once(config, run, store, tracking_uri)
+        with waiting(console, "registering the best checkpoint") as announce:
+            promotion = _register_once(config, run, store, tracking_uri, announce)
         return FinishedRun(run, record["validation"], record["test"], promotion, look_at)
 
 
@@ -109,14 +115,16 @@ def _train_tracked(
 ) -> str:
     """Trains with tracking, saves the result in run.json, and returns where to look at it."""
     run.note(status="running")
+    print_line(console, f"run {run.name}: {_scale(config)}")
     tracker = Tracker.open(run.path, run.name, config.tracking.experiment or config.recipe, tracking_uri)
     display = build_display(console)
     observer = RunObserver(run, tracker, display)
     observer.begin(config, {"dataset": store.manifest.source, "data_hash": store.manifest.content_hash})
-    console.print(f"run {run.name}: {_scale(config)}", highlight=False)
+    display.announce("starting Ray workers" if config.cluster.workers else "starting")
     try:
         outcome = _train(config, store, run, ResumedRunSink(run.path, observer), options, before_step)
-        certificates = _certified(config, run, store)
+        certificates = _certified(config, run, store, display.announce)
+        display.announce("tracking the report")
         metrics = {f"test/{name}": value for name, value in outcome.test.items()}
         observer.finish({**metrics, "energy_mj": certificates.energy_mj}, outcome.steps, run.path / "report")
     except KeyboardInterrupt:
@@ -130,7 +138,8 @@ def _train_tracked(
         raise
     finally:
         display.close()
-    tracker.finish("FINISHED", wait_s=_FLUSH_S)
+    with waiting(console, "delivering records to MLflow"):
+        tracker.finish("FINISHED", wait_s=_FLUSH_S)
     run.note(
         status="finished",
         reason=None,
@@ -140,7 +149,7 @@ def _train_tracked(
     return tracker.run_url
 
 
-def _register_once(config: Config, run: Run, store: Store, tracking_uri: str) -> Promotion | None:
+def _register_once(config: Config, run: Run, store: Store, tracking_uri: str, announce: Announce) -> Promotion | None:
     """Registers a finished run once, if `registry.register_best` says so.
 
     Raises:
@@ -154,12 +163,14 @@ def _register_once(config: Config, run: Run, store: Store, tracking_uri: str) ->
         with closing(Journal(run.path)) as journal:
             run_id = journal.delivered.run_id
         assert run_id is not None, "all records are delivered, so the run has been created"
+        certificates = _certified(config, run, store, announce)
+        announce("registering the best checkpoint")
         promotion = register_run(
             config,
             run,
             run_id,
             tracking_uri,
-            certificates=_certified(config, run, store),
+            certificates=certificates,
             validation=record["validation"],
             test=record["test"],
         )
@@ -172,8 +183,8 @@ def _register_once(config: Config, run: Run, store: Store, tracking_uri: str) ->
     return promotion
 
 
-def _certified(config: Config, run: Run, store: Store) -> Certificates:
-    return certify(config, run.best_checkpoint(), run.path / "report", store)
+def _certified(config: Config, run: Run, store: Store, announce: Announce) -> Certificates:
+    return certify(config, run.best_checkpoint(), run.path / "report", store, announce)
 
 
 def _train(

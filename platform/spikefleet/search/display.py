@@ -9,6 +9,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from spikefleet.status import PLAIN_LINES, Waiting, print_line
 from spikefleet_tune.journal import TrialRecord
 from spikefleet_tune.ledger import Counts, TrialStart
 from spikefleet_tune.search_file import Search
@@ -28,24 +29,28 @@ class SearchDisplay:
             TimeRemainingColumn(),
         )
         self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._task = self._bar.add_task("searching", total=search.budget.trials)
+        self._task = self._bar.add_task("starting Ray Tune", total=search.budget.trials)
+        self._waiting = Waiting(console)
 
     def __enter__(self) -> Self:
         self._bar.start()
+        self._say_doing("starting Ray Tune")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._waiting.close()
         self._bar.stop()
 
     def on_trial_started(self, trial: TrialStart, counts: Counts) -> None:
         self._update(counts)
+        self._say_doing(f"{trial.name} starting")
 
     def on_trial_reported(self, trial: TrialStart, metrics: Mapping[str, float]) -> None:
         shown = [f"{name} {metrics[name]:.4g}" for name in self._search.objectives if name in metrics]
         epoch = f"epoch {metrics['epoch']:.0f}" if "epoch" in metrics else ""
-        self._bar.update(self._task, description=" ".join([trial.name, epoch, *shown]))
+        self._say_doing(" ".join([trial.name, epoch, *shown]))
 
     def on_trial_finished(self, record: TrialRecord, counts: Counts) -> None:
         known = [name for name in self._search.objectives if name in record.metrics]
@@ -63,7 +68,16 @@ class SearchDisplay:
         done = f"{counts.done}/{counts.total}" if counts.total else str(counts.done)
         point = " ".join(f"{key}={_plain(value)}" for key, value in record.point.items())
         line = f"trial {done}  {record.name}  {what}  ({record.seconds:.0f} s)  {point}"
-        self._bar.console.print(line, highlight=False, soft_wrap=True, markup=False)
+        PLAIN_LINES.printed()
+        print_line(self._bar.console, line)
+        self._say_doing("waiting for a trial")
+
+    def _say_doing(self, what: str) -> None:
+        """On a terminal in the bar; elsewhere in a line, at most one every 15 s."""
+        if self._console.is_terminal:
+            self._bar.update(self._task, description=what)
+        else:
+            self._waiting.announce(f"searching: {what}")
 
     def _update(self, counts: Counts) -> None:
         self._bar.update(self._task, completed=counts.done, total=counts.total)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from spikefleet.runs.run_dir import Run
 from spikefleet.search.display import SearchDisplay
 from spikefleet.search.mlflow_observer import FLUSH_S, SearchTracker, check_same_data
 from spikefleet.search.trial import TrialSetting, as_trial, mutable_keys, refusal_of, reportable, reported_by_epoch
+from spikefleet.status import print_line, waiting
 from spikefleet.tasks import build_task
 from spikefleet.tracking.mlflow_client import resolve_tracking_uri
 from spikefleet.tracking.tracker import Tracker
@@ -87,7 +88,10 @@ def run_tracked_search(
             with SearchFolder(options.searches_dir, name).lock():
                 pass
         earlier = _warm_start_points(search, warm_start, options, console)
-        with _session(search, options), SearchDisplay(console, search) as display:
+        with ExitStack() as held:
+            with waiting(console, "starting Ray"):
+                held.enter_context(_session(search, options))
+            display = held.enter_context(SearchDisplay(console, search))
             tracker = SearchTracker(name, options, search, display, data, setting.config)
             try:
                 result = run_search(
@@ -104,7 +108,10 @@ def run_tracked_search(
             except BaseException:
                 tracker.abandon()
                 raise
-        tracker.finish(result, write_report(result, report_of(result)))
+        with waiting(console, "drawing plots") as announce:
+            paths = write_report(result, report_of(result))
+            announce("delivering records to MLflow")
+            tracker.finish(result, paths)
     except SearchError as error:
         raise UserError(str(error)) from None
     return result
@@ -220,7 +227,7 @@ def _warm_start_points(
             points.append(WarmStartPoint(point, metrics, origin))
     if misfits:
         trials = counted(len(earlier.comparable), "trial")
-        console.print(f"left out {misfits} of {trials} of {warm_start}: outside this space", highlight=False)
+        print_line(console, f"left out {misfits} of {trials} of {warm_start}: outside this space")
     return points
 
 
@@ -313,20 +320,24 @@ def register_trial(result: SearchResult, chosen: str, options: Options, console:
     config, done = run.config(), run.record()
     tracking_uri = resolve_tracking_uri(options.runs_dir)
     tracker = Tracker.open(run.path, record.name, f"search-{result.name}", tracking_uri)
-    tracker.finish("FINISHED", wait_s=FLUSH_S)
-    if tracker.run_id is None:
-        raise RunError(
-            f"trial {record.name} was not registered: the tracking server does not answer; run the command again later"
+    with waiting(console, "delivering records to MLflow") as announce:
+        tracker.finish("FINISHED", wait_s=FLUSH_S)
+        if tracker.run_id is None:
+            raise RunError(
+                f"trial {record.name} was not registered: the tracking server does not answer; run the command again "
+                "later"
+            )
+        certificates = certify(config, run.best_checkpoint(), run.path / "report", store, announce)
+        announce(f"registering trial {record.name}")
+        return register_run(
+            config,
+            run,
+            tracker.run_id,
+            tracking_uri,
+            certificates=certificates,
+            validation=done["validation"],
+            test=done["test"],
         )
-    return register_run(
-        config,
-        run,
-        tracker.run_id,
-        tracking_uri,
-        certificates=certify(config, run.best_checkpoint(), run.path / "report", store),
-        validation=done["validation"],
-        test=done["test"],
-    )
 
 
 def _chosen(result: SearchResult, chosen: str) -> TrialRecord:

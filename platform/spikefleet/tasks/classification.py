@@ -126,20 +126,28 @@ class ClassificationReport(TaskReport[Ranking, int]):
         self, images: Sequence[torch.Tensor], predictions: Sequence[Ranking], targets: Sequence[int] | None, path: Path
     ) -> None:
         """Plots images with the predicted class and its probability; a wrong one in red, with the target."""
-        captions, correct = [], []
+        captions: list[str] = []
+        correct: list[bool | None] = []
         for position, prediction in enumerate(predictions):
             caption = f"{self.class_names[prediction.classes[0]]} {prediction.probabilities[0]:.0%}"
-            is_correct = targets is None or prediction.classes[0] == targets[position]
+            is_correct = None if targets is None else prediction.classes[0] == targets[position]
             if targets is not None and not is_correct:
                 caption += f"\nis {self.class_names[targets[position]]}"
             captions.append(caption)
             correct.append(is_correct)
         plots.image_grid(images, captions, correct, path)
 
+    def draw_files(
+        self, images: Sequence[torch.Tensor], predictions: Sequence[Ranking], names: Sequence[str], path: Path
+    ) -> None:
+        """Images over their files' names, under the predicted class and its probability."""
+        captions = [f"{self.class_names[one.classes[0]]} {one.probabilities[0]:.0%}" for one in predictions]
+        plots.image_grid(images, captions, [None] * len(captions), path, names)
+
     def draw_batch(self, images: Sequence[torch.Tensor], targets: torch.Tensor, path: Path) -> None:
         """Plots images of a training batch with their classes."""
         names = [self.class_names[label] for label in targets.tolist()]
-        plots.image_grid(images, names, [True] * len(names), path)
+        plots.image_grid(images, names, [None] * len(names), path)
 
     def table(self, details: Mapping[str, Any]) -> list[tuple[str, ...]]:
         """Samples and accuracy of each class."""

@@ -143,6 +143,12 @@ class TaskReport(ABC, Generic[Prediction, Target]):
             path: the PNG.
         """
 
+    def draw_files(
+        self, images: Sequence[torch.Tensor], predictions: Sequence[Prediction], names: Sequence[str], path: Path
+    ) -> None:
+        """Plots images of files with their predictions; with the files' names, where a task draws them."""
+        self.draw(images, predictions, None, path)
+
     def draw_one(self, image: torch.Tensor, prediction: Prediction) -> torch.Tensor:
         """An image, uint8 `[C, H, W]`, with its prediction drawn on it, uint8 `[3, H', W']`.
 
@@ -159,7 +165,7 @@ class TaskReport(ABC, Generic[Prediction, Target]):
             targets: those of `Batch.targets`.
             path: the PNG.
         """
-        plots.image_grid(images, [""] * len(images), [True] * len(images), path)
+        plots.image_grid(images, [""] * len(images), [None] * len(images), path)
 
     def table(self, details: Mapping[str, Any]) -> list[tuple[str, ...]]:
         """A table of the details, by class if there are classes; the first row is the header."""

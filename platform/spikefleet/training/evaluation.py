@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from spikefleet.config.schema import TrainConfig
+from spikefleet.status import Count, uncounted
 from spikefleet.tasks import Task
 from spikefleet.tasks.task import Prediction, Target
 from spikefleet.training.distributed import ProcessGroup
@@ -40,6 +41,7 @@ def evaluate(
     loader: BatchLoader,
     config: TrainConfig,
     group: ProcessGroup,
+    progress: Count = uncounted,
 ) -> Evaluation[Prediction, Target] | None:
     """Predicts every sample of the loader's split.
 
@@ -49,6 +51,7 @@ def evaluate(
         loader: of the split.
         config: batch size and precision.
         group: this process's rank and group.
+        progress: called with (samples done, samples in all), as far as this rank knows.
 
     Returns:
         The evaluation on rank 0; None on other ranks.
@@ -68,6 +71,7 @@ def evaluate(
         with autocast(config.precision, group.device), monitor if position == 0 else nullcontext():
             predictions = task.predict(network, here)
         rows += zip(batch.indices.tolist(), predictions, task.targets(batch), strict=True)
+        progress(min(len(rows) * group.size, len(loader.split)), len(loader.split))
     network.train(was_training)
     parts = group.gather(rows)
     if parts is None:

@@ -24,6 +24,7 @@ from spikefleet.training.events import (
     Event,
     EventSink,
     Note,
+    Phase,
     Recovered,
     Started,
     StepDone,
@@ -42,7 +43,7 @@ _ACKNOWLEDGED = ".handed-on"
 _WAIT_S = 0.05
 
 _KINDS: dict[str, Callable[..., Event]] = {
-    kind.__name__: kind for kind in (Started, StepDone, EpochDone, CheckpointSaved, Note, WorkerFailed)
+    kind.__name__: kind for kind in (Started, StepDone, EpochDone, CheckpointSaved, Note, Phase, WorkerFailed)
 }
 
 log = logging.getLogger(__name__)

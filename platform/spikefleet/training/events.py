@@ -61,6 +61,13 @@ class Note:
 
 
 @dataclass(frozen=True)
+class Phase:
+    """Something other than training steps begins, such as "testing"; the next event of another kind ends it."""
+
+    what: str
+
+
+@dataclass(frozen=True)
 class WorkerFailed:
     """A worker died or raised; the group restarts from the latest checkpoint, up to `cluster.max_failures` times."""
 
@@ -74,7 +81,7 @@ class Recovered:
     events: tuple[Event, ...]
 
 
-Event = Started | StepDone | EpochDone | CheckpointSaved | Note | WorkerFailed | Recovered
+Event = Started | StepDone | EpochDone | CheckpointSaved | Note | Phase | WorkerFailed | Recovered
 
 
 class EventSink(Protocol):

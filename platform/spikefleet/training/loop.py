@@ -24,7 +24,7 @@ from spikefleet.tasks import AnyTask, build_task
 from spikefleet.training.checkpoints import CheckpointFolder, load_checkpoint
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.evaluation import Evaluation, evaluate
-from spikefleet.training.events import CheckpointSaved, EpochDone, EventSink, Note, Started
+from spikefleet.training.events import CheckpointSaved, EpochDone, EventSink, Note, Phase, Started
 from spikefleet.training.malloc import keep_freed_memory
 from spikefleet.training.state import TrainingState
 from spikefleet.training.step import Meter, due, micro_batches, training_step
@@ -260,6 +260,7 @@ def _finish_epoch(
     evaluation: Evaluation[Any, Any] | None = None
     measured: dict[str, float] = {}
     if last or due(config.train.evaluate_every, state.epoch + 1):
+        sink.emit(Phase("validating"))
         evaluation = _evaluate(state, task, splits.val)
         measured = state.group.broadcast(evaluation and task.metrics(evaluation.predictions, evaluation.targets))
         if config.checkpoint.metric not in measured:
@@ -318,12 +319,14 @@ def _test_best(
     assert state.best is not None, "the last epoch is always evaluated"
     path = state.group.broadcast(folder.at(state.best["step"]))  # waits until rank 0 has committed it
     state.load_weights(load_checkpoint(path))
+    sink.emit(Phase("testing"))
     evaluation = _evaluate(state, task, splits.test)
     metrics: dict[str, float] = {}
     if evaluation is not None:
         sink.emit(Note(f"testing {path.name}, the best checkpoint by val/{state.config.checkpoint.metric}"))
         details = task.details(evaluation.predictions, evaluation.targets)
         metrics = details["metrics"]
+        sink.emit(Phase("drawing plots"))
         task.report.write(details, evaluation.predictions, evaluation.targets, run_dir / "report")
         shown = min(_IMAGES_OF_REPORT, len(evaluation.targets))
         images = [splits.test.split.image(row) for row in range(shown)]

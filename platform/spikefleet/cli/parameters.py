@@ -1,0 +1,44 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from spikefleet.cli.completion import network_names, override_keys, recipe_names
+
+RunsDir = Annotated[
+    Path, typer.Option(envvar="SPIKEFLEET_RUNS", help="Where runs and their tracking database are kept.")
+]
+StoresDir = Annotated[Path, typer.Option(envvar="SPIKEFLEET_STORES", help="Where prepared data sets are kept.")]
+
+Address = Annotated[str | None, typer.Option(help="Ray cluster, HOST:PORT; RAY_ADDRESS if not given.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show what Ray and its workers log.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, messages on stderr.")]
+
+TrialWorkers = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Ray Train workers of each training, instead of the file's.")
+]
+CpusPerWorker = Annotated[float | None, typer.Option(min=0.01, help="CPUs of each worker, instead of the file's.")]
+GpusPerWorker = Annotated[float | None, typer.Option(min=0, help="GPUs of each worker, instead of the file's.")]
+
+Network = Annotated[
+    str,
+    typer.Argument(
+        help="models:/NAME@champion, models:/NAME/3, a run's name or a checkpoint.", autocompletion=network_names
+    ),
+]
+Recipe = Annotated[
+    str,
+    typer.Argument(help="Name of a recipe (`spikefleet recipes`) or path of a YAML file.", autocompletion=recipe_names),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Dotted overrides, for example model.timesteps=2 optim.lr=0.05.", autocompletion=override_keys),
+]
+SplitName = Literal["train", "val", "test"]
+OtherData = Annotated[
+    str | None, typer.Option("--data", help="Another store than the one that the configuration names.")
+]
