@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 SPIKEFLEET = str(Path(sys.executable).with_name("spikefleet"))
 LIGHT = ("--help", "--version", "train --help", "recipes", "searches", "tables", "data sources", "config show digits")
@@ -38,7 +37,7 @@ def main() -> None:
     parser.add_argument("--runs-dir", type=Path)
     given = parser.parse_args()
     yardstick = 'python -c "import torch"'
-    commands: dict[str, tuple[list[Any], dict[str, str]]] = {yardstick: ([sys.executable, "-c", "import torch"], {})}
+    commands: dict[str, tuple[list[str], dict[str, str]]] = {yardstick: ([sys.executable, "-c", "import torch"], {})}
     commands |= {f"spikefleet {words}": ([SPIKEFLEET, *words.split()], {}) for words in LIGHT}
     line = "spikefleet\ntrain\ndigits\nmodel.time"
     asked = {"_SPIKEFLEET_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": "3"}

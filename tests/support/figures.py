@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from spikefleet import plots
 
-DRAWN = ("learning_curve", "confusion_matrix", "picture_grid", "picture_sheet", "precision_recall", "energy_bars")
+DRAWN = [
+    name
+    for name, function in inspect.getmembers(plots, inspect.isfunction)
+    if not name.startswith("_")
+    and function.__module__ == plots.__name__
+    and "path" in inspect.signature(function).parameters
+]
+"""Functions that draw a file."""
 
 
-def nothing(*arguments: Any) -> None:
-    """Stands for each of the functions that draw."""
+def nothing(*arguments: Any, **settings: Any) -> None:
+    """Stands for each of them."""
 
 
 def draw_nothing() -> None:
