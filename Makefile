@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := $(BIN)/uv
 SYNCED := $(VENV)/.synced
-PYTEST := $(BIN)/python -m pytest
+# In two processes, for much of what starts Ray is waiting. Tests that share what is dear stay together: tests/conftest.py.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations=25
 
-.PHONY: train test lint types unit bench clean
+.PHONY: train test quick lint types unit integration slow coverage bench clean
 .DEFAULT_GOAL := train
 
 $(UV):
@@ -28,24 +29,38 @@ train: $(SYNCED)
 	@echo "next: spikefleet recipes; spikefleet predict models:/sg_resnet_digits@champion PICTURE; spikefleet ui"
 	@echo "      (in $(BIN)/, or with 'uv run')"
 
-# In two processes, for much of what starts Ray is waiting; the tests of a file share a Ray, so they stay together.
+# Everything but what is marked slow; what takes longest starts first.
 test: lint types
-	$(PYTEST) tests/unit -n 2
-	$(PYTEST) tests/integration -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) tests/integration tests/unit -m "not slow"
+
+# While you work: under three minutes.
+quick: lint types unit
 
 lint: $(SYNCED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/lint-imports
 
 types: $(SYNCED)
 	$(BIN)/mypy
 
 unit: $(SYNCED)
-	$(PYTEST) tests/unit -n 2
+	$(PYTEST) tests/unit -m "not slow"
+
+integration: $(SYNCED)
+	$(PYTEST) tests/integration -m "not slow"
+
+# What neither quick nor test runs; each such test says why. No test is no failure (pytest's exit code 5).
+slow: $(SYNCED)
+	$(PYTEST) tests/integration tests/unit -m slow || [ $$? -eq 5 ]
+
+# Lines that the tests reach in this process and those that they fork or start, but not in Ray's.
+coverage: $(SYNCED)
+	$(PYTEST) tests/integration tests/unit -m "not slow" --cov --cov-report=term:skip-covered
 
 bench: $(SYNCED)
 	for bench in tests/bench/bench_*.py; do $(BIN)/python $$bench || exit 1; done
 
 clean:
-	rm -rf runs stores .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf runs stores .coverage .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

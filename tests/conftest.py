@@ -1,4 +1,4 @@
-"""What all tests share: quiet libraries, a prepared digits store, and one local Ray a module."""
+"""What all tests share: quiet libraries, a prepared digits store, and one local Ray."""
 
 from __future__ import annotations
 
@@ -22,14 +22,36 @@ for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "RAY_ADDRESS"):
     os.environ.pop(name, None)
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups next
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped, with the reason, where there is none."""
+    """Tests marked `gpu` are skipped, with the reason, where there is none.
+
+    Of several processes, one runs all tests of a file, for they share what is dear; and all tests of the group `ray`,
+    whose files share a Ray, and which come first, for they take longest.
+    """
     import torch
 
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+    items.sort(key=lambda item: not _shares_ray(item))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def _shares_ray(node: pytest.Item | pytest.Collector) -> bool:
+    group = node.get_closest_marker("xdist_group")
+    return group is not None and group.args == ("ray",)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_ray_elsewhere(request: pytest.FixtureRequest) -> None:
+    """A Ray that the group `ray` has left running is ended for whoever is not of the group."""
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized() and not _shares_ray(request.node):
+        ray.shutdown()
 
 
 @pytest.fixture(autouse=True)
@@ -54,17 +76,26 @@ def stores_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ray_on_two_cpus() -> Iterator[None]:
-    """A local Ray with two CPUs for all tests of a module."""
+def ray_on_two_cpus() -> None:
+    """A local Ray with two CPUs; the modules of the group `ray` share it."""
     import ray
 
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="error",
-        object_store_memory=200_000_000,
-    )
-    yield
-    ray.shutdown()
+    if not ray.is_initialized():
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="error",
+            object_store_memory=200_000_000,
+        )
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For trainings in this process whose figures are not looked at."""
+    from spikefleet import plots
+    from support.figures import DRAWN, nothing
+
+    for name in DRAWN:
+        monkeypatch.setattr(plots, name, nothing)

@@ -72,7 +72,7 @@ def read_json_module(path: Path) -> Iterator[Any]:
 
 def read_ijson(path: Path) -> Iterator[Any]:
     """One pass for each list: the C backend builds the elements of one prefix."""
-    import ijson
+    import ijson  # type: ignore[import-not-found]
 
     backend = ijson.get_backend("yajl2_c")
     for section in SECTIONS:

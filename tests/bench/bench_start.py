@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--runs-dir", type=Path)
     given = parser.parse_args()
     yardstick = 'python -c "import torch"'
-    commands = {yardstick: ([sys.executable, "-c", "import torch"], {})}
+    commands: dict[str, tuple[list[str], dict[str, str]]] = {yardstick: ([sys.executable, "-c", "import torch"], {})}
     commands |= {f"spikefleet {words}": ([SPIKEFLEET, *words.split()], {}) for words in LIGHT}
     line = "spikefleet\ntrain\ndigits\nmodel.time"
     asked = {"_SPIKEFLEET_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": "3"}

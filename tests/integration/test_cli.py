@@ -63,7 +63,7 @@ class Desk:
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
     """A desk where the main job has been done once, with two Ray Train workers."""
     desk = Desk(tmp_path_factory.mktemp("desk"))
-    desk.run("data", "prepare", "digits")
+    desk.ask("data", "prepare", "digits")
     done = desk.run("train", "digits", "--workers", "2", "--name", "main", *QUICK)
     assert "2 Ray Train workers on CPU; global batch 64 = 32 x 2" in done.stdout
     assert "sg_resnet_digits version 1 is champion" in done.stdout
@@ -87,8 +87,7 @@ def picture(desk: Desk) -> Path:
 
 
 def test_the_same_command_again_finds_the_run_complete(desk: Desk) -> None:
-    again = desk.run("train", "digits", "--workers", "2", "--name", "main", *QUICK)
-    assert "run main is complete" in again.stdout
+    assert "run main is complete" in desk.ask("train", "digits", "--workers", "2", "--name", "main", *QUICK)
     assert "run main is complete" in desk.ask("train", "digits", "--resume", "main")
     assert json.loads(desk.ask("registry", "list", "--json"))[0]["versions"][1:] == []
 
@@ -99,15 +98,14 @@ def test_evaluation_of_champion_run_and_checkpoint_agree(desk: Desk) -> None:
     wanted = f"top1 {run['test']['top1']:.2%}"
     for reference in ("models:/sg_resnet_digits@champion", "models:/sg_resnet_digits/1", "main"):
         assert wanted in desk.ask("evaluate", reference)
-    done = desk.run("evaluate", str(checkpoints[-1]), "--split", "val", "--out", "report")
-    assert "on 143 val samples" in done.stdout
+    said = desk.ask("evaluate", str(checkpoints[-1]), "--split", "val", "--out", "report")
+    assert "on 143 val samples" in said
     assert {path.name for path in (desk.folder / "report").iterdir()} == {"confusion.png", "evaluation.json"}
 
 
 def test_prediction_of_files_and_folders(desk: Desk, picture: Path) -> None:
     model = "models:/sg_resnet_digits@champion"
-    done = desk.run("predict", model, picture.name, picture.name, "--out", "predictions.png")
-    assert "digit.png" in done.stdout
+    assert "digit.png" in desk.ask("predict", model, picture.name, picture.name, "--out", "predictions.png")
     with Image.open(desk.folder / "predictions.png") as drawn:
         assert drawn.width > 100
     folder = desk.folder / "pictures"
@@ -345,7 +343,7 @@ def test_a_refusal_as_the_shell_sees_it(empty: Desk) -> None:
 
 
 def test_interruption_leaves_a_run_that_goes_on(desk: Desk) -> None:
-    command = [SPIKEFLEET, "train", "digits", "--workers", "2", "--name", "interrupted", "train.epochs=40", QUICK[1]]
+    command = [SPIKEFLEET, "train", "digits", "--workers", "1", "--name", "interrupted", "train.epochs=40", QUICK[1]]
     process = subprocess.Popen(command, cwd=desk.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     run_dir = desk.folder / "runs" / "interrupted"
     deadline = time.monotonic() + 120

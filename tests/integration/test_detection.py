@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 from spikefleet.cli import app
 from spikefleet.config.recipes import load_config, parse_overrides
 from spikefleet.tasks.coco_metrics import COCO_METRICS
-from spikefleet.training.checkpoints import CheckpointFolder, load_checkpoint
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.events import NullSink
 from spikefleet.training.loop import train
 from spikefleet_pipelines.sources import prepare
 from spikefleet_pipelines.store.reader import Store
+from support.snapshots import cut, differences, end_of
+
+pytestmark = pytest.mark.xdist_group("ray")
 
 SMALL = {"train": 48, "val": 16, "test": 16, "size": 64}
 QUICK = [
@@ -43,36 +41,18 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return store
 
 
-class PlannedFaultError(Exception):
-    """A planned fault."""
-
-
 @pytest.mark.parametrize(("recipe", "settings"), [("scenes_spike_yolo", QUICK), ("scenes_retinanet", RETINA)])
-def test_a_detector_that_is_stopped_goes_on_bit_for_bit(
-    recipe: str, settings: list[str], scenes: Path, tmp_path: Path
+def test_a_detector_that_is_stopped_resumes_bit_for_bit(
+    recipe: str, settings: list[str], scenes: Path, tmp_path: Path, no_figures: None
 ) -> None:
-    config = load_config(recipe, parse_overrides([*settings, "cluster.workers=0"]))
+    config = load_config(recipe, parse_overrides([*settings, "cluster.workers=0", "checkpoint.keep_last=9"]))
     store = Store.open(scenes)
-
-    def fault(group: ProcessGroup, step: int) -> None:
-        if step == 3:
-            raise PlannedFaultError
-
-    train(config, store, tmp_path / "undisturbed", ProcessGroup.single(), NullSink())
-    with pytest.raises(PlannedFaultError):
-        train(config, store, tmp_path / "stopped", ProcessGroup.single(), NullSink(), fault)
+    train(config, store, tmp_path / "whole", ProcessGroup.single(), NullSink())
+    cut(tmp_path / "whole", 2, tmp_path / "stopped")
     train(config, store, tmp_path / "stopped", ProcessGroup.single(), NullSink())
-    ends = []
-    for name in ("undisturbed", "stopped"):
-        latest = CheckpointFolder(tmp_path / name / "checkpoints").latest()
-        assert latest is not None
-        assert latest.name == "step-00000006"
-        ends.append(load_checkpoint(latest))
-    assert ends[0].tensors.keys() == ends[1].tensors.keys()
-    for group, tensors in ends[0].tensors.items():
-        for name, tensor in tensors.items():
-            assert torch.equal(tensor, ends[1].tensors[group][name]), f"{group}: {name}"
-    assert ends[0].state["history"] == ends[1].state["history"]
+    end = end_of(tmp_path / "whole")
+    assert len(end.state["history"]) == 2
+    assert differences(end_of(tmp_path / "stopped"), end) == []
 
 
 # ---------------------------------------------------------------------------------------- as a user meets it
@@ -93,16 +73,12 @@ class Desk:
 
 
 @pytest.fixture(scope="module")
-def desk(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Desk:
-    """A desk where a small detector has been trained by the program itself, with two Ray Train workers."""
-    folder = tmp_path_factory.mktemp("desk")
-    command = [str(Path(sys.executable).with_name("spikefleet")), "train", "scenes_spike_yolo", "--name", "small"]
-    command += ["--workers", "2", f"data.store={scenes}", "--runs-dir", str(folder / "runs"), *QUICK]
-    clean = {key: value for key, value in os.environ.items() if "MLFLOW_TRACKING" not in key}
-    done = subprocess.run(command, env=clean, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "spike_yolo_scenes version 1 is champion" in done.stdout
-    return Desk(folder, scenes)
+def desk(ray_on_two_cpus: None, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Desk:
+    """A desk where a small detector has been trained with two Ray Train workers."""
+    desk = Desk(tmp_path_factory.mktemp("desk"), scenes)
+    words = ["train", "scenes_spike_yolo", "--name", "small", "--workers", "2", f"data.store={scenes}", *QUICK]
+    assert "spike_yolo_scenes version 1 is champion" in desk.run(*words)
+    return desk
 
 
 NETWORK = "models:/spike_yolo_scenes@champion"

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from PIL import Image
+
+from support.commands import give, run_commands
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,6 +27,9 @@ RECIPE = {
     "checkpoint": {"metric": "exact"},
     "registry": {"name": "counter"},
 }
+
+
+VGG = "model={family: spiking_vgg, widths: [8, 16], in_channels: 1, timesteps: 2}"
 
 
 def printed(readme: str, *names: str) -> dict[str, str]:
@@ -51,73 +53,79 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(desk: Path, *words: str, code: int = 0, **environment: str) -> str:
-    program = Path(sys.executable).with_name("spikefleet")
-    paths = os.pathsep.join(filter(None, [str(desk), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [program, *words],
-        cwd=desk,
-        env={**os.environ, "PYTHONPATH": paths, "COLUMNS": "200", **environment},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+@pytest.fixture(scope="module")
+def trained(desk: Path) -> dict[str, str]:
+    """What is said while a task from outside, then a family from outside go the whole way, each with its plugin."""
+    Image.new("RGB", (64, 64)).save(desk / "black.png")
+    counting, vgg = ("--plugin", "counting"), ("--plugin", "spiking_vgg_config")
+    settings = (VGG, "train.epochs=1", "registry.name=vgg")
+    commands = {
+        "train count": give("train", "recipe.yaml", "--workers", "1", "--name", "count", *counting),
+        "predict version": give("predict", "models:/counter@champion", "black.png", "--json", *counting),
+        "predict run": give("predict", "count", "black.png", "--out", "black_counted.png", "--plugin=counting"),
+        "train vgg": give("train", "digits", *settings, "--workers", "0", "--name", "vgg", *vgg),
+        "show vgg": give("registry", "show", "vgg", "--json"),
+        "check vgg": give("spike-check", "vgg", "--measured", "0", *vgg),
+        "config vgg": give("config", "show", "digits", VGG, *vgg),
+        "config near": give("config", "show", "digits", VGG.replace("widths", "width"), *vgg, code=2),
+    }
+    return dict(zip(commands, run_commands(desk, list(commands.values())), strict=False))
 
 
-def test_a_family_from_outside_goes_the_whole_way(desk: Path) -> None:
-    vgg = "model={family: spiking_vgg, widths: [8, 16], in_channels: 1, timesteps: 2}"
-    plugin = ("--plugin", "spiking_vgg_config")
-    settings = (vgg, "train.epochs=1", "registry.name=vgg")
-    said = run(desk, "train", "digits", *settings, "--workers", "0", "--name", "vgg", *plugin)
-    assert "vgg version 1 is champion" in said
-    (version,) = json.loads(run(desk, "registry", "show", "vgg", "--json"))
-    assert version["tags"]["family"] == "spiking_vgg"
-    assert version["tags"]["spike_driven"] == "proved"
-    assert version["metrics"]["energy_mj"] > 0
-    assert "every layer is equal in both forms" in run(desk, "spike-check", "vgg", "--measured", "0", *plugin)
-    assert "spiking_vgg" in run(desk, "config", "show", "digits", vgg, *plugin)
-    assert "must be one of" in run(desk, "config", "show", "digits", vgg, code=2)
-    near = run(desk, "config", "show", "digits", vgg.replace("widths", "width"), *plugin, code=2)
-    assert "unknown key 'model.width'; did you mean 'model.widths'?" in near
-    program = """
-import sys, mlflow, numpy as np
-mlflow.set_tracking_uri(sys.argv[1]); mlflow.set_registry_uri(sys.argv[1])
-print(mlflow.pyfunc.load_model("models:/vgg@champion").predict(np.zeros((2, 1, 8, 8), np.uint8)).shape)
-"""
-    paths = os.pathsep.join(filter(None, [str(desk), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": paths, "SPIKEFLEET_PLUGINS": "spiking_vgg_config"}
-    served = [sys.executable, "-c", program, f"sqlite:///{desk / 'runs' / 'mlflow.db'}"]
-    done = subprocess.run(served, cwd=desk, env=environment, capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1:] == ["(2, 10)"], done.stderr
-
-
-def test_a_task_from_outside_goes_the_whole_way(desk: Path) -> None:
-    said = run(desk, "train", "recipe.yaml", "--workers", "1", "--name", "count", "--plugin", "counting")
-    assert "val/exact" in said, "the task's own headline is shown"
-    assert "counter version 1 is champion" in said
+def test_a_task_from_outside_goes_the_whole_way(desk: Path, trained: dict[str, str]) -> None:
+    """Trained by a Ray Train worker."""
+    assert "val/exact" in trained["train count"], "the task's own headline is shown"
+    assert "counter version 1 is champion" in trained["train count"]
     record = json.loads((desk / "runs" / "count" / "run.json").read_text())
     assert record["plugins"] == ["counting"]
     assert set(record["test"]) == {"exact", "within_one"}
-    said = run(desk, "evaluate", "models:/counter@champion", SPIKEFLEET_PLUGINS="counting")
-    assert "within_one" in said
-    Image.new("RGB", (64, 64)).save(desk / "black.png")
-    said = run(desk, "predict", "models:/counter@champion", "black.png", "--json", "--plugin", "counting")
+    said = trained["predict version"]
     (answer,) = json.loads(said[said.index("[") : said.rindex("]") + 1])
     assert answer["objects"] in range(8)
-    said = run(desk, "predict", "count", "black.png", "--out", "black_counted.png", "--plugin=counting")
     assert (desk / "black_counted.png").stat().st_size > 1000
 
 
-def test_without_its_plugin_it_is_one_sentence(desk: Path) -> None:
-    assert "task" in run(desk, "train", "recipe.yaml", "--workers", "0", code=2)
-    for words in (("evaluate", "models:/counter@champion"), ("evaluate", "count")):
-        said = run(desk, *words, code=2)
+def test_a_family_from_outside_goes_the_whole_way(trained: dict[str, str]) -> None:
+    assert "vgg version 1 is champion" in trained["train vgg"]
+    (version,) = json.loads(trained["show vgg"])
+    assert version["tags"]["family"] == "spiking_vgg"
+    assert version["tags"]["spike_driven"] == "proved"
+    assert version["metrics"]["energy_mj"] > 0
+    assert "every layer is equal in both forms" in trained["check vgg"]
+    assert "spiking_vgg" in trained["config vgg"]
+    assert "unknown key 'model.width'; did you mean 'model.widths'?" in trained["config near"]
+
+
+SERVE = """
+import os, mlflow, numpy as np
+os.environ["SPIKEFLEET_PLUGINS"] = "spiking_vgg_config"
+mlflow.set_tracking_uri("sqlite:///runs/mlflow.db"); mlflow.set_registry_uri("sqlite:///runs/mlflow.db")
+print(mlflow.pyfunc.load_model("models:/vgg@champion").predict(np.zeros((2, 1, 8, 8), np.uint8)).shape)
+"""
+
+
+def test_without_its_plugin_it_is_one_sentence_and_the_environment_names_it_too(
+    desk: Path, trained: dict[str, str]
+) -> None:
+    """In a process that starts without plugins, and ends as one that serves."""
+    (desk / "broken.py").write_text("raise OSError('no licence')")
+    family, task, version, run, broken, evaluated, served = run_commands(
+        desk,
+        [
+            give("config", "show", "digits", VGG, code=2),
+            give("train", "recipe.yaml", "--workers", "0", code=2),
+            give("evaluate", "models:/counter@champion", code=2),
+            give("evaluate", "count", code=2),
+            give("recipes", "--plugin", "broken", code=2),
+            give("evaluate", "models:/counter@champion", SPIKEFLEET_PLUGINS="counting"),
+        ],
+        then=SERVE,
+    )
+    assert "must be one of" in family
+    assert "task" in task
+    for said in (version, run):
         assert "was trained with plugin counting, which is not loaded; give --plugin counting" in said
         assert "Traceback" not in said
-
-
-def test_a_plugin_that_fails_is_named(desk: Path) -> None:
-    (desk / "broken.py").write_text("raise OSError('no licence')")
-    said = run(desk, "recipes", "--plugin", "broken", code=2)
-    assert "plugin broken cannot be loaded: OSError: no licence" in said
+    assert "plugin broken cannot be loaded: OSError: no licence" in broken
+    assert "within_one" in evaluated
+    assert served.splitlines()[-1:] == ["(2, 10)"]

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from spikefleet_pipelines.sources.source import SourceOptions
 from spikefleet_pipelines.store.reader import Store
 from spikefleet_pipelines.store.writer import StoreWriter
 
-pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")
+pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.filterwarnings("ignore:The image decoding")]
 
 
 @pytest.fixture
@@ -59,13 +58,6 @@ def coco(folder: Path) -> Path:
     return root
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="warning")
-    yield
-    ray.shutdown()
-
-
 def many_shards(contents: FolderContents, out: Path, parallel: int | None) -> Store:
     """Write with shards of about five images, so that there is something to do in parallel."""
     with StoreWriter(
@@ -76,7 +68,7 @@ def many_shards(contents: FolderContents, out: Path, parallel: int | None) -> St
     return Store.open(out)
 
 
-def test_tasks_write_the_same_store(cluster: None, folder: Path, tmp_path: Path) -> None:
+def test_tasks_write_the_same_store(ray_on_two_cpus: None, folder: Path, tmp_path: Path) -> None:
     contents = read_image_folder(folder, SourceOptions(), 0)
     here = many_shards(contents, tmp_path / "here", parallel=1)
     assert len(here.manifest.shards["train"]) > 4
@@ -85,7 +77,7 @@ def test_tasks_write_the_same_store(cluster: None, folder: Path, tmp_path: Path)
         assert there.manifest == here.manifest
 
 
-def test_broken_image_is_named_without_a_traceback(cluster: None, folder: Path, tmp_path: Path) -> None:
+def test_broken_image_is_named_without_a_traceback(ray_on_two_cpus: None, folder: Path, tmp_path: Path) -> None:
     broken = folder / "train" / "dog" / "007.jpg"
     broken.write_bytes(broken.read_bytes()[:100])
     with pytest.raises(SourceError) as caught:
@@ -95,7 +87,7 @@ def test_broken_image_is_named_without_a_traceback(cluster: None, folder: Path, 
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]
 
 
-def test_tasks_write_the_same_detection_store(cluster: None, coco: Path, tmp_path: Path) -> None:
+def test_tasks_write_the_same_detection_store(ray_on_two_cpus: None, coco: Path, tmp_path: Path) -> None:
     contents = read_coco(coco, CocoOptions(), 0)
 
     def written(out: Path, parallel: int | None) -> Store:
@@ -130,7 +122,7 @@ def test_tasks_write_the_same_detection_store(cluster: None, coco: Path, tmp_pat
     assert "\n" not in str(caught.value)
 
 
-def test_a_running_ray_is_used_and_left_running(cluster: None) -> None:
+def test_a_running_ray_is_used_and_left_running(ray_on_two_cpus: None) -> None:
     def number_and_process(number: int) -> tuple[int, int]:
         return number, os.getpid()
 
@@ -146,7 +138,7 @@ def test_ray_is_started_and_shut_down_when_there_is_much(
     ray.shutdown()
     started = []
     monkeypatch.setattr("spikefleet_pipelines.sources.ray_tasks._WORTH_RAY", 48)
-    monkeypatch.setattr(ray, "init", lambda begin=ray.init, **how: started.append(how) or begin(**how))
+    monkeypatch.setattr(ray, "init", lambda begin=ray.init, **how: started.append(how) or begin(**how))  # type: ignore[func-returns-value]
     store = prepare("image_folder", folder, tmp_path / "store", parallel=None)
     assert [how["num_cpus"] for how in started] == [None]
     assert store.manifest.splits == {"train": 38, "val": 2, "test": 8}

@@ -24,6 +24,8 @@ from spikefleet_tune.search import read_search_result, run_search
 from spikefleet_tune.search_file import Search, search_of
 from spikefleet_tune.trials import Report, Trainable, TrialPruned
 
+pytestmark = pytest.mark.xdist_group("ray")
+
 
 def _search(trials: int | None = 4, **changes: Any) -> Search:
     tree: dict[str, Any] = {
@@ -185,7 +187,7 @@ def test_groups_of_workers_never_wait_for_one_another(ray_on_two_cpus: None, tmp
             def work(self, x: int) -> int:
                 return x
 
-        workers = [Worker.remote() for _ in range(2)]
+        workers = [Worker.remote() for _ in range(2)]  # type: ignore[attr-defined]
         found = ray.get([worker.work.remote(overrides["x"]) for worker in workers])
         return {"gain": float(sum(found)), "cost": 0.0}
 
@@ -335,7 +337,7 @@ def test_ctrl_c_frees_the_workers_and_leaves_a_search_to_go_on_with(ray_on_two_c
                 while overrides["x"] == 1 and not (tmp_path / "released").exists():
                     time.sleep(0.1)
 
-        workers = [Worker.remote() for _ in range(2)]
+        workers = [Worker.remote() for _ in range(2)]  # type: ignore[attr-defined]
         figures = mark(overrides, name, report)
         ray.get([worker.work.remote() for worker in workers])
         return dict(figures)

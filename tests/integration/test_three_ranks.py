@@ -2,66 +2,43 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
-
-import torch
-from torch import distributed as dist
+from typing import Any
 
 from spikefleet.config.recipes import load_config, parse_overrides
-from spikefleet.training.checkpoints import load_checkpoint
-from spikefleet.training.distributed import ProcessGroup
-from spikefleet.training.events import NullSink
-from spikefleet.training.loop import train
-from spikefleet_pipelines.store.reader import Store
+from spikefleet.training import loop
+from support.ranks import leave, run_ranks
+from support.snapshots import cut, differences, end_of
 
-RANKS = 3
 # Above 1 MiB of parameters: DDP then has several buckets, which it arranges anew after its first backward.
-SETTINGS = ["train.epochs=1", "train.global_batch=96", "cluster.workers=3", "checkpoint.every_steps=4"]
+SETTINGS = [
+    "train.epochs=1",
+    "train.global_batch=216",
+    "model.timesteps=2",
+    "cluster.workers=3",
+    "checkpoint.every_steps=2",
+    "checkpoint.keep_last=9",
+]
 
 
-def rank_process(rank: int, rendezvous: str, store: Path, run_dir: Path, stop_at: int | None) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=RANKS)
+def leave_the_exchange_unsettled() -> None:
+    """What a resumed run would be without the step that is thrown away."""
 
-    def before_step(group: ProcessGroup, step: int) -> None:
-        if step == stop_at:
-            os._exit(9)
+    def nothing(*arguments: Any) -> None:
+        return None
 
-    group = ProcessGroup(rank, RANKS, torch.device("cpu"))
-    train(
-        load_config("digits", parse_overrides(SETTINGS)),
-        Store.open(store, verify=False),
-        run_dir,
-        group,
-        NullSink(),
-        before_step,
-    )
-    dist.destroy_process_group()
-
-
-def run(store: Path, run_dir: Path, stop_at: int | None = None) -> list[int]:
-    """Exit codes of the ranks, each a process that runs this file."""
-    rest = [f"file://{run_dir}-rendezvous-{stop_at}", str(store), str(run_dir), str(stop_at)]
-    processes = [subprocess.Popen([sys.executable, __file__, str(rank), *rest]) for rank in range(RANKS)]
-    return [process.wait() for process in processes]
+    loop._settle_gradient_exchange = nothing  # type: ignore[assignment]
 
 
 def test_resumption_with_three_ranks_changes_no_bit(stores_dir: Path, tmp_path: Path) -> None:
-    store = stores_dir / "digits"
-    assert run(store, tmp_path / "undisturbed") == [0] * RANKS
-    codes = run(store, tmp_path / "stopped", stop_at=6)
-    assert 9 in codes, "the planned fault did not fire"
-    assert 0 not in codes  # a rank may also die of the exit of another
-    assert run(store, tmp_path / "stopped") == [0] * RANKS
-    ends = [load_checkpoint(tmp_path / name / "checkpoints" / "step-00000014") for name in ("undisturbed", "stopped")]
-    for group in ("model", "optimizer"):
-        for name, tensor in ends[0].tensors[group].items():
-            assert torch.equal(tensor, ends[1].tensors[group][name]), f"{group}: {name}"
-
-
-if __name__ == "__main__":
-    _, rank, rendezvous, store, run_dir, stop_at = sys.argv
-    rank_process(int(rank), rendezvous, Path(store), Path(run_dir), None if stop_at == "None" else int(stop_at))
+    config, store = load_config("digits", parse_overrides(SETTINGS)), stores_dir / "digits"
+    whole = run_ranks(config, store, tmp_path / "undisturbed")
+    assert whole.exit_codes == [[0, 0, 0]]
+    end = end_of(tmp_path / "undisturbed")
+    stopped = run_ranks(config, store, tmp_path / "stopped", [leave(rank=2, step=3)])
+    assert [code[2] for code in stopped.exit_codes] == [9, 0]
+    assert differences(end_of(tmp_path / "stopped"), end) == []
+    # Without what makes it so, it is not so.
+    cut(tmp_path / "undisturbed", 2, tmp_path / "unsettled")
+    assert run_ranks(config, store, tmp_path / "unsettled", prepare=leave_the_exchange_unsettled).finished
+    assert any(told.startswith("model: ") for told in differences(end_of(tmp_path / "unsettled"), end))

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from spikefleet.search.trial import TrialSetting, as_trial
 from spikefleet_tune.search import run_search
 from spikefleet_tune.search_file import search_of
 
+pytestmark = pytest.mark.xdist_group("ray")
+
 
 def test_trials_train_in_their_own_process(ray_on_two_cpus: None, stores_dir: Path, tmp_path: Path) -> None:
     trainable = as_trial(TrialSetting("digits", str(stores_dir / "digits"), tmp_path / "runs"))
-    fixed = {"train.epochs": 2, "model.width": 0.125}
+    fixed = {"train.epochs": 2, "model.width": 0.125, "model.stages": [1, 1], "train.global_batch": 216}
     points = [{"model.timesteps": 1}, {"model.timesteps": 2}, {"model.timesteps": 0}]
     search = search_of(
         {

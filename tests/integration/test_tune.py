@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import ray
 from typer.testing import CliRunner
 
 from spikefleet.cli import app
 from spikefleet.runs.run_dir import Run
 from spikefleet_pipelines.sources import prepare
+
+pytestmark = pytest.mark.xdist_group("ray")
 
 SEARCH = """
 recipe: digits
@@ -27,18 +27,14 @@ budget: {trials: 2}
 
 
 def tune(folder: Path, stores_dir: Path, *words: str) -> str:
-    command = [str(Path(sys.executable).with_name("spikefleet")), "tune", str(folder / "small.yaml"), *words]
-    command += ["--runs-dir", str(folder / "runs"), "--stores-dir", str(stores_dir)]
-    clean = {key: value for key, value in os.environ.items() if "MLFLOW_TRACKING" not in key}
-    done = subprocess.run(
-        command, env={**clean, "COLUMNS": "200"}, capture_output=True, text=True, check=False, timeout=280
-    )
-    assert done.returncode == 0, done.stderr
+    places = ["--runs-dir", str(folder / "runs"), "--stores-dir", str(stores_dir)]
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["tune", str(folder / "small.yaml"), *words, *places])
+    assert done.exit_code == 0, f"{done.output}\n{done.exception!r}"
     return done.stdout
 
 
 @pytest.fixture(scope="module")
-def folder(stores_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(ray_on_two_cpus: None, stores_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("search")
     (folder / "small.yaml").write_text(SEARCH)
     said = tune(folder, stores_dir, "--register", "best", "--confirm", "1", "train.label_smoothing=0.1")
@@ -149,38 +145,6 @@ def test_overrides_and_resources_are_laid_over_the_file(stores_dir: Path, tmp_pa
     assert not (tmp_path / "runs").exists()
 
 
-GROUPS = """
-recipe: digits
-overrides: {train.epochs: 3, model.width: 0.125, model.stages: [1, 1], checkpoint.keep_last: 1}
-space:
-  optim.lr: {choice: [0.1, 1.0e-7]}
-objectives: {val/top1: max, energy_mj: min}
-sampler: grid
-points: [{optim.lr: 0.1}, {optim.lr: 1.0e-7}]
-scheduler: {kind: asha, metric: val/top1, grace_epochs: 2, reduction: 2}
-budget: {trials: 2}
-resources: {workers: 2, max_concurrent: 1}
-"""
-
-
-def test_trials_that_are_groups_of_workers_are_measured_and_stopped(stores_dir: Path, tmp_path: Path) -> None:
-    """Ray Train inside of Ray Tune. The second group learns nothing and is stopped, with the energy of its best epoch.
-
-    A group keeps one checkpoint only, so each must wait until its energy is measured.
-    """
-    (tmp_path / "small.yaml").write_text(GROUPS)
-    tune(tmp_path, stores_dir)
-    results = json.loads((tmp_path / "runs" / "searches" / "small" / "report" / "results.json").read_text())
-    learnt, stopped = results["trials"]
-    assert (learnt["status"], stopped["status"]) == ("finished", "stopped")
-    assert stopped["reason"] == "stopped by asha after epoch 2"
-    assert learnt["figures"]["val/top1"] > stopped["figures"]["val/top1"]
-    assert min(trial["figures"]["energy_mj"] for trial in (learnt, stopped)) > 0
-    run = Run(tmp_path / "runs/searches/small/trials/small-0001")
-    assert (run.path / "report" / "energy.json").is_file()
-    assert json.loads((run.best_checkpoint() / "state.json").read_text())["best"]["epoch"] == stopped["epoch"]
-
-
 # ------------------------------------------------------------------------------------------------ reproduce
 
 
@@ -191,7 +155,9 @@ def reproduce(folder: Path, stores_dir: Path, *words: str, code: int = 0) -> str
     return " ".join((done.stdout if code == 0 else done.stderr).split())
 
 
-def test_rows_of_a_table_are_trained_once_for_all_tables(stores_dir: Path, tmp_path: Path) -> None:
+def test_rows_of_a_table_are_trained_once_for_all_tables(
+    ray_on_two_cpus: None, stores_dir: Path, tmp_path: Path
+) -> None:
     small = ("train.epochs=1", "model.width=0.125")
     said = reproduce(tmp_path, stores_dir, "sg_resnet_table9", *small, "--only", "SG ResNet10*", "--seeds", "1")
     assert "trial 2/2" in said
@@ -239,3 +205,38 @@ def test_tables_that_cannot_be_reproduced_say_why(stores_dir: Path, tmp_path: Pa
     assert not (tmp_path / "runs" / "searches").exists()
     # What takes no training is told all the same.
     assert "23.15" in reproduce(tmp_path, stores_dir, "spike_yolo_table5", "--scale", "fashion_mnist")
+
+
+# ----------------------------------------------------------------------------------------------- groups of workers
+
+GROUPS = """
+recipe: digits
+overrides: {train.epochs: 3, model.width: 0.125, model.stages: [1, 1], checkpoint.keep_last: 1}
+space:
+  optim.lr: {choice: [0.1, 1.0e-7]}
+objectives: {val/top1: max, energy_mj: min}
+sampler: grid
+points: [{optim.lr: 0.1}, {optim.lr: 1.0e-7}]
+scheduler: {kind: asha, metric: val/top1, grace_epochs: 2, reduction: 2}
+budget: {trials: 2}
+resources: {workers: 2, max_concurrent: 1}
+"""
+
+
+def test_trials_that_are_groups_of_workers_are_measured_and_stopped(stores_dir: Path, tmp_path: Path) -> None:
+    """Ray Train inside of Ray Tune. The second group learns nothing and is stopped, with the energy of its best epoch.
+
+    A group keeps one checkpoint only, so each must wait until its energy is measured.
+    """
+    ray.shutdown()  # it asks for a Ray with a dashboard
+    (tmp_path / "small.yaml").write_text(GROUPS)
+    tune(tmp_path, stores_dir)
+    results = json.loads((tmp_path / "runs" / "searches" / "small" / "report" / "results.json").read_text())
+    learnt, stopped = results["trials"]
+    assert (learnt["status"], stopped["status"]) == ("finished", "stopped")
+    assert stopped["reason"] == "stopped by asha after epoch 2"
+    assert learnt["figures"]["val/top1"] > stopped["figures"]["val/top1"]
+    assert min(trial["figures"]["energy_mj"] for trial in (learnt, stopped)) > 0
+    run = Run(tmp_path / "runs/searches/small/trials/small-0001")
+    assert (run.path / "report" / "energy.json").is_file()
+    assert json.loads((run.best_checkpoint() / "state.json").read_text())["best"]["epoch"] == stopped["epoch"]

@@ -93,9 +93,9 @@ def test_it_is_listed_validated_and_written_whole(vgg: type[ModelConfig]) -> Non
 
 def test_what_it_does_not_define_is_refused(vgg: type[ModelConfig]) -> None:
     with pytest.raises(ValueError, match="family=spiking_vgg classifies images"):
-        vgg().build_criterion()
+        vgg().build_criterion()  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="family=spiking_vgg is not one"):
-        vgg().branch_channels(ShortcutConfig(where="stage"))
+        vgg().branch_channels(ShortcutConfig(where="stage"))  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("neuron", [{"kind": "if"}, {"kind": "plif"}, {"kind": "ilif", "bound": 1}])

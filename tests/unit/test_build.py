@@ -143,9 +143,9 @@ def test_names_and_patterns() -> None:
 
 
 def test_presets_are_the_papers() -> None:
-    assert model_config("sg_resnet18").decoder == "asd"
-    assert model_config("sg_resnet50").decoder == "rate"
-    assert model_config("sew_resnet18").connection == "add"
+    assert model_config("sg_resnet18").decoder == "asd"  # type: ignore[attr-defined]
+    assert model_config("sg_resnet50").decoder == "rate"  # type: ignore[attr-defined]
+    assert model_config("sew_resnet18").connection == "add"  # type: ignore[attr-defined]
     assert model_config("sg_resnet34", timesteps=2, stem="imagenet").timesteps == 2
 
 
@@ -165,7 +165,7 @@ def test_configuration_round_trips_as_json(name: str) -> None:
 def test_family_selects_the_configuration_and_defaults_to_sg_resnet() -> None:
     adapter = TypeAdapter(AnyModelConfig)
     assert adapter.validate_python({"stages": [1, 1]}).family == "sg_resnet"
-    assert adapter.validate_python({"family": "spike_yolo", "width": 0.25}).width == 0.25
+    assert adapter.validate_python({"family": "spike_yolo", "width": 0.25}).width == 0.25  # type: ignore[attr-defined]
     with pytest.raises(ValidationError, match="family must be one of sg_resnet, spike_yolo"):
         adapter.validate_python({"family": "yolo"})
     with pytest.raises(ValidationError, match="stem_stride"):
@@ -174,7 +174,7 @@ def test_family_selects_the_configuration_and_defaults_to_sg_resnet() -> None:
 
 def test_a_mapping_overrides_fields_inside_a_field() -> None:
     config = model_config("retinanet_sg_resnet34", backbone={"timesteps": 2})
-    assert config.backbone.stages == (3, 4, 6, 3)
+    assert config.backbone.stages == (3, 4, 6, 3)  # type: ignore[attr-defined]
     assert config.timesteps == 2
 
 

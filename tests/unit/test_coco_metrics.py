@@ -23,7 +23,7 @@ IDS = (3, 17, 90)
 SIDE = 200
 
 
-def annotations(image_id: int, boxes: list[list[float]], labels: list[int], crowd: list[bool]) -> Annotations:
+def annotations(image_id: int, boxes: list[list[float]], labels: list[int], crowd: list[bool]) -> Annotations:  # type: ignore[no-redef]
     corners = np.array(boxes, np.float64).reshape(-1, 4)
     return Annotations(
         image_id=image_id,

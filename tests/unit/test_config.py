@@ -43,7 +43,7 @@ def test_paper_schedules() -> None:
     assert (cifar100.train.epochs, cifar100.train.global_batch) == (200, 32)
     assert cifar100.optim.milestones == (60, 120, 160)
     assert (imagenet.train.epochs, imagenet.train.global_batch, imagenet.optim.weight_decay) == (320, 256, 0.0)
-    assert (imagenet.model.block, imagenet.model.decoder) == ("bottleneck", "rate")
+    assert (imagenet.model.block, imagenet.model.decoder) == ("bottleneck", "rate")  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

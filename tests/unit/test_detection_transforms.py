@@ -45,7 +45,7 @@ def painted(row: int, height: int, width: int) -> tuple[NDArray[np.uint8], list[
         image[top : top + box_height, left : left + box_width] = colour(label, row, number)
         boxes.append([left, top, box_width, box_height])
         classes.append(label)
-    return image, boxes, classes
+    return image, boxes, classes  # type: ignore[return-value]
 
 
 def colour(label: int, row: int, number: int) -> tuple[int, int, int]:

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from spikefleet_models.equivalence import check_equivalence, count_flips
-from spikefleet_models.neurons import NeuronConfig, build_neuron
+from spikefleet_models.neuron_config import NeuronConfig
+from spikefleet_models.neurons import build_neuron
 
 
 class SN(nn.Module):

@@ -1,5 +1,7 @@
 """Gates: values, gradients as the formulas are written, and what BSG* can become."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,10 +19,14 @@ TO_H = {"bsg": [0, -1, 2, 1], "add": [1, 1, 1, 1], "and": [0, 1, 0, 1], "iand": 
 TO_X = {"bsg": [1, 1, 0, 0], "add": [1, 1, 1, 1], "and": [0, 0, 1, 1], "iand": [1, 1, 0, 0]}
 
 
-def gradients(function, h: Tensor, x: Tensor, upstream: Tensor | float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+def gradients(
+    function: Callable[[Tensor, Tensor], Tensor], h: Tensor, x: Tensor, upstream: Tensor | float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     h, x = h.clone().requires_grad_(), x.clone().requires_grad_()
     y = function(h, x)
     (y * upstream).sum().backward()
+    assert h.grad is not None
+    assert x.grad is not None
     return y.detach(), h.grad, x.grad
 
 
@@ -118,7 +124,7 @@ def test_learned_gate_slope_at_the_start() -> None:
 def test_gates_save_their_inputs_only() -> None:
     saved: list[Tensor] = []
     h, x = torch.ones(4, 2, 3, 5, 5, requires_grad=True), torch.ones(4, 2, 3, 5, 5, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
         for name in (*TRUTH, "bsg_star"):
             build_gate(name, 3, 0.5, surrogate.ATan())(h, x)
     assert {t.data_ptr() for t in saved if t.numel() > 3} == {h.data_ptr(), x.data_ptr()}

@@ -1,5 +1,7 @@
 """I-LIF is the recurrence of its paper and released code: same integers, same gradients, one byte an element saved."""
 
+from typing import Any
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -21,12 +23,12 @@ class Emission(torch.autograd.Function):
     """The released quantiser, written from its description: clip, round half to even; gradient 1 on [0, D]."""
 
     @staticmethod
-    def forward(ctx: object, u: Tensor, bound: int) -> Tensor:
+    def forward(ctx: Any, u: Tensor, bound: int) -> Tensor:
         ctx.save_for_backward((u >= 0) & (u <= bound))
         return torch.minimum(torch.maximum(u, torch.zeros_like(u)), torch.full_like(u, bound)).round()
 
     @staticmethod
-    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (inside,) = ctx.saved_tensors
         return grad * inside, None
 

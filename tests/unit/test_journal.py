@@ -205,7 +205,7 @@ def test_every_record_arrives_exactly_once_wherever_the_process_dies(
                 line = (directory / JOURNAL).read_bytes()
                 number(journal, 1, first=logged)
                 written = min(len(line) + count, (directory / JOURNAL).stat().st_size - 1)
-                restart(lambda size=written: os.truncate(directory / JOURNAL, size))
+                restart(lambda size=written: os.truncate(directory / JOURNAL, size))  # type: ignore[misc]
     while batch := send(3):
         acknowledge(batch)
     journal.close()

@@ -121,7 +121,7 @@ def test_another_name_of_the_same_file_is_the_same_lock(tmp_path: Path) -> None:
 
 
 def test_of_many_threads_one_holds_the_lock_at_a_time(tmp_path: Path) -> None:
-    inside, most, done = 0, 0, []
+    inside, most, done = 0, 0, []  # type: ignore[var-annotated]
 
     def work() -> None:
         nonlocal inside, most

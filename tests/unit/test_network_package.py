@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spikefleet.errors import UserError
+from spikefleet.files import sha256_of
 from spikefleet.registry.package import (
     CARD,
     CONFIG,
     WEIGHTS,
     load_network,
-    sha256_of,
     verify_package,
     write_package,
 )

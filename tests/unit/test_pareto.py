@@ -21,7 +21,7 @@ _directions = st.sampled_from([("max", "min"), ("min", "min"), ("max", "max", "m
 def _tables(draw: st.DrawFn) -> tuple[list[tuple[int, ...]], tuple[Direction, ...]]:
     directions = draw(_directions)
     cells = st.tuples(*[st.integers(0, 5)] * len(directions))
-    return draw(st.lists(cells, min_size=1, max_size=12)), directions
+    return draw(st.lists(cells, min_size=1, max_size=12)), directions  # type: ignore[return-value]
 
 
 def _dominates(a: tuple[int, ...], b: tuple[int, ...], directions: tuple[Direction, ...]) -> bool:

@@ -19,7 +19,8 @@ from spikefleet.reproduction.reproduce import (
     _config,
     _distinct,
 )
-from spikefleet.reproduction.table import PaperTable, Scale, list_tables, load_table
+from spikefleet.reproduction.scales import Scale
+from spikefleet.reproduction.table import PaperTable, list_tables, load_table
 
 SCALES: tuple[Scale, ...] = ("digits", "fashion_mnist", "full")
 

@@ -1,5 +1,7 @@
 """Plans: every sample once, the same on any world size, and the same tail after a resume."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -18,7 +20,7 @@ def shapes(draw: st.DrawFn) -> tuple[int, int, int, int]:
     return draw(st.integers(least, least + 300)), batch, world, accumulate
 
 
-def ranks(samples: int, batch: int, world: int, accumulate: int, seed: int, epoch: int) -> list[list]:
+def ranks(samples: int, batch: int, world: int, accumulate: int, seed: int, epoch: int) -> list[list[Any]]:
     return [
         list(
             EpochPlan(
@@ -132,7 +134,7 @@ def test_evaluation_covers_everything_once_in_order(samples: int, batch: int, wo
     plans = [EvaluationPlan(samples=samples, global_batch=batch, world_size=world, rank=r) for r in range(world)]
     parts = [b for plan in plans for b in plan.batches()]
     assert all(len(b.indices) for b in parts)
-    by_step: dict[int, list] = {}
+    by_step: dict[int, list[Any]] = {}
     for part in parts:
         by_step.setdefault(part.step, []).append(part)
     assert [i for step in sorted(by_step) for p in by_step[step] for i in p.indices] == list(range(samples))

@@ -42,7 +42,7 @@ def test_a_trial_with_one_worker_needs_no_group(setting: TrialSetting) -> None:
     config = setting.config(SMALL)
     assert config.cluster.workers == 0
     assert config.checkpoint.every_epochs == 1
-    assert config.model.width == 0.125
+    assert config.model.width == 0.125  # type: ignore[attr-defined]
 
 
 def test_time_steps_change_only_where_no_weight_depends_on_them(setting: TrialSetting) -> None:
@@ -98,7 +98,7 @@ def test_a_search_pursues_no_test_figure() -> None:
     assert reportable(("top1", "top5")) == {"val/top1", "val/top5", "energy_mj", "parameters"}
 
 
-def test_a_take_over_brings_weights_but_not_the_best_of_another_configuration(
+def test_a_start_from_brings_weights_but_not_the_best_of_another_configuration(
     setting: TrialSetting, stores_dir: Path
 ) -> None:
     store = Store.open(stores_dir / "digits", verify=False)

@@ -27,7 +27,7 @@ STAGE = ShortcutConfig(where="stage")
 
 def tiny(**overrides: object) -> SGResNet:
     torch.manual_seed(0)
-    return build_model(SGResNetConfig(**{"stages": (1, 2), "width": 0.25, "num_classes": 5, **overrides}))
+    return build_model(SGResNetConfig(**{"stages": (1, 2), "width": 0.25, "num_classes": 5, **overrides}))  # type: ignore[return-value]
 
 
 def batch() -> tuple[Tensor, Tensor]:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from spikefleet_models import equivalence, slots, spike_driven
 from spikefleet_models.equivalence import EquivalenceProof, check_equivalence, count_flips, on_grid
-from spikefleet_models.neurons import NeuronConfig, build_neuron
+from spikefleet_models.neuron_config import NeuronConfig
+from spikefleet_models.neurons import build_neuron
 from spikefleet_models.slots import Layer, NotSpikeDrivenError, SlotLayer, ThermometerNode, thermometer
 from spikefleet_models.spike_edges import layer_inputs
 

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from spikefleet_models import spike_driven
 from spikefleet_models.equivalence import EquivalenceProof, check_equivalence
 from spikefleet_models.families import build_model, model_config
-from spikefleet_models.neurons import NeuronConfig, build_neuron
+from spikefleet_models.neuron_config import NeuronConfig
+from spikefleet_models.neurons import build_neuron
 from spikefleet_models.reparam import deploy
 from spikefleet_models.slots import NotSpikeDrivenError, SlotLayer
 
@@ -96,7 +97,7 @@ def test_spike_yolo_is_spike_driven_behind_its_stem(fields: dict[str, object]) -
     assert len(layers_of(proof, "spike-fed")) == len(layers_of(proof, "neuron")) > 50
     for layer in proof.layers:
         if layer.kind == "spike-fed":
-            assert (layer.timesteps, layer.bound) == (config.timesteps, config.neuron.bound)
+            assert (layer.timesteps, layer.bound) == (config.timesteps, config.neuron.bound)  # type: ignore[attr-defined]
             assert layer.headroom_bits >= 5
             assert 0 < layer.ones < 1
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from spikefleet_models.families import build_model, list_models, model_config
 from spikefleet_models.gates import Gate, GateName, build_gate
-from spikefleet_models.neurons import NeuronConfig, build_neuron, spiking_nodes
+from spikefleet_models.neuron_config import NeuronConfig
+from spikefleet_models.neurons import build_neuron, spiking_nodes
 from spikefleet_models.operation_counts import OperationCounts, count_operations
 from spikefleet_models.reparam import deploy
 from spikefleet_models.slots import NotSpikeDrivenError
@@ -212,5 +213,5 @@ def test_what_runs_beside_neurons_gates_and_layers_is_seen() -> None:
     network.neuron.register_forward_hook(lambda module, inputs, output: output / 2)
     assert layer_inputs(network, images)["second"] == Analogue("its input is real-valued, computed from spikes by div")
     network = Between(1, lambda s: s).eval()
-    network.second.forward = lambda x: F.conv2d(x / 2, network.second.weight)
+    network.second.forward = lambda x: F.conv2d(x / 2, network.second.weight)  # type: ignore[assignment, method-assign]
     assert count_operations(network, [images]).layers[-1].bound == 0

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from spikefleet_models.equivalence import check_equivalence
 from spikefleet_models.gates import Gate
-from spikefleet_models.neurons import ILIF, NeuronConfig, build_neuron
+from spikefleet_models.neuron_config import NeuronConfig
+from spikefleet_models.neurons import ILIF, build_neuron
 from spikefleet_models.slots import NotSpikeDrivenError
 from spikefleet_models.spike_edges import Analogue, SpikeFed, check_finite, layer_inputs
 
@@ -96,7 +97,7 @@ def with_weights_of_spikes(net: Net, s: Tensor) -> Tensor:
     net.conv.weight = weight * s.mean()
     y = net.conv(s)
     del net.conv.weight
-    net.conv.weight = weight
+    net.conv.weight = weight  # type: ignore[assignment]
     return y
 
 

@@ -31,7 +31,7 @@ def inputs(layout: torch.memory_format = torch.contiguous_format, steps: int = T
     z = torch.randn(steps * B, C, SIZE, SIZE, generator=generator) * 2 + 1
     x = (torch.rand(T * B, C, SIZE, SIZE, generator=generator) < 0.4).float()
     weights = torch.randn(T * B, C, SIZE, SIZE, generator=generator)
-    return tuple(t.contiguous(memory_format=layout) for t in (z, x, weights))
+    return tuple(t.contiguous(memory_format=layout) for t in (z, x, weights))  # type: ignore[return-value]
 
 
 def run(module: SpikingUnit, z: Tensor, x: Tensor | None, weights: Tensor, repeat: bool = False) -> dict[str, Tensor]:
@@ -47,7 +47,7 @@ def run(module: SpikingUnit, z: Tensor, x: Tensor | None, weights: Tensor, repea
     if shortcut is not None:
         result["grad shortcut"] = shortcut.grad
     result |= {f"grad {name}": p.grad for name, p in module.named_parameters()}
-    return result | {name: buffer.clone() for name, buffer in module.named_buffers()}
+    return result | {name: buffer.clone() for name, buffer in module.named_buffers()}  # type: ignore[return-value]
 
 
 def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float = 3e-6) -> None:
@@ -115,11 +115,11 @@ def test_comparison_notices_a_different_norm(change: str) -> None:
     reference = copy.deepcopy(lean)
     use_implementation(reference, "reference")
     if change == "momentum":
-        reference.bn.momentum = 0.2
+        reference.bn.momentum = 0.2  # type: ignore[assignment]
     elif change == "eps":
-        reference.bn.eps = 1e-2
+        reference.bn.eps = 1e-2  # type: ignore[assignment]
     else:
-        reference.bn.weight.data *= 1.01
+        reference.bn.weight.data *= 1.01  # type: ignore[assignment]
     z, _, weights = inputs()
     with pytest.raises(AssertionError):
         assert_same(run(lean, z, None, weights), run(reference, z, None, weights))

@@ -29,7 +29,7 @@ COUNT = 400
 def picture(height: int, width: int, seed: int) -> NDArray[np.uint8]:
     """A smooth colour picture with some texture, [H, W, 3]."""
     rng = np.random.default_rng(seed)
-    coarse = PIL.Image.fromarray(rng.integers(0, 256, (5, 6, 3), np.uint8)).resize((width, height), PIL.Image.BICUBIC)
+    coarse = PIL.Image.fromarray(rng.integers(0, 256, (5, 6, 3), np.uint8)).resize((width, height), PIL.Image.BICUBIC)  # type: ignore[attr-defined]
     return np.clip(np.asarray(coarse) + rng.normal(0, 6, (height, width, 3)), 0, 255).astype(np.uint8)
 
 

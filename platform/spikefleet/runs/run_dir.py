@@ -97,7 +97,9 @@ class Run:
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.path / "config.json", config.dump())
             data.write(self.path)
-            self.note(name=self.name, recipe=config.recipe, status="begun", restarts=0, plugins=list(loaded_plugins()))
+            self.note(
+                name=self.name, recipe=config.recipe, status="created", restarts=0, plugins=list(loaded_plugins())
+            )
             return
         differing = self._differences(config, data.content_hash)
         if differing:

@@ -169,7 +169,8 @@ def _refuse_splits_without_objects(store: Store) -> None:
 def _set_arithmetic(config: Config) -> None:
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
-    torch.use_deterministic_algorithms(config.train.deterministic)
+    if torch.are_deterministic_algorithms_enabled() != config.train.deterministic:  # it imports torch's compiler: 2 s
+        torch.use_deterministic_algorithms(config.train.deterministic)
     torch.backends.cudnn.benchmark = not config.train.deterministic
 
 

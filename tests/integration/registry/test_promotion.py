@@ -99,7 +99,8 @@ def test_an_alias_that_another_job_writes_at_the_same_time_is_written_after_it(
 ) -> None:
     """MLflow refuses the second of two new rows for one alias."""
     first.again(70, tmp_path).register("raced", 0.9)
-    real, raced = MlflowClient.set_registered_model_alias, []
+    real = MlflowClient.set_registered_model_alias
+    raced: list[str] = []
 
     def lose_the_race(self: MlflowClient, name: str, alias: str, version: str) -> None:
         real(self, name, alias, version)
