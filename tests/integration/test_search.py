@@ -105,7 +105,7 @@ def test_every_trial_is_recorded_with_its_fate(ray_on_two_cpus: None, tmp_path: 
     assert fates[2] == ("failed", "ValueError: width=0 is too small")
     assert fates[3] == ("pruned", "gradients grew without end")
     assert fates[4] == ("failed", "the trainable returned no 'cost', found gain")
-    assert fates[5] == ("pruned", "gain was inf")
+    assert fates[5] == ("pruned", "gain is inf")
     assert fates[6][0] == "failed"
     assert fates[6][1]
     assert fates[7][0] == "finished"  # its process died once, and was started again
