@@ -166,7 +166,8 @@ class PlainDisplay:
 def _step_metrics(metrics: Mapping[str, float], headline: Sequence[str]) -> str:
     parts = [f"loss {metrics['train/loss']:.3f}"]
     parts += [f"{name} {metrics[f'train/{name}']:.1%}" for name in headline if f"train/{name}" in metrics]
-    parts.append(f"{metrics['images_per_second']:.0f} images/s")
+    if "images_per_second" in metrics:
+        parts.append(f"{metrics['images_per_second']:.0f} images/s")
     return "  ".join(parts)
 
 
