@@ -101,10 +101,10 @@ def test_every_trial_is_recorded_with_its_fate(ray_on_two_cpus: None, tmp_path: 
     result = run_search(search, trainable, tmp_path, "fates", diary)
     fates = {record.overrides["x"]: (record.status, record.reason) for record in result.records}
     assert fates[0] == ("finished", "")
-    assert fates[1] == ("pruned", "loss was nan in epoch 2")
+    assert fates[1] == ("pruned", "loss is nan in epoch 2")
     assert fates[2] == ("failed", "ValueError: width=0 is too small")
     assert fates[3] == ("pruned", "gradients grew without end")
-    assert fates[4] == ("failed", "no 'cost' came back, but gain")
+    assert fates[4] == ("failed", "the trainable returned no 'cost', found gain")
     assert fates[5] == ("pruned", "gain was inf")
     assert fates[6][0] == "failed"
     assert fates[6][1]

@@ -240,7 +240,7 @@ def test_a_record_that_mlflow_refuses_does_not_hold_up_the_others(
     tracker.log_dict({"b": 2}, "kept.json")
     assert tracker.finish("FINISHED", wait_s=30) == 0
 
-    assert caplog.text.count("MLflow refuses a record") == 2
+    assert caplog.text.count("MLflow rejected a record") == 2
     assert history(client, tracker.run_id, "train/loss") == losses(20)
     assert [artifact.path for artifact in client.list_artifacts(tracker.run_id)] == ["kept.json"]
 

@@ -109,7 +109,7 @@ def test_the_same_command_runs_nothing_again(folder: Path, stores_dir: Path) -> 
         (("model.timesteps:", "model.timestep:"), ("model.timestep", "did you mean")),
         (("choice: [1, 2]", "choice: []"), ("model.timesteps", "choice")),
         (("choice: [1, 2]", "choice: [0, 2]"), ("model.timesteps", "0")),
-        (("val/top1: max", "val/map50: max"), ("val/map50", "reported by this task")),
+        (("val/top1: max", "val/map50: max"), ("val/map50", "this task reports no")),
         (("val/top1: max", "val/top1: up"), ("val/top1", "up")),
         (("trials: 2", "trials: 0"), ("budget.trials", "0")),
         (("model.timesteps:", "model.neuron.bound:"), ("model.neuron.bound", "does not use")),
@@ -195,7 +195,7 @@ def test_tables_that_cannot_be_reproduced_say_why(stores_dir: Path, tmp_path: Pa
         return reproduce(tmp_path, stores_dir, *words, code=2)
 
     assert "did you mean 'sg_resnet_table3'" in refuse("sg_resnet_tabel3")
-    assert "names no row" in refuse("sg_resnet_table3", "--only", "VGG*")
+    assert "matches no row" in refuse("sg_resnet_table3", "--only", "VGG*")
     assert "the event data set Gen1 is not supported yet" in refuse("spike_yolo_table4", "--scale", "full")
     assert "cifar100" in refuse("sg_resnet_table7", "--scale", "full")
     assert "train.seed='abc'" in refuse("sg_resnet_table7", "train.seed=abc")
