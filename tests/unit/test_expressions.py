@@ -116,6 +116,12 @@ def test_known_names_tell_a_name_from_a_division() -> None:
     assert names("nothing/known > 1", "T") == ("nothing/known",)
 
 
+@pytest.mark.parametrize("text", ["0<True", "1 <= T < False", "True > T", "True + 1 == 2", "-False == 0", "'a' < T"])
+def test_what_is_no_number_is_neither_ordered_nor_added(text: str) -> None:
+    with pytest.raises(ExpressionError, match="is not a number"):
+        parse(text, CONSTRAINT)
+
+
 def test_dialects_differ_in_words_numbers_and_what_is_missing() -> None:
     facts = {"T": "2", "kind": "bsg"}
     assert parse("T == 2 and kind == bsg", WHERE).holds(facts)

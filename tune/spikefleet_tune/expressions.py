@@ -26,7 +26,7 @@ import operator
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 MAX_LENGTH = 1000
 _DEEPEST = 30
@@ -259,11 +259,13 @@ class _Parser:
         while op := self._take(_COMPARISON):
             left, right = rest[-1][1] if rest else first, self._term(self._right())
             rest.append((op, right))
-            words = [term.value for term in (left, right) if isinstance(term, Text)]
+            words = [term.value for term in (left, right) if _is_no_number(term)]
             if words and op not in ("==", "!="):
                 raise ExpressionError(
                     f"{self._text[start : self._at].strip()!r} is not a condition: {words[0]!r} is not a number; "
-                    "compare text with == or !=" + ", or put a key on the right in (...)" * self._dialect.bare_words
+                    "compare text and booleans with == or !="
+                    + ", or put a key on the right in (...)"
+                    * self._dialect.bare_words
                 )
         return Comparison(self._term(first), tuple(rest)) if rest else first
 
@@ -343,8 +345,8 @@ class _Parser:
         raise ExpressionError(f"expected a value before {self._text[self._at :].strip()[:80]!r}, found a comparison")
 
     def _addend(self, node: Term | Condition) -> Term:
-        if isinstance(node, Text):
-            raise ExpressionError(f"{node.value!r} is text; + - * / need numbers")
+        if _is_no_number(node):
+            raise ExpressionError(f"{node.value!r} is not a number; + - * / need numbers")
         return self._term(node)
 
     def _no_condition(self, start: int) -> ExpressionError:
@@ -352,6 +354,11 @@ class _Parser:
             f"{self._text[start:].strip()[:80]!r} is not a condition; write KEY OP VALUE with one of "
             f"{' '.join(_COMPARISONS)}, such as timesteps<=2"
         )
+
+
+def _is_no_number(node: Term | Condition) -> TypeGuard[Text | Constant]:
+    """Whether the value is known, and is a text or a boolean."""
+    return isinstance(node, Text) or (isinstance(node, Constant) and isinstance(node.value, bool))
 
 
 def _names(node: Term | Condition) -> Iterator[str]:
