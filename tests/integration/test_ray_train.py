@@ -128,7 +128,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_without_a_restart(
             Classification.loss = poisoned  # type: ignore[assignment, method-assign]
 
     recorder = Recorder()
-    with pytest.raises(RunError, match=r"the loss is nan at step 3 \(epoch 1\), from rank 0"):
+    with pytest.raises(RunError, match=r"the loss is nan at step 3 \(epoch 1\), on rank 0"):
         train_on_ray(config(1), store, tmp_path, recorder, before_step=fault)
     assert not recorder.restarts, "a restart cannot mend it"
 

@@ -112,7 +112,7 @@ def test_a_run_that_is_opened_again_goes_on_and_repeats_no_step(runs: Path, uri:
 def test_restarts_and_what_an_earlier_driver_missed_are_tracked(runs: Path, uri: str, client: MlflowClient) -> None:
     run = Run(runs / "restarted")
     run.path.mkdir()
-    run.note(restarts=0)
+    run.note(status="running", restarts=0)
     tracker = Tracker.open(run.path, "restarted", "digits", uri)
     observer = RunObserver(run, tracker, PlainDisplay(Console(quiet=True)))
     missed = StepDone(0, 1, {"train/loss": loss(1)})

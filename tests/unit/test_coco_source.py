@@ -403,7 +403,7 @@ def test_the_command_adds_splits_and_shows_what_was_found(root: Path, tmp_path: 
         result = run("prepare", "coco", "--out", out, *options)
         assert result.exit_code == 0, result.output
     shown = run("show", out).output
-    for words in ("6, the same images as val", "40, 1 around crowds; 4 images without objects", "1, 13, 90"):
+    for words in ("6 images, the same images as val", "40, 1 around crowds; 4 images without objects", "1, 13, 90"):
         assert words in shown, shown
     half = run("prepare", "coco", "--out", out, "--split", "train")
     assert half.exit_code == 2

@@ -125,7 +125,7 @@ def test_a_second_process_is_refused_until_the_first_one_is_gone(tmp_path: Path)
 
     refused = other()
     assert refused.returncode == 1
-    assert "the run is being tracked already (process " in refused.stderr
+    assert "the run is already being tracked (process " in refused.stderr
     journal.close()
     assert other().returncode == 0
 
