@@ -1,4 +1,4 @@
-"""Events reach the driver through files, also those of a attempt whose driver was killed."""
+"""Events reach the driver through files, also those of an attempt whose driver was killed."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_writer_in_step_goes_on_after_a_checkpoint_when_all_is_handed_on(tmp_p
     assert stopped.is_alive()
     write_json(attempt / STOPPED, {})
     stopped.join(10)
-    assert not stopped.is_alive(), "a attempt that is stopped waits for nobody"
+    assert not stopped.is_alive(), "an attempt that is stopped waits for nobody"
 
 
 def test_a_full_disk_stops_no_training(tmp_path: Path) -> None:
