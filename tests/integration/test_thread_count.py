@@ -24,14 +24,15 @@ from support.snapshots import cut, differences, end_of
 # Large enough for torch to split its sums among threads; and in deterministic mode, which does not help.
 SETTINGS = [
     "model.width=0.25",
-    "train.global_batch=128",
+    "model.timesteps=2",
+    "train.global_batch=432",
     "train.epochs=1",
     "train.deterministic=true",
-    "checkpoint.every_steps=8",
+    "checkpoint.every_steps=2",
     "checkpoint.keep_last=9",
     "cluster.workers=0",
 ]
-EARLY = 8
+EARLY = 2
 
 needs_two_cores = pytest.mark.skipif(threads._cores() < 2, reason="one core has no second thread")
 
