@@ -132,13 +132,8 @@ def test_a_rank_on_a_larger_host_resumes_with_its_number_of_threads(
     assert end_of(tmp_path / "run").state["threads"] == [1, 1]
     assert_same_end(tmp_path / "run", undisturbed[0])
     # Negative control: a run that starts there has, and records, what each rank has.
-    fresh = run_ranks(
-        config,
-        store,
-        tmp_path / "fresh",
-        [fail(rank=1, step=4, error=UserError("enough"))],
-        prepare=two_threads_on_rank_1,
-    )
+    fault = kill(rank=1, step=5)
+    fresh = run_ranks(config, store, tmp_path / "fresh", [fault], max_failures=0, prepare=two_threads_on_rank_1)
     assert not fresh.finished
     assert end_of(tmp_path / "fresh").state["threads"] == [1, 2]
 
