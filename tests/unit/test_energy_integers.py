@@ -9,8 +9,10 @@ from typing import Any, Literal
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 from spikefleet import plots
+from spikefleet.cli import app
 from spikefleet.reproduction.reproduce import _energy_remark, _network_metrics
 from spikefleet.reproduction.table import load_table
 from spikefleet.runs.run_dir import Run
@@ -231,3 +233,17 @@ def test_tables_remark_them_and_add_no_published_additions(tmp_path: Path) -> No
     counted = _network_metrics(table, dataclasses.replace(entry, row=row))
     assert counted["macs"] > 600e6
     assert "energy_uj" not in counted
+
+
+def test_the_command_says_how_many_of_the_multiplications_are_theirs() -> None:
+    def said(connection: str) -> str:
+        words = ["energy", "sg_resnet_tiny", f"model.connection={connection}", "model.stages=[2,1]"]
+        words += ["model.decoder=rate", "--rate", "0.1", "--size", "8"]
+        done = CliRunner(env={"COLUMNS": "200"}).invoke(app, words)
+        assert done.exit_code == 0, done.output
+        return " ".join(done.output.split())
+
+    spoken = said("add")
+    assert spoken.count("integers") == 3 + 1, "a cell of each row, and one line"
+    assert "3 layers fed by integers (sums of spikes), which binary spikes cannot carry: " in spoken
+    assert "integers" not in said("iand")
