@@ -28,6 +28,7 @@ from spikefleet_pipelines.sources.ray_tasks import run_tasks
 from spikefleet_pipelines.sources.source import Progress
 from spikefleet_pipelines.store.annotations import AnnotationColumns
 from spikefleet_pipelines.store.extension import StoreExtension
+from spikefleet_pipelines.store.image_files import read_image_file
 from spikefleet_pipelines.store.manifest import ImageFormat, Manifest, Shard
 from spikefleet_pipelines.store.reader import Store
 from spikefleet_pipelines.store.shards import write_shard
@@ -266,9 +267,9 @@ def _convert(job: _Job) -> tuple[Shard, list[bytes]]:
     for row, path in enumerate(job.images.paths):
         where = f"{path} (image {columns.image_ids[row]})"
         try:
-            encoded = path.read_bytes()
+            encoded = read_image_file(path)
             height, width = decode_rgb(np.frombuffer(encoded, np.uint8)).shape[1:]
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             raise SourceError(f"{where}: {error}; replace the file, or remove its entry") from error
         if (height, width) != (columns.heights[row], columns.widths[row]):
             turned = (width, height) == (columns.heights[row], columns.widths[row])

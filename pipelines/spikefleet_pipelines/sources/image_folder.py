@@ -16,6 +16,7 @@ from spikefleet_pipelines.sources.contents import held_out
 from spikefleet_pipelines.sources.image_folder_config import IMAGE_FOLDER
 from spikefleet_pipelines.sources.ray_tasks import run_tasks
 from spikefleet_pipelines.sources.source import Progress, SourceOptions
+from spikefleet_pipelines.store.image_files import read_image_file
 from spikefleet_pipelines.store.manifest import ImageFormat, Shard
 from spikefleet_pipelines.store.shards import write_shard
 from spikefleet_pipelines.store.writer import StoreWriter, content_digests
@@ -133,8 +134,8 @@ def _convert(job: _Job) -> tuple[Shard, list[bytes]]:
 
     images = []
     for path in job.files.paths:
-        encoded = path.read_bytes()
         try:
+            encoded = read_image_file(path)
             decode_rgb(np.frombuffer(encoded, np.uint8))
         except ValueError as error:
             raise SourceError(f"{path}: {error}; replace or remove the file") from error
