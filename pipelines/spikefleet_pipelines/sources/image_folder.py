@@ -17,11 +17,11 @@ from spikefleet_pipelines.sources.image_folder_config import IMAGE_FOLDER
 from spikefleet_pipelines.sources.ray_tasks import run_tasks
 from spikefleet_pipelines.sources.source import Progress, SourceOptions
 from spikefleet_pipelines.store.image_files import read_image_file
+from spikefleet_pipelines.store.image_header import IMAGE_SUFFIXES
 from spikefleet_pipelines.store.manifest import ImageFormat, Shard
 from spikefleet_pipelines.store.shards import write_shard
 from spikefleet_pipelines.store.writer import StoreWriter, content_digests
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 _ENCODED = ImageFormat(encoding="encoded")
 
 
@@ -110,11 +110,11 @@ def _list(folder: Path, classes: Sequence[str]) -> _Files:
     paths, labels = [], []
     for label, name in enumerate(classes):
         found = sorted(
-            path for path in (folder / name).iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != "."
+            path for path in (folder / name).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "."
         )
         if not found:
             raise SourceError(
-                f"class folder {folder / name} contains no image ({', '.join(sorted(SUFFIXES))}); add images or "
+                f"class folder {folder / name} contains no image ({', '.join(sorted(IMAGE_SUFFIXES))}); add images or "
                 "remove it"
             )
         paths += found

@@ -56,6 +56,20 @@ def decode_rgb(encoded: NDArray[np.uint8]) -> Tensor:
         raise ValueError(f"the image cannot be decoded as {kind} ({len(data)} bytes): {reason}") from error
 
 
+def rgb_of(image: "Image") -> Tensor:
+    """Convert an opened Pillow image as `decode_rgb` does: uint8 [3, H, W], rotated by its EXIF orientation.
+
+    Raises:
+        ValueError: it is damaged, of more than `MAX_PIXELS` pixels, or holds integers of 32 bits or floats.
+    """
+    try:
+        return _of_pillow(image)
+    except _UnsupportedPixelsError as error:
+        raise ValueError(str(error)) from None
+    except Exception as error:  # a damaged file can fail in any way
+        raise ValueError(f"the image cannot be decoded: {error}") from error
+
+
 class _UnsupportedPixelsError(ValueError):
     """An intact image whose pixels have no uint8 form, or which is too large."""
 
@@ -72,14 +86,17 @@ def _by_pillow(data: bytes, kind: ImageKind) -> Tensor:
 
     # Only the plug-in of the format that the bytes have: others start programs (Ghostscript for EPS).
     with Image.open(io.BytesIO(data), formats=[kind.upper()]) as opened:
-        try:
-            check_size(*opened.size)
-        except ValueError as error:
-            raise _UnsupportedPixelsError(str(error)) from None
-        _check_depth(opened)
-        opened.load()
-        pixels = _eight_bits(_upright(opened))
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+        return _of_pillow(opened)
+
+
+def _of_pillow(image: "Image") -> Tensor:
+    try:
+        check_size(*image.size)
+    except ValueError as error:
+        raise _UnsupportedPixelsError(str(error)) from None
+    _check_depth(image)
+    image.load()
+    return torch.from_numpy(_eight_bits(_upright(image))).permute(2, 0, 1)
 
 
 def _check_depth(image: "Image") -> None:
@@ -95,7 +112,6 @@ def _check_depth(image: "Image") -> None:
 
 def _eight_bits(image: "Image") -> NDArray[np.uint8]:
     """The pixels [H, W, 3], converted some rows at a time, so that a large image is not in memory three times."""
-    image.info.pop("transparency", None)  # alpha is dropped, which Pillow would warn of
     width, height = image.size
     pixels = np.empty((height, width, 3), np.uint8)
     rows = max(1, _PIXELS_AT_ONCE // width)

@@ -79,7 +79,7 @@ def check_image_file(path: Path) -> int:
     except OSError as error:
         if path.is_symlink():
             raise ValueError(f"it is a link to {path.readlink()}, which does not exist") from None
-        raise ValueError(f"it cannot be read: {error.strerror}") from None
+        raise ValueError(error.strerror or str(error)) from None
     if path.is_dir():
         raise ValueError("it is a folder, although it is named as an image")
     if not path.is_file():
@@ -99,4 +99,4 @@ def read_image_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ValueError(f"it cannot be read: {error.strerror}") from None
+        raise ValueError(error.strerror or str(error)) from None

@@ -10,15 +10,14 @@ import torch
 from PIL import Image
 
 from spikefleet.errors import UserError
-from spikefleet.inference.image_input import ImageInput, Pixels, check_image_file, read_image
+from spikefleet.inference.image_input import ImageInput, Pixels, read_image
 from spikefleet.inference.trained_network import TrainedNetwork
 from spikefleet.status import Count, uncounted
 from spikefleet.training.distributed import pick_device
 from spikefleet.training.precision import autocast
-from spikefleet_pipelines.in_memory import image_batch
+from spikefleet_pipelines.in_memory import image_batch, resized
+from spikefleet_pipelines.store.image_header import IMAGE_SUFFIXES
 from spikefleet_tune.atomic import replacing
-
-_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
 
 
 def predict_files(
@@ -54,8 +53,6 @@ def predict_files(
     if out is not None and not report.draws_each and out.suffix.lower() != ".png":
         raise UserError(f"--out {out} must end in .png")
     files = list(_image_files(paths))
-    for file in files:
-        check_image_file(file)
     names = _names(files, out, trained.config.task) if out is not None and report.draws_each else []
     answers: list[dict[str, Any]] = []
     images, predictions = [], []
@@ -95,7 +92,7 @@ def predict_images(
     channels, shape = trained.config.model.in_channels, trained.data.image_shape
     size = None if task.any_size or shape is None else shape[1:]
     for image in images:
-        pixels = read_image(image, channels, size)
+        pixels = resized(read_image(image, channels), size)
         batch = image_batch(pixels[None], transform, channels).to(device)
         with autocast(trained.config.train.precision, device):
             (prediction,) = task.predict(network, batch)
@@ -133,9 +130,9 @@ def _names_in(files: Sequence[Path], folder: Path) -> list[Path]:
 def _image_files(paths: Sequence[Path]) -> Iterator[Path]:
     for path in paths:
         if path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in _SUFFIXES)
+            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
             if not inside:
-                raise UserError(f"folder {path} has no images ({', '.join(sorted(_SUFFIXES))})")
+                raise UserError(f"folder {path} has no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
             yield from inside
         elif path.is_file():
             yield path
