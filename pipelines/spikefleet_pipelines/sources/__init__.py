@@ -101,7 +101,9 @@ def prepare(
     root = root or source.default_root
     if source.files is not None and (root is None or not root.is_dir()):
         raise source.missing(root)
-    contents = source.load_reader()(root or Path(), checked, seed)
+    reader = source.load_reader()
+    with _reading(name, root):
+        contents = reader(root or Path(), checked, seed)
     out = out.resolve()
     with (
         _writing(out),
@@ -119,6 +121,18 @@ def prepare(
         contents.write(writer, progress or _quiet, parallel)
         writer.commit()
     return Store.open(out, verify=False)
+
+
+@contextmanager
+def _reading(name: str, root: Path | None) -> Iterator[None]:
+    """What a file from elsewhere can make a reader fail with, beyond what the reader names itself."""
+    try:
+        yield
+    except (SourceError, StoreError):
+        raise
+    except (OSError, MemoryError, RecursionError, ArithmeticError, UnicodeError) as error:
+        reason = str(error) or type(error).__name__
+        raise SourceError(f"source {name!r}: the files in {root} cannot be read: {reason}; replace them") from error
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from spikefleet_pipelines.errors import SourceError
 from spikefleet_pipelines.sources.json_stream import list_elements
 from spikefleet_pipelines.store.annotations import AnnotationColumns
+from spikefleet_pipelines.store.manifest import is_text
 
 _LARGEST_SIDE = 1 << 20
 
@@ -66,8 +67,7 @@ def read_coco_json(path: Path) -> CocoFile:
     images: dict[int, tuple[str, int, int]] = {}
     objects = _Objects(path)
     lists: set[str] = set()
-    for section, position, entry in list_elements(path):
-        lists.add(section)
+    for section, position, entry in list_elements(path, lists):
         if section not in ("images", "annotations", "categories"):
             continue
         if not isinstance(entry, dict):
@@ -77,8 +77,10 @@ def read_coco_json(path: Path) -> CocoFile:
             objects.add(number, entry)
         elif section == "categories":
             name = entry.get("name")
-            if not isinstance(name, str) or not name:
-                raise SourceError(f"{path}: category {number}: name is {_short(name)}, expected a non-empty string")
+            if not is_text(name):
+                raise SourceError(
+                    f"{path}: category {number}: name is {_short(name)}, expected a non-empty string of Unicode text"
+                )
             if number in categories or name in categories.values():
                 raise SourceError(f"{path}: category {number} {name!r}: its id or its name occurs twice")
             categories[number] = name
@@ -88,8 +90,12 @@ def read_coco_json(path: Path) -> CocoFile:
             images[number] = _image(path, number, entry)
     for section, found in (("images", images), ("categories", categories)):
         if not found:
-            empty = "is empty" if section in lists else "is missing or empty"
-            raise SourceError(f"{path}: list {section!r} {empty}; give the JSON of a COCO data set")
+            raise SourceError(f"{path}: list {section!r} is missing or empty; give the JSON of a COCO data set")
+    if "annotations" not in lists:
+        raise SourceError(
+            f"{path}: list 'annotations' is missing, so it is not the JSON of a labelled data set; give the one with "
+            "the boxes"
+        )
     ids = tuple(sorted(categories))
     columns, computed = objects.columns(images, categories)
     names = tuple(name for name, _, _ in images.values())
@@ -116,14 +122,15 @@ class _Objects:
             raise SourceError(f"{self._path}: annotation id {number} occurs twice")
         for key in ("image_id", "category_id"):
             if not _is_integer(entry.get(key)):
-                raise SourceError(f"{where}: {key} is {entry.get(key)!r}, expected an integer")
+                raise SourceError(f"{where}: {key} is {_short(entry.get(key))}, expected an integer")
         box = entry.get("bbox")
         if not isinstance(box, list) or len(box) != 4 or not all(map(_is_finite, box)) or min(box[2:]) < 0:
             raise SourceError(
                 f"{where} of image {entry['image_id']}: bbox is {_short(box)}, expected [x, y, width, height] of "
                 "finite numbers with width and height of at least 0"
             )
-        area, crowd = entry.get("area"), entry.get("iscrowd", 0)
+        area, crowd = entry.get("area"), entry.get("iscrowd")
+        crowd = 0 if crowd is None else crowd
         if area is not None and (not _is_finite(area) or area < 0):
             raise SourceError(
                 f"{where} of image {entry['image_id']}: area is {_short(area)}, expected a finite number of at least 0"
@@ -180,15 +187,15 @@ class _Objects:
 def _image(path: Path, number: int, entry: Mapping[str, Any]) -> tuple[str, int, int]:
     name = entry.get("file_name")
     # A file name from elsewhere must not reach outside the directory of images.
-    if not isinstance(name, str) or not name or "\0" in name or "\\" in name or _leaves(PurePosixPath(name)):
+    if not is_text(name) or "\0" in name or "\\" in name or _leaves(PurePosixPath(name)):
         raise SourceError(
             f"{path}: image {number}: file_name is {_short(name)}, expected a path below the directory of images"
         )
     height, width = entry.get("height"), entry.get("width")
     if not _is_side(height) or not _is_side(width):
         raise SourceError(
-            f"{path}: image {number} ({name}): height and width are {height!r} and {width!r}, expected integers from "
-            f"1 to {_LARGEST_SIDE}"
+            f"{path}: image {number} ({name}): height and width are {_short(height)} and {_short(width)}, expected "
+            f"integers from 1 to {_LARGEST_SIDE}"
         )
     return name, height, width
 

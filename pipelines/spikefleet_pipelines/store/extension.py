@@ -103,7 +103,13 @@ class StoreExtension(StoreWriter):
             if split in self._shards or not self._own_shards(there, split):
                 continue
             self._shards[split] = list(shards)
-            self._counts[split] = np.array(there.audit.images_per_class[split], np.int64)
+            counts = there.audit.images_per_class[split]
+            if len(counts) != len(self.class_names):
+                raise StoreError(
+                    f"{self.out}/{MANIFEST_NAME}: audit.images_per_class has {len(counts)} numbers for split "
+                    f"{split!r}, expected {len(self.class_names)}; prepare the store again"
+                )
+            self._counts[split] = np.array(counts, np.int64)
             if there.audit.boxes is not None:
                 self._boxes[split] = [there.audit.boxes[split]]
             rows = Split(split, str(self.out), there, [self.out / shard.file for shard in shards])

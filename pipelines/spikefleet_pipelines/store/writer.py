@@ -22,6 +22,7 @@ from spikefleet_pipelines.store.manifest import (
     ImageFormat,
     Manifest,
     Shard,
+    is_text,
     parse_manifest,
 )
 from spikefleet_pipelines.store.shards import Targets, check_annotations, write_shard
@@ -72,6 +73,11 @@ class StoreWriter:
         self.directory = out.parent / f".{out.name}.{secrets.token_hex(8)}.part"
         self.category_ids = None if category_ids is None else tuple(category_ids)
         self.stand_ins = dict(stand_ins or {})
+        for name in self.class_names:
+            if not is_text(name):
+                raise StoreError(
+                    f"source {source!r}: class name {name!r} is empty or not Unicode text (UTF-8); rename the class"
+                )
         self._shards: dict[str, list[Shard]] = {}
         self._digests: dict[str, list[bytes]] = {}
         self._counts: dict[str, NDArray[np.int64]] = {}
