@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from spikefleet_tune.direction import Direction
 from spikefleet_tune.errors import SearchError
+from spikefleet_tune.kinds import changed_kinds
 from spikefleet_tune.messages import nearest
 from spikefleet_tune.space import MOST_LISTED, Dimension, Part, Space
 
@@ -213,10 +214,13 @@ def search_of(tree: Mapping[str, Any], origin: str = "search") -> Search:
         SearchError: one message for each invalid field.
     """
     try:
-        return Search.model_validate(tree)
+        search = Search.model_validate(tree)
     except ValidationError as error:
         problems = [_message(one) for one in error.errors()]
         raise SearchError(f"{origin}: " + "; ".join(dict.fromkeys(problems))) from None
+    if problems := list(changed_kinds(tree, search.dump())):
+        raise SearchError(f"{origin}: {'; '.join(problems)}")
+    return search
 
 
 def _message(error: Mapping[str, Any]) -> str:

@@ -76,6 +76,8 @@ def prepare_data(
     stores_dir: StoresDir = Path("stores"),
 ) -> None:
     """Convert a data set into an Arrow store, checking it on the way."""
+    from spikefleet.config.recipes import parse_overrides
+
     _refuse_other_formats(source)
     of_split = {"images": images, "annotations": annotations, "split": split}
     options: dict[str, Any] = {key: value for key, value in of_split.items() if value is not None}
@@ -83,10 +85,9 @@ def prepare_data(
         lacking = " and ".join(f"--{key}" for key in of_split if key not in options)
         raise UserError(f"{' and '.join(f'--{key}' for key in options)} given without {lacking}; they go together")
     for item in option or []:
-        key, equals, value = item.partition("=")
-        if not equals:
+        if not all(item.partition("=")[:2]):
             raise UserError(f"--option {item!r} is not of the form key=value, for example upsample=4")
-        options[key] = value
+        options |= parse_overrides([item])
     where = messages(as_json)
     with loading("torch", where):
         from spikefleet.data_access import prepare_store
