@@ -7,7 +7,8 @@ from spikefleet_pipelines.sources.source import Source
 
 IMAGE_FOLDER = Source(
     name="image_folder",
-    description="image files in ImageNet's layout: train/<class>/ and val/<class>/",
+    description="image files in ImageNet's layout: train/<class>/, val/<class>/ and maybe test/<class>/",
     reader="spikefleet_pipelines.sources.image_folder:read_image_folder",
-    files="train/<class>/*.jpg and val/<class>/*.jpg (or .png, .webp)",
+    files="train/<class>/*.jpg, val/<class>/*.jpg and, if there is one, test/<class>/*.jpg (also .png, .webp, .gif, "
+    ".bmp, .tif)",
 )

@@ -1,6 +1,8 @@
 """Image files on disk: which files of a folder are images, why others are not, and their bytes."""
 
-from collections.abc import Iterator
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,7 @@ MAX_FILE_BYTES = 1 << 29
 _HIDDEN = "hidden files (names that start with a dot)"
 _OTHER_SUFFIX = "files that are named as no image"
 _IN_FOLDER = "image files in a sub-folder"
+_LINK = "links to folders"
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,26 @@ class FolderImages:
 
     images: tuple[Path, ...]
     unused: tuple[tuple[Path, str], ...]
+
+    @property
+    def summary(self) -> str:
+        """Numbers of the unused files by reason, for messages."""
+        return counted_reasons(Counter(reason for _, reason in self.unused))
+
+
+def counted_reasons(unused: Mapping[str, int]) -> str:
+    """Numbers of unused files by reason, as one line."""
+    return "; ".join(f"{count:,} {reason}" for reason, count in sorted(unused.items()))
+
+
+def is_named_as_image(path: Path) -> bool:
+    """Whether the suffix of a file that is not hidden is one of an image."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+
+
+def reason_unused(path: Path) -> str:
+    """Why a file that is not named as an image is not used."""
+    return _HIDDEN if path.name.startswith(".") else _OTHER_SUFFIX
 
 
 def list_images(folder: Path, recursive: bool = False) -> FolderImages:
@@ -40,32 +63,30 @@ def list_images(folder: Path, recursive: bool = False) -> FolderImages:
     images: list[Path] = []
     unused: list[tuple[Path, str]] = []
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") and not path.is_dir():
-            unused.append((path, _HIDDEN))
-        elif path.is_dir() and path.suffix.lower() not in IMAGE_SUFFIXES:
-            inside = FolderImages((), ()) if path.name.startswith(".") else _of_sub_folder(path, recursive)
+        if path.is_dir() and path.suffix.lower() not in IMAGE_SUFFIXES:
+            inside = _of_sub_folder(path, recursive and not path.name.startswith("."))
             images += inside.images
             unused += inside.unused
-        elif path.suffix.lower() not in IMAGE_SUFFIXES:
-            unused.append((path, _OTHER_SUFFIX))
-        else:
+        elif is_named_as_image(path):
             images.append(path)
+        else:
+            unused.append((path, reason_unused(path)))
     return FolderImages(tuple(images), tuple(unused))
 
 
 def _of_sub_folder(folder: Path, recursive: bool) -> FolderImages:
     # A link to a folder is not followed: it may lead to a folder above.
     if folder.is_symlink():
-        return FolderImages((), ((folder, "links to folders"),))
+        return FolderImages((), ((folder, _LINK),))
     if recursive:
         return list_images(folder, recursive)
-    return FolderImages((), tuple((path, _IN_FOLDER) for path in _images_below(folder)))
+    return FolderImages((), tuple((path, _IN_FOLDER) for path in images_below(folder)))
 
 
-def _images_below(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
-            yield path
+def images_below(folder: Path) -> Iterator[Path]:
+    """Iterate over the files in a folder and its sub-folders that are named as images; links are not followed."""
+    for place, _, names in os.walk(folder):
+        yield from (path for name in sorted(names) if is_named_as_image(path := Path(place, name)))
 
 
 def check_image_file(path: Path) -> int:

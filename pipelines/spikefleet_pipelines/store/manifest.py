@@ -102,6 +102,9 @@ class Audit(_Record):
     same_as: dict[str, str] | None = Field(
         default=None, exclude_if=_is_absent, description="splits that are aliases of another split"
     )
+    unused: dict[str, int] | None = Field(
+        default=None, exclude_if=_is_absent, description="number of the source's files that are not used, by reason"
+    )
 
 
 class Manifest(_Record):
@@ -163,8 +166,12 @@ class Manifest(_Record):
 
     @property
     def content_hash(self) -> str:
-        """SHA-256 over the manifest and thus, through the shards' hashes, over the whole content."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        """SHA-256 over the manifest and thus, through the shards' hashes, over the whole content.
+
+        What is not in the store, such as a hidden file beside the images, does not change it.
+        """
+        content = self.model_dump(mode="json", exclude={"audit": {"unused"}})
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_json(self) -> str:

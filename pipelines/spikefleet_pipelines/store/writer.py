@@ -48,6 +48,9 @@ class StoreWriter:
         shard_bytes: approximate maximum size of a shard of raw images.
         category_ids: of a detection store, the id of each class in the annotations; None for classification.
         stand_ins: aliases of splits, used where the split itself is not written: {"test": "val"}.
+
+    Attributes:
+        unused: number of the source's files that are not used, by reason; set by the source.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class StoreWriter:
                 raise StoreError(
                     f"source {source!r}: class name {name!r} is empty or not Unicode text (UTF-8); rename the class"
                 )
+        self.unused: dict[str, int] = {}
         self._shards: dict[str, list[Shard]] = {}
         self._digests: dict[str, list[bytes]] = {}
         self._counts: dict[str, NDArray[np.int64]] = {}
@@ -243,6 +247,7 @@ class StoreWriter:
             empty_classes={split: names for split, names in empty.items() if names},
             boxes={split: _sum(parts) for split, parts in self._boxes.items()} or None,
             same_as=same_as,
+            unused=self.unused or None,
         )
 
 

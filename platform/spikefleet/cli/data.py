@@ -187,6 +187,8 @@ def _findings(boxes: BoxAudit) -> str:
 
 
 def _print_store(manifest: Manifest, where: str, as_json: bool) -> None:
+    from spikefleet_pipelines.store.image_files import counted_reasons
+
     audit = manifest.audit
     if as_json:
         print_json(
@@ -222,5 +224,7 @@ def _print_store(manifest: Manifest, where: str, as_json: bool) -> None:
     items += [(f"boxes of {split}", _findings(boxes)) for split, boxes in (audit.boxes or {}).items()]
     items.append(("duplicates", f"{audit.duplicates}, of which in two splits {audit.cross_split_duplicates}"))
     items += [(f"missing in {split}", ", ".join(names)) for split, names in audit.empty_classes.items()]
+    if audit.unused:
+        items.append(("not used", counted_reasons(audit.unused)))
     items.append(("content", manifest.content_hash))
     print_record(console, items, title=where)
