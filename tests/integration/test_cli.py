@@ -136,7 +136,7 @@ def test_registered_model_is_what_mlflow_loads(desk: Desk) -> None:
     """In a fresh process that knows only the tracking server, without unpickling."""
     code = (
         "import mlflow, numpy as np; model = mlflow.pyfunc.load_model('models:/sg_resnet_digits@champion');"
-        "print(model.predict(np.zeros((2, 1, 8, 8), np.uint8)).sum(axis=1))"
+        "print(np.asarray(model.predict(np.zeros((2, 1, 8, 8), np.uint8))).sum(axis=1))"
     )
     uri = f"sqlite:///{desk.folder}/runs/mlflow.db"
     done = subprocess.run(

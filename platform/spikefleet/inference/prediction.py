@@ -89,8 +89,7 @@ def predict_images(
     """
     task, device = trained.task, pick_device(gpu)
     network, transform = trained.network.to(device), trained.config.data.transform
-    channels, shape = trained.config.model.in_channels, trained.data.image_shape
-    size = None if task.any_size or shape is None else shape[1:]
+    channels, size = trained.config.model.in_channels, task.input_size(trained.data)
     for image in images:
         pixels = resized(read_image(image, channels), size)
         batch = image_batch(pixels[None], transform, channels).to(device)

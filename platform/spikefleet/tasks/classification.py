@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
@@ -20,6 +19,9 @@ from spikefleet.tasks.task import LossSettings, Task, TaskReport, check_class_co
 from spikefleet_models.family import ModelConfig
 from spikefleet_models.shortcut import ShortcutLogits, shortcut_loss
 from spikefleet_pipelines.loading import Batch
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _KEPT = 5
 
@@ -100,15 +102,22 @@ class Classification(Task[Ranking, int]):
         }
 
     @torch.no_grad()
-    def serve(self, network: nn.Module, batch: Batch) -> NDArray[np.float32]:
-        """Probabilities `[B, K]`."""
-        probabilities: NDArray[np.float32] = _probabilities(network, batch).numpy()
-        return probabilities
+    def serve(self, network: nn.Module, batch: Batch) -> pd.DataFrame:
+        """Probabilities, a table `[B, K]` of float32 with the names of the classes."""
+        import pandas as pd  # a dependency of MLflow, which serves
+
+        return pd.DataFrame(_probabilities(network, batch).numpy(), columns=list(self.class_names))
+
+    def joined(self, answers: Sequence[pd.DataFrame]) -> pd.DataFrame:
+        """The probabilities of several batches, as one table."""
+        import pandas as pd
+
+        return pd.concat(answers, ignore_index=True)
 
     @property
-    def served_shape(self) -> tuple[int, ...]:
-        """`[B, K]`, with -1 for B."""
-        return (-1, len(self.class_names))
+    def served_columns(self) -> tuple[str, ...]:
+        """The names of the classes."""
+        return self.class_names
 
 
 def _probabilities(network: nn.Module, batch: Batch) -> torch.Tensor:

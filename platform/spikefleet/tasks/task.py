@@ -114,10 +114,18 @@ class Task(ABC, Generic[Prediction, Target]):
         """The answer of a served model for a batch: an array, or plain data for each image."""
         return [self.report.answer(prediction) for prediction in self.predict(network, batch)]
 
+    def joined(self, answers: Sequence[Any]) -> Any:
+        """The answers of `serve` for several batches, as one."""
+        return [one for answer in answers for one in answer]
+
     @property
-    def served_shape(self) -> tuple[int, ...] | None:
-        """Shape of the served float32 array, with -1 for the batch; None for plain data."""
+    def served_columns(self) -> tuple[str, ...] | None:
+        """Names of the columns of the served table of float32; None for plain data."""
         return None
+
+    def input_size(self, data: DataSummary) -> tuple[int, int] | None:
+        """(height, width) in pixels that images are resized to before the transform; None: they keep their size."""
+        return None if self.any_size or data.image_shape is None else data.image_shape[1:]
 
 
 class TaskReport(ABC, Generic[Prediction, Target]):
