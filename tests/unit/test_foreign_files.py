@@ -140,3 +140,58 @@ def test_a_manifest_that_no_writer_writes_is_refused_by_field(tmp_path: Path, ch
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **change}))
     with pytest.raises(StoreError, match=r"manifest\.json: field .* is invalid"):
         Store.open(tmp_path / "store")
+
+
+def export(folder: Path, split: str, used: tuple[int, ...]) -> dict[str, Path | str]:
+    """As exports of labelling tools are: a category 0 that only groups the others."""
+    images = folder / split
+    images.mkdir()
+    for number in range(1, 4):
+        PIL.Image.new("RGB", (40, 32), (number, 0, 0)).save(images / f"{number}.jpg")
+    content = {
+        "images": [{"id": k, "file_name": f"{k}.jpg", "width": 40, "height": 32} for k in range(1, 4)],
+        "annotations": [
+            {"id": k, "image_id": 1 + k % 3, "category_id": one, "bbox": [1, 1, 9, 9]} for k, one in enumerate(used)
+        ],
+        "categories": [
+            {"id": 0, "name": "ball", "supercategory": "none"},
+            {"id": 1, "name": "ball", "supercategory": "ball"},
+            {"id": 2, "name": "bat", "supercategory": "ball"},
+        ],
+    }
+    (folder / f"{split}.json").write_text(json.dumps(content))
+    return {"images": images, "annotations": folder / f"{split}.json", "split": split}
+
+
+def test_a_category_that_only_groups_is_left_out_and_said(tmp_path: Path) -> None:
+    out = tmp_path / "store"
+    for split in ("train", "val"):
+        manifest = prepare("coco", None, out, **export(tmp_path, split, (1, 2, 1))).manifest
+    assert manifest.category_ids == (1, 2)
+    assert manifest.class_names == ("ball", "bat")
+    assert manifest.audit.unused == {"category that only groups others ('ball', id 0)": 1}
+
+
+def test_a_category_with_objects_or_nothing_below_it_is_a_class(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="category 1 'ball': its id or its name occurs twice"):
+        prepare("coco", None, tmp_path / "store", **export(tmp_path, "train", (0, 1)))
+    plain = coco(tmp_path, category={"supercategory": "ball"})  # COCO's person is under person
+    assert prepare("coco", None, tmp_path / "plain", **plain).manifest.category_ids == (1,)
+
+
+def test_bad_images_of_coco_are_skipped_with_their_boxes(tmp_path: Path) -> None:
+    how = export(tmp_path, "train", (1, 2, 1))
+    (tmp_path / "train" / "1.jpg").unlink()
+    (tmp_path / "train" / "2.jpg").write_bytes(b"\xff\xd8\xff")
+    with pytest.raises(SourceError, match=r"1\.jpg is missing: image 1"):
+        prepare("coco", None, tmp_path / "store", **how)
+    store = prepare("coco", None, tmp_path / "store", skip_bad=True, **how)
+    assert store.manifest.splits == {"train": 1}
+    assert store.split("train").annotations(0).image_id == 3
+    assert [(Path(one.file).name, one.reason[:10]) for one in store.manifest.audit.skipped or ()] == [
+        ("1.jpg", "it is miss"), ("2.jpg", "the header"),
+    ]  # fmt: skip
+    assert store.manifest.audit.boxes is not None
+    assert store.manifest.audit.boxes["train"].objects == 1
+    both = prepare("coco", None, tmp_path / "store", **export(tmp_path, "val", (1, 2)))
+    assert len(both.manifest.audit.skipped or ()) == 2

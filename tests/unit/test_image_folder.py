@@ -129,3 +129,42 @@ def test_a_class_whose_name_is_not_unicode_is_named(tmp_path: Path) -> None:
         (root / split / "cat").rename(root / split / "caf\udce9")
     with pytest.raises(SourceError, match=r"class folder 'caf.udce9' of .*/train has a name that is not UTF-8"):
         prepare("image_folder", root, tmp_path / "store")
+
+
+@pytest.mark.parametrize("parallel", [1, None])
+def test_bad_files_are_skipped_on_request_and_listed(
+    tmp_path: Path, parallel: int | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = fill(tmp_path / "raw", ("train", "val", "test"))
+    cat = root / "train" / "cat"
+    before = prepare("image_folder", root, tmp_path / "before").manifest
+    (cat / "cut.png").write_bytes((cat / "0.png").read_bytes()[:60])
+    (cat / "empty.png").touch()
+    (cat / "gone.png").symlink_to("/nowhere/gone.png")
+    (root / "test" / "dog" / "text.jpg").write_text("text")
+    with pytest.raises(SourceError, match=r"cat/empty\.png: the file has 0 bytes"):
+        prepare("image_folder", root, tmp_path / "store")
+    manifest = prepare("image_folder", root, tmp_path / "store", skip_bad=True, parallel=parallel).manifest
+    skipped = manifest.audit.skipped
+    assert skipped is not None
+    assert [(one.split, Path(one.file).name) for one in skipped] == [
+        ("train", "cut.png"), ("train", "empty.png"), ("train", "gone.png"), ("test", "text.jpg"),
+    ]  # fmt: skip
+    assert "the PNG is truncated" in skipped[0].reason
+    assert "link to /nowhere/gone.png" in skipped[2].reason
+    assert manifest.splits == before.splits
+    assert [shard.sha256 for shards in manifest.shards.values() for shard in shards] == [
+        shard.sha256 for shards in before.shards.values() for shard in shards
+    ]
+    assert levels(tmp_path / "store", "train") == levels(tmp_path / "before", "train")
+    _print_store(manifest, "store", as_json=False)
+    assert "empty.png: the file has 0 bytes" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_class_of_bad_files_alone_is_refused_also_when_they_are_skipped(tmp_path: Path) -> None:
+    root = fill(tmp_path / "raw", ("train", "val", "test"))
+    for path in (root / "train" / "dog").iterdir():
+        path.write_text("text")
+    with pytest.raises(ValueError, match="no training image of class 'dog'"):
+        prepare("image_folder", root, tmp_path / "store", skip_bad=True)
+    assert not (tmp_path / "store").exists()

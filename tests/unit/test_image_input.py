@@ -27,10 +27,10 @@ def test_prediction_and_store_have_the_same_pixels_of_every_mode_and_format(tmp_
     assert len(store.split("test")) == len(paths) >= 45
     for row, path in enumerate(paths):
         stored = store.split("test").image(row).numpy()
-        assert np.array_equal(read_image(path, 3), stored), path.name
+        assert np.array_equal(read_image(path), stored), path.name
         with PIL.Image.open(path) as opened:
-            assert np.array_equal(read_image(opened, 3), stored), path.name
-        grey = read_image(path, 1)
+            assert np.array_equal(read_image(opened), stored), path.name
+        grey = with_channels(read_image(path), 1)
         assert grey.shape == (1, *stored.shape[1:])
         assert np.array_equal(
             grey[0], np.asarray(PIL.Image.fromarray(np.ascontiguousarray(stored.transpose(1, 2, 0))).convert("L"))
@@ -40,11 +40,11 @@ def test_prediction_and_store_have_the_same_pixels_of_every_mode_and_format(tmp_
 def test_arrays_are_read_in_each_layout() -> None:
     pixels = np.asarray(COLOUR)
     for array in (pixels, pixels.transpose(2, 0, 1)):
-        assert np.array_equal(read_image(array, 3), pixels.transpose(2, 0, 1))
-    assert np.array_equal(read_image(pixels[..., 0], 3), np.repeat(pixels[None, ..., 0], 3, 0))
+        assert np.array_equal(read_image(array), pixels.transpose(2, 0, 1))
+    assert np.array_equal(with_channels(read_image(pixels[..., 0]), 3), np.repeat(pixels[None, ..., 0], 3, 0))
     for wrong in (DEEP, pixels / 255, np.zeros((0, 3), np.uint8), SMOOTH):
         with pytest.raises(UserError, match="expected uint8 pixels"):
-            read_image(wrong, 3)
+            read_image(wrong)
 
 
 def test_images_are_resized_as_in_training() -> None:
@@ -71,4 +71,4 @@ def test_what_is_no_image_is_named_with_its_reason(tmp_path: Path) -> None:
         ("missing.png", "No such file"),
     ):
         with pytest.raises(UserError, match=rf"image .*{name} cannot be read: {reason}"):
-            read_image(tmp_path / name, 3)
+            read_image(tmp_path / name)

@@ -37,6 +37,7 @@ def prepare(
     parallel: int | None = None,
     seed: int = 0,
     overwrite: bool = False,
+    skip_bad: bool = False,
     **options: Any,
 ) -> "Store":
     """Build a store from raw data.
@@ -56,6 +57,7 @@ def prepare(
             and with many images, of this machine. More than 1 starts a local Ray if none is running.
         seed: selects the samples held out of the training data for val (and for test where the source has none).
         overwrite: replace another store at `out`.
+        skip_bad: leave out image files that are missing or cannot be read, and list them in the manifest.
         **options: of the source.
 
     Returns:
@@ -80,7 +82,7 @@ def prepare(
             )
         of_split = check_options(source, options, source.split_options)
         with _writing(out):
-            split_writer(of_split, out.resolve(), progress or _quiet, parallel, seed, overwrite)
+            split_writer(of_split, out.resolve(), progress or _quiet, parallel, seed, overwrite, skip_bad)
         return Store.open(out, verify=False)
     checked = check_options(source, options)
     recorded = {**checked.model_dump(mode="json"), "seed": seed}
@@ -116,6 +118,7 @@ def prepare(
             overwrite=overwrite,
             category_ids=contents.category_ids,
             stand_ins=contents.stand_ins,
+            skip_bad=skip_bad,
         ) as writer,
     ):
         contents.write(writer, progress or _quiet, parallel)

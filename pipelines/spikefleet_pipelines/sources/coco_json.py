@@ -6,8 +6,8 @@ an inconsistent file is refused with the id at fault.
 
 import math
 from array import array
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeGuard
 
@@ -33,6 +33,21 @@ class CocoFile:
     columns: AnnotationColumns
     computed_areas: NDArray[np.int64]
     """Number of annotations without an area, for each image, [n]."""
+    grouping: tuple[tuple[int, str], ...] = ()
+    """Ids and names of the categories that are left out because they only group others, as some exports have them."""
+
+    @property
+    def unused(self) -> dict[str, int]:
+        """The categories that are left out, for the manifest."""
+        return {f"category that only groups others ({name!r}, id {number})": 1 for number, name in self.grouping}
+
+    def with_all_categories(self) -> "CocoFile":
+        """The same file with the categories that only group others."""
+        table = dict(
+            sorted({**dict(self.grouping), **dict(zip(self.category_ids, self.class_names, strict=True))}.items())
+        )
+        _check_names(self.path, table)
+        return replace(self, category_ids=tuple(table), class_names=tuple(table.values()), grouping=())
 
     def check_same_categories(self, category_ids: tuple[int, ...], class_names: tuple[str, ...], where: str) -> None:
         """Compare the categories with those of another file or of a store.
@@ -64,6 +79,7 @@ def read_coco_json(path: Path) -> CocoFile:
         SourceError: the file is not an annotation file, or an entry is invalid; the message names the file and the id.
     """
     categories: dict[int, str] = {}
+    above: dict[int, object] = {}
     images: dict[int, tuple[str, int, int]] = {}
     objects = _Objects(path)
     lists: set[str] = set()
@@ -81,9 +97,10 @@ def read_coco_json(path: Path) -> CocoFile:
                 raise SourceError(
                     f"{path}: category {number}: name is {_short(name)}, expected a non-empty string of Unicode text"
                 )
-            if number in categories or name in categories.values():
+            if number in categories:
                 raise SourceError(f"{path}: category {number} {name!r}: its id or its name occurs twice")
             categories[number] = name
+            above[number] = entry.get("supercategory")
         else:
             if number in images:
                 raise SourceError(f"{path}: image id {number} occurs twice")
@@ -96,10 +113,35 @@ def read_coco_json(path: Path) -> CocoFile:
             f"{path}: list 'annotations' is missing, so it is not the JSON of a labelled data set; give the one with "
             "the boxes"
         )
+    grouping = _grouping(categories, above, objects.category_ids)
+    for number, _ in grouping:
+        del categories[number]
+    _check_names(path, categories)
     ids = tuple(sorted(categories))
     columns, computed = objects.columns(images, categories)
     names = tuple(name for name, _, _ in images.values())
-    return CocoFile(path, ids, tuple(categories[number] for number in ids), names, columns, computed)
+    return CocoFile(path, ids, tuple(categories[number] for number in ids), names, columns, computed, grouping)
+
+
+def _grouping(
+    categories: Mapping[int, str], above: Mapping[int, object], used: Collection[int]
+) -> tuple[tuple[int, str], ...]:
+    """The categories that are no class: without objects, under no other, and the supercategory of another one."""
+    return tuple(
+        (number, name)
+        for number, name in sorted(categories.items())
+        if number not in used
+        and above[number] in (None, "", "none")
+        and any(above[other] == name for other in categories if other != number)
+    )
+
+
+def _check_names(path: Path, categories: Mapping[int, str]) -> None:
+    seen: set[str] = set()
+    for number, name in categories.items():
+        if name in seen:
+            raise SourceError(f"{path}: category {number} {name!r}: its id or its name occurs twice")
+        seen.add(name)
 
 
 class _Objects:
@@ -144,6 +186,11 @@ class _Objects:
         self._crowd.append(int(crowd))
         self._areas.append(box[2] * box[3] if area is None else area)
         self._computed.append(area is None)
+
+    @property
+    def category_ids(self) -> set[int]:
+        """The categories of the annotations."""
+        return set(self._category_ids)
 
     def columns(
         self, images: Mapping[int, tuple[str, int, int]], categories: Mapping[int, str]

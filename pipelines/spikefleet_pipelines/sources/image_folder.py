@@ -6,7 +6,6 @@ stored unchanged, after each was decoded once to find broken ones.
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,23 +14,20 @@ from numpy.typing import NDArray
 
 from spikefleet_pipelines.errors import SourceError
 from spikefleet_pipelines.sources.contents import held_out
+from spikefleet_pipelines.sources.encoded_files import ENCODED, ShardJob, select_targets, write_shards
 from spikefleet_pipelines.sources.image_folder_config import IMAGE_FOLDER
-from spikefleet_pipelines.sources.ray_tasks import run_tasks
 from spikefleet_pipelines.sources.source import Progress, SourceOptions
 from spikefleet_pipelines.store.image_files import (
     check_image_file,
     images_below,
     is_named_as_image,
     list_images,
-    read_image_file,
     reason_unused,
 )
 from spikefleet_pipelines.store.image_header import IMAGE_SUFFIXES
-from spikefleet_pipelines.store.manifest import ImageFormat, Shard, is_text
-from spikefleet_pipelines.store.shards import write_shard
-from spikefleet_pipelines.store.writer import StoreWriter, content_digests
+from spikefleet_pipelines.store.manifest import ImageFormat, is_text
+from spikefleet_pipelines.store.writer import StoreWriter
 
-_ENCODED = ImageFormat(encoding="encoded")
 _NO_SPLIT = "image files in folders beside train, val and test"
 _NO_CLASS = "image files in no class folder"
 _HIDDEN_CLASS = "image files in hidden folders"
@@ -49,21 +45,12 @@ class _Files:
 
 
 @dataclass(frozen=True)
-class _Job:
-    """One shard to write."""
-
-    split: str
-    out: Path
-    files: _Files
-
-
-@dataclass(frozen=True)
 class FolderContents:
     """The image files of a data set; they are read when the store is written."""
 
     class_names: tuple[str, ...]
     splits: dict[str, _Files]
-    image: ImageFormat = _ENCODED
+    image: ImageFormat = ENCODED
     category_ids: None = None
     stand_ins: Mapping[str, str] = field(default_factory=dict)
     unused: Mapping[str, int] = field(default_factory=dict)
@@ -72,17 +59,20 @@ class FolderContents:
     def write(self, writer: StoreWriter, progress: Progress, parallel: int | None) -> None:
         """Write all splits; see `Contents`."""
         writer.unused = dict(self.unused)
-        total, done = sum(len(files.paths) for files in self.splits.values()), 0
         jobs = [
-            _Job(split, writer.directory / writer.shard_name(split, number), part)
+            ShardJob(
+                split,
+                writer.directory / writer.shard_name(split, number),
+                part.paths,
+                part.labels,
+                "replace or remove the file",
+                writer.skip_bad,
+            )
             for split, files in self.splits.items()
-            for number, part in enumerate(_parts(files, writer.shard_bytes))
+            for number, part in enumerate(_parts(files, writer))
         ]
-        with closing(run_tasks(_convert, jobs, parallel, total)) as results:
-            for job, (shard, digests) in zip(jobs, results, strict=True):
-                writer.add_shard(job.split, shard, job.files.labels, digests)
-                done += shard.rows
-                progress(done, total)
+        for job, rows, shard, digests in write_shards(writer, jobs, progress, parallel):
+            writer.add_shard(job.split, shard, select_targets(job.targets, rows), digests)
 
 
 def read_image_folder(root: Path, options: SourceOptions, seed: int) -> FolderContents:
@@ -167,29 +157,17 @@ def _list(folder: Path, classes: Sequence[str], unused: Counter[str]) -> _Files:
     return _Files(tuple(paths), np.array(labels, np.int64))
 
 
-def _parts(files: _Files, shard_bytes: int) -> list[_Files]:
+def _parts(files: _Files, writer: StoreWriter) -> list[_Files]:
     """Divide the files into shards of about `shard_bytes`, independent of the number of writers."""
-    sizes = np.cumsum([0, *map(_size, files.paths)])[:-1]
-    number = sizes // shard_bytes
+    sizes = np.cumsum([0, *(_size(path, writer.skip_bad) for path in files.paths)])[:-1]
+    number = sizes // writer.shard_bytes
     return [files.where(number == value) for value in np.unique(number)]
 
 
-def _size(path: Path) -> int:
+def _size(path: Path, skip_bad: bool) -> int:
     try:
         return check_image_file(path)
     except ValueError as error:
+        if skip_bad:
+            return 0
         raise SourceError(f"{path}: {error}; replace or remove the file") from None
-
-
-def _convert(job: _Job) -> tuple[Shard, list[bytes]]:
-    from spikefleet_pipelines.store.decode import decode_rgb  # here, because torchvision takes seconds to import
-
-    images = []
-    for path in job.files.paths:
-        try:
-            encoded = read_image_file(path)
-            decode_rgb(np.frombuffer(encoded, np.uint8))
-        except ValueError as error:
-            raise SourceError(f"{path}: {error}; replace or remove the file") from error
-        images.append(encoded)
-    return write_shard(job.out, images, job.files.labels, _ENCODED), content_digests(images)

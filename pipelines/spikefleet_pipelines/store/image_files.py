@@ -50,12 +50,13 @@ def reason_unused(path: Path) -> str:
     return _HIDDEN if path.name.startswith(".") else _OTHER_SUFFIX
 
 
-def list_images(folder: Path, recursive: bool = False) -> FolderImages:
+def list_images(folder: Path, recursive: bool = False, hidden: bool = False) -> FolderImages:
     """List the files of a folder that are named as images; a broken link that is named so is among them.
 
     Args:
         folder: an existing directory.
         recursive: list sub-folders too; without it their images are unused.
+        hidden: list files whose names start with a dot too, where they are named as images.
 
     Raises:
         OSError: a folder cannot be read.
@@ -64,22 +65,22 @@ def list_images(folder: Path, recursive: bool = False) -> FolderImages:
     unused: list[tuple[Path, str]] = []
     for path in sorted(folder.iterdir()):
         if path.is_dir() and path.suffix.lower() not in IMAGE_SUFFIXES:
-            inside = _of_sub_folder(path, recursive and not path.name.startswith("."))
+            inside = _of_sub_folder(path, recursive and not path.name.startswith("."), hidden)
             images += inside.images
             unused += inside.unused
-        elif is_named_as_image(path):
+        elif is_named_as_image(path) or (hidden and path.suffix.lower() in IMAGE_SUFFIXES):
             images.append(path)
         else:
             unused.append((path, reason_unused(path)))
     return FolderImages(tuple(images), tuple(unused))
 
 
-def _of_sub_folder(folder: Path, recursive: bool) -> FolderImages:
+def _of_sub_folder(folder: Path, recursive: bool, hidden: bool) -> FolderImages:
     # A link to a folder is not followed: it may lead to a folder above.
     if folder.is_symlink():
         return FolderImages((), ((folder, _LINK),))
     if recursive:
-        return list_images(folder, recursive)
+        return list_images(folder, recursive, hidden)
     return FolderImages((), tuple((path, _IN_FOLDER) for path in images_below(folder)))
 
 

@@ -88,6 +88,14 @@ def _is_absent(value: object) -> bool:
     return value is None
 
 
+class SkippedFile(_Record):
+    """A file that could not be read and was left out, as was asked for."""
+
+    split: str
+    file: str
+    reason: str
+
+
 class Audit(_Record):
     """Statistics of the store when it was written; duplicates are images with equal stored bytes."""
 
@@ -103,7 +111,10 @@ class Audit(_Record):
         default=None, exclude_if=_is_absent, description="splits that are aliases of another split"
     )
     unused: dict[str, int] | None = Field(
-        default=None, exclude_if=_is_absent, description="number of the source's files that are not used, by reason"
+        default=None, exclude_if=_is_absent, description="number of what the source has and does not use, by reason"
+    )
+    skipped: tuple[SkippedFile, ...] | None = Field(
+        default=None, exclude_if=_is_absent, description="damaged or missing files that were left out"
     )
 
 
@@ -170,7 +181,7 @@ class Manifest(_Record):
 
         What is not in the store, such as a hidden file beside the images, does not change it.
         """
-        content = self.model_dump(mode="json", exclude={"audit": {"unused"}})
+        content = self.model_dump(mode="json", exclude={"audit": {"unused", "skipped"}})
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 

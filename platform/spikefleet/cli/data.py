@@ -34,6 +34,7 @@ _OTHER_FORMATS = {
     "roboflow": f"export the data set from Roboflow in the format 'COCO JSON'; then {_AS_COCO.partition(' and ')[2]}",
 }
 """Formats that people have, and what to do with each."""
+_SHOWN_SKIPPED = 20
 _OTHER_NAMES = {
     "yolov5": "yolo",
     "yolov8": "yolo",
@@ -72,6 +73,9 @@ def prepare_data(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a store that is there (with --split: only that split).")
     ] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out image files that cannot be read; the manifest lists them.")
+    ] = False,
     as_json: AsJson = False,
     stores_dir: StoresDir = Path("stores"),
 ) -> None:
@@ -93,7 +97,7 @@ def prepare_data(
         from spikefleet.data_access import prepare_store
 
     folder = out or stores_dir / source
-    how = {"seed": seed, "parallel": parallel, "overwrite": overwrite}
+    how = {"seed": seed, "parallel": parallel, "overwrite": overwrite, "skip_bad": skip_bad}
     store = prepare_store(source, root, folder, where, options, address=address, **how)
     _print_store(store.manifest, str(folder), as_json)
 
@@ -226,5 +230,9 @@ def _print_store(manifest: Manifest, where: str, as_json: bool) -> None:
     items += [(f"missing in {split}", ", ".join(names)) for split, names in audit.empty_classes.items()]
     if audit.unused:
         items.append(("not used", counted_reasons(audit.unused)))
+    if audit.skipped:
+        lines = [f"{one.split}: {one.file}: {one.reason}" for one in audit.skipped[:_SHOWN_SKIPPED]]
+        more = len(audit.skipped) - len(lines)
+        items.append(("skipped", "\n".join([*lines, *([f"and {more} more, in manifest.json"] if more else [])])))
     items.append(("content", manifest.content_hash))
     print_record(console, items, title=where)

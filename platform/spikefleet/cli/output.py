@@ -33,6 +33,13 @@ def print_json(data: Any) -> None:
     sys.stdout.write("\n")
 
 
+def print_json_line(data: Any) -> None:
+    """Prints JSON on one line of stdout, at once."""
+    json.dump(data, sys.stdout, ensure_ascii=False)
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+
+
 @contextmanager
 def loading(what: str, where: Console = console) -> Iterator[Announce]:
     """Names a library that takes seconds to import, and pauses the garbage collector while it is imported.

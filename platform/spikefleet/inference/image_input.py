@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from spikefleet.errors import UserError
-from spikefleet_pipelines.in_memory import with_channels
 from spikefleet_pipelines.store.decode import decode_rgb, rgb_of
 from spikefleet_pipelines.store.image_files import read_image_file
 
@@ -20,32 +19,30 @@ ImageInput = str | Path | Image.Image | NDArray[np.uint8]
 """An image file, a PIL image, or uint8 pixels `[H, W]`, `[H, W, C]` or `[C, H, W]` with C = 1 or 3."""
 
 
-def read_image(image: ImageInput, channels: int) -> Pixels:
+def read_image(image: ImageInput) -> Pixels:
     """Reads an image by the decoder of the stores, rotated as its EXIF orientation says.
 
     Args:
         image: a file, a PIL image or an array.
-        channels: 1 or 3; the image is converted to grey or RGB.
 
     Returns:
-        Pixels, uint8 `[C, H, W]`.
+        Pixels, uint8 `[C, H, W]` with C = 3, or C = 1 of an array that has no more.
 
     Raises:
         UserError: the file cannot be read, or the array has another shape or type; the message names the file.
     """
-    return with_channels(_pixels(image), channels)
-
-
-def _pixels(image: ImageInput) -> Pixels:
     if isinstance(image, np.ndarray):
         return _from_array(image)
     try:
-        if isinstance(image, Image.Image):
-            return rgb_of(image).numpy()
-        return decode_rgb(np.frombuffer(read_image_file(Path(image)), np.uint8)).numpy()
+        return rgb_of(image).numpy() if isinstance(image, Image.Image) else read_unnamed(Path(image))
     except ValueError as error:
         named = "the PIL image" if isinstance(image, Image.Image) else f"image {image}"
         raise UserError(f"{named} cannot be read: {error}") from None
+
+
+def read_unnamed(path: Path) -> Pixels:
+    """Reads a file as `read_image` does. Raises ValueError with the reason alone if it cannot be read."""
+    return decode_rgb(np.frombuffer(read_image_file(path), np.uint8)).numpy()
 
 
 def _from_array(pixels: NDArray[np.uint8]) -> Pixels:
