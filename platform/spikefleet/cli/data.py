@@ -64,10 +64,14 @@ def prepare_data(
         str | None, typer.Option(help="coco: train, val or test. It is added to the store, if that is there.")
     ] = None,
     option: Annotated[list[str] | None, typer.Option(help="Option of the source, for example upsample=4.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the validation split, where the source has none.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Seed of the validation split, where the source has none.")
+    ] = 0,
     parallel: Annotated[
         int | None,
-        typer.Option(min=1, help="Ray tasks at a time, for encoded images; all CPUs, where there are many images."),
+        typer.Option(
+            min=1, max=100_000, help="Ray tasks at a time, for encoded images; all CPUs, where there are many images."
+        ),
     ] = None,
     address: Address = None,
     overwrite: Annotated[

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from spikefleet.config.limits import beyond_limits
 from spikefleet.config.messages import did_you_mean, error_messages
 from spikefleet.config.schema import Config
 from spikefleet.config.strict_yaml import parse_value, read_mapping, read_yaml_text
@@ -107,7 +108,7 @@ def parse_config(tree: Mapping[str, Any], origin: str) -> Config:
         config = Config.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"{origin}: {error_messages(error, Config, tree, concrete=_concrete)}") from None
-    _check_kinds(tree, config, origin)
+    _check_values(tree, config, origin)
     return config
 
 
@@ -117,7 +118,7 @@ def parse_model(tree: Any, origin: str) -> ModelConfig:
         model = _MODEL.validate_python(tree)
     except ValidationError as error:
         raise UserError(f"{origin}: {error_messages(error, Config, tree, at=('model',), concrete=_concrete)}") from None
-    _check_kinds(tree, model, origin, "model")
+    _check_values(tree, model, origin, "model")
     return model
 
 
@@ -128,13 +129,14 @@ def parse_transform(tree: Any, origin: str) -> BatchTransformConfig:
     except ValidationError as error:
         where = ("data", "transform")
         raise UserError(f"{origin}: {error_messages(error, Config, tree, at=where, concrete=_concrete)}") from None
-    _check_kinds(tree, transform, origin, "data.transform")
+    _check_values(tree, transform, origin, "data.transform")
     return transform
 
 
-def _check_kinds(tree: Any, validated: BaseModel, origin: str, at: str = "") -> None:
-    """Raises UserError where validation took `true` for 1 or `yes` for true."""
-    if problems := list(changed_kinds(tree, validated.model_dump(mode="json"), at)):
+def _check_values(tree: Any, validated: BaseModel, origin: str, at: str = "") -> None:
+    """Raises UserError where validation took `true` for 1 or `yes` for true, and for a value beyond any limit."""
+    plain = validated.model_dump(mode="json")
+    if problems := [*changed_kinds(tree, plain, at), *beyond_limits(plain, at)]:
         raise UserError(f"{origin}: {'; '.join(problems)}")
 
 

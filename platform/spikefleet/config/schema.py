@@ -30,10 +30,10 @@ class Section(BaseModel):
 class TrainConfig(Section):
     """Duration, batch size, precision and regularisation of training."""
 
-    epochs: int = Field(ge=1, description="passes over the training split")
-    global_batch: int = Field(ge=1, description="samples per optimizer step, over all workers")
-    accumulate: int = Field(1, ge=1, description="micro-batches per worker and optimizer step")
-    eval_batch: int = Field(256, ge=1, description="samples per evaluation batch and worker")
+    epochs: int = Field(ge=1, le=10_000_000, description="passes over the training split")
+    global_batch: int = Field(ge=1, le=10_000_000, description="samples per optimizer step, over all workers")
+    accumulate: int = Field(1, ge=1, le=1_000_000, description="micro-batches per worker and optimizer step")
+    eval_batch: int = Field(256, ge=1, le=1_000_000, description="samples per evaluation batch and worker")
     evaluate_every: int = Field(1, ge=1, description="epochs between evaluations on the validation split")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of initialisation, sample order and augmentation")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast type; membranes stay fp32")
@@ -109,9 +109,9 @@ class ClusterConfig(Section):
     The number of workers changes the result: it decides which samples share batch statistics, and the order of sums.
     """
 
-    workers: int = Field(1, ge=0, description="Ray Train workers; 0: train in this process, without Ray")
+    workers: int = Field(1, ge=0, le=100_000, description="Ray Train workers; 0: train in this process, without Ray")
     gpu: bool = Field(False, description="use one GPU per worker")
-    cpus_per_worker: float = Field(1, gt=0, description="CPUs of each worker")
+    cpus_per_worker: float = Field(1, gt=0, le=100_000, description="CPUs of each worker")
     max_failures: int = Field(3, ge=-1, description="restarts after a worker failure; -1: no limit")
 
 
