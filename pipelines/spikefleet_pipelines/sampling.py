@@ -73,6 +73,8 @@ class EpochPlan:
     statistics need two) is merged into the batch before it, so that no rank is ever empty and no sample is dropped. The
     parts of a step are `images.tensor_split(accumulate)`.
 
+    With `drop_partial` an epoch has whole batches only; the samples that are left over are others in each epoch.
+
     Attributes:
         samples: number of samples of the split.
         global_batch: samples of all ranks per step.
@@ -81,6 +83,7 @@ class EpochPlan:
         seed: of the order.
         accumulate: parts of a step, between which gradients are accumulated.
         shuffle: permute the samples in each epoch.
+        drop_partial: leave out the samples of a last, partial batch.
 
     Raises:
         ValueError: global_batch is not a multiple of world_size * accumulate, or there are too few samples.
@@ -93,6 +96,7 @@ class EpochPlan:
     seed: int = 0
     accumulate: int = 1
     shuffle: bool = True
+    drop_partial: bool = False
 
     def __post_init__(self) -> None:
         _check_ranks(self.samples, self.global_batch, self.world_size, self.rank)
@@ -111,6 +115,11 @@ class EpochPlan:
                 f"{self.samples} samples are too few for world_size {self.world_size} x accumulate {self.accumulate}: "
                 f"a batch needs at least {self._least_batch}; set fewer workers or a smaller accumulate"
             )
+        if self.drop_partial and self.samples < self.global_batch:
+            raise ValueError(
+                f"{self.samples} samples are fewer than global_batch {self.global_batch}, so that dropping the partial "
+                "batch leaves none; set a smaller global_batch, or keep the partial batch"
+            )
 
     @property
     def _least_batch(self) -> int:
@@ -121,7 +130,12 @@ class EpochPlan:
     def steps_per_epoch(self) -> int:
         """Number of steps of an epoch, the last one possibly partial."""
         full, rest = divmod(self.samples, self.global_batch)
-        return full + (rest >= self._least_batch)
+        return full + (rest >= self._least_batch and not self.drop_partial)
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Number of samples in the batches of an epoch."""
+        return self.steps_per_epoch * self.global_batch if self.drop_partial else self.samples
 
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[StepBatch]:
         """Yield this rank's batches of an epoch from `start_step` on; none for `start_step == steps_per_epoch`.
@@ -139,7 +153,7 @@ class EpochPlan:
         steps = self.steps_per_epoch
         for step in range(start_step, steps):
             start = step * self.global_batch
-            count = self.samples - start if step == steps - 1 else self.global_batch
+            count = self.samples_per_epoch - start if step == steps - 1 else self.global_batch
             yield StepBatch(step, order[_rank_slice(start, count, self.world_size, self.rank)], count)
 
 

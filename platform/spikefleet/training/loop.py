@@ -2,7 +2,8 @@
 
 Data-parallel back-propagation through time (BPTT): each worker runs all T steps on its slice of the global batch, and
 DDP averages the gradients. The mean over the global batch is exact for any number of workers and any size of the last
-batch. A detector's loss is divided by a count over the global batch (`train.loss_divisor`), so the same holds for it.
+batch, whose weight `train.partial_batch` chooses. A detector's loss is divided by a count over the global batch
+(`train.loss_divisor`), so the same holds for it.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ def train(
             training_step(state, task, batch, meter, sink)
             if due(config.checkpoint.every_steps, state.step) and state.step_in_epoch < state.steps_per_epoch:
                 _save(state, folder, sink)
-        _finish_epoch(state, task, splits, folder, sink)
+        _finish_epoch(state, task, splits, plan, folder, sink)
         meter.restart()
     return _test_best(state, task, splits, folder, run_dir, sink)
 
@@ -153,6 +154,7 @@ def prepare_parts(config: Config, store: Store, group: ProcessGroup) -> tuple[An
             rank=group.rank,
             seed=config.train.seed,
             accumulate=config.train.accumulate,
+            drop_partial=config.train.partial_batch == "drop",
         )
     except ValueError as error:
         raise UserError(f"the configuration does not fit the data: {error}") from error
@@ -248,12 +250,12 @@ def _draw_first_batch(config: Config, task: AnyTask, store: Store, plan: EpochPl
 
 
 def _finish_epoch(
-    state: TrainingState, task: AnyTask, splits: Splits, folder: CheckpointFolder, sink: EventSink
+    state: TrainingState, task: AnyTask, splits: Splits, plan: EpochPlan, folder: CheckpointFolder, sink: EventSink
 ) -> None:
     """Evaluates, moves the position to the next epoch, and saves a checkpoint if it is due or the best so far."""
     config = state.config
     row = {"epoch": float(state.epoch + 1)}
-    row |= {f"train/{name}": total / len(splits.train.split) for name, total in state.sums.items()}
+    row |= {f"train/{name}": total / plan.samples_per_epoch for name, total in state.sums.items()}
     if config.shortcut.enabled:
         row["balance_coefficient"] = state.balance
     gradients = _gradient_table(state)

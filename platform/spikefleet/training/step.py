@@ -81,6 +81,8 @@ def training_step(state: TrainingState, task: AnyTask, batch: Batch, meter: Mete
             weight = group.size * share
             if config.train.loss == "sum":
                 weight *= batch.global_count
+            elif config.train.partial_batch == "weigh":  # each sample of an epoch then counts the same
+                weight *= batch.global_count / config.train.global_batch
             state.scaler.scale(values["loss"] * weight).backward()
         for name, value in values.items():
             local[name] = local.get(name, 0) + value.detach().double() * (len(part.targets) if count is None else 1)
