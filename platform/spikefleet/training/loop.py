@@ -155,6 +155,7 @@ def prepare_parts(config: Config, store: Store, group: ProcessGroup) -> tuple[An
             seed=config.train.seed,
             accumulate=config.train.accumulate,
             drop_partial=config.train.partial_batch == "drop",
+            training=config.data.transform.training_rows(splits.train.split),
         )
     except ValueError as error:
         raise UserError(f"the configuration does not fit the data: {error}") from error
