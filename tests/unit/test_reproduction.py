@@ -17,10 +17,12 @@ from spikefleet.reproduction.reproduce import (
     ReproductionPlan,
     _cells,
     _config,
+    _differs,
     _distinct,
 )
 from spikefleet.reproduction.scales import Scale
 from spikefleet.reproduction.table import PaperTable, list_tables, load_table
+from spikefleet.runs.run_dir import Run
 
 SCALES: tuple[Scale, ...] = ("digits", "fashion_mnist", "full")
 
@@ -173,3 +175,17 @@ def test_a_recipe_that_is_edited_is_read_anew(tmp_path: Path) -> None:
     after = reproduce._config(str(recipe), {"train.epochs": 2})
     assert (before.optim.lr, after.optim.lr) == (0.1, 0.2)
     assert before.digest() != after.digest()
+
+
+@pytest.mark.parametrize(
+    ("options", "differs"),
+    [({"upsample": 2}, False), ({}, True), ({"upsample": 1}, True)],
+)
+def test_a_training_on_other_data_is_of_an_earlier_form(options: dict[str, int], differs: bool, tmp_path: Path) -> None:
+    """Also the same images in another size."""
+    run = Run(tmp_path / "trial")
+    run.path.mkdir()
+    trained = _config("digits_narrow", {"data.options": options})
+    (run.path / "config.json").write_text(json.dumps(trained.dump()))
+    run.note(status="finished")
+    assert _differs(run, _config("digits_narrow", {})) is differs

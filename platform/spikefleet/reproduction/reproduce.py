@@ -37,6 +37,7 @@ from spikefleet_models.energy import EnergyCard, energy_at_rates
 from spikefleet_models.energy_constants import energy_constants
 from spikefleet_models.families import build_model
 from spikefleet_pipelines.errors import SourceError, StoreError
+from spikefleet_pipelines.sources import check_options, find_source
 from spikefleet_tune.journal import TrialRecord
 from spikefleet_tune.result import SearchResult
 from spikefleet_tune.search_file import search_of
@@ -299,7 +300,9 @@ def _differs(run: Run, config: Config) -> bool:
     def compared(one: Config) -> dict[str, Any]:
         kept = ("model", "train", "optim", "shortcut", "checkpoint")
         tree = one.dump()
-        return {**{key: tree[key] for key in kept}, "transform": tree["data"]["transform"]}
+        options = check_options(find_source(one.data.source), one.data.options).model_dump(mode="json")
+        data = {"transform": tree["data"]["transform"], "options": options, "seed": one.data.seed}
+        return {**{key: tree[key] for key in kept}, **data}
 
     return compared(run.config()) != compared(config)
 
