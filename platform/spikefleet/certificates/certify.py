@@ -31,6 +31,8 @@ class Certificates:
 def certify(config: Config, checkpoint: Path, report: Path, store: Store, announce: Announce = silent) -> Certificates:
     """Checks a checkpoint and measures its energy on validation images, unless an earlier call did.
 
+    Without a validation split, on training images: no figure that is reported may depend on test images.
+
     Args:
         config: configuration of the run.
         checkpoint: directory of the run's best checkpoint.
@@ -52,14 +54,13 @@ def certify(config: Config, checkpoint: Path, report: Path, store: Store, announ
         (report / CERTIFICATE).unlink(missing_ok=True)
         network = best_network(load_checkpoint(checkpoint), config.model)
         task = build_task(config, DataSummary.of(store.manifest))
+        split = store.split("val" if "val" in store.manifest.splits else "train")
         announce("spike check")
-        check_spikes(network, task, config, store.split("val")).write(proof)
+        check_spikes(network, task, config, split).write(proof)
         announce("measuring energy")
-        write_card(measure_energy(network, config.data.transform, store.split("val")), report)
-        write_json(
-            report / CERTIFICATE,
-            {"checkpoint": certified, "sha256": {file.name: sha256_of(file) for file in files}},
-        )
+        write_card(measure_energy(network, config.data.transform, split), report)
+        hashes = {file.name: sha256_of(file) for file in files}
+        write_json(report / CERTIFICATE, {"checkpoint": certified, "split": split.name, "sha256": hashes})
     return Certificates(read_json(proof)["verdict"], float(read_json(energy)["totals"]["energy_mj"]), files)
 
 

@@ -112,6 +112,8 @@ class ReproducedRow:
     trials: tuple[str, ...] = ()
     data_hashes: tuple[str, ...] = ()
     commits: tuple[str, ...] = ()
+    split: str = ""
+    """What the task's metrics were measured on: "test", or "val" where the data have no other images to report on."""
     remark: str = ""
     """Why it was not run, or not with all seeds."""
 
@@ -290,6 +292,7 @@ def _measured(plan: ReproductionPlan, entry: Entry, result: SearchResult, option
         tuple(record.name for record, _ in runs),
         tuple(dict.fromkeys(run.data().content_hash for _, run in runs)),
         tuple(dict.fromkeys(str(run.record().get("code_version", "unknown")) for _, run in runs)),
+        _split_of(plan.table, [record for record, _ in runs]),
         "; ".join(problems) if runs or not problems else f"not run: {'; '.join(problems)}",
     )
 
@@ -322,11 +325,24 @@ def _cells(table: PaperTable, entry: Entry, runs: Sequence[tuple[TrialRecord, Ru
 
 def _trial_metric(table: PaperTable, key: str, column: Column, record: TrialRecord, run: Run) -> float | None:
     if column.origin == "run":
-        return record.metrics.get(key)
+        return record.metrics.get(key, record.metrics.get(_on_validation(key)))
     assert table.counted is not None, "the table's validation requires it"
     card = EnergyCard.from_dict(read_json(run.path / "report" / ENERGY)).under(table.counted.constants)
     value: float | None = getattr(card, key)
     return value
+
+
+def _on_validation(key: str) -> str:
+    """The key of a test metric where the validation split has the only images to report on, as on COCO and ImageNet."""
+    return f"val/{key.removeprefix('test/')}" if key.startswith("test/") else key
+
+
+def _split_of(table: PaperTable, records: Sequence[TrialRecord]) -> str:
+    """The split of the table's test metrics in trainings: "test", "val", or "" without such metrics."""
+    keys = [key for key in table.columns if key.startswith("test/")]
+    if any(key in record.metrics for record in records for key in keys):
+        return "test"
+    return "val" if any(_on_validation(key) in record.metrics for record in records for key in keys) else ""
 
 
 def _network_metrics(table: PaperTable, entry: Entry) -> dict[str, float]:
