@@ -34,7 +34,7 @@ class Snapshot:
     """The content of a checkpoint, with which training resumes."""
 
     tensors: Mapping[str, Mapping[str, torch.Tensor]]
-    """Groups of tensors: model, optimizer, random, and maybe branches, average (the EMA) and statistics (by rank)."""
+    """Groups of tensors: model, optimizer, random, and maybe branches and average (the EMA)."""
     state: Mapping[str, Any]
     """Plain data: position, best checkpoint, history, scaler."""
     config: Mapping[str, Any]

@@ -27,7 +27,6 @@ from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.evaluation import Evaluation, evaluate
 from spikefleet.training.events import CheckpointSaved, EpochDone, EventSink, Note, Phase, Started
 from spikefleet.training.malloc import keep_freed_memory
-from spikefleet.training.rank_statistics import averaged_statistics
 from spikefleet.training.state import TrainingState
 from spikefleet.training.step import Meter, due, micro_batches, training_step
 from spikefleet.versions import library_versions
@@ -310,8 +309,7 @@ def _finish_epoch(
 
 
 def _evaluate(state: TrainingState, task: AnyTask, loader: BatchLoader) -> Evaluation[Any, Any] | None:
-    with averaged_statistics(state.eval_model, state.group):
-        return evaluate(state.eval_model, task, loader, state.config.train, state.group)
+    return evaluate(state.eval_model, task, loader, state.config.train, state.group)
 
 
 def _improves(config: CheckpointConfig, best: Mapping[str, Any] | None, measured: Mapping[str, float]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -16,9 +17,15 @@ from spikefleet.training.checkpoints import Snapshot, optimizer_tensors, restore
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.optimizer import BIASES, build_ema, build_optimizer, learning_rate, momentum
 from spikefleet.training.precision import autocast
-from spikefleet.training.rank_statistics import by_rank, mean_statistics, of_rank, own_statistics, set_statistics
 from spikefleet_models.families import build_model
 from spikefleet_models.shortcut import ShortcutNetwork, balance_coefficient
+
+_BUFFERS_IN_FORWARD = (  # the first was renamed after torch 2.10
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+    else "broadcast_buffers"
+)
+"""The option of DDP by which rank 0's buffers are copied to all ranks before each forward pass."""
 
 
 class TrainingState:
@@ -73,10 +80,9 @@ class TrainingState:
         model = network
         if self.group.size > 1:
             devices = [self.group.device] if self.group.device.type == "cuda" else None
-            # Each rank keeps its own batch-norm statistics, whose mean is evaluated; see `rank_statistics.py`.
-            model = DistributedDataParallel(
-                network, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            # `rank_statistics.py` averages batch-norm statistics, instead of a broadcast of rank 0's.
+            unsynced: dict[str, Any] = {_BUFFERS_IN_FORWARD: False}
+            model = DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True, **unsynced)
         if self.config.train.compile:
             model = torch.compile(model)  # type: ignore[assignment]
         return model
@@ -90,11 +96,6 @@ class TrainingState:
     def eval_model(self) -> nn.Module:
         """The network to evaluate: the EMA of the weights if there is one."""
         return self.ema.module if self.ema is not None else self.network
-
-    @property
-    def _networks(self) -> dict[str, nn.Module]:
-        """The network and its EMA by their names in a checkpoint."""
-        return {"model": self.network} | ({} if self.ema is None else {"average": self.ema.module})
 
     @property
     def balance(self) -> float:
@@ -116,11 +117,7 @@ class TrainingState:
         return learning_rate(config, *position, self.config.train.epochs)
 
     def snapshot(self) -> Snapshot:
-        """The whole state. Collective: every rank must call it, since each adds its random state and its statistics.
-
-        With several ranks the networks hold the mean of the ranks' batch-norm statistics, and the group `statistics`
-        each rank's own.
-        """
+        """The whole state. Collective: every rank must call it, since each adds its random state."""
         states = self.group.all_gather(_random_state(self.group.device))
         random = {f"{kind}/{rank}": tensor for rank, state in enumerate(states) for kind, tensor in state.items()}
         tensors: dict[str, Mapping[str, torch.Tensor]] = {
@@ -132,13 +129,6 @@ class TrainingState:
             tensors["branches"] = self.train_model.branches.state_dict()
         if self.ema is not None:
             tensors["average"] = self.ema.module.state_dict()
-        if self.group.size > 1:
-            for name, mean in mean_statistics(self._networks, self.group).items():
-                held = tensors[name]
-                tensors[name] = {key: mean.get(key, tensor) for key, tensor in held.items()}
-            own = own_statistics(self._networks)
-            cpu = {name: {key: buffer.cpu() for key, buffer in named.items()} for name, named in own.items()}
-            tensors["statistics"] = by_rank(self.group.all_gather(cpu))
         state = {
             "epoch": self.epoch,
             "step_in_epoch": self.step_in_epoch,
@@ -171,8 +161,6 @@ class TrainingState:
                 "use its values to resume it, or set another --name"
             )
         self.load_weights(snapshot)
-        if "statistics" in snapshot.tensors:  # missing with one rank, and in runs of versions that kept rank 0's alone
-            set_statistics(self._networks, of_rank(snapshot.tensors["statistics"], self.group.rank))
         if isinstance(self.train_model, ShortcutNetwork):
             self.train_model.branches.load_state_dict(dict(snapshot.tensors["branches"]))
         restore_optimizer(self.optimizer, self.train_model, snapshot.tensors["optimizer"])
@@ -183,7 +171,7 @@ class TrainingState:
         self.best, self.history, self.sums = state["best"], list(state["history"]), dict(state["sums"])
 
     def load_weights(self, snapshot: Snapshot) -> None:
-        """Restores only the weights and their EMA, with the mean of the ranks' statistics."""
+        """Restores only the weights and their EMA."""
         self.network.load_state_dict(dict(snapshot.tensors["model"]))
         if self.ema is not None:
             self.ema.module.load_state_dict(dict(snapshot.tensors["average"]))

@@ -14,6 +14,7 @@ from spikefleet.errors import RunError
 from spikefleet.tasks import AnyTask
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.events import EventSink, StepDone
+from spikefleet.training.rank_statistics import average_statistics
 from spikefleet.training.state import TrainingState
 from spikefleet_models.health import SpikeMonitor
 from spikefleet_pipelines.loading import Batch
@@ -97,6 +98,7 @@ def training_step(state: TrainingState, task: AnyTask, batch: Batch, meter: Mete
         )
     state.scaler.step(state.optimizer)
     state.scaler.update()
+    average_statistics(state.network, group)
     if state.ema is not None:
         state.ema.update_parameters(state.network)
     for name, mean in means.items():
