@@ -74,7 +74,21 @@ class _Call:
     """What a neuron or gate reads beside its inputs."""
 
 
-class SpikeFlow(TorchDispatchMode):
+class _Dispatching:
+    """Hands operations to `_dispatch`.
+
+    torch wraps a mode's own `__torch_dispatch__` in a function that imports its compiler, which takes seconds; not an
+    inherited one.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._dispatch(func, args, kwargs)
+
+    def _dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
+class SpikeFlow(_Dispatching, TorchDispatchMode):
     """Follows tensors through a network, in eval mode and not changed; subclasses override the `after_` methods."""
 
     def __init__(self, network: nn.Module) -> None:
@@ -210,7 +224,7 @@ class SpikeFlow(TorchDispatchMode):
             self.after_operation(Operation(name, (), joined, origins(inputs), output, in_layer=False))
         self._set(joined, output)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def _dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
         result = func(*args, **(kwargs or {}))
         if self._call is None or self._call.is_layer:
             self._follow_operation(func, args, kwargs or {}, result)
