@@ -36,13 +36,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
-from spikefleet_models.layer_blame import suspects
+from spikefleet_models.layer_blame import output_name, suspects
 from spikefleet_models.neurons import spiking_nodes
 from spikefleet_models.reparam import affine
 from spikefleet_models.slots import Layer
-
-OUTPUTS = "outputs"
-"""Name of the segment behind the last neurons."""
 
 _GAP = 2.0**-20
 _DRAWS = 4
@@ -53,7 +50,7 @@ class SegmentProof:
     """The current of one neuron, or the outputs: what the deployed network computes from the neurons before."""
 
     name: str
-    """Of the neuron; `outputs` for those."""
+    """Of the neuron; `output 0` for the first output."""
     equal: bool
     """Every value is within its tolerance, and the neuron answers equal currents with equal integers."""
     max_difference: float
@@ -111,7 +108,7 @@ class DeploymentProof:
         if self.failure is not None or not self.differing:
             return self.failure
         first = self.differing[0]
-        of = "the outputs" if first.name == OUTPUTS else f"the current of neuron {first.name}"
+        of = f"the current of neuron {first.name}" if first.emitted else first.name
         if first.of_tolerance <= 1:
             return f"neuron {first.name} answers the trained network's currents with other integers"
         layers = f", computed by {', '.join(first.layers)}," if first.layers else ""
@@ -347,7 +344,7 @@ def _compare(
         raise _MismatchError(f"the deployed form runs {count} neurons, the trained network {len(calls.currents)}")
     if [output.shape for output in found] != [output.shape for output in calls.outputs]:
         raise _MismatchError("the deployed form has outputs of other shapes than the trained network")
-    _compare_outputs(reference, sample, calls, found, scales, gamma, segments.setdefault(OUTPUTS, _Segment()))
+    _compare_outputs(reference, sample, calls, found, scales, gamma, segments)
 
 
 def _compare_outputs(
@@ -357,11 +354,12 @@ def _compare_outputs(
     found: Sequence[Tensor],
     scales: _Scales,
     gamma: float,
-    segment: _Segment,
+    segments: dict[str, _Segment],
 ) -> None:
     alike = all(torch.equal(one, other) for one, other in zip(calls.outputs, found, strict=True))
     drawn = () if alike else tuple(_scales(reference, sample, calls, draw) for draw in range(1, _DRAWS + 1))
     for index, (trained, output) in enumerate(zip(calls.outputs, found, strict=True)):
+        segment = segments.setdefault(output_name(index), _Segment())
         if not output.numel():
             continue
         scale = torch.stack([one.outputs[index].max() for one in (scales, *drawn)]).max()

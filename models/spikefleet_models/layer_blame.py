@@ -23,7 +23,7 @@ def suspects(
         deployed: of whose segments some differ.
         sample: one image, or the frames of one.
         emitted: what the neurons emit, in the order of their calls.
-        wrong: names of the segments that differ; `outputs` for the last.
+        wrong: names of the segments that differ.
 
     Returns:
         Names of layers of the deployed network; and of the trained network's layers that nothing took the place of.
@@ -43,13 +43,18 @@ def suspects(
     return found
 
 
+def output_name(index: int) -> str:
+    """Name of the segment of an output."""
+    return f"output {index}"
+
+
 def _replaced(layer: str, layers: Sequence[str]) -> bool:
     """Whether a layer, or a chain that it is in, is among the layers of the deployed network."""
     return any(layer == other or layer.startswith(f"{other}.") for other in layers)
 
 
 def _made_of(network: nn.Module, sample: Tensor, emitted: Sequence[Tensor]) -> list[tuple[str, tuple[str, ...]]]:
-    """(neuron, layers that its current depends on without a neuron in between) of each call; the outputs come last."""
+    """(neuron, layers that its current depends on without a neuron in between) of each call, then outputs likewise."""
     marks: dict[str, Tensor] = {}
     currents: list[tuple[str, Tensor]] = []
     spikes = iter(emitted)
@@ -72,8 +77,8 @@ def _made_of(network: nn.Module, sample: Tensor, emitted: Sequence[Tensor]) -> l
             stack.callback(node.register_forward_pre_hook(keep(name)).remove)
             stack.callback(node.register_forward_hook(lambda module, args, output: next(spikes)).remove)
         outputs = network(sample.clone())
-    leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    currents.append(("outputs", torch.stack([leaf.sum() for leaf in leaves]).sum() if leaves else torch.zeros(())))
+    leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    currents += [(output_name(index), leaf.sum()) for index, leaf in enumerate(leaves)]
     return [(name, _marked(current, marks)) for name, current in currents]
 
 

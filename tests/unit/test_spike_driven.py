@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spikefleet_models import equivalence, slots, spike_driven
-from spikefleet_models.equivalence import EquivalenceProof, check_equivalence, count_flips, on_grid
+from spikefleet_models.equivalence import check_equivalence, count_flips, on_grid
 from spikefleet_models.neuron_config import NeuronConfig
 from spikefleet_models.neurons import build_neuron
+from spikefleet_models.proof import EquivalenceProof
 from spikefleet_models.slots import Layer, NotSpikeDrivenError, SlotLayer, ThermometerNode, thermometer
 from spikefleet_models.spike_edges import layer_inputs
 
@@ -366,7 +367,7 @@ def test_a_silent_layer_that_is_wrong_is_found(where: str, monkeypatch: pytest.M
             if where == "layer":
                 binary.project.weight[0, 0, 1, 1] += 2.0**-30
             else:
-                binary.neurons[2].neuron.node.bound = 3
+                binary.neurons[2].neuron.node.input_scale = 0.5
 
     replaced(monkeypatch, change)
     proof = check_equivalence(silent_net(), pictures())
