@@ -143,7 +143,9 @@ def count_flips(deployed: nn.Module, images: Tensor, dtype: torch.dtype = torch.
             module.float()  # as under autocast, where one is left
     samples = _one_by_one(images.to(dtype))
     inputs = layer_inputs(integer, samples[0])
-    comparison = Comparison(integer, spike_driven(integer, inputs), inputs)
+    binary = spike_driven(integer, inputs)
+    reuse_equal_slots(binary)
+    comparison = Comparison(integer, binary, inputs)
     for sample in samples:
         comparison.run(sample)
     if comparison.failure is not None:

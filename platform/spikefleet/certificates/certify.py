@@ -62,7 +62,7 @@ def certify(config: Config, checkpoint: Path, report: Path, store: Store, announ
         network = best_network(load_checkpoint(checkpoint), config.model)
         task = build_task(config, DataSummary.of(store.manifest))
         announce("spike check")
-        measured = _measured(network, config, store)
+        measured = measured_images(network, config, store)
         check_spikes(network, task, config, store.split("val"), measured=measured).write(proof)
         announce("measuring energy")
         write_card(measure_energy(network, config.data.transform, store.split("val")), report)
@@ -74,7 +74,8 @@ def certify(config: Config, checkpoint: Path, report: Path, store: Store, announ
     return Certificates(found["verdict"], float(read_json(energy)["totals"]["energy_mj"]), files, _tags(found))
 
 
-def _measured(network: nn.Module, config: Config, store: Store) -> int:
+def measured_images(network: nn.Module, config: Config, store: Store) -> int:
+    """Images on which a certification compares metrics."""
     loader = BatchLoader(store.split("val"), config.data.transform, train=False)
     image = next(first_batches(loader, 1, 1)).images
     return affordable_images(network, image, config, len(store.split("train")))

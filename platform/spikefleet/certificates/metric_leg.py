@@ -21,7 +21,7 @@ SERVED = "float32"
 """The type in which registered networks are loaded and served."""
 
 MOST_IMAGES = 256
-LEAST_IMAGES = 16
+LEAST_IMAGES = 4
 _PASSES_OF_A_STEP = 3
 """A training step costs about three forward passes."""
 _SHARE_OF_TRAINING = 1 / 50
@@ -113,7 +113,7 @@ def affordable_images(network: nn.Module, image: Tensor, config: Config, train_s
     """On how many images a certification compares metrics, so that it stays short beside the training.
 
     It is a fiftieth of the training's forward passes, where the binary form counts D times, and at most 2e13
-    multiplications; but 16 images at least and 256 at most. It depends on no clock, so a certification made again is
+    multiplications; but 4 images at least and 256 at most. It depends on no clock, so a certification made again is
     the same.
 
     Args:
