@@ -9,8 +9,9 @@ then a whole number of steps of the grid, and up to 2^53 steps fp64 holds it exa
 
 (for convolutions that multiply and add, as fp64's do on a CPU; not for those by FFT or Winograd's algorithm).
 `headroom_bits` is what is left of the 53 bits. Moving the weights to the grid changes each by at most 2^-31 of the
-layer's largest; the proof is about the wiring (slots, order in time, biases), which does not depend on it. What
-rounding does to the weights as they are, in the types that people run, is `count_flips`.
+layer's largest; the proof is about the wiring (slots, order in time, biases), which does not depend on it. That the
+weights as they are are those of the trained network is `deployment.py`'s part. What rounding does to them in the types
+that people run is `count_flips`.
 
 Neurons with D = 1 are the same in both forms, so for them the comparison shows little. What is proved there is that
 spikes are used as binary events (`spike_edges.py`) and step by step (`causality.py`).

@@ -4,8 +4,10 @@ Operations are seen where torch dispatches them, whichever module or function ca
 storage, so every reshape keeps its origin. Neurons, gates and layers are one operation each, whatever they do inside.
 What an operation makes of its inputs is `spike_origins.py`'s rule.
 
-Code that hides from torch what it computes (another thread that writes in place, memory shared through dlpack, hooks
-that a forward adds to its own modules) is not followed; new tensors from there are foreign.
+Code that hides from torch what it computes is not followed: work in another thread, memory shared through NumPy or
+dlpack, hooks that a forward adds to its own modules, numbers that Python makes of values without an operation, as
+`len(repr(x))` does. New tensors from there are foreign and refused on the way to a neuron; but what is written into
+a constant that way, or enters an operation as a number of Python, passes as a constant.
 
 `operation_counts.py` counts and `spike_edges.py` judges what is found here, so energy cards and proofs agree.
 """

@@ -76,7 +76,9 @@ class Desk:
 def desk(ray_on_two_cpus: None, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Desk:
     """A desk where a small detector has been trained with two Ray Train workers."""
     desk = Desk(tmp_path_factory.mktemp("desk"), scenes)
-    words = ["train", "scenes_spike_yolo", "--name", "small", "--workers", "2", f"data.store={scenes}", *QUICK]
+    # So little training leaves most layers silent, and then nothing is shown; stronger currents wake them.
+    quick = [*QUICK, "model.neuron.input_scale=4"]
+    words = ["train", "scenes_spike_yolo", "--name", "small", "--workers", "2", f"data.store={scenes}", *quick]
     assert "spike_yolo_scenes version 1 is champion" in desk.run(*words)
     return desk
 
