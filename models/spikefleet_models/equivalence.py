@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from spikefleet_models.causality import acausal_neuron
 from spikefleet_models.comparison import Comparison
 from spikefleet_models.deployment import check_deployment
+from spikefleet_models.hidden_values import check_hidden_values
 from spikefleet_models.proof import EquivalenceProof, FlipCount, LayerFlips
 from spikefleet_models.slots import Layer, NotSpikeDrivenError, reuse_equal_slots
 from spikefleet_models.spike_driven import spike_driven
@@ -101,6 +102,7 @@ def check_equivalence(deployed: nn.Module, images: Tensor, trained: nn.Module | 
             check_finite(network)
     integer = copy.deepcopy(deployed).eval().double()
     inputs = layer_inputs(integer, images.double())
+    check_hidden_values(integer, samples[0])
     deployment = None if trained is None else check_deployment(trained, deployed, samples)
     headroom = _put_on_grid(integer, inputs)
     acausal = acausal_neuron(integer, samples[0])

@@ -6,8 +6,8 @@ What an operation makes of its inputs is `spike_origins.py`'s rule.
 
 Code that hides from torch what it computes is not followed: work in another thread, memory shared through NumPy or
 dlpack, hooks that a forward adds to its own modules, numbers that Python makes of values without an operation, as
-`len(repr(x))` does. New tensors from there are foreign and refused on the way to a neuron; but what is written into
-a constant that way, or enters an operation as a number of Python, passes as a constant.
+`len(repr(x))` does. New tensors from there are foreign and refused on the way to a neuron; constants that change with
+the spikes are found by `hidden_values.py`. What changes a current itself unseen is not found.
 
 `operation_counts.py` counts and `spike_edges.py` judges what is found here, so energy cards and proofs agree.
 """
@@ -109,6 +109,9 @@ class SpikeFlow(_Dispatching, TorchDispatchMode):
     def after_neuron(self, name: str, fed_by: Origin | None) -> None:
         """Called after each call of a neuron; `fed_by` is None where its input does not depend on the image."""
 
+    def before_emission(self, emitted: Tensor, bound: int) -> None:
+        """Called at the end of each call of a neuron, as a part of it, with its spikes or integers up to `bound`."""
+
     def after_layer(self, name: str, fed_by: Origin | None) -> None:
         """Called after each call of a convolution or linear layer."""
 
@@ -201,6 +204,9 @@ class SpikeFlow(_Dispatching, TorchDispatchMode):
             call.depth -= 1
             if call.depth:
                 return
+            bound = 1 if isinstance(module, ThermometerNode) else int(getattr(module, "bound", 0))
+            if type(module) in NEURONS:
+                self.before_emission(output, bound)
             self._call = None
             if isinstance(module, nn.Conv2d | nn.Linear):
                 weights = [self._look(tensor) for tensor in (module.weight, module.bias) if tensor is not None]
@@ -212,7 +218,6 @@ class SpikeFlow(_Dispatching, TorchDispatchMode):
                 known = origins([*call.inputs, *call.reads])
                 fed_by = derive("addition", "neuron", known) if len(known) > 1 else None
                 self.after_neuron(name, fed_by or next(iter(known), None))
-                bound = 1 if isinstance(module, ThermometerNode) else int(module.bound)  # type: ignore[arg-type]
                 self._set(output, Origin("spikes", (name,), output.shape[0], bound))
 
         return leave
