@@ -319,6 +319,17 @@ def build_neuron(config: NeuronConfig) -> SpikingNode:
     return kinds[config.kind](**node_arguments(config))
 
 
+def firing_current(config: NeuronConfig) -> float:
+    """Return a current with which a neuron that starts at rest fires at every step: V_th for IF at rest at 0.
+
+    A leak that divides the input needs tau times as much, and a thousandth more against rounding.
+    """
+    if config.kind == "ilif":
+        return config.bound / config.input_scale
+    distance = config.v_threshold - (config.v_reset or 0.0)
+    return distance * config.tau * 1.001 if config.kind != "if" and config.decay_input else distance
+
+
 def spiking_nodes(model: nn.Module) -> dict[str, SpikingNode]:
     """Return every spiking neuron layer of a network by its module name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SpikingNode)}
