@@ -30,17 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from spikefleet_models.membrane import Dynamics, backward_steps, charge_steps, forward_steps, membrane_dtype, tiles
 from spikefleet_models.neuron_config import NeuronConfig
-
-SURROGATES: dict[str, type[surrogate.SurrogateFunctionBase]] = {
-    "atan": surrogate.ATan,
-    "sigmoid": surrogate.Sigmoid,
-    "piecewise_quadratic": surrogate.PiecewiseQuadratic,
-    "piecewise_exp": surrogate.PiecewiseExp,
-    "soft_sign": surrogate.SoftSign,
-    "super_spike": surrogate.SuperSpike,
-    "erf": surrogate.Erf,
-    "rect": surrogate.Rect,
-}
+from spikefleet_models.surrogates import build_surrogate
 
 
 class _MembraneFunction(torch.autograd.Function):
@@ -303,7 +293,7 @@ def node_arguments(config: NeuronConfig) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "v_threshold": config.v_threshold,
         "v_reset": config.v_reset,
-        "surrogate_function": SURROGATES[config.surrogate](alpha=config.alpha),
+        "surrogate_function": build_surrogate(config),
         "detach_reset": config.detach_reset,
         "step_mode": "m",
     }
