@@ -27,6 +27,7 @@ class SGResNetConfig(ModelConfig):
     """A residual network; the defaults are SG ResNet18 for CIFAR-10."""
 
     task: ClassVar[str] = "classification"
+    trunk: ClassVar[tuple[str, ...]] = ("stem.", "stages.")
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         # Zhang et al. 2023. R50 decodes by rate there; the others by ASD.
         "sg_resnet10": _R10,

@@ -68,6 +68,14 @@ def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, epochs: 
     return config.lr * (config.final_factor + (1 - config.final_factor) * falling)
 
 
+def large_step(layer: str, relative_step: float, rate: float) -> str:
+    """The sentence for a layer that a step changes by more than its own weights."""
+    return (
+        f"a step changes {layer} by {relative_step:.3g} times its weights (learning rate {rate:.3g}); lower optim.lr, "
+        "or set train.clip_norm or optim.warmup_epochs"
+    )
+
+
 def momentum(config: OptimConfig, step: int, steps_per_epoch: int) -> float:
     """The momentum of optimizer step `step` (from 0)."""
     if config.warmup_momentum is None or step >= config.warmup_epochs * steps_per_epoch:
