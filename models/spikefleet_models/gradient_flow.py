@@ -13,7 +13,7 @@ growing norm.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from types import TracebackType
 from typing import Any, Self
 
@@ -117,16 +117,19 @@ def judge(layers: Sequence[LayerGradient], trunk: tuple[str, ...] = ("",)) -> st
         layers: of `GradientFlow.layers`.
         trunk: prefixes of the layers to compare, `ModelConfig.trunk`. Of these, the ones that feed neurons are
             compared with the last of them, from the last to the first, as the gradient passes; without neurons, all.
+            Layers without a gradient that it passes by, as in blocks that start as the identity, are left out.
     """
     if bad := [row.layer for row in layers if not math.isfinite(row.gradient_norm)]:
         return f"the gradient is not finite at {bad[0]}"
     compared = _compared(layers, trunk)
     if not compared:
         return "no layer has a gradient"
-    last = compared[-1]
-    if last.gradient_norm == 0:
-        return f"vanishes at {last.layer}: its gradient is 0"
-    for row in reversed(compared):
+    silent = list(takewhile(lambda row: row.gradient_norm == 0, compared))
+    if silent:
+        return f"vanishes at {silent[-1].layer}: its gradient is 0"
+    passed = [row for row in compared if row.gradient_norm > 0]
+    last = passed[-1]
+    for row in reversed(passed):
         ratio = row.gradient_norm / last.gradient_norm
         if not TRAINABLE[0] <= ratio <= TRAINABLE[1]:
             what = "explodes" if ratio > 1 else "vanishes"
@@ -137,11 +140,12 @@ def judge(layers: Sequence[LayerGradient], trunk: tuple[str, ...] = ("",)) -> st
 
 
 def first_to_last(layers: Sequence[LayerGradient], trunk: tuple[str, ...] = ("",)) -> float:
-    """Gradient norm of the first layer that `judge` compares over that of the last; NaN if there is none."""
+    """Gradient norm of the first layer that `judge` compares over that of the last; 0 if the first has none."""
     compared = _compared(layers, trunk)
-    if not compared:
-        return math.nan
-    return compared[0].gradient_norm / compared[-1].gradient_norm if compared[-1].gradient_norm else math.inf
+    if not compared or compared[0].gradient_norm == 0:
+        return 0.0
+    last = next(row for row in reversed(compared) if row.gradient_norm != 0)
+    return compared[0].gradient_norm / last.gradient_norm
 
 
 def _compared(layers: Sequence[LayerGradient], trunk: tuple[str, ...]) -> list[LayerGradient]:

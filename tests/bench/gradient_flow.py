@@ -2,12 +2,14 @@
 
     python tests/bench/gradient_flow.py [--seeds 3] [--picture models/pictures/gradient_flow.png]
 
-A quarter of the channels, T = 4, cross entropy on 16 noise images of 32x32 with random classes, the CIFAR stem. "Before"
-has the gates' literal gradients and a triangle of peak 2 for LIF; "after" the exact gradients and a peak of 1. Printed is
-the gradient norm of the first layer over that of the last one that feeds neurons, and the least firing rate of a layer.
+A quarter of the channels, T = 4, the CIFAR stem, cross entropy on 16 noise images of 32x32 with random classes.
+"Before" has literal gradients of gates, a triangle of peak 2 for LIF, and AND as it is drawn; "after" has exact
+gradients, a peak of 1, and AND as the identity. Printed are the gradient norm of the first layer over that of the last
+one that feeds neurons, geometric mean over seeds; the least firing rate of a layer; the largest lr * |g| / |w|.
 """
 
 import argparse
+import math
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,10 +38,7 @@ CONNECTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"connection": "bsg_star", "gate_gradient": "exact"},
     ),
     "ADD": ({"connection": "add"}, {"connection": "add"}),
-    "AND, identity at first": (
-        {"connection": "and"},
-        {"connection": "and", "zero_init_residual": True},
-    ),
+    "AND": ({"connection": "and"}, {"connection": "and", "zero_init_residual": True}),
     "IAND": ({"connection": "iand"}, {"connection": "iand"}),
     "post-addition, IF, ATan": ({"connection": "post_add"}, {"connection": "post_add"}),
     "post-addition, LIF, triangle": (
@@ -69,24 +68,33 @@ def checks(depth: int, model: Mapping[str, Any], seeds: int) -> list[GradientChe
     return found
 
 
+def mean(values: list[float]) -> float:
+    """Geometric mean; 0 counts as 1e-30."""
+    return math.exp(statistics.fmean(math.log(max(value, 1e-30)) for value in values))
+
+
 def line(name: str, found: list[GradientCheck]) -> str:
     """First layer over last, the geometric mean over seeds, and the least firing rate."""
-    ratio = statistics.geometric_mean([max(check.first_to_last, 1e-30) for check in found])
+    ratio = mean([check.first_to_last for check in found])
     rates = [row.firing_rate for check in found for row in check.layers if row.firing_rate is not None]
-    steps = statistics.geometric_mean([check.largest_step.relative_step for check in found])
+    steps = mean([check.largest_step.relative_step for check in found])
     least = f"{min(rates):.3f}" if rates else "-"
     return f"{name:44} {ratio:12.3g} {least:>8} {steps:12.3g}"
 
 
 def curve(found: list[GradientCheck]) -> np.ndarray:
-    """Gradient norm of each layer on the main path over that of the last, geometric mean over seeds."""
-    rows = [
-        [row.gradient_norm for row in check.layers if "shortcut" not in row.layer and row.layer != "classifier"]
-        for check in found
-    ]
-    norms = np.maximum(np.array(rows), 1e-30)
-    mean: np.ndarray = np.exp(np.log(norms / norms[:, -1:]).mean(axis=0))
-    return mean
+    """Gradient norm of each convolution on the main path over that of the last one that feeds neurons (geometric mean).
+
+    NaN where the gradient passes by, as in blocks that start as the identity.
+    """
+    rows = []
+    for check in found:
+        last = [row.gradient_norm for row in check.layers if row.firing_rate is not None and row.gradient_norm]
+        last = last or [row.gradient_norm for row in check.layers if row.layer != "classifier"]
+        main_path = [row.gradient_norm for row in check.layers if row.layer == "stem.conv" or "convs" in row.layer]
+        rows.append([norm / last[-1] if norm else np.nan for norm in main_path])
+    averaged: np.ndarray = np.exp(np.log(np.array(rows)).mean(axis=0))
+    return averaged
 
 
 def main() -> None:

@@ -139,9 +139,27 @@ def test_what_is_not_finite_is_named_wherever_it_is(bad: float) -> None:
 
 
 def test_a_gradient_of_zero_vanishes() -> None:
-    assert judge(rows(1.0, 0.0)) == "vanishes at l1: its gradient is 0"
-    assert judge(rows(0.0, 1.0)) == "vanishes at l0: gradient norm 0, 0 times that of l1"
+    assert judge(rows(0.0, 1.0)) == "vanishes at l0: its gradient is 0"
+    assert judge(rows(0.0, 0.0, 1.0)) == "vanishes at l1: its gradient is 0"
+    assert judge(rows(0.0, 0.0)) == "vanishes at l1: its gradient is 0"
+    assert first_to_last(rows(0.0, 1.0)) == first_to_last([]) == 0.0
     assert judge([]) == "no layer has a gradient"
+
+
+def test_layers_that_the_gradient_passes_by_are_not_compared() -> None:
+    assert judge(rows(1.0, 0.0, 2.0, 0.0)) is None
+    assert first_to_last(rows(1.0, 0.0, 2.0, 0.0)) == 0.5
+    assert judge(rows(1.0, 0.0, 1e-3, 0.0)) == "explodes at l0: gradient norm 1, 1e+03 times that of l2"
+
+
+@pytest.mark.parametrize("connection", ["bsg", "bsg_star", "add", "and", "iand"])
+def test_identity_at_first_keeps_34_layers_trainable(connection: str) -> None:
+    fields = {"connection": connection, "stages": (3, 4, 6, 3), "gate_gradient": "exact"}
+    _, layers = followed(**fields, zero_init_residual=True)
+    assert judge(layers, TRUNK) is None
+    assert {row.gradient_norm for row in layers if row.layer == "stages.3.1.convs.1"} == {0.0}
+    _, plain = followed(**fields)
+    assert (judge(plain, TRUNK) is None) == (connection != "and")  # drawn at random, AND silences the network
 
 
 SHORTCUT_NEURON = {"kind": "lif", "tau": 4 / 3, "decay_input": False, "v_threshold": 0.5, "detach_reset": False}

@@ -20,6 +20,7 @@ from spikefleet_models.gradient_flow import LARGEST_STEP, GradientFlow, LayerGra
 from spikefleet_pipelines.loading import Batch, BatchLoader
 from spikefleet_pipelines.sampling import EpochPlan
 from spikefleet_pipelines.store.reader import Store
+from spikefleet_tune.messages import counted
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ class GradientCheck:
     def findings(self) -> list[str]:
         """What is wrong, in sentences; empty if nothing is."""
         found = [] if self.problem is None else [f"will hardly train: {self.problem}"]
+        if bypassed := [row.layer for row in self.layers if row.gradient_norm == 0]:
+            found.append(
+                f"{counted(len(bypassed), 'layer')} without a gradient, the first of them {bypassed[0]}; those of "
+                "blocks that start as the identity have one after the first step"
+            )
         largest = self.largest_step
         if largest.relative_step > LARGEST_STEP:
             found.append(large_step(largest.layer, largest.relative_step, self.learning_rate))
