@@ -14,6 +14,7 @@ import pytest
 import torch
 from spikingjelly.activation_based import surrogate
 from torch import Tensor, nn
+from torch.autograd.gradcheck import GradcheckError
 from torch.nn import functional as F
 
 from spikefleet_models.gates import build_gate
@@ -191,15 +192,32 @@ def test_the_border_is_a_derivative_of_the_inside_alone() -> None:
     assert abs(float(moved[0] - moved[1]) / (2 * eps)) > 1  # what is left out is not nothing
 
 
-@pytest.mark.parametrize("loss", ["summed_logits", "sum_losses"])
-@pytest.mark.parametrize("combine", ["add", "convex"])
-def test_the_combination_of_side_branches_is_its_derivative(combine: Any, loss: Any) -> None:
+COMBINATIONS = [
+    ("add", "summed_logits"),
+    ("add", "sum_losses"),
+    ("add", "own_and_summed"),
+    ("convex", "summed_logits"),
+    ("convex", "sum_losses"),
+]
+
+
+def combination(combine: Any, loss: Any) -> tuple[Any, list[Tensor]]:
+    """(own logits, branches' logits) -> loss, and logits for it."""
     config = ShortcutConfig(where="stage", combine=combine, loss=loss)
     generator = torch.Generator().manual_seed(0)
     outputs = [torch.randn(4, 5, dtype=torch.float64, generator=generator, requires_grad=True) for _ in range(3)]
     targets = torch.randint(5, (4,), generator=generator)
+    return lambda main, *sides: shortcut_loss(ShortcutLogits(main, sides), targets, 0.25, config), outputs
 
-    def combined(main: Tensor, *sides: Tensor) -> Tensor:
-        return shortcut_loss(ShortcutLogits(main, tuple(sides)), targets, 0.25, config)
 
+@pytest.mark.parametrize(("combine", "loss"), COMBINATIONS)
+def test_the_combination_of_side_branches_is_its_derivative(combine: str, loss: str) -> None:
+    combined, outputs = combination(combine, loss)
     assert torch.autograd.gradcheck(combined, tuple(outputs))
+
+
+def test_a_detached_combination_is_its_derivative_to_the_branches_alone() -> None:
+    combined, (main, *sides) = combination("add", "own_and_summed_detached")
+    assert torch.autograd.gradcheck(lambda *sides: combined(main, *sides), tuple(sides))
+    with pytest.raises(GradcheckError):
+        torch.autograd.gradcheck(lambda main: combined(main, *sides), (main,))
