@@ -15,6 +15,7 @@ from spikefleet.cli.parameters import AsJson, Network, OtherData, RunsDir, Split
 from spikefleet.cli.tables import Column, number, print_table
 from spikefleet.errors import RunError, UserError
 from spikefleet.status import counting, waiting
+from spikefleet_tune.messages import counted
 
 if TYPE_CHECKING:
     from torch import nn
@@ -226,12 +227,17 @@ def _print_card(card: EnergyCard) -> None:
         for row in card.rows()
     ]
     print_table(console, columns, rows)
-    counted = "with" if card.shortcuts else "without"
+    shortcuts = "with" if card.shortcuts else "without"
     say(
-        f"{card.network}, {card.form}, {counted} 1x1 shortcuts, T={card.timesteps}, D={card.bound}, "
+        f"{card.network}, {card.form}, {shortcuts} 1x1 shortcuts, T={card.timesteps}, D={card.bound}, "
         f"{card.image_size[0]}x{card.image_size[1]}: {card.macs:,.0f} MACs, {card.acs:,.0f} ACs, "
         f"{card.energy_mj:.4g} mJ an image ({card.constants.name})"
     )
+    if card.integer_fed:
+        say(
+            f"{counted(len(card.integer_fed), 'layer')} fed by integers (sums of spikes), which binary spikes cannot "
+            f"carry: {card.integer_macs:,.0f} of the MACs"
+        )
     if card.twin is not None and card.twin_ratio is not None:
         say(
             f"ANN twin ({card.twin.form}): {card.twin.macs:,.0f} MACs, {card.twin_energy_mj:.4g} mJ, "
