@@ -26,7 +26,8 @@ def register_run(
 ) -> Promotion:
     """Registers the best checkpoint of a run with its spike check and its energy card.
 
-    It becomes champion if its validation metric is better than the champion's and the spike check has not refuted it.
+    It becomes champion if its validation metric is better than the champion's and the spike check neither refuted it
+    nor shows nothing.
 
     Args:
         config: of the run.
@@ -57,6 +58,7 @@ def register_run(
             "code_version": code_version(),
             "seed": config.train.seed,
             SPIKE_DRIVEN: certificates.verdict,
+            **certificates.legs,
         },
         metrics={
             **{f"val/{name}": value for name, value in validation.items()},
