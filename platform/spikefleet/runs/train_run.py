@@ -216,7 +216,7 @@ def _train(
 def _import_ahead() -> None:
     """Imports what certifying and plotting need, 2 s of processor time, while the workers start.
 
-    Torch imports its compiler when it first traces a network, though nothing is compiled.
+    Torch imports its compiler when it counts a network on its meta device, though nothing is compiled.
     """
     for module in ("torch._dynamo", "matplotlib.pyplot"):
         importlib.import_module(module)
