@@ -5,8 +5,10 @@
 
 Zhang et al., Front. Neurosci. 2023, eqs 18, 19; Luo et al., ECCV 2024, eqs 16, 17. An I-LIF integer n counts as n
 spikes in D virtual steps, so fr * D is the mean integer. A layer on real values (the first one, whatever the images
-hold; a classifier on averages; attention of the ASD) costs multiplications. Batch norm, additions, pooling, neuron
-updates and all memory traffic count as free: published energies leave them out, so a card compares models, not chips.
+hold; a classifier on averages; attention of the ASD) costs multiplications. So does a layer on sums of spikes (behind
+SEW ResNet's ADD): no chip that adds up weights of single spikes runs it, and the proof refuses it. Batch norm,
+additions, pooling, neuron updates and all memory traffic count as free: published energies leave them out, so a card
+compares models, not chips.
 
 A card states what it counted:
 
@@ -37,14 +39,19 @@ from spikefleet_models.reparam import deploy
 
 Form = Literal["merged", "factored", "as_built"]
 
-CARD_VERSION = 1
+CARD_VERSION = 2
 CONVENTIONS = (
     "the first layer multiplies, whatever the images hold",
     "an integer n from a neuron counts as n spikes in D virtual steps",
+    "a layer that is fed by other integers, which are sums of spikes, multiplies",
     "additions are dense operations times the mean input of the layer",
     "batch norm, additions of feature maps, pooling, neuron updates and memory traffic are free",
 )
 """Conventions of every card; each card lists them."""
+FED_BY_INTEGERS = "fed by integers (sums of spikes), which no binary spikes carry: counted as MACs"
+"""Remark of a row of such a layer."""
+_READABLE = (1, CARD_VERSION)
+"""Versions that are read. Version 1 counted layers on sums of spikes as additions."""
 _DERIVED = ("version", "totals", "rows", "conventions")
 _RENAMED = {"pictures": "images"}
 """Field names in cards of earlier releases -> field names today."""
@@ -81,8 +88,18 @@ class EnergyCard:
 
     @property
     def macs(self) -> float:
-        """Multiply-accumulates on real values."""
+        """Multiply-accumulates on real values and on integers that are no neuron's own."""
         return math.fsum(layer.dense for layer in self.layers if not layer.spike_fed)
+
+    @property
+    def integer_macs(self) -> float:
+        """Those of `macs` that are on integers: sums of spikes, of which SEW ResNet's ADD makes its layers' input."""
+        return math.fsum(layer.dense for layer in self.layers if layer.integer_fed)
+
+    @property
+    def integer_fed(self) -> tuple[str, ...]:
+        """Names of the layers on such integers."""
+        return tuple(dict.fromkeys(layer.layer for layer in self.layers if layer.integer_fed))
 
     @property
     def acs(self) -> float:
@@ -143,7 +160,7 @@ class EnergyCard:
                 {
                     "layer": layer.layer,
                     "operation": layer.operation,
-                    "input": "spikes" if layer.spike_fed else "real",
+                    "input": "spikes" if layer.spike_fed else "integers" if layer.integer_fed else "real",
                     "bound": layer.bound,
                     "dense": layer.dense,
                     "mean_input": mean_input,
@@ -153,6 +170,7 @@ class EnergyCard:
                     "synaptic_operations": layer.synaptic_operations,
                     "energy_mj": energy,
                     "share": energy / total if total else 0.0,
+                    "remark": FED_BY_INTEGERS if layer.integer_fed else "",
                 }
             )
         return rows
@@ -166,6 +184,7 @@ class EnergyCard:
         names = (
             "energy_mj",
             "macs",
+            "integer_macs",
             "acs",
             "synaptic_operations",
             "dense",
@@ -180,20 +199,26 @@ class EnergyCard:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Self:
-        """Read a card that `to_dict` wrote.
+        """Read a card that `to_dict` wrote, of this release or an earlier one.
+
+        Counts of earlier releases stay, but layers on sums of spikes become MACs, so that totals can be compared.
 
         Raises:
             ValueError: another version, or fields that are not a card's.
         """
-        if plain.get("version") != CARD_VERSION:
+        if plain.get("version") not in _READABLE:
             raise ValueError(
-                f"energy card: version is {plain.get('version')}, expected {CARD_VERSION}; measure the card again"
+                f"energy card: version is {plain.get('version')}, expected one of {', '.join(map(str, _READABLE))}; "
+                "measure the card again"
             )
         known = {_RENAMED.get(name, name): value for name, value in plain.items() if name not in _DERIVED}
         try:
             known["image_size"] = (int(known["image_size"][0]), int(known["image_size"][1]))
             known["constants"] = EnergyConstants(**known["constants"])
-            known["layers"] = tuple(LayerCount(**layer) for layer in known["layers"])
+            layers = tuple(LayerCount(**layer) for layer in known["layers"])
+            if plain["version"] == 1:
+                layers = tuple(_with_integers_marked(layer, known["bound"]) for layer in layers)
+            known["layers"] = layers
             known["twin"] = None if known["twin"] is None else TwinEnergy(**known["twin"])
             return cls(**known)
         except (KeyError, TypeError, IndexError) as error:
@@ -232,7 +257,7 @@ def energy_card(
             yield images
 
     counts = count_operations(counted, seen())
-    return _card(network, counts, chosen, form, shortcuts, twin_form, sizes, counts.pictures)
+    return _card(network, counts, chosen, form, shortcuts, twin_form, sizes, counts.images)
 
 
 def energy_at_rates(
@@ -266,8 +291,9 @@ def energy_at_rates(
     if isinstance(rates, Mapping):
         missing, unknown = sorted(names - rates.keys()), sorted(rates.keys() - names)
         if missing or unknown:
+            integers = {layer.layer for layer in counts.layers if layer.integer_fed}
             wrong = [
-                *(f"{name} is not fed by spikes" for name in unknown),
+                *(f"{name} is {'fed by sums of' if name in integers else 'not fed by'} spikes" for name in unknown),
                 *(f"no rate for {name}" for name in missing),
             ]
             raise ValueError(f"rates: the names do not fit the network: {'; '.join(wrong[:5])}")
@@ -280,6 +306,13 @@ def energy_at_rates(
     )
     counts = replace(counts, layers=layers)
     return _card(network, counts, chosen, form, shortcuts, twin_form, {image_size: 1}, images=0)
+
+
+def _with_integers_marked(layer: LayerCount, largest_spike: int) -> LayerCount:
+    """A count of version 1, which took sums of spikes for spikes: they hold more than any neuron emits."""
+    if not layer.spike_fed or layer.bound <= largest_spike:
+        return layer
+    return replace(layer, spike_fed=False, integer_fed=True, accumulated=None, synaptic_operations=None)
 
 
 def _millijoules(constants: EnergyConstants, macs: float, acs: float) -> float:

@@ -2,10 +2,11 @@
 
 `spike_flow.py` finds what is spikes and what is real-valued, for this and for the proof of `equivalence.py`:
 
-* Spikes are what a neuron emits and what gates, selections (max-pool, concatenation, copies) and sums of spikes make of
-  it. Everything else that depends on the image is real-valued: currents, averages of spikes, the image itself, be its
+* Spikes are what a neuron emits, 0 and 1 or an integer that D binary slots carry, and what gates and selections
+  (max-pool, concatenation, copies) make of it. Sums of spikes (SEW ResNet's ADD) are integers that no slots carry.
+  Everything else that depends on the image is real-valued: currents, averages of spikes, the image itself, be its
   values integers or not.
-* An operation with spikes on one side adds weights up (AC); one on real values multiplies (MAC).
+* An operation with spikes on one side adds weights up (AC); one on integers or real values multiplies (MAC).
 * Products that do not depend on the image can be computed once and are not counted. Neither are batch norms,
   additions, pooling, factors that are plain numbers, and what happens inside neurons and gates.
 
@@ -26,24 +27,28 @@ from spikefleet_models.spike_flow import Operation as FlowOperation
 from spikefleet_models.spike_flow import SpikeFlow
 
 Operation = Literal["convolution", "matrix product", "product"]
+FedBy = Literal["spikes", "integers", "real"]
 
 
 @dataclass(frozen=True)
 class LayerCount:
-    """One kind of operation in one module, per picture, over all its calls and steps."""
+    """One kind of operation in one module, per image, over all its calls and steps."""
 
     layer: str
     """Name of the innermost module that runs it."""
     operation: Operation
     spike_fed: bool
+    """Whether the input is spikes, so that it adds up weights."""
     bound: int
-    """The most that one value of the input can be, where it is spikes: D, or what ADD gates sum up to; else 0."""
+    """The most that one value of the input can be: D for spikes, what they sum up to for integers; 0 for real input."""
     dense: float
     """Multiplications of real numbers that it would take: T times those of a layer that runs T times."""
     accumulated: float | None
-    """`dense` times the mean of the input: integers n count as n spikes. None for real input or no pictures."""
+    """`dense` times the mean of the input: an n from a neuron counts as n spikes. None without spikes or images."""
     synaptic_operations: float | None
     """Spikes times the weights each of them meets. None like `accumulated`."""
+    integer_fed: bool = False
+    """Whether the input is integers that no neuron's D slots carry (sums of spikes), so that it multiplies."""
 
 
 @dataclass(frozen=True)
@@ -52,43 +57,44 @@ class OperationCounts:
 
     layers: tuple[LayerCount, ...]
     """In the order in which they first run."""
-    pictures: int
+    images: int
 
 
 @torch.no_grad()
 def count_operations(network: nn.Module, batches: Iterable[Tensor], measure: bool = True) -> OperationCounts:
-    """Run a network once on each batch and count; the result does not depend on how pictures are batched.
+    """Run a network once on each batch and count; the result does not depend on how images are batched.
 
     Args:
         network: in eval mode; not changed.
-        batches: pictures [B, C, H, W] or frames [T, B, C, H, W].
+        batches: images [B, C, H, W] or frames [T, B, C, H, W].
         measure: false leaves spikes uncounted, which works on the meta device too.
 
     Raises:
-        ValueError: there are no pictures.
+        ValueError: there are no images.
     """
     counter = _Counter(network, measure)
-    pictures = 0
-    for images in batches:
-        counter.follow(images)
-        pictures += images.shape[images.ndim - 4]
-    if not pictures:
-        raise ValueError("there are no pictures to count operations on; give at least one batch")
+    images = 0
+    for batch in batches:
+        counter.follow(batch)
+        images += batch.shape[batch.ndim - 4]
+    if not images:
+        raise ValueError("there are no images to count operations on; give at least one batch")
     layers = []
-    for (name, operation, bound), tally in counter.tallies.items():
-        counted = measure and bound > 0
+    for (name, operation, fed_by, bound), tally in counter.tallies.items():
+        counted = measure and fed_by == "spikes"
         layers.append(
             LayerCount(
                 layer=name,
                 operation=operation,
-                spike_fed=bound > 0,
+                spike_fed=fed_by == "spikes",
                 bound=bound,
-                dense=tally.dense / pictures,
-                accumulated=tally.accumulated / pictures if counted else None,
-                synaptic_operations=tally.events / pictures if counted else None,
+                dense=tally.dense / images,
+                accumulated=tally.accumulated / images if counted else None,
+                synaptic_operations=tally.events / images if counted else None,
+                integer_fed=fed_by == "integers",
             )
         )
-    return OperationCounts(tuple(layers), pictures)
+    return OperationCounts(tuple(layers), images)
 
 
 # Positions of the two factors among the arguments.
@@ -106,15 +112,21 @@ class _Tally:
 class _Counter(SpikeFlow):
     def __init__(self, network: nn.Module, measure: bool) -> None:
         super().__init__(network)
-        self.tallies: dict[tuple[str, Operation, int], _Tally] = {}
+        self.tallies: dict[tuple[str, Operation, FedBy, int], _Tally] = {}
         self._measure = measure
 
     def after_operation(self, operation: FlowOperation) -> None:
         self._count(operation.name, operation.args, operation.result)
 
-    def _bound(self, tensor: Tensor) -> int:
+    def _fed_by(self, tensor: Tensor) -> tuple[FedBy, int]:
+        """What a factor is, and the most that one of its values can be, if that is known."""
         origin = self.origin(tensor)
-        return origin.bound if origin is not None and origin.is_spiking else 0
+        if origin is None or not origin.is_spiking or not origin.bound:
+            return "real", 0
+        return ("spikes" if origin.is_binary_in_slots else "integers"), origin.bound
+
+    def _is_spikes(self, tensor: Tensor) -> bool:
+        return self._fed_by(tensor)[0] == "spikes"
 
     def _count(self, name: str, args: Any, result: Any) -> None:
         if name == "convolution":
@@ -131,31 +143,32 @@ class _Counter(SpikeFlow):
                 self._add("product", result.numel(), (a, b), lambda: self._product_events(a, b))
 
     def _add(self, operation: Operation, dense: int, factors: tuple[Tensor, ...], events: Callable[[], Tensor]) -> None:
-        spiking = [x for x in factors if self._bound(x)]
-        bound = max(map(self._bound, factors))
-        tally = self.tallies.setdefault((self.module, operation, bound), _Tally())
+        spiking = [x for x in factors if self._is_spikes(x)]
+        # Spikes on one side decide: they add up what is on the other, integers or real values.
+        fed_by, bound = max((self._fed_by(x) for x in spiking or factors), key=lambda fed: fed[1])
+        tally = self.tallies.setdefault((self.module, operation, fed_by, bound), _Tally())
         tally.dense += dense
         if not spiking or not self._measure:
             return
         met = events().item()
         tally.events += met
         if len(spiking) == 1:
-            # A mean per batch: all its pictures have one size.
+            # A mean per batch: all its images have one size.
             tally.accumulated += dense * spiking[0].sum(dtype=torch.float64).item() / max(spiking[0].numel(), 1)
         else:
             tally.accumulated += met  # a spike adds up only where the other factor has one too
 
     def _matrix_events(self, a: Tensor, b: Tensor) -> Tensor:
-        if self._bound(a) and self._bound(b):
+        if self._is_spikes(a) and self._is_spikes(b):
             return (a.double() @ b.double()).sum()
-        if self._bound(a):
+        if self._is_spikes(a):
             return a.sum(dtype=torch.float64) * b.shape[-1]
         return b.sum(dtype=torch.float64) * a.shape[-2]
 
     def _product_events(self, a: Tensor, b: Tensor) -> Tensor:
-        if self._bound(a) and self._bound(b):
+        if self._is_spikes(a) and self._is_spikes(b):
             return (a * b).sum(dtype=torch.float64)
-        spikes, other = (a, b) if self._bound(a) else (b, a)
+        spikes, other = (a, b) if self._is_spikes(a) else (b, a)
         return spikes.expand(torch.broadcast_shapes(a.shape, other.shape)).sum(dtype=torch.float64)
 
 

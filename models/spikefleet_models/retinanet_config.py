@@ -61,6 +61,7 @@ class RetinaNetConfig(ModelConfig):
     """A Spiking RetinaNet; the defaults are SG ResNet18 with three ASDs for COCO."""
 
     task: ClassVar[str] = "detection"
+    trunk: ClassVar[tuple[str, ...]] = ("backbone.",)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         # Zhang et al. 2023, detection; the last two are ANN twins.
         "retinanet_sg_resnet18": {"backbone": {"stem": "imagenet", **_SG_RESNET["sg_resnet18"]}},

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from spikefleet_models.decoders import AttentionSpikeDecoder, RateDecoder
 from spikefleet_models.gates import build_gate
-from spikefleet_models.neurons import SURROGATES, SpikingNode, build_neuron
+from spikefleet_models.neurons import SpikingNode, build_neuron, firing_current
 from spikefleet_models.reparam import fold_bn, fold_unit
 from spikefleet_models.sg_resnet_config import SGResNetConfig as SGResNetConfig
 from spikefleet_models.spiking_unit import SpikingUnit
+from spikefleet_models.surrogates import build_surrogate
 
 
 class Stem(nn.Module):
@@ -192,6 +193,8 @@ class SGResNetBackbone(nn.Module):
             if isinstance(module, ResidualBlock) and self.config.zero_init_residual:
                 last = module.units[-1].get_submodule("bn")
                 nn.init.zeros_(last.get_parameter("weight"))
+                if self.config.connection == "and":  # H AND X is X where H always fires
+                    nn.init.constant_(last.get_parameter("bias"), firing_current(self.config.neuron))
 
 
 class SGResNet(SGResNetBackbone):
@@ -242,8 +245,8 @@ def _unit(config: SGResNetConfig, channels: int, joins_shortcut: bool = False) -
     activation: SpikingNode | nn.ReLU = nn.ReLU(inplace=True) if connection == "ann" else build_neuron(config.neuron)
     gate = None
     if joins_shortcut and connection != "post_add" and connection != "ann":
-        surrogate_function = SURROGATES[config.neuron.surrogate](alpha=config.neuron.alpha)
-        gate = build_gate(connection, channels, config.gate_threshold, surrogate_function)
+        surrogate_function = build_surrogate(config.neuron)
+        gate = build_gate(connection, channels, config.gate_threshold, surrogate_function, config.gate_gradient)
     return SpikingUnit(
         _batch_norm(config, channels),
         activation,

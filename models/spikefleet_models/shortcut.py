@@ -7,7 +7,13 @@ classifies it; its gradient reaches the stage without passing the surrogate grad
     o_l = FC_l(mean_{T,H,W} S_l)                      l < n; o_n are the network's own logits
     add       o = o_n + lambda * sum_l o_l            lambda = 1, constant: eq 6
     convex    o = (1 - (n - 1) lambda) * o_n + lambda * sum_l o_l
-    loss      CE(o, y); or, with loss=sum_losses, the same combination of CE(o_l, y)
+    loss      summed_logits             CE(o, y): eq 6
+              sum_losses                the same combination of CE(o_l, y)
+              own_and_summed            CE(o_n, y) + lambda * CE(o_n + sum_l o_l, y), add only
+              own_and_summed_detached   the same with o_n constant in the second term
+
+With CE(o, y) alone nothing trains the network's own output once the branches fit, yet that output is what is evaluated.
+The other losses always train it.
 
 The balance coefficient lambda falls during training ("evolutionary training"). The paper's text fixes that the
 coefficient depends on the iteration i, their number I and one constant, 0.25, and that branches have no weight at
@@ -161,4 +167,8 @@ def shortcut_loss(
     if config.loss == "sum_losses":
         losses = [F.cross_entropy(scores, targets, label_smoothing=label_smoothing) for scores in (main, *sides)]
         return own * losses[0] + coefficient * torch.stack(losses[1:]).sum()
+    if config.loss.startswith("own_and_summed"):
+        alone = F.cross_entropy(main, targets, label_smoothing=label_smoothing)
+        beside = main.detach() if config.loss == "own_and_summed_detached" else main
+        return alone + coefficient * F.cross_entropy(beside + sides.sum(0), targets, label_smoothing=label_smoothing)
     return F.cross_entropy(own * main + coefficient * sides.sum(0), targets, label_smoothing=label_smoothing)

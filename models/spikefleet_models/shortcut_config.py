@@ -17,8 +17,10 @@ class ShortcutConfig(BaseModel):
     combine: Literal["add", "convex"] = Field(
         "add", description="Weight of the network's own output: 1 (add), or 1 minus those of the branches (convex)."
     )
-    loss: Literal["summed_logits", "sum_losses"] = Field(
-        "summed_logits", description="Loss of the combined logits, or combination of the individual losses."
+    loss: Literal["summed_logits", "sum_losses", "own_and_summed", "own_and_summed_detached"] = Field(
+        "summed_logits",
+        description="Loss of the combined logits; combination of the individual losses; or the network's own loss plus "
+        "lambda times that of its own logits (detached: constant there) and the branches' together.",
     )
     schedule: Literal["constant", "linear", "exp10", "cosine", "poly", "step"] = Field(
         "linear", description="Decay of lambda from lambda0; all but constant and step end at 0."
@@ -38,6 +40,8 @@ class ShortcutConfig(BaseModel):
                     f"{name}={getattr(self, name)} has no effect with schedule={self.schedule}; remove it or set "
                     f"schedule={schedule}"
                 )
+        if self.combine == "convex" and self.loss.startswith("own_and_summed"):
+            raise ValueError(f"loss={self.loss} is defined for combine=add only; set combine=add or another loss")
         if self.schedule == "step" and not self.milestones:
             raise ValueError("schedule=step needs milestones; set for example milestones=[0.5,0.75]")
         growing = list(self.milestones) == sorted(set(self.milestones))

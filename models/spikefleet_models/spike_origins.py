@@ -61,6 +61,11 @@ class Origin(NamedTuple):
         """Whether values are numbers of spikes."""
         return self.kind in ("spikes", "sum")
 
+    @property
+    def is_binary_in_slots(self) -> bool:
+        """Whether values are 0 and 1, or integers that the D binary slots of their neurons carry."""
+        return self.kind == "spikes" or (self.kind == "sum" and self.bound == 1)
+
 
 FOREIGN = Origin("real", culprit="a tensor that is no parameter or buffer and that the network did not compute")
 """Of what a network takes from outside its forward pass: it could be anything."""

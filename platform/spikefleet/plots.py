@@ -24,6 +24,13 @@ _NAME_WIDTH = 24
 _COLOURS = {True: "#1a7f37", False: "#cf222e", None: "black"}
 """Of a caption: right, wrong, and where there is nothing to compare with."""
 
+_INPUTS = (
+    ("spikes", "spikes in: additions", "#2a9d8f"),
+    ("integers", "sums of spikes in: MACs", "#8e6bbf"),
+    ("real", "real in: MACs", "#e76f51"),
+)
+"""What feeds a layer in a plot of energy, its label and colour."""
+
 _READABLE_SIDE = 384
 """Images are enlarged by an integer factor to about this side in pixels before boxes are drawn on them."""
 
@@ -174,23 +181,53 @@ def precision_recall(curves: Mapping[str, Sequence[float]], path: Path) -> None:
 
 
 def energy_bars(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
-    """Plots the energy of each layer in mJ, in network order: additions on spikes, and MACs on real values.
+    """Plots the energy of each layer in mJ, in network order: additions on spikes, MACs on integers and real values.
 
     Args:
-        rows: `layer`, `input` ("spikes" or "real") and `energy_mj` of each layer.
+        rows: `layer`, `input` ("spikes", "integers" or "real") and `energy_mj` of each layer.
         title: of the plot.
         path: the PNG.
     """
     shown = [row for row in rows if row["energy_mj"] > 0]
     figure, axis = _subplots(figsize=(9, 1.5 + 0.2 * len(shown)), layout="constrained")
-    for kind, label, colour in (("spikes", "spikes in: additions", "#2a9d8f"), ("real", "real in: MACs", "#e76f51")):
+    for kind, label, colour in _INPUTS:
         places = [place for place, row in enumerate(shown) if row["input"] == kind]
-        axis.barh(places, [shown[place]["energy_mj"] for place in places], color=colour, label=label)
+        if places or kind != "integers":
+            axis.barh(places, [shown[place]["energy_mj"] for place in places], color=colour, label=label)
     axis.set_yticks(range(len(shown)), [row["layer"] for row in shown], fontsize=7)
     axis.invert_yaxis()
     axis.set(xlabel="mJ", title=title)
     axis.grid(axis="x", alpha=0.3)
     axis.legend(fontsize=8)
+    _save(figure, path)
+
+
+def gradient_flow(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
+    """Plots gradient norm, firing rate and relative step of each layer, in network order.
+
+    Args:
+        rows: `layer`, `gradient_norm`, `firing_rate` (None where a layer feeds no neurons) and `relative_step`.
+        title: of the plot.
+        path: the PNG.
+    """
+    panels = (
+        ("gradient norm", "gradient_norm", "log"),
+        ("firing rate", "firing_rate", "linear"),
+        ("learning rate x gradient / weights", "relative_step", "log"),
+    )
+    width = 3 + 0.16 * len(rows)
+    figure, axes = _subplots(len(panels), 1, figsize=(width, 8), layout="constrained", sharex=True)
+    for axis, (label, key, scale) in zip(axes, panels, strict=True):
+        values = [np.nan if row[key] is None or (scale == "log" and row[key] <= 0) else row[key] for row in rows]
+        axis.plot(range(len(rows)), values, marker=".", linestyle="none" if key == "firing_rate" else "-")
+        axis.set_yscale(scale)
+        axis.set_title(label, fontsize=9)
+        axis.grid(alpha=0.3)
+    axes[1].set_ylim(0, 1)
+    axes[2].axhline(1.0, color="#cf222e", lw=1, label="a step as large as the weights")
+    axes[2].legend(fontsize=7)
+    axes[2].set_xticks(range(len(rows)), [row["layer"] for row in rows], rotation=90, fontsize=6)
+    figure.suptitle(title, fontsize=9)
     _save(figure, path)
 
 

@@ -160,7 +160,14 @@ def test_what_mlflow_holds(desk: Desk) -> None:
     assert run.info.run_name == "main"
     assert run.data.params["model.timesteps"] == "4"
     assert run.data.params["cluster.max_failures"] == "3"
-    assert {"code_version", "data_hash", "fact.torch", "fact.parameters", "recipe"} <= run.data.tags.keys()
+    assert {
+        "code_version",
+        "data_hash",
+        "fact.torch",
+        "fact.parameters",
+        "fact.threads",
+        "recipe",
+    } <= run.data.tags.keys()
     for key in ("train/loss", "images_per_second", "gradient/first_layer_norm", "epoch/val/top1", "best/val/top1"):
         assert key in run.data.metrics, key
     assert run.data.metrics["test/top1"] > 0.5
@@ -192,6 +199,7 @@ def test_recipes_config_sources_and_doctor(desk: Desk) -> None:
         ("evaluate main", {"network", "split", "samples", "metrics", "spikes"}),
         ("spike-check main --images 1 --measured 8", {"verdict", "proof"}),
         ("energy main --images 2", {"rows", "totals"}),
+        ("gradients main --images 8", {"layers", "findings", "first_to_last", "step"}),
         ("train digits --resume main", {"run", "validation", "test", "registered", "report"}),
         ("registry list", {"name", "versions"}),
         ("registry show sg_resnet_digits", {"uri", "metrics", "aliases"}),

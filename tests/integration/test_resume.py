@@ -13,6 +13,7 @@ from spikefleet.config.recipes import load_config, parse_overrides
 from spikefleet.config.schema import Config
 from spikefleet.errors import UserError
 from spikefleet.training.checkpoints import CheckpointFolder
+from spikefleet.training.events import Note
 from spikefleet.training.step import NonFiniteError
 from support.ranks import GroupRun, fail, freeze, kill, leave, poison_loss, run_ranks
 from support.snapshots import cut, differences, end_of
@@ -113,6 +114,28 @@ def test_ranks_that_leave_fail_or_freeze_change_no_bit(
     assert run.exit_codes[2][1] == 1
     assert run.losses == clean.losses
     assert_same_end(tmp_path / "run", reference)
+
+
+def two_threads_on_rank_1() -> None:
+    """What a rank on a larger host has by default."""
+    torch.set_num_threads(1 + torch.distributed.get_rank())
+
+
+def test_a_rank_on_a_larger_host_resumes_with_its_number_of_threads(
+    config: Config, store: Path, undisturbed: tuple[Path, GroupRun], tmp_path: Path
+) -> None:
+    cut(undisturbed[0], EPOCH, tmp_path / "run")
+    run = run_ranks(config, store, tmp_path / "run", prepare=two_threads_on_rank_1)
+    assert run.finished
+    notes = [event.text for event in run.events if isinstance(event, Note) and "thread" in event.text]
+    assert notes == ["torch runs with 1 thread as before, not with 2, so that no bit differs"]
+    assert end_of(tmp_path / "run").state["threads"] == [1, 1]
+    assert_same_end(tmp_path / "run", undisturbed[0])
+    # Negative control: a run that starts there has, and records, what each rank has.
+    fault = kill(rank=1, step=5)
+    fresh = run_ranks(config, store, tmp_path / "fresh", [fault], max_failures=0, prepare=two_threads_on_rank_1)
+    assert not fresh.finished
+    assert end_of(tmp_path / "fresh").state["threads"] == [1, 2]
 
 
 def test_non_finite_loss_stops_every_rank_before_the_update(

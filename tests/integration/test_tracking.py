@@ -118,7 +118,7 @@ def test_restarts_and_what_an_earlier_driver_missed_are_tracked(runs: Path, uri:
     missed = StepDone(0, 1, {"train/loss": loss(1)})
     for event in (
         Recovered((missed, CheckpointSaved(1, "step-00000001"))),
-        Started(1, 9, 9, 1),
+        Started(1, 9, 9, 1, {"threads": [2, 1], "parameters": 7}),
         StepDone(0, 2, {"train/loss": loss(2)}),
         WorkerFailed("rank 1: killed"),
         Started(2, 9, 9, 1),
@@ -126,8 +126,10 @@ def test_restarts_and_what_an_earlier_driver_missed_are_tracked(runs: Path, uri:
     ):
         observer.emit(event)
     assert tracker.finish("FINISHED", wait_s=30) == 0
-    assert client.get_run(tracker.run_id).data.tags["restarts"] == "1"
+    tags = client.get_run(tracker.run_id).data.tags
+    assert (tags["restarts"], tags["fact.threads"], tags["fact.parameters"]) == ("1", "2,1", "7")
     assert run.record()["restarts"] == 1
+    assert run.record()["threads"] == [2, 1]
     assert history(client, tracker.run_id, "train/loss") == losses(4)[1:]
 
 

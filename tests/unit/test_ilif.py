@@ -281,8 +281,9 @@ def test_gates_of_spikes_refuse_integers(gate: str) -> None:
 
     shortcut = torch.randint(2, (2, 2, 4, 3, 3)).float()
     assert unit(1)(torch.randn(4, 4, 3, 3), shortcut).unique().tolist() == [0, 1]
-    with pytest.raises(ValueError, match=f"gate {gate} needs binary spikes.*bound=2"):
+    with pytest.raises(ValueError, match=f"gate {gate} needs binary spikes.*bound=2") as caught:
         unit(2)
+    assert str(caught.value).endswith("set neuron.bound=1"), "ADD and post-addition could never be proved"
 
 
 @pytest.mark.parametrize("connection", ["add", "post_add"])

@@ -1,6 +1,7 @@
 """Released SpikeYOLO weights: names and nesting as published come through; whatever does not fit is listed at once."""
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -113,6 +114,40 @@ def test_other_inner_names_prefix_type_and_classes() -> None:
     converted = convert_released(theirs, model_config("spike_yolo_n", num_classes=2))
     assert all(value.dtype == expected[key].dtype for key, value in converted.items())
     assert all(torch.equal(converted[key], v.half().float()) for key, v in expected.items() if v.is_floating_point())
+
+
+def test_weights_of_64_bits_stay_so_with_a_warning() -> None:
+    """Also where only some are: nothing is rounded."""
+    config = model_config("spike_yolo_n", num_classes=2)
+    expected = {
+        key: value.double() + 2**-40 if value.is_floating_point() and key != "head.bins" else value
+        for key, value in ours("spike_yolo_n", num_classes=2).items()
+    }
+    with pytest.warns(UserWarning, match=r"fp64 and stay fp64; load them into build_model\(config\)\.double\(\)"):
+        converted = convert_released(released(expected), config)
+    assert {value.dtype for value in converted.values()} == {torch.float64, torch.int64}
+    assert all(torch.equal(converted[key], value.to(converted[key].dtype)) for key, value in expected.items())
+    network = build_model(config).double()
+    network.load_state_dict(converted, strict=True)
+    assert torch.equal(network.state_dict()["stem.conv.weight"], expected["stem.conv.weight"])
+    mixed = {key: value.float() for key, value in expected.items()}
+    mixed["stem.conv.weight"] = expected["stem.conv.weight"]
+    with pytest.warns(UserWarning, match="stay fp64"):
+        assert torch.equal(convert_released(released(mixed), config)["stem.conv.weight"], expected["stem.conv.weight"])
+    # Negative control: fp32 is silent.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        in_fp32 = convert_released(released({key: value.float() for key, value in expected.items()}), config)
+    assert {value.dtype for value in in_fp32.values()} == {torch.float32, torch.int64}
+
+
+def test_integer_weights_are_refused_by_name() -> None:
+    theirs = released(ours("spike_yolo_n"))
+    theirs["model.14.conv.weight"] = theirs["model.14.conv.weight"].mul(100).to(torch.int8)
+    with pytest.raises(
+        ValueError, match=r"floating-point bits: model\.14\.conv\.weight torch\.int8 for lateral4\.conv\.weight$"
+    ):
+        convert_released(theirs, model_config("spike_yolo_n"))
 
 
 def test_all_that_does_not_fit_is_in_one_error() -> None:

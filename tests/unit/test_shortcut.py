@@ -78,6 +78,7 @@ def test_iterations_outside_training_are_refused(iteration: int, total: int) -> 
         ({"schedule": "step", "milestones": (0.75, 0.5)}, "increasing fractions"),
         ({"schedule": "step", "milestones": (0.5, 1.0)}, "between 0 and 1"),
         ({"lamda0": 0.25}, "lamda0"),
+        ({"loss": "own_and_summed", "combine": "convex"}, "loss=own_and_summed is defined for combine=add only"),
     ],
 )
 def test_bad_configurations_name_the_field(fields: dict[str, object], message: str) -> None:
@@ -172,8 +173,17 @@ def gradients(network: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("loss", ["summed_logits", "sum_losses"])
-@pytest.mark.parametrize("combine", ["add", "convex"])
+@pytest.mark.parametrize(
+    ("loss", "combine"),
+    [
+        ("summed_logits", "add"),
+        ("summed_logits", "convex"),
+        ("sum_losses", "add"),
+        ("sum_losses", "convex"),
+        ("own_and_summed", "add"),
+        ("own_and_summed_detached", "add"),
+    ],
+)
 @pytest.mark.parametrize("connection", ["bsg", "post_add", "ann"])
 @pytest.mark.parametrize("coefficient", [0.0, 0.25])
 def test_lambda_zero_is_the_plain_network(connection: str, combine: str, loss: str, coefficient: float) -> None:
@@ -209,6 +219,26 @@ def test_losses_by_hand() -> None:
     sides = 0.25 * (entropy(first, targets) + entropy(second, targets))
     torch.testing.assert_close(loss("add", "sum_losses"), entropy(main, targets) + sides)
     torch.testing.assert_close(loss("convex", "sum_losses"), 0.5 * entropy(main, targets) + sides)
+    together = entropy(main, targets) + 0.25 * entropy(main + first + second, targets)
+    torch.testing.assert_close(loss("add", "own_and_summed"), together)
+    torch.testing.assert_close(loss("add", "own_and_summed_detached"), together)
+
+
+def test_detached_logits_are_trained_by_their_own_loss_alone() -> None:
+    main = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    side = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    targets = torch.arange(4)
+
+    def gradient(kind: str) -> tuple[Tensor, Tensor]:
+        loss = shortcut_loss(ShortcutLogits(main, (side,)), targets, 0.25, ShortcutConfig(loss=kind))
+        own, other = torch.autograd.grad(loss, (main, side))
+        return own, other
+
+    (alone,) = torch.autograd.grad(F.cross_entropy(main, targets), (main,))
+    detached, through = gradient("own_and_summed_detached"), gradient("own_and_summed")
+    assert torch.equal(detached[0], alone)
+    assert not torch.allclose(through[0], alone)
+    torch.testing.assert_close(detached[1], through[1])
 
 
 def test_a_branch_reaches_the_first_layer_past_silent_stages() -> None:

@@ -21,7 +21,8 @@ head two batch norms of one branch.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -34,10 +35,14 @@ from spikefleet_models.spike_yolo.network import LAYERS, SpikeYolo
 
 _LAYER_KEY = re.compile(r"(?:model\.)+(\d+)\.(.+)")
 _OPTIONAL = "num_batches_tracked"
+_FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
 def convert_released(state_dict: Mapping[str, Tensor], config: SpikeYoloConfig) -> dict[str, Tensor]:
-    """Convert a released state dict to one of `SpikeYolo(config)`; fp16 weights become fp32.
+    """Convert a released state dict to one of `SpikeYolo(config)`.
+
+    16-bit weights become fp32. Where any are fp64, all are converted to fp64, with a warning: nothing is rounded here,
+    but `load_state_dict` of an fp32 network would round them.
 
     Args:
         state_dict: names and tensors of the released network in registration order, as its `state_dict()` gives them.
@@ -47,8 +52,8 @@ def convert_released(state_dict: Mapping[str, Tensor], config: SpikeYoloConfig) 
         Names and tensors in the order of `SpikeYolo(config).state_dict()`.
 
     Raises:
-        ValueError: `config` is not a published network, or names are missing, unexpected or of another shape; the
-            message lists all of them.
+        ValueError: `config` is not a published network, or names are missing, unexpected, of another shape, or not of
+            16, 32 or 64 floating-point bits; the message lists all of them.
     """
     published = {"reparameterise": True, "low_block": "block1", "high_block": "block2", "head": "anchor_free"}
     foreign = [
@@ -61,7 +66,7 @@ def convert_released(state_dict: Mapping[str, Tensor], config: SpikeYoloConfig) 
     with torch.device("meta"):
         network = SpikeYolo(config)
     layers: dict[int, _Module] = {}
-    conversion = _Conversion(network.state_dict())
+    conversion = _Conversion(network.state_dict(), _common_type(state_dict.values()))
     for key, tensor in state_dict.items():
         match = _LAYER_KEY.fullmatch(key)
         number = int(match[1]) if match else -1
@@ -73,7 +78,18 @@ def convert_released(state_dict: Mapping[str, Tensor], config: SpikeYoloConfig) 
         pattern = _pattern(network.get_submodule(name), name)
         conversion.convert(pattern, _collapse(layers.get(number, _Module(f"model.{number}"))), f"layer {number}")
     conversion.raise_problems()
+    if conversion.dtype is torch.float64:
+        warnings.warn(
+            "the released weights are fp64 and stay fp64; load them into build_model(config).double(), or convert them "
+            "with .float() to round them to fp32",
+            stacklevel=2,
+        )
     return {name: conversion.converted[name] for name in network.state_dict()}
+
+
+def _common_type(tensors: Iterable[Tensor]) -> torch.dtype:
+    """The type that holds all weights without rounding, of at least fp32."""
+    return torch.float64 if any(tensor.dtype is torch.float64 for tensor in tensors) else torch.float32
 
 
 @dataclass
@@ -169,11 +185,14 @@ def _collapse(module: _Module) -> _Module:
 class _Conversion:
     """The values converted so far, and everything that does not fit."""
 
-    def __init__(self, expected: Mapping[str, Tensor]) -> None:
+    def __init__(self, expected: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        """Of the converted weights."""
         self.converted: dict[str, Tensor] = {}
         self.missing: list[str] = []
         self.left_over: list[str] = []
         self.reshaped: list[str] = []
+        self.retyped: list[str] = []
         self._expected = expected
 
     def convert(self, pattern: _Pattern, released: _Module, layer: str) -> None:
@@ -239,8 +258,11 @@ class _Conversion:
                 self.missing.append(f"{layer}: {leaf.name}.{tensor_name} for {ours}")
             elif tuple(released.shape) != shape:
                 self.reshaped.append(f"{leaf.name}.{tensor_name} {tuple(released.shape)} for {ours} {shape}")
+            elif like.is_floating_point() and released.dtype not in _FLOATS:
+                self.retyped.append(f"{leaf.name}.{tensor_name} {released.dtype} for {ours}")
             else:
-                self.converted[ours] = released.detach().to(like.dtype).reshape(like.shape).clone()
+                dtype = self.dtype if like.is_floating_point() else like.dtype
+                self.converted[ours] = released.detach().to(dtype).reshape(like.shape).clone()
 
     def raise_problems(self) -> None:
         bins = self.converted.get("head.bins")
@@ -252,6 +274,7 @@ class _Conversion:
                 ("missing", self.missing),
                 ("unexpected", self.left_over),
                 ("of another shape", self.reshaped),
+                ("not of 16, 32 or 64 floating-point bits", self.retyped),
             )
             if names
         ]

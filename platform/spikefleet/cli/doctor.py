@@ -45,7 +45,7 @@ def _versions() -> Iterator[Finding]:
 def _devices() -> Iterator[Finding]:
     import torch
 
-    yield Finding("good", "CPU", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads for torch")
+    yield Finding("good", "CPU", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads for torch in new runs")
     if not torch.cuda.is_available():
         yield Finding("poor", "GPU", "none; `--gpu` cannot be used on this machine")
         return

@@ -84,8 +84,9 @@ class OptimConfig(Section):
     momentum: float = Field(0.9, ge=0, lt=1, description="momentum of SGD")
     nesterov: bool = Field(False, description="Nesterov momentum")
     weight_decay: float = Field(0.0, ge=0, description="L2 penalty")
-    decay_norm_and_bias: bool = Field(
-        True, description="apply weight decay to batch-norm, gate and bias parameters too"
+    decay_norm_and_bias: bool = Field(True, description="apply weight decay to batch-norm and bias parameters too")
+    decay_gates: bool = Field(
+        False, description="apply weight decay to W and B of BSG* too, which by itself closes the gates"
     )
     schedule: Literal["constant", "step", "cosine", "linear"] = Field("cosine", description="learning-rate schedule")
     milestones: tuple[int, ...] = Field((), description="step: epochs at which the rate is multiplied by gamma")

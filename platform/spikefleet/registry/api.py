@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spikefleet.certificates.verdict import REFUTED
 from spikefleet.config.recipes import parse_model
 from spikefleet.data_summary import DATA_SUMMARY, DataSummary
 from spikefleet.errors import UserError
@@ -433,5 +432,5 @@ def _candidate(version: RegisteredVersion | None, metric: str) -> Candidate | No
 
 
 def _of(version: RegisteredVersion, metric: str) -> Candidate:
-    refuted = version.tags.get(SPIKE_DRIVEN) == REFUTED
-    return Candidate(version.version, version.metric(metric), version.tags.get("data_hash"), refuted)
+    verdict = version.tags.get(SPIKE_DRIVEN)
+    return Candidate(version.version, version.metric(metric), version.tags.get("data_hash"), verdict)

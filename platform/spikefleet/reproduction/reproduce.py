@@ -39,6 +39,7 @@ from spikefleet_models.families import build_model
 from spikefleet_pipelines.errors import SourceError, StoreError
 from spikefleet_pipelines.sources import check_options, find_source
 from spikefleet_tune.journal import TrialRecord
+from spikefleet_tune.messages import counted
 from spikefleet_tune.result import SearchResult
 from spikefleet_tune.search_file import search_of
 
@@ -115,7 +116,7 @@ class ReproducedRow:
     split: str = ""
     """What the task's metrics were measured on: "test", or "val" where the data have no other images to report on."""
     remark: str = ""
-    """Why it was not run, or not with all seeds."""
+    """Why it was not run, or not with all seeds; and which layers of its energy multiply sums of spikes."""
 
 
 @dataclass(frozen=True)
@@ -285,6 +286,7 @@ def _measured(plan: ReproductionPlan, entry: Entry, result: SearchResult, option
         else:
             seeds.append(point["train.seed"])
             runs.append((record, run))
+    remarks = [*problems, *_energy_remark(plan.table, [run for _, run in runs])]
     return ReproducedRow(
         entry,
         _cells(plan.table, entry, runs),
@@ -293,7 +295,7 @@ def _measured(plan: ReproductionPlan, entry: Entry, result: SearchResult, option
         tuple(dict.fromkeys(run.data().content_hash for _, run in runs)),
         tuple(dict.fromkeys(str(run.record().get("code_version", "unknown")) for _, run in runs)),
         _split_of(plan.table, [record for record, _ in runs]),
-        "; ".join(problems) if runs or not problems else f"not run: {'; '.join(problems)}",
+        "; ".join(remarks) if runs or not problems else f"not run: {'; '.join(problems)}",
     )
 
 
@@ -311,11 +313,11 @@ def _differs(run: Run, config: Config) -> bool:
 
 
 def _cells(table: PaperTable, entry: Entry, runs: Sequence[tuple[TrialRecord, Run]]) -> dict[str, Cell]:
-    counted = _network_metrics(table, entry) if any(c.origin == "network" for c in table.columns.values()) else {}
+    known = _network_metrics(table, entry) if any(c.origin == "network" for c in table.columns.values()) else {}
     cells = {}
     for key, column in table.columns.items():
         if column.origin == "network":
-            values = [counted[key]] if key in counted else []
+            values = [known[key]] if key in known else []
         else:
             found = (_trial_metric(table, key, column, record, run) for record, run in runs)
             values = [value for value in found if value is not None]
@@ -327,8 +329,7 @@ def _trial_metric(table: PaperTable, key: str, column: Column, record: TrialReco
     if column.origin == "run":
         return record.metrics.get(key, record.metrics.get(_on_validation(key)))
     assert table.counted is not None, "the table's validation requires it"
-    card = EnergyCard.from_dict(read_json(run.path / "report" / ENERGY)).under(table.counted.constants)
-    value: float | None = getattr(card, key)
+    value: float | None = getattr(_card(run).under(table.counted.constants), key)
     return value
 
 
@@ -345,6 +346,18 @@ def _split_of(table: PaperTable, records: Sequence[TrialRecord]) -> str:
     return "val" if any(_on_validation(key) in record.metrics for record in records for key in keys) else ""
 
 
+def _card(run: Run) -> EnergyCard:
+    return EnergyCard.from_dict(read_json(run.path / "report" / ENERGY))
+
+
+def _energy_remark(table: PaperTable, runs: Sequence[Run]) -> Iterator[str]:
+    """What a reader of energies must know: layers that no chip of binary spikes runs as additions."""
+    if any(column.origin == "card" for column in table.columns.values()):
+        layers = dict.fromkeys(layer for run in runs for layer in _card(run).integer_fed)
+        if layers:
+            yield f"{counted(len(layers), 'layer')} fed by sums of spikes, counted as MACs"
+
+
 def _network_metrics(table: PaperTable, entry: Entry) -> dict[str, float]:
     """Parameters, MACs, and energy with the paper's additions: counted on the full network, without training."""
     if "full" not in entry.group.scales:
@@ -359,8 +372,11 @@ def _network_metrics(table: PaperTable, entry: Entry) -> dict[str, float]:
     side, constants = table.counted.side, energy_constants(table.counted.constants)
     card = energy_at_rates(network, (side, side), 0.0, constants, shortcuts=table.counted.shortcuts)
     additions = entry.row.paper.get("acs", 0.0) / table.columns["acs"].factor
+    metrics["macs"] = card.macs
+    if card.integer_fed:  # the paper's additions include these layers, which are among the MACs
+        return metrics
     picojoules = card.macs * constants.mac_pj + additions * constants.ac_pj
-    return {**metrics, "macs": card.macs, "energy_uj": picojoules / 1e6}
+    return {**metrics, "energy_uj": picojoules / 1e6}
 
 
 def _short_digest(what: Any) -> str:

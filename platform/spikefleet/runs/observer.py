@@ -56,7 +56,9 @@ class RunObserver:
     def _track(self, event: Event) -> None:
         match event:
             case Started():
-                self._tracker.set_tags({f"fact.{name}": value for name, value in event.metadata.items()})
+                self._tracker.set_tags({f"fact.{name}": _as_tag(value) for name, value in event.metadata.items()})
+                if "threads" in event.metadata:
+                    self._run.note(threads=event.metadata["threads"])
                 if self._started:
                     restarts = self._run.record()["restarts"] + 1
                     self._run.note(restarts=restarts)
@@ -89,3 +91,7 @@ class RunObserver:
         for path in sorted(report.iterdir()):
             if path.is_file() and not path.name.startswith("."):
                 self._tracker.log_artifact(path, "report")
+
+
+def _as_tag(value: object) -> object:
+    return ",".join(map(str, value)) if isinstance(value, list) else value

@@ -26,8 +26,9 @@ def register_run(
 ) -> Promotion:
     """Registers the best checkpoint of a run with its spike check and its energy card.
 
-    It becomes champion if its validation metric is better than the champion's and the spike check has not refuted it.
-    Without a validation split it stays challenger: to compare test metrics would be to select by them.
+    It becomes champion if its validation metric is better than the champion's and the spike check neither refuted it
+    nor shows nothing. Without a validation split it stays challenger: to compare test metrics would be to select by
+    them.
 
     Args:
         config: of the run.
@@ -58,6 +59,7 @@ def register_run(
             "code_version": code_version(),
             "seed": config.train.seed,
             SPIKE_DRIVEN: certificates.verdict,
+            **certificates.legs,
         },
         metrics={
             **{f"val/{name}": value for name, value in validation.items()},

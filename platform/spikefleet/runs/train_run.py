@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import threading
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass
@@ -205,6 +207,7 @@ def _train(
         return train(config, store, run.path, ProcessGroup.single(config.cluster.gpu), sink, before_step)
     from spikefleet.cluster.ray_train import train_on_ray
 
+    threading.Thread(target=_import_ahead, name="imports", daemon=True).start()
     return train_on_ray(
         config,
         store,
@@ -214,6 +217,15 @@ def _train(
         verbose=options.verbose,
         before_step=before_step,
     )
+
+
+def _import_ahead() -> None:
+    """Imports what certifying and plotting need, 2 s of processor time, while the workers start.
+
+    Torch imports its compiler when it counts a network on its meta device, though nothing is compiled.
+    """
+    for module in ("torch._dynamo", "matplotlib.pyplot"):
+        importlib.import_module(module)
 
 
 def _scale(config: Config) -> str:

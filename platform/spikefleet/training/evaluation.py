@@ -104,6 +104,23 @@ class SpreadPlan:
             yield StepBatch(step, rows[step : step + 1], 1)
 
 
+@dataclass(frozen=True)
+class ChosenPlan:
+    """One batch of given samples."""
+
+    samples: int
+    """Samples of the split."""
+    positions: tuple[int, ...]
+    """In the split."""
+
+    steps_per_epoch = 1
+
+    def batches(self, epoch: int = 0, start_step: int = 0) -> Iterator[StepBatch]:
+        """Iterates over the one batch, from `start_step` on."""
+        if not start_step:
+            yield StepBatch(0, np.array(self.positions, dtype=np.int64), len(self.positions))
+
+
 def first_batches(loader: BatchLoader, size: int, count: int) -> Iterator[Batch]:
     """Iterates over batches of `size` in the order of the split, until at least `count` samples, or all."""
     seen = 0

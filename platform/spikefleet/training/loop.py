@@ -29,6 +29,7 @@ from spikefleet.training.events import CheckpointSaved, EpochDone, EventSink, No
 from spikefleet.training.malloc import keep_freed_memory
 from spikefleet.training.state import TrainingState
 from spikefleet.training.step import Meter, due, micro_batches, training_step
+from spikefleet.training.threads import restored_thread_count, thread_counts
 from spikefleet.versions import library_versions
 from spikefleet_pipelines.loading import Batch, BatchLoader
 from spikefleet_pipelines.sampling import EpochPlan
@@ -99,6 +100,7 @@ class Splits:
         return cls(loader("train"), val, loader(manifest.original("test")))
 
 
+@restored_thread_count()
 def train(
     config: Config,
     store: Store,
@@ -203,10 +205,16 @@ def _resume(state: TrainingState, task: AnyTask, folder: CheckpointFolder, sink:
     _refuse_unshared_storage(state.group, folder)
     latest = state.group.broadcast(folder.latest())
     if latest is not None:
-        state.restore(load_checkpoint(latest))
+        threads = state.restore(load_checkpoint(latest))
         sink.emit(Note(f"resuming from {latest.name} (epoch {state.epoch + 1}, step {state.step})"))
-    parameters = sum(p.numel() for p in state.network.parameters())
-    metadata = {"parameters": parameters, "device": str(state.group.device), **library_versions()}
+        if threads is not None:
+            sink.emit(Note(threads))
+    metadata = {
+        "parameters": sum(p.numel() for p in state.network.parameters()),
+        "device": str(state.group.device),
+        "threads": thread_counts(state.group),
+        **library_versions(),
+    }
     epochs, steps = state.config.train.epochs, state.steps_per_epoch
     sink.emit(Started(state.step, epochs * steps, steps, epochs, metadata, task.headline))
 

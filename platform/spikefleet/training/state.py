@@ -17,6 +17,7 @@ from spikefleet.training.checkpoints import Snapshot, optimizer_tensors, restore
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.optimizer import BIASES, build_ema, build_optimizer, learning_rate, momentum
 from spikefleet.training.precision import autocast
+from spikefleet.training.threads import resume_threads, thread_counts
 from spikefleet_models.families import build_model
 from spikefleet_models.shortcut import ShortcutNetwork, balance_coefficient
 
@@ -66,6 +67,8 @@ class TrainingState:
         self.best: dict[str, Any] | None = None
         self.history: list[dict[str, float]] = []
         self.sums: dict[str, float] = {}
+        self.noted_large_step = False
+        """Whether this process has warned of a step larger than the weights of a layer; not part of a checkpoint."""
 
     def _with_branches(self, network: nn.Module) -> nn.Module:
         """The network with the side branches of shortcut back-propagation, which exist only in training."""
@@ -139,12 +142,16 @@ class TrainingState:
             "history": self.history,
             "sums": self.sums,
             "scaler": self.scaler.state_dict(),
+            "threads": thread_counts(self.group),
             "averaged": 0 if self.ema is None else int(self.ema.n_averaged),
         }
         return Snapshot(tensors, state, self.config.dump())
 
-    def restore(self, snapshot: Snapshot) -> None:
-        """Restores a snapshot.
+    def restore(self, snapshot: Snapshot) -> str | None:
+        """Restores a snapshot, and the number of threads that it was trained with. Collective.
+
+        Returns:
+            One line for the user where that number was changed or could not be; None otherwise.
 
         Raises:
             UserError: the snapshot has another configuration, data or number of workers; the message lists the fields.
@@ -160,15 +167,20 @@ class TrainingState:
                 f"the run cannot be resumed with another configuration: {'; '.join(differing)}; "
                 "use its values to resume it, or set another --name"
             )
-        self.load_weights(snapshot)
-        if isinstance(self.train_model, ShortcutNetwork):
-            self.train_model.branches.load_state_dict(dict(snapshot.tensors["branches"]))
+        self.load(snapshot)
         restore_optimizer(self.optimizer, self.train_model, snapshot.tensors["optimizer"])
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         _set_random_state(snapshot.tensors["random"], self.group)
-        self.epoch, self.step_in_epoch = state["epoch"], state["step_in_epoch"]
         self.best, self.history, self.sums = state["best"], list(state["history"]), dict(state["sums"])
+        return resume_threads(state.get("threads"), self.group)
+
+    def load(self, snapshot: Snapshot) -> None:
+        """Restores the weights, also those of side branches, and the position."""
+        self.load_weights(snapshot)
+        if isinstance(self.train_model, ShortcutNetwork):
+            self.train_model.branches.load_state_dict(dict(snapshot.tensors["branches"]))
+        self.epoch, self.step_in_epoch = snapshot.state["epoch"], snapshot.state["step_in_epoch"]
 
     def load_weights(self, snapshot: Snapshot) -> None:
         """Restores only the weights and their EMA."""
