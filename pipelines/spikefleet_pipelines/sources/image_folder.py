@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from spikefleet_pipelines.errors import SourceError
 from spikefleet_pipelines.sources.contents import held_out
 from spikefleet_pipelines.sources.encoded_files import ENCODED, ShardJob, select_targets, write_shards
-from spikefleet_pipelines.sources.image_folder_config import IMAGE_FOLDER
-from spikefleet_pipelines.sources.source import Progress, SourceOptions
+from spikefleet_pipelines.sources.image_folder_config import IMAGE_FOLDER, ImageFolderOptions
+from spikefleet_pipelines.sources.source import Progress
 from spikefleet_pipelines.store.image_files import (
     check_image_file,
     images_below,
@@ -75,11 +75,12 @@ class FolderContents:
             writer.add_shard(job.split, shard, select_targets(job.targets, rows), digests)
 
 
-def read_image_folder(root: Path, options: SourceOptions, seed: int) -> FolderContents:
+def read_image_folder(root: Path, options: ImageFolderOptions, seed: int) -> FolderContents:
     """List the files of a directory with the folders train and val, test, or both.
 
-    With a test folder, the splits are the folders. Without it the val folder becomes the test split. Where no folder is
-    val, 2 % of the training images of each class, at least one, become val.
+    With a val and a test folder, the splits are the folders. Where there is one of them, it becomes the test split, and
+    a part of the training images of each class, by default 2 % and at least one, becomes val. With `holdout=0` it is
+    val, and "test" an alias of it.
 
     Raises:
         SourceError: a folder is missing, a file cannot be read, or the classes of the folders differ; the message names
@@ -100,7 +101,12 @@ def read_image_folder(root: Path, options: SourceOptions, seed: int) -> FolderCo
     if len(found) < 3:
         train, reported = found["train"], found.get("test", found.get("val"))
         assert reported is not None
-        val = held_out(train.labels, lambda n: min(n - 1, max(1, round(n * 0.02))), seed)
+        if not options.holdout:
+            found = {"train": train, "val": reported}
+            return FolderContents(
+                classes["train"], found, stand_ins={"test": "val"}, unused=dict(sorted(unused.items()))
+            )
+        val = held_out(train.labels, lambda n: min(n - 1, max(1, round(n * options.holdout))), seed)
         found = {"train": train.where(~val), "val": train.where(val), "test": reported}
     return FolderContents(classes["train"], found, unused=dict(sorted(unused.items())))
 

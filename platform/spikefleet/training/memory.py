@@ -78,7 +78,8 @@ def check_memory(config: Config, image_shape: tuple[int, int, int] | None, local
             f"a training of {config.recipe} takes at least {_shown(needed)} of memory ({estimate.parameters:,} "
             f"parameters: {_shown(estimate.state_bytes)} with gradients and momentum; images of a step over "
             f"{config.model.simulated_timesteps:,} time steps: {_shown(estimate.input_bytes)}; "
-            f"{counted(workers, 'worker')}), and {where} {_shown(there)}; set a smaller model.width, model.timesteps or train.global_batch"
+            f"{counted(workers, 'worker')}), and {where} {_shown(there)}; "
+            "set a smaller model.width, model.timesteps or train.global_batch"
         )
 
 
