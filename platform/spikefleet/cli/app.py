@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from spikefleet.cli.output import say, stderr
 from spikefleet.errors import RunError, UserError
 from spikefleet.plugins import load_plugins
+from spikefleet.status import print_line
 from spikefleet_pipelines.errors import SourceError, StoreError
 
 _SHOWN_VERSIONS = ("torch", "ray", "mlflow")
@@ -51,7 +52,7 @@ class SentenceGroup(TyperGroup):
 
 def _complain(sentence: str) -> None:
     stderr.print("error:", style="bold red", end=" ")
-    stderr.print(sentence, highlight=False, markup=False, soft_wrap=True)
+    print_line(stderr, sentence)
 
 
 app = typer.Typer(

@@ -12,7 +12,7 @@ from spikefleet.cli.output import console, loading, messages, print_json, stderr
 from spikefleet.cli.parameters import Address, AsJson, StoresDir
 from spikefleet.cli.tables import print_record, print_table, text
 from spikefleet.errors import UserError
-from spikefleet.status import waiting
+from spikefleet.status import one_line, waiting
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -222,7 +222,7 @@ def _print_store(manifest: Manifest, where: str, as_json: bool) -> None:
         ("source", manifest.source),
         ("task", manifest.task),
         ("image", image),
-        ("classes", f"{len(names)}: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"),
+        ("classes", f"{len(names)}: {', '.join(map(one_line, names[:10]))}{', ...' if len(names) > 10 else ''}"),
     ]
     if manifest.category_ids is not None:
         ids = ", ".join(map(str, manifest.category_ids[:10]))
@@ -237,7 +237,7 @@ def _print_store(manifest: Manifest, where: str, as_json: bool) -> None:
     if audit.unused:
         items.append(("not used", counted_reasons(audit.unused)))
     if audit.skipped:
-        lines = [f"{one.split}: {one.file}: {one.reason}" for one in audit.skipped[:_SHOWN_SKIPPED]]
+        lines = [one_line(f"{one.split}: {one.file}: {one.reason}") for one in audit.skipped[:_SHOWN_SKIPPED]]
         more = len(audit.skipped) - len(lines)
         items.append(("skipped", "\n".join([*lines, *([f"and {more} more, in manifest.json"] if more else [])])))
     items.append(("content", manifest.content_hash))

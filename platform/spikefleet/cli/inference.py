@@ -14,7 +14,7 @@ from spikefleet.cli.output import console, loading, print_json, print_json_line,
 from spikefleet.cli.parameters import AsJson, Network, OtherData, RunsDir, SplitName, StoresDir
 from spikefleet.cli.tables import number, print_table
 from spikefleet.errors import RunError, UserError
-from spikefleet.status import counting, print_line, uncounted, waiting
+from spikefleet.status import counting, one_line, print_line, uncounted, waiting
 
 _SHOWN_CLASSES = 100
 
@@ -94,7 +94,7 @@ def predict(
             header, *rows = report.answer_table([answer])
             for row in rows:
                 cells = zip(header[1:], row[1:], strict=True)
-                say(f"{row[0]}: {', '.join(f'{name} {cell}' for name, cell in cells if cell)}")
+                say(f"{one_line(row[0])}: {', '.join(f'{name} {one_line(cell)}' for name, cell in cells if cell)}")
 
     # On a terminal the answers are the progress, and a bar would be drawn between them.
     with nullcontext(uncounted) if console.is_terminal else counting(stderr, "predicting") as progress:
@@ -117,6 +117,6 @@ def predict(
     if not done.answers and len(done.bad) == 1:
         file, reason = done.bad[0]
         raise UserError(f"image {file} cannot be read: {reason}")
-    named = "".join(f"\n  {file}: {reason}" for file, reason in done.bad)
+    named = "".join(f"\n  {one_line(str(file))}: {one_line(reason)}" for file, reason in done.bad)
     total = len(done.bad) + len(done.answers)
     raise RunError(f"{len(done.bad)} of {total} images cannot be read; the others are answered:{named}")

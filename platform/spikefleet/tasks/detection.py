@@ -13,6 +13,8 @@ from spikefleet import plots
 from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
 from spikefleet.files import write_json
+from spikefleet.plot_text import in_table
+from spikefleet.plot_text import labels as labels_of
 from spikefleet.tasks.coco_metrics import COCO_METRICS, FoundBoxes, box_confusion, evaluate_boxes, ground_truth, results
 from spikefleet.tasks.task import LossSettings, Task, TaskReport, check_class_count
 from spikefleet_models.detection import DetectionCriterion, Objects
@@ -148,8 +150,10 @@ class DetectionReport(TaskReport[FoundBoxes, Annotations]):
         return [
             ("class", "objects", "AP50-95", "AP50"),
             *(
-                (one["name"], str(one["objects"]), _percent(one["ap50_95"]), _percent(one["ap50"]))
-                for one in details["classes"]
+                (name, str(one["objects"]), _percent(one["ap50_95"]), _percent(one["ap50"]))
+                for name, one in zip(
+                    in_table([one["name"] for one in details["classes"]]), details["classes"], strict=True
+                )
             ),
         ]
 
@@ -161,13 +165,13 @@ class DetectionReport(TaskReport[FoundBoxes, Annotations]):
         path: Path,
     ) -> None:
         """Plots images with the detected boxes (score at least 0.3), each to the right of the annotated image."""
-        drawn = []
+        drawn, classes = [], labels_of(self.class_names)
         for position, (image, found) in enumerate(zip(images, predictions, strict=True)):
             if targets is not None:
                 target = targets[position]
                 boxes = torch.tensor(target.boxes).float()
                 corners = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)
-                names = [self.class_names[label] for label in target.labels]
+                names = [classes[label] for label in target.labels]
                 drawn.append(plots.boxes_on_image(image, corners, target.labels.tolist(), names))
             drawn.append(self.draw_one(image, found.at_least(SHOWN_SCORE)))
         plots.image_sheet(drawn, path)
@@ -175,15 +179,16 @@ class DetectionReport(TaskReport[FoundBoxes, Annotations]):
     def draw_one(self, image: torch.Tensor, prediction: FoundBoxes) -> torch.Tensor:
         """One image, uint8 `[C, H, W]`, with all boxes drawn on it, uint8 `[3, H', W']`."""
         labels = prediction.labels.tolist()
-        captions = [f"{self.class_names[k]} {score:.2f}" for k, score in zip(labels, prediction.scores, strict=True)]
+        classes = labels_of(self.class_names)
+        captions = [f"{classes[k]} {score:.2f}" for k, score in zip(labels, prediction.scores, strict=True)]
         return plots.boxes_on_image(image, torch.as_tensor(prediction.boxes).float(), labels, captions)
 
     def draw_batch(self, images: Sequence[torch.Tensor], targets: Sequence[Target], path: Path) -> None:
         """Plots images of a training batch with the boxes of the loss."""
-        drawn = []
+        drawn, classes = [], labels_of(self.class_names)
         for image, target in zip(images, targets, strict=True):
             labels = target.labels.tolist()
-            drawn.append(plots.boxes_on_image(image, target.boxes, labels, [self.class_names[k] for k in labels]))
+            drawn.append(plots.boxes_on_image(image, target.boxes, labels, [classes[k] for k in labels]))
         plots.image_sheet(drawn, path)
 
     def answer(self, prediction: FoundBoxes) -> dict[str, Any]:
@@ -222,11 +227,13 @@ class DetectionReport(TaskReport[FoundBoxes, Annotations]):
         write_json(folder / "evaluation.json", details)
         write_json(folder / "ground_truth.json", ground_truth(targets, self.class_names, self.category_ids))
         write_json(folder / "predictions.json", results(predictions, targets, self.category_ids))
-        curves = {one["name"]: one["precision50"] for one in details["classes"] if one["precision50"]}
+        classes = labels_of(self.class_names)
+        named = zip(classes, details["classes"], strict=True)
+        curves = {name: one["precision50"] for name, one in named if one["precision50"]}
         plots.precision_recall(curves, folder / "precision_recall.png")
         shown = [one.at_least(SHOWN_SCORE) for one in predictions]
         counts = box_confusion(shown, targets, len(self.class_names))
-        plots.confusion_matrix(counts, [*self.class_names, "background"], folder / "confusion.png")
+        plots.confusion_matrix(counts, [*classes, "background"], folder / "confusion.png")
 
 
 def _size(batch: Batch) -> tuple[int, int]:
