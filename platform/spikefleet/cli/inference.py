@@ -53,6 +53,9 @@ def evaluate(
     print_table(console, [header[0], *map(number, header[1:])], rows)
     for key, value in details["metrics"].items():
         say(f"{key} {value:.2%}")
+    for key in ("description", "remark"):
+        if key in details:
+            say(details[key])
     if evaluation.health:
         say(f"firing rate {evaluation.health['firing_rate']:.3f} of the spikes that are possible")
     if out is not None:

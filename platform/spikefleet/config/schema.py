@@ -130,6 +130,17 @@ class ClusterConfig(Section):
     max_failures: int = Field(3, ge=-1, description="restarts after a worker failure; -1: no limit")
 
 
+class EvaluationConfig(Section):
+    """How a split is measured."""
+
+    max_detections: int = Field(
+        100,
+        gt=10,
+        le=10_000,
+        description="detection: the best detections of a class in an image that count; COCO's number is 100",
+    )
+
+
 class CheckpointConfig(Section):
     """When checkpoints are saved, and which are kept."""
 
@@ -168,6 +179,7 @@ class Config(Section):
     optim: OptimConfig
     shortcut: ShortcutConfig = ShortcutConfig()
     cluster: ClusterConfig = ClusterConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     registry: RegistryConfig = RegistryConfig()
@@ -206,6 +218,15 @@ class Config(Section):
             raise ValueError(
                 f"train.label_smoothing={self.train.label_smoothing} has no effect for task={self.task}; leave it out"
             )
+        most, plain = self.evaluation.max_detections, self.model.model_dump().get("criterion") or {}
+        if most != EvaluationConfig().max_detections:
+            if task.networks != "detection":
+                raise ValueError(f"evaluation.max_detections={most} has no effect for task={self.task}; leave it out")
+            if most > plain.get("max_detections", most):
+                raise ValueError(
+                    f"evaluation.max_detections={most}, but the network gives at most "
+                    f"model.criterion.max_detections={plain['max_detections']}; set that to {most} too"
+                )
         if self.train.ema_ramp is not None and self.train.ema_decay is None:
             raise ValueError(
                 f"train.ema_ramp={self.train.ema_ramp} has no effect without train.ema_decay; set both or neither"

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -15,7 +16,15 @@ from spikefleet.errors import UserError
 from spikefleet.files import write_json
 from spikefleet.plot_text import in_table
 from spikefleet.plot_text import labels as labels_of
-from spikefleet.tasks.coco_metrics import COCO_METRICS, FoundBoxes, box_confusion, evaluate_boxes, ground_truth, results
+from spikefleet.tasks.coco_metrics import (
+    COCO_MAX_DETECTIONS,
+    FoundBoxes,
+    box_confusion,
+    evaluate_boxes,
+    ground_truth,
+    metric_names,
+    results,
+)
 from spikefleet.tasks.task import LossSettings, Task, TaskReport, check_class_count
 from spikefleet_models.detection import DetectionCriterion, Objects
 from spikefleet_models.family import ModelConfig
@@ -32,7 +41,6 @@ _RANDOM_BOXES = 3
 class Detection(Task[FoundBoxes, Annotations]):
     """The loss and the decoding of the model family; COCO metrics."""
 
-    metric_names = COCO_METRICS
     headline = ("map50_95", "map50")
     any_size = True
 
@@ -42,7 +50,9 @@ class Detection(Task[FoundBoxes, Annotations]):
         class_names: Sequence[str],
         category_ids: Sequence[int],
         global_divisor: bool = False,
+        max_detections: int = COCO_MAX_DETECTIONS,
     ) -> None:
+        self.metric_names, self._max_detections = metric_names(max_detections), max_detections
         self.class_names = tuple(class_names)
         self.category_ids = tuple(category_ids)
         self._criterion, self._global_divisor = criterion, global_divisor
@@ -51,7 +61,9 @@ class Detection(Task[FoundBoxes, Annotations]):
     def build(cls, model: ModelConfig, data: DataSummary, loss: LossSettings) -> Self:
         """The task for the classes of the data. Raises UserError if the network has another number of classes."""
         check_class_count(model, data)
-        return cls(model.build_criterion(), data.class_names, data.category_ids, loss.global_divisor)
+        return cls(
+            model.build_criterion(), data.class_names, data.category_ids, loss.global_divisor, loss.max_detections
+        )
 
     @property
     def report(self) -> DetectionReport:
@@ -100,7 +112,8 @@ class Detection(Task[FoundBoxes, Annotations]):
         """COCO metrics of a split.
 
         Returns:
-            `metrics` (COCO's twelve, in [0, 1]), `samples` (images), and `classes`, a list of name, objects, ap50_95,
+            `metrics` (COCO's twelve, in [0, 1]), `description` (of the metrics), `remark` (if more objects of a class
+            are in an image than detections count), `samples` (images), and `classes`, a list of name, objects, ap50_95,
             ap50 and precision50.
 
         Raises:
@@ -111,9 +124,19 @@ class Detection(Task[FoundBoxes, Annotations]):
             raise UserError(
                 f"detection metrics need at least one object, found none in {counted(len(targets), 'image')}"
             )
-        measured = evaluate_boxes(annotations, results(predictions, targets, self.category_ids))
+        most = self._max_detections
+        measured = evaluate_boxes(annotations, results(predictions, targets, self.category_ids), most)
+        crowded = sum(_most_of_a_class(target) > most for target in targets)
+        remark = (
+            f"{counted(crowded, 'image')} of {len(targets)} {'has' if crowded == 1 else 'have'} more than {most} "
+            "objects of a class, which cannot all be found; set evaluation.max_detections (and the model's "
+            "criterion.max_detections) to more"
+        )
         return {
             "metrics": measured.twelve,
+            "description": f"COCO's metrics of at most {most} detections of a class in an image "
+            "(evaluation.max_detections)",
+            **({"remark": remark} if crowded else {}),
             "samples": len(targets),
             "classes": [
                 {
@@ -234,6 +257,11 @@ class DetectionReport(TaskReport[FoundBoxes, Annotations]):
         shown = [one.at_least(SHOWN_SCORE) for one in predictions]
         counts = box_confusion(shown, targets, len(self.class_names))
         plots.confusion_matrix(counts, [*classes, "background"], folder / "confusion.png")
+
+
+def _most_of_a_class(target: Annotations) -> int:
+    """The largest number of objects of one class in an image, without crowds."""
+    return int(np.bincount(target.labels[~target.crowd], minlength=1).max())
 
 
 def _size(batch: Batch) -> tuple[int, int]:

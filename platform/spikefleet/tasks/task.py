@@ -36,12 +36,14 @@ Target = TypeVar("Target")
 
 @dataclass(frozen=True)
 class LossSettings:
-    """Settings of the loss; the task's entry in the table of tasks says which it supports."""
+    """Settings of loss and evaluation; the task's entry in the table of tasks says which it supports."""
 
     label_smoothing: float = 0.0
     global_divisor: bool = True
     """Losses with a divisor of their own return sums and that divisor; the training divides."""
     shortcut: ShortcutConfig = field(default_factory=ShortcutConfig)
+    max_detections: int = 100
+    """Detection: `evaluation.max_detections`."""
 
 
 class Task(ABC, Generic[Prediction, Target]):
@@ -112,7 +114,10 @@ class Task(ABC, Generic[Prediction, Target]):
 
     @abstractmethod
     def details(self, predictions: Sequence[Prediction], targets: Sequence[Target]) -> dict[str, Any]:
-        """The evaluation of a split as plain data: `metrics` by name, `samples`, and further keys of the task."""
+        """The evaluation of a split as plain data: `metrics` by name, `samples`, and further keys of the task.
+
+        Among them may be `description`, of the metrics, and `remark`, which are shown beside them.
+        """
 
     def metrics(self, predictions: Sequence[Prediction], targets: Sequence[Target]) -> dict[str, float]:
         """Metrics of a whole split by name."""
@@ -238,6 +243,7 @@ def build_task(config: Config, data: DataSummary) -> AnyTask:
         label_smoothing=config.train.label_smoothing,
         global_divisor=config.train.loss_divisor == "global",
         shortcut=config.shortcut,
+        max_detections=config.evaluation.max_detections,
     )
     task = task_class(config.task).build(config.model, data, loss)
     if config.checkpoint.metric not in task.metric_names:
