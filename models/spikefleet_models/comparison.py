@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from spikefleet_models import slots
+from spikefleet_models.firing import outputs_differ
 from spikefleet_models.neurons import spiking_nodes
 from spikefleet_models.proof import LayerProof
 from spikefleet_models.slots import NotSpikeDrivenError
@@ -143,9 +144,7 @@ class Comparison:
         if self._first_outputs is None:
             self._first_outputs = tuple(output.clone() for output in outputs)
             return
-        pairs = zip(self._first_outputs, outputs, strict=False)
-        differ = len(outputs) != len(self._first_outputs) or not all(torch.equal(one, other) for one, other in pairs)
-        self.outputs_vary = bool(self.outputs_vary) or differ
+        self.outputs_vary = bool(self.outputs_vary) or outputs_differ(self._first_outputs, outputs)
 
     @torch.no_grad()
     def run_silent_alone(self) -> tuple[str, ...]:

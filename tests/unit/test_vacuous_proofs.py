@@ -125,3 +125,15 @@ def test_methods_of_a_module_of_its_own_are_not_those_of_its_class(bound: int) -
     vars(net.conv)["_conv_forward"] = lambda x, weight, bias: convolve(x, weight, bias).sigmoid()
     with pytest.raises(NotSpikeDrivenError, match=r"feeds convolution; .* no convolution but these"):
         check_equivalence(net, images())
+
+
+@pytest.mark.parametrize(("share", "vary"), [(0.0, False), (1e-9, False), (1.0, True)])
+def test_outputs_that_differ_by_rounding_alone_are_the_same(share: float, vary: bool) -> None:
+    class Reads(Net):
+        def forward(self, images: Tensor) -> Tensor:
+            y: Tensor = super().forward(images) + share * images.mean()
+            return y
+
+    proof = check_equivalence(with_silent(Reads(4, plain), slice(None)), images())
+    assert proof.passed
+    assert proof.outputs_vary is vary
