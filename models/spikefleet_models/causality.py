@@ -40,7 +40,10 @@ def acausal_neuron(network: nn.Module, sample: Tensor) -> str | None:
 
 
 def _currents(network: nn.Module, sample: Tensor, silent_from: int | None) -> tuple[dict[str, list[Tensor]], int]:
-    """Currents [T, ...] of each call of each neuron, without spikes and frames from a step on; and the largest T."""
+    """Currents [T, ...] of each call of each neuron, without spikes and frames from a step on; and the largest T.
+
+    The calls of a neuron that keeps its state are the steps of one: they are put together.
+    """
     currents: dict[str, list[Tensor]] = {}
     steps = 1
     generator = torch.Generator().manual_seed(0)
@@ -48,14 +51,26 @@ def _currents(network: nn.Module, sample: Tensor, silent_from: int | None) -> tu
     def hook(name: str) -> Callable[..., Tensor]:
         def record(module: SpikingNode, inputs: tuple[Tensor, ...], emitted: Tensor) -> Tensor:
             nonlocal steps
-            steps = max(steps, emitted.shape[0])
-            currents.setdefault(name, []).append(inputs[0].clone())
-            return _silenced(drawn_integers(emitted.shape, module.bound, _RATE, generator).to(emitted), silent_from)
+            by_step = module.step_mode == "s"
+            current = inputs[0].clone().unsqueeze(0) if by_step else inputs[0].clone()
+            calls = currents.setdefault(name, [])
+            earlier = len(calls[0]) if calls and (by_step or module.keep_state) else 0
+            if earlier:
+                calls[0] = torch.cat((calls[0], current))
+            else:
+                calls.append(current)
+            steps = max(steps, earlier + len(current))
+            drawn = drawn_integers(emitted.shape, module.bound, _RATE, generator).to(emitted)
+            if silent_from is None:
+                return drawn
+            later = max(0, silent_from - earlier)
+            return _silenced(drawn[None], later)[0] if by_step else _silenced(drawn, later)
 
         return record
 
     with ExitStack() as stack:
         for name, node in spiking_nodes(network).items():
+            node.reset()
             stack.callback(node.register_forward_hook(hook(name)).remove)
         network(_silenced(sample, silent_from) if sample.ndim == 5 else sample.clone())
     return currents, steps

@@ -173,6 +173,7 @@ class Comparison:
                     bound = self._bounds[name]
                     drawn = torch.rand(tally.shape, dtype=torch.float64, generator=generator)
                     currents = _firing(one, (2 * drawn + rate - 1) * bound, bound)
+                    _reset(one, other)
                     spikes = other(currents)
                     alone.count_slots(spikes)
                     alone.compare(one(currents).to(torch.uint8), self._counts(name, spikes))
@@ -229,9 +230,16 @@ def as_slots(counts: Tensor, timesteps: int, bound: int) -> Tensor:
     return slots.thermometer(counts.unflatten(0, (timesteps, -1)), bound).flatten(0, 1)
 
 
+def _reset(*modules: nn.Module) -> None:
+    for module in modules:
+        for node in spiking_nodes(module).values():
+            node.reset()
+
+
 def _firing(node: nn.Module, currents: Tensor, bound: int) -> Tensor:
     """Currents that are doubled until the neuron emits D, since its threshold may be high or its input scaled."""
     for _ in range(_DOUBLINGS):
+        _reset(node)
         if (node(currents) == bound).any():
             break
         currents = 2 * currents

@@ -329,6 +329,8 @@ def _compare(
     nodes = spiking_nodes(network)
     # A neuron may keep its state, which a second call would change.
     copies = {name: copy.deepcopy(node) for name, node in nodes.items()}
+    for node in copies.values():
+        node.reset()
     scales = _scales(reference, sample, calls, 0)
     count = 0
 
@@ -392,5 +394,7 @@ def _compare_outputs(
 
 
 def _outputs(network: nn.Module, sample: Tensor) -> list[Tensor]:
+    for node in spiking_nodes(network).values():
+        node.reset()  # one may keep its state from the pass before
     leaves = tree_leaves(network(sample.clone()))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]

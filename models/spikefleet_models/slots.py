@@ -47,6 +47,11 @@ class ThermometerNode(nn.Module):
     def __init__(self, node: SpikingNode) -> None:
         super().__init__()
         self.node = node
+        self.bound = node.bound
+
+    def reset(self) -> None:
+        """Reset the state of `node`."""
+        self.node.reset()
 
     def forward(self, x_seq: Tensor) -> Tensor:
         """Slots of the integers of `node`, d fastest inside t."""

@@ -1,6 +1,7 @@
 """What an image does not show is compared all the same: silent layers and channels, later steps, images of a batch."""
 
 import copy
+from typing import Literal
 
 import pytest
 import torch
@@ -137,3 +138,43 @@ def test_outputs_that_differ_by_rounding_alone_are_the_same(share: float, vary: 
     proof = check_equivalence(with_silent(Reads(4, plain), slice(None)), images())
     assert proof.passed
     assert proof.outputs_vary is vary
+
+
+class Loop(nn.Module):
+    """Runs its neurons step by step, the second one perhaps on spikes in reverse."""
+
+    def __init__(self, bound: int, mode: Literal["s", "m"], reverse: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1)
+        self.first, self.last = (ILIF(bound, step_mode=mode) for _ in range(2))
+        self.first.keep_state = self.last.keep_state = True
+        self.mode, self.reverse = mode, reverse
+
+    def fire(self, neuron: nn.Module, current: Tensor) -> Tensor:
+        neuron.reset()  # type: ignore[operator]
+        steps = [current[t] if self.mode == "s" else current[t : t + 1] for t in range(STEPS)]
+        return (torch.stack if self.mode == "s" else torch.cat)([neuron(step) for step in steps])
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.linspace(3, 6, STEPS, dtype=x.dtype).view(-1, 1, 1, 1, 1)
+        spikes = self.fire(self.first, self.stem(x) * scale)
+        current = self.conv(spikes.flatten(0, 1)).unflatten(0, (STEPS, -1))
+        if self.reverse:
+            current = torch.cat(current.split(1)[::-1])
+        return self.head(self.fire(self.last, current).flatten(0, 1)).unflatten(0, (STEPS, -1)).mean(0)
+
+
+@pytest.mark.parametrize("mode", ["s", "m"])
+def test_later_steps_are_found_in_a_network_that_runs_step_by_step(mode: Literal["s", "m"]) -> None:
+    trained = Loop(1, mode, reverse=False)
+    assert check_equivalence(trained, images(), trained=trained).passed
+    assert "neuron last depends" in str(check_equivalence(Loop(1, mode, reverse=True), images()).failure)
+
+
+def test_a_state_that_outlives_a_pass_does_not_reach_the_next_comparison() -> None:
+    trained = Net(4, plain)
+    trained.first.neuron.keep_state = True  # type: ignore[assignment]
+    proof = check_deployment(trained.double(), copy.deepcopy(trained), list(images().double().split(1)))
+    assert proof.why is None
+    assert proof.flipped == 0
