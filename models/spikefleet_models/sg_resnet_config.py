@@ -73,6 +73,12 @@ class SGResNetConfig(ModelConfig):
     timesteps: int = Field(4, ge=1, description="Time steps T; the ANN twin always runs one.")
     in_channels: int = Field(3, ge=1, description="Channels of the images or event frames.")
     num_classes: int = Field(10, ge=1, description="Number of classes.")
+    norm_momentum: float = Field(
+        0.1,
+        gt=0.0,
+        le=1.0,
+        description="Weight of a step's batch in batch norm's running statistics; smaller for fewer images per worker.",
+    )
     zero_init_residual: bool = Field(
         False,
         description="Initialise blocks to the identity: gamma = 0 in the last batch norm; for and, a beta that fires.",

@@ -33,6 +33,11 @@ class TrainConfig(Section):
     epochs: int = Field(ge=1, description="passes over the training split")
     global_batch: int = Field(ge=1, description="samples per optimizer step, over all workers")
     accumulate: int = Field(1, ge=1, description="micro-batches per worker and optimizer step")
+    partial_batch: Literal["keep", "drop", "weigh"] = Field(
+        "keep",
+        description="the last batch of an epoch, where the samples do not fill it: a step as any other; dropped (other "
+        "samples in each epoch); or a step whose gradient is scaled by the batch's share of global_batch",
+    )
     eval_batch: int = Field(256, ge=1, description="samples per evaluation batch and worker")
     evaluate_every: int = Field(1, ge=1, description="epochs between evaluations on the validation split")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of initialisation, sample order and augmentation")
@@ -61,6 +66,15 @@ class TrainConfig(Section):
         description="detection: count the divisor of the loss over the global batch, so that the loss does not depend "
         "on the number of workers; or over each rank's slice, as the released code does",
     )
+
+    @model_validator(mode="after")
+    def _weighing_has_an_effect(self) -> Self:
+        if self.partial_batch == "weigh" and self.loss == "sum":
+            raise ValueError(
+                "partial_batch=weigh has no effect with loss=sum, whose gradient is proportional to the batch already; "
+                "set partial_batch=keep"
+            )
+        return self
 
 
 class OptimConfig(Section):

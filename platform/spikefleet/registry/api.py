@@ -61,6 +61,7 @@ __all__ = [
     "RegisteredVersion",
     "best",
     "describe",
+    "keep_as_challenger",
     "list_models",
     "load",
     "promote",
@@ -234,6 +235,25 @@ def promote(name: str, version: int, metric: str, mode: Mode = "max", *, trackin
             client.delete_registered_model_alias(name, CHALLENGER)
         client.set_model_version_tag(name, str(version), _PROMOTION, settled)
         return Promotion(name, version, decision.alias, decision.reason, winner.version if winner else None)
+
+
+def keep_as_challenger(name: str, version: int, reason: str, *, tracking_uri: str | None = None) -> Promotion:
+    """Gives a version the alias `challenger` without comparing it.
+
+    Args:
+        name: of the registered model.
+        version: number of the version.
+        reason: why it is not compared.
+        tracking_uri: of the registry; by default MLFLOW_TRACKING_URI, else SQLite in ./runs.
+
+    Raises:
+        UserError: the version does not exist.
+    """
+    with connect(_uri(tracking_uri)) as client:
+        model = find_model(client, name)
+        set_alias(client, name, CHALLENGER, model.pick(version).version)
+        champion = model.champion
+        return Promotion(name, version, CHALLENGER, reason, champion.version if champion else None)
 
 
 def load(uri: str | Path, *, tracking_uri: str | None = None) -> "torch.nn.Module":

@@ -32,6 +32,8 @@ class Evaluation(Generic[Prediction, Target]):
     """Spike health by layer."""
     health: dict[str, float]
     """Spike health of the whole network."""
+    split: str
+    """Name of the split."""
 
 
 @torch.no_grad()
@@ -77,7 +79,8 @@ def evaluate(
     if parts is None:
         return None
     merged = sorted((row for part in parts for row in part), key=lambda row: row[0])
-    return Evaluation([row[1] for row in merged], [row[2] for row in merged], tuple(monitor.table()), monitor.summary())
+    predictions, targets = [row[1] for row in merged], [row[2] for row in merged]
+    return Evaluation(predictions, targets, tuple(monitor.table()), monitor.summary(), loader.split.name)
 
 
 @dataclass(frozen=True)

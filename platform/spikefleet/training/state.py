@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -19,6 +20,13 @@ from spikefleet.training.precision import autocast
 from spikefleet.training.threads import resume_threads, thread_counts
 from spikefleet_models.families import build_model
 from spikefleet_models.shortcut import ShortcutNetwork, balance_coefficient
+
+_BUFFERS_IN_FORWARD = (  # the first was renamed after torch 2.10
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+    else "broadcast_buffers"
+)
+"""The option of DDP by which rank 0's buffers are copied to all ranks before each forward pass."""
 
 
 class TrainingState:
@@ -75,7 +83,9 @@ class TrainingState:
         model = network
         if self.group.size > 1:
             devices = [self.group.device] if self.group.device.type == "cuda" else None
-            model = DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)
+            # `rank_statistics.py` averages batch-norm statistics, instead of a broadcast of rank 0's.
+            unsynced: dict[str, Any] = {_BUFFERS_IN_FORWARD: False}
+            model = DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True, **unsynced)
         if self.config.train.compile:
             model = torch.compile(model)  # type: ignore[assignment]
         return model

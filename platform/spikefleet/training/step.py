@@ -15,6 +15,7 @@ from spikefleet.tasks import AnyTask
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.events import EventSink, Note, StepDone
 from spikefleet.training.optimizer import large_step
+from spikefleet.training.rank_statistics import average_statistics
 from spikefleet.training.state import TrainingState
 from spikefleet_models.gradient_flow import LARGEST_STEP, largest_relative_step
 from spikefleet_models.health import SpikeMonitor
@@ -83,6 +84,8 @@ def training_step(state: TrainingState, task: AnyTask, batch: Batch, meter: Mete
             weight = group.size * share
             if config.train.loss == "sum":
                 weight *= batch.global_count
+            elif config.train.partial_batch == "weigh":  # each sample of an epoch then counts the same
+                weight *= batch.global_count / config.train.global_batch
             state.scaler.scale(values["loss"] * weight).backward()
         for name, value in values.items():
             local[name] = local.get(name, 0) + value.detach().double() * (len(part.targets) if count is None else 1)
@@ -98,6 +101,7 @@ def training_step(state: TrainingState, task: AnyTask, batch: Batch, meter: Mete
     _note_large_step(state, rate, sink)
     state.scaler.step(state.optimizer)
     state.scaler.update()
+    average_statistics(state.network, group)
     if state.ema is not None:
         state.ema.update_parameters(state.network)
     for name, mean in means.items():
