@@ -410,9 +410,30 @@ def test_grid_moves_weights_by_less_than_its_step_and_reports_headroom() -> None
 def test_sums_beyond_53_bits_are_refused() -> None:
     net = SpikingNet(2, 4)
     with torch.no_grad():
-        net.project.weight.mul_(1e-9)
+        net.project.weight.mul_(1e-16)
     with pytest.raises(NotSpikeDrivenError, match=r"layer project needs \d+ bits"):
         check_equivalence(net, pictures())
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1e-9, 1e-12])
+def test_weights_that_died_away_beside_their_bias_are_compared(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As behind a batch norm whose scale has decayed."""
+    net = SpikingNet(2, 4)
+    with torch.no_grad():
+        net.project.weight.mul_(factor)
+    weight = on_grid(net, layer_inputs(net, pictures()))[0].project.weight
+    assert 0 < (net.project.weight - weight).abs().max() <= weight.abs().max() * 2.0**-8
+    proof = check_equivalence(net, pictures())
+    assert proof.passed
+    assert min(layer.headroom_bits for layer in proof.layers if layer.headroom_bits is not None) >= 0
+    right, shape = SlotLayer.forward, net.project.weight.shape
+
+    def without_last_spike(layer: SlotLayer, spikes: Tensor) -> Tensor:
+        kept = (spikes.cumsum(0) < spikes.sum(0)).to(spikes.dtype) if layer.weight.shape == shape else 1
+        return right(layer, spikes * kept)
+
+    monkeypatch.setattr(SlotLayer, "forward", without_last_spike)
+    assert check_equivalence(net, pictures()).unequal[0] == "project"
 
 
 def test_flips_are_counted_by_layer() -> None:

@@ -117,7 +117,7 @@ def _print_check(check: SpikeCheck, out: Path) -> None:
         for name, trained in check.metrics.trained.items():
             say(f"{name}: trained {trained:.4%}, binary {check.metrics.binary[name]:.4%} (fp32)")
     if check.remark is not None:
-        say(f"flips and metrics are missing: {check.remark}")
+        say(f"flips were not counted: {check.remark}")
     say(f"proof: {out}")
 
 
