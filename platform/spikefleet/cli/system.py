@@ -1,4 +1,4 @@
-"""doctor, ui, tracking sync."""
+"""doctor, ui, tracking sync, tracking repair."""
 
 from __future__ import annotations
 
@@ -51,6 +51,7 @@ def ui(
 ) -> None:
     """Serve MLflow's pages over the local tracking database, on this machine only."""
     from spikefleet.tracking.mlflow_client import public_uri, quiet_mlflow, resolve_tracking_uri
+    from spikefleet.tracking.relocation import ready_database
 
     quiet_mlflow()
     uri = resolve_tracking_uri(runs_dir)
@@ -58,6 +59,8 @@ def ui(
         say(f"the tracking server is at {public_uri(uri)}")
         return
     _refuse_taken(port)
+    with waiting(stderr, "opening the tracking database"):
+        ready_database(uri)
     say(f"http://{_LOCALHOST}:{port}  (Ctrl-C ends it)")
     settings = {"MLFLOW_BACKEND_STORE_URI": uri, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     command = [sys.executable, "-m", "mlflow", "server", "--host", _LOCALHOST, "--port", str(port), "--workers", "1"]
@@ -97,3 +100,26 @@ def sync_run(
     with waiting(stderr, f"delivering the records of {folder.name}"):
         delivered = sync(folder)
     say(f"{delivered} records delivered")
+
+
+@tracking_app.command("repair")
+def repair(runs_dir: RunsDir = Path("runs")) -> None:
+    """Complete the schema of a tracking database whose creation was cut short, or that is of an earlier MLflow.
+
+    Every run is kept, and a copy of the database from before.
+    """
+    from spikefleet.tracking.database import check_database, repair_database
+    from spikefleet.tracking.mlflow_client import local_database, quiet_mlflow
+
+    quiet_mlflow()
+    path = local_database(runs_dir)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; the first training creates it")
+    with loading("MLflow", stderr) as announce:
+        announce("repairing the tracking database")
+        backup = repair_database(path)
+    check_database(path)
+    if backup is None:
+        say(f"{path} is sound")
+    else:
+        say(f"{path} is complete now; as it was before: {backup}")

@@ -14,7 +14,9 @@ from spikefleet.config.recipes import parse_model
 from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
 from spikefleet.registry.version import CONTENT_HASH, RegisteredModel, RegisteredVersion, check_model_name
+from spikefleet.tracking.database import database_path
 from spikefleet.tracking.mlflow_client import check_tracking_uri, public_uri, quiet_mlflow
+from spikefleet.tracking.relocation import ready_database
 from spikefleet_tune.messages import one_of
 
 if TYPE_CHECKING:
@@ -37,9 +39,10 @@ def connect(tracking_uri: str) -> "Iterator[MlflowClient]":
     """
     quiet_mlflow()
     check_tracking_uri(tracking_uri)
-    database = tracking_uri.removeprefix("sqlite:///")
-    if database != tracking_uri and not Path(database).is_file():
+    database = database_path(tracking_uri)
+    if database is not None and not database.is_file():
         raise UserError(f"no registry exists at {tracking_uri}; train a run first, which registers its best network")
+    ready_database(tracking_uri, create=False)
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 

@@ -22,6 +22,7 @@ from spikefleet.runs.observer import RunObserver
 from spikefleet.runs.options import Options
 from spikefleet.runs.progress import build_display
 from spikefleet.runs.registration import register_run
+from spikefleet.runs.report import complete_report
 from spikefleet.runs.run_dir import Run, check_run_name, default_run_name
 from spikefleet.status import Announce, print_line, waiting
 from spikefleet.tracking.journal import Journal
@@ -75,6 +76,7 @@ def run_training(
         RunError: the training or the registration failed.
     """
     run = Run(options.runs_dir.resolve() / check_run_name(name or default_run_name(config)))
+    tracking_uri = resolve_tracking_uri(options.runs_dir)
     pick_device(config.cluster.gpu and config.cluster.workers == 0)
     store = open_data(config.data, options.stores_dir, console)
     with waiting(console, "checking the configuration against the data"):
@@ -84,7 +86,6 @@ def run_training(
             held.enter_context(_processes(config, options, run))
         held.enter_context(run.lock())
         run.begin(config, DataSummary.of(store.manifest))
-        tracking_uri = resolve_tracking_uri(options.runs_dir)
         if run.record()["status"] == "finished":
             print_line(console, f"run {run.name} is complete; to train another run, set --name or other overrides")
             look_at = public_uri(tracking_uri)
@@ -166,6 +167,7 @@ def _register_once(config: Config, run: Run, store: Store, tracking_uri: str, an
             run_id = journal.delivered.run_id
         assert run_id is not None, "all records are delivered, so the run has been created"
         certificates = _certified(config, run, store, announce)
+        evaluation = complete_report(config, run.best_checkpoint(), run.path / "report", store, announce)
         announce("registering the best checkpoint")
         promotion = register_run(
             config,
@@ -173,6 +175,7 @@ def _register_once(config: Config, run: Run, store: Store, tracking_uri: str, an
             run_id,
             tracking_uri,
             certificates=certificates,
+            evaluation=evaluation,
             validation=record["validation"],
             test=record["test"],
         )
