@@ -78,6 +78,8 @@ class StoreWriter:
         self._boxes: dict[str, list[BoxAudit]] = {}
 
     def __enter__(self) -> Self:
+        if self.overwrite:
+            self._refuse_foreign_files()
         self.directory.mkdir(parents=True)
         return self
 
@@ -85,6 +87,22 @@ class StoreWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _refuse_foreign_files(self) -> None:
+        """Raises StoreError if the store to replace holds what is not its own: raw data, or a user's file."""
+        there = self.out / MANIFEST_NAME
+        if not there.is_file():
+            return
+        shards = parse_manifest(there.read_bytes(), str(there)).shards.values()
+        own = {MANIFEST_NAME, *(shard.file for split in shards for shard in split)}
+        # A killed extension of the store leaves a shard that no manifest names.
+        names = (entry.name for entry in self.out.iterdir() if entry.suffix != ".arrow")
+        foreign = sorted(name for name in names if name not in own)
+        if foreign:
+            raise StoreError(
+                f"{self.out} holds {foreign[0]!r}, which is not a part of the store and would be removed with it; move "
+                "it away, or choose another directory"
+            )
 
     def shard_name(self, split: str, number: int) -> str:
         """Return the file name of a shard; `number` counts from 0."""

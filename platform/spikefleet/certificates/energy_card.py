@@ -19,6 +19,9 @@ from spikefleet_pipelines.transforms.batch_transform_config import BatchTransfor
 ENERGY = "energy.json"
 """File name of the card in a report and in a registered version."""
 
+CARD_FILES = (ENERGY, "energy.png")
+"""Names of the files that `write_card` writes."""
+
 REGISTERED_CONSTANTS = "fp32-45nm"
 """Energy constants of every registered version, so that `energy_mj` is comparable across families."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,10 @@ class TrainedNetwork:
     """Its recorded metrics by split and name, such as "test/top1"."""
     card: EnergyCard | None = None
     """Its recorded energy card."""
+    folders: tuple[Path, ...] = ()
+    """Directories whose files it was read from, over which nothing may be written."""
+    report: Path | None = None
+    """Directory of the report of its run, if it was opened by the name of a run."""
 
     @cached_property
     def task(self) -> AnyTask:
@@ -69,7 +73,7 @@ def open_trained_network(reference: str, runs_dir: Path) -> TrainedNetwork:
         with tempfile.TemporaryDirectory(prefix="spikefleet-") as scratch:
             folder = Path(scratch) / "package"
             registry.pull(reference, folder, tracking_uri=resolve_tracking_uri(runs_dir))
-            return _from_package(reference, folder)
+            return replace(_from_package(reference, folder), folders=())
     path = Path(reference)
     if (path / CARD).is_file():
         return _from_package(reference, path)
@@ -78,7 +82,7 @@ def open_trained_network(reference: str, runs_dir: Path) -> TrainedNetwork:
     if path.is_dir():
         raise UserError(f"{path} is neither a registered network (with {CARD}) nor a checkpoint of a run")
     run = find_run(runs_dir, reference)
-    return _from_checkpoint(reference, run.best_checkpoint(), run)
+    return replace(_from_checkpoint(reference, run.best_checkpoint(), run), report=run.path / "report")
 
 
 def _from_package(reference: str, folder: Path) -> TrainedNetwork:
@@ -87,7 +91,8 @@ def _from_package(reference: str, folder: Path) -> TrainedNetwork:
     with missing_plugins_named(metadata.get("plugins", ()), reference):
         config = parse_config(plain, origin=reference)
     metrics = {str(name): float(value) for name, value in metadata.get("metrics", {}).items()}
-    return TrainedNetwork(reference, network, config, DataSummary.read(folder), metrics, _energy_card(folder))
+    data, card = DataSummary.read(folder), _energy_card(folder)
+    return TrainedNetwork(reference, network, config, data, metrics, card, (folder,))
 
 
 def _from_checkpoint(reference: str, checkpoint: Path, run: Run) -> TrainedNetwork:
@@ -96,7 +101,8 @@ def _from_checkpoint(reference: str, checkpoint: Path, run: Run) -> TrainedNetwo
     network, record = best_network(snapshot, config.model), run.record()
     metrics = {f"val/{name}": float(value) for name, value in record.get("validation", {}).items()}
     metrics |= {f"test/{name}": float(value) for name, value in record.get("test", {}).items()}
-    return TrainedNetwork(reference, network, config, run.data(), metrics, _energy_card(run.path / "report"))
+    card = _energy_card(run.path / "report")
+    return TrainedNetwork(reference, network, config, run.data(), metrics, card, (checkpoint,))
 
 
 def _energy_card(folder: Path) -> EnergyCard | None:

@@ -12,14 +12,12 @@ from spikefleet.errors import UserError
 from spikefleet.files import read_json_object
 from spikefleet.status import Announce
 from spikefleet.tasks import build_task
+from spikefleet.tasks.task import EVALUATION
 from spikefleet.training.checkpoints import best_network, load_checkpoint
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.evaluation import evaluate
 from spikefleet_pipelines.loading import BatchLoader
 from spikefleet_pipelines.store.reader import Store
-
-EVALUATION = "evaluation.json"
-"""File name of the evaluation on the test split, in a report and in a registered version."""
 
 
 def complete_report(config: Config, checkpoint: Path, report: Path, store: Store, announce: Announce) -> Path:

@@ -1,7 +1,7 @@
 """The local tracking database, a SQLite file: built in one step, recognised when it is incomplete, and repaired.
 
-MLflow builds its schema by some seventy migrations without a transaction, so a signal in the middle leaves a schema that
-no migration accepts. Here the schema is built in a temporary file, under a lock, and renamed into place.
+MLflow builds its schema by some seventy migrations without a transaction, so a signal in the middle leaves one that no
+migration accepts. Here the schema is built in a temporary file, under a lock, and renamed into place.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ def _revisions() -> tuple[frozenset[str], str | None]:
     """MLflow's schema revisions, and the last one. Read from its files: importing it takes seconds."""
     spec = find_spec("mlflow")
     folders = [] if spec is None else list(spec.submodule_search_locations or ())
-    known, parents = set(), set()
+    known: set[str] = set()
+    parents: set[str] = set()
     for file in (path for folder in folders for path in Path(folder).glob("store/db_migrations/versions/*.py")):
         for name, value in re.findall(r"^(revision|down_revision)\b[^=\n]*=(.*)$", file.read_text(), re.MULTILINE):
             (known if name == "revision" else parents).update(re.findall(r"""["'](\w+)["']""", value))
@@ -123,8 +124,8 @@ def check_database(path: Path) -> None:
     match condition(path):
         case "incomplete":
             raise UserError(
-                f"tracking database {path} has an incomplete schema: its creation was cut short, or it is of an earlier "
-                f"MLflow; run `{REPAIR}`, which keeps all runs"
+                f"tracking database {path} has an incomplete schema: its creation was cut short, or it is of an "
+                f"earlier MLflow; run `{REPAIR}`, which keeps all runs"
             )
         case "newer":
             raise UserError(f"tracking database {path} is of a later MLflow; install the version that wrote it")
