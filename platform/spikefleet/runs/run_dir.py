@@ -16,14 +16,25 @@ from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
 from spikefleet.files import read_json_object, write_json
 from spikefleet.plugins import loaded_plugins, missing_plugins_named
+from spikefleet.tracking.mlflow_client import DATABASE
+from spikefleet.tracking.relocation import ARTIFACTS
 from spikefleet.training.checkpoints import CheckpointFolder, verify_checkpoint
 from spikefleet_tune.lock import Lock, LockedError, hold
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
+_RESERVED = frozenset({ARTIFACTS, "searches", "reproductions", "stores"})
+"""Names in a runs directory that are not those of runs."""
+
+
 def check_run_name(name: str) -> str:
-    """Returns the name. Raises UserError unless it is a plain file name."""
+    """Returns the name. Raises UserError unless it is a plain file name that the runs directory does not need."""
+    if name.lower() in _RESERVED or name.lower().startswith(DATABASE):
+        raise UserError(
+            f"run name {name!r} is reserved: the runs directory keeps {', '.join((DATABASE, *sorted(_RESERVED)))} for "
+            "itself; set another --name"
+        )
     if not _NAME.fullmatch(name) or ".." in name:
         raise UserError(
             f"run name {name!r} must have 1 to 100 letters, digits, '.', '_' or '-', and start with a letter or digit"
