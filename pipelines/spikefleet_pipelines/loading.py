@@ -3,6 +3,7 @@
 A batch is a pure function of (split, config, seed, epoch, step): the number of loader processes changes no bit of it.
 """
 
+import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -134,6 +135,7 @@ class BatchLoader:
             sampler=self._requests,
             num_workers=processes,
             persistent_workers=processes > 0,
+            worker_init_fn=_ignore_signals if processes else None,
             collate_fn=_unchanged,
             pin_memory=pin_memory,
             generator=torch.Generator(),  # else each epoch draws a seed that nothing uses from torch's global generator
@@ -185,6 +187,12 @@ def _read(loaded: Iterator[_Item], transform: BatchTransform[Any, Targets]) -> I
         if isinstance(item, ValueError):
             raise item
         yield Batch(item.images, transform.unpack(item.packed), item.indices, item.global_count)
+
+
+def _ignore_signals(worker: int) -> None:
+    """A terminal and Slurm signal all processes; the one that trains decides when loading ends."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def _unchanged(batch: Any) -> Any:

@@ -11,6 +11,7 @@ import sqlite3
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def half_built(folder: Path) -> dict[str, Any]:
     half, rows = [], []
     for n, die_at in enumerate((12, 400)):
         path = folder / f"{n}.db"
-        ended(forked(lambda path=path, die_at=die_at: _initialize_tables(engine(path, die_at))))
+        ended(forked(partial(_initialize_tables, engine(path, die_at))))
         half.append(condition(path))
     earlier = folder / "rows.db"
     made = engine(earlier)
@@ -95,7 +96,7 @@ def half_built(folder: Path) -> dict[str, Any]:
     for n, die_at in enumerate((20, 200)):
         path = folder / f"rows{n}.db"
         path.write_bytes(earlier.read_bytes())
-        ended(forked(lambda path=path, die_at=die_at: _upgrade_db(engine(path, die_at))))
+        ended(forked(partial(_upgrade_db, engine(path, die_at))))
         rows.append(condition(path))
     return {"half": half, "rows": rows}
 

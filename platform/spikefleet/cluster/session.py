@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from spikefleet.errors import UserError
+from spikefleet_tune.interruption import Interrupted, handlers_kept
 
 _CONNECT_TIMEOUT_S = 5.0
 _OBJECT_STORE_BYTES = 200_000_000
@@ -53,20 +55,21 @@ def ray_session(
         return
     address = address or os.environ.get("RAY_ADDRESS")
     level = "info" if verbose else "error"
-    if address:
-        _refuse_dead_address(address)
-        try:
-            ray.init(address=address, log_to_driver=verbose, logging_level=level, runtime_env=_network_settings())
-        except (ConnectionError, RuntimeError, TimeoutError, OSError) as error:
-            raise UserError(f"Ray at {address!r} refused the connection: {_first_line(error)}") from None
-    else:
-        ray.init(
-            address="local",
-            log_to_driver=verbose,
-            logging_level=level,
-            include_dashboard=dashboard,
-            object_store_memory=_OBJECT_STORE_BYTES,
-        )
+    with _signals_of_ray():
+        if address:
+            _refuse_dead_address(address)
+            try:
+                ray.init(address=address, log_to_driver=verbose, logging_level=level, runtime_env=_network_settings())
+            except (ConnectionError, RuntimeError, TimeoutError, OSError) as error:
+                raise UserError(f"Ray at {address!r} refused the connection: {_first_line(error)}") from None
+        else:
+            ray.init(
+                address="local",
+                log_to_driver=verbose,
+                logging_level=level,
+                include_dashboard=dashboard,
+                object_store_memory=_OBJECT_STORE_BYTES,
+            )
     # log_to_driver does not silence the raylet's messages about a dead worker; the run reports it in one line.
     ray._private.worker._worker_logs_enabled = verbose
     try:
@@ -75,6 +78,16 @@ def ray_session(
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _signals_of_ray() -> Iterator[None]:
+    """Ray's start replaces the handler of SIGTERM by one that exits; ours is restored, and its exit translated."""
+    with handlers_kept():
+        try:
+            yield
+        except SystemExit:
+            raise Interrupted(signal.SIGTERM) from None
 
 
 _NEED = {"CPU": "cluster.workers x cluster.cpus_per_worker", "GPU": "one for each of cluster.workers"}

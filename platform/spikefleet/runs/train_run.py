@@ -25,6 +25,7 @@ from spikefleet.runs.registration import register_run
 from spikefleet.runs.report import complete_report
 from spikefleet.runs.run_dir import Run, check_run_name, default_run_name
 from spikefleet.status import Announce, print_line, waiting
+from spikefleet.stop_signals import StopSignals
 from spikefleet.tracking.journal import Journal
 from spikefleet.tracking.mlflow_client import public_uri, resolve_tracking_uri
 from spikefleet.tracking.tracker import Tracker, sync
@@ -32,7 +33,9 @@ from spikefleet.training.distributed import ProcessGroup, pick_device
 from spikefleet.training.event_log import ResumedRunSink
 from spikefleet.training.events import EventSink
 from spikefleet.training.loop import BeforeStep, Outcome, prepare_parts, train
+from spikefleet.training.stopping import TrainingStopped
 from spikefleet_pipelines.store.reader import Store
+from spikefleet_tune.interruption import Interrupted, interruption
 from spikefleet_tune.messages import counted
 
 _FLUSH_S = 30.0
@@ -74,8 +77,22 @@ def run_training(
     Raises:
         UserError: an error that the user can fix, before training starts.
         RunError: the training or the registration failed.
+        Interrupted: SIGINT or SIGTERM stopped it; the same call resumes it.
     """
     run = Run(options.runs_dir.resolve() / check_run_name(name or default_run_name(config)))
+    signals = StopSignals(console)
+    with signals.handled():
+        return _run(config, options, console, run, before_step, signals)
+
+
+def _run(
+    config: Config,
+    options: Options,
+    console: Console,
+    run: Run,
+    before_step: BeforeStep | None,
+    signals: StopSignals,
+) -> FinishedRun:
     tracking_uri = resolve_tracking_uri(options.runs_dir)
     pick_device(config.cluster.gpu and config.cluster.workers == 0)
     store = open_data(config.data, options.stores_dir, console)
@@ -90,7 +107,7 @@ def run_training(
             print_line(console, f"run {run.name} is complete; to train another run, set --name or other overrides")
             look_at = public_uri(tracking_uri)
         else:
-            look_at = _train_tracked(config, options, console, run, store, tracking_uri, before_step)
+            look_at = _train_tracked(config, options, console, run, store, tracking_uri, before_step, signals)
         record = run.record()
         with waiting(console, "registering the best checkpoint") as announce:
             promotion = _register_once(config, run, store, tracking_uri, announce)
@@ -115,9 +132,10 @@ def _train_tracked(
     store: Store,
     tracking_uri: str,
     before_step: BeforeStep | None,
+    signals: StopSignals,
 ) -> str:
     """Trains with tracking, saves the result in run.json, and returns where to look at it."""
-    run.note(status="running")
+    run.note(status="running", signal=None)
     print_line(console, f"run {run.name}: {_scale(config)}")
     tracker = Tracker.open(run.path, run.name, config.tracking.experiment or config.recipe, tracking_uri)
     display = build_display(console)
@@ -125,13 +143,13 @@ def _train_tracked(
     observer.begin(config, {"dataset": store.manifest.source, "data_hash": store.manifest.content_hash})
     display.announce("starting Ray workers" if config.cluster.workers else "starting")
     try:
-        outcome = _train(config, store, run, ResumedRunSink(run.path, observer), options, before_step)
+        outcome = _train(config, store, run, ResumedRunSink(run.path, observer), options, before_step, signals)
         certificates = _certified(config, run, store, display.announce)
         display.announce("tracking the report")
         metrics = {f"test/{name}": value for name, value in outcome.test.items()}
         observer.finish({**metrics, "energy_mj": certificates.energy_mj}, outcome.steps, run.path / "report")
-    except KeyboardInterrupt:
-        run.note(status="interrupted")
+    except KeyboardInterrupt as error:
+        run.note(status="interrupted", signal=interruption(error).name)
         tracker.finish("KILLED", wait_s=_INTERRUPTED_FLUSH_S)
         raise
     except Exception as error:
@@ -199,9 +217,16 @@ def _train(
     sink: EventSink,
     options: Options,
     before_step: BeforeStep | None,
+    signals: StopSignals,
 ) -> Outcome:
     if config.cluster.workers == 0:
-        return train(config, store, run.path, ProcessGroup.single(config.cluster.gpu), sink, before_step)
+        group = ProcessGroup.single(config.cluster.gpu)
+        try:
+            with signals.after_a_step():
+                return train(config, store, run.path, group, sink, before_step, signals.requested)
+        except TrainingStopped:
+            assert signals.received is not None, "nobody else asks to stop"
+            raise Interrupted(signals.received) from None
     from spikefleet.cluster.ray_train import train_on_ray
 
     threading.Thread(target=_import_ahead, name="imports", daemon=True).start()
@@ -213,6 +238,7 @@ def _train(
         address=options.address,
         verbose=options.verbose,
         before_step=before_step,
+        signals=signals,
     )
 
 

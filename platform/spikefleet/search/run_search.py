@@ -75,7 +75,7 @@ def run_tracked_search(
 
     Raises:
         UserError: the search is invalid or cannot be resumed; raised before any trial starts.
-        KeyboardInterrupt: the user pressed Ctrl-C; the same command resumes the search.
+        Interrupted: SIGINT or SIGTERM; the same command resumes the search.
     """
     resolve_tracking_uri(options.runs_dir)  # a database that cannot be used is named before data is read
     setting, config, store = _setting(search, name, options, console)

@@ -26,6 +26,8 @@ from spikefleet_models.family import ModelConfig
 from spikefleet_tune.atomic import sync
 
 _MANIFEST = "checkpoint.json"
+_STATE = "state.json"
+_REPLACED = "replaced-"
 _FORMAT = 1
 
 
@@ -64,7 +66,9 @@ class CheckpointFolder:
         return self.folder / f"step-{step:08d}"
 
     def save(self, step: int, snapshot: Snapshot) -> Path:
-        """Writes and commits a checkpoint; one that is already committed stays.
+        """Writes and commits a checkpoint; one of the same position that is already committed stays.
+
+        A training that was asked to stop commits the end of an epoch before its evaluation; the evaluation replaces it.
 
         Args:
             step: optimizer steps done.
@@ -77,7 +81,7 @@ class CheckpointFolder:
             RunError: the checkpoint cannot be written; older checkpoints stay.
         """
         final = self.at(step)
-        if (final / _MANIFEST).is_file():
+        if (final / _MANIFEST).is_file() and self._has_position(final, snapshot):
             return final
         partial = self.folder / f"partial-{step:08d}"
         try:
@@ -94,9 +98,13 @@ class CheckpointFolder:
             for path in partial.iterdir():
                 sync(path)
             sync(partial)
-            shutil.rmtree(final, ignore_errors=True)
+            replaced = final.with_name(f"{_REPLACED}{final.name}")
+            shutil.rmtree(replaced, ignore_errors=True)
+            if final.exists():
+                final.replace(replaced)
             partial.replace(final)
             sync(self.folder)
+            shutil.rmtree(replaced, ignore_errors=True)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise RunError(
@@ -118,8 +126,20 @@ class CheckpointFolder:
 
     def clean(self) -> None:
         """Removes incomplete checkpoints of a killed writer. Only the writer may call this."""
+        for path in self.folder.glob(f"{_REPLACED}*"):
+            final = path.with_name(path.name.removeprefix(_REPLACED))
+            if not final.exists():  # killed between two renames
+                path.replace(final)
+            shutil.rmtree(path, ignore_errors=True)
         for path in self.folder.glob("partial-*"):
             shutil.rmtree(path, ignore_errors=True)
+
+    def _has_position(self, path: Path, snapshot: Snapshot) -> bool:
+        try:
+            state = read_json_object(path / _STATE)
+        except UserError:
+            return False
+        return all(state.get(key) == snapshot.state.get(key) for key in ("epoch", "step_in_epoch"))
 
     def _removable(self) -> Iterator[Path]:
         yield from list(self.folder.glob("step-*"))

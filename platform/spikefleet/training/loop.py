@@ -23,11 +23,12 @@ from spikefleet.errors import RunError, UserError
 from spikefleet.tasks import AnyTask, build_task
 from spikefleet.training.checkpoints import CheckpointFolder, load_checkpoint
 from spikefleet.training.distributed import ProcessGroup
-from spikefleet.training.evaluation import Evaluation, evaluate
+from spikefleet.training.evaluation import Evaluation, EvaluationStopped, evaluate
 from spikefleet.training.events import CheckpointSaved, EpochDone, EventSink, Note, Phase, Started
 from spikefleet.training.malloc import keep_freed_memory
 from spikefleet.training.state import TrainingState
 from spikefleet.training.step import Meter, due, micro_batches, training_step
+from spikefleet.training.stopping import StopRequested, TrainingStopped, never
 from spikefleet.training.threads import restored_thread_count, thread_counts
 from spikefleet.versions import library_versions
 from spikefleet_pipelines.loading import Batch, BatchLoader
@@ -92,6 +93,7 @@ def train(
     group: ProcessGroup,
     sink: EventSink,
     before_step: BeforeStep | None = None,
+    stop_requested: StopRequested = never,
 ) -> Outcome:
     """Trains from the latest committed checkpoint, or from scratch, to the end; then tests the best checkpoint.
 
@@ -102,11 +104,13 @@ def train(
         group: this process's rank and group.
         sink: receives events on rank 0.
         before_step: called before each optimizer step.
+        stop_requested: whether to stop after the next step; rank 0 decides, and commits a checkpoint.
 
     Returns:
         The metrics of the best checkpoint.
 
     Raises:
+        TrainingStopped: it was asked to stop; raised on all ranks.
         NonFiniteError: a loss or a gradient is not finite; raised on all ranks at the same step.
         UserError: the configuration does not fit the data, or the checkpoints of another configuration are there.
         RunError: a checkpoint cannot be written.
@@ -126,12 +130,22 @@ def train(
         for batch in splits.train.epoch(plan, epoch, start_step=state.step_in_epoch):
             if before_step is not None:
                 before_step(group, state.step)
-            training_step(state, task, batch, meter, sink)
-            if due(config.checkpoint.every_steps, state.step) and state.step_in_epoch < state.steps_per_epoch:
+            stopping = training_step(state, task, batch, meter, sink, stop_requested)
+            timely = due(config.checkpoint.every_steps, state.step) and state.step_in_epoch < state.steps_per_epoch
+            if timely or stopping:
                 _save(state, folder, sink)
-        _finish_epoch(state, task, splits, folder, sink)
+            if stopping:
+                raise TrainingStopped(state.step)
+        try:
+            _finish_epoch(state, task, splits, folder, sink, stop_requested)
+        except EvaluationStopped:
+            _save(state, folder, sink)
+            raise TrainingStopped(state.step) from None
         meter.restart()
-    return _test_best(state, task, splits, folder, run_dir, sink)
+    try:
+        return _test_best(state, task, splits, folder, run_dir, sink, stop_requested)
+    except EvaluationStopped:
+        raise TrainingStopped(state.step) from None
 
 
 def prepare_parts(config: Config, store: Store, group: ProcessGroup) -> tuple[AnyTask, Splits, EpochPlan]:
@@ -255,7 +269,12 @@ def _draw_first_batch(config: Config, task: AnyTask, store: Store, plan: EpochPl
 
 
 def _finish_epoch(
-    state: TrainingState, task: AnyTask, splits: Splits, folder: CheckpointFolder, sink: EventSink
+    state: TrainingState,
+    task: AnyTask,
+    splits: Splits,
+    folder: CheckpointFolder,
+    sink: EventSink,
+    stop_requested: StopRequested,
 ) -> None:
     """Evaluates, moves the position to the next epoch, and saves a checkpoint if it is due or the best so far."""
     config = state.config
@@ -269,7 +288,7 @@ def _finish_epoch(
     measured: dict[str, float] = {}
     if last or due(config.train.evaluate_every, state.epoch + 1):
         sink.emit(Phase("validating"))
-        evaluation = _evaluate(state, task, splits.val)
+        evaluation = _evaluate(state, task, splits.val, stop_requested)
         measured = state.group.broadcast(evaluation and task.metrics(evaluation.predictions, evaluation.targets))
         if config.checkpoint.metric not in measured:
             raise UserError(
@@ -291,9 +310,12 @@ def _finish_epoch(
         _save(state, folder, sink)
 
 
-def _evaluate(state: TrainingState, task: AnyTask, loader: BatchLoader) -> Evaluation[Any, Any] | None:
+def _evaluate(
+    state: TrainingState, task: AnyTask, loader: BatchLoader, stop_requested: StopRequested
+) -> Evaluation[Any, Any] | None:
     state.group.broadcast_buffers(state.eval_model)
-    return evaluate(state.eval_model, task, loader, state.config.train, state.group)
+    config, group = state.config.train, state.group
+    return evaluate(state.eval_model, task, loader, config, group, stop_requested=stop_requested)
 
 
 def _improves(config: CheckpointConfig, best: Mapping[str, Any] | None, measured: Mapping[str, float]) -> bool:
@@ -321,14 +343,20 @@ def _save(state: TrainingState, folder: CheckpointFolder, sink: EventSink) -> No
 
 
 def _test_best(
-    state: TrainingState, task: AnyTask, splits: Splits, folder: CheckpointFolder, run_dir: Path, sink: EventSink
+    state: TrainingState,
+    task: AnyTask,
+    splits: Splits,
+    folder: CheckpointFolder,
+    run_dir: Path,
+    sink: EventSink,
+    stop_requested: StopRequested,
 ) -> Outcome:
     """Evaluates the best checkpoint on the test split and writes the report of the run."""
     assert state.best is not None, "the last epoch is always evaluated"
     path = state.group.broadcast(folder.at(state.best["step"]))  # waits until rank 0 has committed it
     state.load_weights(load_checkpoint(path))
     sink.emit(Phase("testing"))
-    evaluation = _evaluate(state, task, splits.test)
+    evaluation = _evaluate(state, task, splits.test, stop_requested)
     metrics: dict[str, float] = {}
     if evaluation is not None:
         sink.emit(Note(f"testing {path.name}, the best checkpoint by val/{state.config.checkpoint.metric}"))
