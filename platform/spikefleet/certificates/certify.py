@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from spikefleet.certificates.energy_card import ENERGY, measure_energy, write_card
+from spikefleet.certificates.energy_card import ENERGY, measure_energy, read_card, write_card
 from spikefleet.certificates.spike_check import PROOF, check_spikes
 from spikefleet.config.schema import Config
 from spikefleet.data_summary import DataSummary
-from spikefleet.files import read_json, sha256_of, write_json
+from spikefleet.files import read_json, read_json_object, sha256_of, write_json
 from spikefleet.status import Announce, silent
 from spikefleet.tasks import build_task
 from spikefleet.training.checkpoints import best_network, checkpoint_hash, load_checkpoint, verify_checkpoint
@@ -60,7 +60,7 @@ def certify(config: Config, checkpoint: Path, report: Path, store: Store, announ
             report / CERTIFICATE,
             {"checkpoint": certified, "sha256": {file.name: sha256_of(file) for file in files}},
         )
-    return Certificates(read_json(proof)["verdict"], float(read_json(energy)["totals"]["energy_mj"]), files)
+    return Certificates(str(read_json_object(proof, "verdict")["verdict"]), read_card(energy).energy_mj, files)
 
 
 def _is_certified(report: Path, checkpoint: str, files: tuple[Path, ...]) -> bool:

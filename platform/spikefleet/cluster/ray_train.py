@@ -23,7 +23,7 @@ from spikefleet.cluster.session import ray_session
 from spikefleet.config.recipes import parse_config
 from spikefleet.config.schema import ClusterConfig, Config
 from spikefleet.errors import RunError, UserError
-from spikefleet.files import read_json, write_json
+from spikefleet.files import read_json_object, write_json
 from spikefleet.plugins import load_plugins, loaded_plugins
 from spikefleet.stop_signals import StopSignals
 from spikefleet.training.distributed import ProcessGroup
@@ -183,7 +183,7 @@ def _worker(loop_config: dict[str, Any]) -> Outcome | Stopped:
     attempt = Path(arguments.attempt)
     stopped = attempt / STOPPED
     if stopped.is_file():
-        return Stopped(**read_json(stopped))
+        return _read_stopped(stopped)
     sink: EventSink = EventWriter(attempt, arguments.lockstep) if group.is_main else NullSink()
 
     def before_step(group: ProcessGroup, step: int) -> None:
@@ -191,7 +191,7 @@ def _worker(loop_config: dict[str, Any]) -> Outcome | Stopped:
         if group.is_main and not attempt.is_dir():
             raise RunError(TAKEN_OVER)
         if group.is_main and stopped.is_file():
-            raise Stopped(**read_json(stopped)).error()
+            raise _read_stopped(stopped).error()
         if arguments.before_step is not None:
             arguments.before_step(group, step)
 
@@ -259,6 +259,13 @@ def _fit_stoppable(
             if overdue and thread.is_alive():
                 raise Interrupted(signals.received)
     return done.result()
+
+
+def _read_stopped(path: Path) -> Stopped:
+    try:
+        return Stopped(**read_json_object(path, "reason", "mendable"))
+    except (UserError, TypeError) as error:
+        return Stopped(f"the reason why the run was stopped cannot be read: {error}", mendable=False)
 
 
 def _fit(trainer: TorchTrainer) -> Outcome | Stopped:

@@ -24,7 +24,7 @@ from spikefleet.errors import UserError
 from spikefleet.files import sha256_of
 from spikefleet.tracking.database import database_path, database_uri
 from spikefleet.tracking.delivery import MAX_METRICS, MAX_PARAMS_OR_TAGS, SPOOL, Delivery, Sender
-from spikefleet.tracking.journal import JOURNAL, Journal
+from spikefleet.tracking.journal import JOURNAL, Journal, check_record
 from spikefleet.tracking.mlflow_client import DATABASE, check_tracking_uri, public_uri, quiet_mlflow
 from spikefleet_tune.atomic import replacing
 from spikefleet_tune.jsonl_log import Record
@@ -63,7 +63,15 @@ class Tracker:
         self._status = "RUNNING"
         self._lossy = False
         self._guard = threading.RLock()
-        for record in journal.records():
+        for number, record in enumerate(journal.records(), start=1):
+            try:
+                check_record(record)
+            except (KeyError, TypeError, ValueError) as error:
+                journal.close()
+                raise UserError(
+                    f"{journal.directory / JOURNAL}, line {number} is damaged: {error!r}; move the file away to "
+                    "continue this run as a new run in MLflow"
+                ) from None
             self._remember(record)
         self._delivery = Delivery(journal, tracking_uri)
         self._sender = Sender(self._delivery)

@@ -201,6 +201,7 @@ def _resume(state: TrainingState, task: AnyTask, folder: CheckpointFolder, sink:
         sink.emit(Note(f"resuming from {latest.name} (epoch {state.epoch + 1}, step {state.step})"))
         if threads is not None:
             sink.emit(Note(threads))
+        _forget_lost_best(state, folder, sink)
     metadata = {
         "parameters": sum(p.numel() for p in state.network.parameters()),
         "device": str(state.group.device),
@@ -209,6 +210,15 @@ def _resume(state: TrainingState, task: AnyTask, folder: CheckpointFolder, sink:
     }
     epochs, steps = state.config.train.epochs, state.steps_per_epoch
     sink.emit(Started(state.step, epochs * steps, steps, epochs, metadata, task.headline))
+
+
+def _forget_lost_best(state: TrainingState, folder: CheckpointFolder, sink: EventSink) -> None:
+    """Chooses the best checkpoint anew if the one so far is lost: damaged, or removed when a later one was better."""
+    step = None if state.best is None else state.best["step"]
+    if step is None or state.group.broadcast(not state.group.is_main or folder.is_intact(step)):
+        return
+    sink.emit(Note(f"the best checkpoint so far, of step {step}, is lost; the best one is chosen from here on"))
+    state.best = None
 
 
 def _refuse_unshared_storage(group: ProcessGroup, folder: CheckpointFolder) -> None:
