@@ -3,8 +3,11 @@
 A batch is a pure function of (split, config, seed, epoch, step): the number of loader processes changes no bit of it.
 """
 
+import os
 import signal
+import threading
 from collections.abc import Iterator
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -63,6 +66,9 @@ class _Loaded(NamedTuple):
     indices: Tensor
     global_count: int
 
+
+_FAREWELL_S = 3.0
+"""Seconds for which a loader process survives SIGTERM."""
 
 _Item = _Loaded | ValueError
 
@@ -135,7 +141,7 @@ class BatchLoader:
             sampler=self._requests,
             num_workers=processes,
             persistent_workers=processes > 0,
-            worker_init_fn=_ignore_signals if processes else None,
+            worker_init_fn=_outlive_signals if processes else None,
             collate_fn=_unchanged,
             pin_memory=pin_memory,
             generator=torch.Generator(),  # else each epoch draws a seed that nothing uses from torch's global generator
@@ -189,10 +195,16 @@ def _read(loaded: Iterator[_Item], transform: BatchTransform[Any, Targets]) -> I
         yield Batch(item.images, transform.unpack(item.packed), item.indices, item.global_count)
 
 
-def _ignore_signals(worker: int) -> None:
-    """A terminal and Slurm signal all processes; the one that trains decides when loading ends."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)
+def _outlive_signals(worker: int) -> None:
+    """A terminal and Slurm signal all processes: loading continues until the one that trains has ended its step."""
+
+    def leave_soon(signum: int, frame: FrameType | None) -> None:
+        timer = threading.Timer(_FAREWELL_S, os._exit, (128 + signum,))
+        timer.daemon = True
+        timer.start()
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, leave_soon)
 
 
 def _unchanged(batch: Any) -> Any:

@@ -66,6 +66,7 @@ class RunRecord(BaseModel):
     reason: str | None = None
     signal: str | None = None
     code_version: str | None = None
+    store: str | None = None
     registered: str | None = None
     validation: dict[str, float] | None = None
     test: dict[str, float] | None = None

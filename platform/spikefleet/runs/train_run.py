@@ -103,6 +103,7 @@ def _run(
             held.enter_context(_processes(config, options, run))
         held.enter_context(run.lock())
         run.begin(config, DataSummary.of(store.manifest))
+        run.note(store=store.absolute_location)
         if run.record()["status"] == "finished":
             print_line(console, f"run {run.name} is complete; to train another run, set --name or other overrides")
             look_at = public_uri(tracking_uri)
@@ -141,6 +142,7 @@ def _train_tracked(
     display = build_display(console)
     observer = RunObserver(run, tracker, display)
     observer.begin(config, {"dataset": store.manifest.source, "data_hash": store.manifest.content_hash})
+    tracker.set_tags({"store": store.absolute_location})
     display.announce("starting Ray workers" if config.cluster.workers else "starting")
     try:
         outcome = _train(config, store, run, ResumedRunSink(run.path, observer), options, before_step, signals)
