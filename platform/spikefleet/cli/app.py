@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from spikefleet.cli.output import say, stderr
+from spikefleet.disks import disk_problem
 from spikefleet.errors import RunError, UserError
 from spikefleet.plugins import load_plugins
 from spikefleet_pipelines.errors import SourceError, StoreError
@@ -47,6 +48,12 @@ class SentenceGroup(TyperGroup):
         except RunError as error:
             _complain(str(error))
             raise typer.Exit(1) from None
+        except OSError as error:
+            sentence = disk_problem(error)
+            if sentence is None:
+                raise
+            _complain(sentence)
+            raise typer.Exit(2) from None
         except KeyboardInterrupt as error:
             raise typer.Exit(interruption(error).exit_code) from None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import threading
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from spikefleet.cluster.session import quiet_ray
 from spikefleet.config.schema import Config
 from spikefleet.data_access import open_data
 from spikefleet.data_summary import DataSummary
+from spikefleet.disks import disk_problem
 from spikefleet.errors import RunError, UserError
 from spikefleet.registry.api import Promotion
 from spikefleet.runs.observer import RunObserver
@@ -155,7 +156,8 @@ def _train_tracked(
         tracker.finish("KILLED", wait_s=_INTERRUPTED_FLUSH_S)
         raise
     except Exception as error:
-        run.note(status="failed", reason=str(error))
+        with suppress(OSError):  # a full disk has been the reason
+            run.note(status="failed", reason=disk_problem(error) or str(error))
         tracker.set_tags({"failure": str(error)})
         tracker.finish("FAILED", wait_s=_FLUSH_S)
         raise

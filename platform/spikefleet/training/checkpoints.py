@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from spikefleet.config.renamed import with_current_keys
+from spikefleet.disks import disk_problem
 from spikefleet.errors import RunError, UserError
 from spikefleet.files import read_json, read_json_object, sha256_of, write_json
 from spikefleet.training.checkpoint_state import CheckpointState
@@ -118,7 +119,8 @@ class CheckpointFolder:
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise RunError(
-                f"checkpoint {final} cannot be written: {error}; free disk space or fix the storage, then resume"
+                f"checkpoint {final} cannot be written: {disk_problem(error, final) or error}; free disk space or fix "
+                "the storage, then resume"
             ) from error
         return final
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from spikefleet import plots
 from spikefleet.config.schema import CheckpointConfig, Config
 from spikefleet.data_summary import DataSummary
+from spikefleet.disks import disk_problem
 from spikefleet.errors import RunError, UserError
 from spikefleet.tasks import AnyTask, build_task
 from spikefleet.training.checkpoints import CheckpointFolder, load_checkpoint
@@ -115,6 +117,24 @@ def train(
         UserError: the configuration does not fit the data, or the checkpoints of another configuration are there.
         RunError: a checkpoint cannot be written.
     """
+    try:
+        return _train(config, store, run_dir, group, sink, before_step, stop_requested)
+    except OSError as error:
+        sentence = disk_problem(error)
+        if sentence is None:
+            raise
+        raise RunError(f"{sentence}; then run the same command again to resume") from error
+
+
+def _train(
+    config: Config,
+    store: Store,
+    run_dir: Path,
+    group: ProcessGroup,
+    sink: EventSink,
+    before_step: BeforeStep | None,
+    stop_requested: StopRequested,
+) -> Outcome:
     _set_arithmetic(config)
     if group.device.type == "cpu":
         keep_freed_memory()
@@ -124,7 +144,9 @@ def train(
     _resume(state, task, folder, sink)
     _settle_gradient_exchange(state, task, store, plan)
     if group.is_main and state.step == 0:
-        _draw_first_batch(config, task, store, plan, run_dir / "report" / "training_batch.png")
+        path = run_dir / "report" / "training_batch.png"
+        with _plot_that_may_fail(path, sink):
+            _draw_first_batch(config, task, store, plan, path)
     meter = Meter()
     for epoch in range(state.epoch, config.train.epochs):
         for batch in splits.train.epoch(plan, epoch, start_step=state.step_in_epoch):
@@ -261,6 +283,16 @@ def _settle_gradient_exchange(state: TrainingState, task: AnyTask, store: Store,
             buffer.copy_(buffers[name])
 
 
+@contextmanager
+def _plot_that_may_fail(path: Path, sink: EventSink) -> Iterator[None]:
+    """A plot that no certificate needs: where it fails, the training says so and continues."""
+    try:
+        yield
+    except Exception as error:
+        reason = disk_problem(error, path) or f"{type(error).__name__}: {error}"
+        sink.emit(Note(f"the plot {path.name} was not drawn: {reason}"))
+
+
 def _first_batch(config: Config, store: Store, plan: EpochPlan) -> Batch:
     """The first micro-batch, from a separate loader, so that the loader of the training keeps its position."""
     transform, seed, epochs = config.data.transform, config.train.seed, config.train.epochs
@@ -377,6 +409,9 @@ def _test_best(
         shown = min(_IMAGES_OF_REPORT, len(evaluation.targets))
         images = [splits.test.split.image(row) for row in range(shown)]
         plot = run_dir / "report" / "predictions.png"
-        task.report.draw(images, evaluation.predictions[:shown], evaluation.targets[:shown], plot)
-        plots.learning_curve(state.history, state.config.checkpoint.metric, run_dir / "report" / "learning_curve.png")
+        with _plot_that_may_fail(plot, sink):
+            task.report.draw(images, evaluation.predictions[:shown], evaluation.targets[:shown], plot)
+        curve = run_dir / "report" / "learning_curve.png"
+        with _plot_that_may_fail(curve, sink):
+            plots.learning_curve(state.history, state.config.checkpoint.metric, curve)
     return Outcome(state.step, str(path), state.best["metrics"], state.group.broadcast(metrics), tuple(state.history))
