@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 from typing import Annotated
 
@@ -18,11 +22,13 @@ from spikefleet.cli.parameters import AsJson, RunsDir
 from spikefleet.cli.tables import Column, print_table, text
 from spikefleet.errors import RunError, UserError
 from spikefleet.status import waiting
+from spikefleet_tune.interruption import interruption
 
 tracking_app = typer.Typer(help="Look after tracking records.", no_args_is_help=True)
 
 _MARKS = {"good": "ok", "poor": "note", "bad": "bad"}
 _LOCALHOST = "127.0.0.1"
+_LOOK_S = 0.2
 
 
 @app.command()
@@ -61,15 +67,36 @@ def ui(
     _refuse_taken(port)
     with waiting(stderr, "opening the tracking database"):
         ready_database(uri)
-    say(f"http://{_LOCALHOST}:{port}  (Ctrl-C ends it)")
     settings = {"MLFLOW_BACKEND_STORE_URI": uri, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     command = [sys.executable, "-m", "mlflow", "server", "--host", _LOCALHOST, "--port", str(port), "--workers", "1"]
+    server = subprocess.Popen(command, env={**os.environ, **settings})
     try:
-        done = subprocess.run(command, env={**os.environ, **settings}, check=False)
-    except KeyboardInterrupt:
-        return
-    if done.returncode:
-        raise RunError(f"the server of MLflow ended with exit code {done.returncode}; its messages are above")
+        with waiting(stderr, "starting the server of MLflow"):
+            while server.poll() is None and not _answers(port):
+                time.sleep(_LOOK_S)
+        if server.poll() is not None:
+            raise RunError(
+                f"the server of MLflow ended with exit code {server.returncode} before it answered at port {port}; its "
+                "messages are above; if another program has taken the port, give another one by --port"
+            )
+        say(f"http://{_LOCALHOST}:{port}  (Ctrl-C ends it)")
+        if server.wait():
+            raise RunError(f"the server of MLflow ended with exit code {server.returncode}; its messages are above")
+    except KeyboardInterrupt as error:
+        if interruption(error).signum != signal.SIGINT:
+            raise
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _answers(port: int) -> bool:
+    """Whether a server of MLflow answers; another program may have taken the port since."""
+    try:
+        with urllib.request.urlopen(f"http://{_LOCALHOST}:{port}/health", timeout=1) as answer:
+            return bool(answer.read(16) == b"OK")
+    except (OSError, http.client.HTTPException):
+        return False
 
 
 def _refuse_taken(port: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import threading
@@ -37,6 +38,9 @@ from spikefleet_pipelines.store.reader import Store
 from spikefleet_tune.interruption import Interrupted, handlers_kept
 
 _POLL_S = 0.2
+# What Ray's memory monitor says; the last line, which other errors are known by, has no figure.
+_MEMORY = re.compile(r"was ([\d.]+ ?[kKMGT]i?B)(?: used)? ?/ ?([\d.]+ ?[kKMGT]i?B)")
+_LIMIT = re.compile(r"\(([\d.]+%) of \d+B limit\)")
 
 
 class FailureNotes(UserCallback):
@@ -301,6 +305,14 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _headline(error: BaseException) -> str:
+    used = _MEMORY.search(text := str(error))
+    if used is not None and ("low on memory" in text or "OOM" in text):
+        limit = _LIMIT.search(text)
+        share = f", and Ray ends workers from {limit[1]} on" if limit else ""
+        return (
+            f"a worker was ended because the machine ran out of memory: {used[1]} of {used[2]} in use{share}; lower "
+            "train.global_batch, raise train.accumulate, or lower data.loader_processes and --workers"
+        )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 
