@@ -9,8 +9,9 @@ then a whole number of steps of the grid, and up to 2^53 steps fp64 holds it exa
 
 (for convolutions that multiply and add, as fp64's do on a CPU; not for those by FFT or Winograd's algorithm).
 `headroom_bits` is what is left of the 53 bits. Moving the weights to the grid changes each by at most 2^-31 of the
-layer's largest; the proof is about the wiring (slots, order in time, biases), which does not depend on it. What
-rounding does to the weights as they are, in the types that people run, is `count_flips`.
+layer's largest; the proof is about the wiring (slots, order in time, biases), which does not depend on it. That the
+weights as they are are those of the trained network is `deployment.py`'s part. What rounding does to them in the types
+that people run is `count_flips`.
 
 Neurons with D = 1 are the same in both forms, so for them the comparison shows little. What is proved there is that
 spikes are used as binary events (`spike_edges.py`) and step by step (`causality.py`).
@@ -18,115 +19,23 @@ spikes are used as binary events (`spike_edges.py`) and step by step (`causality
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from spikefleet_models.causality import acausal_neuron
-from spikefleet_models.neurons import spiking_nodes
-from spikefleet_models.slots import Layer, NotSpikeDrivenError
+from spikefleet_models.comparison import Comparison
+from spikefleet_models.deployment import check_deployment
+from spikefleet_models.hidden_values import check_hidden_values
+from spikefleet_models.proof import EquivalenceProof, FlipCount, LayerFlips
+from spikefleet_models.slots import Layer, NotSpikeDrivenError, reuse_equal_slots
 from spikefleet_models.spike_driven import spike_driven
 from spikefleet_models.spike_edges import LayerInput, SpikeFed, check_finite, layer_inputs
 
 WEIGHT_BITS = 30
 EXACT_BITS = 53
 """Integers up to 2^53 are exact in fp64."""
-
-
-@dataclass(frozen=True)
-class LayerProof:
-    """One layer of both forms. A layer that runs more than once (a head shared by pyramid levels) is one row."""
-
-    name: str
-    kind: Literal["neuron", "spike-fed", "analogue"]
-    timesteps: int | None
-    """T; None for analogue layers, like the fields below."""
-    bound: int | None
-    """D: slots of a step."""
-    equal: bool
-    """Outputs of both forms are equal to the last bit: currents of a layer, emitted integers of a neuron."""
-    max_difference: float
-    binary: bool | None
-    """The binary form held nothing but 0 and 1 here (a neuron's output, a layer's input), and the integer form
-    nothing but integers in [0, D]."""
-    ones: float | None
-    """Share of ones in those slots."""
-    headroom_bits: int | None
-    """Unused bits of fp64's 53 in the largest sum; None for neurons too."""
-    reason: str | None
-    """Why an analogue layer is not spike-driven."""
-
-
-@dataclass(frozen=True)
-class EquivalenceProof:
-    """What `check_equivalence` found. Differences are infinite where shapes differ."""
-
-    layers: tuple[LayerProof, ...]
-    outputs_equal: bool
-    max_output_difference: float
-    images: int
-    failure: str | None = None
-    """What kept the comparison from being made, or made it worthless."""
-
-    @property
-    def passed(self) -> bool:
-        """Everything was compared, everything is equal, and all that should be spikes is 0 or 1."""
-        return self.failure is None and self.outputs_equal and not self.unequal
-
-    @property
-    def unequal(self) -> tuple[str, ...]:
-        """Layers that differ or that held something else than spikes, in network order."""
-        return tuple(layer.name for layer in self.layers if not layer.equal or layer.binary is False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, fit for JSON but for infinite differences, which become None."""
-        plain = {"passed": self.passed, "unequal": list(self.unequal), **asdict(self)}
-        for row in (plain, *plain["layers"]):
-            for key in ("max_difference", "max_output_difference"):
-                if not math.isfinite(row.get(key, 0.0)):
-                    row[key] = None
-        plain["layers"] = list(plain["layers"])
-        return plain
-
-
-@dataclass(frozen=True)
-class LayerFlips:
-    """Integers of one neuron layer that differ between both forms."""
-
-    name: str
-    flipped: int
-    emitted: int
-    """Integers compared, zeros among them."""
-
-
-@dataclass(frozen=True)
-class FlipCount:
-    """What rounding does: both forms in one floating-point type, without the grid."""
-
-    dtype: str
-    layers: tuple[LayerFlips, ...]
-    max_output_difference: float
-
-    @property
-    def flipped(self) -> int:
-        """Integers of the network that differ."""
-        return sum(layer.flipped for layer in self.layers)
-
-    @property
-    def emitted(self) -> int:
-        """Integers of the network that were compared."""
-        return sum(layer.emitted for layer in self.layers)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, fit for JSON."""
-        plain = {"flipped": self.flipped, "emitted": self.emitted, **asdict(self)}
-        plain["layers"] = list(plain["layers"])
-        return plain
 
 
 def on_grid(deployed: nn.Module, inputs: Mapping[str, LayerInput] | None = None) -> tuple[nn.Module, dict[str, int]]:
@@ -174,12 +83,13 @@ def _to_grid(layer: Layer, bound: int) -> int:
     return EXACT_BITS - most.bit_length()
 
 
-def check_equivalence(deployed: nn.Module, images: Tensor) -> EquivalenceProof:
+def check_equivalence(deployed: nn.Module, images: Tensor, trained: nn.Module | None = None) -> EquivalenceProof:
     """Run the integer and the binary form in fp64, one image at a time, and compare every layer.
 
     Args:
         deployed: a network after `reparam.deploy`, of any floating-point type; not changed.
         images: images [B, C, H, W] or frames [T, B, C, H, W]. Memory is that of one image.
+        trained: the network that was deployed, to compare with before weights are moved to the grid; not changed.
 
     Raises:
         NotSpikeDrivenError: the network has no spike-driven form, see `spike_edges.py`; a weight, bias or statistic is
@@ -187,15 +97,31 @@ def check_equivalence(deployed: nn.Module, images: Tensor) -> EquivalenceProof:
         ValueError: there are no images, or they hold NaN or infinity.
     """
     samples = _one_by_one(images.double())
-    check_finite(deployed)
+    for network in (deployed, trained):
+        if network is not None:
+            check_finite(network)
     integer = copy.deepcopy(deployed).eval().double()
     inputs = layer_inputs(integer, images.double())
+    check_hidden_values(integer, samples[0])
+    deployment = None if trained is None else check_deployment(trained, deployed, samples)
     headroom = _put_on_grid(integer, inputs)
     acausal = acausal_neuron(integer, samples[0])
-    comparison = _Comparison(integer, spike_driven(integer, inputs), inputs)
+    binary = spike_driven(integer, inputs)
+    reuse_equal_slots(binary)
+    comparison = Comparison(integer, binary, inputs)
     for sample in samples:
         comparison.run(sample)
-    return comparison.proof(headroom, len(samples), acausal)
+    silent = () if comparison.failure else comparison.run_silent_alone()
+    difference = comparison.output_difference
+    return EquivalenceProof(
+        layers=comparison.rows(headroom, silent),
+        outputs_equal=difference == 0.0,
+        max_output_difference=difference,
+        images=len(samples),
+        failure=comparison.failure or acausal,
+        deployment=deployment,
+        outputs_vary=comparison.outputs_vary,
+    )
 
 
 def count_flips(deployed: nn.Module, images: Tensor, dtype: torch.dtype = torch.float32) -> FlipCount:
@@ -220,7 +146,9 @@ def count_flips(deployed: nn.Module, images: Tensor, dtype: torch.dtype = torch.
             module.float()  # as under autocast, where one is left
     samples = _one_by_one(images.to(dtype))
     inputs = layer_inputs(integer, samples[0])
-    comparison = _Comparison(integer, spike_driven(integer, inputs), inputs)
+    binary = spike_driven(integer, inputs)
+    reuse_equal_slots(binary)
+    comparison = Comparison(integer, binary, inputs)
     for sample in samples:
         comparison.run(sample)
     if comparison.failure is not None:
@@ -235,159 +163,3 @@ def _one_by_one(images: Tensor) -> list[Tensor]:
     if not images.isfinite().all():
         raise ValueError("images holds NaN or infinity; give finite values")
     return list(images.split(1, dim=images.ndim - 4))
-
-
-@dataclass
-class _Tally:
-    """Sums over the calls of one layer on all images."""
-
-    node: bool
-    elements: int = 0
-    unequal: int = 0
-    difference: float = 0.0
-    binary: bool = True
-    slots: int = 0
-    ones: float = 0.0
-
-    def compare(self, expected: Tensor, found: Tensor) -> None:
-        self.elements += expected.numel()
-        if expected.shape != found.shape:
-            self.unequal += expected.numel()
-            self.difference = math.inf
-        elif not torch.equal(expected, found):
-            # NaN differs from everything, itself too.
-            self.unequal += int((expected != found).sum())
-            gap = (expected.double() - found.double()).abs().nan_to_num(math.inf, math.inf)
-            self.difference = max(self.difference, gap.max().item())
-
-    def count_slots(self, spikes: Tensor) -> None:
-        self.binary &= bool(((spikes == 0) | (spikes == 1)).all())
-        self.slots += spikes.numel()
-        self.ones += spikes.sum(dtype=torch.float64).item()
-
-    def check_integers(self, counts: Tensor, bound: int) -> None:
-        self.binary &= bool(((counts >= 0) & (counts <= bound) & (counts == counts.round())).all())
-
-
-@dataclass
-class _Comparison:
-    """Both forms on the same images. The integer form's tensors are kept until the binary form's meet them."""
-
-    integer: nn.Module
-    binary: nn.Module
-    inputs: Mapping[str, LayerInput]
-    tallies: dict[str, _Tally] = field(default_factory=dict)
-    output_difference: float = 0.0
-    failure: str | None = None
-
-    def __post_init__(self) -> None:
-        self._bounds = {name: node.bound for name, node in spiking_nodes(self.integer).items()}
-        self._steps: dict[str, int] = {}
-
-    @torch.no_grad()
-    def run(self, sample: Tensor) -> None:
-        kept: dict[str, list[Tensor]] = {}
-
-        def keep(name: str, given: Tensor, output: Tensor) -> None:
-            tally = self.tallies.setdefault(name, _Tally(node=name in self._bounds))
-            source = self.inputs.get(name)
-            if tally.node:
-                self._steps[name] = output.shape[0]
-                tally.check_integers(output, self._bounds[name])
-                # A byte each: values are 0..255 or the check above has failed.
-                kept.setdefault(name, []).append(output.to(torch.uint8))
-                return
-            if isinstance(source, SpikeFed):
-                tally.check_integers(given, source.bound)
-            # A copy: an in-place ReLU may come next.
-            kept.setdefault(name, []).append(output.clone())
-
-        def compare(name: str, given: Tensor, output: Tensor) -> None:
-            tally, waiting = self.tallies.get(name), kept.get(name)
-            if tally is None or not waiting:
-                self.failure = f"layer {name} runs more often in the binary form than in the integer form"
-                return
-            if tally.node:
-                tally.count_slots(output)
-                output = self._counts(name, output)
-            elif isinstance(self.inputs.get(name), SpikeFed):
-                tally.count_slots(given)
-            other = waiting.pop(0)
-            tally.compare(other, output)
-            if other.shape != output.shape:
-                # Whatever comes next fails somehow, by torch's errors too.
-                raise NotSpikeDrivenError(f"{name} gives {tuple(output.shape)} for {tuple(other.shape)}")
-
-        expected = self._forward(self.integer, sample, keep)
-        try:
-            found = self._forward(self.binary, sample, compare)
-        except NotSpikeDrivenError as error:  # what torch or the machine raises is no finding
-            self.failure, self.output_difference = f"the binary form does not run: {error}", math.inf
-            return
-        if any(kept.values()):
-            name = next(name for name, waiting in kept.items() if waiting)
-            self.failure = f"layer {name} runs more often in the integer form than in the binary form"
-        if len(expected) != len(found):
-            self.failure = f"the integer form has {len(expected)} outputs, the binary form {len(found)}"
-            self.output_difference = math.inf
-            return
-        outputs = _Tally(node=False)
-        for one, other in zip(expected, found, strict=True):
-            outputs.compare(one, other)
-        self.output_difference = max(self.output_difference, outputs.difference)
-
-    def _counts(self, name: str, spikes: Tensor) -> Tensor:
-        """Slots [T * D, ...] -> integers [T, ...], as bytes; what has another leading axis comes back as it is."""
-        T = self._steps[name]
-        if spikes.shape[0] != T * self._bounds[name]:
-            return spikes
-        return spikes.unflatten(0, (T, -1)).sum(1).to(torch.uint8)
-
-    def _forward(
-        self, network: nn.Module, sample: Tensor, record: Callable[[str, Tensor, Tensor], None]
-    ) -> tuple[Tensor, ...]:
-        with _recording(network, [*self._bounds, *self.inputs], record):
-            outputs = network(sample.clone())
-        return tuple(leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
-
-    def proof(self, headroom: Mapping[str, int], images: int, acausal: str | None) -> EquivalenceProof:
-        rows = []
-        for name, tally in self.tallies.items():
-            source = self.inputs.get(name)
-            steps, bound = self._steps.get(name), self._bounds.get(name)
-            if isinstance(source, SpikeFed):
-                steps, bound = source.timesteps, source.bound
-            spiking = bound is not None
-            rows.append(
-                LayerProof(
-                    name=name,
-                    kind="neuron" if tally.node else "spike-fed" if spiking else "analogue",
-                    timesteps=steps,
-                    bound=bound,
-                    equal=not tally.unequal,
-                    max_difference=tally.difference,
-                    binary=tally.binary if spiking else None,
-                    ones=tally.ones / max(tally.slots, 1) if spiking else None,
-                    headroom_bits=headroom.get(name),
-                    reason=None if source is None or isinstance(source, SpikeFed) else source.reason,
-                )
-            )
-        failure = self.failure or acausal
-        if failure is None and not any(row.ones for row in rows if row.kind == "spike-fed"):
-            failure = "no layer received a single spike on these images, so nothing was shown"
-        difference = self.output_difference
-        return EquivalenceProof(tuple(rows), difference == 0.0, difference, images, failure)
-
-
-@contextmanager
-def _recording(network: nn.Module, names: list[str], record: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
-    """Call `record(name, input, output)` after each call of the named modules."""
-
-    def hook(name: str) -> Callable[..., None]:
-        return lambda module, args, kwargs, output: record(name, tree_leaves((args, kwargs))[0], output)
-
-    with ExitStack() as stack:
-        for name in dict.fromkeys(names):
-            handle = network.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True)
-            stack.callback(handle.remove)
-        yield

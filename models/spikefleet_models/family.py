@@ -31,6 +31,8 @@ class ModelConfig(BaseModel):
     """The task that the networks are trained for: classification, detection, or the name of a plugin's task."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Fields of the family's named members, by name."""
+    trunk: ClassVar[tuple[str, ...]] = ("",)
+    """Prefixes of the names of the layers that every output depends on, whose gradients `gradient_flow` compares."""
 
     family: str
 

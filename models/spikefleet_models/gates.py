@@ -6,8 +6,16 @@
     AND    Y = H * X
     IAND   Y = (1 - H) * X
 
-The gradients are those of the formulas as written. For BSG that means dY/dH = 2H - X and dY/dX = 1 - H, not what the
-same Boolean function written as H + X - H X would give. H is always spikes; X is spikes but for ADD.
+H is always spikes; X is spikes but for ADD. `gate_gradient` decides what BSG and BSG* pass back to H:
+
+            exact                             literal
+    BSG     dY/dH = 1 - X                     2H - X
+    BSG*    dY/dH = G1 + (G0 - G1) * X        G + (H - X) * W * surrogate'(W * H + B - thr)
+
+`exact` is the discrete derivative Y(H=1) - Y(H=0), the gradient of the multilinear form (for BSG, H + X - H X); G0 and
+G1 are G at H = 0 and 1. `literal` is that of the formula as written: for BSG, -1 at (H=0, X=1), where H has no
+influence, and 2 at (1, 0). dY/dX = 1 - G, and what W and B get through the surrogate, are the same in both. The
+gradients of ADD, AND and IAND are discrete derivatives as written.
 
 Backward saves H and X themselves: X is the input of the block's first convolution, so it is in memory anyway.
 `SpikingUnit` recomputes H as well.
@@ -23,6 +31,8 @@ from torch.autograd.function import once_differentiable
 from spikefleet_models.membrane import membrane_dtype
 
 GateName = Literal["bsg", "bsg_star", "add", "and", "iand"]
+
+GateGradient = Literal["exact", "literal"]
 
 SAVES_SHORTCUT = {"bsg": True, "add": False, "and": True, "iand": True}
 """Gates without parameters -> whether their backward reads X."""
@@ -40,11 +50,15 @@ def gate_forward(name: str, h: Tensor, x: Tensor, out: Tensor) -> Tensor:
     return torch.addcmul(x, x, h, value=-1.0, out=out)
 
 
-def gate_backward_residual(name: str, grad: Tensor, h: Tensor, x: Tensor | None) -> Tensor:
+def gate_backward_residual(
+    name: str, grad: Tensor, h: Tensor, x: Tensor | None, gradient: GateGradient = "literal"
+) -> Tensor:
     """Compute dL/dH from dL/dY; `grad` is not changed."""
     if name == "add":
         return grad
     assert x is not None
+    if name == "bsg" and gradient == "exact":
+        return torch.addcmul(grad, grad, x, value=-1.0)
     if name == "bsg":
         return torch.sub(h, x, out=torch.empty_like(h)).add_(h).mul_(grad)
     product = torch.mul(grad, x)
@@ -62,8 +76,8 @@ def gate_backward_shortcut(name: str, grad: Tensor, h: Tensor, out: Tensor) -> T
 
 class _GateFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h: Tensor, x: Tensor, name: str) -> Tensor:
-        ctx.name = name
+    def forward(ctx: Any, h: Tensor, x: Tensor, name: str, gradient: GateGradient) -> Tensor:
+        ctx.name, ctx.gradient = name, gradient
         if name != "add":
             ctx.save_for_backward(h, x)
         return gate_forward(name, h, x, torch.empty_like(h))
@@ -73,35 +87,41 @@ class _GateFunction(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         (grad,) = grad_outputs
         if ctx.name == "add":
-            return grad, grad, None
+            return grad, grad, None, None
         h, x = ctx.saved_tensors
         grad_x = gate_backward_shortcut(ctx.name, grad, h, torch.empty_like(grad))
-        return gate_backward_residual(ctx.name, grad, h, x), grad_x, None
+        return gate_backward_residual(ctx.name, grad, h, x, ctx.gradient), grad_x, None, None
 
 
 class Gate(nn.Module):
-    """Gate without parameters (BSG, ADD, AND or IAND): (H, X) -> Y of the same shape."""
+    """Gate without parameters (BSG, ADD, AND or IAND): (H, X) -> Y of the same shape.
 
-    def __init__(self, name: Literal["bsg", "add", "and", "iand"]) -> None:
+    Args:
+        name: of the gate.
+        gradient: dY/dH of BSG, as in the module docstring; the other gates have only one.
+    """
+
+    def __init__(self, name: Literal["bsg", "add", "and", "iand"], gradient: GateGradient = "literal") -> None:
         super().__init__()
         self.name = name
+        self.gradient = gradient
 
     def forward(self, h: Tensor, x: Tensor) -> Tensor:
         """Compute Y; backward keeps H and X themselves and no product of them."""
-        y: Tensor = _GateFunction.apply(h, x, self.name)
+        y: Tensor = _GateFunction.apply(h, x, self.name, self.gradient)
         return y
 
     def reference_forward(self, h: Tensor, x: Tensor) -> Tensor:
-        """Compute Y by the formula of the module docstring with plain autograd."""
+        """Compute Y by a formula whose plain autograd gives the gradients of the module docstring."""
         if self.name == "bsg":
-            return h * h + (1 - h) * x
+            return h + x - h * x if self.gradient == "exact" else h * h + (1 - h) * x
         if self.name == "add":
             return h + x
         return h * x if self.name == "and" else (1 - h) * x
 
     def extra_repr(self) -> str:
-        """The name of the gate."""
-        return self.name
+        """The name of the gate and, for BSG, of its gradient."""
+        return f"{self.name}, gradient={self.gradient}" if self.name == "bsg" else self.name
 
 
 class _LearnedGateFunction(torch.autograd.Function):
@@ -120,14 +140,17 @@ class _LearnedGateFunction(torch.autograd.Function):
         h, x, weight, bias = ctx.saved_tensors
         gate: LearnedGate = ctx.gate
         opening = gate.opening(h)
-        at_silence, at_spike = bias - gate.threshold, weight + bias - gate.threshold
+        at_silence, at_spike = gate.currents(weight, bias)
         ones = torch.ones_like(bias)
         function = gate.surrogate_function
         slope_silence = function.backward(ones, at_silence, function.alpha)
         slope_spike = function.backward(ones, at_spike, function.alpha)
         # dL/du = grad * (H - X) * surrogate'(u)
         grad_u = (h - x).mul_(_per_channel(slope_silence, slope_spike, h)).mul_(grad)
-        grad_h = torch.addcmul(grad * opening, grad_u, weight[:, None, None].to(h.dtype))
+        if gate.gradient == "exact":
+            grad_h = gate.influence(x).mul_(grad)
+        else:
+            grad_h = torch.addcmul(grad * opening, grad_u, weight[:, None, None].to(h.dtype))
         grad_x = torch.addcmul(grad, grad, opening, value=-1.0)
         others = [d for d in range(h.ndim) if d != h.ndim - 3]
         wide = membrane_dtype(grad_u.dtype)
@@ -148,20 +171,40 @@ class LearnedGate(nn.Module):
         channels: C.
         threshold: thr of eq 14.
         surrogate_function: that of the network's neurons; the paper only says that the gate's gradients are surrogates.
+        gradient: dY/dH, as in the module docstring.
     """
 
-    def __init__(self, channels: int, threshold: float, surrogate_function: surrogate.SurrogateFunctionBase) -> None:
+    def __init__(
+        self,
+        channels: int,
+        threshold: float,
+        surrogate_function: surrogate.SurrogateFunctionBase,
+        gradient: GateGradient = "literal",
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.threshold = threshold
         self.surrogate_function = surrogate_function
+        self.gradient = gradient
+
+    def currents(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute u = W H + B - thr [C] at H = 0 and at H = 1, in fp32, since a 16-bit W would shift the threshold."""
+        return bias - self.threshold, weight + bias - self.threshold
 
     def opening(self, h: Tensor) -> Tensor:
-        """Compute G in {0, 1} of spikes H [..., C, H, W] in fp32, since a 16-bit W would shift the threshold."""
-        at_silence = (self.bias.detach() - self.threshold >= 0).float()
-        at_spike = (self.weight.detach() + self.bias.detach() - self.threshold >= 0).float()
+        """Compute G in {0, 1} of spikes H [..., C, H, W]."""
+        at_silence, at_spike = self._openings()
         return _per_channel(at_silence, at_spike, h)
+
+    def influence(self, x: Tensor) -> Tensor:
+        """Compute Y(H=1) - Y(H=0) = G1 + (G0 - G1) X in {-1, 0, 1} of spikes X [..., C, H, W]."""
+        at_silence, at_spike = self._openings()
+        return _per_channel(at_spike, at_silence, x)
+
+    def _openings(self) -> tuple[Tensor, Tensor]:
+        at_silence, at_spike = self.currents(self.weight.detach(), self.bias.detach())
+        return (at_silence >= 0).float(), (at_spike >= 0).float()
 
     def forward(self, h: Tensor, x: Tensor) -> Tensor:
         """Compute Y of spikes H and X [..., C, H, W]; backward keeps H and X and nothing else."""
@@ -169,20 +212,27 @@ class LearnedGate(nn.Module):
         return y
 
     def reference_forward(self, h: Tensor, x: Tensor) -> Tensor:
-        """Compute Y by the formula of the module docstring with plain autograd."""
+        """Compute Y by a formula whose plain autograd gives the gradients of the module docstring."""
         weight, bias = self.weight[:, None, None], self.bias[:, None, None]
+        if self.gradient == "exact":
+            at_silence, at_spike = (self.surrogate_function(u) for u in self.currents(weight, bias))
+            return (1 - at_silence) * x + h * (at_spike + (at_silence - at_spike) * x)
         gate = self.surrogate_function(weight * h + bias - self.threshold)
         return gate * h + (1 - gate) * x
 
     def extra_repr(self) -> str:
-        """Channels and threshold."""
-        return f"channels={self.weight.numel()}, threshold={self.threshold}"
+        """Channels, threshold and gradient."""
+        return f"channels={self.weight.numel()}, threshold={self.threshold}, gradient={self.gradient}"
 
 
 def build_gate(
-    name: GateName, channels: int, threshold: float, surrogate_function: surrogate.SurrogateFunctionBase
+    name: GateName,
+    channels: int,
+    threshold: float,
+    surrogate_function: surrogate.SurrogateFunctionBase,
+    gradient: GateGradient = "literal",
 ) -> Gate | LearnedGate:
     """Build the gate of a residual block with `channels` output channels."""
     if name == "bsg_star":
-        return LearnedGate(channels, threshold, surrogate_function)
-    return Gate(name)
+        return LearnedGate(channels, threshold, surrogate_function, gradient)
+    return Gate(name, gradient)

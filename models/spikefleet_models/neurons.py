@@ -30,17 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from spikefleet_models.membrane import Dynamics, backward_steps, charge_steps, forward_steps, membrane_dtype, tiles
 from spikefleet_models.neuron_config import NeuronConfig
-
-SURROGATES: dict[str, type[surrogate.SurrogateFunctionBase]] = {
-    "atan": surrogate.ATan,
-    "sigmoid": surrogate.Sigmoid,
-    "piecewise_quadratic": surrogate.PiecewiseQuadratic,
-    "piecewise_exp": surrogate.PiecewiseExp,
-    "soft_sign": surrogate.SoftSign,
-    "super_spike": surrogate.SuperSpike,
-    "erf": surrogate.Erf,
-    "rect": surrogate.Rect,
-}
+from spikefleet_models.surrogates import build_surrogate
 
 
 class _MembraneFunction(torch.autograd.Function):
@@ -303,7 +293,7 @@ def node_arguments(config: NeuronConfig) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "v_threshold": config.v_threshold,
         "v_reset": config.v_reset,
-        "surrogate_function": SURROGATES[config.surrogate](alpha=config.alpha),
+        "surrogate_function": build_surrogate(config),
         "detach_reset": config.detach_reset,
         "step_mode": "m",
     }
@@ -317,6 +307,17 @@ def build_neuron(config: NeuronConfig) -> SpikingNode:
     """Build a multi-step node: [T, ...] currents -> [T, ...] spikes, or integers in [0, D]."""
     kinds: dict[str, Callable[..., SpikingNode]] = {"if": IF, "lif": LIF, "plif": PLIF, "ilif": ILIF}
     return kinds[config.kind](**node_arguments(config))
+
+
+def firing_current(config: NeuronConfig) -> float:
+    """Return a current with which a neuron that starts at rest fires at every step: V_th for IF at rest at 0.
+
+    A leak that divides the input needs tau times as much, and a thousandth more against rounding.
+    """
+    if config.kind == "ilif":
+        return config.bound / config.input_scale
+    distance = config.v_threshold - (config.v_reset or 0.0)
+    return distance * config.tau * 1.001 if config.kind != "if" and config.decay_input else distance
 
 
 def spiking_nodes(model: nn.Module) -> dict[str, SpikingNode]:

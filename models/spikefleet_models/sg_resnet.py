@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from spikefleet_models.decoders import AttentionSpikeDecoder, RateDecoder
 from spikefleet_models.gates import build_gate
-from spikefleet_models.neurons import SURROGATES, SpikingNode, build_neuron
+from spikefleet_models.neurons import SpikingNode, build_neuron, firing_current
 from spikefleet_models.reparam import fold_bn, fold_unit
 from spikefleet_models.sg_resnet_config import SGResNetConfig as SGResNetConfig
 from spikefleet_models.spiking_unit import SpikingUnit
+from spikefleet_models.surrogates import build_surrogate
 
 
 class Stem(nn.Module):
@@ -63,7 +64,7 @@ class Shortcut(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
         joins_currents = config.connection in ("post_add", "ann")
-        self.unit: nn.Module = nn.BatchNorm2d(channels) if joins_currents else _unit(config, channels)
+        self.unit: nn.Module = _batch_norm(config, channels) if joins_currents else _unit(config, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the shortcut: [T, B, C, H, W] -> [T, B, C', H', W']."""
@@ -192,6 +193,8 @@ class SGResNetBackbone(nn.Module):
             if isinstance(module, ResidualBlock) and self.config.zero_init_residual:
                 last = module.units[-1].get_submodule("bn")
                 nn.init.zeros_(last.get_parameter("weight"))
+                if self.config.connection == "and":  # H AND X is X where H always fires
+                    nn.init.constant_(last.get_parameter("bias"), firing_current(self.config.neuron))
 
 
 class SGResNet(SGResNetBackbone):
@@ -233,15 +236,19 @@ def build_decoder(config: SGResNetConfig, channels: int) -> nn.Module:
     )
 
 
+def _batch_norm(config: SGResNetConfig, channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, momentum=config.norm_momentum)
+
+
 def _unit(config: SGResNetConfig, channels: int, joins_shortcut: bool = False) -> SpikingUnit:
     connection = config.connection
     activation: SpikingNode | nn.ReLU = nn.ReLU(inplace=True) if connection == "ann" else build_neuron(config.neuron)
     gate = None
     if joins_shortcut and connection != "post_add" and connection != "ann":
-        surrogate_function = SURROGATES[config.neuron.surrogate](alpha=config.neuron.alpha)
-        gate = build_gate(connection, channels, config.gate_threshold, surrogate_function)
+        surrogate_function = build_surrogate(config.neuron)
+        gate = build_gate(connection, channels, config.gate_threshold, surrogate_function, config.gate_gradient)
     return SpikingUnit(
-        nn.BatchNorm2d(channels),
+        _batch_norm(config, channels),
         activation,
         timesteps=config.simulated_timesteps,
         gate=gate,

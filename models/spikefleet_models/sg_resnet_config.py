@@ -27,6 +27,7 @@ class SGResNetConfig(ModelConfig):
     """A residual network; the defaults are SG ResNet18 for CIFAR-10."""
 
     task: ClassVar[str] = "classification"
+    trunk: ClassVar[tuple[str, ...]] = ("stem.", "stages.")
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         # Zhang et al. 2023. R50 decodes by rate there; the others by ASD.
         "sg_resnet10": _R10,
@@ -60,6 +61,10 @@ class SGResNetConfig(ModelConfig):
     connection: Literal["bsg", "bsg_star", "add", "and", "iand", "post_add", "ann"] = Field(
         "bsg", description="How a block combines with its shortcut; ann is the ANN twin."
     )
+    gate_gradient: Literal["exact", "literal"] = Field(
+        "exact",
+        description="Gradient of BSG and BSG* to H: that of the gate's Boolean function, or of the formula as written.",
+    )
     gate_threshold: float = Field(0.5, gt=0.0, le=1.0, description="thr of BSG*; the gate is initially H.")
     decoder: Literal["asd", "rate"] = Field("asd", description="Attention spike decoder or firing rate.")
     asd_channel_reduction: int = Field(16, ge=1, description="r of the ASD's channel attention.")
@@ -68,7 +73,16 @@ class SGResNetConfig(ModelConfig):
     timesteps: int = Field(4, ge=1, description="Time steps T; the ANN twin always runs one.")
     in_channels: int = Field(3, ge=1, description="Channels of the images or event frames.")
     num_classes: int = Field(10, ge=1, description="Number of classes.")
-    zero_init_residual: bool = Field(False, description="Initialise the last batch norm of each block to gamma = 0.")
+    norm_momentum: float = Field(
+        0.1,
+        gt=0.0,
+        le=1.0,
+        description="Weight of a step's batch in batch norm's running statistics; smaller for fewer images per worker.",
+    )
+    zero_init_residual: bool = Field(
+        False,
+        description="Initialise blocks to the identity: gamma = 0 in the last batch norm; for and, a beta that fires.",
+    )
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "SGResNetConfig":

@@ -59,6 +59,9 @@ class SlotLayer(nn.Module):
         self.bias = layer.bias
         self.timesteps = timesteps
         self.slots = slots
+        self.reuses_equal_slots = False
+        """Weigh a slot that equals the one before, as silent ones do, only once: the same sum, to the last bit, and
+        sooner for a large D. It reads values, so `spike_flow.py` cannot follow it."""
         self._weigh: Callable[[Tensor, Tensor], Tensor] = F.linear
         self._bias_shape: tuple[int, ...] = (-1,)
         if isinstance(layer, nn.Conv2d):
@@ -91,12 +94,22 @@ class SlotLayer(nn.Module):
         # Autocast would round each slot's sum to 16 bits. One slot at a time: the outputs of D slots are never in
         # memory together.
         with torch.autocast(spikes.device.type, enabled=False):
-            total = self._weigh(by_slot[:, 0].flatten(0, 1).to(dtype), weight)
+            part = self._weigh(by_slot[:, 0].flatten(0, 1).to(dtype), weight)
+            total = part.clone() if self.reuses_equal_slots else part
             for slot in range(1, D):
-                total += self._weigh(by_slot[:, slot].flatten(0, 1).to(dtype), weight)
+                if not self.reuses_equal_slots or not torch.equal(by_slot[:, slot], by_slot[:, slot - 1]):
+                    part = self._weigh(by_slot[:, slot].flatten(0, 1).to(dtype), weight)
+                total += part
         if self.bias is not None:
             total += self.bias.to(dtype).view(self._bias_shape)
         return total.to(spikes.dtype)
 
     def extra_repr(self) -> str:
         return f"weight={tuple(self.weight.shape)}, timesteps={self.timesteps}, slots={self.slots}"
+
+
+def reuse_equal_slots(binary: nn.Module) -> None:
+    """Set `SlotLayer.reuses_equal_slots` of a network in binary form."""
+    for module in binary.modules():
+        if isinstance(module, SlotLayer):
+            module.reuses_equal_slots = True

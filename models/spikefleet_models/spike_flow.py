@@ -4,8 +4,10 @@ Operations are seen where torch dispatches them, whichever module or function ca
 storage, so every reshape keeps its origin. Neurons, gates and layers are one operation each, whatever they do inside.
 What an operation makes of its inputs is `spike_origins.py`'s rule.
 
-Code that hides from torch what it computes (another thread that writes in place, memory shared through dlpack, hooks
-that a forward adds to its own modules) is not followed; new tensors from there are foreign.
+Code that hides from torch what it computes is not followed: work in another thread, memory shared through NumPy or
+dlpack, hooks that a forward adds to its own modules, numbers that Python makes of values without an operation, as
+`len(repr(x))` does. New tensors from there are foreign and refused on the way to a neuron; constants that change with
+the spikes are found by `hidden_values.py`. What changes a current itself unseen is not found.
 
 `operation_counts.py` counts and `spike_edges.py` judges what is found here, so energy cards and proofs agree.
 """
@@ -74,7 +76,21 @@ class _Call:
     """What a neuron or gate reads beside its inputs."""
 
 
-class SpikeFlow(TorchDispatchMode):
+class _Dispatching:
+    """Hands operations to `_dispatch`.
+
+    torch wraps a mode's own `__torch_dispatch__` in a function that imports its compiler, which takes seconds; not an
+    inherited one.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._dispatch(func, args, kwargs)
+
+    def _dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
+class SpikeFlow(_Dispatching, TorchDispatchMode):
     """Follows tensors through a network, in eval mode and not changed; subclasses override the `after_` methods."""
 
     def __init__(self, network: nn.Module) -> None:
@@ -92,6 +108,9 @@ class SpikeFlow(TorchDispatchMode):
 
     def after_neuron(self, name: str, fed_by: Origin | None) -> None:
         """Called after each call of a neuron; `fed_by` is None where its input does not depend on the image."""
+
+    def before_emission(self, emitted: Tensor, bound: int) -> None:
+        """Called at the end of each call of a neuron, as a part of it, with its spikes or integers up to `bound`."""
 
     def after_layer(self, name: str, fed_by: Origin | None) -> None:
         """Called after each call of a convolution or linear layer."""
@@ -185,6 +204,9 @@ class SpikeFlow(TorchDispatchMode):
             call.depth -= 1
             if call.depth:
                 return
+            bound = 1 if isinstance(module, ThermometerNode) else int(getattr(module, "bound", 0))
+            if type(module) in NEURONS:
+                self.before_emission(output, bound)
             self._call = None
             if isinstance(module, nn.Conv2d | nn.Linear):
                 weights = [self._look(tensor) for tensor in (module.weight, module.bias) if tensor is not None]
@@ -196,7 +218,6 @@ class SpikeFlow(TorchDispatchMode):
                 known = origins([*call.inputs, *call.reads])
                 fed_by = derive("addition", "neuron", known) if len(known) > 1 else None
                 self.after_neuron(name, fed_by or next(iter(known), None))
-                bound = 1 if isinstance(module, ThermometerNode) else int(module.bound)  # type: ignore[arg-type]
                 self._set(output, Origin("spikes", (name,), output.shape[0], bound))
 
         return leave
@@ -210,7 +231,7 @@ class SpikeFlow(TorchDispatchMode):
             self.after_operation(Operation(name, (), joined, origins(inputs), output, in_layer=False))
         self._set(joined, output)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def _dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
         result = func(*args, **(kwargs or {}))
         if self._call is None or self._call.is_layer:
             self._follow_operation(func, args, kwargs or {}, result)

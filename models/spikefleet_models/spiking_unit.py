@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 from spikefleet_models.gates import (
     SAVES_SHORTCUT,
     Gate,
+    GateGradient,
     LearnedGate,
     gate_backward_residual,
     gate_backward_shortcut,
@@ -103,7 +104,15 @@ class SpikingUnit(nn.Module):
         fused_gate = self.gate.name if isinstance(self.gate, Gate) else None
         if self.bn.training and self.bn.num_batches_tracked is not None:
             self.bn.num_batches_tracked.add_(1)
-        spec = _Spec(self.bn, self.neuron.dynamics(), fused_gate, self.post_add, self.timesteps, repeat)
+        spec = _Spec(
+            self.bn,
+            self.neuron.dynamics(),
+            fused_gate,
+            "literal" if self.gate is None else self.gate.gradient,
+            self.post_add,
+            self.timesteps,
+            repeat,
+        )
         fused_shortcut = None if isinstance(self.gate, LearnedGate) else shortcut
         w = getattr(self.neuron, "w", None)
         spikes: Tensor = _UnitFunction.apply(z, self.bn.weight, self.bn.bias, fused_shortcut, w, spec)
@@ -161,6 +170,7 @@ class _Spec(NamedTuple):
     bn: nn.BatchNorm2d
     dynamics: Dynamics
     gate: str | None
+    gate_gradient: GateGradient
     post_add: bool
     timesteps: int
     repeat: bool
@@ -244,7 +254,8 @@ class _UnitFunction(torch.autograd.Function):
                     gate_backward_shortcut(spec.gate, grad_s, fired, to_shortcut)
                 else:
                     to_shortcut.copy_(gate_backward_shortcut(spec.gate, grad_s, fired, torch.empty_like(h)))
-                grad_s = gate_backward_residual(spec.gate, grad_s, fired, shortcut[:, part].to(dtype))
+                joined = shortcut[:, part].to(dtype)
+                grad_s = gate_backward_residual(spec.gate, grad_s, fired, joined, spec.gate_gradient)
             _, tile_grad_q = backward_steps(dynamics, q, h.unbind(), grad_s.unbind(), currents=currents.unbind())
             if tile_grad_q is not None:
                 grad_q = tile_grad_q if grad_q is None else grad_q + tile_grad_q

@@ -36,9 +36,9 @@ with torch.no_grad(), SpikeMonitor(model.network) as monitor:
 for row in monitor.table():
     print(f"{row['layer']:24s} rate {row['rate']:.3f}, dead {row['dead']:.1%}")
 
-# %% Proof: the binary, spike-driven form computes the same, layer by layer, bit by bit.
-proof = check_equivalence(deploy(model.network), batch.images[:2])
-print("proved" if proof.passed else f"refuted: {proof.unequal}")
+# %% Proof: the deployed form computes what was trained, and the binary, spike-driven form the same, bit by bit.
+proof = check_equivalence(deploy(model.network), batch.images[:2], trained=model.network)
+print("proved" if proof.passed else f"refuted: {proof.why}")
 for layer in proof.layers[:4]:
     print(f"{layer.name:24s} {layer.kind:9s} equal: {layer.equal}")
 

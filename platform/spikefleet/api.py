@@ -105,13 +105,18 @@ class Run:
 
     @property
     def metrics(self) -> Mapping[str, float]:
-        """Metrics of the best checkpoint on the test split."""
-        return self.finished.test
+        """Metrics of the best checkpoint on the test split, or on the validation split where there is no other."""
+        return self.finished.test or self.finished.validation
 
     @property
     def validation(self) -> Mapping[str, float]:
         """Metrics of the best checkpoint on the validation split, which selects it."""
         return self.finished.validation
+
+    @property
+    def last(self) -> Mapping[str, float]:
+        """Metrics of the last checkpoint by split and name, such as "test/top1"."""
+        return self.finished.last
 
     @property
     def promotion(self) -> Promotion | None:

@@ -202,6 +202,35 @@ def energy_bars(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> No
     _save(figure, path)
 
 
+def gradient_flow(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
+    """Plots gradient norm, firing rate and relative step of each layer, in network order.
+
+    Args:
+        rows: `layer`, `gradient_norm`, `firing_rate` (None where a layer feeds no neurons) and `relative_step`.
+        title: of the plot.
+        path: the PNG.
+    """
+    panels = (
+        ("gradient norm", "gradient_norm", "log"),
+        ("firing rate", "firing_rate", "linear"),
+        ("learning rate x gradient / weights", "relative_step", "log"),
+    )
+    width = 3 + 0.16 * len(rows)
+    figure, axes = _subplots(len(panels), 1, figsize=(width, 8), layout="constrained", sharex=True)
+    for axis, (label, key, scale) in zip(axes, panels, strict=True):
+        values = [np.nan if row[key] is None or (scale == "log" and row[key] <= 0) else row[key] for row in rows]
+        axis.plot(range(len(rows)), values, marker=".", linestyle="none" if key == "firing_rate" else "-")
+        axis.set_yscale(scale)
+        axis.set_title(label, fontsize=9)
+        axis.grid(alpha=0.3)
+    axes[1].set_ylim(0, 1)
+    axes[2].axhline(1.0, color="#cf222e", lw=1, label="a step as large as the weights")
+    axes[2].legend(fontsize=7)
+    axes[2].set_xticks(range(len(rows)), [row["layer"] for row in rows], rotation=90, fontsize=6)
+    figure.suptitle(title, fontsize=9)
+    _save(figure, path)
+
+
 def paper_and_ours(
     panels: Mapping[str, Sequence[tuple[str, float | None, float | None, float | None]]], title: str, path: Path
 ) -> None:

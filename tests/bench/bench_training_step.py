@@ -68,6 +68,9 @@ VARIANTS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "spikingjelly sew_resnet18": (SpikingJellySEWResNet18, BATCH),
     "sg_resnet18 reference": (lambda: sg_resnet18("reference"), BATCH),
     "sg_resnet18 lean": (lambda: sg_resnet18("lean"), BATCH),
+    "sg_resnet18 lean, exact": (lambda: sg_resnet18("lean", gate_gradient="exact"), BATCH),
+    "bsg_star lean": (lambda: sg_resnet18("lean", connection="bsg_star"), BATCH),
+    "bsg_star lean, exact": (lambda: sg_resnet18("lean", connection="bsg_star", gate_gradient="exact"), BATCH),
     "sg_resnet18 lean, rate": (lambda: sg_resnet18("lean", decoder="rate"), BATCH),
     "sew_resnet18 lean": (lambda: sg_resnet18("lean", decoder="rate", connection="add"), BATCH),
 }

@@ -199,6 +199,7 @@ def test_recipes_config_sources_and_doctor(desk: Desk) -> None:
         ("evaluate main", {"network", "split", "samples", "metrics", "spikes"}),
         ("spike-check main --images 1 --measured 8", {"verdict", "proof"}),
         ("energy main --images 2", {"rows", "totals"}),
+        ("gradients main --images 8", {"layers", "findings", "first_to_last", "step"}),
         ("train digits --resume main", {"run", "validation", "test", "registered", "report"}),
         ("registry list", {"name", "versions"}),
         ("registry show sg_resnet_digits", {"uri", "metrics", "aliases"}),

@@ -56,6 +56,7 @@ COMMANDS = {
     "evaluate": (("evaluate", NAME, "--split", "val", "--out", "out"), "out/confusion.png"),
     "energy": (("energy", NAME, "--images", "1", "--out", "out"), "out/energy.png"),
     "energy of a recipe": (("energy", "digits", "--rate", "0.1", "--size", "8", "--out", "out"), "out/energy.json"),
+    "gradients": (("gradients", "digits", "--noise", "8", "--images", "2", "--out", "g.png"), "g.png"),
     "spike-check": (("spike-check", NAME, "--measured", "0", "--out", "spike_check.json"), "spike_check.json"),
 }
 

@@ -13,9 +13,10 @@ from spikefleet.certificates.certify import CERTIFICATE, certify
 from spikefleet.certificates.energy_card import ENERGY
 from spikefleet.certificates.spike_check import PROOF
 from spikefleet.errors import UserError
-from spikefleet.files import read_json, write_json
+from spikefleet.files import read_json, sha256_of, write_json
+from spikefleet.registry.package import load_network, write_package
 from spikefleet.runs.run_dir import Run
-from spikefleet.training.checkpoints import CheckpointFolder, Snapshot, best_weights
+from spikefleet.training.checkpoints import CheckpointFolder, Snapshot, best_network, best_weights, load_checkpoint
 from spikefleet_pipelines.store.reader import Store
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "format_1" / "run"
@@ -107,3 +108,36 @@ def test_a_file_that_the_manifest_does_not_list_is_not_the_weights(tmp_path: Pat
     path = CheckpointFolder(tmp_path).save(1, Snapshot({"model": {"w": torch.zeros(2)}}, {}, {}))
     shutil.copyfile(path / "model.safetensors", path / "average.safetensors")
     assert best_weights(path) == path / "model.safetensors"
+
+
+def test_a_certificate_of_an_earlier_version_is_still_read(certified: Certified) -> None:
+    """It had neither legs nor metrics of this name."""
+    shutil.copyfile(FIXTURE.parent / "model" / "artifacts" / PROOF, certified.report / PROOF)
+    record = read_json(certified.report / CERTIFICATE)
+    record["sha256"][PROOF] = sha256_of(certified.report / PROOF)
+    write_json(certified.report / CERTIFICATE, record)
+    latest = certified.run.checkpoints.latest()
+    assert latest is not None
+    found = certify(certified.run.config(), latest, certified.report, certified.store)
+    assert (found.verdict, found.legs, certified.checks) == ("proved", {}, 1)
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_what_is_packaged_is_the_network_that_was_certified(
+    certified: Certified, averaged: bool, tmp_path: Path
+) -> None:
+    config, latest = certified.run.config(), certified.run.checkpoints.latest()
+    assert latest is not None
+    weights = dict(load_checkpoint(latest).tensors["model"])
+    tensors = {"model": weights}
+    if averaged:
+        tensors["average"] = {name: value * 0.5 for name, value in weights.items() if value.is_floating_point()} | {
+            name: value for name, value in weights.items() if not value.is_floating_point()
+        }
+    path = CheckpointFolder(tmp_path / "other").save(1, Snapshot(tensors, {}, config.model_dump(mode="json")))
+    (tmp_path / "package").mkdir()
+    write_package(tmp_path / "package", best_weights(path), config.dump(), {}, {})
+    packaged, _ = load_network(tmp_path / "package")
+    trained = best_network(load_checkpoint(path), config.model).state_dict()
+    assert all(torch.equal(value, trained[name]) for name, value in packaged.state_dict().items())
+    assert any(not torch.equal(value, weights[name]) for name, value in trained.items()) == averaged

@@ -45,7 +45,7 @@ def test_the_list_notices_another_name() -> None:
 def test_every_command_that_opens_a_run_or_a_store_says_where_by_the_same_name() -> None:
     for line in listed():
         words = line.split()
-        if words[1] in ("train", "evaluate", "spike-check", "energy", "tune", "reproduce"):
+        if words[1] in ("train", "evaluate", "spike-check", "energy", "gradients", "tune", "reproduce"):
             assert {"--runs-dir", "--stores-dir"} <= set(words), line
         if words[1] in ("predict", "registry", "tracking", "doctor", "ui") and len(words) > 4:
             assert "--runs-dir" in words, line

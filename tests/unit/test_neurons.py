@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from spikefleet_models.membrane import Dynamics, charge
 from spikefleet_models.neuron_config import NeuronConfig
-from spikefleet_models.neurons import SURROGATES, build_neuron, node_arguments, spiking_nodes
+from spikefleet_models.neurons import build_neuron, node_arguments, spiking_nodes
+from spikefleet_models.surrogates import SURROGATES
 
 LEAKS = [("if", True), ("lif", True), ("lif", False), ("plif", True), ("plif", False)]
 KINDS = {"if": neuron.IFNode, "lif": neuron.LIFNode, "plif": neuron.ParametricLIFNode}

@@ -10,6 +10,7 @@ from torch import nn
 
 from spikefleet.config.schema import OptimConfig
 from spikefleet.training.optimizer import build_ema, build_optimizer, learning_rate, momentum
+from spikefleet_models import build_model, model_config
 
 
 def test_step_schedule_changes_at_whole_epochs() -> None:
@@ -55,6 +56,31 @@ def test_norm_and_bias_can_be_kept_from_decay() -> None:
     assert found == [("weights", 1, 0.5), ("scales", 1, 0.0), ("biases", 2, 0.0)]
     every = build_optimizer(network, OptimConfig(lr=0.1, weight_decay=0.5)).param_groups
     assert {group["weight_decay"] for group in every} == {0.5}
+
+
+@pytest.mark.parametrize("norms", [True, False])
+def test_learned_gates_do_not_decay_unless_asked(norms: bool) -> None:
+    """Decay alone closes the gates: W falls below the threshold."""
+    network = build_model(model_config("sg_resnet_tiny", connection="bsg_star"))
+    gates = {name for name, _ in network.named_parameters() if ".gate." in name}
+    assert len(gates) == 2 * 3
+    names = {parameter: name for name, parameter in network.named_parameters()}
+
+    def decays(**fields: bool) -> dict[str, float]:
+        config = OptimConfig.model_validate({"lr": 0.1, "weight_decay": 0.5, "decay_norm_and_bias": norms, **fields})
+        groups = build_optimizer(network, config).param_groups
+        assert {group["name"] for group in groups} == {"weights", "scales", "biases"}
+        for group in groups:
+            assert all((group["name"] == "biases") == names[p].endswith("bias") for p in group["params"])
+        return {names[parameter]: group["weight_decay"] for group in groups for parameter in group["params"]}
+
+    spared, asked = decays(), decays(decay_gates=True)
+    assert spared.keys() == asked.keys() == set(names.values())
+    assert {spared[name] for name in gates} == {0.0}
+    assert {asked[name] for name in gates} == {0.5}
+    for name in spared.keys() - gates:
+        one_dimension = network.get_parameter(name).ndim == 1
+        assert spared[name] == asked[name] == (0.5 if norms or not one_dimension else 0.0)
 
 
 def test_frozen_parameters_are_left_out() -> None:

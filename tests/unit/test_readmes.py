@@ -60,6 +60,8 @@ def check(words: list[str]) -> None:
         assert given["size"] is not None
         _untrained(given["network"], overrides)
     recipes = [given["recipe"]] if given.get("recipe") not in (None, "RECIPE") else []
+    if name == "gradients" and given["network"] in list_recipes():
+        recipes = [given["network"]]
     if name == "tune" and given["search"] != "SEARCH":
         recipes = [load_search(given["search"]).recipe]
     if name == "reproduce" and given["table"] != "TABLE":
@@ -90,6 +92,7 @@ def test_readmes_and_headers_show_commands() -> None:
         "train digit",
         "train digits optim.lrr=1",
         "tune digits_t_gate_schedules",
+        "gradients digits model.gate_gradients=exact",
         "tune digits_t_gate_schedule optim.lrr=1",
         "reproduce sg_resnet_table2",
         "reproduce sg_resnet_table9 --only VGG",

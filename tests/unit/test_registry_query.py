@@ -170,6 +170,20 @@ def test_a_champion_without_the_metric_stays_and_the_sentence_says_why() -> None
     assert decision.reason == "champion version 1 has no val/map to compare with"
 
 
+@pytest.mark.parametrize(
+    ("verdict", "sentence"), [("refuted", "binary form of version 2"), ("not shown", "shows nothing")]
+)
+def test_a_version_that_is_refuted_or_shows_nothing_is_never_champion(verdict: str, sentence: str) -> None:
+    for champion in (None, Candidate(1, 0.1)):
+        decision = decide(champion, Candidate(2, 0.9, verdict=verdict), "val/top1", "max")
+        assert decision.alias == "challenger"
+        assert sentence in decision.reason
+    for harmless in (None, "proved", "not spiking"):
+        assert decide(None, Candidate(2, 0.9, verdict=harmless), "val/top1", "max").alias == "champion"
+    field = [Candidate(2, 0.9, verdict=verdict), Candidate(3, 0.8, verdict="proved")]
+    assert winner_of(None, field, "val/top1", "max") == field[1]
+
+
 @given(
     st.none() | st.floats(0, 1),
     st.lists(st.floats(0, 1), max_size=6),

@@ -20,6 +20,8 @@ from spikefleet.inference.trained_network import open_trained_network
 from spikefleet.registry.package import load_network
 from spikefleet.runs.run_dir import Run
 from spikefleet.training.checkpoints import load_checkpoint
+from spikefleet_models.gates import Gate
+from spikefleet_models.sg_resnet_config import SGResNetConfig
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "format_1"
 ROWS = {"model.time_steps": "model.timesteps", "optimizer": "optim", "train.passes": "train.epochs"}
@@ -109,13 +111,49 @@ def test_a_configuration_with_both_names_is_refused_not_merged(old: Path) -> Non
 
 
 @pytest.mark.usefixtures("renamed")
-@pytest.mark.parametrize("stored", [{}, {"model": 3}, {"model": {}, "train": None}, {"optim": {"lr": 1.0}}])
+@pytest.mark.parametrize("stored", [{}, {"model": 3}, {"model": {"family": "spike_yolo"}, "train": None}, {"optim": 1}])
 def test_sections_that_are_missing_or_values_stay_as_they_are(stored: dict[str, Any]) -> None:
     assert with_current_keys(stored) == stored
 
 
 @pytest.mark.usefixtures("renamed")
 def test_the_stored_configuration_is_not_modified() -> None:
-    stored = {"model": {"time_steps": 2}}
-    assert with_current_keys(stored) == {"model": {"timesteps": 2}}
-    assert stored == {"model": {"time_steps": 2}}
+    stored = {"model": {"family": "spike_yolo", "time_steps": 2}}
+    assert with_current_keys(stored) == {"model": {"family": "spike_yolo", "timesteps": 2}}
+    assert stored == {"model": {"family": "spike_yolo", "time_steps": 2}}
+
+
+def test_runs_checkpoints_and_versions_that_lack_the_gate_gradient_keep_the_literal_one() -> None:
+    assert SGResNetConfig().gate_gradient == "exact"
+    assert "gate_gradient" not in read_json(FIXTURE / "run" / "config.json")["model"]
+    run = Run(FIXTURE / "run")
+    checkpoint = run.checkpoints.latest()
+    assert checkpoint is not None
+    assert run.config().dump()["model"]["gate_gradient"] == "literal"
+    assert load_checkpoint(checkpoint).config["model"]["gate_gradient"] == "literal"
+    opened = open_trained_network(str(checkpoint), FIXTURE)
+    assert opened.config.dump()["model"]["gate_gradient"] == "literal"
+    network, config = load_network(FIXTURE / "model" / "artifacts")
+    assert config["model"]["gate_gradient"] == "literal"
+    assert {module.gradient for module in network.modules() if isinstance(module, Gate)} == {"literal"}
+    exact = run.config().dump()
+    exact["model"]["gate_gradient"] = "exact"
+    stored = read_json(FIXTURE / "run" / "config.json")
+    assert differences(stored, exact) == ["model.gate_gradient: expected literal, found exact"]
+
+
+def test_a_stored_detector_keeps_the_literal_gate_gradient_of_its_backbone() -> None:
+    stored = load_config("scenes_retinanet").dump()
+    assert stored["model"]["backbone"].pop("gate_gradient") == "exact"
+    kept = with_current_keys(stored)
+    assert kept["model"]["backbone"]["gate_gradient"] == "literal"
+    assert "gate_gradient" not in kept["model"]
+
+
+@pytest.mark.parametrize("decayed", [True, False])
+def test_runs_that_lack_it_decay_their_gates_with_the_norms(decayed: bool) -> None:
+    stored = load_config("digits", {"optim.decay_norm_and_bias": decayed}).dump()
+    del stored["optim"]["decay_gates"]
+    assert with_current_keys(stored)["optim"]["decay_gates"] is decayed
+    stored["optim"]["decay_gates"] = not decayed
+    assert with_current_keys(stored)["optim"]["decay_gates"] is not decayed

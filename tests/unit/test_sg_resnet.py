@@ -89,6 +89,50 @@ def test_zero_init_residual_makes_unchanged_shapes_identity() -> None:
 
 
 @pytest.mark.parametrize(
+    "neuron",
+    [
+        {},
+        {"kind": "lif", "tau": 3.0},
+        {"kind": "lif", "tau": 4 / 3, "v_threshold": 0.3, "v_reset": -0.1},
+        {"kind": "lif", "decay_input": False, "v_reset": None},
+        {"kind": "plif"},
+        {"kind": "ilif", "bound": 1, "input_scale": 0.5},
+    ],
+    ids=str,
+)
+def test_zero_init_residual_of_and_fires_at_every_step(neuron: dict[str, object]) -> None:
+    """A residual that never fires would silence the network."""
+    torch.manual_seed(0)
+    model = build_model(tiny(stages=(2,), connection="and", neuron=neuron, zero_init_residual=True, decoder="rate"))
+    x = images()
+    kept = model.forward_features(x)[-1]
+    assert kept.any()
+    assert torch.equal(kept, model.stem(x))
+    for block in model.stages[0]:
+        assert not block.units[-1].bn.weight.any()
+        block.units[-1].bn.bias.data.mul_(0.3)
+    assert not torch.equal(model.forward_features(x)[-1], kept)
+
+
+def test_zero_init_residual_of_and_starts_at_the_threshold() -> None:
+    model = build_model(tiny(stages=(1,), connection="and", zero_init_residual=True))
+    assert set(model.stages[0][0].units[-1].bn.bias.tolist()) == {1.0}
+
+
+@pytest.mark.parametrize("connection", ["bsg", "bsg_star"])
+def test_gate_gradient_reaches_every_block(connection: str) -> None:
+    norms = []
+    for gradient in ("literal", "exact"):
+        torch.manual_seed(0)
+        model = build_model(tiny(stages=(1, 1), connection=connection, gate_gradient=gradient))
+        assert {block.units[-1].gate.gradient for stage in model.stages for block in stage} == {gradient}
+        model(images()).square().sum().backward()
+        norms.append([block.convs[0].weight.grad.norm().item() for stage in model.stages for block in stage])
+    literal, exact = norms
+    assert all(a != b for a, b in zip(literal, exact, strict=True))
+
+
+@pytest.mark.parametrize(
     ("connection", "spiking"), [("bsg", True), ("add", True), ("bsg_star", True), ("post_add", False), ("ann", False)]
 )
 def test_downsampling_shortcut_spikes_only_before_gates(connection: str, spiking: bool) -> None:

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spikefleet_models import equivalence, slots, spike_driven
-from spikefleet_models.equivalence import EquivalenceProof, check_equivalence, count_flips, on_grid
+from spikefleet_models.equivalence import check_equivalence, count_flips, on_grid
 from spikefleet_models.neuron_config import NeuronConfig
 from spikefleet_models.neurons import build_neuron
+from spikefleet_models.proof import EquivalenceProof
 from spikefleet_models.slots import Layer, NotSpikeDrivenError, SlotLayer, ThermometerNode, thermometer
 from spikefleet_models.spike_edges import layer_inputs
 
@@ -333,18 +334,45 @@ def test_other_shapes_in_the_binary_form_are_findings(monkeypatch: pytest.Monkey
     assert "2 outputs, the binary form 1" in str(check_equivalence(SpikingNet(1, 4), pictures()).failure)
 
 
-def test_a_silent_network_proves_nothing() -> None:
+def silent_net() -> SpikingNet:
+    """No neuron but the last two fires, and those always alike."""
     net = SpikingNet(2, 4)
     nn.init.zeros_(net.stem.weight)
     nn.init.constant_(net.stem.bias, -1.0)
     for layer in (net.expand, net.depthwise, net.project, net.down):
         nn.init.constant_(layer.bias, -1.0)
-    proof = check_equivalence(net, pictures())
-    assert not proof.passed
-    assert "not" not in str(proof.unequal)
-    assert "single spike" in proof.failure
+    return net
+
+
+def test_layers_that_stay_silent_are_compared_alone() -> None:
+    proof = check_equivalence(silent_net(), pictures())
+    assert proof.passed
+    assert proof.outputs_vary is False
+    assert {"expand", "depthwise", "project", "down", "merge", "neurons.0.neuron"} <= set(proof.silent)
+    assert proof.to_dict()["silent"] == list(proof.silent)
+    assert all(layer.ones == 0 for layer in proof.layers if layer.alone)
+    fired = check_equivalence(SpikingNet(2, 4), pictures())
+    assert (fired.silent, fired.outputs_vary) == ((), True)
+    assert check_equivalence(SpikingNet(2, 4), pictures(1)).outputs_vary is None
     with pytest.raises(ValueError, match="at least one image"):
-        check_equivalence(net, pictures()[:0])
+        check_equivalence(silent_net(), pictures()[:0])
+
+
+@pytest.mark.parametrize("where", ["layer", "neuron"])
+def test_a_silent_layer_that_is_wrong_is_found(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the images both forms see nothing but zeros there."""
+
+    def change(binary: nn.Module) -> None:
+        with torch.no_grad():
+            if where == "layer":
+                binary.project.weight[0, 0, 1, 1] += 2.0**-30
+            else:
+                binary.neurons[2].neuron.node.input_scale = 0.5
+
+    replaced(monkeypatch, change)
+    proof = check_equivalence(silent_net(), pictures())
+    assert proof.outputs_equal
+    assert proof.unequal == (("project",) if where == "layer" else ("neurons.2.neuron",))
 
 
 @torch.no_grad()

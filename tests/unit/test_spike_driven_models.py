@@ -5,10 +5,11 @@ import torch
 from torch import Tensor, nn
 
 from spikefleet_models import spike_driven
-from spikefleet_models.equivalence import EquivalenceProof, check_equivalence
+from spikefleet_models.equivalence import check_equivalence
 from spikefleet_models.families import build_model, model_config
 from spikefleet_models.neuron_config import NeuronConfig
 from spikefleet_models.neurons import build_neuron
+from spikefleet_models.proof import EquivalenceProof
 from spikefleet_models.reparam import deploy
 from spikefleet_models.slots import NotSpikeDrivenError, SlotLayer
 

@@ -8,7 +8,7 @@ from spikingjelly.activation_based import surrogate
 from torch import Tensor, nn
 
 from spikefleet_models import membrane
-from spikefleet_models.gates import build_gate
+from spikefleet_models.gates import GateGradient, build_gate
 from spikefleet_models.health import SpikeMonitor
 from spikefleet_models.neuron_config import NeuronConfig
 from spikefleet_models.neurons import build_neuron
@@ -17,12 +17,18 @@ from spikefleet_models.spiking_unit import SpikingUnit, use_implementation
 T, B, C, SIZE = 4, 3, 8, 6
 
 
-def unit(gate: str | None = None, post_add: bool = False, timesteps: int = T, **neuron: object) -> SpikingUnit:
+def unit(
+    gate: str | None = None,
+    post_add: bool = False,
+    timesteps: int = T,
+    gradient: GateGradient = "literal",
+    **neuron: object,
+) -> SpikingUnit:
     torch.manual_seed(1)
     bn = nn.BatchNorm2d(C)
     nn.init.uniform_(bn.weight, 0.5, 2.0)
     nn.init.normal_(bn.bias)
-    gate_module = None if gate is None else build_gate(gate, C, 0.5, surrogate.ATan())
+    gate_module = None if gate is None else build_gate(gate, C, 0.5, surrogate.ATan(), gradient)
     return SpikingUnit(bn, build_neuron(NeuronConfig(**neuron)), timesteps, gate_module, post_add)
 
 
@@ -61,7 +67,9 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: f
 FORMS = {
     "plain": {},
     "bsg": {"gate": "bsg"},
+    "bsg exact": {"gate": "bsg", "gradient": "exact"},
     "bsg_star": {"gate": "bsg_star"},
+    "bsg_star exact": {"gate": "bsg_star", "gradient": "exact"},
     "add": {"gate": "add"},
     "and": {"gate": "and"},
     "iand": {"gate": "iand"},
@@ -126,7 +134,7 @@ def test_comparison_notices_a_different_norm(change: str) -> None:
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("form", ["plain", "bsg", "post_add", "plif"])
+@pytest.mark.parametrize("form", ["plain", "bsg", "bsg exact", "post_add", "plif"])
 def test_bf16_keeps_fp32_inside(form: str, layout: torch.memory_format) -> None:
     lean = unit(**FORMS[form])
     reference = copy.deepcopy(lean)
@@ -203,7 +211,14 @@ def test_kept_state_is_honoured() -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "tensors"), [("plain", ["z"]), ("bsg", ["z", "x"]), ("add", ["z"]), ("post_add", ["z", "x"])]
+    ("form", "tensors"),
+    [
+        ("plain", ["z"]),
+        ("bsg", ["z", "x"]),
+        ("bsg exact", ["z", "x"]),
+        ("add", ["z"]),
+        ("post_add", ["z", "x"]),
+    ],
 )
 def test_saves_the_convolution_output_and_at_most_the_shortcut(form: str, tensors: list[str]) -> None:
     module = unit(**FORMS[form])
@@ -219,6 +234,32 @@ def test_saves_the_convolution_output_and_at_most_the_shortcut(form: str, tensor
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         module(z, None if form == "plain" else x.unflatten(0, (T, -1)))
     assert saved == {{"z": z, "x": x}[name].data_ptr() for name in tensors}
+
+
+@pytest.mark.parametrize("form", ["lean", "reference"])
+def test_a_learned_gate_saves_no_more_for_its_exact_gradient(form: str) -> None:
+    z, x, _ = inputs()
+    z.requires_grad_()
+    kept: dict[str, int] = {}
+    for gradient in ("literal", "exact"):
+        module = unit(gate="bsg_star", gradient=gradient)
+        use_implementation(module, form)
+        saved: set[int] = set()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.add(t.data_ptr()) or t, lambda t: t):  # type: ignore[misc]
+            y = module(z, x.unflatten(0, (T, -1)))
+        kept[gradient] = len(saved)
+        del y
+    assert 0 < kept["exact"] <= kept["literal"]
+
+
+def test_exact_and_literal_gradients_reach_the_convolution_differently() -> None:
+    z, x, weights = inputs()
+    for gate in ("bsg", "bsg_star"):
+        literal, exact = (run(unit(gate=gate, gradient=g), z, x, weights) for g in ("literal", "exact"))
+        assert torch.equal(literal["y"], exact["y"])
+        assert torch.equal(literal["grad shortcut"], exact["grad shortcut"])
+        with pytest.raises(AssertionError):
+            assert_same(exact, literal)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -25,7 +25,17 @@ finally:
 GROUPS = ("config", "data", "registry", "tracking")
 COMMANDS = (
     *("train", "evaluate", "predict", "recipes", "tune", "searches", "reproduce", "tables", "spike-check", "energy"),
-    *("doctor", "ui", "config show", "data prepare", "data show", "data sources", "registry list", "registry show"),
+    *(
+        "gradients",
+        "doctor",
+        "ui",
+        "config show",
+        "data prepare",
+        "data show",
+        "data sources",
+        "registry list",
+        "registry show",
+    ),
     *("registry best", "registry pull", "registry renew", "tracking sync"),
 )
 

@@ -55,6 +55,7 @@ class _YoloConfig(ModelConfig):
     """Fields shared by the two families."""
 
     task: ClassVar[str] = "detection"
+    trunk: ClassVar[tuple[str, ...]] = ("stem.", "stages.", "downs.")
 
     activation: Literal["spiking", "relu"] = Field(
         "spiking", description="relu replaces every neuron by a ReLU: the ANN twin."

@@ -7,34 +7,41 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spikefleet_pipelines.errors import SourceError
-from spikefleet_pipelines.sources.cifar_config import CIFAR10, CIFAR10_LAYOUT, CIFAR100, CIFAR100_LAYOUT, CifarLayout
+from spikefleet_pipelines.sources.cifar_config import (
+    CIFAR10,
+    CIFAR10_LAYOUT,
+    CIFAR100,
+    CIFAR100_LAYOUT,
+    CifarLayout,
+    CifarOptions,
+)
 from spikefleet_pipelines.sources.contents import ArrayContents, hold_out_validation
 from spikefleet_pipelines.sources.python2_pickle import DamagedPickleError, read_plain_pickle
-from spikefleet_pipelines.sources.source import Source, SourceOptions
+from spikefleet_pipelines.sources.source import Source
 
 _PIXELS = 3 * 32 * 32
 _TEST_IMAGES = 10_000
 
 
-def read_cifar10(root: Path, options: SourceOptions, seed: int) -> ArrayContents:
-    """Read CIFAR-10; a tenth of the training images of each class (5,000 in all) is held out for val.
+def read_cifar10(root: Path, options: CifarOptions, seed: int) -> ArrayContents:
+    """Read CIFAR-10; by default a tenth of the training images of each class (5,000 in all) is held out for val.
 
     Raises:
         SourceError: a file is missing or damaged.
     """
-    return _read(CIFAR10, CIFAR10_LAYOUT, root, seed)
+    return _read(CIFAR10, CIFAR10_LAYOUT, root, options, seed)
 
 
-def read_cifar100(root: Path, options: SourceOptions, seed: int) -> ArrayContents:
-    """Read the 100 fine classes of CIFAR-100; a tenth of the training images of each is held out for val.
+def read_cifar100(root: Path, options: CifarOptions, seed: int) -> ArrayContents:
+    """Read the 100 fine classes of CIFAR-100; by default a tenth of the training images of each is held out for val.
 
     Raises:
         SourceError: a file is missing or damaged.
     """
-    return _read(CIFAR100, CIFAR100_LAYOUT, root, seed)
+    return _read(CIFAR100, CIFAR100_LAYOUT, root, options, seed)
 
 
-def _read(source: Source, layout: CifarLayout, root: Path, seed: int) -> ArrayContents:
+def _read(source: Source, layout: CifarLayout, root: Path, options: CifarOptions, seed: int) -> ArrayContents:
     inside = root / layout.folder
     folder = inside if inside.is_dir() else root
     for name in layout.files:
@@ -44,7 +51,7 @@ def _read(source: Source, layout: CifarLayout, root: Path, seed: int) -> ArrayCo
     classes = len(class_names)
     batches = [_read_batch(folder / name, layout, classes, layout.train_images) for name in layout.train_files]
     images, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
-    splits = hold_out_validation(images, labels, lambda n: round(n / 10), seed)
+    splits = hold_out_validation(images, labels, options.holdout, seed)
     test = _read_batch(folder / layout.test_file, layout, classes, _TEST_IMAGES)
     return ArrayContents(tuple(map(str, class_names)), {**splits, "test": test})
 

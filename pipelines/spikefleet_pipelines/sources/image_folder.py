@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from spikefleet_pipelines.errors import SourceError
 from spikefleet_pipelines.sources.contents import held_out
-from spikefleet_pipelines.sources.image_folder_config import IMAGE_FOLDER
+from spikefleet_pipelines.sources.image_folder_config import IMAGE_FOLDER, ImageFolderOptions
 from spikefleet_pipelines.sources.ray_tasks import run_tasks
-from spikefleet_pipelines.sources.source import Progress, SourceOptions
+from spikefleet_pipelines.sources.source import Progress
 from spikefleet_pipelines.store.manifest import ImageFormat, Shard
 from spikefleet_pipelines.store.shards import write_shard
 from spikefleet_pipelines.store.writer import StoreWriter, content_digests
@@ -69,10 +69,11 @@ class FolderContents:
                 progress(done, total)
 
 
-def read_image_folder(root: Path, options: SourceOptions, seed: int) -> FolderContents:
+def read_image_folder(root: Path, options: ImageFolderOptions, seed: int) -> FolderContents:
     """List the files of a directory.
 
-    The val folder becomes the test split; 2 % of the training images of each class, at least one, become val.
+    A part of the training images of each class, by default 2 % and at least one, becomes val, and the val folder the
+    test split. With `holdout=0` the val folder is val, and "test" an alias of it.
 
     Raises:
         SourceError: a folder is missing, or the classes of train and val differ; the message names them.
@@ -96,9 +97,11 @@ def read_image_folder(root: Path, options: SourceOptions, seed: int) -> FolderCo
         raise SourceError(
             f"class folders of {root}/train and {root}/val differ ({'; '.join(only)}); give both the same classes"
         )
-    train, test = (_list(folder, train_classes) for folder in folders.values())
-    val = held_out(train.labels, lambda n: min(n - 1, max(1, round(n * 0.02))), seed)
-    return FolderContents(train_classes, {"train": train.where(~val), "val": train.where(val), "test": test})
+    train, reported = (_list(folder, train_classes) for folder in folders.values())
+    if not options.holdout:
+        return FolderContents(train_classes, {"train": train, "val": reported}, stand_ins={"test": "val"})
+    val = held_out(train.labels, lambda n: min(n - 1, max(1, round(n * options.holdout))), seed)
+    return FolderContents(train_classes, {"train": train.where(~val), "val": train.where(val), "test": reported})
 
 
 def _classes(folder: Path) -> tuple[str, ...]:

@@ -123,6 +123,10 @@ class Manifest(_Record):
         """[C, H, W], or None where it varies."""
         return self.image.shape
 
+    def original(self, split: str) -> str:
+        """The split whose images a split has: itself, or the one that it is an alias of."""
+        return (self.audit.same_as or {}).get(split, split)
+
     @property
     def splits(self) -> dict[str, int]:
         """The number of rows of each split."""

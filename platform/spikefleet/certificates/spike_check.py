@@ -1,38 +1,67 @@
-"""Whether binary, spike-driven inference equals the network that was trained with integers: proof, flips, figures.
+"""Whether binary, spike-driven inference equals the network that was trained: a proof in three legs.
 
-The proof is `spikefleet_models.equivalence`: both forms of the merged network in fp64, layer by layer. What rounding
-does in the types that people run is counted beside it, and what it does to the task's figures is measured.
+The first two are `spikefleet_models.equivalence`, in fp64: the trained network against its deployed form, and that
+against its binary form, layer by layer. The third is the task's metric of the trained network and of the binary form,
+in the type that is served. What rounding does to integers in the types that people run is counted beside them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from spikefleet.certificates.verdict import NOT_SPIKING, PROVED, REFUTED
+from spikefleet.certificates.metric_leg import SERVED, MetricLeg, compare_metrics
+from spikefleet.certificates.verdict import NOT_SHOWN, NOT_SPIKING, PROVED, REFUTED
 from spikefleet.config.schema import Config
 from spikefleet.files import write_json
 from spikefleet.status import Count, uncounted
 from spikefleet.tasks import AnyTask
-from spikefleet.training.evaluation import first_batches
-from spikefleet_models.equivalence import EquivalenceProof, FlipCount, check_equivalence, count_flips
+from spikefleet.training.evaluation import ChosenPlan, first_batches
+from spikefleet_models.equivalence import check_equivalence, count_flips
+from spikefleet_models.firing import Chosen, choose_images
 from spikefleet_models.neurons import spiking_nodes
+from spikefleet_models.proof import EquivalenceProof, FlipCount
 from spikefleet_models.reparam import deploy
-from spikefleet_models.slots import NotSpikeDrivenError
+from spikefleet_models.slots import NotSpikeDrivenError, reuse_equal_slots
 from spikefleet_models.spike_driven import spike_driven
-from spikefleet_models.spike_edges import check_finite
+from spikefleet_models.spike_edges import check_finite, layer_inputs
 from spikefleet_pipelines.loading import BatchLoader
 from spikefleet_pipelines.store.reader import Split
 
 PROOF = "spike_check.json"
 """Name of the proof's file in a report and in a registered version."""
 
+MOST_IMAGES = 256
+"""Images to look at, at most, for some on which every layer fires."""
+
 _FLIP_TYPES = (torch.float32, torch.bfloat16)
+_FLIP_IMAGES = 2
+_LOOKED_AT_ONCE = 16
+_NAMES_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One leg of the proof."""
+
+    name: str
+    """`deployed`, `binary` or `metric`."""
+    passed: bool
+    max_difference: float
+    says: str
+    """What was found, in words."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        finite = self.max_difference if self.max_difference < float("inf") else None
+        verdict = "equal" if self.passed else "differs"
+        return {"name": self.name, "verdict": verdict, "max_difference": finite, "says": self.says}
 
 
 @dataclass(frozen=True)
@@ -43,34 +72,85 @@ class SpikeCheck:
     refusal: str | None
     """Why there is no spike-driven form."""
     flips: tuple[FlipCount, ...] = ()
-    figures: dict[str, dict[str, float]] | None = None
-    """The task's figures of the integer and of the binary form in fp32, over the same pictures."""
+    metrics: MetricLeg | None = None
+    """None where metrics were not to be measured."""
+    chosen: Chosen | None = None
+    """The images of the proof, as positions in the split."""
     remark: str | None = None
-    """Why flips or figures are missing beside a proof."""
+    """Why flips or metrics are missing beside a proof."""
 
     @property
     def verdict(self) -> str:
-        """`proved`, `refuted` or `not spiking`."""
+        """`proved`, `refuted`, `not shown` or `not spiking`."""
         if self.proof is None:
             return NOT_SPIKING if self.refusal is None else REFUTED
-        return PROVED if self.proof.passed else REFUTED
+        if not all(leg.passed for leg in self.legs):
+            return REFUTED
+        return PROVED if self.proof.outputs_vary else NOT_SHOWN
 
     @property
     def why(self) -> str | None:
-        """What refuted it, in words."""
-        if self.proof is None or self.proof.passed:
-            return self.refusal
-        outputs = () if self.proof.outputs_equal else ("its outputs",)
-        return self.proof.failure or f"it differs in {', '.join((*self.proof.unequal, *outputs))}"
+        """Why it is neither proved nor without spikes, in words."""
+        if self.proof is None or not self.proof.passed:
+            return self.refusal if self.proof is None else self.proof.why
+        if self.metrics is not None and not self.metrics.passed:
+            return (
+                f"{self.metrics.metric} of the binary form in {SERVED} differs by {self.metrics.difference:+.4g} on "
+                f"{self.metrics.images} images, more than {self.metrics.tolerance:.4g}"
+            )
+        if self.proof.outputs_vary:
+            return None
+        if self.proof.outputs_vary is None:
+            return "there is only one image, so nothing is known about how outputs depend on it"
+        return "its output is the same for every image, so that equal forms show nothing; train it"
+
+    @property
+    def legs(self) -> tuple[Leg, ...]:
+        """The legs that were compared, in their order."""
+        if self.proof is None:
+            return ()
+        legs = []
+        trained = self.proof.deployment
+        if trained is not None:
+            most = max((segment.of_tolerance for segment in trained.segments), default=0.0)
+            says = (
+                f"trained network = deployed form (fp64): {_equal(trained.passed)}, largest difference "
+                f"{trained.max_difference:.2g}, {most:.2g} of what rounding explains; "
+                f"{trained.flipped:,} of {trained.emitted:,} integers differ"
+            )
+            legs.append(Leg("deployed", trained.passed, trained.max_difference, says))
+        passed, largest = self.proof.binary_equal, self.proof.max_difference
+        says = f"deployed form = binary form (fp64, bit for bit): {_equal(passed)}, largest difference {largest:.2g}"
+        legs.append(Leg("binary", passed, largest, says))
+        if self.metrics is not None:
+            says = (
+                f"{self.metrics.metric} ({SERVED}, {self.metrics.images} images): trained network "
+                f"{self.metrics.trained[self.metrics.metric]:.4f}, binary form "
+                f"{self.metrics.binary[self.metrics.metric]:.4f}, difference {self.metrics.difference:+.4f}"
+            )
+            legs.append(Leg("metric", self.metrics.passed, self.metrics.max_difference, says))
+        return tuple(legs)
+
+    @property
+    def silent(self) -> str | None:
+        """Names of the layers that were compared alone, for a sentence; None if all saw spikes."""
+        names = () if self.proof is None else self.proof.silent
+        more = len(names) - _NAMES_SHOWN
+        return ", ".join((*names[:_NAMES_SHOWN], *((f"{more} more",) if more > 0 else ()))) or None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {
             "verdict": self.verdict,
+            "why": self.why,
             "refusal": self.refusal,
+            "legs": [leg.to_dict() for leg in self.legs],
+            "silent": self.silent,
+            "images": None if self.chosen is None else list(self.chosen.positions),
+            "looked_at": None if self.chosen is None else self.chosen.looked_at,
             "proof": None if self.proof is None else self.proof.to_dict(),
             "flips": [count.to_dict() for count in self.flips],
-            "figures": self.figures,
+            "metrics": None if self.metrics is None else self.metrics.to_dict(),
             "remark": self.remark,
         }
 
@@ -85,17 +165,20 @@ def check_spikes(
     config: Config,
     split: Split,
     *,
-    pictures: int = 2,
+    images: int = MOST_IMAGES,
     measured: int = 0,
     progress: Count = uncounted,
 ) -> SpikeCheck:
-    """Checks a trained network on the first pictures of a split.
+    """Checks a trained network on images of a split.
 
     Args:
-        network: on the CPU, as it was trained; not changed.
-        pictures: on so many the proof is made and flips are counted.
-        measured: on so many, or a few more, the figures of both forms are compared; 0 leaves that out.
-        progress: called with (pictures measured, pictures to measure).
+        network: on the CPU, in evaluation mode, as it was trained; not changed.
+        task: computes the metrics.
+        config: of the run.
+        split: where the images are from.
+        images: so many are looked at, at most, for some on which every layer fires; the proof is made on those.
+        measured: on so many, or a few more, the metrics of both forms are compared; 0 leaves that out.
+        progress: called with (images measured, images to measure).
 
     Raises:
         Exception: whatever kept the proof from being made; only `NotSpikeDrivenError` is a finding about the network.
@@ -103,37 +186,40 @@ def check_spikes(
     if not spiking_nodes(network):
         return SpikeCheck(None, None)
     loader = BatchLoader(split, config.data.transform, train=False)
-    shown = min(pictures, len(split))
-    images = next(first_batches(loader, shown, shown)).images
     try:
         check_finite(network)  # an infinite variance is folded to weights of zero
         deployed = deploy(network)
-        proof = check_equivalence(deployed, images)
+        chosen, shown = _images(deployed, loader, images)
+        exact = copy.deepcopy(network).double()  # folded weights are not rounded to fp32 then
+        proof = check_equivalence(deploy(exact), shown, trained=exact)
     except NotSpikeDrivenError as error:
         return SpikeCheck(None, str(error))
     try:
-        flips = tuple(count_flips(deployed, images, dtype) for dtype in _FLIP_TYPES)
-        forms = {"integer": deployed, "binary": spike_driven(deployed)}
-        figures = _figures(forms, task, config, loader, measured, progress) if measured else None
+        few = shown.narrow(shown.ndim - 4, 0, min(_FLIP_IMAGES, len(chosen.positions)))
+        flips = tuple(count_flips(deployed, few, dtype) for dtype in _FLIP_TYPES)
+        binary = spike_driven(deployed, layer_inputs(deployed, shown))
     except NotSpikeDrivenError as error:
-        return SpikeCheck(proof, None, remark=str(error))
-    return SpikeCheck(proof, None, flips, figures)
+        return SpikeCheck(proof, None, chosen=chosen, remark=str(error))
+    reuse_equal_slots(binary)
+    metrics = compare_metrics(network, binary, task, config, loader, measured, progress) if measured else None
+    return SpikeCheck(proof, None, flips, metrics, chosen)
 
 
-def _figures(
-    forms: Mapping[str, nn.Module],
-    task: AnyTask,
-    config: Config,
-    loader: BatchLoader,
-    count: int,
-    progress: Count = uncounted,
-) -> dict[str, dict[str, float]]:
-    predictions: dict[str, list[Any]] = {name: [] for name in forms}
-    truths: list[Any] = []
-    with torch.inference_mode():
-        for batch in first_batches(loader, config.train.eval_batch, count):
-            truths += task.targets(batch)
-            for name, form in forms.items():
-                predictions[name] += task.predict(form, batch)
-            progress(len(truths), max(count, len(truths)))
-    return {name: task.metrics(found, truths) for name, found in predictions.items()}
+def _images(deployed: nn.Module, loader: BatchLoader, most: int) -> tuple[Chosen, Tensor]:
+    """Images on which every layer fires, as far as the first ones of the split have such."""
+    most = min(most, len(loader.split))
+
+    def batches() -> Iterator[Tensor]:
+        left = most
+        for batch in first_batches(loader, min(_LOOKED_AT_ONCE, most), most):
+            yield batch.images.narrow(batch.images.ndim - 4, 0, min(left, len(batch.indices)))
+            left -= len(batch.indices)
+
+    first = next(first_batches(loader, 1, 1)).images
+    chosen = choose_images(deployed, layer_inputs(deployed, first), batches())
+    plan = ChosenPlan(len(loader.split), tuple(chosen.positions))
+    return chosen, next(iter(loader.epoch(plan, epoch=0))).images
+
+
+def _equal(passed: bool) -> str:
+    return "equal" if passed else "differ"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from functools import partial
 
-from spikefleet.cli import completion, inference, inspection, reproduction, training, tuning
+from spikefleet.cli import completion, gradients, inference, inspection, reproduction, training, tuning
 from spikefleet.cli.app import app
 from spikefleet.cli.data import data_app
 from spikefleet.cli.registry import registry_app
@@ -21,7 +21,7 @@ app.add_typer(registry_app, name="registry")
 app.add_typer(tracking_app, name="tracking")
 
 
-__all__ = ["app", "inference", "inspection", "main", "reproduction", "training", "tuning"]
+__all__ = ["app", "gradients", "inference", "inspection", "main", "reproduction", "training", "tuning"]
 
 
 def main() -> None:

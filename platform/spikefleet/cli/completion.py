@@ -79,6 +79,11 @@ def network_names(ctx: typer.Context, incomplete: str) -> list[str]:
     return [*_beginning(_references(_runs_dir(ctx), "models:/"), incomplete), *run_names(ctx, incomplete)]
 
 
+def trained_or_not(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Recipes and runs."""
+    return [*recipe_names(incomplete), *run_names(ctx, incomplete)]
+
+
 def override_keys(ctx: typer.Context, incomplete: str) -> list[str]:
     """Dotted keys of the configuration that the line names; a single one with the value that it has."""
     return _keys(incomplete, lambda: _recipe_of(ctx), ctx.params.get("overrides") or ())

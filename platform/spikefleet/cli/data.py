@@ -168,6 +168,8 @@ def _options(model: type[BaseModel]) -> list[dict[str, Any]]:
 
 
 def _value(default: Any) -> str:
+    if isinstance(default, float):
+        return f"{default:.4g}"
     return "none" if default is None else str(default)
 
 

@@ -45,9 +45,9 @@ def evaluate(
         with waiting(stderr, "drawing plots"):
             report.write(details, evaluation.predictions, evaluation.targets, out)
     if as_json:
-        print_json({"network": network, "split": split, **details, "spikes": dict(evaluation.health)})
+        print_json({"network": network, "split": evaluation.split, **details, "spikes": dict(evaluation.health)})
         return
-    say(f"{network} on {details['samples']} {split} samples")
+    say(f"{network} on {details['samples']} {evaluation.split} samples")
     header, *rows = report.table(details)
     if len(rows) > _SHOWN_CLASSES:
         rows = [*rows[:_SHOWN_CLASSES], ("...", *("" for _ in header[1:]))]

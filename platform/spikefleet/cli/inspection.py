@@ -31,7 +31,9 @@ Form = Literal["merged", "factored", "as_built"]
 def spike_check(
     network: Network,
     split: Annotated[SplitName, typer.Option(help="Part of the data.")] = "test",
-    images: Annotated[int, typer.Option(min=1, help="Images for the proof and the flip counts.")] = 2,
+    images: Annotated[
+        int, typer.Option(min=2, help="Images to look at, at most, for some on which every layer fires.")
+    ] = 256,
     measured: Annotated[int, typer.Option(min=0, help="Images for the metrics of both forms; 0 for none.")] = 256,
     data: OtherData = None,
     out: Annotated[
@@ -44,8 +46,9 @@ def spike_check(
 ) -> None:
     """Prove that binary, spike-driven inference equals the network that was trained, layer by layer.
 
-    Both forms run in fp64 and every layer is compared bit by bit; then rounding is counted in fp32 and bf16, and what
-    it does to the metrics is measured. Exit code 1 if they differ.
+    In fp64 the trained network is compared with its deployed form, and that with its binary form, bit by bit; then
+    rounding is counted in fp32 and bf16, and the metrics of both are measured. Exit code 1 if they differ, or if the
+    output is the same for every image, so that nothing is shown.
     """
     with loading("torch", stderr):
         from spikefleet.certificates.spike_check import PROOF, check_spikes
@@ -62,7 +65,7 @@ def spike_check(
             trained.task,
             trained.config,
             rows,
-            pictures=images,
+            images=images,
             measured=min(measured, len(rows)),
             progress=progress,
         )
@@ -73,6 +76,8 @@ def spike_check(
         _print_check(check, path)
     if check.verdict == "refuted":
         raise RunError(f"{network}: the binary form is not equal to the network: {check.why}")
+    if check.verdict == "not shown":
+        raise RunError(f"{network}: nothing is shown: {check.why}")
     if not as_json:
         proved = check.verdict != "not spiking"
         says = "every layer is equal in both forms" if proved else "it has no spiking neurons, so nothing is to prove"
@@ -110,9 +115,13 @@ def _print_check(check: SpikeCheck, out: Path) -> None:
             f"{count.dtype}: {count.flipped:,} of {count.emitted:,} emitted integers differ; "
             f"outputs by at most {count.max_output_difference:.3g}"
         )
-    if check.figures is not None:
-        for name, integer in check.figures["integer"].items():
-            say(f"{name}: integer {integer:.4%}, binary {check.figures['binary'][name]:.4%} (fp32)")
+    for leg in check.legs:
+        say(leg.says)
+    if check.silent is not None:
+        say(f"compared alone, since no spike came there on these images: {check.silent}")
+    if check.metrics is not None:
+        for name, trained in check.metrics.trained.items():
+            say(f"{name}: trained {trained:.4%}, binary {check.metrics.binary[name]:.4%} (fp32)")
     if check.remark is not None:
         say(f"flips and metrics are missing: {check.remark}")
     say(f"proof: {out}")

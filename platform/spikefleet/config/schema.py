@@ -33,6 +33,11 @@ class TrainConfig(Section):
     epochs: int = Field(ge=1, description="passes over the training split")
     global_batch: int = Field(ge=1, description="samples per optimizer step, over all workers")
     accumulate: int = Field(1, ge=1, description="micro-batches per worker and optimizer step")
+    partial_batch: Literal["keep", "drop", "weigh"] = Field(
+        "keep",
+        description="the last batch of an epoch, where the samples do not fill it: a step as any other; dropped (other "
+        "samples in each epoch); or a step whose gradient is scaled by the batch's share of global_batch",
+    )
     eval_batch: int = Field(256, ge=1, description="samples per evaluation batch and worker")
     evaluate_every: int = Field(1, ge=1, description="epochs between evaluations on the validation split")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of initialisation, sample order and augmentation")
@@ -62,6 +67,15 @@ class TrainConfig(Section):
         "on the number of workers; or over each rank's slice, as the released code does",
     )
 
+    @model_validator(mode="after")
+    def _weighing_has_an_effect(self) -> Self:
+        if self.partial_batch == "weigh" and self.loss == "sum":
+            raise ValueError(
+                "partial_batch=weigh has no effect with loss=sum, whose gradient is proportional to the batch already; "
+                "set partial_batch=keep"
+            )
+        return self
+
 
 class OptimConfig(Section):
     """SGD with momentum; the learning rate is a pure function of the step."""
@@ -70,8 +84,9 @@ class OptimConfig(Section):
     momentum: float = Field(0.9, ge=0, lt=1, description="momentum of SGD")
     nesterov: bool = Field(False, description="Nesterov momentum")
     weight_decay: float = Field(0.0, ge=0, description="L2 penalty")
-    decay_norm_and_bias: bool = Field(
-        True, description="apply weight decay to batch-norm, gate and bias parameters too"
+    decay_norm_and_bias: bool = Field(True, description="apply weight decay to batch-norm and bias parameters too")
+    decay_gates: bool = Field(
+        False, description="apply weight decay to W and B of BSG* too, which by itself closes the gates"
     )
     schedule: Literal["constant", "step", "cosine", "linear"] = Field("cosine", description="learning-rate schedule")
     milestones: tuple[int, ...] = Field((), description="step: epochs at which the rate is multiplied by gamma")

@@ -127,7 +127,7 @@ def open_split(
 
     Args:
         trained: the network.
-        split: name of the split.
+        split: name of the split; that of the same images is opened where it is only a second name.
         stores_dir: directory of prepared stores.
         console: for progress.
         data: location of another store; by default the data of the network's configuration.
@@ -149,7 +149,7 @@ def open_split(
             f"{store.location}: its category ids are not those of the data of {trained.reference}, so metrics by class "
             "would be wrong; use a store with the same categories"
         )
-    return store.split(split)
+    return store.split(store.manifest.original(split))
 
 
 def evaluate_on_split(
@@ -183,7 +183,7 @@ def evaluate_on_split(
     rows = open_split(trained, split, stores_dir, console, data=data)
     group = ProcessGroup(0, 1, pick_device(gpu))
     loader = BatchLoader(rows, config.transform, train=False, processes=config.loader_processes)
-    with counting(console, f"evaluating {split}") as progress:
+    with counting(console, f"evaluating {rows.name}") as progress:
         network = trained.network.to(group.device)
         evaluation = evaluate(network, trained.task, loader, trained.config.train, group, progress)
     assert evaluation is not None, "rank 0 gets the predictions"

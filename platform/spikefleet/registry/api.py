@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spikefleet.certificates.verdict import REFUTED
 from spikefleet.config.recipes import parse_model
 from spikefleet.data_summary import DATA_SUMMARY, DataSummary
 from spikefleet.errors import UserError
@@ -62,6 +61,7 @@ __all__ = [
     "RegisteredVersion",
     "best",
     "describe",
+    "keep_as_challenger",
     "list_models",
     "load",
     "promote",
@@ -232,6 +232,25 @@ def promote(name: str, version: int, metric: str, mode: Mode = "max", *, trackin
             client.delete_registered_model_alias(name, CHALLENGER)
         client.set_model_version_tag(name, str(version), _PROMOTION, settled)
         return Promotion(name, version, decision.alias, decision.reason, winner.version if winner else None)
+
+
+def keep_as_challenger(name: str, version: int, reason: str, *, tracking_uri: str | None = None) -> Promotion:
+    """Gives a version the alias `challenger` without comparing it.
+
+    Args:
+        name: of the registered model.
+        version: number of the version.
+        reason: why it is not compared.
+        tracking_uri: of the registry; by default MLFLOW_TRACKING_URI, else SQLite in ./runs.
+
+    Raises:
+        UserError: the version does not exist.
+    """
+    with connect(_uri(tracking_uri)) as client:
+        model = find_model(client, name)
+        set_alias(client, name, CHALLENGER, model.pick(version).version)
+        champion = model.champion
+        return Promotion(name, version, CHALLENGER, reason, champion.version if champion else None)
 
 
 def load(uri: str | Path, *, tracking_uri: str | None = None) -> "torch.nn.Module":
@@ -421,5 +440,5 @@ def _candidate(version: RegisteredVersion | None, metric: str) -> Candidate | No
 
 
 def _of(version: RegisteredVersion, metric: str) -> Candidate:
-    refuted = version.tags.get(SPIKE_DRIVEN) == REFUTED
-    return Candidate(version.version, version.metric(metric), version.tags.get("data_hash"), refuted)
+    verdict = version.tags.get(SPIKE_DRIVEN)
+    return Candidate(version.version, version.metric(metric), version.tags.get("data_hash"), verdict)

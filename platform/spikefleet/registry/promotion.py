@@ -5,8 +5,18 @@ from dataclasses import dataclass
 from math import isnan
 from typing import Literal
 
+from spikefleet.certificates.verdict import NOT_SHOWN, REFUTED
+
 Mode = Literal["max", "min"]
 Alias = Literal["champion", "challenger"]
+
+
+_WITHHELD = {
+    REFUTED: "the binary form of version {} differs from it, or it has none; see its spike_check.json",
+    NOT_SHOWN: "the spike check of version {} shows nothing, since its output is the same for every image; see its "
+    "spike_check.json",
+}
+"""Why a version with such a verdict is never champion."""
 
 
 @dataclass(frozen=True)
@@ -18,8 +28,8 @@ class Candidate:
     """None if it was not measured."""
     data: str | None = None
     """Content hash of the data on which the value was measured."""
-    refuted: bool = False
-    """The spike check found that the binary form differs from the trained network."""
+    verdict: str | None = None
+    """Of the spike check; None for versions without one."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +51,8 @@ def decide(champion: Candidate | None, candidate: Candidate, metric: str, mode: 
     """
     if champion is not None and champion.version == candidate.version:
         return Decision("champion", f"version {candidate.version} is already the champion")
-    if candidate.refuted:
-        return Decision(
-            "challenger", f"the binary form of version {candidate.version} differs from it; see its spike_check.json"
-        )
+    if candidate.verdict in _WITHHELD:
+        return Decision("challenger", _WITHHELD[candidate.verdict].format(candidate.version))
     if candidate.value is None or isnan(candidate.value):
         return Decision("challenger", f"version {candidate.version} has no {metric} to compare")
     if champion is None:

@@ -28,7 +28,9 @@ def register_run(
 ) -> Promotion:
     """Registers the best checkpoint of a run with its spike check and its energy card.
 
-    It becomes champion if its validation metric is better than the champion's and the spike check has not refuted it.
+    It becomes champion if its validation metric is better than the champion's and the spike check neither refuted it
+    nor shows nothing. Without a validation split it stays challenger: to compare test metrics would be to select by
+    them.
 
     Args:
         config: of the run.
@@ -37,8 +39,8 @@ def register_run(
         tracking_uri: of the registry.
         certificates: of the best checkpoint.
         evaluation: file of its evaluation on the test split.
-        validation: its metrics on the validation split, by name.
-        test: its metrics on the test split, by name.
+        validation: its metrics on the validation split, by name; empty without one.
+        test: its metrics on the test split, by name; empty where it has only the validation images.
 
     Returns:
         The alias of the new version, and why.
@@ -60,6 +62,7 @@ def register_run(
             "code_version": code_version(),
             "seed": config.train.seed,
             SPIKE_DRIVEN: certificates.verdict,
+            **certificates.legs,
         },
         metrics={
             **{f"val/{name}": value for name, value in validation.items()},
@@ -73,6 +76,14 @@ def register_run(
             **{path.name: path for path in certificates.files},
         },
     )
+    if not validation:
+        return registry.keep_as_challenger(
+            version.name,
+            version.version,
+            f"it was trained without a validation split, so there is no val/{metric} to compare; to compare test "
+            f"metrics, call spikefleet.registry.promote({version.name!r}, {version.version}, 'test/{metric}')",
+            tracking_uri=tracking_uri,
+        )
     return registry.promote(
         version.name, version.version, f"val/{metric}", mode=config.checkpoint.mode, tracking_uri=tracking_uri
     )

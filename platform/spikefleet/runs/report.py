@@ -21,7 +21,7 @@ from spikefleet_pipelines.store.reader import Store
 
 
 def complete_report(config: Config, checkpoint: Path, report: Path, store: Store, announce: Announce) -> Path:
-    """Evaluates the best checkpoint of a run on the test split again, unless the whole evaluation is there.
+    """Evaluates the best checkpoint of a run on the reported split again, unless the whole evaluation is there.
 
     Args:
         config: of the run.
@@ -42,9 +42,9 @@ def complete_report(config: Config, checkpoint: Path, report: Path, store: Store
         announce("testing again")
         task = build_task(config, DataSummary.of(store.manifest))
         network = best_network(load_checkpoint(checkpoint), config.model)
-        loader = BatchLoader(store.split("test"), config.data.transform, train=False)
+        loader = BatchLoader(store.split(store.manifest.original("test")), config.data.transform, train=False)
         evaluation = evaluate(network, task, loader, config.train, ProcessGroup(0, 1, torch.device("cpu")))
         assert evaluation is not None, "rank 0 gets the predictions"
-        details = task.details(evaluation.predictions, evaluation.targets)
+        details = {**task.details(evaluation.predictions, evaluation.targets), "split": evaluation.split}
         task.report.write(details, evaluation.predictions, evaluation.targets, report)
     return report / EVALUATION

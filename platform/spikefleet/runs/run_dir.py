@@ -70,6 +70,7 @@ class RunRecord(BaseModel):
     registered: str | None = None
     validation: dict[str, float] | None = None
     test: dict[str, float] | None = None
+    last: dict[str, float] | None = None
 
     @model_validator(mode="after")
     def _finished_with_metrics(self) -> Self:

@@ -45,11 +45,15 @@ _INTERRUPTED_FLUSH_S = 3.0
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A finished run with the metrics of its best checkpoint."""
+    """A finished run with the metrics of its best checkpoint, or of its last one where nothing was selected."""
 
     run: Run
     validation: Mapping[str, float]
+    """Empty where the data have no validation split."""
     test: Mapping[str, float]
+    """Empty where the data have no other images than those of the validation split."""
+    last: Mapping[str, float]
+    """Metrics of the last checkpoint, with their split; empty for runs of versions that did not test it."""
     promotion: Promotion | None
     """The result of the registration; None if nothing was registered now."""
     look_at: str
@@ -113,7 +117,8 @@ def _run(
         record = run.record()
         with waiting(console, "registering the best checkpoint") as announce:
             promotion = _register_once(config, run, store, tracking_uri, announce)
-        return FinishedRun(run, record["validation"], record["test"], promotion, look_at)
+        last = record.get("last", {})
+        return FinishedRun(run, record["validation"], record["test"], last, promotion, look_at)
 
 
 def _processes(config: Config, options: Options, run: Run) -> AbstractContextManager[None]:
@@ -149,8 +154,8 @@ def _train_tracked(
         outcome = _train(config, store, run, ResumedRunSink(run.path, observer), options, before_step, signals)
         certificates = _certified(config, run, store, display.announce)
         display.announce("tracking the report")
-        metrics = {f"test/{name}": value for name, value in outcome.test.items()}
-        observer.finish({**metrics, "energy_mj": certificates.energy_mj}, outcome.steps, run.path / "report")
+        metrics = {**outcome.reported, "energy_mj": certificates.energy_mj}
+        observer.finish(metrics, outcome.steps, run.path / "report")
     except KeyboardInterrupt as error:
         run.note(status="interrupted", signal=interruption(error).name)
         tracker.finish("KILLED", wait_s=_INTERRUPTED_FLUSH_S)
@@ -170,6 +175,7 @@ def _train_tracked(
         reason=None,
         validation=dict(outcome.validation),
         test=dict(outcome.test),
+        last=dict(outcome.last),
     )
     return tracker.run_url
 
@@ -249,7 +255,7 @@ def _train(
 def _import_ahead() -> None:
     """Imports what certifying and plotting need, 2 s of processor time, while the workers start.
 
-    Torch imports its compiler when it first traces a network, though nothing is compiled.
+    Torch imports its compiler when it counts a network on its meta device, though nothing is compiled.
     """
     for module in ("torch._dynamo", "matplotlib.pyplot"):
         importlib.import_module(module)

@@ -79,6 +79,11 @@ def run_tracked_search(
     """
     resolve_tracking_uri(options.runs_dir)  # a database that cannot be used is named before data is read
     setting, config, store = _setting(search, name, options, console)
+    if "val" not in store.manifest.splits:
+        raise UserError(
+            f"{store.location} has no validation split, by which a search compares its trials; set "
+            "data.options.holdout above 0 in the search's overrides, or another store"
+        )
     data = DataSummary.of(store.manifest)
     task = build_task(config, data)
     folder = options.searches_dir / name

@@ -135,8 +135,9 @@ class ReportSink:
 def as_trial(setting: TrialSetting) -> Callable[[Overrides, str, Report], dict[str, float]]:
     """A trainable for `spikefleet_tune`: training in the trial's process, or on a Ray Train group of several workers.
 
-    It returns the metrics of the best checkpoint: `val/...`, `test/...`, `energy_mj` and `parameters`. A restarted
-    trial resumes from its last checkpoint. A loss that is not finite prunes the trial.
+    It returns the metrics of the best checkpoint: `val/...`, `test/...` (where the data have such images), `energy_mj`
+    and `parameters`; and those of the last one, `last/test/...`. A restarted trial resumes from its last checkpoint. A
+    loss that is not finite prunes the trial.
     """
 
     def trainable(overrides: Overrides, name: str, report: Report) -> dict[str, float]:
@@ -171,10 +172,10 @@ def as_trial(setting: TrialSetting) -> Callable[[Overrides, str, Report], dict[s
             status="finished",
             validation=dict(outcome.validation),
             test=dict(outcome.test),
+            last=dict(outcome.last),
             code_version=code_version(),
         )
-        metrics = {f"val/{key}": value for key, value in outcome.validation.items()}
-        metrics |= {f"test/{key}": value for key, value in outcome.test.items()}
+        metrics = {f"val/{key}": value for key, value in outcome.validation.items()} | outcome.reported
         with torch.device("meta"):
             parameters = sum(parameter.numel() for parameter in build_model(config.model).parameters())
         return {**metrics, "energy_mj": energy_mj, "parameters": float(parameters)}

@@ -65,6 +65,10 @@ class Classification(Task[Ranking, int]):
             loss = F.cross_entropy(logits, batch.targets, label_smoothing=self._label_smoothing)
         return {"loss": loss, "top1": (logits.detach().argmax(1) == batch.targets).float().mean()}
 
+    def random_targets(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """A random class for each image."""
+        return torch.randint(len(self.class_names), (len(images),), generator=generator)
+
     @torch.no_grad()
     def predict(self, network: nn.Module, batch: Batch) -> list[Ranking]:
         """The five most likely classes of each sample."""

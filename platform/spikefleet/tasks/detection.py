@@ -18,11 +18,13 @@ from spikefleet.tasks.task import EVALUATION, LossSettings, Task, TaskReport, ch
 from spikefleet_models.detection import DetectionCriterion, Objects
 from spikefleet_models.family import ModelConfig
 from spikefleet_pipelines.loading import Batch
-from spikefleet_pipelines.store.annotations import Annotations, Target
+from spikefleet_pipelines.store.annotations import Annotations, Placement, Target
 from spikefleet_tune.messages import counted
 
 SHOWN_SCORE = 0.3
 """Boxes below this score are not drawn."""
+
+_RANDOM_BOXES = 3
 
 
 class Detection(Task[FoundBoxes, Annotations]):
@@ -59,6 +61,19 @@ class Detection(Task[FoundBoxes, Annotations]):
         objects = [Objects(target.boxes, target.labels) for target in batch.targets]
         divided = not self._global_divisor
         return self._criterion.loss(network(batch.images), objects, _size(batch), divided=divided)
+
+    def random_targets(self, images: torch.Tensor, generator: torch.Generator) -> tuple[Target, ...]:
+        """A few boxes of random classes in each image, a quarter to a half of its sides."""
+        height, width = images.shape[-2:]
+        sides = torch.tensor([width, height])
+        targets = []
+        for _ in images:
+            sizes = sides * (1 + torch.rand(_RANDOM_BOXES, 2, generator=generator)) / 4
+            corners = torch.rand(_RANDOM_BOXES, 2, generator=generator) * (sides - sizes)
+            labels = torch.randint(len(self.class_names), (_RANDOM_BOXES,), generator=generator)
+            boxes = torch.cat((corners, corners + sizes), dim=1)
+            targets.append(Target(boxes, labels, Placement(1.0, 1.0, 0.0, 0.0, height, width), None))
+        return tuple(targets)
 
     @torch.no_grad()
     def predict(self, network: nn.Module, batch: Batch) -> list[FoundBoxes]:

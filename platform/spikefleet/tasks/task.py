@@ -24,6 +24,7 @@ from spikefleet.files import write_json
 from spikefleet_models.family import ModelConfig
 from spikefleet_models.shortcut import ShortcutConfig
 from spikefleet_pipelines.loading import Batch
+from spikefleet_pipelines.transforms.batch_transform import Targets
 from spikefleet_tune.messages import counted
 
 EVALUATION = "evaluation.json"
@@ -91,6 +92,18 @@ class Task(ABC, Generic[Prediction, Target]):
             with its own divisor, such as the number of objects, returns sums and a `divisor`; training adds those of
             all ranks and divides.
         """
+
+    def random_targets(self, images: torch.Tensor, generator: torch.Generator) -> Targets:
+        """Targets `Batch.targets` for images that have none, for checks that need no data.
+
+        Args:
+            images: `[B, C, H, W]`.
+            generator: of the random numbers.
+
+        Raises:
+            UserError: the task has none.
+        """
+        raise UserError(f"task {type(self).__name__} has no random targets; measure on data")
 
     @abstractmethod
     def predict(self, network: nn.Module, batch: Batch) -> list[Prediction]:

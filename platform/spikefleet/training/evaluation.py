@@ -33,6 +33,8 @@ class Evaluation(Generic[Prediction, Target]):
     """Spike health by layer."""
     health: dict[str, float]
     """Spike health of the whole network."""
+    split: str
+    """Name of the split."""
 
 
 class EvaluationStopped(Exception):  # noqa: N818  # no error
@@ -94,7 +96,8 @@ def evaluate(
     if parts is None:
         return None
     merged = sorted((row for part in parts for row in part), key=lambda row: row[0])
-    return Evaluation([row[1] for row in merged], [row[2] for row in merged], tuple(monitor.table()), monitor.summary())
+    predictions, targets = [row[1] for row in merged], [row[2] for row in merged]
+    return Evaluation(predictions, targets, tuple(monitor.table()), monitor.summary(), loader.split.name)
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,23 @@ class SpreadPlan:
         rows = np.linspace(0, self.samples - 1, self.steps_per_epoch).round().astype(np.int64)
         for step in range(start_step, len(rows)):
             yield StepBatch(step, rows[step : step + 1], 1)
+
+
+@dataclass(frozen=True)
+class ChosenPlan:
+    """One batch of given samples."""
+
+    samples: int
+    """Samples of the split."""
+    positions: tuple[int, ...]
+    """In the split."""
+
+    steps_per_epoch = 1
+
+    def batches(self, epoch: int = 0, start_step: int = 0) -> Iterator[StepBatch]:
+        """Iterates over the one batch, from `start_step` on."""
+        if not start_step:
+            yield StepBatch(0, np.array(self.positions, dtype=np.int64), len(self.positions))
 
 
 def first_batches(loader: BatchLoader, size: int, count: int) -> Iterator[Batch]:

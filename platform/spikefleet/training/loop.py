@@ -2,7 +2,8 @@
 
 Data-parallel back-propagation through time (BPTT): each worker runs all T steps on its slice of the global batch, and
 DDP averages the gradients. The mean over the global batch is exact for any number of workers and any size of the last
-batch. A detector's loss is divided by a count over the global batch (`train.loss_divisor`), so the same holds for it.
+batch, whose weight `train.partial_batch` chooses. A detector's loss is divided by a count over the global batch
+(`train.loss_divisor`), so the same holds for it.
 """
 
 from __future__ import annotations
@@ -52,26 +53,40 @@ class Outcome:
     steps: int
     """Optimizer steps in total."""
     best_checkpoint: str
-    """Directory of the best checkpoint."""
+    """Directory of the best checkpoint; without a validation split, of the last one."""
     validation: Mapping[str, float]
-    """Its metrics on the validation split."""
+    """Its metrics on the validation split; empty without one."""
     test: Mapping[str, float]
-    """Its metrics on the test split."""
+    """Its metrics on the test split; empty where the data have no other images than those of the validation split."""
+    last: Mapping[str, float]
+    """Metrics of the last checkpoint by split and name, such as "test/top1": on the test split, if there is one."""
     history: tuple[Mapping[str, float], ...]
     """Metrics of each epoch."""
+
+    @property
+    def reported(self) -> dict[str, float]:
+        """Metrics of the run by split and name: the best checkpoint's, and the last one's after `last/`."""
+        split, best = ("test", self.test) if self.test else ("val", self.validation)
+        return {
+            **{f"{split}/{name}": value for name, value in best.items()},
+            **{f"last/{name}": value for name, value in self.last.items()},
+        }
 
 
 @dataclass(frozen=True)
 class Splits:
-    """The loaders of the three splits."""
+    """The loaders of the splits."""
 
     train: BatchLoader
-    val: BatchLoader
+    val: BatchLoader | None
+    """None where all images are trained on."""
     test: BatchLoader
+    """Its split is "val" where the data have no other images to report on."""
 
     @classmethod
     def of(cls, store: Store, config: Config, group: ProcessGroup) -> Splits:
         """The loaders of a store. Raises ValueError if the transform does not fit its images."""
+        manifest = store.manifest
 
         def loader(split: str) -> BatchLoader:
             return BatchLoader(
@@ -84,7 +99,8 @@ class Splits:
                 epochs=config.train.epochs,
             )
 
-        return cls(loader("train"), loader("val"), loader("test"))
+        val = loader("val") if "val" in manifest.splits else None
+        return cls(loader("train"), val, loader(manifest.original("test")))
 
 
 @restored_thread_count()
@@ -97,7 +113,9 @@ def train(
     before_step: BeforeStep | None = None,
     stop_requested: StopRequested = never,
 ) -> Outcome:
-    """Trains from the latest committed checkpoint, or from scratch, to the end; then tests the best checkpoint.
+    """Trains from the latest committed checkpoint, or from scratch, to the end; then tests the best and the last one.
+
+    Without a validation split nothing is selected: the last checkpoint takes the place of the best.
 
     Args:
         config: of the run.
@@ -142,6 +160,8 @@ def _train(
     state = TrainingState(config, group, store.manifest.content_hash, plan.steps_per_epoch)
     folder = CheckpointFolder(run_dir / "checkpoints")
     _resume(state, task, folder, sink)
+    if splits.val is None:
+        sink.emit(Note("the data have no validation split: the last epoch is reported, no checkpoint is selected"))
     _settle_gradient_exchange(state, task, store, plan)
     if group.is_main and state.step == 0:
         path = run_dir / "report" / "training_batch.png"
@@ -159,7 +179,7 @@ def _train(
             if stopping:
                 raise TrainingStopped(state.step)
         try:
-            _finish_epoch(state, task, splits, folder, sink, stop_requested)
+            _finish_epoch(state, task, splits, plan, folder, sink, stop_requested)
         except EvaluationStopped:
             _save(state, folder, sink)
             raise TrainingStopped(state.step) from None
@@ -190,6 +210,8 @@ def prepare_parts(config: Config, store: Store, group: ProcessGroup) -> tuple[An
             rank=group.rank,
             seed=config.train.seed,
             accumulate=config.train.accumulate,
+            drop_partial=config.train.partial_batch == "drop",
+            training=config.data.transform.training_rows(splits.train.split),
         )
     except ValueError as error:
         raise UserError(f"the configuration does not fit the data: {error}") from error
@@ -314,21 +336,25 @@ def _finish_epoch(
     state: TrainingState,
     task: AnyTask,
     splits: Splits,
+    plan: EpochPlan,
     folder: CheckpointFolder,
     sink: EventSink,
     stop_requested: StopRequested,
 ) -> None:
-    """Evaluates, moves the position to the next epoch, and saves a checkpoint if it is due or the best so far."""
+    """Evaluates, moves the position to the next epoch, and saves a checkpoint if it is due or the best so far.
+
+    Of equal epochs the later one is the best: it has trained longer.
+    """
     config = state.config
     row = {"epoch": float(state.epoch + 1)}
-    row |= {f"train/{name}": total / len(splits.train.split) for name, total in state.sums.items()}
+    row |= {f"train/{name}": total / plan.samples_per_epoch for name, total in state.sums.items()}
     if config.shortcut.enabled:
         row["balance_coefficient"] = state.balance
     gradients = _gradient_table(state)
     last = state.epoch + 1 == config.train.epochs
     evaluation: Evaluation[Any, Any] | None = None
     measured: dict[str, float] = {}
-    if last or due(config.train.evaluate_every, state.epoch + 1):
+    if splits.val is not None and (last or due(config.train.evaluate_every, state.epoch + 1)):
         sink.emit(Phase("validating"))
         evaluation = _evaluate(state, task, splits.val, stop_requested)
         measured = state.group.broadcast(evaluation and task.metrics(evaluation.predictions, evaluation.targets))
@@ -343,11 +369,11 @@ def _finish_epoch(
     state.epoch, state.step_in_epoch, state.sums = state.epoch + 1, 0, {}
     state.history.append(row)
     best = bool(measured) and _improves(config.checkpoint, state.best, measured)
-    if best:
+    timely = due(config.checkpoint.every_epochs, state.epoch) or due(config.checkpoint.every_steps, state.step)
+    if best or (splits.val is None and (last or timely)):
         state.best = {"step": state.step, "epoch": state.epoch, "metrics": measured}
     layers = () if evaluation is None else evaluation.layers
     sink.emit(EpochDone(state.epoch, state.step, row, best, layers, gradients))
-    timely = due(config.checkpoint.every_epochs, state.epoch) or due(config.checkpoint.every_steps, state.step)
     if best or last or timely:
         _save(state, folder, sink)
 
@@ -355,7 +381,6 @@ def _finish_epoch(
 def _evaluate(
     state: TrainingState, task: AnyTask, loader: BatchLoader, stop_requested: StopRequested
 ) -> Evaluation[Any, Any] | None:
-    state.group.broadcast_buffers(state.eval_model)
     config, group = state.config.train, state.group
     return evaluate(state.eval_model, task, loader, config, group, stop_requested=stop_requested)
 
@@ -364,7 +389,7 @@ def _improves(config: CheckpointConfig, best: Mapping[str, Any] | None, measured
     if best is None:
         return True
     gain = measured[config.metric] - best["metrics"][config.metric]
-    return gain > 0 if config.mode == "max" else gain < 0
+    return gain >= 0 if config.mode == "max" else gain <= 0
 
 
 def _gradient_table(state: TrainingState) -> tuple[dict[str, Any], ...]:
@@ -393,16 +418,18 @@ def _test_best(
     sink: EventSink,
     stop_requested: StopRequested,
 ) -> Outcome:
-    """Evaluates the best checkpoint on the test split and writes the report of the run."""
+    """Evaluates the best checkpoint on the test split, writes the report of the run, and tests the last checkpoint."""
     assert state.best is not None, "the last epoch is always evaluated"
-    path = state.group.broadcast(folder.at(state.best["step"]))  # waits until rank 0 has committed it
+    step, best, split = state.step, state.best, splits.test.split.name
+    path = state.group.broadcast(folder.at(best["step"]))  # waits until rank 0 has committed it
     state.load_weights(load_checkpoint(path))
     sink.emit(Phase("testing"))
     evaluation = _evaluate(state, task, splits.test, stop_requested)
     metrics: dict[str, float] = {}
     if evaluation is not None:
-        sink.emit(Note(f"testing {path.name}, the best checkpoint by val/{state.config.checkpoint.metric}"))
-        details = task.details(evaluation.predictions, evaluation.targets)
+        chosen = f"best checkpoint by val/{state.config.checkpoint.metric}" if splits.val else "last checkpoint"
+        sink.emit(Note(f"testing {path.name}, the {chosen}"))
+        details = {**task.details(evaluation.predictions, evaluation.targets), "split": evaluation.split}
         metrics = details["metrics"]
         sink.emit(Phase("drawing plots"))
         task.report.write(details, evaluation.predictions, evaluation.targets, run_dir / "report")
@@ -414,4 +441,24 @@ def _test_best(
         curve = run_dir / "report" / "learning_curve.png"
         with _plot_that_may_fail(curve, sink):
             plots.learning_curve(state.history, state.config.checkpoint.metric, curve)
-    return Outcome(state.step, str(path), state.best["metrics"], state.group.broadcast(metrics), tuple(state.history))
+    metrics = state.group.broadcast(metrics)
+    last = metrics if best["step"] == step else _test_last(state, task, splits, folder.at(step), sink, stop_requested)
+    named = {f"{split}/{name}": value for name, value in last.items()}
+    test = metrics if split == "test" else {}
+    return Outcome(step, str(path), best["metrics"], test, named, tuple(state.history))
+
+
+def _test_last(
+    state: TrainingState, task: AnyTask, splits: Splits, path: Path, sink: EventSink, stop_requested: StopRequested
+) -> dict[str, float]:
+    """Metrics of the last checkpoint on the test split; those of the validation split were measured with its epoch."""
+    if splits.test.split.name == "val":
+        return {key.removeprefix("val/"): value for key, value in state.history[-1].items() if key.startswith("val/")}
+    sink.emit(Note(f"testing {path.name}, the last checkpoint"))
+    sink.emit(Phase("testing the last checkpoint"))
+    state.load_weights(load_checkpoint(path))
+    evaluation = _evaluate(state, task, splits.test, stop_requested)
+    metrics: dict[str, float] = state.group.broadcast(
+        evaluation and task.metrics(evaluation.predictions, evaluation.targets)
+    )
+    return metrics

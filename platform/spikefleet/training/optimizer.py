@@ -11,28 +11,32 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from spikefleet.config.schema import OptimConfig
+from spikefleet_models.gates import LearnedGate
 
 BIASES = "biases"
 """Name of the parameter group of `warmup_bias_lr`."""
 
 
 def build_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """SGD over three parameter groups: weights; scales, with at most one dimension (batch norm, gates, PLIF); biases.
+    """SGD over parameter groups: weights; scales, with at most one dimension (batch norm, gates, PLIF); biases.
 
-    Biases are those of convolutions, linear layers and batch norm. `decay_norm_and_bias=false` exempts scales and
-    biases from weight decay.
+    Biases are those of convolutions, linear layers, batch norm and gates. `decay_norm_and_bias=false` exempts scales
+    and biases from weight decay; those of BSG* have it only with `decay_gates=true`, and groups of their own where
+    that differs.
     """
-    named: dict[str, list[nn.Parameter]] = {"weights": [], "scales": [], BIASES: []}
+    gates = {p for module in network.modules() if isinstance(module, LearnedGate) for p in module.parameters()}
+    kinds: dict[tuple[str, bool], list[nn.Parameter]] = {
+        (name, decays): [] for name in ("weights", "scales", BIASES) for decays in (True, False)
+    }
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
             continue
-        group = "weights" if parameter.ndim > 1 else BIASES if name.endswith("bias") else "scales"
-        named[group].append(parameter)
-    decay = {"weights": config.weight_decay}
-    spared = config.weight_decay if config.decay_norm_and_bias else 0.0
+        kind = "weights" if parameter.ndim > 1 else BIASES if name.endswith("bias") else "scales"
+        decays = config.decay_gates if parameter in gates else kind == "weights" or config.decay_norm_and_bias
+        kinds[kind, decays].append(parameter)
     groups: list[dict[str, Any]] = [
-        {"params": parameters, "name": name, "weight_decay": decay.get(name, spared)}
-        for name, parameters in named.items()
+        {"params": parameters, "name": kind, "weight_decay": config.weight_decay if decays else 0.0}
+        for (kind, decays), parameters in kinds.items()
         if parameters
     ]
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
@@ -62,6 +66,14 @@ def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, epochs: 
     done = (position - config.warmup_epochs) / (epochs - config.warmup_epochs)
     falling = (1 + math.cos(math.pi * done)) / 2 if config.schedule == "cosine" else 1 - done
     return config.lr * (config.final_factor + (1 - config.final_factor) * falling)
+
+
+def large_step(layer: str, relative_step: float, rate: float) -> str:
+    """The sentence for a layer that a step changes by more than its own weights."""
+    return (
+        f"a step changes {layer} by {relative_step:.3g} times its weights (learning rate {rate:.3g}); lower optim.lr, "
+        "or set train.clip_norm or optim.warmup_epochs"
+    )
 
 
 def momentum(config: OptimConfig, step: int, steps_per_epoch: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -20,6 +21,13 @@ from spikefleet.training.precision import autocast
 from spikefleet.training.threads import resume_threads, thread_counts
 from spikefleet_models.families import build_model
 from spikefleet_models.shortcut import ShortcutNetwork, balance_coefficient
+
+_BUFFERS_IN_FORWARD = (  # the first was renamed after torch 2.10
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+    else "broadcast_buffers"
+)
+"""The option of DDP by which rank 0's buffers are copied to all ranks before each forward pass."""
 
 
 class TrainingState:
@@ -60,6 +68,8 @@ class TrainingState:
         self.best: dict[str, Any] | None = None
         self.history: list[dict[str, float]] = []
         self.sums: dict[str, float] = {}
+        self.noted_large_step = False
+        """Whether this process has warned of a step larger than the weights of a layer; not part of a checkpoint."""
 
     def _with_branches(self, network: nn.Module) -> nn.Module:
         """The network with the side branches of shortcut back-propagation, which exist only in training."""
@@ -74,7 +84,9 @@ class TrainingState:
         model = network
         if self.group.size > 1:
             devices = [self.group.device] if self.group.device.type == "cuda" else None
-            model = DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)
+            # `rank_statistics.py` averages batch-norm statistics, instead of a broadcast of rank 0's.
+            unsynced: dict[str, Any] = {_BUFFERS_IN_FORWARD: False}
+            model = DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True, **unsynced)
         if self.config.train.compile:
             model = torch.compile(model)  # type: ignore[assignment]
         return model
@@ -156,18 +168,24 @@ class TrainingState:
                 f"the run cannot be resumed with another configuration: {'; '.join(differing)}; "
                 "use its values to resume it, or set another --name"
             )
-        self.load_weights(snapshot)
+        self.load(snapshot)
         with fitting_tensors():
-            if isinstance(self.train_model, ShortcutNetwork):
-                self.train_model.branches.load_state_dict(dict(snapshot.tensors["branches"]))
             restore_optimizer(self.optimizer, self.train_model, snapshot.tensors["optimizer"])
             if state.scaler:
                 self.scaler.load_state_dict(state.scaler)
             _set_random_state(snapshot.tensors["random"], self.group)
-        self.epoch, self.step_in_epoch = state.epoch, state.step_in_epoch
         self.best = None if state.best is None else state.best.model_dump()
         self.history, self.sums = state.history, state.sums
         return resume_threads(state.threads, self.group)
+
+    def load(self, snapshot: Snapshot) -> None:
+        """Restores the weights, also those of side branches, and the position."""
+        self.load_weights(snapshot)
+        with fitting_tensors():
+            if isinstance(self.train_model, ShortcutNetwork):
+                self.train_model.branches.load_state_dict(dict(snapshot.tensors["branches"]))
+        state = CheckpointState.of(snapshot.state, "that was loaded")
+        self.epoch, self.step_in_epoch = state.epoch, state.step_in_epoch
 
     def load_weights(self, snapshot: Snapshot) -> None:
         """Restores only the weights and their EMA."""

@@ -13,9 +13,12 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from spikefleet.errors import RunError
 from spikefleet.tasks import AnyTask
 from spikefleet.training.distributed import ProcessGroup
-from spikefleet.training.events import EventSink, StepDone
+from spikefleet.training.events import EventSink, Note, StepDone
+from spikefleet.training.optimizer import large_step
+from spikefleet.training.rank_statistics import average_statistics
 from spikefleet.training.state import TrainingState
 from spikefleet.training.stopping import StopRequested, never
+from spikefleet_models.gradient_flow import LARGEST_STEP, largest_relative_step
 from spikefleet_models.health import SpikeMonitor
 from spikefleet_pipelines.loading import Batch
 
@@ -93,6 +96,8 @@ def training_step(
             weight = group.size * share
             if config.train.loss == "sum":
                 weight *= batch.global_count
+            elif config.train.partial_batch == "weigh":  # each sample of an epoch then counts the same
+                weight *= batch.global_count / config.train.global_batch
             state.scaler.scale(values["loss"] * weight).backward()
         for name, value in values.items():
             local[name] = local.get(name, 0) + value.detach().double() * (len(part.targets) if count is None else 1)
@@ -106,8 +111,10 @@ def training_step(
         clip_grads_with_norm_(
             state.train_model.parameters(), config.train.clip_norm, torch.tensor(norms["gradient/norm"])
         )
+    _note_large_step(state, rate, sink)
     state.scaler.step(state.optimizer)
     state.scaler.update()
+    average_statistics(state.network, group)
     if state.ema is not None:
         state.ema.update_parameters(state.network)
     for name, mean in means.items():
@@ -196,6 +203,21 @@ def _gradient_norms(state: TrainingState) -> dict[str, float]:
     first_norm = 0.0 if first.grad is None else float(first.grad.norm())
     whole = get_total_norm([p.grad for p in state.train_model.parameters() if p.grad is not None])
     return {"gradient/norm": float(whole), "gradient/first_layer_norm": first_norm}
+
+
+def _note_large_step(state: TrainingState, rate: float, sink: EventSink) -> None:
+    """Warns once, on rank 0, of a layer that this step changes by more than its own weights.
+
+    Looked for in the first step and where metrics are logged: it reads all weights and gradients once.
+    """
+    looks = state.step == 0 or due(state.config.tracking.every_steps, state.step + 1)
+    if not looks or not state.group.is_main or state.noted_large_step:
+        return
+    largest = largest_relative_step(state.network, rate)
+    if largest is not None and LARGEST_STEP < largest[1] < math.inf:  # the scaler skips a step that overflows
+        state.noted_large_step = True
+        where = f"step {state.step + 1} (epoch {state.epoch + 1})"
+        sink.emit(Note(f"{where}: {large_step(*largest, rate)}; `spikefleet gradients` shows every layer"))
 
 
 def _refuse_non_finite(
