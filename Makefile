@@ -31,7 +31,7 @@ train: $(SYNCED)
 
 # Everything but what is marked slow; what takes longest starts first.
 test: lint types
-	$(PYTEST) tests/integration tests/unit -m "not slow"
+	$(PYTEST) tests/integration tests/robustness tests/unit -m "not slow"
 
 # While you work: under three minutes.
 quick: lint types unit
@@ -53,11 +53,11 @@ integration: $(SYNCED)
 
 # What neither quick nor test runs; each such test says why. No test is no failure (pytest's exit code 5).
 slow: $(SYNCED)
-	$(PYTEST) tests/integration tests/unit -m slow || [ $$? -eq 5 ]
+	$(PYTEST) tests/integration tests/robustness tests/unit -m slow || [ $$? -eq 5 ]
 
 # Lines that the tests reach in this process and those that they fork or start, but not in Ray's.
 coverage: $(SYNCED)
-	$(PYTEST) tests/integration tests/unit -m "not slow" --cov --cov-report=term:skip-covered
+	$(PYTEST) tests/integration tests/robustness tests/unit -m "not slow" --cov --cov-report=term:skip-covered
 
 bench: $(SYNCED)
 	for bench in tests/bench/bench_*.py; do $(BIN)/python $$bench || exit 1; done

@@ -25,7 +25,11 @@ def open_data(config: DataConfig, stores_dir: Path, console: Console) -> Store:
     """
     quiet_ray()
     with _shown(console, f"preparing {config.source}") as progress:
-        return open_or_prepare(config, stores_dir.resolve(), progress=progress)
+        store = open_or_prepare(
+            config, stores_dir.resolve(), progress=progress, say=lambda sentence: print_line(console, sentence)
+        )
+    print_line(console, f"data: {store.location}")
+    return store
 
 
 def prepare_store(

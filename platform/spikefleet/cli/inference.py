@@ -9,8 +9,9 @@ import typer
 
 from spikefleet.cli.app import app
 from spikefleet.cli.output import console, loading, print_json, say, stderr
-from spikefleet.cli.parameters import AsJson, Network, OtherData, RunsDir, SplitName, StoresDir
+from spikefleet.cli.parameters import AsJson, Force, Network, OtherData, RunsDir, SplitName, StoresDir
 from spikefleet.cli.tables import number, print_table, text
+from spikefleet.outputs import check_outputs
 from spikefleet.status import counting, waiting
 
 _SHOWN_CLASSES = 100
@@ -22,6 +23,7 @@ def evaluate(
     split: Annotated[SplitName, typer.Option(help="Part of the data.")] = "test",
     data: OtherData = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the report and its plots.")] = None,
+    force: Force = False,
     gpu: Annotated[bool, typer.Option("--gpu", help="Evaluate on a GPU.")] = False,
     as_json: AsJson = False,
     runs_dir: RunsDir = Path("runs"),
@@ -33,6 +35,8 @@ def evaluate(
 
     with waiting(stderr, f"opening {network}"):
         trained = open_trained_network(network, runs_dir)
+    if out is not None:
+        check_outputs((out / name for name in trained.task.report.files), inputs=trained.folders, force=force)
     evaluation = evaluate_on_split(trained, split, stores_dir, stderr, data=data, gpu=gpu)
     with waiting(stderr, "measuring"):
         details = trained.task.details(evaluation.predictions, evaluation.targets)
@@ -65,6 +69,7 @@ def predict(
         typer.Option(help="A .png with all images; for detection, a folder for images with boxes, or a .png of one."),
     ] = None,
     score: Annotated[float, typer.Option(min=0, max=1, help="Detection: least score of a box.")] = 0.3,
+    force: Force = False,
     gpu: Annotated[bool, typer.Option("--gpu", help="Predict on a GPU.")] = False,
     as_json: AsJson = False,
     runs_dir: RunsDir = Path("runs"),
@@ -77,7 +82,7 @@ def predict(
     with waiting(stderr, f"opening {network}"):
         trained = open_trained_network(network, runs_dir)
     with counting(stderr, "predicting") as progress:
-        answers = predict_files(trained, images, out=out, gpu=gpu, score=score, progress=progress)
+        answers = predict_files(trained, images, out=out, force=force, gpu=gpu, score=score, progress=progress)
     if as_json:
         print_json(answers)
         return

@@ -331,13 +331,21 @@ def pull(uri: str, out: Path, *, tracking_uri: str | None = None) -> Path:
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
         try:
             for name in (*card.sha256, CARD):
-                shutil.copyfile(directory / name, partial / name)
+                _copy(directory / name, partial / name)
             verify_package(partial, content_hash)
             partial.chmod(0o755)
             partial.replace(out)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return out
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copies a file. Raises OSError, which names the target."""
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(target)) from error
 
 
 def list_models(*, tracking_uri: str | None = None) -> list[RegisteredModel]:
