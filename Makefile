@@ -7,7 +7,7 @@ SYNCED := $(VENV)/.synced
 # In two processes, for much of what starts Ray is waiting. Tests that share what is dear stay together: tests/conftest.py.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations=25
 
-.PHONY: train test quick lint types unit integration slow coverage bench clean
+.PHONY: train test quick lint types unit integration slow coverage fuzz bench clean
 .DEFAULT_GOAL := train
 
 $(UV):
@@ -58,6 +58,12 @@ slow: $(SYNCED)
 # Lines that the tests reach in this process and those that they fork or start, but not in Ray's.
 coverage: $(SYNCED)
 	$(PYTEST) tests/integration tests/robustness tests/unit -m "not slow" --cov --cov-report=term:skip-covered
+
+# Each fuzzer for FUZZ_SECONDS, with inputs of FUZZ_SEED: another seed tries others.
+FUZZ_SECONDS ?= 30
+FUZZ_SEED ?= 1
+fuzz: $(SYNCED)
+	FUZZ_SECONDS=$(FUZZ_SECONDS) FUZZ_SEED=$(FUZZ_SEED) $(BIN)/python -m pytest tests/robustness -k fuzz -rP --timeout 0
 
 bench: $(SYNCED)
 	for bench in tests/bench/bench_*.py; do $(BIN)/python $$bench || exit 1; done

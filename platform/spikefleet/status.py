@@ -5,6 +5,7 @@ On a terminal a line that is drawn anew; elsewhere plain lines, at most one ever
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -56,9 +57,26 @@ PLAIN_LINES = PlainLines()
 """Those of this process."""
 
 
+def printable(text: str) -> str:
+    """Text from elsewhere as a terminal may show it: what steers a terminal, or is no Unicode, is escaped.
+
+    That is control characters but line ends and tabs, overrides of the writing direction, and halves of surrogates.
+    """
+    return STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def one_line(text: str) -> str:
+    """A name from elsewhere as a part of a line: as `printable`, with line ends and tabs escaped too."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that steer a terminal, or are no Unicode."""
+
+
 def print_line(console: Console, text: str) -> None:
-    """Prints a line as it is: neither wrapped nor read as markup."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    """Prints a line as it is, but escaped for terminals: neither wrapped nor read as markup."""
+    console.print(printable(text), highlight=False, markup=False, soft_wrap=True, emoji=False)
 
 
 def silent(what: str) -> None:
@@ -108,9 +126,9 @@ class Waiting:
                     if seconds >= _PLAIN_AFTER_S:
                         self._lines.say(self._console, f"{what}: {seconds:.0f} s so far")
                 elif live is not None:
-                    live.update(escape(f"{what}  {seconds:.0f} s"))
+                    live.update(escape(printable(f"{what}  {seconds:.0f} s")))
                 elif seconds >= _LIVE_AFTER_S:
-                    live = stack.enter_context(self._console.status(escape(f"{what}  {seconds:.0f} s")))
+                    live = stack.enter_context(self._console.status(escape(printable(f"{what}  {seconds:.0f} s"))))
 
 
 @contextmanager
@@ -157,7 +175,7 @@ class _LiveCount:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (
-            TextColumn(title, markup=False),
+            TextColumn(printable(title), markup=False),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TextColumn(unit + " {task.fields[rate]}", markup=False),

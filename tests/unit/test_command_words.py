@@ -11,7 +11,7 @@ from spikefleet.errors import UserError
 
 
 def test_where_data_lie_is_no_part_of_what_a_search_is() -> None:
-    fixed, data = split_overrides(["data.root=/data/cifar", "optim.lr=0.1", "data.options={train: 5}"])
+    fixed, data = split_overrides(["data.root=/data/cifar", "optim.lr=0.1", 'data.options={"train": 5}'])
     assert fixed == {"optim.lr": 0.1, "data.options": {"train": 5}}
     assert data == {"data.root": "/data/cifar"}
     with pytest.raises(UserError, match=r"'optim.lr' is not of the form section.key=value"):

@@ -70,6 +70,9 @@ def test_a_source_from_outside_is_like_the_built_in_ones(outside: Source, tmp_pa
         find_source("stripe")
     with pytest.raises(SourceError, match=r"option 'width' of source 'stripes' has value 9.* options are: width"):
         check_options(outside, {"width": 9})
+    for other in (True, "2"):
+        with pytest.raises(SourceError, match=r"option 'width' of source 'stripes' has value"):
+            check_options(outside, {"width": other})
     config = DataConfig(source="stripes", options={"width": 4})
     store = open_or_prepare(config, tmp_path)
     assert store.manifest.source == "stripes"

@@ -39,6 +39,7 @@ def prepare(
     parallel: int | None = None,
     seed: int = 0,
     overwrite: bool = False,
+    skip_bad: bool = False,
     **options: Any,
 ) -> "Store":
     """Build a store from raw data.
@@ -58,6 +59,7 @@ def prepare(
             and with many images, of this machine. More than 1 starts a local Ray if none is running.
         seed: selects the samples held out of the training data for val (and for test where the source has none).
         overwrite: replace another store at `out`.
+        skip_bad: leave out image files that are missing or cannot be read, and list them in the manifest.
         **options: of the source.
 
     Returns:
@@ -82,7 +84,7 @@ def prepare(
             )
         of_split = check_options(source, options, source.split_options)
         with _writing(out):
-            split_writer(of_split, out.resolve(), progress or _quiet, parallel, seed, overwrite)
+            split_writer(of_split, out.resolve(), progress or _quiet, parallel, seed, overwrite, skip_bad)
         return Store.open(out, verify=False)
     checked = check_options(source, options)
     recorded = {**checked.model_dump(mode="json"), "seed": seed}
@@ -105,7 +107,9 @@ def prepare(
     root = root or source.default_root
     if source.files is not None and (root is None or not root.is_dir()):
         raise source.missing(root)
-    contents = source.load_reader()(root or Path(), checked, seed)
+    reader = source.load_reader()
+    with _reading(name, root):
+        contents = reader(root or Path(), checked, seed)
     out = out.resolve()
     with (
         _writing(out),
@@ -118,6 +122,7 @@ def prepare(
             overwrite=overwrite,
             category_ids=contents.category_ids,
             stand_ins=contents.stand_ins,
+            skip_bad=skip_bad,
         ) as writer,
     ):
         contents.write(writer, progress or _quiet, parallel)
@@ -158,6 +163,18 @@ def _record_origin(origin: "Origin", writer: "StoreWriter") -> None:
     if (after.listing, after.times) != (origin.listing, origin.times):
         raise StoreError(f"the files in {origin.root} changed while they were read; prepare the store again")
     origin.with_content(besides).write(writer.directory)
+
+
+@contextmanager
+def _reading(name: str, root: Path | None) -> Iterator[None]:
+    """What a file from elsewhere can make a reader fail with, beyond what the reader names itself."""
+    try:
+        yield
+    except (SourceError, StoreError):
+        raise
+    except (OSError, MemoryError, RecursionError, ArithmeticError, UnicodeError) as error:
+        reason = str(error) or type(error).__name__
+        raise SourceError(f"source {name!r}: the files in {root} cannot be read: {reason}; replace them") from error
 
 
 @contextmanager

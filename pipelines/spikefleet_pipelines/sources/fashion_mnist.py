@@ -17,7 +17,7 @@ CLASS_NAMES = (
 )  # fmt: skip
 
 # The largest accepted size in a header, so that a damaged one does not exhaust memory.
-_MOST_VALUES = 1 << 31
+_MOST_VALUES = 1 << 28
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
@@ -44,12 +44,13 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
                 )
             shape = struct.unpack(f">{magic[3]}I", header)
             size = int(np.prod(shape, dtype=object))
-            if size > _MOST_VALUES:
+            if not 1 <= size <= _MOST_VALUES:
                 raise SourceError(
-                    f"{path}: the header declares {size:,} values, expected at most {_MOST_VALUES:,}; download it again"
+                    f"{path}: the header declares the shape {list(shape)} of {size:,} values, expected 1 to "
+                    f"{_MOST_VALUES:,}; download it again"
                 )
             values = stream.read(size + 1)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (EOFError, OSError, struct.error, zlib.error) as error:
         raise SourceError(
             f"{path} is truncated or damaged ({path.stat().st_size:,} bytes): {error}; download it again"
         ) from error

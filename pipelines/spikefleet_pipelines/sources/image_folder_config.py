@@ -14,8 +14,9 @@ class ImageFolderOptions(SourceOptions):
 
 IMAGE_FOLDER = Source(
     name="image_folder",
-    description="image files in ImageNet's layout: train/<class>/ and val/<class>/",
+    description="image files in ImageNet's layout: train/<class>/, val/<class>/ and maybe test/<class>/",
     reader="spikefleet_pipelines.sources.image_folder:read_image_folder",
     options=ImageFolderOptions,
-    files="train/<class>/*.jpg and val/<class>/*.jpg (or .png, .webp)",
+    files="train/<class>/*.jpg, val/<class>/*.jpg and, if there is one, test/<class>/*.jpg (also .png, .webp, .gif, "
+    ".bmp, .tif)",
 )

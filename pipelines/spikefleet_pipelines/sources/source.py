@@ -85,8 +85,8 @@ class Contents(Protocol):
 Reader = Callable[[Path, Any, int], Contents]
 """Finds and checks the raw data: (root, options, seed of the held-out samples) -> contents."""
 
-SplitWriter = Callable[[Any, Path, Progress, int | None, int, bool], None]
-"""Writes a single split into a store: (options, out, progress, parallel, seed, overwrite) -> None."""
+SplitWriter = Callable[[Any, Path, Progress, int | None, int, bool, bool], None]
+"""Writes a single split into a store: (options, out, progress, parallel, seed, overwrite, skip_bad) -> None."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,8 @@ from spikefleet_pipelines.store.manifest import (
     ImageFormat,
     Manifest,
     Shard,
+    SkippedFile,
+    is_text,
     parse_manifest,
 )
 from spikefleet_pipelines.store.origin import ORIGIN_NAME
@@ -54,6 +56,12 @@ class StoreWriter:
         shard_bytes: approximate maximum size of a shard of raw images.
         category_ids: of a detection store, the id of each class in the annotations; None for classification.
         stand_ins: aliases of splits, used where the split itself is not written: {"test": "val"}.
+
+        skip_bad: whether the source may leave out files that it cannot read; it adds them to `skipped`.
+
+    Attributes:
+        unused: number of what the source has and does not use, by reason; set by the source.
+        skipped: files that were left out; added by the source.
     """
 
     def __init__(
@@ -68,6 +76,7 @@ class StoreWriter:
         shard_bytes: int = SHARD_BYTES,
         category_ids: Sequence[int] | None = None,
         stand_ins: Mapping[str, str] | None = None,
+        skip_bad: bool = False,
     ) -> None:
         self.out = out
         self.source = source
@@ -80,6 +89,14 @@ class StoreWriter:
         self.category_ids = None if category_ids is None else tuple(category_ids)
         self.stand_ins = dict(stand_ins or {})
         self._lock: int | None = None
+        for name in self.class_names:
+            if not is_text(name):
+                raise StoreError(
+                    f"source {source!r}: class name {name!r} is empty or not Unicode text (UTF-8); rename the class"
+                )
+        self.skip_bad = skip_bad
+        self.unused: dict[str, int] = {}
+        self.skipped: list[SkippedFile] = []
         self._shards: dict[str, list[Shard]] = {}
         self._digests: dict[str, list[bytes]] = {}
         self._counts: dict[str, NDArray[np.int64]] = {}
@@ -273,6 +290,8 @@ class StoreWriter:
             empty_classes={split: names for split, names in empty.items() if names},
             boxes={split: _sum(parts) for split, parts in self._boxes.items()} or None,
             same_as=same_as,
+            unused=self.unused or None,
+            skipped=tuple(self.skipped) or None,
         )
 
 

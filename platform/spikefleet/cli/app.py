@@ -15,6 +15,7 @@ from spikefleet.cli.output import say, stderr
 from spikefleet.disks import disk_problem
 from spikefleet.errors import RunError, UserError
 from spikefleet.plugins import load_plugins
+from spikefleet.status import print_line
 from spikefleet_pipelines.errors import SourceError, StoreError
 from spikefleet_tune.interruption import handling, interruption, raise_interrupted
 
@@ -60,7 +61,7 @@ class SentenceGroup(TyperGroup):
 
 def _complain(sentence: str) -> None:
     stderr.print("error:", style="bold red", end=" ")
-    stderr.print(sentence, highlight=False, markup=False, soft_wrap=True)
+    print_line(stderr, sentence)
 
 
 app = typer.Typer(

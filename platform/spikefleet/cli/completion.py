@@ -33,7 +33,7 @@ def recipe_names(incomplete: str) -> list[str]:
 
 def search_names(incomplete: str) -> list[str]:
     """Searches that come with the package."""
-    from spikefleet_tune.search_file import list_searches
+    from spikefleet.search.search_files import list_searches
 
     return _beginning(list_searches(), incomplete)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from spikefleet.status import Announce, print_line, waiting
+from spikefleet.status import STEERING, Announce, print_line, waiting
 
 console = Console()
 stderr = Console(stderr=True)
@@ -29,8 +29,18 @@ def say(text: str) -> None:
 
 def print_json(data: Any) -> None:
     """Prints JSON on stdout, and nothing else."""
-    json.dump(data, sys.stdout, indent=2, ensure_ascii=False)
-    sys.stdout.write("\n")
+    _write_json(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def print_json_line(data: Any) -> None:
+    """Prints JSON on one line of stdout, at once."""
+    _write_json(json.dumps(data, ensure_ascii=False))
+    sys.stdout.flush()
+
+
+def _write_json(text: str) -> None:
+    """Writes JSON with what steers a terminal, or is no Unicode, as the escapes that JSON has for it."""
+    sys.stdout.write(STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
 
 
 @contextmanager

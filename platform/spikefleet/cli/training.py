@@ -134,9 +134,8 @@ def recipes(as_json: AsJson = False) -> None:
 @config_app.command("show")
 def show_config(recipe: Recipe, overrides: Overrides = None) -> None:
     """Print a recipe with its overrides, resolved and checked."""
-    import yaml
-
     from spikefleet.config.recipes import load_config, parse_overrides
+    from spikefleet.config.strict_yaml import dump_yaml
 
     config: Config = load_config(recipe, parse_overrides(overrides or []))
-    sys.stdout.write(yaml.safe_dump(config.dump(), sort_keys=False))
+    sys.stdout.write(dump_yaml(config.dump()))

@@ -196,8 +196,7 @@ def _print_confirmation(rows: list[dict[str, Any]], objectives: list[str]) -> No
 @app.command()
 def searches(as_json: AsJson = False) -> None:
     """List the searches that come with spikefleet."""
-    from spikefleet.search.search_files import load_search
-    from spikefleet_tune.search_file import list_searches
+    from spikefleet.search.search_files import list_searches, load_search
 
     found = {name: load_search(name) for name in list_searches()}
     if as_json:

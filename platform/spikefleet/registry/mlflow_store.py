@@ -14,6 +14,7 @@ from spikefleet.config.recipes import parse_model
 from spikefleet.data_summary import DataSummary
 from spikefleet.disks import disk_problem
 from spikefleet.errors import UserError
+from spikefleet.registry.served_input import EXPECTED
 from spikefleet.registry.version import CONTENT_HASH, RegisteredModel, RegisteredVersion, check_model_name
 from spikefleet.tracking.database import database_path
 from spikefleet.tracking.mlflow_client import check_tracking_uri, public_uri, quiet_mlflow
@@ -164,15 +165,17 @@ def save_for_mlflow(package: Path, model: Path, config: Mapping[str, Any], data:
     import numpy as np
     from mlflow import pyfunc
     from mlflow.models import ModelSignature
-    from mlflow.types import Schema, TensorSpec
+    from mlflow.types import ColSpec, Schema, TensorSpec
 
     from spikefleet.tasks import LossSettings, task_class  # imports torch, which searching the registry does not need
 
     network = parse_model(config["model"], "the configuration of a registered model")
-    images = TensorSpec(np.dtype(np.uint8), (-1, network.in_channels, -1, -1))
-    shape = task_class(config["task"]).build(network, data, LossSettings()).served_shape
+    # MLflow casts JSON to the type of a schema before the model sees it: to uint8, floats from 0 to 1 would be black
+    # images. Of this type everything arrives as it was sent, and the model checks it.
+    images = TensorSpec(np.dtype("O"), (-1,))
+    columns = task_class(config["task"]).build(network, data, LossSettings()).served_columns
     # MLflow's schemas cannot describe a list of objects.
-    outputs = None if shape is None else Schema([TensorSpec(np.dtype(np.float32), shape)])
+    outputs = None if columns is None else Schema([ColSpec("float", name) for name in columns])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*An input example was not provided")
         pyfunc.save_model(
@@ -180,6 +183,7 @@ def save_for_mlflow(package: Path, model: Path, config: Mapping[str, Any], data:
             python_model=str(Path(__file__).with_name("pyfunc_model.py")),
             artifacts={path.name: str(path) for path in sorted(package.iterdir())},
             signature=ModelSignature(inputs=Schema([images]), outputs=outputs),
+            metadata={"input": EXPECTED},
             pip_requirements=[f"{name}=={metadata.version(name).split('+')[0]}" for name in _REQUIREMENTS],
         )
 
@@ -214,5 +218,7 @@ def publish(
             raise
     # Without a server, MLflow resolves models:/m-... at its global tracking URI instead of the client's.
     source = f"models:/{logged.model_id}" if tracking_uri.startswith("http") else logged.artifact_location
-    version = client.create_model_version(name, source, run_id=run_id, tags=dict(tags), model_id=logged.model_id)
+    version = client.create_model_version(
+        name, source, run_id=run_id, tags=dict(tags), description=f"Serves {EXPECTED}", model_id=logged.model_id
+    )
     return _read_version(version, {})

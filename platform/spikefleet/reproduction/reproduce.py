@@ -29,6 +29,7 @@ from spikefleet.runs.run_dir import Run
 from spikefleet.search.mlflow_observer import FLUSH_S
 from spikefleet.search.run_search import read_tracked_search, run_tracked_search
 from spikefleet.search.trial import chooses_data
+from spikefleet.status import print_line
 from spikefleet.tracking.mlflow_client import resolve_tracking_uri
 from spikefleet.tracking.tracker import Tracker
 from spikefleet.versions import code_version
@@ -204,7 +205,7 @@ def reproduce(plan: ReproductionPlan, options: Options, console: Console) -> Rep
             if len(missing) + 1 == len(by_recipe):  # no row is left
                 raise
             missing[recipe] = str(error)
-            console.print(f"left out {rows[0].group.name}: {error}", highlight=False, soft_wrap=True, markup=False)
+            print_line(console, f"left out {rows[0].group.name}: {error}")
     found: list[ReproducedRow] = []
     for entry in entries:
         reason = entry.group.refusal(entry.row, plan.scale)

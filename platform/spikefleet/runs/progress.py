@@ -19,7 +19,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from spikefleet.status import PLAIN_LINES, PlainLines, Waiting, print_line
+from spikefleet.status import PLAIN_LINES, PlainLines, Waiting, print_line, printable
 from spikefleet.training.events import EpochDone, Event, Note, Phase, Started, StepDone, WorkerFailed
 
 _WIDE = 110
@@ -96,7 +96,7 @@ class LiveDisplay:
 
     def _print(self, line: str, style: str | None = None) -> None:
         # No markup: reasons of failures hold square brackets of their own.
-        self._progress.console.print(line, style=style, markup=False, highlight=False)
+        self._progress.console.print(printable(line), style=style, markup=False, highlight=False, emoji=False)
 
 
 class _Doing(ProgressColumn):

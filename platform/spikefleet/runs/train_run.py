@@ -34,6 +34,7 @@ from spikefleet.training.distributed import ProcessGroup, pick_device
 from spikefleet.training.event_log import ResumedRunSink
 from spikefleet.training.events import EventSink
 from spikefleet.training.loop import BeforeStep, Outcome, prepare_parts, train
+from spikefleet.training.memory import check_memory
 from spikefleet.training.stopping import TrainingStopped
 from spikefleet_pipelines.store.reader import Store
 from spikefleet_tune.interruption import Interrupted, interruption
@@ -102,6 +103,7 @@ def _run(
     pick_device(config.cluster.gpu and config.cluster.workers == 0)
     store = open_data(config.data, options.stores_dir, console)
     with waiting(console, "checking the configuration against the data"):
+        check_memory(config, store.manifest.image_shape, local=options.address is None)
         prepare_parts(config, store, ProcessGroup(0, max(1, config.cluster.workers), torch.device("cpu")))
     with ExitStack() as held:
         with waiting(console, "starting Ray"):
