@@ -33,8 +33,9 @@ from spikefleet.tracking.tracker import Tracker, sync
 from spikefleet.training.distributed import ProcessGroup, pick_device
 from spikefleet.training.event_log import ResumedRunSink
 from spikefleet.training.events import EventSink
-from spikefleet.training.loop import BeforeStep, Outcome, prepare_parts, train
+from spikefleet.training.loop import BeforeStep, Outcome, train
 from spikefleet.training.memory import check_memory
+from spikefleet.training.splits import prepare_parts
 from spikefleet.training.stopping import TrainingStopped
 from spikefleet_pipelines.store.reader import Store
 from spikefleet_tune.interruption import Interrupted, interruption

@@ -20,15 +20,15 @@ import torch
 
 from spikefleet import plots
 from spikefleet.config.schema import CheckpointConfig, Config
-from spikefleet.data_summary import DataSummary
 from spikefleet.disks import disk_problem
 from spikefleet.errors import RunError, UserError
-from spikefleet.tasks import AnyTask, build_task
+from spikefleet.tasks import AnyTask
 from spikefleet.training.checkpoints import CheckpointFolder, load_checkpoint
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.evaluation import Evaluation, EvaluationStopped, evaluate
 from spikefleet.training.events import CheckpointSaved, EpochDone, EventSink, Note, Phase, Started
 from spikefleet.training.malloc import keep_freed_memory
+from spikefleet.training.splits import Splits, prepare_parts
 from spikefleet.training.state import TrainingState
 from spikefleet.training.step import Meter, due, micro_batches, training_step
 from spikefleet.training.stopping import StopRequested, TrainingStopped, never
@@ -37,7 +37,6 @@ from spikefleet.versions import library_versions
 from spikefleet_pipelines.loading import Batch, BatchLoader
 from spikefleet_pipelines.sampling import EpochPlan
 from spikefleet_pipelines.store.reader import Store
-from spikefleet_tune.messages import counted
 
 _IMAGES_OF_REPORT = 32
 _IMAGES_OF_BATCH = 16
@@ -71,36 +70,6 @@ class Outcome:
             **{f"{split}/{name}": value for name, value in best.items()},
             **{f"last/{name}": value for name, value in self.last.items()},
         }
-
-
-@dataclass(frozen=True)
-class Splits:
-    """The loaders of the splits."""
-
-    train: BatchLoader
-    val: BatchLoader | None
-    """None where all images are trained on."""
-    test: BatchLoader
-    """Its split is "val" where the data have no other images to report on."""
-
-    @classmethod
-    def of(cls, store: Store, config: Config, group: ProcessGroup) -> Splits:
-        """The loaders of a store. Raises ValueError if the transform does not fit its images."""
-        manifest = store.manifest
-
-        def loader(split: str) -> BatchLoader:
-            return BatchLoader(
-                store.split(split),
-                config.data.transform,
-                train=split == "train",
-                seed=config.train.seed,
-                processes=config.data.loader_processes,
-                pin_memory=group.device.type == "cuda",
-                epochs=config.train.epochs,
-            )
-
-        val = loader("val") if "val" in manifest.splits else None
-        return cls(loader("train"), val, loader(manifest.original("test")))
 
 
 @restored_thread_count()
@@ -188,42 +157,6 @@ def _train(
         return _test_best(state, task, splits, folder, run_dir, sink, stop_requested)
     except EvaluationStopped:
         raise TrainingStopped(state.step) from None
-
-
-def prepare_parts(config: Config, store: Store, group: ProcessGroup) -> tuple[AnyTask, Splits, EpochPlan]:
-    """Task, loaders and sampling plan of a training. Raises UserError if the configuration does not fit the data."""
-    task = build_task(config, DataSummary.of(store.manifest))
-    _refuse_splits_without_objects(store)
-    shape = store.manifest.image_shape
-    channels = shape[0] if shape else 3
-    if config.model.in_channels != channels:
-        raise UserError(
-            f"model.in_channels={config.model.in_channels}, but the images have {counted(channels, 'channel')}; "
-            f"set model.in_channels={channels}"
-        )
-    try:
-        splits = Splits.of(store, config, group)
-        plan = EpochPlan(
-            samples=len(splits.train.split),
-            global_batch=config.train.global_batch,
-            world_size=group.size,
-            rank=group.rank,
-            seed=config.train.seed,
-            accumulate=config.train.accumulate,
-            drop_partial=config.train.partial_batch == "drop",
-            training=config.data.transform.training_rows(splits.train.split),
-        )
-    except ValueError as error:
-        raise UserError(f"the configuration does not fit the data: {error}") from error
-    return task, splits, plan
-
-
-def _refuse_splits_without_objects(store: Store) -> None:
-    """Detection metrics need objects; check before the first epoch."""
-    boxes = store.manifest.audit.boxes or {}
-    for name in ("val", "test"):
-        if name in boxes and not sum(boxes[name].objects_per_class):
-            raise UserError(f"split {name!r} of {store.location} has no object to measure; prepare another split")
 
 
 def _set_arithmetic(config: Config) -> None:
