@@ -62,7 +62,7 @@ class SGResNetConfig(ModelConfig):
         "bsg", description="How a block combines with its shortcut; ann is the ANN twin."
     )
     gate_gradient: Literal["exact", "literal"] = Field(
-        "literal",
+        "exact",
         description="Gradient of BSG and BSG* to H: that of the gate's Boolean function, or of the formula as written.",
     )
     gate_threshold: float = Field(0.5, gt=0.0, le=1.0, description="thr of BSG*; the gate is initially H.")

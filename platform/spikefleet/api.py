@@ -177,6 +177,7 @@ def train(
     Raises:
         UserError: an error that the user can fix, before training starts.
         RunError: the training or the registration failed.
+        Interrupted: SIGINT or SIGTERM, a KeyboardInterrupt; the same call resumes the run.
     """
     load_plugins(plugins)
     given = with_cluster(overrides or {}, workers, gpu)
@@ -231,7 +232,7 @@ def search(
 
     Raises:
         UserError: the search is invalid or cannot be resumed; raised before any trial starts.
-        KeyboardInterrupt: the user pressed Ctrl-C; the same call resumes the search.
+        Interrupted: SIGINT or SIGTERM, a KeyboardInterrupt; the same call resumes the search.
     """
     from spikefleet.search.run_search import run_tracked_search
     from spikefleet.search.search_files import load_search

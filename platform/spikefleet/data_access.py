@@ -33,7 +33,10 @@ def open_data(config: DataConfig, stores_dir: Path, console: Console) -> Store:
             prepared = True
             count(done, total)
 
-        store = open_or_prepare(config, stores_dir.resolve(), progress=progress)
+        store = open_or_prepare(
+            config, stores_dir.resolve(), progress=progress, say=lambda sentence: print_line(console, sentence)
+        )
+    print_line(console, f"data: {store.location}")
     if prepared and store.manifest.audit.unused:
         print_line(console, f"not used: {counted_reasons(store.manifest.audit.unused)}")
     return store

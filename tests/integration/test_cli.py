@@ -393,9 +393,11 @@ def test_interruption_leaves_a_run_that_goes_on(desk: Desk) -> None:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    process.send_signal(signal.SIGTERM)
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "stopping after this step; again to abort" in said
     assert "the same command resumes from the last checkpoint" in errors
-    assert json.loads((run_dir / "run.json").read_text())["status"] == "interrupted"
+    record = json.loads((run_dir / "run.json").read_text())
+    assert (record["status"], record["signal"]) == ("interrupted", "SIGTERM")
     assert "top1" in desk.ask("evaluate", "interrupted")

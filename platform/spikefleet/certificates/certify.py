@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from spikefleet.certificates.energy_card import ENERGY, measure_energy, write_card
+from spikefleet.certificates.energy_card import ENERGY, measure_energy, read_card, write_card
 from spikefleet.certificates.metric_leg import affordable_images
 from spikefleet.certificates.spike_check import PROOF, check_spikes
 from spikefleet.config.schema import Config
 from spikefleet.data_summary import DataSummary
-from spikefleet.files import read_json, sha256_of, write_json
+from spikefleet.files import read_json, read_json_object, sha256_of, write_json
 from spikefleet.status import Announce, silent
 from spikefleet.tasks import build_task
 from spikefleet.training.checkpoints import best_network, checkpoint_hash, load_checkpoint, verify_checkpoint
@@ -71,8 +71,8 @@ def certify(config: Config, checkpoint: Path, report: Path, store: Store, announ
         write_card(measure_energy(network, config.data.transform, split), report)
         hashes = {file.name: sha256_of(file) for file in files}
         write_json(report / CERTIFICATE, {"checkpoint": certified, "split": split.name, "sha256": hashes})
-    found = read_json(proof)
-    return Certificates(found["verdict"], float(read_json(energy)["totals"]["energy_mj"]), files, _tags(found))
+    found = read_json_object(proof, "verdict")
+    return Certificates(str(found["verdict"]), read_card(energy).energy_mj, files, _tags(found))
 
 
 def certified_split(store: Store) -> Split:

@@ -1,4 +1,4 @@
-"""The command line. Exit codes: 0 done, 1 a run failed, 2 bad input, 130 interrupted.
+"""The command line. Exit codes: 0 done, 1 a run failed, 2 bad input, 130 interrupted by SIGINT, 143 by SIGTERM.
 
 Commands import what takes seconds (torch, Ray, MLflow) when they run: help, listings and completion answer at once.
 """

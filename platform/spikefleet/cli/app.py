@@ -12,10 +12,12 @@ import typer
 from typer.core import TyperGroup
 
 from spikefleet.cli.output import say, stderr
+from spikefleet.disks import disk_problem
 from spikefleet.errors import RunError, UserError
 from spikefleet.plugins import load_plugins
 from spikefleet.status import print_line
 from spikefleet_pipelines.errors import SourceError, StoreError
+from spikefleet_tune.interruption import handling, interruption, raise_interrupted
 
 _SHOWN_VERSIONS = ("torch", "ray", "mlflow")
 
@@ -39,15 +41,22 @@ class SentenceGroup(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with handling(raise_interrupted):
+                return super().invoke(ctx)
         except (UserError, StoreError, SourceError) as error:
             _complain(str(error))
             raise typer.Exit(2) from None
         except RunError as error:
             _complain(str(error))
             raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            raise typer.Exit(130) from None
+        except OSError as error:
+            sentence = disk_problem(error)
+            if sentence is None:
+                raise
+            _complain(sentence)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt as error:
+            raise typer.Exit(interruption(error).exit_code) from None
 
 
 def _complain(sentence: str) -> None:

@@ -11,9 +11,10 @@ import typer
 
 from spikefleet.cli.app import app
 from spikefleet.cli.output import console, loading, print_json, print_json_line, say, stderr
-from spikefleet.cli.parameters import AsJson, Network, OtherData, RunsDir, SplitName, StoresDir
+from spikefleet.cli.parameters import AsJson, Force, Network, OtherData, RunsDir, SplitName, StoresDir
 from spikefleet.cli.tables import number, print_table
 from spikefleet.errors import RunError, UserError
+from spikefleet.outputs import check_outputs
 from spikefleet.status import counting, one_line, print_line, uncounted, waiting
 
 _SHOWN_CLASSES = 100
@@ -25,6 +26,7 @@ def evaluate(
     split: Annotated[SplitName, typer.Option(help="Part of the data.")] = "test",
     data: OtherData = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the report and its plots.")] = None,
+    force: Force = False,
     gpu: Annotated[bool, typer.Option("--gpu", help="Evaluate on a GPU.")] = False,
     as_json: AsJson = False,
     runs_dir: RunsDir = Path("runs"),
@@ -36,6 +38,8 @@ def evaluate(
 
     with waiting(stderr, f"opening {network}"):
         trained = open_trained_network(network, runs_dir)
+    if out is not None:
+        check_outputs((out / name for name in trained.task.report.files), inputs=trained.folders, force=force)
     evaluation = evaluate_on_split(trained, split, stores_dir, stderr, data=data, gpu=gpu)
     with waiting(stderr, "measuring"):
         details = trained.task.details(evaluation.predictions, evaluation.targets)
@@ -74,6 +78,7 @@ def predict(
     recursive: Annotated[
         bool, typer.Option("--recursive", help="Of folders, predict the images in sub-folders too.")
     ] = False,
+    force: Force = False,
     gpu: Annotated[bool, typer.Option("--gpu", help="Predict on a GPU.")] = False,
     as_json: AsJson = False,
     runs_dir: RunsDir = Path("runs"),
@@ -105,6 +110,7 @@ def predict(
             trained,
             images,
             out=out,
+            force=force,
             recursive=recursive,
             gpu=gpu,
             score=score,

@@ -75,7 +75,7 @@ def train(
     _print_metrics(finished)
     if finished.promotion is not None:
         promotion = finished.promotion
-        say(f"{promotion.name} version {promotion.version} is {promotion.alias}: {promotion.reason}")
+        say(f"{promotion.name} version {promotion.version} is {promotion.alias or 'without alias'}: {promotion.reason}")
     say(f"report: {finished.run.path / 'report'}")
     say(f"tracking: {finished.look_at}  (or: spikefleet ui)")
 

@@ -150,7 +150,7 @@ def tune(
         return
     say(f"report: {report_of(result)}")
     if promotion is not None:
-        say(f"{promotion.name} version {promotion.version} is {promotion.alias}: {promotion.reason}")
+        say(f"{promotion.name} version {promotion.version} is {promotion.alias or 'without alias'}: {promotion.reason}")
 
 
 def _wanted_search(search: str, changes: dict[str, dict[str, Any]]) -> Search:

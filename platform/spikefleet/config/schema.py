@@ -128,6 +128,9 @@ class ClusterConfig(Section):
     gpu: bool = Field(False, description="use one GPU per worker")
     cpus_per_worker: float = Field(1, gt=0, le=100_000, description="CPUs of each worker")
     max_failures: int = Field(3, ge=-1, description="restarts after a worker failure; -1: no limit")
+    grace_s: float = Field(
+        30, gt=0, le=3600, description="seconds in which workers may end their step when the run is asked to stop"
+    )
 
 
 class EvaluationConfig(Section):
@@ -271,6 +274,7 @@ _NOT_IDENTITY = (
     "tracking.every_steps",
     "registry",
     "cluster.max_failures",
+    "cluster.grace_s",
     "checkpoint.every_epochs",
     "checkpoint.every_steps",
     "checkpoint.keep_last",

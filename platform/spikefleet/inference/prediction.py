@@ -14,6 +14,7 @@ from PIL import Image
 from spikefleet.errors import UserError
 from spikefleet.inference.image_input import ImageInput, Pixels, read_image, read_unnamed
 from spikefleet.inference.trained_network import TrainedNetwork
+from spikefleet.outputs import check_outputs
 from spikefleet.status import Count, uncounted
 from spikefleet.training.distributed import pick_device
 from spikefleet.training.precision import autocast
@@ -44,6 +45,7 @@ def predict_files(
     paths: Sequence[Path],
     *,
     out: Path | None = None,
+    force: bool = False,
     recursive: bool = False,
     gpu: bool = False,
     score: float = 0.3,
@@ -59,6 +61,7 @@ def predict_files(
         paths: image files, and folders of them.
         out: one PNG with all images (classification); a folder for each image with its prediction, or a PNG when there
             is one image (detection).
+        force: replace files that are there, unless they are among the images.
         recursive: of folders, read the images in sub-folders too.
         gpu: run on the GPU.
         score: smallest score of an object.
@@ -79,6 +82,8 @@ def predict_files(
         raise UserError(f"--out {out} must end in .png")
     files, unused = _image_files(paths, recursive)
     names = _names(files, out, trained.config.task) if out is not None and report.draws_each else []
+    if out is not None:
+        check_outputs(names or [out], inputs=[*files, *trained.folders], force=force)
     done = Predicted(unused=unused)
     predict = _Predictor(trained, gpu, score)
     images, predictions, shown = [], [], []
@@ -150,18 +155,14 @@ class _Predictor:
 def _names(files: Sequence[Path], out: Path, task: str) -> list[Path]:
     """A PNG for each image in the folder `out`, by its name; of a single one, `out` itself where it ends in .png.
 
-    No two are the same. Raises UserError where one of them is one of the images.
+    No two are the same.
     """
     single = out.suffix.lower() == ".png" and not out.is_dir()
     if single and len(files) > 1:
         raise UserError(f"--out {out} is one image, and there are {len(files)} to predict; for {task}, give a folder")
     if not single and out.is_file():
         raise UserError(f"--out {out} is a file; for {task}, give a folder, or a .png when there is one image")
-    names = [out] if single else _names_in(files, out)
-    originals = {file.resolve() for file in files}
-    if lost := [path for path in names if path.resolve() in originals]:
-        raise UserError(f"--out {out} would overwrite the image {lost[0]}; give another place")
-    return names
+    return [out] if single else _names_in(files, out)
 
 
 def _names_in(files: Sequence[Path], folder: Path) -> list[Path]:

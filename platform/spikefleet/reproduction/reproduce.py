@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from spikefleet.certificates.energy_card import ENERGY
+from spikefleet.certificates.energy_card import ENERGY, read_card
 from spikefleet.config.recipes import load_config
 from spikefleet.config.schema import Config
 from spikefleet.errors import UserError
-from spikefleet.files import read_json
 from spikefleet.reproduction.scales import Scale
 from spikefleet.reproduction.table import Column, Entry, PaperTable
 from spikefleet.runs.options import Options
@@ -348,7 +347,7 @@ def _split_of(table: PaperTable, records: Sequence[TrialRecord]) -> str:
 
 
 def _card(run: Run) -> EnergyCard:
-    return EnergyCard.from_dict(read_json(run.path / "report" / ENERGY))
+    return read_card(run.path / "report" / ENERGY)
 
 
 def _energy_remark(table: PaperTable, runs: Sequence[Run]) -> Iterator[str]:

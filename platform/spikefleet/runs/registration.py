@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from spikefleet import registry
 from spikefleet.certificates.certify import Certificates
@@ -21,6 +22,7 @@ def register_run(
     tracking_uri: str,
     *,
     certificates: Certificates,
+    evaluation: Path,
     validation: Mapping[str, float],
     test: Mapping[str, float],
 ) -> Promotion:
@@ -36,6 +38,7 @@ def register_run(
         run_id: MLflow's id of the run.
         tracking_uri: of the registry.
         certificates: of the best checkpoint.
+        evaluation: file of its evaluation on the test split.
         validation: its metrics on the validation split, by name; empty without one.
         test: its metrics on the test split, by name; empty where it has only the validation images.
 
@@ -69,7 +72,7 @@ def register_run(
         run_id=run_id,
         tracking_uri=tracking_uri,
         extra_files={
-            "evaluation.json": run.path / "report" / "evaluation.json",
+            evaluation.name: evaluation,
             **{path.name: path for path in certificates.files},
         },
     )

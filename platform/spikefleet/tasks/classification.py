@@ -16,7 +16,7 @@ from spikefleet import plots
 from spikefleet.data_summary import DataSummary
 from spikefleet.files import write_json
 from spikefleet.plot_text import in_table, labels
-from spikefleet.tasks.task import LossSettings, Task, TaskReport, check_class_count
+from spikefleet.tasks.task import EVALUATION, LossSettings, Task, TaskReport, check_class_count
 from spikefleet_models.family import ModelConfig
 from spikefleet_models.shortcut import ShortcutLogits, shortcut_loss
 from spikefleet_pipelines.loading import Batch
@@ -133,6 +133,8 @@ def _probabilities(network: nn.Module, batch: Batch) -> torch.Tensor:
 class ClassificationReport(TaskReport[Ranking, int]):
     """Images with their classes, accuracy by class, the confusion matrix."""
 
+    files = (EVALUATION, "confusion.png")
+
     def __init__(self, class_names: tuple[str, ...]) -> None:
         self.class_names = class_names
 
@@ -201,5 +203,5 @@ class ClassificationReport(TaskReport[Ranking, int]):
     ) -> None:
         """Writes `evaluation.json` and `confusion.png`."""
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "evaluation.json", details)
+        write_json(folder / EVALUATION, details)
         plots.confusion_matrix(np.array(details["confusion"]), labels(self.class_names), folder / "confusion.png")

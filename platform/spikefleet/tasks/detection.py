@@ -25,7 +25,7 @@ from spikefleet.tasks.coco_metrics import (
     metric_names,
     results,
 )
-from spikefleet.tasks.task import LossSettings, Task, TaskReport, check_class_count
+from spikefleet.tasks.task import EVALUATION, LossSettings, Task, TaskReport, check_class_count
 from spikefleet_models.detection import DetectionCriterion, Objects
 from spikefleet_models.family import ModelConfig
 from spikefleet_pipelines.loading import Batch
@@ -163,6 +163,7 @@ class Detection(Task[FoundBoxes, Annotations]):
 class DetectionReport(TaskReport[FoundBoxes, Annotations]):
     """Boxes on images, average precision by class, and files in COCO's formats."""
 
+    files = (EVALUATION, "ground_truth.json", "predictions.json", "precision_recall.png", "confusion.png")
     draws_each = True
 
     def __init__(self, class_names: tuple[str, ...], category_ids: tuple[int, ...]) -> None:
@@ -247,7 +248,7 @@ class DetectionReport(TaskReport[FoundBoxes, Annotations]):
         at least 0.3, matched at an IoU of at least 0.5.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "evaluation.json", details)
+        write_json(folder / EVALUATION, details)
         write_json(folder / "ground_truth.json", ground_truth(targets, self.class_names, self.category_ids))
         write_json(folder / "predictions.json", results(predictions, targets, self.category_ids))
         classes = labels_of(self.class_names)

@@ -27,6 +27,9 @@ from spikefleet_pipelines.loading import Batch
 from spikefleet_pipelines.transforms.batch_transform import Targets
 from spikefleet_tune.messages import counted
 
+EVALUATION = "evaluation.json"
+"""File name of the evaluation of a split, in a report and in a registered version."""
+
 Prediction = TypeVar("Prediction")
 """The prediction for one sample; plain and picklable."""
 
@@ -149,6 +152,8 @@ class Task(ABC, Generic[Prediction, Target]):
 class TaskReport(ABC, Generic[Prediction, Target]):
     """Plots, tables and files of a task's results."""
 
+    files: tuple[str, ...] = (EVALUATION,)
+    """Names of the files that `write` writes."""
     draws_each: bool = False
     """Whether each prediction is drawn on its image (`draw_one`) in a file of its own; if not, `draw` plots all."""
 
@@ -222,7 +227,7 @@ class TaskReport(ABC, Generic[Prediction, Target]):
             folder: the folder.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "evaluation.json", details)
+        write_json(folder / EVALUATION, details)
 
 
 AnyTask = Task[Any, Any]

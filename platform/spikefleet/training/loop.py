@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,22 +20,23 @@ import torch
 
 from spikefleet import plots
 from spikefleet.config.schema import CheckpointConfig, Config
-from spikefleet.data_summary import DataSummary
+from spikefleet.disks import disk_problem
 from spikefleet.errors import RunError, UserError
-from spikefleet.tasks import AnyTask, build_task
+from spikefleet.tasks import AnyTask
 from spikefleet.training.checkpoints import CheckpointFolder, load_checkpoint
 from spikefleet.training.distributed import ProcessGroup
-from spikefleet.training.evaluation import Evaluation, evaluate
+from spikefleet.training.evaluation import Evaluation, EvaluationStopped, evaluate
 from spikefleet.training.events import CheckpointSaved, EpochDone, EventSink, Note, Phase, Started
 from spikefleet.training.malloc import keep_freed_memory
+from spikefleet.training.splits import Splits, prepare_parts
 from spikefleet.training.state import TrainingState
 from spikefleet.training.step import Meter, due, micro_batches, training_step
+from spikefleet.training.stopping import StopRequested, TrainingStopped, never
 from spikefleet.training.threads import restored_thread_count, thread_counts
 from spikefleet.versions import library_versions
 from spikefleet_pipelines.loading import Batch, BatchLoader
 from spikefleet_pipelines.sampling import EpochPlan
 from spikefleet_pipelines.store.reader import Store
-from spikefleet_tune.messages import counted
 
 _IMAGES_OF_REPORT = 32
 _IMAGES_OF_BATCH = 16
@@ -70,36 +72,6 @@ class Outcome:
         }
 
 
-@dataclass(frozen=True)
-class Splits:
-    """The loaders of the splits."""
-
-    train: BatchLoader
-    val: BatchLoader | None
-    """None where all images are trained on."""
-    test: BatchLoader
-    """Its split is "val" where the data have no other images to report on."""
-
-    @classmethod
-    def of(cls, store: Store, config: Config, group: ProcessGroup) -> Splits:
-        """The loaders of a store. Raises ValueError if the transform does not fit its images."""
-        manifest = store.manifest
-
-        def loader(split: str) -> BatchLoader:
-            return BatchLoader(
-                store.split(split),
-                config.data.transform,
-                train=split == "train",
-                seed=config.train.seed,
-                processes=config.data.loader_processes,
-                pin_memory=group.device.type == "cuda",
-                epochs=config.train.epochs,
-            )
-
-        val = loader("val") if "val" in manifest.splits else None
-        return cls(loader("train"), val, loader(manifest.original("test")))
-
-
 @restored_thread_count()
 def train(
     config: Config,
@@ -108,6 +80,7 @@ def train(
     group: ProcessGroup,
     sink: EventSink,
     before_step: BeforeStep | None = None,
+    stop_requested: StopRequested = never,
 ) -> Outcome:
     """Trains from the latest committed checkpoint, or from scratch, to the end; then tests the best and the last one.
 
@@ -120,15 +93,35 @@ def train(
         group: this process's rank and group.
         sink: receives events on rank 0.
         before_step: called before each optimizer step.
+        stop_requested: whether to stop after the next step; rank 0 decides, and commits a checkpoint.
 
     Returns:
         The metrics of the best checkpoint.
 
     Raises:
+        TrainingStopped: it was asked to stop; raised on all ranks.
         NonFiniteError: a loss or a gradient is not finite; raised on all ranks at the same step.
         UserError: the configuration does not fit the data, or the checkpoints of another configuration are there.
         RunError: a checkpoint cannot be written.
     """
+    try:
+        return _train(config, store, run_dir, group, sink, before_step, stop_requested)
+    except OSError as error:
+        sentence = disk_problem(error)
+        if sentence is None:
+            raise
+        raise RunError(f"{sentence}; then run the same command again to resume") from error
+
+
+def _train(
+    config: Config,
+    store: Store,
+    run_dir: Path,
+    group: ProcessGroup,
+    sink: EventSink,
+    before_step: BeforeStep | None,
+    stop_requested: StopRequested,
+) -> Outcome:
     _set_arithmetic(config)
     if group.device.type == "cpu":
         keep_freed_memory()
@@ -140,54 +133,30 @@ def train(
         sink.emit(Note("the data have no validation split: the last epoch is reported, no checkpoint is selected"))
     _settle_gradient_exchange(state, task, store, plan)
     if group.is_main and state.step == 0:
-        _draw_first_batch(config, task, store, plan, run_dir / "report" / "training_batch.png")
+        path = run_dir / "report" / "training_batch.png"
+        with _plot_that_may_fail(path, sink):
+            _draw_first_batch(config, task, store, plan, path)
     meter = Meter()
     for epoch in range(state.epoch, config.train.epochs):
         for batch in splits.train.epoch(plan, epoch, start_step=state.step_in_epoch):
             if before_step is not None:
                 before_step(group, state.step)
-            training_step(state, task, batch, meter, sink)
-            if due(config.checkpoint.every_steps, state.step) and state.step_in_epoch < state.steps_per_epoch:
+            stopping = training_step(state, task, batch, meter, sink, stop_requested)
+            timely = due(config.checkpoint.every_steps, state.step) and state.step_in_epoch < state.steps_per_epoch
+            if timely or stopping:
                 _save(state, folder, sink)
-        _finish_epoch(state, task, splits, plan, folder, sink)
+            if stopping:
+                raise TrainingStopped(state.step)
+        try:
+            _finish_epoch(state, task, splits, plan, folder, sink, stop_requested)
+        except EvaluationStopped:
+            _save(state, folder, sink)
+            raise TrainingStopped(state.step) from None
         meter.restart()
-    return _test_best(state, task, splits, folder, run_dir, sink)
-
-
-def prepare_parts(config: Config, store: Store, group: ProcessGroup) -> tuple[AnyTask, Splits, EpochPlan]:
-    """Task, loaders and sampling plan of a training. Raises UserError if the configuration does not fit the data."""
-    task = build_task(config, DataSummary.of(store.manifest))
-    _refuse_splits_without_objects(store)
-    shape = store.manifest.image_shape
-    channels = shape[0] if shape else 3
-    if config.model.in_channels != channels:
-        raise UserError(
-            f"model.in_channels={config.model.in_channels}, but the images have {counted(channels, 'channel')}; "
-            f"set model.in_channels={channels}"
-        )
     try:
-        splits = Splits.of(store, config, group)
-        plan = EpochPlan(
-            samples=len(splits.train.split),
-            global_batch=config.train.global_batch,
-            world_size=group.size,
-            rank=group.rank,
-            seed=config.train.seed,
-            accumulate=config.train.accumulate,
-            drop_partial=config.train.partial_batch == "drop",
-            training=config.data.transform.training_rows(splits.train.split),
-        )
-    except ValueError as error:
-        raise UserError(f"the configuration does not fit the data: {error}") from error
-    return task, splits, plan
-
-
-def _refuse_splits_without_objects(store: Store) -> None:
-    """Detection metrics need objects; check before the first epoch."""
-    boxes = store.manifest.audit.boxes or {}
-    for name in ("val", "test"):
-        if name in boxes and not sum(boxes[name].objects_per_class):
-            raise UserError(f"split {name!r} of {store.location} has no object to measure; prepare another split")
+        return _test_best(state, task, splits, folder, run_dir, sink, stop_requested)
+    except EvaluationStopped:
+        raise TrainingStopped(state.step) from None
 
 
 def _set_arithmetic(config: Config) -> None:
@@ -209,6 +178,7 @@ def _resume(state: TrainingState, task: AnyTask, folder: CheckpointFolder, sink:
         sink.emit(Note(f"resuming from {latest.name} (epoch {state.epoch + 1}, step {state.step})"))
         if threads is not None:
             sink.emit(Note(threads))
+        _forget_lost_best(state, folder, sink)
     metadata = {
         "parameters": sum(p.numel() for p in state.network.parameters()),
         "device": str(state.group.device),
@@ -217,6 +187,15 @@ def _resume(state: TrainingState, task: AnyTask, folder: CheckpointFolder, sink:
     }
     epochs, steps = state.config.train.epochs, state.steps_per_epoch
     sink.emit(Started(state.step, epochs * steps, steps, epochs, metadata, task.headline))
+
+
+def _forget_lost_best(state: TrainingState, folder: CheckpointFolder, sink: EventSink) -> None:
+    """Chooses the best checkpoint anew if the one so far is lost: damaged, or removed when a later one was better."""
+    step = None if state.best is None else state.best["step"]
+    if step is None or state.group.broadcast(not state.group.is_main or folder.is_intact(step)):
+        return
+    sink.emit(Note(f"the best checkpoint so far, of step {step}, is lost; the best one is chosen from here on"))
+    state.best = None
 
 
 def _refuse_unshared_storage(group: ProcessGroup, folder: CheckpointFolder) -> None:
@@ -259,6 +238,16 @@ def _settle_gradient_exchange(state: TrainingState, task: AnyTask, store: Store,
             buffer.copy_(buffers[name])
 
 
+@contextmanager
+def _plot_that_may_fail(path: Path, sink: EventSink) -> Iterator[None]:
+    """A plot that no certificate needs: where it fails, the training says so and continues."""
+    try:
+        yield
+    except Exception as error:
+        reason = disk_problem(error, path) or f"{type(error).__name__}: {error}"
+        sink.emit(Note(f"the plot {path.name} was not drawn: {reason}"))
+
+
 def _first_batch(config: Config, store: Store, plan: EpochPlan) -> Batch:
     """The first micro-batch, from a separate loader, so that the loader of the training keeps its position."""
     transform, seed, epochs = config.data.transform, config.train.seed, config.train.epochs
@@ -277,7 +266,13 @@ def _draw_first_batch(config: Config, task: AnyTask, store: Store, plan: EpochPl
 
 
 def _finish_epoch(
-    state: TrainingState, task: AnyTask, splits: Splits, plan: EpochPlan, folder: CheckpointFolder, sink: EventSink
+    state: TrainingState,
+    task: AnyTask,
+    splits: Splits,
+    plan: EpochPlan,
+    folder: CheckpointFolder,
+    sink: EventSink,
+    stop_requested: StopRequested,
 ) -> None:
     """Evaluates, moves the position to the next epoch, and saves a checkpoint if it is due or the best so far.
 
@@ -294,7 +289,7 @@ def _finish_epoch(
     measured: dict[str, float] = {}
     if splits.val is not None and (last or due(config.train.evaluate_every, state.epoch + 1)):
         sink.emit(Phase("validating"))
-        evaluation = _evaluate(state, task, splits.val)
+        evaluation = _evaluate(state, task, splits.val, stop_requested)
         measured = state.group.broadcast(evaluation and task.metrics(evaluation.predictions, evaluation.targets))
         if config.checkpoint.metric not in measured:
             raise UserError(
@@ -316,8 +311,11 @@ def _finish_epoch(
         _save(state, folder, sink)
 
 
-def _evaluate(state: TrainingState, task: AnyTask, loader: BatchLoader) -> Evaluation[Any, Any] | None:
-    return evaluate(state.eval_model, task, loader, state.config.train, state.group)
+def _evaluate(
+    state: TrainingState, task: AnyTask, loader: BatchLoader, stop_requested: StopRequested
+) -> Evaluation[Any, Any] | None:
+    config, group = state.config.train, state.group
+    return evaluate(state.eval_model, task, loader, config, group, stop_requested=stop_requested)
 
 
 def _improves(config: CheckpointConfig, best: Mapping[str, Any] | None, measured: Mapping[str, float]) -> bool:
@@ -345,7 +343,13 @@ def _save(state: TrainingState, folder: CheckpointFolder, sink: EventSink) -> No
 
 
 def _test_best(
-    state: TrainingState, task: AnyTask, splits: Splits, folder: CheckpointFolder, run_dir: Path, sink: EventSink
+    state: TrainingState,
+    task: AnyTask,
+    splits: Splits,
+    folder: CheckpointFolder,
+    run_dir: Path,
+    sink: EventSink,
+    stop_requested: StopRequested,
 ) -> Outcome:
     """Evaluates the best checkpoint on the test split, writes the report of the run, and tests the last checkpoint."""
     assert state.best is not None, "the last epoch is always evaluated"
@@ -353,7 +357,7 @@ def _test_best(
     path = state.group.broadcast(folder.at(best["step"]))  # waits until rank 0 has committed it
     state.load_weights(load_checkpoint(path))
     sink.emit(Phase("testing"))
-    evaluation = _evaluate(state, task, splits.test)
+    evaluation = _evaluate(state, task, splits.test, stop_requested)
     metrics: dict[str, float] = {}
     if evaluation is not None:
         chosen = f"best checkpoint by val/{state.config.checkpoint.metric}" if splits.val else "last checkpoint"
@@ -365,23 +369,28 @@ def _test_best(
         shown = min(_IMAGES_OF_REPORT, len(evaluation.targets))
         images = [splits.test.split.image(row) for row in range(shown)]
         plot = run_dir / "report" / "predictions.png"
-        task.report.draw(images, evaluation.predictions[:shown], evaluation.targets[:shown], plot)
-        plots.learning_curve(state.history, state.config.checkpoint.metric, run_dir / "report" / "learning_curve.png")
+        with _plot_that_may_fail(plot, sink):
+            task.report.draw(images, evaluation.predictions[:shown], evaluation.targets[:shown], plot)
+        curve = run_dir / "report" / "learning_curve.png"
+        with _plot_that_may_fail(curve, sink):
+            plots.learning_curve(state.history, state.config.checkpoint.metric, curve)
     metrics = state.group.broadcast(metrics)
-    last = metrics if best["step"] == step else _test_last(state, task, splits, folder.at(step), sink)
+    last = metrics if best["step"] == step else _test_last(state, task, splits, folder.at(step), sink, stop_requested)
     named = {f"{split}/{name}": value for name, value in last.items()}
     test = metrics if split == "test" else {}
     return Outcome(step, str(path), best["metrics"], test, named, tuple(state.history))
 
 
-def _test_last(state: TrainingState, task: AnyTask, splits: Splits, path: Path, sink: EventSink) -> dict[str, float]:
+def _test_last(
+    state: TrainingState, task: AnyTask, splits: Splits, path: Path, sink: EventSink, stop_requested: StopRequested
+) -> dict[str, float]:
     """Metrics of the last checkpoint on the test split; those of the validation split were measured with its epoch."""
     if splits.test.split.name == "val":
         return {key.removeprefix("val/"): value for key, value in state.history[-1].items() if key.startswith("val/")}
     sink.emit(Note(f"testing {path.name}, the last checkpoint"))
     sink.emit(Phase("testing the last checkpoint"))
     state.load_weights(load_checkpoint(path))
-    evaluation = _evaluate(state, task, splits.test)
+    evaluation = _evaluate(state, task, splits.test, stop_requested)
     metrics: dict[str, float] = state.group.broadcast(
         evaluation and task.metrics(evaluation.predictions, evaluation.targets)
     )
