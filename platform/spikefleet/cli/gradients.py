@@ -56,7 +56,7 @@ def gradients(
         raise UserError(f"--noise {noise} needs no data: leave out --data {data}")
     config = _recipe(network, overrides or [])
     with loading("torch", stderr):
-        from spikefleet.data_access import open_data
+        from spikefleet.data_access import open_data, store_at
         from spikefleet.data_summary import DataSummary
         from spikefleet.training.gradient_check import check_gradients, noise_batch, training_batch
         from spikefleet_pipelines.errors import SourceError
@@ -68,7 +68,7 @@ def gradients(
     if noise is not None:
         batch, summary = noise_batch(config, images, noise)
     else:
-        where = config.data.model_copy(update={"store": data}) if data else config.data
+        where = config.data.model_copy(update={"store": store_at(data, stores_dir)}) if data else config.data
         try:
             store = open_data(where, stores_dir, stderr)
         except SourceError as error:

@@ -40,5 +40,9 @@ Overrides = Annotated[
 ]
 SplitName = Literal["train", "val", "test"]
 OtherData = Annotated[
-    str | None, typer.Option("--data", help="Another store than the one that the configuration names.")
+    str | None,
+    typer.Option(
+        "--data",
+        help="Another store than the configuration's: a path, a URI or a name in --stores-dir.",
+    ),
 ]

@@ -27,7 +27,7 @@ from spikefleet.cli.parameters import (
 )
 from spikefleet.cli.tables import Column, number, print_table, text
 from spikefleet.errors import UserError
-from spikefleet.status import print_line
+from spikefleet.status import print_whole
 from spikefleet_tune.messages import counted
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def resumable(extended: Callable[[], bool] = lambda: False) -> Iterator[None]:
         words = sys.argv[1:]
         if extended():
             words = _without(words, "--extend")
-        print_line(stderr, f"interrupted; resume with: spikefleet {shlex.join(words)}")
+        print_whole(stderr, f"interrupted; resume with: spikefleet {shlex.join(words)}")
         raise
 
 
