@@ -9,7 +9,7 @@ import typer
 
 from spikefleet.cli.app import app
 from spikefleet.cli.completion import override_keys, trained_or_not
-from spikefleet.cli.output import console, loading, print_json, say, stderr
+from spikefleet.cli.output import console, loading, print_json, say, stderr, writing
 from spikefleet.cli.parameters import AsJson, OtherData, RunsDir, StoresDir
 from spikefleet.cli.tables import Column, number, print_table
 from spikefleet.errors import UserError
@@ -52,6 +52,8 @@ def gradients(
     One backward pass of the training's loss. Says whether gradients explode or vanish on their way to the first layer,
     and whether a step is larger than the weights that it changes.
     """
+    if out is not None and out.suffix.lower() != ".png":
+        raise UserError(f"--out {out} must end in .png")
     if noise is not None and data is not None:
         raise UserError(f"--noise {noise} needs no data: leave out --data {data}")
     config = _recipe(network, overrides or [])
@@ -128,7 +130,7 @@ def _draw(check: GradientCheck, name: str, path: Path) -> None:
     from spikefleet import plots
 
     says = "; ".join(check.findings) or f"first layer / last layer: {check.first_to_last:.3g}"
-    with waiting(stderr, "drawing the plot"):
+    with writing(path), waiting(stderr, "drawing the plot"):
         plots.gradient_flow(check.to_dict()["layers"], f"{name}, {_when(check)}\n{says}", path)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from spikefleet.cli.app import app
-from spikefleet.cli.output import console, loading, print_json, say, stderr
+from spikefleet.cli.output import console, loading, print_json, say, stderr, writing
 from spikefleet.cli.parameters import AsJson, Network, OtherData, RunsDir, SplitName, StoresDir
 from spikefleet.cli.tables import number, print_table, text
 from spikefleet.status import counting, waiting
@@ -33,13 +33,14 @@ def evaluate(
 
     with waiting(stderr, f"opening {network}"):
         trained = open_trained_network(network, runs_dir)
-    evaluation = evaluate_on_split(trained, split, stores_dir, stderr, data=data, gpu=gpu)
-    with waiting(stderr, "measuring"):
-        details = trained.task.details(evaluation.predictions, evaluation.targets)
     report = trained.task.report
-    if out is not None:
-        with waiting(stderr, "drawing plots"):
-            report.write(details, evaluation.predictions, evaluation.targets, out)
+    with writing(out):
+        evaluation = evaluate_on_split(trained, split, stores_dir, stderr, data=data, gpu=gpu)
+        with waiting(stderr, "measuring"):
+            details = trained.task.details(evaluation.predictions, evaluation.targets)
+        if out is not None:
+            with waiting(stderr, "drawing plots"):
+                report.write(details, evaluation.predictions, evaluation.targets, out)
     if as_json:
         print_json({"network": network, "split": split, **details, "spikes": dict(evaluation.health)})
         return
@@ -76,7 +77,7 @@ def predict(
 
     with waiting(stderr, f"opening {network}"):
         trained = open_trained_network(network, runs_dir)
-    with counting(stderr, "predicting") as progress:
+    with writing(out), counting(stderr, "predicting") as progress:
         answers = predict_files(trained, images, out=out, gpu=gpu, score=score, progress=progress)
     if as_json:
         print_json(answers)

@@ -10,7 +10,7 @@ import typer
 
 from spikefleet.cli.app import app
 from spikefleet.cli.completion import override_keys
-from spikefleet.cli.output import console, loading, print_json, say, stderr
+from spikefleet.cli.output import console, loading, print_json, say, stderr, writing
 from spikefleet.cli.parameters import AsJson, Network, OtherData, RunsDir, SplitName, StoresDir
 from spikefleet.cli.tables import Column, number, print_table
 from spikefleet.errors import RunError, UserError
@@ -53,7 +53,7 @@ def spike_check(
     with waiting(stderr, f"opening {network}"):
         trained = open_trained_network(network, runs_dir)
     rows = open_split(trained, split, stores_dir, stderr, data=data)
-    with counting(stderr, "proving and measuring") as progress:
+    with writing(out), counting(stderr, "proving and measuring") as progress:
         check = check_spikes(
             trained.network,
             trained.task,
@@ -63,7 +63,7 @@ def spike_check(
             measured=min(measured, len(rows)),
             progress=progress,
         )
-    check.write(out)
+        check.write(out)
     if as_json:
         print_json(check.to_dict())
     else:
@@ -190,7 +190,7 @@ def energy(
     except ValueError as error:
         raise UserError(str(error)) from None
     if out is not None:
-        with waiting(stderr, "drawing plots"):
+        with writing(out), waiting(stderr, "drawing plots"):
             write_card(card, out)
     if as_json:
         print_json(card.to_dict())

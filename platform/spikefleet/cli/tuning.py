@@ -117,6 +117,8 @@ def tune(
         from spikefleet_tune.report import pareto_rows, pareto_table
 
     name = name or Path(search).stem
+    if register is not None and register not in ("knee", "best") and not register.startswith(f"{name}-"):
+        raise UserError(f"--register {register!r} must be knee, best or the name of a trial, such as {name}-0000")
     options = Options(runs_dir, stores_dir, address, verbose, data)
     extended = extension_of(name, options)
     rows: list[dict[str, Any]] = []
