@@ -7,7 +7,7 @@ SYNCED := $(VENV)/.synced
 # In two processes, for much of what starts Ray is waiting. Tests that share what is dear stay together: tests/conftest.py.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations=25
 
-.PHONY: train test quick lint types unit integration slow coverage bench clean
+.PHONY: train test quick lint types unit integration slow coverage fuzz bench clean
 .DEFAULT_GOAL := train
 
 $(UV):
@@ -31,7 +31,7 @@ train: $(SYNCED)
 
 # Everything but what is marked slow; what takes longest starts first.
 test: lint types
-	$(PYTEST) tests/integration tests/unit -m "not slow"
+	$(PYTEST) tests/integration tests/robustness tests/unit -m "not slow"
 
 # While you work: under three minutes.
 quick: lint types unit
@@ -53,11 +53,17 @@ integration: $(SYNCED)
 
 # What neither quick nor test runs; each such test says why. No test is no failure (pytest's exit code 5).
 slow: $(SYNCED)
-	$(PYTEST) tests/integration tests/unit -m slow || [ $$? -eq 5 ]
+	$(PYTEST) tests/integration tests/robustness tests/unit -m slow || [ $$? -eq 5 ]
 
 # Lines that the tests reach in this process and those that they fork or start, but not in Ray's.
 coverage: $(SYNCED)
-	$(PYTEST) tests/integration tests/unit -m "not slow" --cov --cov-report=term:skip-covered
+	$(PYTEST) tests/integration tests/robustness tests/unit -m "not slow" --cov --cov-report=term:skip-covered
+
+# Each fuzzer for FUZZ_SECONDS, with inputs of FUZZ_SEED: another seed tries others.
+FUZZ_SECONDS ?= 30
+FUZZ_SEED ?= 1
+fuzz: $(SYNCED)
+	FUZZ_SECONDS=$(FUZZ_SECONDS) FUZZ_SEED=$(FUZZ_SEED) $(BIN)/python -m pytest tests/robustness -k fuzz -rP --timeout 0
 
 bench: $(SYNCED)
 	for bench in tests/bench/bench_*.py; do $(BIN)/python $$bench || exit 1; done

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from spikefleet_models import slots
+from spikefleet_models.firing import outputs_differ
 from spikefleet_models.neurons import spiking_nodes
 from spikefleet_models.proof import LayerProof
 from spikefleet_models.slots import NotSpikeDrivenError
@@ -20,6 +21,9 @@ _ELEMENTS_AT_ONCE = 2**16
 
 _RATES = (0.02, 0.3, 0.9)
 """Of the random spikes that silent layers are compared on."""
+
+_DOUBLINGS = 30
+"""Of the random currents of a silent neuron, at most."""
 
 
 @dataclass
@@ -76,9 +80,15 @@ class Comparison:
         self._bounds = {name: node.bound for name, node in spiking_nodes(self.integer).items()}
         self._steps: dict[str, int] = {}
 
+    @property
+    def equal(self) -> bool:
+        """Whether nothing has differed so far."""
+        differs = self.output_difference or any(tally.unequal for tally in self.tallies.values())
+        return self.failure is None and not differs
+
     @torch.no_grad()
     def run(self, sample: Tensor) -> None:
-        """Run both forms on one image, or on the frames of one sample."""
+        """Run both forms on images, or on the frames of samples; mostly of one."""
         kept: dict[str, list[Tensor]] = {}
 
         def keep(name: str, given: Tensor, output: Tensor) -> None:
@@ -134,9 +144,7 @@ class Comparison:
         if self._first_outputs is None:
             self._first_outputs = tuple(output.clone() for output in outputs)
             return
-        pairs = zip(self._first_outputs, outputs, strict=False)
-        differ = len(outputs) != len(self._first_outputs) or not all(torch.equal(one, other) for one, other in pairs)
-        self.outputs_vary = bool(self.outputs_vary) or differ
+        self.outputs_vary = bool(self.outputs_vary) or outputs_differ(self._first_outputs, outputs)
 
     @torch.no_grad()
     def run_silent_alone(self) -> tuple[str, ...]:
@@ -157,14 +165,15 @@ class Comparison:
                 # Shares of ones are those of the images, so another tally counts.
                 alone = _Tally(tally.node)
                 if isinstance(source, SpikeFed):
-                    counts = _drawn_counts(tally.shape, source.bound, rate, generator)
+                    counts = slots.drawn_integers(tally.shape, source.bound, rate, generator)
                     spikes = as_slots(counts, source.timesteps, source.bound)
                     alone.count_slots(spikes)
                     alone.compare(one(counts), other(spikes))
                 else:
                     bound = self._bounds[name]
                     drawn = torch.rand(tally.shape, dtype=torch.float64, generator=generator)
-                    currents = (2 * drawn + rate - 1) * bound
+                    currents = _firing(one, (2 * drawn + rate - 1) * bound, bound)
+                    _reset(one, other)
                     spikes = other(currents)
                     alone.count_slots(spikes)
                     alone.compare(one(currents).to(torch.uint8), self._counts(name, spikes))
@@ -221,9 +230,20 @@ def as_slots(counts: Tensor, timesteps: int, bound: int) -> Tensor:
     return slots.thermometer(counts.unflatten(0, (timesteps, -1)), bound).flatten(0, 1)
 
 
-def _drawn_counts(shape: torch.Size, bound: int, rate: float, generator: torch.Generator) -> Tensor:
-    trials = torch.full(shape, float(bound), dtype=torch.float64)
-    return torch.binomial(trials, torch.full_like(trials, rate), generator=generator)
+def _reset(*modules: nn.Module) -> None:
+    for module in modules:
+        for node in spiking_nodes(module).values():
+            node.reset()
+
+
+def _firing(node: nn.Module, currents: Tensor, bound: int) -> Tensor:
+    """Currents that are doubled until the neuron emits D, since its threshold may be high or its input scaled."""
+    for _ in range(_DOUBLINGS):
+        _reset(node)
+        if (node(currents) == bound).any():
+            break
+        currents = 2 * currents
+    return currents
 
 
 @contextmanager

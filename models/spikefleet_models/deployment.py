@@ -20,6 +20,9 @@ S is found by a second pass of the trained network with gaps: a layer's output i
 neurons, where only sums and selections follow, this is S itself. Behind the last neuron, and on branches of the image,
 anything may follow; there it is the first-order response, for outputs the largest of a tensor and of five drawn signs.
 
+Where no spike comes on these images, be it to one channel, weights have no say. So both networks are compared once more
+on drawn spikes in the place of what the neurons emit, and once on their complement: then every neuron fires.
+
 An integer that differs on the deployed network's own current has a membrane within that error of a threshold, since the
 neuron is the same and its current within tolerance. Such integers are counted.
 """
@@ -37,12 +40,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from spikefleet_models.layer_blame import output_name, suspects
-from spikefleet_models.neurons import spiking_nodes
+from spikefleet_models.neurons import SpikingNode, spiking_nodes
 from spikefleet_models.reparam import affine
-from spikefleet_models.slots import Layer
+from spikefleet_models.slots import Layer, drawn_integers
 
 _GAP = 2.0**-20
 _DRAWS = 4
+_RATE = 0.25
+"""Of drawn spikes: few enough for max-pools and gates to let differences pass."""
 
 
 @dataclass(frozen=True)
@@ -141,8 +146,12 @@ class _Segment:
 class _Calls:
     """What one pass of the trained network showed, in the order of the calls."""
 
+    drawn: bool = False
+    """Whether drawn spikes went on, instead of what was emitted."""
     currents: list[Tensor] = field(default_factory=list)
     emitted: list[Tensor] = field(default_factory=list)
+    spikes: list[Tensor] = field(default_factory=list)
+    """What went on to the layers behind the neuron."""
     inputs: list[Tensor] = field(default_factory=list)
     """Of layers and batch norms."""
     results: list[Tensor] = field(default_factory=list)
@@ -174,19 +183,20 @@ def check_deployment(trained: nn.Module, deployed: nn.Module, samples: Sequence[
     gamma = _relative_tolerance(trained, deployed)
     reference = copy.deepcopy(trained).eval().double()
     found = copy.deepcopy(deployed).eval().double()
+    gapped = _with_gaps_in_shifts(reference)
     segments: dict[str, _Segment] = {}
     failure = None
-    for sample in samples:
-        calls = _watch(reference, sample)
+    for sample, draw in (*((sample, None) for sample in samples), (samples[0], _drawn), (samples[0], _complement)):
+        calls = _watch(reference, sample, draw)
         try:
-            _compare(reference, found, sample, calls, gamma, segments)
+            _compare(gapped, found, sample, calls, gamma, segments)
         except _MismatchError as error:
             failure = str(error)
             break
     rows = {name: _row(name, segment) for name, segment in segments.items()}
     wrong = [name for name, row in rows.items() if not row.equal]
     if wrong and failure is None:
-        for name, layers in suspects(reference, found, sample, calls.emitted, wrong).items():
+        for name, layers in suspects(reference, found, sample, calls.spikes, wrong).items():
             rows[name] = _row(name, segments[name], layers)
     return DeploymentProof(tuple(rows.values()), gamma, len(samples), failure)
 
@@ -213,13 +223,28 @@ def _relative_tolerance(trained: nn.Module, deployed: nn.Module) -> float:
     return (3 * fan_in + 64) * 2.0**-53 + stored
 
 
-def _watch(network: nn.Module, sample: Tensor) -> _Calls:
-    calls = _Calls()
+_Draw = Callable[[torch.Size, int, torch.Generator], Tensor]
 
-    def neuron(module: nn.Module, args: tuple[Any, ...], emitted: Tensor) -> None:
+
+def _drawn(shape: torch.Size, bound: int, generator: torch.Generator) -> Tensor:
+    return drawn_integers(shape, bound, _RATE, generator)
+
+
+def _complement(shape: torch.Size, bound: int, generator: torch.Generator) -> Tensor:
+    return bound - _drawn(shape, bound, generator)
+
+
+def _watch(network: nn.Module, sample: Tensor, draw: _Draw | None = None) -> _Calls:
+    calls = _Calls(drawn=draw is not None)
+    generator = torch.Generator().manual_seed(0)
+
+    def neuron(module: SpikingNode, args: tuple[Any, ...], emitted: Tensor) -> Tensor:
         # Copies: operations in place may come next.
         calls.currents.append(args[0].clone())
         calls.emitted.append(emitted.clone())
+        spikes = emitted if draw is None else draw(emitted.shape, module.bound, generator).to(emitted)
+        calls.spikes.append(spikes.clone())
+        return spikes
 
     def layer(module: nn.Module, args: tuple[Any, ...], result: Tensor) -> None:
         calls.inputs.append(args[0].clone())
@@ -235,18 +260,18 @@ def _watch(network: nn.Module, sample: Tensor) -> _Calls:
     return calls
 
 
-def _scales(network: nn.Module, sample: Tensor, calls: _Calls, draw: int) -> _Scales:
+def _scales(gapped: nn.Module, sample: Tensor, calls: _Calls, draw: int) -> _Scales:
     """S by a pass with gaps; signs are drawn where `draw` is not 0."""
     generator = torch.Generator().manual_seed(draw)
     currents: list[Tensor] = []
-    absolute = {module: _absolute(module) for module in network.modules() if isinstance(module, Layer)}
+    absolute = {module: _absolute(module) for module in gapped.modules() if isinstance(module, Layer)}
     layers = iter(zip(calls.inputs, calls.results, strict=True))
-    emitted = iter(calls.emitted)
+    spikes = iter(calls.spikes)
     whole = iter(calls.currents)
 
     def neuron(module: nn.Module, args: tuple[Any, ...], result: Tensor) -> Tensor:
         currents.append((args[0] - next(whole)).abs() / _GAP)
-        return next(emitted)
+        return next(spikes)
 
     def layer(module: nn.Module, args: tuple[Any, ...], result: Tensor) -> Tensor:
         given, before = next(layers)
@@ -258,14 +283,23 @@ def _scales(network: nn.Module, sample: Tensor, calls: _Calls, draw: int) -> _Sc
         return before + _GAP * term
 
     with ExitStack() as stack:
-        for module in network.modules():
+        for module in gapped.modules():
             if isinstance(module, Layer | _BatchNorm):
                 stack.callback(module.register_forward_hook(layer).remove)
-        for node in spiking_nodes(network).values():
+        for node in spiking_nodes(gapped).values():
             stack.callback(node.register_forward_hook(neuron).remove)
-        outputs = _outputs(network, sample)
+        outputs = _outputs(gapped, sample)
     responses = [(one - other).abs().nan_to_num(0.0) / _GAP for one, other in zip(outputs, calls.outputs, strict=True)]
     return _Scales(currents, responses)
+
+
+def _with_gaps_in_shifts(network: nn.Module) -> nn.Module:
+    """A copy for `_scales`: a border that is padded with the shift of a batch norm errs as that does."""
+    gapped = copy.deepcopy(network)
+    for norm in gapped.modules():
+        if isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.bias is not None:
+            norm.bias.add_(_GAP * (norm.bias.abs() + affine(norm).scale.abs() * norm.running_mean.abs()))
+    return gapped
 
 
 def _absolute(layer: Layer) -> Layer:
@@ -290,7 +324,7 @@ def _term_of_norm(norm: nn.Module, size: Tensor) -> Tensor:
 
 
 def _compare(
-    reference: nn.Module,
+    gapped: nn.Module,
     network: nn.Module,
     sample: Tensor,
     calls: _Calls,
@@ -305,7 +339,9 @@ def _compare(
     nodes = spiking_nodes(network)
     # A neuron may keep its state, which a second call would change.
     copies = {name: copy.deepcopy(node) for name, node in nodes.items()}
-    scales = _scales(reference, sample, calls, 0)
+    for node in copies.values():
+        node.reset()
+    scales = _scales(gapped, sample, calls, 0)
     count = 0
 
     def before(name: str) -> Callable[..., Tensor]:
@@ -320,8 +356,9 @@ def _compare(
                 )
             segment = segments.setdefault(name, _Segment())
             segment.compare(trained, current, gamma * (scales.currents[count] + trained.abs()))
-            segment.flipped += int((copies[name](current) != calls.emitted[count]).sum())
-            segment.emitted += current.numel()
+            if not calls.drawn:
+                segment.flipped += int((copies[name](current) != calls.emitted[count]).sum())
+                segment.emitted += current.numel()
             return trained
 
         return force
@@ -331,7 +368,7 @@ def _compare(
             nonlocal count
             segments[name].same_neuron &= torch.equal(emitted, calls.emitted[count])
             count += 1
-            return calls.emitted[count - 1]
+            return calls.spikes[count - 1]
 
         return force
 
@@ -344,11 +381,11 @@ def _compare(
         raise _MismatchError(f"the deployed form runs {count} neurons, the trained network {len(calls.currents)}")
     if [output.shape for output in found] != [output.shape for output in calls.outputs]:
         raise _MismatchError("the deployed form has outputs of other shapes than the trained network")
-    _compare_outputs(reference, sample, calls, found, scales, gamma, segments)
+    _compare_outputs(gapped, sample, calls, found, scales, gamma, segments)
 
 
 def _compare_outputs(
-    reference: nn.Module,
+    gapped: nn.Module,
     sample: Tensor,
     calls: _Calls,
     found: Sequence[Tensor],
@@ -357,15 +394,17 @@ def _compare_outputs(
     segments: dict[str, _Segment],
 ) -> None:
     alike = all(torch.equal(one, other) for one, other in zip(calls.outputs, found, strict=True))
-    drawn = () if alike else tuple(_scales(reference, sample, calls, draw) for draw in range(1, _DRAWS + 1))
+    drawn = () if alike else tuple(_scales(gapped, sample, calls, draw) for draw in range(1, _DRAWS + 1))
     for index, (trained, output) in enumerate(zip(calls.outputs, found, strict=True)):
         segment = segments.setdefault(output_name(index), _Segment())
-        if not output.numel():
-            continue
+        if not output.numel() or (calls.drawn and not trained.isfinite().all()):
+            continue  # no output was made for drawn spikes
         scale = torch.stack([one.outputs[index].max() for one in (scales, *drawn)]).max()
         segment.compare(trained, output, gamma * (scale + trained.abs()))
 
 
 def _outputs(network: nn.Module, sample: Tensor) -> list[Tensor]:
+    for node in spiking_nodes(network).values():
+        node.reset()  # one may keep its state from the pass before
     leaves = tree_leaves(network(sample.clone()))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]

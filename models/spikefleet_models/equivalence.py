@@ -8,8 +8,9 @@ then a whole number of steps of the grid, and up to 2^53 steps fp64 holds it exa
     |b| + max |w| * D * fan-in  <=  2^53 steps of the grid
 
 (for convolutions that multiply and add, as fp64's do on a CPU; not for those by FFT or Winograd's algorithm).
-`headroom_bits` is what is left of the 53 bits. Moving the weights to the grid changes each by at most 2^-31 of the
-layer's largest; the proof is about the wiring (slots, order in time, biases), which does not depend on it. That the
+`headroom_bits` is what is left of the 53 bits. Beside a bias that is millions of times larger, steps are as large as
+the sum needs, and 2^8 of them the least. Moving the weights to the grid changes each by at most 2^-31 of the layer's
+largest, 2^-9 there; the proof is about the wiring (slots, order in time, biases), which does not depend on it. That the
 weights as they are are those of the trained network is `deployment.py`'s part. What rounding does to them in the types
 that people run is `count_flips`.
 
@@ -28,12 +29,15 @@ from spikefleet_models.causality import acausal_neuron
 from spikefleet_models.comparison import Comparison
 from spikefleet_models.deployment import check_deployment
 from spikefleet_models.hidden_values import check_hidden_values
+from spikefleet_models.neurons import spiking_nodes
 from spikefleet_models.proof import EquivalenceProof, FlipCount, LayerFlips
 from spikefleet_models.slots import Layer, NotSpikeDrivenError, reuse_equal_slots
 from spikefleet_models.spike_driven import spike_driven
 from spikefleet_models.spike_edges import LayerInput, SpikeFed, check_finite, layer_inputs
 
 WEIGHT_BITS = 30
+LEAST_WEIGHT_BITS = 8
+"""Of weights beside a bias that is far larger, as behind a batch norm whose scale has died away."""
 EXACT_BITS = 53
 """Integers up to 2^53 are exact in fp64."""
 
@@ -72,10 +76,14 @@ def _put_on_grid(network: nn.Module, inputs: Mapping[str, LayerInput]) -> dict[s
 def _to_grid(layer: Layer, bound: int) -> int:
     weight, bias = layer.weight, layer.bias
     largest = weight.abs().max().item()
-    # frexp: largest < 2^exponent, so that it is below 2^WEIGHT_BITS steps.
-    step = 2.0 ** (math.frexp(largest)[1] - WEIGHT_BITS) if largest else 2.0**-WEIGHT_BITS
-    weight.copy_((weight / step).round() * step)
     fan_in = weight[0].numel()
+    # frexp: largest < 2^exponent, so that it is below 2^WEIGHT_BITS steps.
+    exponent = math.frexp(largest)[1]
+    step = 2.0 ** (exponent - WEIGHT_BITS) if largest else 2.0**-WEIGHT_BITS
+    if bias is not None and largest:
+        total = bias.abs().max().item() + largest * bound * fan_in
+        step = max(step, 2.0 ** min(math.frexp(total)[1] + 1 - EXACT_BITS, exponent - LEAST_WEIGHT_BITS))
+    weight.copy_((weight / step).round() * step)
     most = int(weight.abs().max().item() / step) * bound * fan_in
     if bias is not None:
         bias.copy_((bias / step).round() * step)
@@ -84,11 +92,11 @@ def _to_grid(layer: Layer, bound: int) -> int:
 
 
 def check_equivalence(deployed: nn.Module, images: Tensor, trained: nn.Module | None = None) -> EquivalenceProof:
-    """Run the integer and the binary form in fp64, one image at a time, and compare every layer.
+    """Run the integer and the binary form in fp64, one image at a time and two together, and compare every layer.
 
     Args:
         deployed: a network after `reparam.deploy`, of any floating-point type; not changed.
-        images: images [B, C, H, W] or frames [T, B, C, H, W]. Memory is that of one image.
+        images: images [B, C, H, W] or frames [T, B, C, H, W]. Memory is that of two images.
         trained: the network that was deployed, to compare with before weights are moved to the grid; not changed.
 
     Raises:
@@ -112,15 +120,36 @@ def check_equivalence(deployed: nn.Module, images: Tensor, trained: nn.Module | 
     for sample in samples:
         comparison.run(sample)
     silent = () if comparison.failure else comparison.run_silent_alone()
+    mixed = _mixed_batch(integer, binary, inputs, samples) if comparison.equal else None
     difference = comparison.output_difference
     return EquivalenceProof(
         layers=comparison.rows(headroom, silent),
         outputs_equal=difference == 0.0,
         max_output_difference=difference,
         images=len(samples),
-        failure=comparison.failure or acausal,
+        failure=comparison.failure or acausal or mixed,
         deployment=deployment,
         outputs_vary=comparison.outputs_vary,
+    )
+
+
+def _mixed_batch(
+    integer: nn.Module, binary: nn.Module, inputs: Mapping[str, LayerInput], samples: list[Tensor]
+) -> str | None:
+    """What goes wrong in the binary form with two images in a batch, in words.
+
+    Slots are by time, then by image: a network that flattens [B, T] would mix them, which one image does not show.
+    """
+    if all(node.bound == 1 for node in spiking_nodes(integer).values()):
+        return None  # without slots both forms are the same
+    pair = Comparison(integer, binary, inputs)
+    pair.run(torch.cat((samples[0], samples[-1]), dim=samples[0].ndim - 4))
+    if pair.equal:
+        return None
+    first = next((name for name, tally in pair.tallies.items() if tally.unequal), "its outputs")
+    return (
+        f"the binary form mixes the images of a batch, first in {first}, though it is equal on each alone; flatten "
+        "time before images: [T * B, ...]"
     )
 
 

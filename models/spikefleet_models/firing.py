@@ -1,6 +1,6 @@
 """Few images on which every layer of a network sees spikes."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,7 +55,7 @@ def choose_images(
             now = [leaf[index] for leaf in outputs]
             first = first or now
             news = {name for name in waiting if fired.get(name, _never(count))[index]}
-            differs = not chosen.outputs_vary and _differ(first, now)
+            differs = not chosen.outputs_vary and outputs_differ(first, now)
             if news or differs:
                 chosen.positions.append(chosen.looked_at + index)
             waiting -= news
@@ -73,12 +73,12 @@ def _never(count: int) -> Tensor:
     return torch.zeros(count, dtype=torch.bool)
 
 
-def _differ(first: list[Tensor], now: list[Tensor]) -> bool:
-    return any(
-        bool(((one - other).abs() > _SAME * one.abs().max()).any())
-        for one, other in zip(first, now, strict=True)
-        if one.numel()
-    )
+def outputs_differ(first: Sequence[Tensor], now: Sequence[Tensor]) -> bool:
+    """Whether outputs of two images differ by more than rounding, or in their shapes."""
+    if [one.shape for one in first] != [other.shape for other in now]:
+        return True
+    pairs = [(one.double(), other.double()) for one, other in zip(first, now, strict=True) if one.numel()]
+    return any(bool(((one - other).abs() > _SAME * one.abs().max()).any()) for one, other in pairs)
 
 
 def _run(

@@ -3,7 +3,8 @@
 A number that Python makes of spikes without an operation, as `len(repr(spikes))`, or a tensor into which another thread
 or NumPy writes, looks like a constant. But a constant stays as it is when the neurons emit something else. So the
 network is traced again on the same image, with drawn integers in place of what each neuron emits; and up to each neuron
-the operations, their numbers and the values of what does not depend on spikes must be the same.
+the operations, their numbers and the values of what does not depend on spikes must be the same; so must a current to
+which no spikes lead.
 
 What changes a current itself unseen, in another thread or through memory shared before, is not found: a current may
 depend on spikes.
@@ -66,18 +67,26 @@ class _Log(SpikeFlow):
         self.entries: list[_Entry] = []
         self.neurons: list[tuple[str, int]] = []
         """(name, entries before it) of each call."""
+        self._current = 0
+        """Checksum of what the neuron that runs is given."""
 
     def after_operation(self, operation: Operation) -> None:
-        leaves = tree_leaves(operation.args)
+        # A layer that pads by copying fills memory in which anything may stand.
+        fills = operation.in_layer and operation.name == "copy_"
+        leaves = tree_leaves(operation.args[1:] if fills else operation.args)
         numbers = tuple(repr(leaf) for leaf in leaves if not isinstance(leaf, Tensor))
         constants = tuple(_checksum(leaf) for leaf in leaves if isinstance(leaf, Tensor) and self._is_constant(leaf))
         where = f"operation {operation.name}{f' in {self.module}' if self.module else ''}"
         self.entries.append((where, numbers, constants, operation.inputs))
 
     def after_neuron(self, name: str, fed_by: Origin | None) -> None:
+        if fed_by is None or fed_by.kind == "image":
+            # No operation on spikes led here, so none has been noted.
+            self.entries.append(("its input", (), (self._current,), ()))
         self.neurons.append((name, len(self.entries)))
 
-    def before_emission(self, emitted: Tensor, bound: int) -> None:
+    def before_emission(self, current: Tensor, emitted: Tensor, bound: int) -> None:
+        self._current = _checksum(current)
         if self._generator is not None:
             drawn = torch.randint(bound + 1, emitted.shape, generator=self._generator)
             emitted.copy_(drawn)

@@ -14,7 +14,7 @@ from spikefleet_models.slots import Layer
 
 @torch.enable_grad()
 def suspects(
-    trained: nn.Module, deployed: nn.Module, sample: Tensor, emitted: Sequence[Tensor], wrong: Sequence[str]
+    trained: nn.Module, deployed: nn.Module, sample: Tensor, spikes: Sequence[Tensor], wrong: Sequence[str]
 ) -> dict[str, tuple[str, ...]]:
     """Layers to look at, by the name of a segment that differs.
 
@@ -22,13 +22,13 @@ def suspects(
         trained: in eval mode, like the deployed network.
         deployed: of whose segments some differ.
         sample: one image, or the frames of one.
-        emitted: what the neurons emit, in the order of their calls.
+        spikes: what goes on from the neurons, in the order of their calls.
         wrong: names of the segments that differ.
 
     Returns:
         Names of layers of the deployed network; and of the trained network's layers that nothing took the place of.
     """
-    theirs, ours = _made_of(trained, sample, emitted), _made_of(deployed, sample, emitted)
+    theirs, ours = _made_of(trained, sample, spikes), _made_of(deployed, sample, spikes)
     names = [name for name, _ in ours]
     cleared = {layer for name, layers in ours if name not in wrong for layer in layers}
     cleared_there = {
@@ -53,11 +53,11 @@ def _replaced(layer: str, layers: Sequence[str]) -> bool:
     return any(layer == other or layer.startswith(f"{other}.") for other in layers)
 
 
-def _made_of(network: nn.Module, sample: Tensor, emitted: Sequence[Tensor]) -> list[tuple[str, tuple[str, ...]]]:
+def _made_of(network: nn.Module, sample: Tensor, spikes: Sequence[Tensor]) -> list[tuple[str, tuple[str, ...]]]:
     """(neuron, layers that its current depends on without a neuron in between) of each call, then outputs likewise."""
     marks: dict[str, Tensor] = {}
     currents: list[tuple[str, Tensor]] = []
-    spikes = iter(emitted)
+    given = iter(spikes)
 
     def mark(name: str) -> Any:
         def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def _made_of(network: nn.Module, sample: Tensor, emitted: Sequence[Tensor]) -> l
                 stack.callback(module.register_forward_hook(mark(name)).remove)
         for name, node in spiking_nodes(network).items():
             stack.callback(node.register_forward_pre_hook(keep(name)).remove)
-            stack.callback(node.register_forward_hook(lambda module, args, output: next(spikes)).remove)
+            stack.callback(node.register_forward_hook(lambda module, args, output: next(given)).remove)
         outputs = network(sample.clone())
     leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     currents += [(output_name(index), leaf.sum()) for index, leaf in enumerate(leaves)]

@@ -47,8 +47,8 @@ class EquivalenceProof:
     deployment: DeploymentProof | None = None
     """Trained network against its deployed form; None where no trained network was given."""
     outputs_vary: bool | None = None
-    """Whether outputs of any two images differ; None for a single image. If none do, equality says little about the
-    network, though it holds."""
+    """Whether outputs of any two images differ by more than rounding; None for a single image. If none do, equality
+    says little about the network, though it holds."""
 
     @property
     def passed(self) -> bool:

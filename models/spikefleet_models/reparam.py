@@ -205,8 +205,10 @@ def deploy(network: nn.Module, merge: bool = True) -> nn.Module:
 def _deployed(module: nn.Module, merge: bool, done: dict[nn.Module, nn.Module]) -> nn.Module:
     """Deploy a module, children first; `done` keeps a shared module shared."""
     if module not in done:
-        for name, child in module.named_children():
-            setattr(module, name, _deployed(child, merge, done))
+        # Not named_children: it names a shared child once.
+        for name, child in list(module._modules.items()):
+            if child is not None:
+                setattr(module, name, _deployed(child, merge, done))
         if isinstance(module, nn.Sequential):
             _fold_pairs(module)
         done[module] = module.deployed(merge) if isinstance(module, Deployable) else module
@@ -228,7 +230,7 @@ def _fold_pairs(stack: nn.Sequential) -> None:
 
 
 def _conv_like(weight: Tensor, bias: Tensor, like: nn.Conv2d, padding: str | tuple[int, ...]) -> nn.Conv2d:
-    """Build a convolution with this weight and bias, and the stride, groups, type and device of `like`."""
+    """Build a convolution with this weight, bias and padding; all else, type and device too, is that of `like`."""
     conv = nn.Conv2d(
         weight.shape[1] * like.groups,
         weight.shape[0],
@@ -237,6 +239,7 @@ def _conv_like(weight: Tensor, bias: Tensor, like: nn.Conv2d, padding: str | tup
         padding=padding,  # type: ignore[arg-type]
         dilation=like.dilation,  # type: ignore[arg-type]
         groups=like.groups,
+        padding_mode=like.padding_mode,
         device="meta",
     )
     conv.weight = nn.Parameter(weight.to(like.weight.dtype))

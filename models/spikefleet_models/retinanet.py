@@ -4,12 +4,16 @@ Zhang et al., Front. Neurosci. 2023: SG ResNet, one attention spike decoder each
 et al., ICCV 2017) as an ANN: feature pyramid P3 to P7, two heads of four convolutions shared by all levels, nine
 anchors per cell. The ANN twin is the same network with `backbone.connection: ann`.
 
-What the paper leaves open follows mmdetection: P6 is a convolution of C5, no normalisation in pyramid and heads,
-foreground prior .01. Deviations from it: a ReLU between P6 and P7, as in torchvision's block and in Lin et al.; weights
-of pyramid and heads are drawn as in torchvision; trained from random weights, so no batch norm is frozen.
+What the paper leaves open follows mmdetection: P6 is a convolution of C5, no normalisation in pyramid and heads unless
+`norm` asks for it, foreground prior .01. Deviations from it: a ReLU between P6 and P7, as in torchvision's block and in
+Lin et al.; weights of pyramid and heads are drawn as in torchvision; trained from random weights, so no batch norm is
+frozen, and its statistics can be slower (`backbone.norm_momentum`). Recipes from random weights normalise pyramid and
+heads too (He et al., "Rethinking ImageNet pre-training", ICCV 2019): `norm: group`, except P6 and P7, which torchvision
+does not normalise.
 """
 
 from collections import OrderedDict
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +42,11 @@ class RetinaNet(nn.Module):
             extra_levels = LastLevelP6P7(config.tapped_channels[-1], config.fpn_channels)
             # torchvision's block would take P5 for C5 where both have the same channels.
             extra_levels.use_P5 = False
-        self.pyramid = FeaturePyramidNetwork(list(config.tapped_channels), config.fpn_channels, extra_levels)
-        anchors = config.criterion.anchors_per_cell
-        self.classification = RetinaNetClassificationHead(config.fpn_channels, anchors, config.num_classes)
-        self.regression = RetinaNetRegressionHead(config.fpn_channels, anchors)
+        channels, anchors = config.fpn_channels, config.criterion.anchors_per_cell
+        norm = partial(nn.GroupNorm, config.norm_groups) if config.norm == "group" else None
+        self.pyramid = FeaturePyramidNetwork(list(config.tapped_channels), channels, extra_levels, norm)
+        self.classification = RetinaNetClassificationHead(channels, anchors, config.num_classes, norm_layer=norm)
+        self.regression = RetinaNetRegressionHead(channels, anchors, norm_layer=norm)
         self.backbone.initialise()
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:

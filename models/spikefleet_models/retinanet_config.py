@@ -85,6 +85,10 @@ class RetinaNetConfig(ModelConfig):
     taps: int = Field(3, ge=1, description="Number of last stages that feed the pyramid; 3 is C3 to C5.")
     extra_levels: Literal[0, 2] = Field(2, description="Coarser levels after the last tapped stage; 2 is P6 and P7.")
     fpn_channels: int = Field(256, ge=1, description="Channels of pyramid and heads.")
+    norm: Literal["none", "group"] = Field(
+        "none", description="Normalisation in pyramid and heads; group norm does not depend on the images per worker."
+    )
+    norm_groups: int = Field(32, ge=1, description="Groups of the group norm; it must divide fpn_channels.")
     criterion: RetinaCriterionConfig = Field(
         default_factory=RetinaCriterionConfig, description="Anchors, loss and decoding."
     )
@@ -99,6 +103,11 @@ class RetinaNetConfig(ModelConfig):
         if self.taps > len(backbone.stages):
             raise ValueError(
                 f"taps={self.taps}, but the backbone has {len(backbone.stages)} stages; set taps to at most that many"
+            )
+        if self.norm == "group" and self.fpn_channels % self.norm_groups:
+            raise ValueError(
+                f"norm_groups={self.norm_groups} must divide fpn_channels={self.fpn_channels} for norm=group; "
+                "set a divisor"
             )
         if backbone.uses_asd:
             for channels in self.tapped_channels:

@@ -64,7 +64,7 @@ class Shortcut(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
         joins_currents = config.connection in ("post_add", "ann")
-        self.unit: nn.Module = nn.BatchNorm2d(channels) if joins_currents else _unit(config, channels)
+        self.unit: nn.Module = _batch_norm(config, channels) if joins_currents else _unit(config, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the shortcut: [T, B, C, H, W] -> [T, B, C', H', W']."""
@@ -236,6 +236,10 @@ def build_decoder(config: SGResNetConfig, channels: int) -> nn.Module:
     )
 
 
+def _batch_norm(config: SGResNetConfig, channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, momentum=config.norm_momentum)
+
+
 def _unit(config: SGResNetConfig, channels: int, joins_shortcut: bool = False) -> SpikingUnit:
     connection = config.connection
     activation: SpikingNode | nn.ReLU = nn.ReLU(inplace=True) if connection == "ann" else build_neuron(config.neuron)
@@ -244,7 +248,7 @@ def _unit(config: SGResNetConfig, channels: int, joins_shortcut: bool = False) -
         surrogate_function = build_surrogate(config.neuron)
         gate = build_gate(connection, channels, config.gate_threshold, surrogate_function, config.gate_gradient)
     return SpikingUnit(
-        nn.BatchNorm2d(channels),
+        _batch_norm(config, channels),
         activation,
         timesteps=config.simulated_timesteps,
         gate=gate,

@@ -62,7 +62,7 @@ class SGResNetConfig(ModelConfig):
         "bsg", description="How a block combines with its shortcut; ann is the ANN twin."
     )
     gate_gradient: Literal["exact", "literal"] = Field(
-        "literal",
+        "exact",
         description="Gradient of BSG and BSG* to H: that of the gate's Boolean function, or of the formula as written.",
     )
     gate_threshold: float = Field(0.5, gt=0.0, le=1.0, description="thr of BSG*; the gate is initially H.")
@@ -73,6 +73,12 @@ class SGResNetConfig(ModelConfig):
     timesteps: int = Field(4, ge=1, description="Time steps T; the ANN twin always runs one.")
     in_channels: int = Field(3, ge=1, description="Channels of the images or event frames.")
     num_classes: int = Field(10, ge=1, description="Number of classes.")
+    norm_momentum: float = Field(
+        0.1,
+        gt=0.0,
+        le=1.0,
+        description="Weight of a step's batch in batch norm's running statistics; smaller for fewer images per worker.",
+    )
     zero_init_residual: bool = Field(
         False,
         description="Initialise blocks to the identity: gamma = 0 in the last batch norm; for and, a beta that fires.",

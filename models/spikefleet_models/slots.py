@@ -35,12 +35,23 @@ def thermometer(counts: Tensor, bound: int) -> Tensor:
     return (counts.unsqueeze(1) > levels).to(counts.dtype).flatten(0, 1)
 
 
+def drawn_integers(shape: torch.Size, bound: int, rate: float, generator: torch.Generator) -> Tensor:
+    """Drawn integers in [0, D], as fp64: each of the D slots fires with probability `rate`."""
+    trials = torch.full(shape, float(bound), dtype=torch.float64)
+    return torch.binomial(trials, torch.full_like(trials, rate), generator=generator)
+
+
 class ThermometerNode(nn.Module):
     """A neuron that emits its integers in D binary slots: [T, ...] currents -> [T * D, ...] spikes."""
 
     def __init__(self, node: SpikingNode) -> None:
         super().__init__()
         self.node = node
+        self.bound = node.bound
+
+    def reset(self) -> None:
+        """Reset the state of `node`."""
+        self.node.reset()
 
     def forward(self, x_seq: Tensor) -> Tensor:
         """Slots of the integers of `node`, d fastest inside t."""

@@ -13,7 +13,8 @@ What no hardware of binary events could run is refused by name. On the way to a 
 * meet other binary spikes in a gate that keeps them binary.
 
 Behind the last neuron everything is allowed but integers (D > 1) or sums of spikes (SEW ResNet's ADD) in the place of
-binary spikes. Neurons may do what they want inside; they and the layers must be of these classes, not of subclasses.
+binary spikes. Neurons may do what they want inside; they and the layers must be of these classes, not of subclasses,
+and without methods of their own.
 """
 
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from spikefleet_models.neurons import spiking_nodes
 from spikefleet_models.slots import NotSpikeDrivenError
-from spikefleet_models.spike_flow import NEURONS, Operation, SpikeFlow
+from spikefleet_models.spike_flow import NEURONS, Operation, SpikeFlow, own_methods
 from spikefleet_models.spike_origins import FOREIGN, Origin
 
 
@@ -65,6 +66,11 @@ def layer_inputs(network: nn.Module, images: Tensor | None = None) -> dict[str, 
         if type(node) not in NEURONS:
             raise NotSpikeDrivenError(
                 f"neuron {name} is a {type(node).__name__}, which could compute anything; use IF, LIF, PLIF or ILIF"
+            )
+        if replaced := own_methods(node):
+            raise NotSpikeDrivenError(
+                f"neuron {name} has methods of its own ({', '.join(replaced)}), which could compute anything; use IF, "
+                "LIF, PLIF or ILIF as they are"
             )
     followed = images if images is not None else noise_image(network)
     samples = followed.split(1, dim=followed.ndim - 4)

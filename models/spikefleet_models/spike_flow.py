@@ -109,7 +109,7 @@ class SpikeFlow(_Dispatching, TorchDispatchMode):
     def after_neuron(self, name: str, fed_by: Origin | None) -> None:
         """Called after each call of a neuron; `fed_by` is None where its input does not depend on the image."""
 
-    def before_emission(self, emitted: Tensor, bound: int) -> None:
+    def before_emission(self, current: Tensor, emitted: Tensor, bound: int) -> None:
         """Called at the end of each call of a neuron, as a part of it, with its spikes or integers up to `bound`."""
 
     def after_layer(self, name: str, fed_by: Origin | None) -> None:
@@ -170,12 +170,12 @@ class SpikeFlow(_Dispatching, TorchDispatchMode):
             def hook(module: nn.Module, before: Callable[..., None], after: Callable[..., None]) -> None:
                 # What hooks of others do is an operation before or after the module.
                 stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-                stack.callback(module.register_forward_hook(after, prepend=True).remove)
+                stack.callback(module.register_forward_hook(after, prepend=True, with_kwargs=True).remove)
 
             for name, module in self._network.named_modules():
                 hook(module, self._push(name), self._pop)
-                # A subclass, or a forward of its own, could compute anything: it is the operations that it runs.
-                kind = None if "forward" in vars(module) else type(module)
+                # A subclass, or methods of its own, could compute anything: it is the operations that it runs.
+                kind = None if own_methods(module) else type(module)
                 if kind in NEURONS or kind in GATES:
                     hook(module, self._enter(is_layer=False), self._leave(name))
                 elif kind in LAYERS:
@@ -185,7 +185,7 @@ class SpikeFlow(_Dispatching, TorchDispatchMode):
     def _push(self, name: str) -> Callable[..., None]:
         return lambda module, args, kwargs: self._running.append(name)
 
-    def _pop(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def _pop(self, module: nn.Module, inputs: Any, kwargs: Any, output: Any) -> None:
         self._running.pop()
 
     def _enter(self, is_layer: bool) -> Callable[..., None]:
@@ -198,7 +198,7 @@ class SpikeFlow(_Dispatching, TorchDispatchMode):
         return enter
 
     def _leave(self, name: str) -> Callable[..., None]:
-        def leave(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        def leave(module: nn.Module, inputs: Any, kwargs: Any, output: Tensor) -> None:
             call = self._call
             assert call is not None
             call.depth -= 1
@@ -206,7 +206,7 @@ class SpikeFlow(_Dispatching, TorchDispatchMode):
                 return
             bound = 1 if isinstance(module, ThermometerNode) else int(getattr(module, "bound", 0))
             if type(module) in NEURONS:
-                self.before_emission(output, bound)
+                self.before_emission(_tensors((inputs, kwargs))[0], output, bound)
             self._call = None
             if isinstance(module, nn.Conv2d | nn.Linear):
                 weights = [self._look(tensor) for tensor in (module.weight, module.bias) if tensor is not None]
@@ -287,6 +287,11 @@ class _Readers(TorchFunctionMode):
                 where = self._flow.module
                 self._flow.after_reading(f"{name} in {where}" if where else name)
         return func(*args, **(kwargs or {}))
+
+
+def own_methods(module: nn.Module) -> tuple[str, ...]:
+    """Methods of its class that were replaced on the module itself."""
+    return tuple(name for name in vars(module) if callable(getattr(type(module), name, None)))
 
 
 def _is_alive(key: _Key) -> bool:

@@ -8,6 +8,25 @@ from torch import Tensor
 from spikefleet_pipelines.loading import Batch
 from spikefleet_pipelines.store.annotations import Annotations
 from spikefleet_pipelines.transforms.batch_transform_config import BatchTransformConfig
+from spikefleet_pipelines.transforms.classification import resize
+
+# Of red, green and blue in a grey pixel, in parts of 2^16: ITU-R 601-2, rounded as Pillow does.
+_LUMA = np.array([19595, 38470, 7471], np.uint32)
+
+
+def with_channels(pixels: NDArray[np.uint8], channels: int) -> NDArray[np.uint8]:
+    """Convert an image [C, H, W] of 1 or 3 channels to `channels` channels: grey or RGB."""
+    if channels == 1 and len(pixels) == 3:
+        grey = np.tensordot(_LUMA, pixels.astype(np.uint32), 1) + np.uint32(1 << 15) >> 16
+        return grey.astype(np.uint8)[None]
+    return np.repeat(pixels, 3, axis=0) if channels == 3 and len(pixels) == 1 else pixels
+
+
+def resized(pixels: NDArray[np.uint8], size: tuple[int, int] | None) -> NDArray[np.uint8]:
+    """Resize an image [C, H, W] to (height, width), as transforms do; None keeps the size."""
+    if size is None:
+        return pixels
+    return resize(pixels if pixels.flags.writeable else pixels.copy(), *size)  # torch warns of what it cannot write to
 
 
 def image_batch(images: NDArray[np.uint8], transform: BatchTransformConfig, channels: int) -> Batch:

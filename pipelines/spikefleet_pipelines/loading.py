@@ -3,7 +3,13 @@
 A batch is a pure function of (split, config, seed, epoch, step): the number of loader processes changes no bit of it.
 """
 
+import os
+import shutil
+import signal
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -12,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.sampling import Plan
 from spikefleet_pipelines.transforms.batch_transform import BatchTransform, Targets
 from spikefleet_pipelines.transforms.batch_transform_config import BatchTransformConfig
@@ -62,6 +69,10 @@ class _Loaded(NamedTuple):
     indices: Tensor
     global_count: int
 
+
+_SHARED_MEMORY = "/dev/shm"
+_FAREWELL_S = 3.0
+"""Seconds for which a loader process survives SIGTERM."""
 
 _Item = _Loaded | ValueError
 
@@ -134,6 +145,7 @@ class BatchLoader:
             sampler=self._requests,
             num_workers=processes,
             persistent_workers=processes > 0,
+            worker_init_fn=_outlive_signals if processes else None,
             collate_fn=_unchanged,
             pin_memory=pin_memory,
             generator=torch.Generator(),  # else each epoch draws a seed that nothing uses from torch's global generator
@@ -149,7 +161,7 @@ class BatchLoader:
 
         Raises:
             ValueError: the plan was made for another number of samples.
-            StoreError: an image cannot be decoded; the message names its row.
+            StoreError: an image cannot be decoded (the message names its row), or loader processes lack shared memory.
             RuntimeError: a loader process exited.
         """
         if plan.samples != len(self.split):
@@ -176,6 +188,10 @@ def _read(loaded: Iterator[_Item], transform: BatchTransform[Any, Targets]) -> I
             item = next(loaded)
         except StopIteration:
             return
+        except RuntimeError as error:
+            if (shortage := _shortage_of_shared_memory(error)) is not None:
+                raise StoreError(shortage) from None
+            raise
         except (EOFError, ConnectionError, FileNotFoundError) as error:
             # The shared memory of a killed process is gone; torch detects other exits itself, with a RuntimeError.
             raise RuntimeError(
@@ -185,6 +201,33 @@ def _read(loaded: Iterator[_Item], transform: BatchTransform[Any, Targets]) -> I
         if isinstance(item, ValueError):
             raise item
         yield Batch(item.images, transform.unpack(item.packed), item.indices, item.global_count)
+
+
+def _outlive_signals(worker: int) -> None:
+    """A terminal and Slurm signal all processes: loading continues until the one that trains has ended its step."""
+
+    def leave_soon(signum: int, frame: FrameType | None) -> None:
+        timer = threading.Timer(_FAREWELL_S, os._exit, (0,))
+        timer.daemon = True
+        timer.start()
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, leave_soon)
+
+
+def _shortage_of_shared_memory(error: RuntimeError) -> str | None:
+    """A sentence for an error of a loader process that had no shared memory for a batch; None for another error."""
+    text = str(error)
+    if not any(sign in text for sign in ("shared memory", "</torch_", "Bus error")):
+        return None
+    size = ""
+    with suppress(OSError):
+        usage = shutil.disk_usage(_SHARED_MEMORY)
+        size = f" ({usage.total / 1e6:.4g} MB, {usage.free / 1e6:.4g} MB free)"
+    return (
+        f"loader processes need more shared memory than there is in {_SHARED_MEMORY}{size}; set "
+        "data.loader_processes=0, lower train.global_batch, or enlarge it (docker run --shm-size=1g)"
+    )
 
 
 def _unchanged(batch: Any) -> Any:

@@ -1,11 +1,15 @@
 """Opening the store of a config's data section, after preparing it where only raw data exist."""
 
+import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from spikefleet_pipelines.data_config import DataConfig, store_name
-from spikefleet_pipelines.errors import StoreError
-from spikefleet_pipelines.sources import Progress, prepare
+from spikefleet_pipelines.errors import SourceError, StoreError
+from spikefleet_pipelines.sources import Progress, find_source, prepare
+from spikefleet_pipelines.store.manifest import MANIFEST_NAME
+from spikefleet_pipelines.store.origin import Origin, is_built_from
 from spikefleet_pipelines.store.reader import Store
 
 
@@ -15,12 +19,14 @@ def open_or_prepare(
     progress: Progress | None = None,
     parallel: int | None = None,
     verify: bool = True,
+    say: Callable[[str], None] | None = None,
 ) -> Store:
     """Open the store of a config; prepare it first where only raw data exist.
 
     The search order is: a store at `config.store`; a store at `config.root`; the store that an earlier call prepared in
-    `stores_dir`; raw files at `config.root` or at the source's default. Concurrent processes get the same store: each
-    builds its own, and the first one that finishes is kept.
+    `stores_dir` from the same files; raw files at `config.root` or at the source's default. If files were added,
+    removed or changed, a new store is prepared beside the old one. Concurrent processes get the same store: each builds
+    its own, and the first one that finishes is kept.
 
     Args:
         config: the data section of the config.
@@ -28,6 +34,7 @@ def open_or_prepare(
         progress: called with (images done, images in all) while a store is prepared.
         parallel: number of Ray tasks, as for `prepare`.
         verify: check the SHA-256 of every shard.
+        say: called with a sentence where an earlier store is not used, or its files are gone.
 
     Raises:
         StoreError: `config.store` is not a store or belongs to another source, or a shard is corrupt.
@@ -38,10 +45,56 @@ def open_or_prepare(
     if config.root is not None and Store.is_store(config.root):
         return _of_source(Store.open(config.root, verify=verify), config)
     out = stores_dir / store_name(config)
-    if Store.is_store(out):
-        return _of_source(Store.open(out, verify=verify), config)
+    root = config.root or find_source(config.source).default_root
+    there, target = _prepared_from(root, out, config.root is not None, say or _silent)
+    if there is not None:
+        return _of_source(Store.open(there, verify=verify), config)
     options: dict[str, Any] = dict(config.options)
-    return prepare(config.source, config.root, out, progress=progress, parallel=parallel, seed=config.seed, **options)
+    return prepare(
+        config.source, config.root, target, progress=progress, parallel=parallel, seed=config.seed, **options
+    )
+
+
+def _prepared_from(root: Path | None, out: Path, named: bool, say: Callable[[str], None]) -> tuple[Path | None, Path]:
+    """The store that was prepared from the files in `root`, if there is one, and where to prepare it otherwise.
+
+    Args:
+        root: directory of the raw files; None for a source without any.
+        out: place of the first store.
+        named: the config names `root`; if not, `out` may be a store that the user prepared from elsewhere.
+        say: called with what the user should know.
+    """
+    stores = [path for path in (out, *sorted(out.parent.glob(f"{out.name}-*"))) if Store.is_store(path)]
+    if not stores or root is None:
+        return (stores[0] if stores else None), out
+    record = Origin.read(out)
+    if not named and (record is None or record.root != str(root.absolute())):
+        return (out if Store.is_store(out) else None), out
+    if not root.is_dir():
+        newest = max(stores, key=_written_ns)
+        say(f"{root} is not there any more; using the store that was prepared from it")
+        return newest, out
+    besides = [out.parent.absolute()]
+    try:
+        now = Origin.of(root, besides)
+        for store in sorted(stores, key=_written_ns, reverse=True):
+            if is_built_from(store, now, _written_ns(store), besides):
+                return store, out
+    except OSError as error:
+        raise SourceError(f"{root} cannot be read: {error}") from error
+    if not Store.is_store(out):
+        return None, out
+    say(f"the files in {root} are not those that {max(stores, key=_written_ns)} was prepared from: preparing them anew")
+    digest = hashlib.sha256(f"{now.listing} {now.times}".encode()).hexdigest()
+    return None, out.with_name(f"{out.name}-{digest[:8]}")
+
+
+def _written_ns(store: Path) -> int:
+    return (store / MANIFEST_NAME).stat().st_mtime_ns
+
+
+def _silent(sentence: str) -> None:
+    pass
 
 
 def _of_source(store: Store, config: DataConfig) -> Store:

@@ -15,7 +15,7 @@ desk = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
 places = {"runs_dir": desk / "runs", "stores_dir": desk / "stores"}
 
 run = sf.train("digits", {"train.epochs": 4, "model.timesteps": 2, "registry.name": "example"}, workers=0, **places)
-print(f"test top-1 {run.metrics['top1']:.1%}; it is {run.promotion.alias}: {run.promotion.reason}")
+print(f"test top-1 {run.metrics['top1']:.1%}; it is {run.promotion.alias or 'without alias'}: {run.promotion.reason}")
 
 model = run.model
 print(f"{model.card.energy_mj * 1e6:.1f} nJ an image, mean input of spike-fed layers {model.card.mean_input:.3f}")

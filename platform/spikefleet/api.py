@@ -105,13 +105,18 @@ class Run:
 
     @property
     def metrics(self) -> Mapping[str, float]:
-        """Metrics of the best checkpoint on the test split."""
-        return self.finished.test
+        """Metrics of the best checkpoint on the test split, or on the validation split where there is no other."""
+        return self.finished.test or self.finished.validation
 
     @property
     def validation(self) -> Mapping[str, float]:
         """Metrics of the best checkpoint on the validation split, which selects it."""
         return self.finished.validation
+
+    @property
+    def last(self) -> Mapping[str, float]:
+        """Metrics of the last checkpoint by split and name, such as "test/top1"."""
+        return self.finished.last
 
     @property
     def promotion(self) -> Promotion | None:
@@ -172,6 +177,7 @@ def train(
     Raises:
         UserError: an error that the user can fix, before training starts.
         RunError: the training or the registration failed.
+        Interrupted: SIGINT or SIGTERM, a KeyboardInterrupt; the same call resumes the run.
     """
     load_plugins(plugins)
     given = with_cluster(overrides or {}, workers, gpu)
@@ -226,7 +232,7 @@ def search(
 
     Raises:
         UserError: the search is invalid or cannot be resumed; raised before any trial starts.
-        KeyboardInterrupt: the user pressed Ctrl-C; the same call resumes the search.
+        Interrupted: SIGINT or SIGTERM, a KeyboardInterrupt; the same call resumes the search.
     """
     from spikefleet.search.run_search import run_tracked_search
     from spikefleet.search.search_files import load_search

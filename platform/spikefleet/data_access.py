@@ -15,6 +15,7 @@ from spikefleet.status import counting, print_line, waiting
 from spikefleet_pipelines.data_config import DataConfig
 from spikefleet_pipelines.opening import open_or_prepare
 from spikefleet_pipelines.sources import prepare
+from spikefleet_pipelines.store.image_files import counted_reasons
 from spikefleet_pipelines.store.reader import Store
 
 
@@ -24,8 +25,21 @@ def open_data(config: DataConfig, stores_dir: Path, console: Console) -> Store:
     Raises SourceError or StoreError: where was looked, and how to prepare the data.
     """
     quiet_ray()
-    with _shown(console, f"preparing {config.source}") as progress:
-        return open_or_prepare(config, stores_dir.resolve(), progress=progress)
+    prepared = False
+    with _shown(console, f"preparing {config.source}") as count:
+
+        def progress(done: int, total: int) -> None:
+            nonlocal prepared
+            prepared = True
+            count(done, total)
+
+        store = open_or_prepare(
+            config, stores_dir.resolve(), progress=progress, say=lambda sentence: print_line(console, sentence)
+        )
+    print_line(console, f"data: {store.location}")
+    if prepared and store.manifest.audit.unused:
+        print_line(console, f"not used: {counted_reasons(store.manifest.audit.unused)}")
+    return store
 
 
 def store_at(location: str, stores_dir: Path) -> str:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from spikefleet.errors import UserError
-from spikefleet.files import read_json, write_json
+from spikefleet.files import read_json_object, write_json
 from spikefleet_pipelines.store.manifest import Manifest
 
 DATA_SUMMARY = "data.json"
@@ -42,9 +42,11 @@ class DataSummary:
     def read(cls, folder: Path) -> DataSummary:
         """Reads the summary from a folder. Raises UserError if the file is missing or damaged."""
         path = folder / DATA_SUMMARY
-        plain = read_json(path)
+        plain = read_json_object(path)
         try:
             shape = plain["image_shape"]
+            if not isinstance(plain["class_names"], list) or not isinstance(shape, list | None):
+                raise TypeError("class_names and image_shape must be lists")
             return cls(
                 str(plain["source"]),
                 str(plain["content_hash"]),

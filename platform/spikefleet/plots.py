@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
 import torch
 
+from spikefleet.plot_text import drawable, families, font_file
 from spikefleet_tune.atomic import replacing
 
 if TYPE_CHECKING:
@@ -35,6 +38,60 @@ _READABLE_SIDE = 384
 """Images are enlarged by an integer factor to about this side in pixels before boxes are drawn on them."""
 
 
+_Rest = ParamSpec("_Rest")
+
+
+def _never_fatal(draw: Callable[_Rest, None]) -> Callable[_Rest, None]:
+    """Makes a plot that fails a warning and an image that says so: a training of days does not end by its picture.
+
+    A disk that is full is no failure of the plot, and raised.
+    """
+
+    @functools.wraps(draw)
+    def drawing(*arguments: _Rest.args, **named: _Rest.kwargs) -> None:
+        from matplotlib import rc_context
+
+        texts = list(_texts((arguments, named)))
+        try:
+            with rc_context({"text.parse_math": False, "font.family": families(texts)}):
+                draw(*arguments, **named)
+        except OSError:
+            raise
+        except Exception as error:
+            (path,) = (one for one in (*arguments, *named.values()) if isinstance(one, Path))
+            reason = f"{type(error).__name__}: {error}"
+            logging.getLogger(__name__).warning("plot %s cannot be drawn: %s", path, drawable(reason))
+            _save_message(f"{draw.__name__} cannot be drawn: {reason}", path)
+
+    return drawing
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in the arguments of a plot."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inside in value.items():
+            yield from _texts(key)
+            yield from _texts(inside)
+    elif isinstance(value, list | tuple):
+        for inside in value:
+            yield from _texts(inside)
+
+
+def _save_message(text: str, path: Path) -> None:
+    """Writes a PNG with a text."""
+    from PIL import Image, ImageDraw
+
+    image = Image.new("RGB", (900, 120), "white")
+    lines = textwrap.fill(text.encode("ascii", "backslashreplace").decode(), 130)
+    ImageDraw.Draw(image).multiline_text((12, 12), lines, fill="black")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        image.save(partial, format="png")
+
+
+@_never_fatal
 def learning_curve(history: Sequence[Mapping[str, float]], metric: str, path: Path) -> None:
     """Plots training loss, the validation metric and spike health over epochs.
 
@@ -62,6 +119,7 @@ def learning_curve(history: Sequence[Mapping[str, float]], metric: str, path: Pa
     _save(figure, path)
 
 
+@_never_fatal
 def confusion_matrix(counts: np.ndarray, class_names: Sequence[str], path: Path) -> None:
     """Plots a confusion matrix; the colour is the fraction of the row.
 
@@ -77,14 +135,16 @@ def confusion_matrix(counts: np.ndarray, class_names: Sequence[str], path: Path)
     figure.colorbar(image, ax=axis, label="fraction of the target class", shrink=0.8)
     axis.set(xlabel="prediction", ylabel="target")
     if size <= _NAMED_CLASSES:
-        axis.set_xticks(range(size), class_names, rotation=45, ha="right")
-        axis.set_yticks(range(size), class_names)
+        names = list(map(drawable, class_names))
+        axis.set_xticks(range(size), names, rotation=45, ha="right")
+        axis.set_yticks(range(size), names)
         for row, column in zip(*np.nonzero(counts), strict=True):
             colour = "white" if shares[row, column] > 0.5 else "black"
             axis.text(column, row, str(counts[row, column]), ha="center", va="center", color=colour, fontsize=7)
     _save(figure, path)
 
 
+@_never_fatal
 def image_grid(
     images: Sequence[torch.Tensor],
     captions: Sequence[str],
@@ -103,7 +163,7 @@ def image_grid(
     """
     columns = min(8, max(1, len(captions)))
     rows = -(-len(captions) // columns)
-    below = [textwrap.fill(name, _NAME_WIDTH) for name in names]
+    below = [textwrap.fill(drawable(name), _NAME_WIDTH) for name in names]
     height = 1.85 + 0.12 * max((text.count("\n") + 1 for text in below), default=0)
     width = max(1.5 * columns, 2.2)  # one image alone is narrower than its caption
     figure, axes = _subplots(rows, columns, figsize=(width, height * rows), layout="constrained", squeeze=False)
@@ -112,12 +172,13 @@ def image_grid(
     for axis, image, caption, is_correct in zip(axes.flat, images, captions, correct, strict=False):
         pixels = image.permute(1, 2, 0).numpy()
         axis.imshow(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=255)
-        axis.set_title(caption, fontsize=8, color=_COLOURS[is_correct])
+        axis.set_title(drawable(caption), fontsize=8, color=_COLOURS[is_correct])
     for axis, text in zip(axes.flat, below, strict=False):
         axis.text(0.5, -0.04, text, fontsize=6, ha="center", va="top", transform=axis.transAxes)
     _save(figure, path)
 
 
+@_never_fatal
 def image_sheet(images: Sequence[torch.Tensor], path: Path) -> None:
     """Plots images, uint8 `[3, H, W]` each, side by side."""
     columns = min(6, max(1, len(images)))
@@ -148,7 +209,6 @@ def boxes_on_image(
         uint8 `[3, H', W']`.
     """
     from matplotlib import colormaps
-    from matplotlib.font_manager import findfont
     from torchvision.utils import draw_bounding_boxes  # seconds to import
 
     factor = max(1, _READABLE_SIDE // max(image.shape[-2:]))
@@ -158,11 +218,17 @@ def boxes_on_image(
     if len(boxes):
         palette = colormaps["tab20"].colors  # type: ignore[attr-defined]
         colours = [tuple(round(255 * part) for part in palette[label % len(palette)]) for label in labels]
-        font, size = findfont("DejaVu Sans"), max(14, max(drawn.shape[-2:]) // 18)
-        drawn = draw_bounding_boxes(drawn, boxes * factor, list(captions), colours, False, 2, font, size)
+        size = max(14, max(drawn.shape[-2:]) // 18)
+        try:
+            font, shown = font_file(captions), list(map(drawable, captions))
+            return draw_bounding_boxes(drawn, boxes * factor, shown, colours, False, 2, font, size)
+        except (ValueError, RuntimeError, UnicodeError) as error:
+            logging.getLogger(__name__).warning("captions of boxes cannot be drawn: %s", drawable(str(error)))
+            return draw_bounding_boxes(drawn, boxes * factor, None, colours, False, 2)
     return drawn
 
 
+@_never_fatal
 def precision_recall(curves: Mapping[str, Sequence[float]], path: Path) -> None:
     """Plots precision at IoU 0.5 over recall, one curve per class, and their mean.
 
@@ -172,7 +238,9 @@ def precision_recall(curves: Mapping[str, Sequence[float]], path: Path) -> None:
     """
     figure, axis = _subplots(figsize=(6, 4.5), layout="constrained")
     for name, values in curves.items():
-        axis.plot(np.linspace(0, 1, len(values)), values, lw=1, label=name if len(curves) <= _NAMED_CLASSES else None)
+        # matplotlib leaves a label that starts with an underscore out of the legend.
+        label = f" {drawable(name)}" if name.startswith("_") else drawable(name)
+        axis.plot(np.linspace(0, 1, len(values)), values, lw=1, label=label if len(curves) <= _NAMED_CLASSES else None)
     mean = np.mean(list(curves.values()), axis=0)
     axis.plot(np.linspace(0, 1, len(mean)), mean, color="black", lw=2.5, label=f"mean, AP50 {mean.mean():.1%}")
     axis.set(xlabel="recall", ylabel="precision", title="IoU 0.5", xlim=(0, 1), ylim=(0, 1.02))
@@ -181,6 +249,7 @@ def precision_recall(curves: Mapping[str, Sequence[float]], path: Path) -> None:
     _save(figure, path)
 
 
+@_never_fatal
 def energy_bars(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
     """Plots the energy of each layer in mJ, in network order: additions on spikes, MACs on integers and real values.
 
@@ -195,14 +264,15 @@ def energy_bars(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> No
         places = [place for place, row in enumerate(shown) if row["input"] == kind]
         if places or kind != "integers":
             axis.barh(places, [shown[place]["energy_mj"] for place in places], color=colour, label=label)
-    axis.set_yticks(range(len(shown)), [row["layer"] for row in shown], fontsize=7)
+    axis.set_yticks(range(len(shown)), [drawable(row["layer"]) for row in shown], fontsize=7)
     axis.invert_yaxis()
-    axis.set(xlabel="mJ", title=title)
+    axis.set(xlabel="mJ", title=drawable(title))
     axis.grid(axis="x", alpha=0.3)
     axis.legend(fontsize=8)
     _save(figure, path)
 
 
+@_never_fatal
 def gradient_flow(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
     """Plots gradient norm, firing rate and relative step of each layer, in network order.
 
@@ -227,11 +297,12 @@ def gradient_flow(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> 
     axes[1].set_ylim(0, 1)
     axes[2].axhline(1.0, color="#cf222e", lw=1, label="a step as large as the weights")
     axes[2].legend(fontsize=7)
-    axes[2].set_xticks(range(len(rows)), [row["layer"] for row in rows], rotation=90, fontsize=6)
-    figure.suptitle(title, fontsize=9)
+    axes[2].set_xticks(range(len(rows)), [drawable(row["layer"]) for row in rows], rotation=90, fontsize=6)
+    figure.suptitle(drawable(title), fontsize=9)
     _save(figure, path)
 
 
+@_never_fatal
 def paper_and_ours(
     panels: Mapping[str, Sequence[tuple[str, float | None, float | None, float | None]]], title: str, path: Path
 ) -> None:
@@ -253,14 +324,14 @@ def paper_and_ours(
             axis.errorbar(mean, place, xerr=deviation, fmt="o", color="#2a9d8f", capsize=3)
         axis.plot([], [], "D", color="#6c757d", label="paper")
         axis.errorbar([], [], fmt="o", color="#2a9d8f", label="ours: mean, standard deviation")
-        axis.set_yticks(range(len(points)), [name for name, *_ in points], fontsize=8)
+        axis.set_yticks(range(len(points)), [drawable(name) for name, *_ in points], fontsize=8)
         axis.margins(y=0.25)
         axis.invert_yaxis()
         axis.locator_params(axis="x", nbins=5)
         axis.set(xlabel=label)
         axis.grid(axis="x", alpha=0.3)
         axis.legend(fontsize=7)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(drawable(title), fontsize=10)
     _save(figure, path)
 
 

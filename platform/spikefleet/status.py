@@ -6,6 +6,7 @@ every 15 s.
 
 from __future__ import annotations
 
+import re
 import textwrap
 import threading
 import time
@@ -58,8 +59,25 @@ PLAIN_LINES = PlainLines()
 """Those of this process."""
 
 
+def printable(text: str) -> str:
+    """Text from elsewhere as a terminal may show it: what steers a terminal, or is no Unicode, is escaped.
+
+    That is control characters but line ends and tabs, overrides of the writing direction, and halves of surrogates.
+    """
+    return STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def one_line(text: str) -> str:
+    """A name from elsewhere as a part of a line: as `printable`, with line ends and tabs escaped too."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that steer a terminal, or are no Unicode."""
+
+
 def print_line(console: Console, text: str, style: str | None = None) -> None:
-    """Prints a line that is not read as markup.
+    """Prints a line that is not read as markup, and escaped for terminals.
 
     A terminal would break it inside of names and numbers, so there it is wrapped between words; a word that is wider
     stays whole. Elsewhere, and where it is a command to copy (`print_whole`), it is one line.
@@ -76,8 +94,8 @@ def wrapped_words(line: str, width: int) -> list[str]:
 
 
 def print_whole(console: Console, text: str, style: str | None = None) -> None:
-    """Prints a line as it is, such as a command to copy: neither wrapped nor read as markup."""
-    console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+    """Prints a line as it is, such as a command to copy: neither wrapped nor read as markup, but escaped."""
+    console.print(printable(text), style=style, highlight=False, markup=False, soft_wrap=True, emoji=False)
 
 
 def silent(what: str) -> None:
@@ -136,9 +154,9 @@ class Waiting:
                         self._lines.say(self._console, line, at_once=promptly and named != state)
                         named = state
                 elif live is not None:
-                    live.update(escape(f"{what}  {seconds:.0f} s"))
+                    live.update(escape(printable(f"{what}  {seconds:.0f} s")))
                 elif seconds >= _LIVE_AFTER_S:
-                    live = stack.enter_context(self._console.status(escape(f"{what}  {seconds:.0f} s")))
+                    live = stack.enter_context(self._console.status(escape(printable(f"{what}  {seconds:.0f} s"))))
 
 
 @contextmanager
@@ -185,7 +203,7 @@ class _LiveCount:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (
-            TextColumn(title, markup=False),
+            TextColumn(printable(title), markup=False),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TextColumn(unit + " {task.fields[rate]}", markup=False),

@@ -111,9 +111,8 @@ def test_prediction_of_files_and_folders(desk: Desk, picture: Path) -> None:
     folder = desk.folder / "pictures"
     folder.mkdir()
     picture.rename(folder / picture.name)
-    answers = json.loads(desk.ask("predict", model, "pictures", "--json"))
+    answer = json.loads(desk.ask("predict", model, "pictures", "--json"))
     (folder / picture.name).rename(picture)
-    (answer,) = answers
     assert len(answer["classes"]) == 5
     assert sum(one["probability"] for one in answer["classes"]) == pytest.approx(1, abs=0.2)
 
@@ -136,7 +135,7 @@ def test_registered_model_is_what_mlflow_loads(desk: Desk) -> None:
     """In a fresh process that knows only the tracking server, without unpickling."""
     code = (
         "import mlflow, numpy as np; model = mlflow.pyfunc.load_model('models:/sg_resnet_digits@champion');"
-        "print(model.predict(np.zeros((2, 1, 8, 8), np.uint8)).sum(axis=1))"
+        "print(np.asarray(model.predict(np.zeros((2, 1, 8, 8), np.uint8))).sum(axis=1))"
     )
     uri = f"sqlite:///{desk.folder}/runs/mlflow.db"
     done = subprocess.run(
@@ -199,6 +198,7 @@ def test_recipes_config_sources_and_doctor(desk: Desk) -> None:
         ("evaluate main", {"network", "split", "samples", "metrics", "spikes"}),
         ("spike-check main --images 1 --measured 8", {"verdict", "proof"}),
         ("energy main --images 2", {"rows", "totals"}),
+        ("gradients main --images 8", {"layers", "findings", "first_to_last", "step"}),
         ("train digits --resume main", {"run", "validation", "test", "registered", "report"}),
         ("registry list", {"name", "versions"}),
         ("registry show sg_resnet_digits", {"uri", "metrics", "aliases"}),
@@ -322,6 +322,41 @@ def test_pictures_that_cannot_be_read(desk: Desk) -> None:
     assert "must end in .png" in desk.refuse("predict", model, "black.png", "--out", "x.jpg")
 
 
+def test_one_bad_image_among_many_is_named_at_the_end(desk: Desk) -> None:
+    model = "models:/sg_resnet_digits@champion"
+    shots = desk.folder / "shots"
+    (shots / "more").mkdir(parents=True)
+    for number, place in enumerate((shots, shots, shots / "more")):
+        Image.fromarray(np.full((64, 40), 60 * number, np.uint8)).save(place / f"{number}.png")
+    whole = (shots / "1.png").read_bytes()
+    (shots / "._0.png").write_bytes(b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        " + bytes(100))
+    (shots / "empty.png").touch()
+    (shots / "late.png").write_bytes(whole[: len(whole) // 2])
+    (shots / "gone.png").symlink_to("/nowhere/gone.png")
+    (shots / "folder.png").mkdir()
+    done = desk._here(("predict", model, "shots", "--out", "shots.png"), 1)
+    assert [line.split(":")[0] for line in done.stdout.splitlines()[:2]] == ["shots/0.png", "shots/1.png"]
+    said = done.stderr
+    assert "5 of 7 images cannot be read; the others are answered:" in said
+    for reason in (
+        "shots/._0.png: it is no image but a file of macOS beside one (AppleDouble",
+        "shots/empty.png: the file has 0 bytes",
+        "shots/late.png: the PNG is truncated",
+        "shots/gone.png: it is a link to /nowhere/gone.png, which does not exist",
+        "shots/folder.png: it is a folder, although it is named as an image",
+        "not used: 1 image files in a sub-folder; --recursive reads sub-folders",
+    ):
+        assert reason in said
+    assert (desk.folder / "shots.png").stat().st_size > 1000
+    lines = [json.loads(line) for line in desk._here(("predict", model, "shots", "--json"), 1).stdout.splitlines()]
+    assert ["error" in line for line in lines] == [True, False, False, True, True, True, True]
+    for name in ("._0.png", "empty.png", "late.png", "gone.png"):
+        (shots / name).unlink()
+    (shots / "folder.png").rmdir()
+    answers = [json.loads(line) for line in desk.ask("predict", model, "shots", "--recursive", "--json").splitlines()]
+    assert [Path(one["image"]).name for one in answers] == ["0.png", "1.png", "2.png"]
+
+
 def test_corrupt_shard_is_named_with_its_hash(desk: Desk) -> None:
     desk.ask("data", "prepare", "digits", "--out", "spoilt")
     shard = max((desk.folder / "spoilt").glob("*.arrow"), key=lambda path: path.stat().st_size)
@@ -360,9 +395,11 @@ def test_interruption_leaves_a_run_that_goes_on(desk: Desk) -> None:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    process.send_signal(signal.SIGTERM)
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "stopping after this step; again to abort" in said
     assert "the same command resumes from the last checkpoint" in errors
-    assert json.loads((run_dir / "run.json").read_text())["status"] == "interrupted"
+    record = json.loads((run_dir / "run.json").read_text())
+    assert (record["status"], record["signal"]) == ("interrupted", "SIGTERM")
     assert "top1" in desk.ask("evaluate", "interrupted")

@@ -29,7 +29,7 @@ RECIPE = {
 }
 
 
-VGG = "model={family: spiking_vgg, widths: [8, 16], in_channels: 1, timesteps: 2}"
+VGG = 'model={"family": "spiking_vgg", "widths": [8, 16], "in_channels": 1, "timesteps": 2}'
 
 
 def printed(readme: str, *names: str) -> dict[str, str]:

@@ -87,6 +87,19 @@ def fail(rank: int, step: int, error: Exception) -> Fault:
     return Fault(rank, step, _Raise(error))
 
 
+def ask_to_stop(rank: int, step: int) -> Fault:
+    """The run is asked to stop while the rank is about to take a step; the next group resumes it."""
+    return Fault(rank, step, _ask)
+
+
+def _ask(mark: Path) -> None:
+    _asked(mark).touch()
+
+
+def _asked(mark: Path) -> Path:
+    return mark.with_name(f"{mark.name}-asked")
+
+
 @dataclass(frozen=True)
 class _Raise:
     error: Exception
@@ -261,6 +274,7 @@ def _rank(
 
     from spikefleet.training.distributed import ProcessGroup
     from spikefleet.training.loop import train
+    from spikefleet.training.stopping import TrainingStopped
     from spikefleet_pipelines.store.reader import Store
 
     def before_step(group: ProcessGroup, step: int) -> None:
@@ -268,6 +282,9 @@ def _rank(
             if (fault.rank, fault.step) == (rank, step) and not mark.exists():
                 mark.touch()
                 fault.strike(mark)
+
+    def stop_requested() -> bool:
+        return any(_asked(mark).exists() for _, mark in planned)
 
     with (attempt / f"rank-{rank}.log").open("w") as log:
         os.dup2(log.fileno(), 2)
@@ -285,8 +302,13 @@ def _rank(
             group,
             EventWriter(attempt) if group.is_main else NullSink(),
             before_step,
+            stop_requested,
         )
     except Exception as error:
+        if isinstance(error, TrainingStopped):
+            dist.barrier()  # all ranks have agreed
+            for _, mark in planned:
+                _asked(mark).unlink(missing_ok=True)
         (attempt / f"error-{rank}").write_bytes(pickle.dumps(error))
         raise
     (attempt / f"outcome-{rank}").write_bytes(pickle.dumps(outcome))

@@ -88,7 +88,7 @@ def test_manifest_of_another_format_or_none(tmp_path: Path) -> None:
     path = CheckpointFolder(tmp_path).save(1, snapshot())
     manifest = json.loads((path / "checkpoint.json").read_text())
     (path / "checkpoint.json").write_text(json.dumps({**manifest, "format": 99}))
-    with pytest.raises(UserError, match="expected format 1, found 99"):
+    with pytest.raises(UserError, match="expected format 2, found 99"):
         load_checkpoint(path)
     (path / "checkpoint.json").write_text("{")
     with pytest.raises(UserError, match=r"checkpoint\.json cannot be read as JSON"):

@@ -11,8 +11,11 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from spikefleet.config.recipes import load_config
+from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
 from spikefleet.files import read_json
+from spikefleet.tasks import build_task
 from spikefleet.tasks.coco_metrics import COCO_METRICS, FoundBoxes, box_confusion, evaluate_boxes, ground_truth, results
 from spikefleet.tasks.detection import Detection
 from spikefleet_models.families import model_config
@@ -160,3 +163,60 @@ def test_confusion_counts_wrong_classes_misses_and_strays() -> None:
 def test_pictures_without_any_object_cannot_be_measured(task: Detection) -> None:
     with pytest.raises(UserError, match="found none in 1 image"):
         task.metrics([found([], [], [])], [annotations(1, [], [], [])])
+
+
+def crowded(count: int) -> tuple[FoundBoxes, Annotations]:
+    """An image with so many objects of one class in a grid, and perfect boxes."""
+    corners = [[12.0 * (k % 30), 12.0 * (k // 30)] for k in range(count)]
+    truth = annotations(1, [[x, y, 10, 10] for x, y in corners], [0] * count, [False] * count)
+    boxes = [[x, y, x + 10, y + 10] for x, y in corners]
+    return found(boxes, list(np.linspace(0.9, 0.1, count)), [0] * count), truth
+
+
+def with_most(most: int) -> Detection:
+    criterion = model_config("spike_yolo_tiny", num_classes=3).build_criterion()
+    return Detection(criterion, NAMES, IDS, max_detections=most)
+
+
+def test_more_objects_than_detections_count_are_remarked(task: Detection) -> None:
+    prediction, truth = crowded(300)
+    details = task.details([prediction], [truth])
+    assert details["metrics"]["map50"] == pytest.approx(0.337, abs=0.005)
+    assert "1 image of 1 has more than 100 objects of a class" in details["remark"]
+    assert "at most 100 detections of a class in an image (evaluation.max_detections)" in details["description"]
+    few, their = crowded(100)
+    assert "remark" not in task.details([few], [their])
+
+
+def test_max_detections_lets_all_of_them_count() -> None:
+    task = with_most(300)
+    prediction, truth = crowded(300)
+    details = task.details([prediction], [truth])
+    assert details["metrics"]["map50_95"] == details["metrics"]["map50"] == pytest.approx(1.0)
+    assert details["metrics"]["ar300"] == pytest.approx(1.0)
+    assert "ar100" not in details["metrics"]
+    assert "at most 300 detections" in details["description"]
+    assert "remark" not in details
+    assert set(details["metrics"]) <= set(task.metric_names)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_where_no_image_has_so_many_the_number_changes_nothing(task: Detection, seed: int) -> None:
+    predictions, truths = random_case(seed)
+    usual = task.details(predictions, truths)["metrics"]
+    more = with_most(300).details(predictions, truths)["metrics"]
+    assert list(more.values()) == pytest.approx(list(usual.values()), abs=1e-12)
+
+
+def test_the_option_is_checked_against_task_and_network() -> None:
+    config = load_config("scenes_spike_yolo", {"evaluation.max_detections": 200})
+    assert config.evaluation.max_detections == 200
+    assert build_task(config, DataSummary("scenes", "", tuple(map(str, range(10))), tuple(range(10)))).metric_names[
+        8
+    ] == ("ar200")
+    with pytest.raises(
+        UserError, match=r"max_detections=999, but the network gives at most .*criterion.max_detections"
+    ):
+        load_config("scenes_spike_yolo", {"evaluation.max_detections": 999})
+    with pytest.raises(UserError, match=r"evaluation.max_detections=200 has no effect for task=classification"):
+        load_config("digits", {"evaluation.max_detections": 200})

@@ -133,7 +133,7 @@ def test_a_directory_becomes_a_store(root: Path, tmp_path: Path) -> None:
 
 
 def test_held_out_training_pictures_become_val(root: Path, tmp_path: Path) -> None:
-    store = prepare("coco", root, tmp_path / "store", holdout="0.2")
+    store = prepare("coco", root, tmp_path / "store", holdout=0.2)
     assert store.manifest.splits == {"train": 16, "val": 4, "test": 6}
     assert store.manifest.audit.same_as is None
     ids = {

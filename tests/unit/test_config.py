@@ -62,13 +62,13 @@ def test_paper_schedules() -> None:
         ("optim.milestones=[3]", ("milestones=[3]", "schedule=cosine")),
         ("optim.schedule=step", ("milestones", "for example")),
         ("data.source=digit", ("data.source='digit'", "'digits'")),
-        ("data.options={upsample: 3}", ("upsample",)),
+        ('data.options={"upsample": 3}', ("upsample",)),
         ("optim.lr", ("optim.lr", "section.key=value")),
         ("optim.lr.x=1", ("optim.lr.x=1",)),
-        ("optim.lr=[1", ("optim.lr=[1", "YAML")),
+        ("optim.lr=[1", ("optim.lr=[1", "JSON")),
         ("train.seed=9223372036854775808", ("train.seed=9223372036854775808", "less than")),
-        ("model={family: sg_resnext}", ("sg_resnet, ", "not 'sg_resnext'")),
-        ("train.seed=!!python/object/apply:os.getcwd []", ("YAML",)),
+        ('model={"family": "sg_resnext"}', ("sg_resnet, ", "not 'sg_resnext'")),
+        ("train.seed=!!python/object/apply:os.getcwd []", ("train.seed", "integer")),
         ("train.seed=__import__('os').getpid()", ("train.seed", "integer")),
     ],
 )
@@ -80,7 +80,7 @@ def test_bad_override_is_named_with_its_remedy(override: str, parts: tuple[str, 
 
 
 def test_a_later_override_counts_also_behind_a_whole_section() -> None:
-    texts = ["optim.lr=0.1", "optim={lr: 0.2}", "optim.lr=0.3"]
+    texts = ["optim.lr=0.1", 'optim={"lr": 0.2}', "optim.lr=0.3"]
     assert [load_config("digits", parse_overrides(texts[:count])).optim.lr for count in (1, 2, 3)] == [0.1, 0.2, 0.3]
 
 
@@ -160,6 +160,6 @@ def test_branches_that_cannot_be_are_refused_with_the_configuration(overrides: l
 
 
 def test_workers_of_a_command_hold_whatever_overrides_say() -> None:
-    sections = parse_overrides(["cluster.workers=2", "cluster={gpu: true}"])
+    sections = parse_overrides(["cluster.workers=2", 'cluster={"gpu": true}'])
     config = load_config("digits", with_cluster(sections, 4, gpu=False))
     assert (config.cluster.workers, config.cluster.gpu) == (4, True)

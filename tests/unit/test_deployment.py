@@ -22,6 +22,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "sg": ("sg_resnet_tiny", {}, (2, 1, 16, 16)),
     "asd": ("sg_resnet_tiny", {"decoder": "asd", "neuron": NeuronConfig(kind="plif")}, (2, 1, 16, 16)),
     "post_add": ("sg_resnet_tiny", {"connection": "post_add", "neuron": NeuronConfig(kind="lif")}, (2, 1, 16, 16)),
+    "padded": ("spike_yolo_tiny", {"reparameterise": False}, (1, 3, 64, 64)),
     "yolo": ("spike_yolo_tiny", {"timesteps": 2}, (1, 3, 64, 64)),
 }
 
@@ -50,7 +51,8 @@ def test_a_deployed_network_is_the_trained_one_up_to_rounding(name: str, dtype: 
     proof = proof_of(name, lambda deployed: None, dtype)
     assert proof.why is None
     assert proof.passed
-    assert max(segment.of_tolerance for segment in proof.segments) < 1
+    # In fp64 nothing comes near to the bound, borders with the shift of a batch norm included.
+    assert max(segment.of_tolerance for segment in proof.segments) < (1 if dtype == torch.float32 else 0.01)
     assert 0 < proof.max_difference < (1e-4 if dtype == torch.float32 else 1e-11)
     assert (proof.relative_tolerance > 1e-7) == (dtype == torch.float32)
     assert proof.segments[-1].name.startswith("output ")

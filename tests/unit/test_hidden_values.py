@@ -76,6 +76,26 @@ def test_constants_that_hang_on_spikes_are_refused(name: str, bound: int) -> Non
         check_equivalence(Net(bound, HIDDEN[name]).double(), images())
 
 
+def test_a_current_of_hidden_constants_alone_is_refused() -> None:
+    """No operation on spikes leads to the neuron."""
+
+    def through_text_alone(net: Net, s: Tensor) -> Tensor:
+        return net.conv(torch.ones_like(s) * str(s.flatten()[:200].to(torch.int8)).count("1"))
+
+    with pytest.raises(NotSpikeDrivenError, match=r"constant of its input on the way to neuron last\.neuron"):
+        check_hidden_values(Net(4, through_text_alone).double().eval(), images(1).double())
+
+
+@pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
+def test_borders_that_a_layer_copies_are_no_hidden_constants(mode: str) -> None:
+    """Circular padding fills memory in which anything stands."""
+    net = Net(1, lambda net, s: net.conv(s))
+    net.conv.padding_mode = mode  # type: ignore[assignment]
+    for _ in range(3):
+        torch.full((1, 3, 6, 6), torch.rand(()).item(), dtype=torch.float64)
+        assert check_equivalence(net, images()).passed
+
+
 def noted(net: Net, s: Tensor) -> Tensor:
     brightest = torch.zeros(1, dtype=s.dtype)
     elsewhere(lambda: brightest.copy_(net.kept.amax()))

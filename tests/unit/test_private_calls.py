@@ -52,6 +52,19 @@ PRIVATE = [
         "platform/spikefleet/cluster/session.py",
         "the raylet's messages about a dead worker pass by log_to_driver",
     ),
+    *(
+        (
+            f"mlflow.store.db.utils:{name}",
+            parameters,
+            "platform/spikefleet/tracking/database.py",
+            "builds the schema in a file that is not yet in place; MLflow's commands take seconds to start",
+        )
+        for name, parameters in (
+            ("_initialize_tables", ["engine"]),
+            ("_upgrade_db", ["engine"]),
+            ("_get_alembic_config", ["db_url"]),
+        )
+    ),
     (
         "torch:UntypedStorage._new_shared",
         ["size"],

@@ -21,7 +21,6 @@ from spikefleet.registry.package import load_network
 from spikefleet.runs.run_dir import Run
 from spikefleet.training.checkpoints import load_checkpoint
 from spikefleet_models.gates import Gate
-from spikefleet_models.retinanet_config import RetinaNetConfig
 from spikefleet_models.sg_resnet_config import SGResNetConfig
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "format_1"
@@ -124,20 +123,6 @@ def test_the_stored_configuration_is_not_modified() -> None:
     assert stored == {"model": {"family": "spike_yolo", "time_steps": 2}}
 
 
-@pytest.fixture
-def exact_by_default() -> Iterator[None]:
-    """Networks as if a later version had another default than the one that old runs were trained with."""
-    families = (SGResNetConfig, RetinaNetConfig)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SGResNetConfig.model_fields["gate_gradient"], "default", "exact")
-        for family in families:
-            family.model_rebuild(force=True)
-        yield
-    for family in families:
-        family.model_rebuild(force=True)
-
-
-@pytest.mark.usefixtures("exact_by_default")
 def test_runs_checkpoints_and_versions_that_lack_the_gate_gradient_keep_the_literal_one() -> None:
     assert SGResNetConfig().gate_gradient == "exact"
     assert "gate_gradient" not in read_json(FIXTURE / "run" / "config.json")["model"]
@@ -157,7 +142,6 @@ def test_runs_checkpoints_and_versions_that_lack_the_gate_gradient_keep_the_lite
     assert differences(stored, exact) == ["model.gate_gradient: expected literal, found exact"]
 
 
-@pytest.mark.usefixtures("exact_by_default")
 def test_a_stored_detector_keeps_the_literal_gate_gradient_of_its_backbone() -> None:
     stored = load_config("scenes_retinanet").dump()
     assert stored["model"]["backbone"].pop("gate_gradient") == "exact"

@@ -238,3 +238,27 @@ def test_published_operations_and_weights(name: str, factored: float, merged: in
     assert operations(deployed, 640) == merged
     assert operations(network, 640) / 1e9 == pytest.approx(factored, abs=0.006)
     assert operations(deploy(network, merge=False), 640) / 1e9 == pytest.approx(factored, abs=0.006)
+
+
+@pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
+def test_a_folded_convolution_pads_as_before(mode: str) -> None:
+    network = randomise(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode=mode), nn.BatchNorm2d(4)))
+    images = torch.rand(2, 3, 6, 6, dtype=torch.float64)
+    assert (network(images) - deploy(network)(images)).abs().max() < EXACT
+
+
+def test_a_module_under_two_names_of_one_parent_is_deployed_under_both() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = self.two = RepConv(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.two(self.one(x))
+            return y
+
+    network = randomise(Twice())
+    deployed = deploy(network)
+    assert deployed.one is deployed.two
+    images = torch.rand(2, 4, 6, 6, dtype=torch.float64)
+    assert (network(images) - deployed(images)).abs().max() < EXACT

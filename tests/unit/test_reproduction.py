@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,14 @@ from spikefleet.reproduction.reproduce import (
     ReproductionPlan,
     _cells,
     _config,
+    _differs,
     _distinct,
+    _split_of,
 )
 from spikefleet.reproduction.scales import Scale
 from spikefleet.reproduction.table import PaperTable, list_tables, load_table
+from spikefleet.runs.run_dir import Run
+from spikefleet_tune.journal import TrialRecord
 
 SCALES: tuple[Scale, ...] = ("digits", "fashion_mnist", "full")
 
@@ -103,7 +108,9 @@ def reproduction(means: dict[str, float], scale: Scale = "digits") -> Reproducti
         name = entry.row.name
         if name in means:
             cell = Cell(paper, (means[name] - 1, means[name] + 1))
-            rows.append(ReproducedRow(entry, {"test/top1": cell}, (0, 1), ("t-0", "t-1"), ("d" * 64,), ("abc",)))
+            rows.append(
+                ReproducedRow(entry, {"test/top1": cell}, (0, 1), ("t-0", "t-1"), ("d" * 64,), ("abc",), "test")
+            )
         else:
             rows.append(ReproducedRow(entry, {"test/top1": Cell(paper)}, remark="not run: its data are not there"))
     return Reproduction(plan, tuple(rows))
@@ -123,7 +130,8 @@ def test_a_report_says_what_was_not_run_and_where_figures_come_from(tmp_path: Pa
     text = as_markdown(found)
     assert "| CIFAR-100: SG ResNet18, BSG | 74.62 | 95 ± 1.4 | +20.4 | 0 1 |  |" in text
     assert text.count("not run: its data are not there") == 4 + 12  # the gates' gradients are another group
-    assert "| CIFAR-100: SG ResNet18, BSG | t-0, t-1 | dddddddddddd | abc |" in text
+    assert "| CIFAR-100: SG ResNet18, BSG | t-0, t-1 | test | dddddddddddd | abc |" in text
+    assert "Measured on val" not in text
     assert "The data differs from the paper's" in text
     assert "The data differs" not in as_markdown(reproduction({}, "full"))
     paths = write_reproduction(found, tmp_path / "report")
@@ -173,3 +181,38 @@ def test_a_recipe_that_is_edited_is_read_anew(tmp_path: Path) -> None:
     after = reproduce._config(str(recipe), {"train.epochs": 2})
     assert (before.optim.lr, after.optim.lr) == (0.1, 0.2)
     assert before.digest() != after.digest()
+
+
+@pytest.mark.parametrize(
+    ("options", "differs"),
+    [({"upsample": 2}, False), ({}, True), ({"upsample": 1}, True)],
+)
+def test_a_training_on_other_data_is_of_an_earlier_form(options: dict[str, int], differs: bool, tmp_path: Path) -> None:
+    """Also the same images in another size."""
+    run = Run(tmp_path / "trial")
+    run.path.mkdir()
+    trained = _config("digits_narrow", {"data.options": options})
+    (run.path / "config.json").write_text(json.dumps(trained.dump()))
+    run.note(status="finished")
+    assert _differs(run, _config("digits_narrow", {})) is differs
+
+
+def test_rows_without_test_images_have_their_metrics_of_val(tmp_path: Path) -> None:
+    """As on COCO and ImageNet; trainings of earlier versions, which called them test, keep their numbers."""
+    table = load_table("spike_yolo_table1")
+    entry = next(entry for entry in table.entries() if "test/map50_95" in entry.row.paper)
+
+    def trained(**metrics: float) -> list[tuple[TrialRecord, Run]]:
+        named = {key.replace("_", "/", 1): value for key, value in metrics.items()}
+        return [(TrialRecord(0, "t-0", {}, {}, named, "finished", 1.0, 0), Run(tmp_path))]
+
+    on_val = trained(val_map50=0.5, val_map50_95=0.3)
+    earlier = trained(val_map50=0.5, val_map50_95=0.3, test_map50=0.4, test_map50_95=0.2)
+    for runs, split, expected in ((on_val, "val", 30.0), (earlier, "test", 20.0), ([], "", None)):
+        keys = [key for key, column in table.columns.items() if column.origin == "run"]
+        cells = _cells(table.model_copy(update={"columns": {key: table.columns[key] for key in keys}}), entry, runs)
+        assert cells["test/map50_95"].mean == (None if expected is None else pytest.approx(expected))
+        assert _split_of(table, [record for record, _ in runs]) == split
+    found = reproduction({"SG ResNet10, BSG": 90.0})
+    rows = tuple(replace(row, split="val") if row.trials else row for row in found.rows)
+    assert "* Measured on val, on which the checkpoint was chosen too" in as_markdown(replace(found, rows=rows))

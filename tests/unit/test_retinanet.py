@@ -207,6 +207,40 @@ def test_gradient_reaches_every_parameter(backbone: dict[str, Any]) -> None:
     assert not [name for name, gradient in gradients.items() if gradient is not None and not gradient.any()]
 
 
+def test_norm_in_pyramid_and_heads_is_an_option() -> None:
+    """Every convolution of them but the last ones of the heads is normalised; all parameters of the norms learn."""
+    torch.manual_seed(0)
+    plain, normed = tiny(), RetinaNet(RetinaNetConfig(**TINY, norm="group", norm_groups=8))
+    assert not [module for module in plain.modules() if isinstance(module, nn.GroupNorm)]
+    groups = {name: module for name, module in normed.named_modules() if isinstance(module, nn.GroupNorm)}
+    parts = [name.split(".")[0] for name in groups]
+    assert {part: parts.count(part) for part in parts} == {"pyramid": 6, "classification": 4, "regression": 4}
+    assert {module.num_groups for module in groups.values()} == {8}
+    weights = {name for name, parameter in plain.named_parameters() if parameter.ndim > 1}
+    assert weights == {name for name, parameter in normed.named_parameters() if parameter.ndim > 1}
+    image, objects = scene()
+    criterion_of(normed).loss(normed(image), [objects], (96, 96))["loss"].backward()
+    assert all(p.grad is not None and bool(p.grad.any()) for module in groups.values() for p in module.parameters())
+    with pytest.raises(ValidationError, match="norm_groups=32 must divide fpn_channels=48 for norm=group"):
+        RetinaNetConfig(**{**TINY, "fpn_channels": 48}, norm="group")
+
+
+@pytest.mark.parametrize("connection", ["bsg", "post_add", "ann"])
+def test_momentum_of_the_statistics(connection: str) -> None:
+    """A step moves running means by that share of the way to the batch's."""
+    image = torch.cat((scene()[0], torch.randn(1, 3, 96, 96)))
+
+    def moved(**fields: Any) -> dict[str, Tensor]:
+        model = tiny(connection=connection, **fields)
+        model(image)
+        return {name: buffer for name, buffer in model.named_buffers() if name.endswith("running_mean")}
+
+    usual, slow = moved(), moved(norm_momentum=0.01)
+    assert len(usual) > 9
+    for name, mean in usual.items():
+        torch.testing.assert_close(slow[name], mean / 10)
+
+
 def test_decoders_are_independent() -> None:
     model = tiny()
     assert len(model.decoders) == 3

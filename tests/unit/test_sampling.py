@@ -98,6 +98,37 @@ def test_small_remainder_is_folded() -> None:
     assert EpochPlan(samples=5, global_batch=8, world_size=2).steps_per_epoch == 1
 
 
+@settings(max_examples=80, deadline=None)
+@given(shapes(), st.integers(0, 2**32))
+def test_without_its_partial_batch_an_epoch_has_whole_ones(shape: tuple[int, int, int, int], seed: int) -> None:
+    samples, batch, world, accumulate = shape
+    fields = {"samples": samples, "global_batch": batch, "world_size": world, "accumulate": accumulate, "seed": seed}
+    if samples < batch:
+        with pytest.raises(ValueError, match="fewer than global_batch"):
+            EpochPlan(**fields, drop_partial=True)
+        return
+    plans = [EpochPlan(**fields, rank=rank, drop_partial=True) for rank in range(world)]
+    assert {plan.steps_per_epoch for plan in plans} == {samples // batch}
+    assert plans[0].samples_per_epoch == samples // batch * batch
+    parts = [list(plan.batches(0)) for plan in plans]
+    assert {(part.global_count, len(part.indices)) for own in parts for part in own} == {(batch, batch // world)}
+    seen = np.concatenate([part.indices for own in parts for part in own])
+    assert len(np.unique(seen)) == len(seen) == plans[0].samples_per_epoch
+    # The whole batches are those of a plan that keeps the rest; only that is gone.
+    kept = EpochPlan(**fields, rank=0)
+    assert kept.samples_per_epoch == samples
+    for dropped, whole in zip(parts[0][:-1], kept.batches(0), strict=False):
+        assert np.array_equal(dropped.indices, whole.indices)
+    assert list(plans[0].batches(0, samples // batch)) == []
+
+
+def test_other_samples_are_dropped_in_each_epoch() -> None:
+    plan = EpochPlan(samples=100, global_batch=64, drop_partial=True)
+    left = [set(range(100)) - set(next(iter(plan.batches(epoch))).indices.tolist()) for epoch in range(5)]
+    assert {len(one) for one in left} == {36}
+    assert len(set.union(*left)) > 80
+
+
 def test_indivisible_batch_is_refused_with_nearest_values() -> None:
     with pytest.raises(
         ValueError, match=r"global_batch 100 .*world_size 3 x accumulate 4 = 12; set global_batch to 96 or 108"

@@ -44,7 +44,7 @@ def test_a_search_is_read() -> None:
         ("a: &x 1\nb: *x", "aliases"),
         ("recipe: !!python/object/apply:os.getcwd []", "not valid YAML"),
         ("? [a]\n: b", "not valid YAML"),
-        ("recipe: 2001-99-99", "not valid YAML"),
+        ("recipe: 2001-99-99", "'objectives' is missing"),
         ("[" * 5000, "not valid YAML"),
         ("recipe: digits", r"'objectives' is missing"),
         (_TEXT.replace("trials", "trails"), r"mine: unknown key 'budget.trails'; did you mean 'trials'\?"),

@@ -74,8 +74,11 @@ def test_a_source_from_outside_is_like_the_built_in_ones(outside: Source, tmp_pa
         check_options(outside, {"widht": 2})
     with pytest.raises(SourceError, match="source 'digits': unknown option 'size'; expected one of upsample"):
         check_options(find_source("digits"), {"size": 8})
-    with pytest.raises(SourceError, match="source 'cifar10': unknown option 'size'; it has no options"):
-        check_options(find_source("cifar10"), {"size": 8})
+    with pytest.raises(SourceError, match="source 'stripes': unknown option 'size'; it has no options"):
+        check_options(outside, {"size": 8}, SourceOptions)
+    for other in (True, "2"):
+        with pytest.raises(SourceError, match="source 'stripes': option width="):
+            check_options(outside, {"width": other})
     config = DataConfig(source="stripes", options={"width": 4})
     store = open_or_prepare(config, tmp_path)
     assert store.manifest.source == "stripes"

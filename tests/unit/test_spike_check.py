@@ -25,6 +25,7 @@ from spikefleet.training.evaluation import first_batches
 from spikefleet_models import equivalence
 from spikefleet_models.families import build_model
 from spikefleet_models.reparam import deploy
+from spikefleet_models.slots import NotSpikeDrivenError
 from spikefleet_models.spike_driven import spike_driven
 from spikefleet_models.spike_edges import LayerInput
 from spikefleet_pipelines.loading import BatchLoader
@@ -187,6 +188,20 @@ def test_a_binary_form_that_answers_worse_in_the_served_type_is_refuted(
     assert wrong.proof.passed
     assert wrong.verdict == "refuted"
     assert str(wrong.why).startswith("top1 of the binary form in float32 differs by -0.")
+
+
+def test_flips_that_cannot_be_counted_leave_the_metric_leg(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def uncountable(*given: object) -> None:
+        raise NotSpikeDrivenError("in 16 bits another layer runs")
+
+    monkeypatch.setattr(spike_check, "count_flips", uncountable)
+    run = finished(tmp_path, store)
+    certificates = certified(run, store)
+    assert certificates.verdict == "proved"
+    assert "proof_metric" in certificates.legs
+    assert (found(run)["flips"], found(run)["remark"]) == ([], "in 16 bits another layer runs")
 
 
 def test_few_images_are_measured_where_a_training_is_short_or_slots_are_many(store: Store) -> None:

@@ -31,8 +31,10 @@ def replacing(path: Path) -> Iterator[Path]:
         sync(partial)
         partial.replace(path)
         sync(path.parent)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and (error.filename is None or os.fspath(error.filename) == os.fspath(partial)):
+            error.filename = str(path)  # `write` does not name the file; the message of a full disk should
         raise
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from spikefleet_tune.atomic import write_atomically
 from spikefleet_tune.errors import SearchError
@@ -193,7 +193,7 @@ class SearchFolder:
             for position, entry in enumerate(self._journal.entries(), start=1):
                 try:
                     _take(past, entry.record)
-                except (ValueError, KeyError, TypeError) as error:
+                except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
                     raise SearchError(f"{self._journal.path}, line {position} cannot be read: {error}") from None
         return past
 
@@ -262,7 +262,12 @@ def _take(past: Past, line: dict[str, Any]) -> None:
             past.started[int(line["number"])].update(overrides=line["overrides"], point=line["point"])
             past.started[int(line["number"])]["changes"].append(line["before"])
         case "ended":
+            _need_objects(line, "point", "overrides", _STORED_METRICS)
             metrics = line.pop(_STORED_METRICS)
+            _need_numbers(metrics, "metrics")
+            _need_numbers({"number": line["number"], "seconds": line["seconds"]}, "trial")
+            if line["status"] not in get_args(Status):
+                raise ValueError(f"unknown status {line['status']!r}")
             record = TrialRecord(**{**line, "metrics": metrics, "changes": tuple(line["changes"])})
             if record.number not in past.started:
                 raise ValueError(f"trial {record.number} ended but was never started")
@@ -274,11 +279,19 @@ def _take(past: Past, line: dict[str, Any]) -> None:
             past.order = [one for one in past.order if one != ("ended", int(line["number"]))]
         case "known":
             _need_objects(line, "point")
+            if line[_STORED_METRICS] is not None:
+                _need_numbers(line[_STORED_METRICS], "metrics")
             past.warm_start.append(WarmStartPoint(line["point"], line[_STORED_METRICS], line["origin"]))
         case "extended":
             past.extended += int(line["trials"])
         case _:
             raise ValueError(f"unknown event {event!r}")
+
+
+def _need_numbers(values: Mapping[str, Any], what: str) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{name} of {what} must be a number")
 
 
 def _need_objects(line: Mapping[str, Any], *keys: str) -> None:

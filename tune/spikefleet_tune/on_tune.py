@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from ray import tune
@@ -18,6 +17,7 @@ from ray.tune.search.search_algorithm import SearchAlgorithm
 from ray.tune.stopper import Stopper
 
 from spikefleet_tune.capacity import nodes_of_cluster, trial_request, trials_at_once
+from spikefleet_tune.interruption import Interrupted, handling
 from spikefleet_tune.journal import Clock, Past, SearchFolder
 from spikefleet_tune.ledger import Ledger
 from spikefleet_tune.samplers import PointSampler
@@ -50,7 +50,8 @@ class TrialSource(SearchAlgorithm):
         ledger.total = self._foreseen(past)
         self._capacity, self._capacity_since = 0, -_CAPACITY_EVERY
         self._spec: dict[str, Any] = {}
-        self.interrupted = False
+        self.interrupted: int | None = None
+        """The signal that ended the attempt."""
 
     def _foreseen(self, past: Past) -> int | None:
         """Trials of the whole search, if that is known."""
@@ -81,7 +82,7 @@ class TrialSource(SearchAlgorithm):
 
     def is_finished(self) -> bool:
         """Whether no trial is left to start."""
-        if self._finished or self.interrupted or self.out_of_time:
+        if self._finished or self.interrupted is not None or self.out_of_time:
             return True
         if self._again:
             return False
@@ -129,7 +130,7 @@ def run_on_tune(
         trainable: runs one trial in its own process.
         folder: the search's directory.
         scheduler: the scheduler of the search.
-        source: suggests the trials; its `interrupted` says whether the attempt ended by Ctrl-C.
+        source: suggests the trials; its `interrupted` says which signal ended the attempt.
         ledger: records what happens to the trials.
         clock: measures the hours of the budget.
     """
@@ -156,7 +157,7 @@ def run_on_tune(
 
         def stop_all(self) -> bool:
             clock.tick()
-            return source.interrupted or source.out_of_time
+            return source.interrupted is not None or source.out_of_time
 
     config = search.scheduler
     deciding = None if config.kind == "none" else search.deciding[0]
@@ -180,7 +181,7 @@ def run_on_tune(
                 verbose=0,
             ),
         ).fit()
-    if source.out_of_time and not source.interrupted:
+    if source.out_of_time and source.interrupted is None:
         for number in list(ledger.live):
             ledger.stop_early(number, f"the budget of {search.budget.hours:g} hours is used up")
 
@@ -210,18 +211,12 @@ def _tune_environment(population: int | None) -> Iterator[None]:
 
 @contextmanager
 def _interruptible(source: TrialSource) -> Iterator[None]:
-    """The first Ctrl-C lets Ray Tune stop its trials; a second one calls the earlier handler."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before: Callable[..., Any] | int = signal.getsignal(signal.SIGINT) or signal.SIG_DFL
+    """The first SIGINT or SIGTERM lets Ray Tune stop its trials; a second one aborts."""
 
-    def interrupt(signum: int, frame: Any) -> None:
-        source.interrupted = True
-        signal.signal(signal.SIGINT, before)
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        if source.interrupted is not None:
+            raise Interrupted(source.interrupted)
+        source.interrupted = signum
 
-    signal.signal(signal.SIGINT, interrupt)
-    try:
+    with handling(interrupt):
         yield
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from spikefleet_tune.capacity import check_population, nodes_of_cluster, refuse_what_never_fits
 from spikefleet_tune.errors import SearchError
+from spikefleet_tune.interruption import Interrupted
 from spikefleet_tune.journal import Clock, Past, SearchFolder, TrialRecord, WarmStartPoint
 from spikefleet_tune.ledger import Ledger, SearchObserver, SilentObserver
 from spikefleet_tune.messages import counted
@@ -65,8 +66,8 @@ def run_search(
 
     Raises:
         SearchError: the search is already running, was started with other settings, or never fits into this cluster.
-        KeyboardInterrupt: the user pressed Ctrl-C; running trials stop, and the same name resumes them. A second
-            Ctrl-C does not wait for them.
+        Interrupted: SIGINT or SIGTERM; running trials stop, and the same name resumes them. A second signal does not
+            wait for them.
     """
     folder = SearchFolder(storage, name)
     scheduler = build_scheduler(search, mutable)
@@ -92,8 +93,8 @@ def run_search(
             run_on_tune(search, trainable, folder, scheduler, source, ledger, clock)
             clock.tick(force=True)
         shutil.rmtree(folder.path / SCRATCH, ignore_errors=True)
-        if source.interrupted:
-            raise KeyboardInterrupt
+        if source.interrupted is not None:
+            raise Interrupted(source.interrupted)
         done = _complete(search, folder.read(), sampler)
         return _result(folder, search, ledger.records, clock.seconds, done)
 

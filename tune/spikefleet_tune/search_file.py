@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from spikefleet_tune.direction import Direction
 from spikefleet_tune.errors import SearchError
+from spikefleet_tune.kinds import changed_kinds
 from spikefleet_tune.messages import nearest
 from spikefleet_tune.space import MOST_LISTED, Dimension, Part, Space
 
@@ -25,7 +26,7 @@ class SamplerConfig(Part):
         "tpe", description="sampling algorithm; listed tries only `points`, in order"
     )
     startup: int = Field(10, ge=1, description="tpe, gp: random points before the model is used")
-    population: int = Field(12, ge=2, description="nsga2: size of a generation")
+    population: int = Field(12, ge=2, le=1_000_000, description="nsga2: size of a generation")
 
 
 class SchedulerConfig(Part):
@@ -51,22 +52,25 @@ class SchedulerConfig(Part):
 class BudgetConfig(Part):
     """When the search ends: at the first limit. A grid or a list also ends with its last point."""
 
-    trials: int | None = Field(None, ge=1, description="trials, over all attempts")
-    hours: float | None = Field(None, gt=0, description="wall-clock hours, over all attempts")
+    trials: int | None = Field(None, ge=1, le=10_000_000, description="trials, over all attempts")
+    hours: float | None = Field(None, gt=0, le=1_000_000, description="wall-clock hours, over all attempts")
 
 
 class ResourcesConfig(Part):
     """The resources of one trial."""
 
     workers: int = Field(
-        1, ge=1, description="1: training in the trial's process; more: a worker group that the trial starts"
+        1,
+        ge=1,
+        le=100_000,
+        description="1: training in the trial's process; more: a worker group that the trial starts",
     )
     cpus_per_worker: float = Field(1, gt=0, description="CPUs of each worker")
     gpus_per_worker: float = Field(
         0, ge=0, description="GPUs of each worker; a fraction lets several one-worker trials share a GPU"
     )
     max_concurrent: int | None = Field(
-        None, ge=1, description="trials at a time; default: as many as fit into the cluster"
+        None, ge=1, le=1_000_000, description="trials at a time; default: as many as fit into the cluster"
     )
     retries: int = Field(1, ge=0, description="restarts of a trial whose process died")
 
@@ -86,7 +90,7 @@ class Search(Part):
     scheduler: SchedulerConfig = SchedulerConfig()
     budget: BudgetConfig = BudgetConfig()
     resources: ResourcesConfig = ResourcesConfig()
-    seed: int = Field(0, ge=0, description="seed of the sampler")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the sampler")
 
     @field_validator("sampler", "scheduler", mode="before")
     @classmethod
@@ -213,10 +217,13 @@ def search_of(tree: Mapping[str, Any], origin: str = "search") -> Search:
         SearchError: one message for each invalid field.
     """
     try:
-        return Search.model_validate(tree)
+        search = Search.model_validate(tree)
     except ValidationError as error:
         problems = [_message(one) for one in error.errors()]
         raise SearchError(f"{origin}: " + "; ".join(dict.fromkeys(problems))) from None
+    if problems := list(changed_kinds(tree, search.dump())):
+        raise SearchError(f"{origin}: {'; '.join(problems)}")
+    return search
 
 
 def _message(error: Mapping[str, Any]) -> str:

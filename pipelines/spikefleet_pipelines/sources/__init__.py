@@ -14,7 +14,9 @@ from spikefleet_pipelines.sources.registry import check_options, find_source, li
 from spikefleet_pipelines.sources.source import Progress, Source, SourceOptions
 
 if TYPE_CHECKING:
+    from spikefleet_pipelines.store.origin import Origin
     from spikefleet_pipelines.store.reader import Store
+    from spikefleet_pipelines.store.writer import StoreWriter
 
 __all__ = [
     "Progress",
@@ -37,6 +39,7 @@ def prepare(
     parallel: int | None = None,
     seed: int = 0,
     overwrite: bool = False,
+    skip_bad: bool = False,
     **options: Any,
 ) -> "Store":
     """Build a store from raw data.
@@ -56,6 +59,7 @@ def prepare(
             and with many images, of this machine. More than 1 starts a local Ray if none is running.
         seed: selects the samples held out of the training data for val (and for test where the source has none).
         overwrite: replace another store at `out`.
+        skip_bad: leave out image files that are missing or cannot be read, and list them in the manifest.
         **options: of the source.
 
     Returns:
@@ -80,13 +84,15 @@ def prepare(
             )
         of_split = check_options(source, options, source.split_options)
         with _writing(out):
-            split_writer(of_split, out.resolve(), progress or _quiet, parallel, seed, overwrite)
+            split_writer(of_split, out.resolve(), progress or _quiet, parallel, seed, overwrite, skip_bad)
         return Store.open(out, verify=False)
     checked = check_options(source, options)
     recorded = {**checked.model_dump(mode="json"), "seed": seed}
+    origin = None if source.files is None else _origin_of(root or source.default_root, out)
     if Store.is_store(out) and not overwrite:
         store = Store.open(out)
         if (store.manifest.source, store.manifest.options) == (name, recorded):
+            _refuse_changed_files(out, origin)
             return store
         raise StoreError(
             f"{out} already contains a store of {store.manifest.source!r} with {store.manifest.options}, expected "
@@ -101,7 +107,9 @@ def prepare(
     root = root or source.default_root
     if source.files is not None and (root is None or not root.is_dir()):
         raise source.missing(root)
-    contents = source.load_reader()(root or Path(), checked, seed)
+    reader = source.load_reader()
+    with _reading(name, root):
+        contents = reader(root or Path(), checked, seed)
     out = out.resolve()
     with (
         _writing(out),
@@ -114,11 +122,59 @@ def prepare(
             overwrite=overwrite,
             category_ids=contents.category_ids,
             stand_ins=contents.stand_ins,
+            skip_bad=skip_bad,
         ) as writer,
     ):
         contents.write(writer, progress or _quiet, parallel)
+        if origin is not None:
+            _record_origin(origin, writer)
         writer.commit()
     return Store.open(out, verify=False)
+
+
+def _origin_of(root: Path | None, out: Path) -> "Origin | None":
+    """The raw files, before they are read; None where there are none, which is complained about later."""
+    from spikefleet_pipelines.store.origin import Origin
+
+    try:
+        return None if root is None or not root.is_dir() else Origin.of(root, [out.parent.absolute()])
+    except OSError as error:
+        raise SourceError(f"{root} cannot be read: {error}") from error
+
+
+def _refuse_changed_files(out: Path, origin: "Origin | None") -> None:
+    from spikefleet_pipelines.store.manifest import MANIFEST_NAME
+    from spikefleet_pipelines.store.origin import is_built_from
+
+    if origin is None:
+        return
+    written = (out / MANIFEST_NAME).stat().st_mtime_ns
+    if not is_built_from(out, origin, written, [out.parent.absolute()]):
+        raise StoreError(
+            f"{out} was prepared from other files than those that are in {origin.root} now; use --overwrite to prepare "
+            "it again, or choose another directory"
+        )
+
+
+def _record_origin(origin: "Origin", writer: "StoreWriter") -> None:
+    """Records what a store was built from. Raises StoreError if the files changed meanwhile."""
+    besides = [writer.out.parent.absolute()]
+    after = type(origin).of(Path(origin.root), besides)
+    if (after.listing, after.times) != (origin.listing, origin.times):
+        raise StoreError(f"the files in {origin.root} changed while they were read; prepare the store again")
+    origin.with_content(besides).write(writer.directory)
+
+
+@contextmanager
+def _reading(name: str, root: Path | None) -> Iterator[None]:
+    """What a file from elsewhere can make a reader fail with, beyond what the reader names itself."""
+    try:
+        yield
+    except (SourceError, StoreError):
+        raise
+    except (OSError, MemoryError, RecursionError, ArithmeticError, UnicodeError) as error:
+        reason = str(error) or type(error).__name__
+        raise SourceError(f"source {name!r}: the files in {root} cannot be read: {reason}; replace them") from error
 
 
 @contextmanager

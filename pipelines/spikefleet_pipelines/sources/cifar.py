@@ -7,58 +7,67 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spikefleet_pipelines.errors import SourceError
-from spikefleet_pipelines.sources.cifar_config import CIFAR10, CIFAR10_LAYOUT, CIFAR100, CIFAR100_LAYOUT, CifarLayout
+from spikefleet_pipelines.sources.cifar_config import (
+    CIFAR10,
+    CIFAR10_LAYOUT,
+    CIFAR100,
+    CIFAR100_LAYOUT,
+    CifarLayout,
+    CifarOptions,
+)
 from spikefleet_pipelines.sources.contents import ArrayContents, hold_out_validation
-from spikefleet_pipelines.sources.python2_pickle import DamagedPickleError, read_plain_pickle
-from spikefleet_pipelines.sources.source import Source, SourceOptions
+from spikefleet_pipelines.sources.python2_pickle import read_plain_pickle
+from spikefleet_pipelines.sources.source import Source
 
 _PIXELS = 3 * 32 * 32
 _TEST_IMAGES = 10_000
 
 
-def read_cifar10(root: Path, options: SourceOptions, seed: int) -> ArrayContents:
-    """Read CIFAR-10; a tenth of the training images of each class (5,000 in all) is held out for val.
+def read_cifar10(root: Path, options: CifarOptions, seed: int) -> ArrayContents:
+    """Read CIFAR-10; by default a tenth of the training images of each class (5,000 in all) is held out for val.
 
     Raises:
         SourceError: a file is missing or damaged.
     """
-    return _read(CIFAR10, CIFAR10_LAYOUT, root, seed)
+    return _read(CIFAR10, CIFAR10_LAYOUT, root, options, seed)
 
 
-def read_cifar100(root: Path, options: SourceOptions, seed: int) -> ArrayContents:
-    """Read the 100 fine classes of CIFAR-100; a tenth of the training images of each is held out for val.
+def read_cifar100(root: Path, options: CifarOptions, seed: int) -> ArrayContents:
+    """Read the 100 fine classes of CIFAR-100; by default a tenth of the training images of each is held out for val.
 
     Raises:
         SourceError: a file is missing or damaged.
     """
-    return _read(CIFAR100, CIFAR100_LAYOUT, root, seed)
+    return _read(CIFAR100, CIFAR100_LAYOUT, root, options, seed)
 
 
-def _read(source: Source, layout: CifarLayout, root: Path, seed: int) -> ArrayContents:
+def _read(source: Source, layout: CifarLayout, root: Path, options: CifarOptions, seed: int) -> ArrayContents:
     inside = root / layout.folder
     folder = inside if inside.is_dir() else root
     for name in layout.files:
         if not (folder / name).is_file():
             raise source.missing(folder / name)
-    class_names = _field(folder / layout.meta_file, read_plain_pickle(folder / layout.meta_file), layout.names_key)
+    class_names = _class_names(folder / layout.meta_file, layout)
     classes = len(class_names)
     batches = [_read_batch(folder / name, layout, classes, layout.train_images) for name in layout.train_files]
     images, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
-    splits = hold_out_validation(images, labels, lambda n: round(n / 10), seed)
+    splits = hold_out_validation(images, labels, options.holdout, seed)
     test = _read_batch(folder / layout.test_file, layout, classes, _TEST_IMAGES)
-    return ArrayContents(tuple(map(str, class_names)), {**splits, "test": test})
+    return ArrayContents(class_names, {**splits, "test": test})
+
+
+def _class_names(path: Path, layout: CifarLayout) -> tuple[str, ...]:
+    names = _field(path, read_plain_pickle(path), layout.names_key)
+    if not all(isinstance(name, str | bytes) and name for name in names) or len(set(names)) != len(names):
+        raise SourceError(f"{path}: {layout.names_key} are not different, non-empty names; download it again")
+    return tuple(name.decode("latin1") if isinstance(name, bytes) else name for name in names)
 
 
 def _read_batch(
     path: Path, layout: CifarLayout, classes: int, official: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    try:
-        content = read_plain_pickle(path)
-    except DamagedPickleError as error:
-        raise SourceError(
-            f"{path} is truncated or damaged: it has {path.stat().st_size:,} bytes, expected {official:,} images in "
-            f"more than {official * _PIXELS:,} bytes ({error}); download it again"
-        ) from error
+    expected = f", expected {official:,} images in more than {official * _PIXELS:,} bytes"
+    content = read_plain_pickle(path, expected)
     images = content.get("data") if isinstance(content, dict) else None
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != _PIXELS:
         found = f"{images.dtype} {list(images.shape)}" if isinstance(images, np.ndarray) else type(images).__name__
@@ -70,7 +79,7 @@ def _read_batch(
             "it again"
         )
     for row, label in enumerate(labels):
-        if not isinstance(label, int) or not 0 <= label < classes:
+        if type(label) is not int or not 0 <= label < classes:
             raise SourceError(
                 f"{path}: label of image {row} is {label!r}, expected an integer from 0 to {classes - 1}; download it "
                 "again"
@@ -80,6 +89,8 @@ def _read_batch(
 
 def _field(path: Path, content: Any, key: str) -> list[Any]:
     value = content.get(key) if isinstance(content, dict) else None
+    if isinstance(value, np.ndarray) and value.ndim == 1:
+        value = value.tolist()
     if not isinstance(value, list) or not value:
         raise SourceError(f"{path} has no list {key!r}, so it is not an official batch; download it again")
     return value

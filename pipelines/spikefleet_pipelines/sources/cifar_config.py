@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from spikefleet_pipelines.sources.source import Source
+from spikefleet_pipelines.sources.source import Source, SourceOptions, holdout_field
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,12 @@ class CifarLayout:
         return (self.meta_file, *self.train_files, self.test_file)
 
 
+class CifarOptions(SourceOptions):
+    """Validation images."""
+
+    holdout: float = holdout_field(0.1)
+
+
 CIFAR10_LAYOUT = CifarLayout(
     "cifar-10-batches-py",
     tuple(f"data_batch_{number}" for number in range(1, 6)),
@@ -39,11 +45,13 @@ CIFAR10 = Source(
     name="cifar10",
     description="CIFAR-10, 60,000 images of 32x32 pixels, the official Python version",
     reader="spikefleet_pipelines.sources.cifar:read_cifar10",
+    options=CifarOptions,
     files=f"the unpacked cifar-10-python.tar.gz ({', '.join(CIFAR10_LAYOUT.files)})",
 )
 CIFAR100 = Source(
     name="cifar100",
     description="CIFAR-100, 60,000 images of 32x32 pixels, the official Python version",
     reader="spikefleet_pipelines.sources.cifar:read_cifar100",
+    options=CifarOptions,
     files=f"the unpacked cifar-100-python.tar.gz ({', '.join(CIFAR100_LAYOUT.files)})",
 )

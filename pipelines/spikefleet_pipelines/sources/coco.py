@@ -12,8 +12,7 @@ reported ones, hold out a part of train for val and use val2017 as test.
 
 import hashlib
 from collections.abc import Mapping
-from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,17 +23,15 @@ from spikefleet_pipelines.counter_random import Draw, random_bits
 from spikefleet_pipelines.errors import SourceError, StoreError
 from spikefleet_pipelines.sources.coco_config import COCO, CocoOptions, CocoSplitOptions
 from spikefleet_pipelines.sources.coco_json import CocoFile, read_coco_json
-from spikefleet_pipelines.sources.ray_tasks import run_tasks
+from spikefleet_pipelines.sources.encoded_files import ENCODED, ShardJob, select_targets, shown_path, write_shards
 from spikefleet_pipelines.sources.source import Progress
 from spikefleet_pipelines.store.annotations import AnnotationColumns
 from spikefleet_pipelines.store.extension import StoreExtension
-from spikefleet_pipelines.store.manifest import ImageFormat, Manifest, Shard
+from spikefleet_pipelines.store.manifest import ImageFormat, Manifest, SkippedFile
 from spikefleet_pipelines.store.reader import Store
-from spikefleet_pipelines.store.shards import write_shard
-from spikefleet_pipelines.store.writer import StoreWriter, content_digests
+from spikefleet_pipelines.store.writer import StoreWriter
 
 STAND_INS = {"test": "val"}
-_ENCODED = ImageFormat(encoding="encoded")
 
 
 @dataclass(frozen=True)
@@ -46,24 +43,17 @@ class _Images:
     """Bytes of each file."""
     columns: AnnotationColumns
     computed_areas: NDArray[np.int64]
+    listed_in: Path
+    """The annotation file."""
 
     def select(self, rows: NDArray[np.int64]) -> "_Images":
         paths = tuple(self.paths[row] for row in rows)
-        return _Images(paths, self.sizes[rows], self.columns.select(rows), self.computed_areas[rows])
+        return _Images(paths, self.sizes[rows], self.columns.select(rows), self.computed_areas[rows], self.listed_in)
 
     def parts(self, shard_bytes: int) -> "list[_Images]":
         """Divide the images into shards of about `shard_bytes`, independent of the number of writers."""
         number = np.cumsum([0, *self.sizes])[:-1] // shard_bytes
         return [self.select(np.flatnonzero(number == value)) for value in np.unique(number)]
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One shard to write."""
-
-    split: str
-    out: Path
-    images: _Images
 
 
 @dataclass(frozen=True)
@@ -74,22 +64,24 @@ class CocoContents:
     category_ids: tuple[int, ...]
     splits: dict[str, _Images]
     stand_ins: Mapping[str, str]
-    image: ImageFormat = _ENCODED
+    unused: Mapping[str, int] = field(default_factory=dict)
+    """Number of categories that are not used, by reason."""
+    image: ImageFormat = ENCODED
 
     def write(self, writer: StoreWriter, progress: Progress, parallel: int | None) -> None:
         """Write all splits; see `Contents`."""
-        total, done = sum(len(images.paths) for images in self.splits.values()), 0
-        jobs = [
-            _Job(split, writer.directory / writer.shard_name(split, number), part)
-            for split, images in self.splits.items()
-            for number, part in enumerate(images.parts(writer.shard_bytes))
-        ]
-        with closing(run_tasks(_convert, jobs, parallel, total)) as results:
-            for job, (shard, digests) in zip(jobs, results, strict=True):
-                computed = int(job.images.computed_areas.sum())
-                writer.add_shard(job.split, shard, job.images.columns, digests, computed)
-                done += shard.rows
-                progress(done, total)
+        writer.unused = dict(self.unused)
+        jobs, computed = [], []
+        for split, images in self.splits.items():
+            for number, part in enumerate(_present(split, images, writer).parts(writer.shard_bytes)):
+                out = writer.directory / writer.shard_name(split, number)
+                advice = "replace the file, or remove its entry"
+                jobs.append(ShardJob(split, out, part.paths, part.columns, advice, writer.skip_bad, _check_size))
+                computed.append(part.computed_areas)
+        areas = dict(zip((job.out for job in jobs), computed, strict=True))
+        for job, rows, shard, digests in write_shards(writer, jobs, progress, parallel):
+            objects = select_targets(job.targets, rows)
+            writer.add_shard(job.split, shard, objects, digests, int(areas[job.out][rows].sum()))
 
 
 def read_coco(root: Path, options: CocoOptions, seed: int) -> CocoContents:
@@ -119,17 +111,25 @@ def read_coco(root: Path, options: CocoOptions, seed: int) -> CocoContents:
             if not there(place):
                 raise COCO.missing(place)
     files = {split: read_coco_json(root / annotations) for split, (_, annotations) in places.items()}
+    if len({file.grouping for file in files.values()}) > 1:  # one that has objects in some split is a class in all
+        files = {split: file.with_all_categories() for split, file in files.items()}
     first = files["train"]
     for file in files.values():
         file.check_same_categories(first.category_ids, first.class_names, str(first.path))
     splits: dict[str, _Images] = {}
     for split, (images, _) in places.items():
         splits |= _divide(split, _find(files[split], root / images), options.holdout, seed)
-    return CocoContents(first.class_names, first.category_ids, splits, STAND_INS)
+    return CocoContents(first.class_names, first.category_ids, splits, STAND_INS, first.unused)
 
 
 def prepare_coco_split(
-    options: CocoSplitOptions, out: Path, progress: Progress, parallel: int | None, seed: int, overwrite: bool
+    options: CocoSplitOptions,
+    out: Path,
+    progress: Progress,
+    parallel: int | None,
+    seed: int,
+    overwrite: bool,
+    skip_bad: bool = False,
 ) -> None:
     """Add one split of a COCO data set to the store at `out`, or create the store.
 
@@ -143,6 +143,7 @@ def prepare_coco_split(
         parallel: number of Ray tasks, as for `prepare`.
         seed: selects the samples held out for val.
         overwrite: replace this split if the store contains it; other splits are kept.
+        skip_bad: leave out images that are missing or cannot be read.
 
     Raises:
         SourceError: a file is missing or invalid.
@@ -178,21 +179,24 @@ def prepare_coco_split(
     if there is None and out.is_dir() and any(out.iterdir()):
         raise StoreError(f"{out} is neither empty nor a store; choose another directory")
     file = read_coco_json(annotations)
+    if there is not None and {number for number, _ in file.grouping} & set(there.category_ids or ()):
+        file = file.with_all_categories()
     if there is not None:
         file.check_same_categories(there.category_ids or (), there.class_names, f"the store {out}")
     splits = _divide(split, _find(file, images), holdout, seed)
-    contents = CocoContents(file.class_names, file.category_ids, splits, STAND_INS)
+    contents = CocoContents(file.class_names, file.category_ids, splits, STAND_INS, file.unused)
     writer = (
-        StoreExtension(out, options=recorded, stand_ins=STAND_INS)
+        StoreExtension(out, options=recorded, stand_ins=STAND_INS, skip_bad=skip_bad)
         if there is not None
         else StoreWriter(
             out,
             source=COCO.name,
             class_names=file.class_names,
-            image=_ENCODED,
+            image=ENCODED,
             options=recorded,
             category_ids=file.category_ids,
             stand_ins=STAND_INS,
+            skip_bad=skip_bad,
         )
     )
     with writer:
@@ -224,27 +228,41 @@ def _is_done(
 
 
 def _find(file: CocoFile, folder: Path) -> _Images:
-    """Find the files of all images that an annotation file lists.
+    """Find the files of all images that an annotation file lists; one that is missing has the size -1."""
+    paths = tuple(folder / name for name in file.file_names)
+    sizes = np.array([_size(path) for path in paths], np.int64)
+    return _Images(paths, sizes, file.columns, file.computed_areas, file.path)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def _present(split: str, images: _Images, writer: StoreWriter) -> _Images:
+    """Leave out the images whose files are missing.
 
     Raises:
-        SourceError: some are missing; the message names the first, with its image id.
+        SourceError: some are missing and must not be skipped; the message names the first, with its image id.
     """
-    paths, sizes, missing = [], [], []
-    for row, name in enumerate(file.file_names):
-        path = folder / name
-        try:
-            sizes.append(path.stat().st_size)
-        except OSError:
-            missing.append(row)
-        paths.append(path)
-    if missing:
-        row = missing[0]
-        more = f" ({len(missing)} of its {len(paths)} images are missing)" if len(missing) > 1 else ""
-        raise SourceError(
-            f"{paths[row]} is missing: image {file.columns.image_ids[row]} of {file.path}{more}; download the images, "
-            "or set the directory that contains them"
-        )
-    return _Images(tuple(paths), np.array(sizes, np.int64), file.columns, file.computed_areas)
+    missing = np.flatnonzero(images.sizes < 0)
+    if not len(missing):
+        return images
+    if writer.skip_bad:
+        writer.skipped += [
+            SkippedFile(split=split, file=shown_path(images.paths[row]), reason="it is missing") for row in missing
+        ]
+        return images.select(np.flatnonzero(images.sizes >= 0))
+    row = int(missing[0])
+    more = f" ({len(missing)} of its {len(images.paths)} images are missing)" if len(missing) > 1 else ""
+    path = images.paths[row]
+    what = f"is a link to {path.readlink()}, which does not exist" if path.is_symlink() else "is missing"
+    raise SourceError(
+        f"{path} {what}: image {images.columns.image_ids[row]} of {images.listed_in}{more}; download the images, "
+        "or set the directory that contains them"
+    )
 
 
 def _divide(split: str, images: _Images, holdout: float, seed: int) -> dict[str, _Images]:
@@ -259,23 +277,11 @@ def _divide(split: str, images: _Images, holdout: float, seed: int) -> dict[str,
     return {"train": images.select(np.flatnonzero(~chosen)), "val": images.select(np.flatnonzero(chosen))}
 
 
-def _convert(job: _Job) -> tuple[Shard, list[bytes]]:
-    from spikefleet_pipelines.store.decode import decode_rgb  # here, because torchvision takes seconds to import
-
-    images, columns = [], job.images.columns
-    for row, path in enumerate(job.images.paths):
-        where = f"{path} (image {columns.image_ids[row]})"
-        try:
-            encoded = path.read_bytes()
-            height, width = decode_rgb(np.frombuffer(encoded, np.uint8)).shape[1:]
-        except (ValueError, OSError) as error:
-            raise SourceError(f"{where}: {error}; replace the file, or remove its entry") from error
-        if (height, width) != (columns.heights[row], columns.widths[row]):
-            turned = (width, height) == (columns.heights[row], columns.widths[row])
-            hint = " (the file's EXIF orientation rotates it, the boxes are of the image before rotation)"
-            raise SourceError(
-                f"{where} is {width} x {height} pixels, expected {columns.widths[row]} x {columns.heights[row]} of its "
-                f"annotations{hint if turned else ''}; replace the file, or correct its entry"
-            )
-        images.append(encoded)
-    return write_shard(job.out, images, columns, _ENCODED), content_digests(images)
+def _check_size(columns: AnnotationColumns, row: int, height: int, width: int) -> None:
+    expected = int(columns.heights[row]), int(columns.widths[row])
+    if (height, width) != expected:
+        hint = " (the file's EXIF orientation rotates it, the boxes are of the image before rotation)"
+        raise ValueError(
+            f"is {width} x {height} pixels, expected {expected[1]} x {expected[0]} of its annotations"
+            f"{hint if (width, height) == expected else ''}"
+        )

@@ -6,8 +6,8 @@ an inconsistent file is refused with the id at fault.
 
 import math
 from array import array
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeGuard
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from spikefleet_pipelines.errors import SourceError
 from spikefleet_pipelines.sources.json_stream import list_elements
 from spikefleet_pipelines.store.annotations import AnnotationColumns
+from spikefleet_pipelines.store.manifest import is_text
 
 _LARGEST_SIDE = 1 << 20
 
@@ -32,6 +33,21 @@ class CocoFile:
     columns: AnnotationColumns
     computed_areas: NDArray[np.int64]
     """Number of annotations without an area, for each image, [n]."""
+    grouping: tuple[tuple[int, str], ...] = ()
+    """Ids and names of the categories that are left out because they only group others, as some exports have them."""
+
+    @property
+    def unused(self) -> dict[str, int]:
+        """The categories that are left out, for the manifest."""
+        return {f"category that only groups others ({name!r}, id {number})": 1 for number, name in self.grouping}
+
+    def with_all_categories(self) -> "CocoFile":
+        """The same file with the categories that only group others."""
+        table = dict(
+            sorted({**dict(self.grouping), **dict(zip(self.category_ids, self.class_names, strict=True))}.items())
+        )
+        _check_names(self.path, table)
+        return replace(self, category_ids=tuple(table), class_names=tuple(table.values()), grouping=())
 
     def check_same_categories(self, category_ids: tuple[int, ...], class_names: tuple[str, ...], where: str) -> None:
         """Compare the categories with those of another file or of a store.
@@ -63,11 +79,11 @@ def read_coco_json(path: Path) -> CocoFile:
         SourceError: the file is not an annotation file, or an entry is invalid; the message names the file and the id.
     """
     categories: dict[int, str] = {}
+    above: dict[int, object] = {}
     images: dict[int, tuple[str, int, int]] = {}
     objects = _Objects(path)
     lists: set[str] = set()
-    for section, position, entry in list_elements(path):
-        lists.add(section)
+    for section, position, entry in list_elements(path, lists):
         if section not in ("images", "annotations", "categories"):
             continue
         if not isinstance(entry, dict):
@@ -77,23 +93,55 @@ def read_coco_json(path: Path) -> CocoFile:
             objects.add(number, entry)
         elif section == "categories":
             name = entry.get("name")
-            if not isinstance(name, str) or not name:
-                raise SourceError(f"{path}: category {number}: name is {_short(name)}, expected a non-empty string")
-            if number in categories or name in categories.values():
+            if not is_text(name):
+                raise SourceError(
+                    f"{path}: category {number}: name is {_short(name)}, expected a non-empty string of Unicode text"
+                )
+            if number in categories:
                 raise SourceError(f"{path}: category {number} {name!r}: its id or its name occurs twice")
             categories[number] = name
+            above[number] = entry.get("supercategory")
         else:
             if number in images:
                 raise SourceError(f"{path}: image id {number} occurs twice")
             images[number] = _image(path, number, entry)
     for section, found in (("images", images), ("categories", categories)):
         if not found:
-            empty = "is empty" if section in lists else "is missing or empty"
-            raise SourceError(f"{path}: list {section!r} {empty}; give the JSON of a COCO data set")
+            raise SourceError(f"{path}: list {section!r} is missing or empty; give the JSON of a COCO data set")
+    if "annotations" not in lists:
+        raise SourceError(
+            f"{path}: list 'annotations' is missing, so it is not the JSON of a labelled data set; give the one with "
+            "the boxes"
+        )
+    grouping = _grouping(categories, above, objects.category_ids)
+    for number, _ in grouping:
+        del categories[number]
+    _check_names(path, categories)
     ids = tuple(sorted(categories))
     columns, computed = objects.columns(images, categories)
     names = tuple(name for name, _, _ in images.values())
-    return CocoFile(path, ids, tuple(categories[number] for number in ids), names, columns, computed)
+    return CocoFile(path, ids, tuple(categories[number] for number in ids), names, columns, computed, grouping)
+
+
+def _grouping(
+    categories: Mapping[int, str], above: Mapping[int, object], used: Collection[int]
+) -> tuple[tuple[int, str], ...]:
+    """The categories that are no class: without objects, under no other, and the supercategory of another one."""
+    return tuple(
+        (number, name)
+        for number, name in sorted(categories.items())
+        if number not in used
+        and above[number] in (None, "", "none")
+        and any(above[other] == name for other in categories if other != number)
+    )
+
+
+def _check_names(path: Path, categories: Mapping[int, str]) -> None:
+    seen: set[str] = set()
+    for number, name in categories.items():
+        if name in seen:
+            raise SourceError(f"{path}: category {number} {name!r}: its id or its name occurs twice")
+        seen.add(name)
 
 
 class _Objects:
@@ -116,14 +164,15 @@ class _Objects:
             raise SourceError(f"{self._path}: annotation id {number} occurs twice")
         for key in ("image_id", "category_id"):
             if not _is_integer(entry.get(key)):
-                raise SourceError(f"{where}: {key} is {entry.get(key)!r}, expected an integer")
+                raise SourceError(f"{where}: {key} is {_short(entry.get(key))}, expected an integer")
         box = entry.get("bbox")
         if not isinstance(box, list) or len(box) != 4 or not all(map(_is_finite, box)) or min(box[2:]) < 0:
             raise SourceError(
                 f"{where} of image {entry['image_id']}: bbox is {_short(box)}, expected [x, y, width, height] of "
                 "finite numbers with width and height of at least 0"
             )
-        area, crowd = entry.get("area"), entry.get("iscrowd", 0)
+        area, crowd = entry.get("area"), entry.get("iscrowd")
+        crowd = 0 if crowd is None else crowd
         if area is not None and (not _is_finite(area) or area < 0):
             raise SourceError(
                 f"{where} of image {entry['image_id']}: area is {_short(area)}, expected a finite number of at least 0"
@@ -137,6 +186,11 @@ class _Objects:
         self._crowd.append(int(crowd))
         self._areas.append(box[2] * box[3] if area is None else area)
         self._computed.append(area is None)
+
+    @property
+    def category_ids(self) -> set[int]:
+        """The categories of the annotations."""
+        return set(self._category_ids)
 
     def columns(
         self, images: Mapping[int, tuple[str, int, int]], categories: Mapping[int, str]
@@ -180,15 +234,15 @@ class _Objects:
 def _image(path: Path, number: int, entry: Mapping[str, Any]) -> tuple[str, int, int]:
     name = entry.get("file_name")
     # A file name from elsewhere must not reach outside the directory of images.
-    if not isinstance(name, str) or not name or "\0" in name or "\\" in name or _leaves(PurePosixPath(name)):
+    if not is_text(name) or "\0" in name or "\\" in name or _leaves(PurePosixPath(name)):
         raise SourceError(
             f"{path}: image {number}: file_name is {_short(name)}, expected a path below the directory of images"
         )
     height, width = entry.get("height"), entry.get("width")
     if not _is_side(height) or not _is_side(width):
         raise SourceError(
-            f"{path}: image {number} ({name}): height and width are {height!r} and {width!r}, expected integers from "
-            f"1 to {_LARGEST_SIDE}"
+            f"{path}: image {number} ({name}): height and width are {_short(height)} and {_short(width)}, expected "
+            f"integers from 1 to {_LARGEST_SIDE}"
         )
     return name, height, width
 

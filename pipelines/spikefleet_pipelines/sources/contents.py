@@ -53,8 +53,15 @@ def held_out(labels: NDArray[np.int64], count: Callable[[int], int], seed: int) 
 
 
 def hold_out_validation(
-    images: NDArray[np.uint8], labels: NDArray[np.int64], count: Callable[[int], int], seed: int
+    images: NDArray[np.uint8], labels: NDArray[np.int64], holdout: float, seed: int
 ) -> dict[str, tuple[NDArray[np.uint8], NDArray[np.int64]]]:
-    """Split training data into "train" and "val"; arguments as for `held_out`."""
-    val = held_out(labels, count, seed)
+    """Split training data into "train" and "val".
+
+    Args:
+        images: uint8 [n, C, H, W].
+        labels: class of each image, [n].
+        holdout: fraction of each class that becomes val; where that is no whole image, a store has no val.
+        seed: of the choice.
+    """
+    val = held_out(labels, lambda n: round(n * holdout), seed)
     return {"train": (images[~val], labels[~val]), "val": (images[val], labels[val])}

@@ -4,13 +4,14 @@ from typing import Literal
 
 from pydantic import Field
 
-from spikefleet_pipelines.sources.source import Source, SourceOptions
+from spikefleet_pipelines.sources.source import Source, SourceOptions, holdout_field
 
 
 class DigitsOptions(SourceOptions):
-    """Enlargement of the digits."""
+    """Enlargement of the digits, and validation images."""
 
     upsample: Literal[1, 2, 4] = Field(default=1, description="factor of bilinear enlargement: 8, 16 or 32 pixels")
+    holdout: float = holdout_field(0.1)
 
 
 DIGITS = Source(

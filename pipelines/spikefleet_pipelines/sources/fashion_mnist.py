@@ -10,15 +10,14 @@ from numpy.typing import NDArray
 
 from spikefleet_pipelines.errors import SourceError
 from spikefleet_pipelines.sources.contents import ArrayContents, hold_out_validation
-from spikefleet_pipelines.sources.fashion_mnist_config import FASHION_MNIST
-from spikefleet_pipelines.sources.source import SourceOptions
+from spikefleet_pipelines.sources.fashion_mnist_config import FASHION_MNIST, FashionMnistOptions
 
 CLASS_NAMES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
 
 # The largest accepted size in a header, so that a damaged one does not exhaust memory.
-_MOST_VALUES = 1 << 31
+_MOST_VALUES = 1 << 28
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
@@ -45,12 +44,13 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
                 )
             shape = struct.unpack(f">{magic[3]}I", header)
             size = int(np.prod(shape, dtype=object))
-            if size > _MOST_VALUES:
+            if not 1 <= size <= _MOST_VALUES:
                 raise SourceError(
-                    f"{path}: the header declares {size:,} values, expected at most {_MOST_VALUES:,}; download it again"
+                    f"{path}: the header declares the shape {list(shape)} of {size:,} values, expected 1 to "
+                    f"{_MOST_VALUES:,}; download it again"
                 )
             values = stream.read(size + 1)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (EOFError, OSError, struct.error, zlib.error) as error:
         raise SourceError(
             f"{path} is truncated or damaged ({path.stat().st_size:,} bytes): {error}; download it again"
         ) from error
@@ -60,15 +60,15 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
     return np.frombuffer(values, np.uint8).reshape(shape)
 
 
-def read_fashion_mnist(root: Path, options: SourceOptions, seed: int) -> ArrayContents:
-    """Read Fashion-MNIST; 5,000 of the 60,000 training images, equally many of each class, are held out for val.
+def read_fashion_mnist(root: Path, options: FashionMnistOptions, seed: int) -> ArrayContents:
+    """Read Fashion-MNIST; by default 5,000 of the 60,000 training images, a twelfth of each class, are held out.
 
     Raises:
         SourceError: a file is missing or damaged.
     """
     images, labels = _read_part(root, "train")
     test_images, test_labels = _read_part(root, "t10k")
-    splits = hold_out_validation(images, labels, lambda n: round(n / 12), seed)
+    splits = hold_out_validation(images, labels, options.holdout, seed)
     return ArrayContents(CLASS_NAMES, {**splits, "test": (test_images, test_labels)})
 
 

@@ -2,12 +2,20 @@
 
 from pathlib import Path
 
-from spikefleet_pipelines.sources.source import Source
+from spikefleet_pipelines.sources.source import Source, SourceOptions, holdout_field
+
+
+class FashionMnistOptions(SourceOptions):
+    """Validation images."""
+
+    holdout: float = holdout_field(1 / 12)
+
 
 FASHION_MNIST = Source(
     name="fashion_mnist",
     description="Fashion-MNIST, 70,000 grey images of 28x28 pixels in four IDX files",
     reader="spikefleet_pipelines.sources.fashion_mnist:read_fashion_mnist",
+    options=FashionMnistOptions,
     files="train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte "
     "(plain or .gz; Debian's package dataset-fashion-mnist has them)",
     default_root=Path("/usr/share/datasets/fashion-mnist"),

@@ -16,8 +16,12 @@ _SPACE = " \t\n\r"
 _AFTER_NUMBER = frozenset(",]}" + _SPACE)
 
 
-def list_elements(path: Path) -> Iterator[tuple[str, int, Any]]:
+def list_elements(path: Path, lists: set[str] | None = None) -> Iterator[tuple[str, int, Any]]:
     """Yield the elements of all lists in the JSON object of a file; other values of the object are skipped.
+
+    Args:
+        path: of the file.
+        lists: gets the names of the lists that were begun, also of empty ones.
 
     Yields:
         (name of the list, position in it, element).
@@ -27,7 +31,7 @@ def list_elements(path: Path) -> Iterator[tuple[str, int, Any]]:
     """
     try:
         with path.open(encoding="utf-8-sig") as stream:
-            yield from _Reader(path, stream).elements()
+            yield from _Reader(path, stream).elements(set() if lists is None else lists)
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error}") from error
     except UnicodeDecodeError as error:
@@ -44,7 +48,7 @@ class _Reader:
         self._before = 0  # characters before the text
         self._complete = False
 
-    def elements(self) -> Iterator[tuple[str, int, Any]]:
+    def elements(self, lists: set[str]) -> Iterator[tuple[str, int, Any]]:
         self._take("{")
         seen: set[str] = set()
         while self._next() != "}":
@@ -61,6 +65,7 @@ class _Reader:
                 self._value()
                 continue
             self._at += 1
+            lists.add(name)
             position = 0
             while self._next() != "]":
                 if position:

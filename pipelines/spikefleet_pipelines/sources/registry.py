@@ -4,6 +4,7 @@ To add a source, write its two modules and add it to `_BUILT_IN`; other packages
 """
 
 import difflib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -69,7 +70,7 @@ def find_source(name: str) -> Source:
 def check_options(
     source: Source, options: Mapping[str, Any], model: type[SourceOptions] | None = None
 ) -> SourceOptions:
-    """Validate the options of a source.
+    """Validate the options of a source, each of its own kind: `true` is no number, and text is neither.
 
     Args:
         source: whose options they are.
@@ -81,7 +82,8 @@ def check_options(
     """
     model = model or source.options
     try:
-        return model.model_validate(dict(options))
+        # As JSON, where strict validation takes lists for tuples and text for paths.
+        return model.model_validate_json(json.dumps(dict(options), default=str), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         option = ".".join(str(part) for part in first["loc"])

@@ -6,11 +6,12 @@ imported when data are prepared.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from spikefleet_pipelines.errors import SourceError
 
@@ -26,6 +27,25 @@ class SourceOptions(BaseModel):
     """Base class of the options of a source; by itself it has no options."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def holdout_field(default: float) -> Any:
+    """Declare an option `holdout`: the fraction of the training images of each class that becomes val.
+
+    A store records it only where it is not the default, so that stores of versions without the option keep their
+    hashes.
+    """
+    return Field(
+        default=default,
+        ge=0.0,
+        lt=1.0,
+        exclude_if=partial(_is, default),
+        description="fraction of the training images of each class that becomes val; 0: train on all of them",
+    )
+
+
+def _is(default: float, value: float) -> bool:
+    return value == default
 
 
 class Contents(Protocol):
@@ -65,8 +85,8 @@ class Contents(Protocol):
 Reader = Callable[[Path, Any, int], Contents]
 """Finds and checks the raw data: (root, options, seed of the held-out samples) -> contents."""
 
-SplitWriter = Callable[[Any, Path, Progress, int | None, int, bool], None]
-"""Writes a single split into a store: (options, out, progress, parallel, seed, overwrite) -> None."""
+SplitWriter = Callable[[Any, Path, Progress, int | None, int, bool, bool], None]
+"""Writes a single split into a store: (options, out, progress, parallel, seed, overwrite, skip_bad) -> None."""
 
 
 @dataclass(frozen=True, kw_only=True)

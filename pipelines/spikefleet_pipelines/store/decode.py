@@ -1,29 +1,151 @@
-"""Decoding of image files to uint8 RGB."""
+"""The decoder of image files, to uint8 RGB: training, evaluation, prediction, serving and drawing use this one.
+
+torchvision decodes JPEG, which it does faster. Pillow decodes the others: libpng in torchvision ends the process at
+damaged data, torchvision decodes all frames of a GIF, and does not rotate WebP. Where both read a file, both give equal
+pixels.
+"""
+
+import io
+import re
+import warnings
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from spikefleet_pipelines.store.image_header import ImageKind, check_png, check_size, declared_size, image_kind
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_DEEP = "convert it to 8 or 16 bits with a scale of your choice"
+_ORIENTATION = 0x0112
+_BITS_PER_SAMPLE = 258
+_PIXELS_AT_ONCE = 1 << 22
+_PLACE_IN_TORCHVISION = re.compile(r"^\w+, \S+:\d+, ")
+
+# Of metadata that is not used, and of sizes that are checked here.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
 
 def decode_rgb(encoded: NDArray[np.uint8]) -> Tensor:
-    """Decode a JPEG, PNG, WebP or GIF (first frame) to uint8 [3, H, W], rotated by its EXIF orientation.
+    """Decode a JPEG, PNG, WebP, GIF, BMP, TIFF or PPM to uint8 [3, H, W], rotated by its EXIF orientation.
 
-    Grey images are repeated to three channels, CMYK is converted, alpha channels are dropped, 16 bits are cut to 8.
+    Grey images are repeated to three channels, CMYK is converted, alpha channels are dropped, 16 bits become 8 by
+    `>> 8`. Of several frames or pages the first is read.
 
     Raises:
-        ValueError: the bytes are empty, truncated, or not such an image.
+        ValueError: the bytes are empty, damaged, not such an image, of more than `MAX_PIXELS` pixels, or hold integers
+            of 32 bits or floats.
     """
+    data = encoded.tobytes()
+    kind = image_kind(data)
+    size = declared_size(data, kind)
+    if size is not None:
+        check_size(*size)
+    if kind == "PNG":
+        check_png(data)
+    try:
+        return _by_torchvision(encoded) if kind == "JPEG" else _by_pillow(data, kind)
+    except _UnsupportedPixelsError as error:
+        raise ValueError(str(error)) from None
+    except Exception as error:  # a damaged file can fail in any way
+        reason = _PLACE_IN_TORCHVISION.sub("", (str(error) or type(error).__name__).splitlines()[0])
+        raise ValueError(f"the image cannot be decoded as {kind} ({len(data)} bytes): {reason}") from error
+
+
+def rgb_of(image: "Image") -> Tensor:
+    """Convert an opened Pillow image as `decode_rgb` does: uint8 [3, H, W], rotated by its EXIF orientation.
+
+    Raises:
+        ValueError: it is damaged, of more than `MAX_PIXELS` pixels, or holds integers of 32 bits or floats.
+    """
+    try:
+        return _of_pillow(image)
+    except _UnsupportedPixelsError as error:
+        raise ValueError(str(error)) from None
+    except Exception as error:  # a damaged file can fail in any way
+        raise ValueError(f"the image cannot be decoded: {error}") from error
+
+
+class _UnsupportedPixelsError(ValueError):
+    """An intact image whose pixels have no uint8 form, or which is too large."""
+
+
+def _by_torchvision(encoded: NDArray[np.uint8]) -> Tensor:
     from torchvision.io import ImageReadMode, decode_image  # seconds to import
 
-    if not len(encoded):
-        raise ValueError("the image is empty (0 bytes)")
+    # A copy, because torch takes no read-only memory: tens of kilobytes, against a millisecond of decoding.
+    return decode_image(torch.from_numpy(encoded.copy()), ImageReadMode.RGB, apply_exif_orientation=True)
+
+
+def _by_pillow(data: bytes, kind: ImageKind) -> Tensor:
+    from PIL import Image
+
+    # Only the plug-in of the format that the bytes have: others start programs (Ghostscript for EPS).
+    with Image.open(io.BytesIO(data), formats=[kind.upper()]) as opened:
+        return _of_pillow(opened)
+
+
+def _of_pillow(image: "Image") -> Tensor:
     try:
-        # A copy, because torch takes no read-only memory: tens of kilobytes, against a millisecond of decoding.
-        image = decode_image(torch.from_numpy(encoded.copy()), ImageReadMode.RGB, apply_exif_orientation=True)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"the image cannot be decoded ({len(encoded)} bytes): {reason}") from error
-    if image.dtype == torch.uint16:
-        image = (image.to(torch.int32) >> 8).to(torch.uint8)
-    return image[0] if image.ndim == 4 else image
+        check_size(*image.size)
+    except ValueError as error:
+        raise _UnsupportedPixelsError(str(error)) from None
+    _check_depth(image)
+    image.load()
+    return torch.from_numpy(_eight_bits(_upright(image))).permute(2, 0, 1)
+
+
+def _check_depth(image: "Image") -> None:
+    """Refuse pixels that have no uint8 form; the scale of such images is known only to those who made them."""
+    if image.mode in ("I", "F"):
+        found = "floats" if image.mode == "F" else "integers of 32 bits"
+        raise _UnsupportedPixelsError(f"its pixels are {found}, expected 8 or 16 bits; {_DEEP}")
+    if image.mode.startswith("I;16"):
+        bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))
+        if set(bits) != {16}:
+            raise _UnsupportedPixelsError(f"its pixels are integers of {bits[0]} bits, expected 8 or 16; {_DEEP}")
+
+
+def _eight_bits(image: "Image") -> NDArray[np.uint8]:
+    """The pixels [H, W, 3], converted some rows at a time, so that a large image is not in memory three times."""
+    width, height = image.size
+    pixels = np.empty((height, width, 3), np.uint8)
+    rows = max(1, _PIXELS_AT_ONCE // width)
+    for top in range(0, height, rows):
+        bottom = min(height, top + rows)
+        part = image if rows >= height else image.crop((0, top, width, bottom))
+        if part.mode.startswith("I;16"):
+            pixels[top:bottom] = (np.asarray(part) >> 8)[..., None]
+        else:
+            pixels[top:bottom] = np.asarray(part.convert("RGB"))
+    return pixels
+
+
+def _upright(image: "Image") -> "Image":
+    """The image rotated by its EXIF orientation; Pillow has rotated a TIFF already."""
+    from PIL import Image
+
+    stored = image.info.get("exif")
+    if image.format == "TIFF" or not stored:
+        return image
+    exif = Image.Exif()
+    try:
+        exif.load(stored)
+        orientation = exif.get(_ORIENTATION)
+    except Exception:  # damaged metadata are no reason to refuse pixels
+        return image
+    turns = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }
+    turn = turns.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)

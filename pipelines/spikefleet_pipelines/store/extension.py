@@ -29,6 +29,7 @@ class StoreExtension(StoreWriter):
         options: added to the options of the store.
         stand_ins: as for `StoreWriter`.
         shard_bytes: as for `StoreWriter`.
+        skip_bad: as for `StoreWriter`.
 
     Raises:
         StoreError: there is no store, or it is corrupt.
@@ -41,6 +42,7 @@ class StoreExtension(StoreWriter):
         options: Mapping[str, JsonValue],
         stand_ins: Mapping[str, str] | None = None,
         shard_bytes: int = SHARD_BYTES,
+        skip_bad: bool = False,
     ) -> None:
         there = Store.open(out).manifest
         super().__init__(
@@ -52,6 +54,7 @@ class StoreExtension(StoreWriter):
             shard_bytes=shard_bytes,
             category_ids=there.category_ids,
             stand_ins=stand_ins,
+            skip_bad=skip_bad,
         )
         self._there = there
 
@@ -99,11 +102,19 @@ class StoreExtension(StoreWriter):
 
     def _keep(self, there: Manifest) -> None:
         """Copy the entries of the splits that are not replaced, and what the audit needs of them."""
+        self.unused = {**(there.audit.unused or {}), **self.unused}
+        self.skipped[:0] = [file for file in there.audit.skipped or () if file.split not in self._shards]
         for split, shards in there.shards.items():
             if split in self._shards or not self._own_shards(there, split):
                 continue
             self._shards[split] = list(shards)
-            self._counts[split] = np.array(there.audit.images_per_class[split], np.int64)
+            counts = there.audit.images_per_class[split]
+            if len(counts) != len(self.class_names):
+                raise StoreError(
+                    f"{self.out}/{MANIFEST_NAME}: audit.images_per_class has {len(counts)} numbers for split "
+                    f"{split!r}, expected {len(self.class_names)}; prepare the store again"
+                )
+            self._counts[split] = np.array(counts, np.int64)
             if there.audit.boxes is not None:
                 self._boxes[split] = [there.audit.boxes[split]]
             rows = Split(split, str(self.out), there, [self.out / shard.file for shard in shards])

@@ -5,7 +5,8 @@ Text and hash of a classification store are those of the first version: the fiel
 
 import hashlib
 import json
-from typing import Literal
+import math
+from typing import Literal, Self, TypeGuard
 
 from pydantic import (
     BaseModel,
@@ -21,7 +22,20 @@ from pydantic import (
 from spikefleet_pipelines.errors import StoreError
 
 SCHEMA_VERSION = 1
+_MOST = 1 << 62
+"""Bound of all numbers: what numpy and Arrow take."""
 MANIFEST_NAME = "manifest.json"
+
+
+def is_text(value: object) -> TypeGuard[str]:
+    """Whether a value is text that can be stored: not empty, without halves of surrogate pairs."""
+    if not isinstance(value, str) or not value:
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class _Record(BaseModel):
@@ -33,8 +47,8 @@ class Shard(_Record):
 
     # No path separators and no leading dot: a manifest from elsewhere cannot name a file outside its store.
     file: str = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$", max_length=200)
-    rows: int = Field(ge=1)
-    bytes: int = Field(ge=1)
+    rows: int = Field(ge=1, le=_MOST)
+    bytes: int = Field(ge=1, le=_MOST)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
@@ -45,13 +59,13 @@ class ImageFormat(_Record):
     shape: tuple[int, int, int] | None = Field(default=None, description="[C, H, W]; None where it varies")
 
     @model_validator(mode="after")
-    def _shape_goes_with_raw(self) -> "ImageFormat":
+    def _shape_goes_with_raw(self) -> Self:
         if (self.encoding == "raw") != (self.shape is not None):
             raise ValueError(
                 f"encoding {self.encoding!r} does not fit shape {self.shape}; only raw images have a shape"
             )
-        if self.shape is not None and min(self.shape) < 1:
-            raise ValueError(f"shape is {self.shape}, expected dimensions of at least 1")
+        if self.shape is not None and (min(self.shape) < 1 or math.prod(self.shape) >= 1 << 31):
+            raise ValueError(f"shape is {self.shape}, expected dimensions of at least 1, and fewer than 2^31 values")
         return self
 
 
@@ -74,6 +88,14 @@ def _is_absent(value: object) -> bool:
     return value is None
 
 
+class SkippedFile(_Record):
+    """A file that could not be read and was left out, as was asked for."""
+
+    split: str
+    file: str
+    reason: str
+
+
 class Audit(_Record):
     """Statistics of the store when it was written; duplicates are images with equal stored bytes."""
 
@@ -87,6 +109,12 @@ class Audit(_Record):
     )
     same_as: dict[str, str] | None = Field(
         default=None, exclude_if=_is_absent, description="splits that are aliases of another split"
+    )
+    unused: dict[str, int] | None = Field(
+        default=None, exclude_if=_is_absent, description="number of what the source has and does not use, by reason"
+    )
+    skipped: tuple[SkippedFile, ...] | None = Field(
+        default=None, exclude_if=_is_absent, description="damaged or missing files that were left out"
     )
 
 
@@ -108,12 +136,31 @@ class Manifest(_Record):
     shards: dict[str, tuple[Shard, ...]]
     audit: Audit
 
+    @field_validator("class_names")
+    @classmethod
+    def _is_unicode(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for position, name in enumerate(names):
+            if not is_text(name):
+                raise ValueError(f"name {position} is {name!r}, expected Unicode text")
+        return names
+
+    @model_validator(mode="after")
+    def _audit_of_each_split(self) -> Self:
+        for split in set(self.shards) - set(self.audit.same_as or ()):
+            if split not in self.audit.images_per_class:
+                raise ValueError(f"audit.images_per_class lacks split {split!r}")
+            if self.task == "detection" and split not in (self.audit.boxes or {}):
+                raise ValueError(f"audit.boxes lacks split {split!r}")
+        return self
+
     @field_validator("category_ids")
     @classmethod
     def _one_id_for_each_class(cls, ids: tuple[int, ...] | None, fields: ValidationInfo) -> tuple[int, ...] | None:
         task, classes = fields.data.get("task"), len(fields.data.get("class_names", ()))
         if (task == "detection") != (ids is not None):
             raise ValueError(f"a {task} store {'needs' if ids is None else 'must not have'} category ids")
+        if ids is not None and not all(-_MOST <= number <= _MOST for number in ids):
+            raise ValueError(f"a category id is beyond {_MOST}")
         if ids is not None and (len(ids) != classes or len(set(ids)) != classes):
             raise ValueError(f"found {len(set(ids))} different ids, expected one for each of {classes} classes")
         return ids
@@ -123,6 +170,10 @@ class Manifest(_Record):
         """[C, H, W], or None where it varies."""
         return self.image.shape
 
+    def original(self, split: str) -> str:
+        """The split whose images a split has: itself, or the one that it is an alias of."""
+        return (self.audit.same_as or {}).get(split, split)
+
     @property
     def splits(self) -> dict[str, int]:
         """The number of rows of each split."""
@@ -130,8 +181,12 @@ class Manifest(_Record):
 
     @property
     def content_hash(self) -> str:
-        """SHA-256 over the manifest and thus, through the shards' hashes, over the whole content."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        """SHA-256 over the manifest and thus, through the shards' hashes, over the whole content.
+
+        What is not in the store, such as a hidden file beside the images, does not change it.
+        """
+        content = self.model_dump(mode="json", exclude={"audit": {"unused", "skipped"}})
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_json(self) -> str:
@@ -151,7 +206,7 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
     """
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StoreError(f"{where} is not JSON ({error}); prepare the store again") from error
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version != SCHEMA_VERSION:

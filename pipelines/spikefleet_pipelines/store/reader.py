@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spikefleet_pipelines.errors import StoreError
-from spikefleet_pipelines.store.annotations import Annotations
+from spikefleet_pipelines.store.annotations import AnnotationColumns, Annotations
 from spikefleet_pipelines.store.manifest import MANIFEST_NAME, Manifest, parse_manifest
 from spikefleet_pipelines.store.remote import RemoteStore, default_cache_dir, locate
 from spikefleet_pipelines.store.shards import check_shard, open_shard
@@ -169,6 +169,18 @@ class Split:
         if columns.annotations is None:
             raise StoreError(f"split {self.name!r} of {self.location} is for classification: it has no annotations")
         return columns.annotations.image(row - int(self._starts[number]), columns.labels)
+
+    @property
+    def annotation_columns(self) -> list[AnnotationColumns]:
+        """The objects of all images, shard by shard, as views into the mapped shards.
+
+        Raises:
+            StoreError: this is a classification store.
+        """
+        found = [columns.annotations for columns in self._shards if columns.annotations is not None]
+        if not self.is_detection:
+            raise StoreError(f"split {self.name!r} of {self.location} is for classification: it has no annotations")
+        return found
 
     def image(self, row: int) -> Tensor:
         """Read one image, uint8 [C, H, W]; an encoded one is decoded to RGB.

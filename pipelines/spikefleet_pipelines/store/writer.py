@@ -1,6 +1,9 @@
 """Writing a store into a temporary directory next to it, which is renamed when complete."""
 
+import fcntl
+import glob
 import hashlib
+import os
 import secrets
 import shutil
 from collections import Counter
@@ -22,11 +25,17 @@ from spikefleet_pipelines.store.manifest import (
     ImageFormat,
     Manifest,
     Shard,
+    SkippedFile,
+    is_text,
     parse_manifest,
 )
+from spikefleet_pipelines.store.origin import ORIGIN_NAME
 from spikefleet_pipelines.store.shards import Targets, check_annotations, write_shard
 
 SHARD_BYTES = 256 << 20
+
+_PART = ".part"
+_OLD = ".old"
 
 
 def content_digests(images: Iterable[Any]) -> list[bytes]:
@@ -47,6 +56,12 @@ class StoreWriter:
         shard_bytes: approximate maximum size of a shard of raw images.
         category_ids: of a detection store, the id of each class in the annotations; None for classification.
         stand_ins: aliases of splits, used where the split itself is not written: {"test": "val"}.
+
+        skip_bad: whether the source may leave out files that it cannot read; it adds them to `skipped`.
+
+    Attributes:
+        unused: number of what the source has and does not use, by reason; set by the source.
+        skipped: files that were left out; added by the source.
     """
 
     def __init__(
@@ -61,6 +76,7 @@ class StoreWriter:
         shard_bytes: int = SHARD_BYTES,
         category_ids: Sequence[int] | None = None,
         stand_ins: Mapping[str, str] | None = None,
+        skip_bad: bool = False,
     ) -> None:
         self.out = out
         self.source = source
@@ -69,22 +85,54 @@ class StoreWriter:
         self.options = options
         self.overwrite = overwrite
         self.shard_bytes = shard_bytes
-        self.directory = out.parent / f".{out.name}.{secrets.token_hex(8)}.part"
+        self.directory = out.parent / f".{out.name}.{secrets.token_hex(8)}{_PART}"
         self.category_ids = None if category_ids is None else tuple(category_ids)
         self.stand_ins = dict(stand_ins or {})
+        self._lock: int | None = None
+        for name in self.class_names:
+            if not is_text(name):
+                raise StoreError(
+                    f"source {source!r}: class name {name!r} is empty or not Unicode text (UTF-8); rename the class"
+                )
+        self.skip_bad = skip_bad
+        self.unused: dict[str, int] = {}
+        self.skipped: list[SkippedFile] = []
         self._shards: dict[str, list[Shard]] = {}
         self._digests: dict[str, list[bytes]] = {}
         self._counts: dict[str, NDArray[np.int64]] = {}
         self._boxes: dict[str, list[BoxAudit]] = {}
 
     def __enter__(self) -> Self:
-        self.directory.mkdir(parents=True)
+        if self.overwrite:
+            self._refuse_foreign_files()
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        remove_remains(self.out)
+        self.directory.mkdir()
+        self._lock = _locked_directory(self.directory)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
+
+    def _refuse_foreign_files(self) -> None:
+        """Raises StoreError if the store to replace holds what is not its own: raw data, or a user's file."""
+        there = self.out / MANIFEST_NAME
+        if not there.is_file():
+            return
+        shards = parse_manifest(there.read_bytes(), str(there)).shards.values()
+        own = {MANIFEST_NAME, ORIGIN_NAME, *(shard.file for split in shards for shard in split)}
+        # A killed extension of the store leaves a shard that no manifest names.
+        names = (entry.name for entry in self.out.iterdir() if entry.suffix != ".arrow")
+        foreign = sorted(name for name in names if name not in own)
+        if foreign:
+            raise StoreError(
+                f"{self.out} holds {foreign[0]!r}, which is not a part of the store and would be removed with it; move "
+                "it away, or choose another directory"
+            )
 
     def shard_name(self, split: str, number: int) -> str:
         """Return the file name of a shard; `number` counts from 0."""
@@ -213,10 +261,15 @@ class StoreWriter:
             if parse_manifest(there.read_bytes(), str(there)) == manifest:
                 return
             raise StoreError(f"{self.out} already contains another store; choose another directory or use --overwrite")
-        old = self.directory.with_suffix(".old")
-        self.out.replace(old)
-        self.directory.replace(self.out)
-        shutil.rmtree(old)
+        old = self.directory.with_suffix(_OLD)
+        lock = _locked_directory(self.out)
+        try:
+            self.out.replace(old)
+            self.directory.replace(self.out)
+            shutil.rmtree(old)
+        finally:
+            if lock is not None:
+                os.close(lock)
 
     def _audit(self, same_as: dict[str, str] | None) -> Audit:
         empty = {
@@ -237,7 +290,44 @@ class StoreWriter:
             empty_classes={split: names for split, names in empty.items() if names},
             boxes={split: _sum(parts) for split, parts in self._boxes.items()} or None,
             same_as=same_as,
+            unused=self.unused or None,
+            skipped=tuple(self.skipped) or None,
         )
+
+
+def remove_remains(out: Path) -> None:
+    """Remove what killed writers left beside a store; a store that one was about to replace is put back.
+
+    Args:
+        out: directory of the store.
+    """
+    for path in sorted(out.parent.glob(f".{glob.escape(out.name)}.*")):
+        if path.suffix not in (_PART, _OLD) or not path.is_dir():
+            continue
+        lock = _locked_directory(path)
+        if lock is None:  # its writer lives
+            continue
+        try:
+            if path.suffix == _OLD and not out.exists() and (path / MANIFEST_NAME).is_file():
+                path.replace(out)
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+        finally:
+            os.close(lock)
+
+
+def _locked_directory(path: Path) -> int | None:
+    """Lock a directory until the descriptor is closed, or the process ends; None if another process has locked it."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def audit_boxes(columns: AnnotationColumns, labels: NDArray[np.int64], classes: int, computed_areas: int) -> BoxAudit:

@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from spikefleet_pipelines.transforms.normalise_config import NamedNormalisation, Normalisation, check_channels
 
 if TYPE_CHECKING:
+    from spikefleet_pipelines.sampling import TrainingRows
+    from spikefleet_pipelines.store.reader import Split
     from spikefleet_pipelines.store.rows import Rows
     from spikefleet_pipelines.transforms.batch_transform import BatchTransform
 
@@ -38,6 +40,16 @@ class BatchTransformConfig(BaseModel, ABC):
             ValueError: a field does not fit such images.
         """
         check_channels(self.normalise, 3 if image_shape is None else image_shape[0])
+
+    def training_rows(self, split: "Split") -> "TrainingRows":
+        """Choose the rows of a split to train on, and those that should share a batch; all rows by default.
+
+        Raises:
+            ValueError: no row is left.
+        """
+        from spikefleet_pipelines.sampling import TrainingRows
+
+        return TrainingRows()
 
     @abstractmethod
     def build(self, split: "Rows", train: bool, seed: int, epochs: int | None = None) -> "BatchTransform[Any, Any]":

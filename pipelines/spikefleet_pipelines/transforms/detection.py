@@ -11,7 +11,7 @@ side is less than 100 times its shorter one (the usual rule with mosaics).
 """
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,12 +20,16 @@ from torch import Tensor
 
 from spikefleet_pipelines.counter_random import Draw, integers, uniform
 from spikefleet_pipelines.errors import StoreError
-from spikefleet_pipelines.store.annotations import Annotations, Placement, Target
+from spikefleet_pipelines.sampling import TrainingRows
+from spikefleet_pipelines.store.annotations import AnnotationColumns, Annotations, Placement, Target
 from spikefleet_pipelines.store.rows import Rows
 from spikefleet_pipelines.transforms.classification import resize
 from spikefleet_pipelines.transforms.detection_config import DetectionTransformConfig
 from spikefleet_pipelines.transforms.hsv import jitter_hsv
 from spikefleet_pipelines.transforms.normalise import FloatStage
+
+if TYPE_CHECKING:
+    from spikefleet_pipelines.store.reader import Split
 
 _LEAST_SIDE = 2.0
 _LEAST_VISIBLE = 0.1
@@ -249,6 +253,30 @@ class DetectionBatchTransform:
         changes = np.array(self.config.hsv) * (2 * draws - 1)
         for image, (hue, saturation, value) in zip(images, changes.tolist(), strict=True):
             jitter_hsv(image, hue, 1 + saturation, 1 + value)
+
+
+def training_rows(split: "Split", config: DetectionTransformConfig) -> TrainingRows:
+    """Choose the rows of a split to train on; see `DetectionTransformConfig.training_rows`."""
+    columns, rows, groups = split.annotation_columns, None, None
+    if config.skip_empty:
+        rows = np.flatnonzero(np.concatenate([_objects_for_loss(shard) for shard in columns]))
+        if not len(rows):
+            raise ValueError(
+                f"split {split.name!r} of {split.location} has no image with an object to train on; set "
+                "data.transform.skip_empty=false, or prepare other data"
+            )
+    if config.group_by_aspect:
+        groups = np.concatenate([shard.widths > shard.heights for shard in columns]).astype(np.int64)
+    return TrainingRows(rows, groups)
+
+
+def _objects_for_loss(columns: AnnotationColumns) -> NDArray[np.int64]:
+    """Number of objects of each image that can be targets: no crowds, some area within the image, [n]."""
+    image = columns.image_of_objects()
+    limits = np.stack([columns.widths[image], columns.heights[image]], axis=1)
+    start, size = columns.boxes[:, :2], columns.boxes[:, 2:]
+    inside = np.minimum(start + size, limits) - np.maximum(start, 0)
+    return np.bincount(image[~columns.crowd & (inside > 0).all(1)], minlength=len(columns))
 
 
 def _visible_boxes(tile: _Tile, by_rule: bool) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

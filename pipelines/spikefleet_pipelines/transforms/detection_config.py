@@ -11,6 +11,8 @@ from pydantic import Field, model_validator
 from spikefleet_pipelines.transforms.batch_transform_config import BatchTransformConfig
 
 if TYPE_CHECKING:
+    from spikefleet_pipelines.sampling import TrainingRows
+    from spikefleet_pipelines.store.reader import Split
     from spikefleet_pipelines.store.rows import Rows
     from spikefleet_pipelines.transforms.detection import DetectionBatchTransform
 
@@ -52,6 +54,12 @@ class DetectionTransformConfig(BatchTransformConfig):
         "from 1 - x to 1 + x); each 0 to 1",
     )
 
+    skip_empty: bool = Field(default=False, description="training: leave out images without an object for the loss")
+    group_by_aspect: bool = Field(
+        default=False,
+        description="training, keep_ratio: a worker's images of a step are all wide or all tall, to pad less",
+    )
+
     @model_validator(mode="after")
     def _go_together(self) -> Self:
         if self.size % self.divisor and self.resize == "letterbox":
@@ -69,6 +77,11 @@ class DetectionTransformConfig(BatchTransformConfig):
                         f"{name} is {getattr(self, name)}, but resize is keep_ratio; remove {name} or set "
                         "resize=letterbox"
                     )
+        if self.group_by_aspect and self.resize == "letterbox":
+            raise ValueError(
+                "group_by_aspect has no effect with resize=letterbox, whose batches are squares; remove it or set "
+                "resize=keep_ratio"
+            )
         if not all(0 <= part <= 1 for part in self.hsv):
             raise ValueError(f"hsv is {self.hsv}, expected numbers from 0 to 1")
         return self
@@ -94,6 +107,16 @@ class DetectionTransformConfig(BatchTransformConfig):
         from spikefleet_pipelines.transforms.detection import DetectionBatchTransform
 
         return DetectionBatchTransform(split, self, train, seed, epochs)
+
+    def training_rows(self, split: "Split") -> "TrainingRows":
+        """Choose the rows with objects (`skip_empty`), and group wide and tall images (`group_by_aspect`).
+
+        Raises:
+            ValueError: no image has an object for the loss.
+        """
+        from spikefleet_pipelines.transforms.detection import training_rows
+
+        return training_rows(split, self)
 
     def has_mosaic(self, epoch: int, epochs: int | None) -> bool:
         """Whether images of an epoch may be mosaics; `epochs` is the length of the run, None if unknown."""

@@ -9,18 +9,18 @@ from typing import Any
 
 from torch import nn
 
-from spikefleet.certificates.energy_card import ENERGY, measure_energy, write_card
+from spikefleet.certificates.energy_card import ENERGY, measure_energy, read_card, write_card
 from spikefleet.certificates.metric_leg import affordable_images
 from spikefleet.certificates.spike_check import PROOF, check_spikes
 from spikefleet.config.schema import Config
 from spikefleet.data_summary import DataSummary
-from spikefleet.files import read_json, sha256_of, write_json
+from spikefleet.files import read_json, read_json_object, sha256_of, write_json
 from spikefleet.status import Announce, silent
 from spikefleet.tasks import build_task
 from spikefleet.training.checkpoints import best_network, checkpoint_hash, load_checkpoint, verify_checkpoint
 from spikefleet.training.evaluation import first_batches
 from spikefleet_pipelines.loading import BatchLoader
-from spikefleet_pipelines.store.reader import Store
+from spikefleet_pipelines.store.reader import Split, Store
 
 CERTIFICATE = "certificate.json"
 """Written last: the hash of the certified checkpoint, and the hashes of the certificate files."""
@@ -39,6 +39,8 @@ class Certificates:
 
 def certify(config: Config, checkpoint: Path, report: Path, store: Store, announce: Announce = silent) -> Certificates:
     """Checks a checkpoint and measures its energy on validation images, unless an earlier call did.
+
+    Without a validation split, on training images: no figure that is reported may depend on test images.
 
     Args:
         config: configuration of the run.
@@ -61,22 +63,26 @@ def certify(config: Config, checkpoint: Path, report: Path, store: Store, announ
         (report / CERTIFICATE).unlink(missing_ok=True)
         network = best_network(load_checkpoint(checkpoint), config.model)
         task = build_task(config, DataSummary.of(store.manifest))
+        split = certified_split(store)
         announce("spike check")
         measured = measured_images(network, config, store)
-        check_spikes(network, task, config, store.split("val"), measured=measured).write(proof)
+        check_spikes(network, task, config, split, measured=measured).write(proof)
         announce("measuring energy")
-        write_card(measure_energy(network, config.data.transform, store.split("val")), report)
-        write_json(
-            report / CERTIFICATE,
-            {"checkpoint": certified, "sha256": {file.name: sha256_of(file) for file in files}},
-        )
-    found = read_json(proof)
-    return Certificates(found["verdict"], float(read_json(energy)["totals"]["energy_mj"]), files, _tags(found))
+        write_card(measure_energy(network, config.data.transform, split), report)
+        hashes = {file.name: sha256_of(file) for file in files}
+        write_json(report / CERTIFICATE, {"checkpoint": certified, "split": split.name, "sha256": hashes})
+    found = read_json_object(proof, "verdict")
+    return Certificates(str(found["verdict"]), read_card(energy).energy_mj, files, _tags(found))
+
+
+def certified_split(store: Store) -> Split:
+    """The split on whose images certificates are made: val, or train without one, never test."""
+    return store.split("val" if "val" in store.manifest.splits else "train")
 
 
 def measured_images(network: nn.Module, config: Config, store: Store) -> int:
     """Images on which a certification compares metrics."""
-    loader = BatchLoader(store.split("val"), config.data.transform, train=False)
+    loader = BatchLoader(certified_split(store), config.data.transform, train=False)
     image = next(first_batches(loader, 1, 1)).images
     return affordable_images(network, image, config, len(store.split("train")))
 

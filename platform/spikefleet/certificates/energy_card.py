@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from spikefleet import plots
-from spikefleet.files import write_json
+from spikefleet.errors import UserError
+from spikefleet.files import read_json_object, write_json
 from spikefleet.status import Count, uncounted
 from spikefleet.training.evaluation import SpreadPlan
 from spikefleet_models.energy import EnergyCard, Form, energy_card
@@ -18,6 +20,9 @@ from spikefleet_pipelines.transforms.batch_transform_config import BatchTransfor
 
 ENERGY = "energy.json"
 """File name of the card in a report and in a registered version."""
+
+CARD_FILES = (ENERGY, "energy.png")
+"""Names of the files that `write_card` writes."""
 
 REGISTERED_CONSTANTS = "fp32-45nm"
 """Energy constants of every registered version, so that `energy_mj` is comparable across families."""
@@ -61,6 +66,20 @@ def measure_energy(
 
     batches = shown()
     return energy_card(network, batches, constants, form, shortcuts)
+
+
+def read_card(path: Path) -> EnergyCard:
+    """Reads an energy card. Raises UserError if the file is missing or damaged."""
+    try:
+        card = EnergyCard.from_dict(read_json_object(path))
+        totals = (card.energy_mj, card.macs, card.acs, *(row["energy_mj"] for row in card.rows()))
+        if not all(math.isfinite(value) for value in totals):
+            raise ValueError("its totals are not finite")
+    except (ValueError, TypeError, AttributeError, KeyError, ArithmeticError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is damaged: {error}; measure the energy again") from None
+    return card
 
 
 def write_card(card: EnergyCard, folder: Path) -> None:

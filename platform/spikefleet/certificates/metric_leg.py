@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spikefleet.config.schema import Config
+from spikefleet.errors import UserError
 from spikefleet.status import Count, uncounted
 from spikefleet.tasks import AnyTask
 from spikefleet.training.evaluation import first_batches
@@ -94,19 +95,29 @@ def compare_metrics(
         task: computes the metrics.
         config: batch size of evaluation, and the metric that decides.
         loader: of the split.
-        count: images to measure; the last batch may bring a few more.
+        count: images to measure; the last batch may bring a few more, and there are more where the metric is not
+            defined on these, as of a detector on images without objects.
         progress: called with (images measured, images to measure).
     """
     forms = {"trained": trained, "binary": binary}
     predictions: dict[str, list[Any]] = {name: [] for name in forms}
     targets: list[Any] = []
-    for batch in first_batches(loader, min(config.train.eval_batch, count), count):
+    for batch in first_batches(loader, min(config.train.eval_batch, count), len(loader.split)):
         targets += task.targets(batch)
         for name, form in forms.items():
             predictions[name] += task.predict(form, batch)
         progress(len(targets), max(count, len(targets)))
+        if len(targets) >= count and _is_defined(config.checkpoint.metric, task, predictions["trained"], targets):
+            break
     metrics = {name: task.metrics(found, targets) for name, found in predictions.items()}
     return MetricLeg(config.checkpoint.metric, metrics["trained"], metrics["binary"], len(targets))
+
+
+def _is_defined(metric: str, task: AnyTask, predictions: Sequence[Any], targets: Sequence[Any]) -> bool:
+    try:
+        return metric in task.metrics(predictions, targets)
+    except UserError:  # no image has an object
+        return False
 
 
 def affordable_images(network: nn.Module, image: Tensor, config: Config, train_samples: int) -> int:

@@ -77,7 +77,7 @@ class SpikeCheck:
     chosen: Chosen | None = None
     """The images of the proof, as positions in the split."""
     remark: str | None = None
-    """Why flips or metrics are missing beside a proof."""
+    """Why flips are missing beside a proof."""
 
     @property
     def verdict(self) -> str:
@@ -194,15 +194,20 @@ def check_spikes(
         proof = check_equivalence(deploy(exact), shown, trained=exact)
     except NotSpikeDrivenError as error:
         return SpikeCheck(None, str(error))
+    flips: tuple[FlipCount, ...] = ()
+    remark = None
     try:
         few = shown.narrow(shown.ndim - 4, 0, min(_FLIP_IMAGES, len(chosen.positions)))
         flips = tuple(count_flips(deployed, few, dtype) for dtype in _FLIP_TYPES)
+    except NotSpikeDrivenError as error:  # rounding can change what runs behind the last neuron
+        remark = str(error)
+    try:
         binary = spike_driven(deployed, layer_inputs(deployed, shown))
     except NotSpikeDrivenError as error:
-        return SpikeCheck(proof, None, chosen=chosen, remark=str(error))
+        return SpikeCheck(None, str(error), flips, chosen=chosen)
     reuse_equal_slots(binary)
     metrics = compare_metrics(network, binary, task, config, loader, measured, progress) if measured else None
-    return SpikeCheck(proof, None, flips, metrics, chosen)
+    return SpikeCheck(proof, None, flips, metrics, chosen, remark)
 
 
 def _images(deployed: nn.Module, loader: BatchLoader, most: int) -> tuple[Chosen, Tensor]:

@@ -3,5 +3,5 @@
 PROVED = "proved"
 REFUTED = "refuted"
 NOT_SHOWN = "not shown"
-"""The forms are equal, but the output is the same for every image, so that nothing is shown of the network."""
+"""The forms are equal, but no two images have different outputs, so that nothing is shown of the network."""
 NOT_SPIKING = "not spiking"

@@ -1,11 +1,13 @@
-"""The command line. Exit codes: 0 done, 1 a run failed, 2 bad input, 130 interrupted.
+"""The command line. Exit codes: 0 done, 1 a run failed, 2 bad input, 130 interrupted by SIGINT, 143 by SIGTERM.
 
 Commands import what takes seconds (torch, Ray, MLflow) when they run: help, listings and completion answer at once.
 """
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from functools import partial
 
 from spikefleet.cli import completion, gradients, inference, inspection, reproduction, training, tuning
@@ -26,6 +28,9 @@ __all__ = ["app", "gradients", "inference", "inspection", "main", "reproduction"
 
 def main() -> None:
     """Entry point of `spikefleet`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names may have characters that the terminal's encoding lacks
+            stream.reconfigure(errors="backslashreplace")
     command = partial(app, prog_name="spikefleet")  # the name of the variable by which a shell asks follows from it
     if os.environ.get(completion.VARIABLE) == "complete_bash":
         completion.answer_bash(command)

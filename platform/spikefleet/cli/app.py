@@ -14,9 +14,12 @@ import typer
 from typer.core import TyperGroup
 
 from spikefleet.cli.output import say, stderr
+from spikefleet.disks import disk_problem
 from spikefleet.errors import RunError, UserError
 from spikefleet.plugins import load_plugins
+from spikefleet.status import print_whole
 from spikefleet_pipelines.errors import SourceError, StoreError
+from spikefleet_tune.interruption import handling, interruption, raise_interrupted
 
 _SHOWN_VERSIONS = ("torch", "ray", "mlflow")
 _ORDER = (
@@ -57,7 +60,8 @@ class SentenceGroup(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            done = super().invoke(ctx)
+            with handling(raise_interrupted):
+                done = super().invoke(ctx)
             if "triton" not in sys.modules:  # which complains at exit of what was not collected
                 gc.freeze()  # else the exit looks through all objects of torch, for a second and more
             return done
@@ -70,8 +74,14 @@ class SentenceGroup(TyperGroup):
         except RunError as error:
             _complain(str(error))
             raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            raise typer.Exit(130) from None
+        except OSError as error:
+            sentence = disk_problem(error)
+            if sentence is None:
+                raise
+            _complain(sentence)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt as error:
+            raise typer.Exit(interruption(error).exit_code) from None
 
 
 def _plain_message(error: typer.BadParameter) -> str:
@@ -89,7 +99,7 @@ def _plain_message(error: typer.BadParameter) -> str:
 
 def _complain(sentence: str) -> None:
     stderr.print("error:", style="bold red", end=" ")
-    stderr.print(sentence, highlight=False, markup=False, soft_wrap=True)
+    print_whole(stderr, sentence)
 
 
 app = typer.Typer(

@@ -33,7 +33,7 @@ def recipe_names(incomplete: str) -> list[str]:
 
 def search_names(incomplete: str) -> list[str]:
     """Searches that come with the package."""
-    from spikefleet_tune.search_file import list_searches
+    from spikefleet.search.search_files import list_searches
 
     return _beginning(list_searches(), incomplete)
 
@@ -150,11 +150,12 @@ def _registered(runs_dir: Path) -> list[tuple[str, int, str | None]]:
     Read-only and by SQLite alone: MLflow takes seconds to import, and a key is waited for.
     """
     from spikefleet.registry.version import CONTENT_HASH
+    from spikefleet.tracking.database import database_path
 
     uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
-    if uri and not uri.startswith("sqlite:///"):
+    path = database_path(uri) if uri else runs_dir / "mlflow.db"
+    if path is None:
         return []
-    path = Path(uri.removeprefix("sqlite:///")) if uri else runs_dir / "mlflow.db"
     deadline = time.monotonic() + _REGISTRY_PATIENCE_S
     query = (
         "SELECT v.name, v.version, a.alias FROM model_versions v "

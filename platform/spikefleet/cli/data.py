@@ -12,7 +12,7 @@ from spikefleet.cli.output import console, loading, messages, print_json, stderr
 from spikefleet.cli.parameters import Address, AsJson, StoresDir
 from spikefleet.cli.tables import print_record, print_table, text
 from spikefleet.errors import UserError
-from spikefleet.status import waiting
+from spikefleet.status import one_line, waiting
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -34,6 +34,7 @@ _OTHER_FORMATS = {
     "roboflow": f"export the data set from Roboflow in the format 'COCO JSON'; then {_AS_COCO.partition(' and ')[2]}",
 }
 """Formats that people have, and what to do with each."""
+_SHOWN_SKIPPED = 20
 _OTHER_NAMES = {
     "yolov5": "yolo",
     "yolov8": "yolo",
@@ -63,19 +64,28 @@ def prepare_data(
         str | None, typer.Option(help="coco: train, val or test. It is added to the store, if that is there.")
     ] = None,
     option: Annotated[list[str] | None, typer.Option(help="Option of the source, for example upsample=4.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the validation split, where the source has none.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Seed of the validation split, where the source has none.")
+    ] = 0,
     parallel: Annotated[
         int | None,
-        typer.Option(min=1, help="Ray tasks at a time, for encoded images; all CPUs, where there are many images."),
+        typer.Option(
+            min=1, max=100_000, help="Ray tasks at a time, for encoded images; all CPUs, where there are many images."
+        ),
     ] = None,
     address: Address = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a store that is there (with --split: only that split).")
     ] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out image files that cannot be read; the manifest lists them.")
+    ] = False,
     as_json: AsJson = False,
     stores_dir: StoresDir = Path("stores"),
 ) -> None:
     """Convert a data set into an Arrow store, checking it on the way."""
+    from spikefleet.config.recipes import parse_overrides
+
     _check_source(source)
     of_split = {"images": images, "annotations": annotations, "split": split}
     options: dict[str, Any] = {key: value for key, value in of_split.items() if value is not None}
@@ -83,16 +93,15 @@ def prepare_data(
         lacking = " and ".join(f"--{key}" for key in of_split if key not in options)
         raise UserError(f"{' and '.join(f'--{key}' for key in options)} given without {lacking}; they go together")
     for item in option or []:
-        key, equals, value = item.partition("=")
-        if not equals:
+        if not all(item.partition("=")[:2]):
             raise UserError(f"--option {item!r} is not of the form key=value, for example upsample=4")
-        options[key] = value
+        options |= parse_overrides([item])
     where = messages(as_json)
     with loading("torch", where):
         from spikefleet.data_access import prepare_store
 
     folder = out or stores_dir / source
-    how = {"seed": seed, "parallel": parallel, "overwrite": overwrite}
+    how = {"seed": seed, "parallel": parallel, "overwrite": overwrite, "skip_bad": skip_bad}
     store = prepare_store(source, root, folder, where, options, address=address, **how)
     _print_store(store.manifest, str(folder), as_json)
 
@@ -173,6 +182,8 @@ def _options(model: type[BaseModel]) -> list[dict[str, Any]]:
 
 
 def _value(default: Any) -> str:
+    if isinstance(default, float):
+        return f"{default:.4g}"
     return "none" if default is None else str(default)
 
 
@@ -191,6 +202,8 @@ def _findings(boxes: BoxAudit) -> str:
 
 
 def _print_store(manifest: Manifest, where: str, as_json: bool) -> None:
+    from spikefleet_pipelines.store.image_files import counted_reasons
+
     audit = manifest.audit
     if as_json:
         print_json(
@@ -214,7 +227,7 @@ def _print_store(manifest: Manifest, where: str, as_json: bool) -> None:
         ("source", manifest.source),
         ("task", manifest.task),
         ("image", image),
-        ("classes", f"{len(names)}: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"),
+        ("classes", f"{len(names)}: {', '.join(map(one_line, names[:10]))}{', ...' if len(names) > 10 else ''}"),
     ]
     if manifest.category_ids is not None:
         ids = ", ".join(map(str, manifest.category_ids[:10]))
@@ -226,5 +239,11 @@ def _print_store(manifest: Manifest, where: str, as_json: bool) -> None:
     items += [(f"boxes of {split}", _findings(boxes)) for split, boxes in (audit.boxes or {}).items()]
     items.append(("duplicates", f"{audit.duplicates}, of which in two splits {audit.cross_split_duplicates}"))
     items += [(f"missing in {split}", ", ".join(names)) for split, names in audit.empty_classes.items()]
+    if audit.unused:
+        items.append(("not used", counted_reasons(audit.unused)))
+    if audit.skipped:
+        lines = [one_line(f"{one.split}: {one.file}: {one.reason}") for one in audit.skipped[:_SHOWN_SKIPPED]]
+        more = len(audit.skipped) - len(lines)
+        items.append(("skipped", "\n".join([*lines, *([f"and {more} more, in manifest.json"] if more else [])])))
     items.append(("content", manifest.content_hash))
     print_record(console, items, title=where)

@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
+from spikefleet.errors import UserError
+from spikefleet.tracking.database import check_database, condition, database_path
+from spikefleet.tracking.mlflow_client import local_database
+from spikefleet.tracking.relocation import former_places
 from spikefleet.versions import code_version, library_versions
 from spikefleet_tune.messages import counted
 
@@ -82,9 +86,9 @@ def _ray() -> Finding:
 
 
 def _tracking(runs_dir: Path) -> Finding:
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if not uri:
-        return Finding("good", "tracking", f"SQLite under {runs_dir}; MLFLOW_TRACKING_URI is not set")
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
+    if not uri or database_path(uri) is not None:
+        return _database(local_database(runs_dir), uri)
     parts = urlsplit(uri)
     if parts.scheme not in ("http", "https"):
         return Finding("good", "tracking", f"{parts.scheme} database by MLFLOW_TRACKING_URI")
@@ -93,6 +97,20 @@ def _tracking(runs_dir: Path) -> Finding:
     if _answers(parts.hostname or "", port):
         return Finding("good", "tracking", f"{shown} answers")
     return Finding("poor", "tracking", f"{shown} does not answer; runs keep their records until it does")
+
+
+def _database(path: Path, uri: str) -> Finding:
+    try:
+        check_database(path)
+        former = former_places(path) if condition(path) == "sound" else []
+    except UserError as error:
+        return Finding("bad", "tracking", str(error))
+    if former:
+        return Finding(
+            "poor", "tracking", f"{path} was moved from {', '.join(former)}; the next command that uses it adapts it"
+        )
+    origin = "by MLFLOW_TRACKING_URI" if uri else "MLFLOW_TRACKING_URI is not set"
+    return Finding("good", "tracking", f"SQLite file {path}; {origin}")
 
 
 def _answers(host: str, port: int) -> bool:

@@ -9,10 +9,11 @@ import typer
 
 from spikefleet.cli.app import app
 from spikefleet.cli.completion import override_keys, trained_or_not
-from spikefleet.cli.output import console, loading, print_json, say, stderr, writing
-from spikefleet.cli.parameters import AsJson, OtherData, RunsDir, StoresDir
+from spikefleet.cli.output import console, loading, print_json, say, stderr
+from spikefleet.cli.parameters import AsJson, Force, OtherData, RunsDir, StoresDir
 from spikefleet.cli.tables import Column, number, print_table
 from spikefleet.errors import UserError
+from spikefleet.outputs import check_outputs
 from spikefleet.status import waiting
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def gradients(
     ] = None,
     data: OtherData = None,
     out: Annotated[Path | None, typer.Option(help="File for the plot, a PNG.")] = None,
+    force: Force = False,
     as_json: AsJson = False,
     runs_dir: RunsDir = Path("runs"),
     stores_dir: StoresDir = Path("stores"),
@@ -56,6 +58,7 @@ def gradients(
         raise UserError(f"--out {out} must end in .png")
     if noise is not None and data is not None:
         raise UserError(f"--noise {noise} needs no data: leave out --data {data}")
+    check_outputs([] if out is None else [out], inputs=[Path(network)], force=force)
     config = _recipe(network, overrides or [])
     with loading("torch", stderr):
         from spikefleet.data_access import open_data, store_at
@@ -130,7 +133,7 @@ def _draw(check: GradientCheck, name: str, path: Path) -> None:
     from spikefleet import plots
 
     says = "; ".join(check.findings) or f"first layer / last layer: {check.first_to_last:.3g}"
-    with writing(path), waiting(stderr, "drawing the plot"):
+    with waiting(stderr, "drawing the plot"):
         plots.gradient_flow(check.to_dict()["layers"], f"{name}, {_when(check)}\n{says}", path)
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from spikefleet.cli.app import app
-from spikefleet.cli.output import console, loading, print_json, say, stderr, writing
-from spikefleet.cli.parameters import AsJson, Network, OtherData, RunsDir, SplitName, StoresDir
-from spikefleet.cli.tables import number, print_table, text
-from spikefleet.status import counting, waiting
+from spikefleet.cli.output import console, loading, print_json, print_json_line, say, stderr
+from spikefleet.cli.parameters import AsJson, Force, Network, OtherData, RunsDir, SplitName, StoresDir
+from spikefleet.cli.tables import number, print_table
+from spikefleet.errors import RunError, UserError
+from spikefleet.outputs import check_outputs
+from spikefleet.status import counting, one_line, print_line, uncounted, waiting
 
 _SHOWN_CLASSES = 100
 
@@ -22,6 +26,7 @@ def evaluate(
     split: Annotated[SplitName, typer.Option(help="Part of the data.")] = "test",
     data: OtherData = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the report and its plots.")] = None,
+    force: Force = False,
     gpu: Annotated[bool, typer.Option("--gpu", help="Evaluate on a GPU.")] = False,
     as_json: AsJson = False,
     runs_dir: RunsDir = Path("runs"),
@@ -33,24 +38,28 @@ def evaluate(
 
     with waiting(stderr, f"opening {network}"):
         trained = open_trained_network(network, runs_dir)
+    if out is not None:
+        check_outputs((out / name for name in trained.task.report.files), inputs=trained.folders, force=force)
+    evaluation = evaluate_on_split(trained, split, stores_dir, stderr, data=data, gpu=gpu)
+    with waiting(stderr, "measuring"):
+        details = trained.task.details(evaluation.predictions, evaluation.targets)
     report = trained.task.report
-    with writing(out):
-        evaluation = evaluate_on_split(trained, split, stores_dir, stderr, data=data, gpu=gpu)
-        with waiting(stderr, "measuring"):
-            details = trained.task.details(evaluation.predictions, evaluation.targets)
-        if out is not None:
-            with waiting(stderr, "drawing plots"):
-                report.write(details, evaluation.predictions, evaluation.targets, out)
+    if out is not None:
+        with waiting(stderr, "drawing plots"):
+            report.write(details, evaluation.predictions, evaluation.targets, out)
     if as_json:
-        print_json({"network": network, "split": split, **details, "spikes": dict(evaluation.health)})
+        print_json({"network": network, "split": evaluation.split, **details, "spikes": dict(evaluation.health)})
         return
-    say(f"{network} on {details['samples']} {split} samples")
+    say(f"{network} on {details['samples']} {evaluation.split} samples")
     header, *rows = report.table(details)
     if len(rows) > _SHOWN_CLASSES:
         rows = [*rows[:_SHOWN_CLASSES], ("...", *("" for _ in header[1:]))]
     print_table(console, [header[0], *map(number, header[1:])], rows)
     for key, value in details["metrics"].items():
         say(f"{key} {value:.2%}")
+    for key in ("description", "remark"):
+        if key in details:
+            say(details[key])
     if evaluation.health:
         say(f"firing rate {evaluation.health['firing_rate']:.3f} of the spikes that are possible")
     if out is not None:
@@ -66,23 +75,57 @@ def predict(
         typer.Option(help="A .png with all images; for detection, a folder for images with boxes, or a .png of one."),
     ] = None,
     score: Annotated[float, typer.Option(min=0, max=1, help="Detection: least score of a box.")] = 0.3,
+    recursive: Annotated[
+        bool, typer.Option("--recursive", help="Of folders, predict the images in sub-folders too.")
+    ] = False,
+    force: Force = False,
     gpu: Annotated[bool, typer.Option("--gpu", help="Predict on a GPU.")] = False,
     as_json: AsJson = False,
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
-    """Classify images, or find objects in them."""
+    """Classify images, or find objects in them: an answer a line, as they come; with --json a JSON object a line.
+
+    Files that cannot be read are named at the end, with exit code 1; the other images are answered.
+    """
     with loading("torch", stderr):
         from spikefleet.inference.prediction import predict_files
         from spikefleet.inference.trained_network import open_trained_network
 
     with waiting(stderr, f"opening {network}"):
         trained = open_trained_network(network, runs_dir)
-    with writing(out), counting(stderr, "predicting") as progress:
-        answers = predict_files(trained, images, out=out, gpu=gpu, score=score, progress=progress)
-    if as_json:
-        print_json(answers)
-        return
-    header, *rows = trained.task.report.answer_table(answers)
-    print_table(console, [*header[:-1], text(header[-1])], rows)
-    if out is not None:
+    report = trained.task.report
+
+    def answered(answer: Mapping[str, Any]) -> None:
+        if as_json:
+            print_json_line(answer)
+        elif "error" not in answer:
+            header, *rows = report.answer_table([answer])
+            for row in rows:
+                cells = zip(header[1:], row[1:], strict=True)
+                say(f"{one_line(row[0])}: {', '.join(f'{name} {one_line(cell)}' for name, cell in cells if cell)}")
+
+    # On a terminal the answers are the progress, and a bar would be drawn between them.
+    with nullcontext(uncounted) if console.is_terminal else counting(stderr, "predicting") as progress:
+        done = predict_files(
+            trained,
+            images,
+            out=out,
+            force=force,
+            recursive=recursive,
+            gpu=gpu,
+            score=score,
+            progress=progress,
+            answered=answered,
+        )
+    if out is not None and done.answers and not as_json:
         say(f"drawn: {out}")
+    if done.unused:
+        print_line(stderr, f"not used: {done.unused}{'' if recursive else '; --recursive reads sub-folders'}")
+    if not done.bad:
+        return
+    if not done.answers and len(done.bad) == 1:
+        file, reason = done.bad[0]
+        raise UserError(f"image {file} cannot be read: {reason}")
+    named = "".join(f"\n  {one_line(str(file))}: {one_line(reason)}" for file, reason in done.bad)
+    total = len(done.bad) + len(done.answers)
+    raise RunError(f"{len(done.bad)} of {total} images cannot be read; the others are answered:{named}")

@@ -10,10 +10,11 @@ import typer
 
 from spikefleet.cli.app import app
 from spikefleet.cli.completion import override_keys
-from spikefleet.cli.output import console, loading, print_json, say, stderr, writing
-from spikefleet.cli.parameters import AsJson, Network, OtherData, RunsDir, SplitName, StoresDir
+from spikefleet.cli.output import console, loading, print_json, say, stderr
+from spikefleet.cli.parameters import AsJson, Force, Network, OtherData, RunsDir, SplitName, StoresDir
 from spikefleet.cli.tables import Column, number, print_table
 from spikefleet.errors import RunError, UserError
+from spikefleet.outputs import check_outputs
 from spikefleet.status import counting, waiting
 from spikefleet_tune.messages import counted
 
@@ -35,7 +36,10 @@ def spike_check(
     ] = 256,
     measured: Annotated[int, typer.Option(min=0, help="Images for the metrics of both forms; 0 for none.")] = 256,
     data: OtherData = None,
-    out: Annotated[Path, typer.Option(help="File for the proof.")] = Path("spike_check.json"),
+    out: Annotated[
+        Path | None, typer.Option(help="File for the proof; that of the run's report, else spike_check.json here.")
+    ] = None,
+    force: Force = False,
     as_json: AsJson = False,
     runs_dir: RunsDir = Path("runs"),
     stores_dir: StoresDir = Path("stores"),
@@ -47,13 +51,15 @@ def spike_check(
     output is the same for every image, so that nothing is shown.
     """
     with loading("torch", stderr):
-        from spikefleet.certificates.spike_check import check_spikes
+        from spikefleet.certificates.spike_check import PROOF, check_spikes
         from spikefleet.inference.trained_network import open_split, open_trained_network
 
     with waiting(stderr, f"opening {network}"):
         trained = open_trained_network(network, runs_dir)
+    path = out or (trained.report or Path()) / PROOF
+    check_outputs([path], inputs=trained.folders, force=force)
     rows = open_split(trained, split, stores_dir, stderr, data=data)
-    with writing(out), counting(stderr, "proving and measuring") as progress:
+    with counting(stderr, "proving and measuring") as progress:
         check = check_spikes(
             trained.network,
             trained.task,
@@ -63,11 +69,11 @@ def spike_check(
             measured=min(measured, len(rows)),
             progress=progress,
         )
-        check.write(out)
+    check.write(path)
     if as_json:
         print_json(check.to_dict())
     else:
-        _print_check(check, out)
+        _print_check(check, path)
     if check.verdict == "refuted":
         raise RunError(f"{network}: the binary form is not equal to the network: {check.why}")
     if check.verdict == "not shown":
@@ -117,7 +123,7 @@ def _print_check(check: SpikeCheck, out: Path) -> None:
         for name, trained in check.metrics.trained.items():
             say(f"{name}: trained {trained:.4%}, binary {check.metrics.binary[name]:.4%} (fp32)")
     if check.remark is not None:
-        say(f"flips and metrics are missing: {check.remark}")
+        say(f"flips were not counted: {check.remark}")
     say(f"proof: {out}")
 
 
@@ -147,6 +153,7 @@ def energy(
         int | None, typer.Option(min=1, help="For the name of a model or recipe: side of the images.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for energy.json and its plot.")] = None,
+    force: Force = False,
     as_json: AsJson = False,
     runs_dir: RunsDir = Path("runs"),
     stores_dir: StoresDir = Path("stores"),
@@ -163,10 +170,12 @@ def energy(
             "overrides are for the name of a model or recipe, with --rate"
         )
     with loading("torch", stderr):
-        from spikefleet.certificates.energy_card import measure_energy, write_card
+        from spikefleet.certificates.energy_card import CARD_FILES, measure_energy, write_card
         from spikefleet.inference.trained_network import open_split, open_trained_network
         from spikefleet_models.energy import energy_at_rates
 
+    files = () if out is None else tuple(out / name for name in CARD_FILES)
+    check_outputs(files, force=force)
     try:
         if rate is not None and size is not None:
             with waiting(stderr, "counting operations"):
@@ -175,6 +184,7 @@ def energy(
         else:
             with waiting(stderr, f"opening {network}"):
                 trained = open_trained_network(network, runs_dir)
+            check_outputs(files, inputs=trained.folders, force=force)
             rows = open_split(trained, split, stores_dir, stderr, data=data)
             with counting(stderr, "measuring firing rates") as progress:
                 card = measure_energy(
@@ -190,7 +200,7 @@ def energy(
     except ValueError as error:
         raise UserError(str(error)) from None
     if out is not None:
-        with writing(out), waiting(stderr, "drawing plots"):
+        with waiting(stderr, "drawing plots"):
             write_card(card, out)
     if as_json:
         print_json(card.to_dict())

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from spikefleet.errors import UserError
-from spikefleet.status import Announce, print_line, waiting
+from spikefleet.status import STEERING, Announce, print_line, waiting
 
 console = Console()
 stderr = Console(stderr=True)
@@ -32,35 +29,18 @@ def say(text: str) -> None:
 
 def print_json(data: Any) -> None:
     """Prints JSON on stdout, and nothing else."""
-    json.dump(data, sys.stdout, indent=2, ensure_ascii=False)
-    sys.stdout.write("\n")
+    _write_json(json.dumps(data, indent=2, ensure_ascii=False))
 
 
-@contextmanager
-def writing(out: Path | None) -> Iterator[None]:
-    """Around the work whose result goes to --out: a place where nothing can be written is refused before the work.
-
-    Raises:
-        UserError: `out` cannot be written, now or when the block writes it.
-    """
-    if out is not None:
-        place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-        if place != out.absolute() and not place.is_dir():
-            raise UserError(f"--out {out} cannot be written: {place} is not a directory; choose another place")
-        if not os.access(place, os.W_OK):
-            raise UserError(f"--out {out} cannot be written: {place} is read-only; choose another place")
-    try:
-        yield
-    except OSError as error:
-        if out is None or not _lies_at(error.filename, out):
-            raise
-        raise UserError(f"--out {out} cannot be written: {error.strerror}; choose another place") from None
+def print_json_line(data: Any) -> None:
+    """Prints JSON on one line of stdout, at once."""
+    _write_json(json.dumps(data, ensure_ascii=False))
+    sys.stdout.flush()
 
 
-def _lies_at(name: object, out: Path) -> bool:
-    """Whether a file is `out`, beside it (a temporary one) or in it."""
-    folder = out.absolute().parent
-    return isinstance(name, str | os.PathLike) and folder in (path := Path(name).absolute(), *path.parents)
+def _write_json(text: str) -> None:
+    """Writes JSON with what steers a terminal, or is no Unicode, as the escapes that JSON has for it."""
+    sys.stdout.write(STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
 
 
 @contextmanager

@@ -38,6 +38,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Dotted overrides, for example model.timesteps=2 optim.lr=0.05.", autocompletion=override_keys),
 ]
+Force = Annotated[bool, typer.Option("--force", help="Replace files that are at --out.")]
 SplitName = Literal["train", "val", "test"]
 OtherData = Annotated[
     str | None,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from spikefleet.cli.completion import model_names, version_names
-from spikefleet.cli.output import console, loading, print_json, say, stderr, writing
+from spikefleet.cli.output import console, loading, print_json, say, stderr
 from spikefleet.cli.parameters import AsJson, RunsDir
 from spikefleet.cli.tables import Column, number, print_record, print_table, text
 
@@ -115,7 +115,7 @@ def pull_registered(
     """Fetch a version as files; their hashes are checked."""
     from spikefleet import registry
 
-    with writing(out), _asking(runs_dir) as tracking_uri:
+    with _asking(runs_dir) as tracking_uri:
         folder = registry.pull(_full(uri), out, tracking_uri=tracking_uri)
     for path in sorted(folder.iterdir()):
         say(str(path))

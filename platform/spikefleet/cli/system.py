@@ -1,11 +1,15 @@
-"""doctor, ui, tracking sync."""
+"""doctor, ui, tracking sync, tracking repair."""
 
 from __future__ import annotations
 
+import http.client
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 from typing import Annotated
 
@@ -18,12 +22,14 @@ from spikefleet.cli.parameters import AsJson, RunsDir
 from spikefleet.cli.tables import Column, print_table, text
 from spikefleet.errors import RunError, UserError
 from spikefleet.status import waiting
+from spikefleet_tune.interruption import interruption
 from spikefleet_tune.messages import counted, one_of
 
 tracking_app = typer.Typer(help="Look after tracking records.", no_args_is_help=True)
 
 _MARKS = {"good": "ok", "poor": "note", "bad": "bad"}
 _LOCALHOST = "127.0.0.1"
+_LOOK_S = 0.2
 
 
 @app.command()
@@ -52,6 +58,7 @@ def ui(
 ) -> None:
     """Serve MLflow's pages over the local tracking database, on this machine only."""
     from spikefleet.tracking.mlflow_client import public_uri, quiet_mlflow, resolve_tracking_uri
+    from spikefleet.tracking.relocation import ready_database
 
     quiet_mlflow()
     uri = resolve_tracking_uri(runs_dir)
@@ -59,15 +66,38 @@ def ui(
         say(f"the tracking server is at {public_uri(uri)}")
         return
     _refuse_taken(port)
-    say(f"http://{_LOCALHOST}:{port}  (Ctrl-C ends it)")
+    with waiting(stderr, "opening the tracking database"):
+        ready_database(uri)
     settings = {"MLFLOW_BACKEND_STORE_URI": uri, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     command = [sys.executable, "-m", "mlflow", "server", "--host", _LOCALHOST, "--port", str(port), "--workers", "1"]
+    server = subprocess.Popen(command, env={**os.environ, **settings})
     try:
-        done = subprocess.run(command, env={**os.environ, **settings}, check=False)
-    except KeyboardInterrupt:
-        return
-    if done.returncode:
-        raise RunError(f"the server of MLflow ended with exit code {done.returncode}; its messages are above")
+        with waiting(stderr, "starting the server of MLflow"):
+            while server.poll() is None and not _answers(port):
+                time.sleep(_LOOK_S)
+        if server.poll() is not None:
+            raise RunError(
+                f"the server of MLflow ended with exit code {server.returncode} before it answered at port {port}; its "
+                "messages are above; if another program has taken the port, give another one by --port"
+            )
+        say(f"http://{_LOCALHOST}:{port}  (Ctrl-C ends it)")
+        if server.wait():
+            raise RunError(f"the server of MLflow ended with exit code {server.returncode}; its messages are above")
+    except KeyboardInterrupt as error:
+        if interruption(error).signum != signal.SIGINT:
+            raise
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _answers(port: int) -> bool:
+    """Whether a server of MLflow answers; another program may have taken the port since."""
+    try:
+        with urllib.request.urlopen(f"http://{_LOCALHOST}:{port}/health", timeout=1) as answer:
+            return bool(answer.read(16) == b"OK")
+    except (OSError, http.client.HTTPException):
+        return False
 
 
 def _refuse_taken(port: int) -> None:
@@ -98,3 +128,26 @@ def sync_run(
     with waiting(stderr, f"delivering the records of {folder.name}"):
         delivered = sync(folder)
     say(f"{counted(delivered, 'record')} delivered")
+
+
+@tracking_app.command("repair")
+def repair(runs_dir: RunsDir = Path("runs")) -> None:
+    """Complete the schema of a tracking database whose creation was cut short, or that is of an earlier MLflow.
+
+    Every run is kept, and a copy of the database from before.
+    """
+    from spikefleet.tracking.database import check_database, repair_database
+    from spikefleet.tracking.mlflow_client import local_database, quiet_mlflow
+
+    quiet_mlflow()
+    path = local_database(runs_dir)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; the first training creates it")
+    with loading("MLflow", stderr) as announce:
+        announce("repairing the tracking database")
+        backup = repair_database(path)
+    check_database(path)
+    if backup is None:
+        say(f"{path} is sound")
+    else:
+        say(f"{path} is complete now; as it was before: {backup}")

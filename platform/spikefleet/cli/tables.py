@@ -14,7 +14,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from spikefleet.status import print_line, wrapped_words
+from spikefleet.status import one_line, print_line, printable, wrapped_words
 
 _LEAST_TEXT = 16
 """Text that may be wrapped gets at least so many cells of width, or all that it needs."""
@@ -55,6 +55,10 @@ def print_table(
         title: above it.
     """
     shown = [Column(column) if isinstance(column, str) else column for column in columns]
+    rows = [
+        [(printable if column.kind == "text" else one_line)(cell) for column, cell in zip(shown, row, strict=True)]
+        for row in rows
+    ]
     cells = [list(row) for row in rows]
     left_out: list[str] = []
     while (widths := _widths(shown, cells, console.width)) is None:
@@ -129,6 +133,7 @@ def _print_blocks(console: Console, columns: Sequence[Column], rows: Sequence[Se
 
 
 def _print_items(console: Console, items: Sequence[tuple[str, str]], indent: str) -> None:
+    items = [(printable(name), printable(value)) for name, value in items]
     label = max((cell_len(name) for name, _ in items), default=0)
     for name, value in items:
         head = f"{indent}{name}{' ' * (label - cell_len(name))}  "

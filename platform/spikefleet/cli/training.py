@@ -72,16 +72,29 @@ def train(
     if as_json:
         print_json(_as_data(finished))
         return
-    rows = [
-        (key, f"{finished.validation[key]:.2%}" if key in finished.validation else "-", f"{value:.2%}")
-        for key, value in finished.test.items()
-    ]
-    print_table(console, ["metric", number("validation"), number("test")], rows, title=f"run {finished.run.name}")
+    _print_metrics(finished)
     if finished.promotion is not None:
         promotion = finished.promotion
-        say(f"{promotion.name} version {promotion.version} is {promotion.alias}: {promotion.reason}")
+        say(f"{promotion.name} version {promotion.version} is {promotion.alias or 'without alias'}: {promotion.reason}")
     say(f"report: {finished.run.path / 'report'}")
     print_whole(console, f"tracking: {finished.look_at}  (or: spikefleet ui)")
+
+
+def _print_metrics(finished: FinishedRun) -> None:
+    """The best checkpoint on the splits that there are, and the last one beside it."""
+    last = {key.partition("/")[2]: value for key, value in finished.last.items()}
+    split = next((key.partition("/")[0] for key in finished.last), "test")
+    found = {"val": finished.validation, "test": finished.test}
+    if finished.validation:
+        found[f"last epoch, {split}"] = last
+    shown = {name: metrics for name, metrics in found.items() if metrics}
+    rows = [
+        (key, *(f"{metrics[key]:.2%}" if key in metrics else "-" for metrics in shown.values()))
+        for key in dict.fromkeys(key for metrics in shown.values() for key in metrics)
+    ]
+    print_table(console, ["metric", *map(number, shown)], rows, title=f"run {finished.run.name}")
+    if not finished.validation:
+        say("metrics of the last epoch: without a validation split no checkpoint is selected")
 
 
 def _as_data(finished: FinishedRun) -> dict[str, Any]:
@@ -91,6 +104,7 @@ def _as_data(finished: FinishedRun) -> dict[str, Any]:
         "path": str(finished.run.path),
         "validation": dict(finished.validation),
         "test": dict(finished.test),
+        "last": dict(finished.last),
         "registered": None
         if promotion is None
         else {
@@ -120,9 +134,8 @@ def recipes(as_json: AsJson = False) -> None:
 @config_app.command("show")
 def show_config(recipe: Recipe, overrides: Overrides = None) -> None:
     """Print a recipe with its overrides, resolved and checked."""
-    import yaml
-
     from spikefleet.config.recipes import load_config, parse_overrides
+    from spikefleet.config.strict_yaml import dump_yaml
 
     config: Config = load_config(recipe, parse_overrides(overrides or []))
-    sys.stdout.write(yaml.safe_dump(config.dump(), sort_keys=False))
+    sys.stdout.write(dump_yaml(config.dump()))

@@ -152,7 +152,7 @@ def tune(
         return
     say(f"report: {report_of(result)}")
     if promotion is not None:
-        say(f"{promotion.name} version {promotion.version} is {promotion.alias}: {promotion.reason}")
+        say(f"{promotion.name} version {promotion.version} is {promotion.alias or 'without alias'}: {promotion.reason}")
 
 
 def _wanted_search(search: str, changes: dict[str, dict[str, Any]]) -> Search:
@@ -198,8 +198,7 @@ def _print_confirmation(rows: list[dict[str, Any]], objectives: list[str]) -> No
 @app.command()
 def searches(as_json: AsJson = False) -> None:
     """List the searches that come with spikefleet."""
-    from spikefleet.search.search_files import load_search
-    from spikefleet_tune.search_file import list_searches
+    from spikefleet.search.search_files import list_searches, load_search
 
     found = {name: load_search(name) for name in list_searches()}
     if as_json:

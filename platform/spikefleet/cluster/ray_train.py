@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,19 +22,25 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from spikefleet.cluster.session import ray_session
 from spikefleet.config.recipes import parse_config
-from spikefleet.config.schema import Config
+from spikefleet.config.schema import ClusterConfig, Config
 from spikefleet.errors import RunError, UserError
-from spikefleet.files import read_json, write_json
+from spikefleet.files import read_json_object, write_json
 from spikefleet.plugins import load_plugins, loaded_plugins
+from spikefleet.stop_signals import StopSignals
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.event_log import STOPPED, TAKEN_OVER, EventReader, EventWriter, new_attempt
-from spikefleet.training.events import EventSink, NullSink, WorkerFailed
+from spikefleet.training.events import Event, EventSink, NullSink, Started, WorkerFailed
 from spikefleet.training.loop import BeforeStep, Outcome, train
 from spikefleet.training.step import NonFiniteError
+from spikefleet.training.stopping import STOP, TrainingStopped
 from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.store.reader import Store
+from spikefleet_tune.interruption import Interrupted, handlers_kept
 
 _POLL_S = 0.2
+# What Ray's memory monitor says; the last line, which other errors are known by, has no figure.
+_MEMORY = re.compile(r"was ([\d.]+ ?[kKMGT]i?B)(?: used)? ?/ ?([\d.]+ ?[kKMGT]i?B)")
+_LIMIT = re.compile(r"\(([\d.]+%) of \d+B limit\)")
 
 
 class FailureNotes(UserCallback):
@@ -55,9 +64,11 @@ class Stopped:
     """Whether the user can fix it: exit code 2 instead of 1."""
     non_finite: bool = False
     """Whether a loss or a gradient was not finite."""
+    requested: bool = False
+    """Whether the driver had asked for it."""
 
     def error(self) -> UserError | RunError:
-        """The exception to raise in the driver."""
+        """The exception to raise in the driver, unless it had asked for it."""
         if self.non_finite:
             return NonFiniteError(self.reason)
         return (UserError if self.mendable else RunError)(self.reason)
@@ -104,6 +115,7 @@ def train_on_ray(
     verbose: bool = False,
     before_step: BeforeStep | None = None,
     lockstep: bool = False,
+    signals: StopSignals | None = None,
 ) -> Outcome:
     """Runs the training core on `config.cluster.workers` workers.
 
@@ -118,11 +130,13 @@ def train_on_ray(
         verbose: show the logs of Ray and of its workers.
         before_step: called on each rank before each optimizer step.
         lockstep: workers wait after each checkpoint until the sink has handled its event; searches need it.
+        signals: of the driver; the first one stops the workers after a step.
 
     Returns:
         The outcome of the training.
 
     Raises:
+        Interrupted: a signal stopped the training; the workers had `cluster.grace_s` seconds for a checkpoint.
         RunError: the workers failed too often, or Ray lost the run.
         UserError: Ray cannot be reached, or the workers reported an error of the user.
     """
@@ -149,10 +163,13 @@ def train_on_ray(
                 callbacks=[FailureNotes(attempt)],
             ),
         )
-        with _followed(attempt, sink, lockstep):
-            outcome = _fit(trainer)
+        watched = _WatchedSink(sink)
+        with _followed(attempt, watched, lockstep):
+            outcome = _fit(trainer) if signals is None else _fit_stoppable(trainer, attempt, watched, signals, cluster)
         shutil.rmtree(attempt, ignore_errors=True)
     if isinstance(outcome, Stopped):
+        if outcome.requested and signals is not None and signals.received is not None:
+            raise Interrupted(signals.received)
         raise outcome.error()
     return outcome
 
@@ -170,7 +187,7 @@ def _worker(loop_config: dict[str, Any]) -> Outcome | Stopped:
     attempt = Path(arguments.attempt)
     stopped = attempt / STOPPED
     if stopped.is_file():
-        return Stopped(**read_json(stopped))
+        return _read_stopped(stopped)
     sink: EventSink = EventWriter(attempt, arguments.lockstep) if group.is_main else NullSink()
 
     def before_step(group: ProcessGroup, step: int) -> None:
@@ -178,7 +195,7 @@ def _worker(loop_config: dict[str, Any]) -> Outcome | Stopped:
         if group.is_main and not attempt.is_dir():
             raise RunError(TAKEN_OVER)
         if group.is_main and stopped.is_file():
-            raise Stopped(**read_json(stopped)).error()
+            raise _read_stopped(stopped).error()
         if arguments.before_step is not None:
             arguments.before_step(group, step)
 
@@ -186,9 +203,12 @@ def _worker(loop_config: dict[str, Any]) -> Outcome | Stopped:
         load_plugins(arguments.plugins)
         config = parse_config(arguments.config, origin="configuration of the run")
         store = Store.open(arguments.store, verify=False)  # the driver has verified it
-        return train(config, store, Path(arguments.run_dir), group, sink, before_step)
-    except NonFiniteError as error:
+        stop = attempt / STOP
+        return train(config, store, Path(arguments.run_dir), group, sink, before_step, stop.is_file)
+    except TrainingStopped as error:
         # All ranks raise it together, so returning ends the group.
+        return Stopped(str(error), mendable=False, requested=True)
+    except NonFiniteError as error:
         return Stopped(str(error), mendable=False, non_finite=True)
     except (UserError, StoreError, RunError) as error:
         with suppress(OSError):
@@ -197,10 +217,65 @@ def _worker(loop_config: dict[str, Any]) -> Outcome | Stopped:
         raise
 
 
-def _fit(trainer: TorchTrainer) -> Outcome | Stopped:
-    handler = signal.getsignal(signal.SIGINT)
+class _WatchedSink:
+    """Passes events on, and knows whether the workers are training."""
+
+    def __init__(self, sink: EventSink) -> None:
+        self._sink = sink
+        self.training = False
+
+    def emit(self, event: Event) -> None:
+        if isinstance(event, Started | WorkerFailed):
+            self.training = isinstance(event, Started)
+        self._sink.emit(event)
+
+
+def _fit_stoppable(
+    trainer: TorchTrainer, attempt: Path, watched: _WatchedSink, signals: StopSignals, cluster: ClusterConfig
+) -> Outcome | Stopped:
+    """Trains in another thread, so that this one handles signals at once: Ray's calls do not return for them.
+
+    Raises:
+        Interrupted: a second signal arrived, the workers did not end their step within `cluster.grace_s`, or they were
+            not training.
+    """
+    done: Future[Outcome | Stopped] = Future()
+
+    def fit() -> None:
+        try:
+            done.set_result(_fit(trainer))
+        except BaseException as error:
+            done.set_exception(error)
+
+    thread = threading.Thread(target=fit, name="fit", daemon=True)  # an abort does not wait for it
+    with signals.after_a_step():
+        thread.start()
+        asked: float | None = None
+        while not done.done():
+            thread.join(_POLL_S)
+            if not signals.requested() or signals.received is None:
+                continue
+            if asked is None:
+                asked = time.monotonic()
+                with suppress(OSError):
+                    write_json(attempt / STOP, {"signal": signal.Signals(signals.received).name})
+            overdue = not watched.training or time.monotonic() - asked > cluster.grace_s
+            if overdue and thread.is_alive():
+                raise Interrupted(signals.received)
+    return done.result()
+
+
+def _read_stopped(path: Path) -> Stopped:
     try:
-        result = trainer.fit()
+        return Stopped(**read_json_object(path, "reason", "mendable"))
+    except (UserError, TypeError) as error:
+        return Stopped(f"the reason why the run was stopped cannot be read: {error}", mendable=False)
+
+
+def _fit(trainer: TorchTrainer) -> Outcome | Stopped:
+    try:
+        with handlers_kept():  # fit does not restore them
+            result = trainer.fit()
     except SystemExit:
         # Ray's handler of Ctrl-C stops the workers, then exits with code 0.
         raise KeyboardInterrupt from None
@@ -216,9 +291,6 @@ def _fit(trainer: TorchTrainer) -> Outcome | Stopped:
         ) from error
     except RayError as error:
         raise RunError(f"Ray lost the run: {_headline(error)}; run the same command again to resume") from error
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, handler)  # fit does not restore it
     outcome: Outcome | Stopped = result.return_value
     return outcome
 
@@ -233,6 +305,14 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _headline(error: BaseException) -> str:
+    used = _MEMORY.search(text := str(error))
+    if used is not None and ("low on memory" in text or "OOM" in text):
+        limit = _LIMIT.search(text)
+        share = f", and Ray ends workers from {limit[1]} on" if limit else ""
+        return (
+            f"a worker was ended because the machine ran out of memory: {used[1]} of {used[2]} in use{share}; lower "
+            "train.global_batch, raise train.accumulate, or lower data.loader_processes and --workers"
+        )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
-from spikefleet.errors import UserError
+from spikefleet.disks import disk_problem
+from spikefleet.errors import RunError, UserError
+from spikefleet_tune.interruption import Interrupted, handlers_kept
 
 _CONNECT_TIMEOUT_S = 5.0
 _OBJECT_STORE_BYTES = 200_000_000
@@ -43,7 +47,9 @@ def ray_session(
         dashboard: start the dashboard of a local Ray: a Ray Train run inside a trial reads the cluster state from it.
 
     Raises:
-        UserError: nothing answers at the address, or the cluster has too few CPUs or GPUs.
+        UserError: nothing answers at the address, the cluster has too few CPUs or GPUs, or a directory keeps Ray from
+            starting.
+        RunError: Ray does not start on this machine.
     """
     quiet_ray()
     import ray
@@ -53,20 +59,26 @@ def ray_session(
         return
     address = address or os.environ.get("RAY_ADDRESS")
     level = "info" if verbose else "error"
-    if address:
-        _refuse_dead_address(address)
-        try:
-            ray.init(address=address, log_to_driver=verbose, logging_level=level, runtime_env=_network_settings())
-        except (ConnectionError, RuntimeError, TimeoutError, OSError) as error:
-            raise UserError(f"Ray at {address!r} refused the connection: {_first_line(error)}") from None
-    else:
-        ray.init(
-            address="local",
-            log_to_driver=verbose,
-            logging_level=level,
-            include_dashboard=dashboard,
-            object_store_memory=_OBJECT_STORE_BYTES,
-        )
+    with _signals_of_ray():
+        if address:
+            _refuse_dead_address(address)
+            try:
+                ray.init(address=address, log_to_driver=verbose, logging_level=level, runtime_env=_network_settings())
+            except (ConnectionError, RuntimeError, TimeoutError, OSError) as error:
+                raise UserError(f"Ray at {address!r} refused the connection: {_first_line(error)}") from None
+        else:
+            try:
+                ray.init(
+                    address="local",
+                    log_to_driver=verbose,
+                    logging_level=level,
+                    include_dashboard=dashboard,
+                    object_store_memory=_OBJECT_STORE_BYTES,
+                )
+            except Exception as error:  # what keeps Ray's processes from starting has many classes
+                with suppress(Exception):
+                    ray.shutdown()
+                raise _not_started(error) from None
     # log_to_driver does not silence the raylet's messages about a dead worker; the run reports it in one line.
     ray._private.worker._worker_logs_enabled = verbose
     try:
@@ -75,6 +87,43 @@ def ray_session(
         yield
     finally:
         ray.shutdown()
+
+
+def _not_started(error: Exception) -> UserError | RunError:
+    """The sentence for a local Ray that does not start: cause, figures, remedy."""
+    reason = _first_line(error)[:300] or type(error).__name__
+    if "AF_UNIX" in reason:
+        path = reason.rpartition(": ")[2]
+        return UserError(
+            f"Ray cannot start: the path of its socket {path} has {len(path.encode())} characters, and 107 are "
+            "allowed; set RAY_TMPDIR, or TMPDIR, to a shorter directory such as /tmp"
+        )
+    if problem := disk_problem(error):
+        return UserError(f"Ray cannot start: {problem}, by RAY_TMPDIR or TMPDIR")
+    load, cores = os.getloadavg()[0], os.cpu_count()
+    return RunError(
+        f"Ray did not start on this machine: {reason}; {load:.0f} processes compete for {cores} cores, and "
+        f"{_available_memory()} of memory are free; stop other programs and run the same command again, or train "
+        "without Ray by --workers 0"
+    )
+
+
+def _available_memory() -> str:
+    with suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return f"{int(line.split()[1]) / 1e6:.1f} GB"
+    return "an unknown amount"
+
+
+@contextmanager
+def _signals_of_ray() -> Iterator[None]:
+    """Ray's start replaces the handler of SIGTERM by one that exits; ours is restored, and its exit translated."""
+    with handlers_kept():
+        try:
+            yield
+        except SystemExit:
+            raise Interrupted(signal.SIGTERM) from None
 
 
 _NEED = {"CPU": "cluster.workers x cluster.cpus_per_worker", "GPU": "one for each of cluster.workers"}

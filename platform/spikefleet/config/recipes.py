@@ -14,15 +14,17 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from spikefleet.config.limits import beyond_limits
 from spikefleet.config.messages import did_you_mean, error_messages
 from spikefleet.config.schema import Config
-from spikefleet.config.strict_yaml import parse_yaml, read_mapping, read_yaml_text
+from spikefleet.config.strict_yaml import parse_value, read_mapping, read_yaml_text
 from spikefleet.config.task_table import find_task
 from spikefleet.errors import UserError
 from spikefleet_models.families import DEFAULT_FAMILY, AnyModelConfig, find_family
 from spikefleet_models.family import ModelConfig
 from spikefleet_pipelines.transforms.batch_transform_config import BatchTransformConfig
 from spikefleet_pipelines.transforms.kinds import DEFAULT_KIND, AnyTransformConfig, transform_kinds
+from spikefleet_tune.kinds import changed_kinds
 
 _MODEL: TypeAdapter[ModelConfig] = TypeAdapter(AnyModelConfig)
 _TRANSFORM: TypeAdapter[BatchTransformConfig] = TypeAdapter(AnyTransformConfig)
@@ -103,26 +105,39 @@ def parse_config(tree: Mapping[str, Any], origin: str) -> Config:
         UserError: one message for each invalid field.
     """
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"{origin}: {error_messages(error, Config, tree, concrete=_concrete)}") from None
+    _check_values(tree, config, origin)
+    return config
 
 
 def parse_model(tree: Any, origin: str) -> ModelConfig:
     """Validates plain data of the section `model`. Raises UserError with a message for each invalid field."""
     try:
-        return _MODEL.validate_python(tree)
+        model = _MODEL.validate_python(tree)
     except ValidationError as error:
         raise UserError(f"{origin}: {error_messages(error, Config, tree, at=('model',), concrete=_concrete)}") from None
+    _check_values(tree, model, origin, "model")
+    return model
 
 
 def parse_transform(tree: Any, origin: str) -> BatchTransformConfig:
     """Validates plain data of `data.transform`. Raises UserError with a message for each invalid field."""
     try:
-        return _TRANSFORM.validate_python(tree)
+        transform = _TRANSFORM.validate_python(tree)
     except ValidationError as error:
         where = ("data", "transform")
         raise UserError(f"{origin}: {error_messages(error, Config, tree, at=where, concrete=_concrete)}") from None
+    _check_values(tree, transform, origin, "data.transform")
+    return transform
+
+
+def _check_values(tree: Any, validated: BaseModel, origin: str, at: str = "") -> None:
+    """Raises UserError where validation took `true` for 1 or `yes` for true, and for a value beyond any limit."""
+    plain = validated.model_dump(mode="json")
+    if problems := [*changed_kinds(tree, plain, at), *beyond_limits(plain, at)]:
+        raise UserError(f"{origin}: {'; '.join(problems)}")
 
 
 def check_uses(tree: Mapping[str, Any], origin: str) -> None:
@@ -182,13 +197,13 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
     """Parses overrides.
 
     Args:
-        texts: each of the form `section.key=value`, with a YAML value.
+        texts: each of the form `section.key=value`; `strict_yaml.parse_value` says what a value is.
 
     Returns:
         Values by dotted key, in order.
 
     Raises:
-        UserError: a text has another form, or its value is not valid YAML.
+        UserError: a text has another form, or its value is neither JSON nor a plain scalar.
     """
     overrides: dict[str, Any] = {}
     for path, value in map(_parse_override, texts):
@@ -202,9 +217,9 @@ def _parse_override(override: str) -> tuple[str, Any]:
     if not equals or not all(path.strip().split(".")):
         raise UserError(f"override {override!r} is not of the form section.key=value, for example optim.lr=0.05")
     try:
-        return path.strip(), parse_yaml(text)
-    except yaml.YAMLError:
-        raise UserError(f"override {override!r}: the value {text!r} is not valid YAML") from None
+        return path.strip(), parse_value(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: value {text!r}: {error}") from None
 
 
 def with_cluster(overrides: Mapping[str, Any], workers: int | None, gpu: bool) -> dict[str, Any]:

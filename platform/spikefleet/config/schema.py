@@ -31,10 +31,15 @@ class Section(BaseModel):
 class TrainConfig(Section):
     """Duration, batch size, precision and regularisation of training."""
 
-    epochs: int = Field(ge=1, description="passes over the training split")
-    global_batch: int = Field(ge=1, description="samples per optimizer step, over all workers")
-    accumulate: int = Field(1, ge=1, description="micro-batches per worker and optimizer step")
-    eval_batch: int = Field(256, ge=1, description="samples per evaluation batch and worker")
+    epochs: int = Field(ge=1, le=10_000_000, description="passes over the training split")
+    global_batch: int = Field(ge=1, le=10_000_000, description="samples per optimizer step, over all workers")
+    accumulate: int = Field(1, ge=1, le=1_000_000, description="micro-batches per worker and optimizer step")
+    partial_batch: Literal["keep", "drop", "weigh"] = Field(
+        "keep",
+        description="the last batch of an epoch, where the samples do not fill it: a step as any other; dropped (other "
+        "samples in each epoch); or a step whose gradient is scaled by the batch's share of global_batch",
+    )
+    eval_batch: int = Field(256, ge=1, le=1_000_000, description="samples per evaluation batch and worker")
     evaluate_every: int = Field(1, ge=1, description="epochs between evaluations on the validation split")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of initialisation, sample order and augmentation")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast type; membranes stay fp32")
@@ -62,6 +67,15 @@ class TrainConfig(Section):
         description="detection: count the divisor of the loss over the global batch, so that the loss does not depend "
         "on the number of workers; or over each rank's slice, as the released code does",
     )
+
+    @model_validator(mode="after")
+    def _weighing_has_an_effect(self) -> Self:
+        if self.partial_batch == "weigh" and self.loss == "sum":
+            raise ValueError(
+                "partial_batch=weigh has no effect with loss=sum, whose gradient is proportional to the batch already; "
+                "set partial_batch=keep"
+            )
+        return self
 
 
 class OptimConfig(Section):
@@ -111,10 +125,24 @@ class ClusterConfig(Section):
     The number of workers changes the result: it decides which samples share batch statistics, and the order of sums.
     """
 
-    workers: int = Field(1, ge=0, description="Ray Train workers; 0: train in this process, without Ray")
+    workers: int = Field(1, ge=0, le=100_000, description="Ray Train workers; 0: train in this process, without Ray")
     gpu: bool = Field(False, description="use one GPU per worker")
-    cpus_per_worker: float = Field(1, gt=0, description="CPUs of each worker")
+    cpus_per_worker: float = Field(1, gt=0, le=100_000, description="CPUs of each worker")
     max_failures: int = Field(3, ge=-1, description="restarts after a worker failure; -1: no limit")
+    grace_s: float = Field(
+        30, gt=0, le=3600, description="seconds in which workers may end their step when the run is asked to stop"
+    )
+
+
+class EvaluationConfig(Section):
+    """How a split is measured."""
+
+    max_detections: int = Field(
+        100,
+        gt=10,
+        le=10_000,
+        description="detection: the best detections of a class in an image that count; COCO's number is 100",
+    )
 
 
 class CheckpointConfig(Section):
@@ -155,6 +183,7 @@ class Config(Section):
     optim: OptimConfig
     shortcut: ShortcutConfig = ShortcutConfig()
     cluster: ClusterConfig = ClusterConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     registry: RegistryConfig = RegistryConfig()
@@ -193,6 +222,15 @@ class Config(Section):
             raise ValueError(
                 f"train.label_smoothing={self.train.label_smoothing} has no effect for task={self.task}; leave it out"
             )
+        most, plain = self.evaluation.max_detections, self.model.model_dump().get("criterion") or {}
+        if most != EvaluationConfig().max_detections:
+            if task.networks != "detection":
+                raise ValueError(f"evaluation.max_detections={most} has no effect for task={self.task}; leave it out")
+            if most > plain.get("max_detections", most):
+                raise ValueError(
+                    f"evaluation.max_detections={most}, but the network gives at most "
+                    f"model.criterion.max_detections={plain['max_detections']}; set that to {most} too"
+                )
         if self.train.ema_ramp is not None and self.train.ema_decay is None:
             raise ValueError(
                 f"train.ema_ramp={self.train.ema_ramp} has no effect without train.ema_decay; set both or neither"
@@ -239,6 +277,7 @@ _NOT_IDENTITY = (
     "tracking.every_steps",
     "registry",
     "cluster.max_failures",
+    "cluster.grace_s",
     "checkpoint.every_epochs",
     "checkpoint.every_steps",
     "checkpoint.keep_last",

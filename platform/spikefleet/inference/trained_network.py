@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,15 @@ from rich.console import Console
 from torch import nn
 
 from spikefleet import registry
-from spikefleet.certificates.energy_card import ENERGY
+from spikefleet.certificates.energy_card import ENERGY, read_card
 from spikefleet.config.recipes import parse_config
 from spikefleet.config.schema import Config
 from spikefleet.data_access import open_data, store_at
 from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
-from spikefleet.files import read_json
 from spikefleet.plugins import missing_plugins_named
-from spikefleet.registry.package import CARD, load_network, read_card
+from spikefleet.registry.package import CARD, load_network
+from spikefleet.registry.package import read_card as read_package_card
 from spikefleet.runs.run_dir import Run, find_run
 from spikefleet.status import counting
 from spikefleet.tasks import AnyTask, build_task
@@ -47,6 +47,10 @@ class TrainedNetwork:
     """Its recorded metrics by split and name, such as "test/top1"."""
     card: EnergyCard | None = None
     """Its recorded energy card."""
+    folders: tuple[Path, ...] = ()
+    """Directories whose files it was read from, over which nothing may be written."""
+    report: Path | None = None
+    """Directory of the report of its run, if it was opened by the name of a run."""
 
     @cached_property
     def task(self) -> AnyTask:
@@ -69,7 +73,7 @@ def open_trained_network(reference: str, runs_dir: Path) -> TrainedNetwork:
         with tempfile.TemporaryDirectory(prefix="spikefleet-") as scratch:
             folder = Path(scratch) / "package"
             registry.pull(reference, folder, tracking_uri=resolve_tracking_uri(runs_dir))
-            return _from_package(reference, folder)
+            return replace(_from_package(reference, folder), folders=())
     path = Path(reference)
     if (path / CARD).is_file():
         return _from_package(reference, path)
@@ -78,25 +82,34 @@ def open_trained_network(reference: str, runs_dir: Path) -> TrainedNetwork:
     if path.is_dir():
         raise UserError(f"{path} is neither a registered network (with {CARD}) nor a checkpoint of a run")
     run = find_run(runs_dir, reference)
-    return _from_checkpoint(reference, run.best_checkpoint(), run)
+    return replace(_from_checkpoint(reference, run.best_checkpoint(), run), report=run.path / "report")
 
 
 def _from_package(reference: str, folder: Path) -> TrainedNetwork:
     network, plain = load_network(folder)
-    metadata = read_card(folder).metadata
+    metadata = read_package_card(folder).metadata
     with missing_plugins_named(metadata.get("plugins", ()), reference):
         config = parse_config(plain, origin=reference)
-    metrics = {str(name): float(value) for name, value in metadata.get("metrics", {}).items()}
-    return TrainedNetwork(reference, network, config, DataSummary.read(folder), metrics, _energy_card(folder))
+    metrics = _metrics(metadata.get("metrics", {}), f"{folder / CARD}")
+    data, card = DataSummary.read(folder), _energy_card(folder)
+    return TrainedNetwork(reference, network, config, data, metrics, card, (folder,))
 
 
 def _from_checkpoint(reference: str, checkpoint: Path, run: Run) -> TrainedNetwork:
     snapshot = load_checkpoint(checkpoint)
     config = run.parse(snapshot.config, origin=str(checkpoint))
     network, record = best_network(snapshot, config.model), run.record()
-    metrics = {f"val/{name}": float(value) for name, value in record.get("validation", {}).items()}
-    metrics |= {f"test/{name}": float(value) for name, value in record.get("test", {}).items()}
-    return TrainedNetwork(reference, network, config, run.data(), metrics, _energy_card(run.path / "report"))
+    metrics = {f"val/{name}": value for name, value in (record.get("validation") or {}).items()}
+    metrics |= {f"test/{name}": value for name, value in (record.get("test") or {}).items()}
+    card = _energy_card(run.path / "report")
+    return TrainedNetwork(reference, network, config, run.data(), metrics, card, (checkpoint,))
+
+
+def _metrics(plain: Any, where: str) -> dict[str, float]:
+    try:
+        return {str(name): float(value) for name, value in plain.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{where} is damaged: its metrics are no numbers by name ({error})") from None
 
 
 def _energy_card(folder: Path) -> EnergyCard | None:
@@ -104,10 +117,7 @@ def _energy_card(folder: Path) -> EnergyCard | None:
     path = folder / ENERGY
     if not path.is_file():
         return None
-    try:
-        return EnergyCard.from_dict(read_json(path))
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
+    return read_card(path)
 
 
 def open_split(
@@ -117,7 +127,7 @@ def open_split(
 
     Args:
         trained: the network.
-        split: name of the split.
+        split: name of the split; that of the same images is opened where it is only a second name.
         stores_dir: directory of prepared stores.
         console: for progress.
         data: location of another store, or its name in `stores_dir`; by default the network's own data.
@@ -141,7 +151,7 @@ def open_split(
             f"{store.location}: its category ids are not those of the data of {trained.reference}, so metrics by class "
             "would be wrong; use a store with the same categories"
         )
-    return store.split(split)
+    return store.split(store.manifest.original(split))
 
 
 def evaluate_on_split(
@@ -175,7 +185,7 @@ def evaluate_on_split(
     rows = open_split(trained, split, stores_dir, console, data=data)
     group = ProcessGroup(0, 1, pick_device(gpu))
     loader = BatchLoader(rows, config.transform, train=False, processes=config.loader_processes)
-    with counting(console, f"evaluating {split}") as progress:
+    with counting(console, f"evaluating {rows.name}") as progress:
         network = trained.network.to(group.device)
         evaluation = evaluate(network, trained.task, loader, trained.config.train, group, progress)
     assert evaluation is not None, "rank 0 gets the predictions"

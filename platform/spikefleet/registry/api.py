@@ -62,6 +62,7 @@ __all__ = [
     "RegisteredVersion",
     "best",
     "describe",
+    "keep_as_challenger",
     "list_models",
     "load",
     "promote",
@@ -80,7 +81,8 @@ class Promotion:
 
     name: str
     version: int
-    alias: Alias
+    alias: Alias | None
+    """None for a version of which the spike check shows nothing."""
     reason: str
     champion: int | None
     """The current champion version."""
@@ -183,6 +185,8 @@ def renew(uri: str, *, tracking_uri: str | None = None) -> RegisteredVersion:
 def promote(name: str, version: int, metric: str, mode: Mode = "max", *, tracking_uri: str | None = None) -> Promotion:
     """Gives a version the alias `champion` if its metric is better than that of the champion, else `challenger`.
 
+    A version of which the spike check shows nothing gets no alias.
+
     Several jobs may promote concurrently. Each tags its version as requesting, and after every change of the alias
     reads all versions that requested since. When all calls have returned, the champion is the best of them and of the
     earlier champion; before that, and after a killed call, it may be a worse one, until the next call. An alias that
@@ -226,12 +230,31 @@ def promote(name: str, version: int, metric: str, mode: Mode = "max", *, trackin
         won = winner is not None and winner.version == version
         decision = decide(_candidate(before.champion, metric) if won else winner, own, metric, mode)
         challenger = next((v for v in model.versions if CHALLENGER in v.aliases), None)
-        if not won:
+        if not won and decision.alias is not None:
             set_alias(client, name, CHALLENGER, version)
         elif challenger is not None and challenger.version == version:
             client.delete_registered_model_alias(name, CHALLENGER)
         client.set_model_version_tag(name, str(version), _PROMOTION, settled)
         return Promotion(name, version, decision.alias, decision.reason, winner.version if winner else None)
+
+
+def keep_as_challenger(name: str, version: int, reason: str, *, tracking_uri: str | None = None) -> Promotion:
+    """Gives a version the alias `challenger` without comparing it.
+
+    Args:
+        name: of the registered model.
+        version: number of the version.
+        reason: why it is not compared.
+        tracking_uri: of the registry; by default MLFLOW_TRACKING_URI, else SQLite in ./runs.
+
+    Raises:
+        UserError: the version does not exist.
+    """
+    with connect(_uri(tracking_uri)) as client:
+        model = find_model(client, name)
+        set_alias(client, name, CHALLENGER, model.pick(version).version)
+        champion = model.champion
+        return Promotion(name, version, CHALLENGER, reason, champion.version if champion else None)
 
 
 def load(uri: str | Path, *, tracking_uri: str | None = None) -> "torch.nn.Module":
@@ -309,13 +332,21 @@ def pull(uri: str, out: Path, *, tracking_uri: str | None = None) -> Path:
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
         try:
             for name in (*card.sha256, CARD):
-                shutil.copyfile(directory / name, partial / name)
+                _copy(directory / name, partial / name)
             verify_package(partial, content_hash)
             partial.chmod(0o755)
             partial.replace(out)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return out
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copies a file. Raises OSError, which names the target."""
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(target)) from error
 
 
 def list_models(*, tracking_uri: str | None = None) -> list[RegisteredModel]:

@@ -12,9 +12,13 @@ from typing import TYPE_CHECKING, Any
 from spikefleet.config.messages import did_you_mean
 from spikefleet.config.recipes import parse_model
 from spikefleet.data_summary import DataSummary
+from spikefleet.disks import disk_problem
 from spikefleet.errors import UserError
+from spikefleet.registry.served_input import EXPECTED
 from spikefleet.registry.version import CONTENT_HASH, RegisteredModel, RegisteredVersion, check_model_name
+from spikefleet.tracking.database import database_path
 from spikefleet.tracking.mlflow_client import check_tracking_uri, public_uri, quiet_mlflow
+from spikefleet.tracking.relocation import ready_database
 from spikefleet_tune.messages import one_of
 
 if TYPE_CHECKING:
@@ -37,15 +41,18 @@ def connect(tracking_uri: str) -> "Iterator[MlflowClient]":
     """
     quiet_mlflow()
     check_tracking_uri(tracking_uri)
-    database = tracking_uri.removeprefix("sqlite:///")
-    if database != tracking_uri and not Path(database).is_file():
+    database = database_path(tracking_uri)
+    if database is not None and not database.is_file():
         raise UserError(f"no registry exists at {tracking_uri}; train a run first, which registers its best network")
+    ready_database(tracking_uri, create=False)
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
     try:
         yield MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
     except (MlflowException, OSError) as error:  # an artifact store raises errors of requests, which are OSErrors
+        if isinstance(error, OSError) and disk_problem(error) is not None:
+            raise  # of a file of ours; the command line names its disk
         reason = str(error).splitlines()[0][:300]
         shown = public_uri(tracking_uri)
         raise UserError(f"the registry at {shown} failed: {reason.replace(tracking_uri, shown)}") from error
@@ -68,6 +75,7 @@ def set_alias(client: "MlflowClient", name: str, alias: str, version: int) -> No
 def download(client: "MlflowClient", version: RegisteredVersion, name: str, directory: Path) -> None:
     """Downloads one file of a version's package, or all if `name` is empty, into a directory. Raises UserError."""
     import mlflow.artifacts
+    from mlflow.exceptions import MlflowException
 
     # Not by its models:/ URI, which MLflow resolves in its global registry instead of the client's.
     place = client.get_model_version_download_uri(version.name, str(version.version))
@@ -76,7 +84,11 @@ def download(client: "MlflowClient", version: RegisteredVersion, name: str, dire
         found = Path(
             mlflow.artifacts.download_artifacts(source, dst_path=str(directory), tracking_uri=client.tracking_uri)
         )
-    except OSError as error:
+    except (OSError, MlflowException) as error:
+        if full := disk_problem(error, directory):
+            raise UserError(f"the files of {version.uri} cannot be downloaded: {full}, by TMPDIR") from error
+        if isinstance(error, MlflowException):
+            raise
         raise UserError(f"the files of {version.uri} cannot be downloaded: {error}") from error
     for file in found.iterdir() if found.is_dir() else [found]:
         if file.parent != directory:
@@ -153,15 +165,17 @@ def save_for_mlflow(package: Path, model: Path, config: Mapping[str, Any], data:
     import numpy as np
     from mlflow import pyfunc
     from mlflow.models import ModelSignature
-    from mlflow.types import Schema, TensorSpec
+    from mlflow.types import ColSpec, Schema, TensorSpec
 
     from spikefleet.tasks import LossSettings, task_class  # imports torch, which searching the registry does not need
 
     network = parse_model(config["model"], "the configuration of a registered model")
-    images = TensorSpec(np.dtype(np.uint8), (-1, network.in_channels, -1, -1))
-    shape = task_class(config["task"]).build(network, data, LossSettings()).served_shape
+    # MLflow casts JSON to the type of a schema before the model sees it: to uint8, floats from 0 to 1 would be black
+    # images. Of this type everything arrives as it was sent, and the model checks it.
+    images = TensorSpec(np.dtype("O"), (-1,))
+    columns = task_class(config["task"]).build(network, data, LossSettings()).served_columns
     # MLflow's schemas cannot describe a list of objects.
-    outputs = None if shape is None else Schema([TensorSpec(np.dtype(np.float32), shape)])
+    outputs = None if columns is None else Schema([ColSpec("float", name) for name in columns])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*An input example was not provided")
         pyfunc.save_model(
@@ -169,6 +183,7 @@ def save_for_mlflow(package: Path, model: Path, config: Mapping[str, Any], data:
             python_model=str(Path(__file__).with_name("pyfunc_model.py")),
             artifacts={path.name: str(path) for path in sorted(package.iterdir())},
             signature=ModelSignature(inputs=Schema([images]), outputs=outputs),
+            metadata={"input": EXPECTED},
             pip_requirements=[f"{name}=={metadata.version(name).split('+')[0]}" for name in _REQUIREMENTS],
         )
 
@@ -203,5 +218,7 @@ def publish(
             raise
     # Without a server, MLflow resolves models:/m-... at its global tracking URI instead of the client's.
     source = f"models:/{logged.model_id}" if tracking_uri.startswith("http") else logged.artifact_location
-    version = client.create_model_version(name, source, run_id=run_id, tags=dict(tags), model_id=logged.model_id)
+    version = client.create_model_version(
+        name, source, run_id=run_id, tags=dict(tags), description=f"Serves {EXPECTED}", model_id=logged.model_id
+    )
     return _read_version(version, {})

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from spikefleet.config.recipes import check_uses, parse_model
 from spikefleet.config.renamed import with_current_keys
 from spikefleet.errors import UserError
-from spikefleet.files import read_json, sha256_of
+from spikefleet.files import read_json_object, sha256_of
 from spikefleet.plugins import missing_plugins_named
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def read_card(directory: Path, expected_content_hash: str | None = None) -> Card
     path = directory / CARD
     if not path.is_file() or path.stat().st_size > _MAX_CARD_BYTES:
         raise UserError(f"{directory} is not a registered network: it has no valid {CARD}")
-    content = read_json(path)
+    content = read_json_object(path)
     try:
         card = Card(
             {str(name): str(digest) for name, digest in content["sha256"].items()}, dict(content[_STORED_METADATA])
@@ -172,7 +172,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is missing, or lacks a section that a network needs.
     """
-    config = read_json(directory / CONFIG)
+    config = read_json_object(directory / CONFIG)
     _check_sections(config, str(directory / CONFIG))
     return with_current_keys(config)
 

@@ -13,7 +13,7 @@ Alias = Literal["champion", "challenger"]
 
 _WITHHELD = {
     REFUTED: "the binary form of version {} differs from it, or it has none; see its spike_check.json",
-    NOT_SHOWN: "the spike check of version {} shows nothing, since its output is the same for every image; see its "
+    NOT_SHOWN: "the spike check of version {} shows nothing, since no two images have different outputs; see its "
     "spike_check.json",
 }
 """Why a version with such a verdict is never champion."""
@@ -36,7 +36,8 @@ class Candidate:
 class Decision:
     """The alias that a candidate gets, and why."""
 
-    alias: Alias
+    alias: Alias | None
+    """None for a version of which nothing is shown."""
     reason: str
 
 
@@ -52,7 +53,8 @@ def decide(champion: Candidate | None, candidate: Candidate, metric: str, mode: 
     if champion is not None and champion.version == candidate.version:
         return Decision("champion", f"version {candidate.version} is already the champion")
     if candidate.verdict in _WITHHELD:
-        return Decision("challenger", _WITHHELD[candidate.verdict].format(candidate.version))
+        alias: Alias | None = None if candidate.verdict == NOT_SHOWN else "challenger"
+        return Decision(alias, _WITHHELD[candidate.verdict].format(candidate.version))
     if candidate.value is None or isnan(candidate.value):
         return Decision("challenger", f"version {candidate.version} has no {metric} to compare")
     if champion is None:

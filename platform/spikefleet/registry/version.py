@@ -4,13 +4,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Final
 
 from spikefleet.errors import UserError
 from spikefleet.registry.query import MetadataValue
 from spikefleet_tune.messages import one_of
 
-CHAMPION = "champion"
-CHALLENGER = "challenger"
+CHAMPION: Final = "champion"
+CHALLENGER: Final = "challenger"
 CONTENT_HASH = "spikefleet.content_hash"
 
 SPIKE_DRIVEN = "spike_driven"

@@ -85,12 +85,15 @@ def as_markdown(found: Reproduction) -> str:
         lines.append(_markdown_row([row.entry.full_name, *values, seeds, row.remark]))
     lines += ["", "Ours: mean ± standard deviation over seeds; difference: ours minus the paper's.", ""]
     lines += [f"* {sentence}." for sentence in order_sentences(found)]
+    if on_val := ", ".join(row.entry.full_name for row in found.rows if row.split == "val"):
+        lines.append(f"* Measured on val, on which the checkpoint was chosen too, for want of other images: {on_val}.")
     lines += [f"* {note}" for note in table.notes]
-    lines += ["", _markdown_row(["row", "trials", "data", "code"]), _markdown_row(["---"] * 4)]
+    lines += ["", _markdown_row(["row", "trials", "measured on", "data", "code"]), _markdown_row(["---"] * 5)]
     for row in found.rows:
         if row.trials:
             data = ", ".join(digest[:12] for digest in row.data_hashes)
-            lines.append(_markdown_row([row.entry.full_name, ", ".join(row.trials), data, ", ".join(row.commits)]))
+            cells = [row.entry.full_name, ", ".join(row.trials), row.split or "-", data, ", ".join(row.commits)]
+            lines.append(_markdown_row(cells))
     return "\n".join(lines) + "\n"
 
 
@@ -127,6 +130,7 @@ def _row_as_data(row: ReproducedRow) -> dict[str, Any]:
         "trials": list(row.trials),
         "data_hashes": list(row.data_hashes),
         "code_versions": list(row.commits),
+        "split": row.split,
         "remark": row.remark,
     }
 

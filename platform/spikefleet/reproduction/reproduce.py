@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from spikefleet.certificates.energy_card import ENERGY
+from spikefleet.certificates.energy_card import ENERGY, read_card
 from spikefleet.config.recipes import load_config
 from spikefleet.config.schema import Config
 from spikefleet.errors import UserError
-from spikefleet.files import read_json
 from spikefleet.reproduction.scales import Scale
 from spikefleet.reproduction.table import Column, Entry, PaperTable
 from spikefleet.runs.options import Options
@@ -30,6 +29,7 @@ from spikefleet.runs.run_dir import Run
 from spikefleet.search.mlflow_observer import FLUSH_S
 from spikefleet.search.run_search import read_tracked_search, run_tracked_search
 from spikefleet.search.trial import chooses_data
+from spikefleet.status import print_line
 from spikefleet.tracking.mlflow_client import resolve_tracking_uri
 from spikefleet.tracking.tracker import Tracker
 from spikefleet.versions import code_version
@@ -37,6 +37,7 @@ from spikefleet_models.energy import EnergyCard, energy_at_rates
 from spikefleet_models.energy_constants import energy_constants
 from spikefleet_models.families import build_model
 from spikefleet_pipelines.errors import SourceError, StoreError
+from spikefleet_pipelines.sources import check_options, find_source
 from spikefleet_tune.journal import TrialRecord
 from spikefleet_tune.messages import counted
 from spikefleet_tune.result import SearchResult
@@ -112,6 +113,8 @@ class ReproducedRow:
     trials: tuple[str, ...] = ()
     data_hashes: tuple[str, ...] = ()
     commits: tuple[str, ...] = ()
+    split: str = ""
+    """What the task's metrics were measured on: "test", or "val" where the data have no other images to report on."""
     remark: str = ""
     """Why it was not run, or not with all seeds; and which layers of its energy multiply sums of spikes."""
 
@@ -202,7 +205,7 @@ def reproduce(plan: ReproductionPlan, options: Options, console: Console) -> Rep
             if len(missing) + 1 == len(by_recipe):  # no row is left
                 raise
             missing[recipe] = str(error)
-            console.print(f"left out {rows[0].group.name}: {error}", highlight=False, soft_wrap=True, markup=False)
+            print_line(console, f"left out {rows[0].group.name}: {error}")
     found: list[ReproducedRow] = []
     for entry in entries:
         reason = entry.group.refusal(entry.row, plan.scale)
@@ -291,6 +294,7 @@ def _measured(plan: ReproductionPlan, entry: Entry, result: SearchResult, option
         tuple(record.name for record, _ in runs),
         tuple(dict.fromkeys(run.data().content_hash for _, run in runs)),
         tuple(dict.fromkeys(str(run.record().get("code_version", "unknown")) for _, run in runs)),
+        _split_of(plan.table, [record for record, _ in runs]),
         "; ".join(remarks) if runs or not problems else f"not run: {'; '.join(problems)}",
     )
 
@@ -301,7 +305,9 @@ def _differs(run: Run, config: Config) -> bool:
     def compared(one: Config) -> dict[str, Any]:
         kept = ("model", "train", "optim", "shortcut", "checkpoint")
         tree = one.dump()
-        return {**{key: tree[key] for key in kept}, "transform": tree["data"]["transform"]}
+        options = check_options(find_source(one.data.source), one.data.options).model_dump(mode="json")
+        data = {"transform": tree["data"]["transform"], "options": options, "seed": one.data.seed}
+        return {**{key: tree[key] for key in kept}, **data}
 
     return compared(run.config()) != compared(config)
 
@@ -321,14 +327,27 @@ def _cells(table: PaperTable, entry: Entry, runs: Sequence[tuple[TrialRecord, Ru
 
 def _trial_metric(table: PaperTable, key: str, column: Column, record: TrialRecord, run: Run) -> float | None:
     if column.origin == "run":
-        return record.metrics.get(key)
+        return record.metrics.get(key, record.metrics.get(_on_validation(key)))
     assert table.counted is not None, "the table's validation requires it"
     value: float | None = getattr(_card(run).under(table.counted.constants), key)
     return value
 
 
+def _on_validation(key: str) -> str:
+    """The key of a test metric where the validation split has the only images to report on, as on COCO and ImageNet."""
+    return f"val/{key.removeprefix('test/')}" if key.startswith("test/") else key
+
+
+def _split_of(table: PaperTable, records: Sequence[TrialRecord]) -> str:
+    """The split of the table's test metrics in trainings: "test", "val", or "" without such metrics."""
+    keys = [key for key in table.columns if key.startswith("test/")]
+    if any(key in record.metrics for record in records for key in keys):
+        return "test"
+    return "val" if any(_on_validation(key) in record.metrics for record in records for key in keys) else ""
+
+
 def _card(run: Run) -> EnergyCard:
-    return EnergyCard.from_dict(read_json(run.path / "report" / ENERGY))
+    return read_card(run.path / "report" / ENERGY)
 
 
 def _energy_remark(table: PaperTable, runs: Sequence[Run]) -> Iterator[str]:

@@ -43,7 +43,7 @@ class RunObserver:
         self._tracker.set_tags({"recipe": config.recipe, "task": config.task, "code_version": code_version(), **data})
         if plugins := loaded_plugins():
             self._tracker.set_tags({"plugins": ",".join(plugins)})
-        self._tracker.set_tags({"restarts": self._run.record()["restarts"], "failure": ""})
+        self._tracker.set_tags({"restarts": self._run.record().get("restarts", 0), "failure": ""})
 
     def emit(self, event: Event) -> None:
         """Shows and tracks an event; a full disk is logged, not raised, so that training continues."""
@@ -60,7 +60,7 @@ class RunObserver:
                 if "threads" in event.metadata:
                     self._run.note(threads=event.metadata["threads"])
                 if self._started:
-                    restarts = self._run.record()["restarts"] + 1
+                    restarts = self._run.record().get("restarts", 0) + 1
                     self._run.note(restarts=restarts)
                     self._tracker.set_tags({"restarts": restarts})
                 self._started = True

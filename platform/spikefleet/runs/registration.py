@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from spikefleet import registry
 from spikefleet.certificates.certify import Certificates
@@ -21,13 +22,15 @@ def register_run(
     tracking_uri: str,
     *,
     certificates: Certificates,
+    evaluation: Path,
     validation: Mapping[str, float],
     test: Mapping[str, float],
 ) -> Promotion:
     """Registers the best checkpoint of a run with its spike check and its energy card.
 
     It becomes champion if its validation metric is better than the champion's and the spike check neither refuted it
-    nor shows nothing.
+    nor shows nothing. Without a validation split it stays challenger: to compare test metrics would be to select by
+    them.
 
     Args:
         config: of the run.
@@ -35,8 +38,9 @@ def register_run(
         run_id: MLflow's id of the run.
         tracking_uri: of the registry.
         certificates: of the best checkpoint.
-        validation: its metrics on the validation split, by name.
-        test: its metrics on the test split, by name.
+        evaluation: file of its evaluation on the test split.
+        validation: its metrics on the validation split, by name; empty without one.
+        test: its metrics on the test split, by name; empty where it has only the validation images.
 
     Returns:
         The alias of the new version, and why.
@@ -68,10 +72,18 @@ def register_run(
         run_id=run_id,
         tracking_uri=tracking_uri,
         extra_files={
-            "evaluation.json": run.path / "report" / "evaluation.json",
+            evaluation.name: evaluation,
             **{path.name: path for path in certificates.files},
         },
     )
+    if not validation:
+        return registry.keep_as_challenger(
+            version.name,
+            version.version,
+            f"it was trained without a validation split, so there is no val/{metric} to compare; to compare test "
+            f"metrics, call spikefleet.registry.promote({version.name!r}, {version.version}, 'test/{metric}')",
+            tracking_uri=tracking_uri,
+        )
     return registry.promote(
         version.name, version.version, f"val/{metric}", mode=config.checkpoint.mode, tracking_uri=tracking_uri
     )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from spikefleet.config.recipes import parse_config
 from spikefleet.config.renamed import with_current_keys
@@ -16,14 +19,27 @@ from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
 from spikefleet.files import read_json_object, write_json
 from spikefleet.plugins import loaded_plugins, missing_plugins_named
-from spikefleet.training.checkpoints import CheckpointFolder, verify_checkpoint
+from spikefleet.tracking.mlflow_client import DATABASE
+from spikefleet.tracking.relocation import ARTIFACTS
+from spikefleet.training.checkpoints import CheckpointFolder
 from spikefleet_tune.lock import Lock, LockedError, hold
+
+log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
+_RESERVED = frozenset({ARTIFACTS, "searches", "reproductions", "stores"})
+"""Names in a runs directory that are not those of runs."""
+
+
 def check_run_name(name: str) -> str:
-    """Returns the name. Raises UserError unless it is a plain file name."""
+    """Returns the name. Raises UserError unless it is a plain file name that the runs directory does not need."""
+    if name.lower() in _RESERVED or name.lower().startswith(DATABASE):
+        raise UserError(
+            f"run name {name!r} is reserved: the runs directory keeps {', '.join((DATABASE, *sorted(_RESERVED)))} for "
+            "itself; set another --name"
+        )
     if not _NAME.fullmatch(name) or ".." in name:
         raise UserError(
             f"run name {name!r} must have 1 to 100 letters, digits, '.', '_' or '-', and start with a letter or digit"
@@ -34,6 +50,33 @@ def check_run_name(name: str) -> str:
 def default_run_name(config: Config) -> str:
     """The recipe with a digest of the fields that affect the result, so that the same command resumes the run."""
     return f"{config.recipe}-{config.digest()[:8]}"
+
+
+class RunRecord(BaseModel):
+    """The content of run.json; fields of later versions are kept."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    status: str
+    name: str | None = None
+    recipe: str | None = None
+    restarts: int = Field(0, ge=0)
+    plugins: list[str] = Field(default_factory=list)
+    threads: list[int] | None = None
+    reason: str | None = None
+    signal: str | None = None
+    code_version: str | None = None
+    store: str | None = None
+    registered: str | None = None
+    validation: dict[str, float] | None = None
+    test: dict[str, float] | None = None
+    last: dict[str, float] | None = None
+
+    @model_validator(mode="after")
+    def _finished_with_metrics(self) -> Self:
+        if self.status == "finished" and (self.validation is None or self.test is None):
+            raise ValueError("a finished run has metrics in validation and test")
+        return self
 
 
 @dataclass(frozen=True)
@@ -58,8 +101,23 @@ class Run:
         return (self.path / "run.json").is_file()
 
     def record(self) -> dict[str, Any]:
-        """The content of run.json: status and result; empty if the run was not started."""
-        return read_json_object(self.path / "run.json", "status") if self.exists else {}
+        """The content of run.json: status and result; empty if the run was not started.
+
+        Raises:
+            UserError: a field is missing or of another type.
+        """
+        if not self.exists:
+            return {}
+        path = self.path / "run.json"
+        plain = read_json_object(path, "status")
+        try:
+            return RunRecord.model_validate(plain).model_dump(exclude_unset=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise UserError(
+                f"{path} is damaged: {'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}; restore it, or set "
+                "another --name"
+            ) from None
 
     def note(self, **fields: Any) -> None:
         """Updates fields of run.json, atomically."""
@@ -71,11 +129,10 @@ class Run:
 
     def best_checkpoint(self) -> Path:
         """The checkpoint with the best validation metric so far. Raises UserError if there is none yet."""
-        latest = self.checkpoints.latest()
-        best = read_json_object(latest / "state.json", "best")["best"] if latest is not None else None
-        if best is None:
+        state = self.checkpoints.newest_state()
+        if state is None or state.best is None:
             raise UserError(f"run {self.name} has no evaluated checkpoint yet; train it to the end of its first epoch")
-        return self.checkpoints.at(best["step"])
+        return self.checkpoints.at(state.best.step)
 
     def config(self) -> Config:
         """The configuration that the run was started with. Raises UserError where a plugin that it needs is missing."""
@@ -90,8 +147,8 @@ class Run:
         """Creates the run, or checks that an existing one can be resumed with this configuration and data.
 
         Raises:
-            UserError: the configuration or the data differs (the message lists the fields), or the latest checkpoint
-                is damaged.
+            UserError: the configuration or the data differs (the message lists the fields), or all checkpoints are
+                damaged. A damaged one is set aside, with a warning, if there is another one before it.
         """
         if not self.exists:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -107,9 +164,8 @@ class Run:
                 f"run {self.name} was started with another configuration: {'; '.join(differing)}; "
                 "use its values to resume it, or set another --name"
             )
-        latest = self.checkpoints.latest()
-        if latest is not None:
-            verify_checkpoint(latest)
+        for damage in self.checkpoints.set_damaged_aside(config.train.epochs):
+            log.warning("%s", damage)
 
     def forget_checkpoints(self) -> None:
         """Removes all checkpoints, so that the run starts from scratch or from another run's checkpoint."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import threading
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
@@ -16,22 +16,29 @@ from spikefleet.cluster.session import quiet_ray
 from spikefleet.config.schema import Config
 from spikefleet.data_access import open_data
 from spikefleet.data_summary import DataSummary
+from spikefleet.disks import disk_problem
 from spikefleet.errors import RunError, UserError
 from spikefleet.registry.api import Promotion
 from spikefleet.runs.observer import RunObserver
 from spikefleet.runs.options import Options
 from spikefleet.runs.progress import build_display
 from spikefleet.runs.registration import register_run
+from spikefleet.runs.report import complete_report
 from spikefleet.runs.run_dir import Run, check_run_name, default_run_name
 from spikefleet.status import Announce, print_line, waiting
+from spikefleet.stop_signals import StopSignals
 from spikefleet.tracking.journal import Journal
 from spikefleet.tracking.mlflow_client import page_of, resolve_tracking_uri
 from spikefleet.tracking.tracker import Tracker, sync
 from spikefleet.training.distributed import ProcessGroup, pick_device
 from spikefleet.training.event_log import ResumedRunSink
 from spikefleet.training.events import EventSink
-from spikefleet.training.loop import BeforeStep, Outcome, prepare_parts, train
+from spikefleet.training.loop import BeforeStep, Outcome, train
+from spikefleet.training.memory import check_memory
+from spikefleet.training.splits import prepare_parts
+from spikefleet.training.stopping import TrainingStopped
 from spikefleet_pipelines.store.reader import Store
+from spikefleet_tune.interruption import Interrupted, interruption
 from spikefleet_tune.messages import counted
 
 _FLUSH_S = 30.0
@@ -40,11 +47,15 @@ _INTERRUPTED_FLUSH_S = 3.0
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A finished run with the metrics of its best checkpoint."""
+    """A finished run with the metrics of its best checkpoint, or of its last one where nothing was selected."""
 
     run: Run
     validation: Mapping[str, float]
+    """Empty where the data have no validation split."""
     test: Mapping[str, float]
+    """Empty where the data have no other images than those of the validation split."""
+    last: Mapping[str, float]
+    """Metrics of the last checkpoint, with their split; empty for runs of versions that did not test it."""
     promotion: Promotion | None
     """The result of the registration; None if nothing was registered now."""
     look_at: str
@@ -73,27 +84,44 @@ def run_training(
     Raises:
         UserError: an error that the user can fix, before training starts.
         RunError: the training or the registration failed.
+        Interrupted: SIGINT or SIGTERM stopped it; the same call resumes it.
     """
     run = Run(options.runs_dir.resolve() / check_run_name(name or default_run_name(config)))
+    signals = StopSignals(console)
+    with signals.handled():
+        return _run(config, options, console, run, before_step, signals)
+
+
+def _run(
+    config: Config,
+    options: Options,
+    console: Console,
+    run: Run,
+    before_step: BeforeStep | None,
+    signals: StopSignals,
+) -> FinishedRun:
+    tracking_uri = resolve_tracking_uri(options.runs_dir)
     pick_device(config.cluster.gpu and config.cluster.workers == 0)
     store = open_data(config.data, options.stores_dir, console)
     with waiting(console, "checking the configuration against the data"):
+        check_memory(config, store.manifest.image_shape, local=options.address is None)
         prepare_parts(config, store, ProcessGroup(0, max(1, config.cluster.workers), torch.device("cpu")))
     with ExitStack() as held:
         with waiting(console, "starting Ray"):
             held.enter_context(_processes(config, options, run))
         held.enter_context(run.lock())
         run.begin(config, DataSummary.of(store.manifest))
-        tracking_uri = resolve_tracking_uri(options.runs_dir)
+        run.note(store=store.absolute_location)
         if run.record()["status"] == "finished":
             print_line(console, f"run {run.name} is complete; to train another run, set --name or other overrides")
             look_at = page_of(tracking_uri)
         else:
-            look_at = _train_tracked(config, options, console, run, store, tracking_uri, before_step)
+            look_at = _train_tracked(config, options, console, run, store, tracking_uri, before_step, signals)
         record = run.record()
         with waiting(console, "registering the best checkpoint") as announce:
             promotion = _register_once(config, run, store, tracking_uri, announce)
-        return FinishedRun(run, record["validation"], record["test"], promotion, look_at)
+        last = record.get("last", {})
+        return FinishedRun(run, record["validation"], record["test"], last, promotion, look_at)
 
 
 def _processes(config: Config, options: Options, run: Run) -> AbstractContextManager[None]:
@@ -114,27 +142,30 @@ def _train_tracked(
     store: Store,
     tracking_uri: str,
     before_step: BeforeStep | None,
+    signals: StopSignals,
 ) -> str:
     """Trains with tracking, saves the result in run.json, and returns where to look at it."""
-    run.note(status="running")
+    run.note(status="running", signal=None)
     print_line(console, f"run {run.name}: {_scale(config)}")
     tracker = Tracker.open(run.path, run.name, config.tracking.experiment or config.recipe, tracking_uri)
     display = build_display(console)
     observer = RunObserver(run, tracker, display)
     observer.begin(config, {"dataset": store.manifest.source, "data_hash": store.manifest.content_hash})
+    tracker.set_tags({"store": store.absolute_location})
     display.announce("starting Ray workers" if config.cluster.workers else "starting")
     try:
-        outcome = _train(config, store, run, ResumedRunSink(run.path, observer), options, before_step)
+        outcome = _train(config, store, run, ResumedRunSink(run.path, observer), options, before_step, signals)
         certificates = _certified(config, run, store, display.announce)
         display.announce("tracking the report")
-        metrics = {f"test/{name}": value for name, value in outcome.test.items()}
-        observer.finish({**metrics, "energy_mj": certificates.energy_mj}, outcome.steps, run.path / "report")
-    except KeyboardInterrupt:
-        run.note(status="interrupted")
+        metrics = {**outcome.reported, "energy_mj": certificates.energy_mj}
+        observer.finish(metrics, outcome.steps, run.path / "report")
+    except KeyboardInterrupt as error:
+        run.note(status="interrupted", signal=interruption(error).name)
         tracker.finish("KILLED", wait_s=_INTERRUPTED_FLUSH_S)
         raise
     except Exception as error:
-        run.note(status="failed", reason=str(error))
+        with suppress(OSError):  # a full disk has been the reason
+            run.note(status="failed", reason=disk_problem(error) or str(error))
         tracker.set_tags({"failure": str(error)})
         tracker.finish("FAILED", wait_s=_FLUSH_S)
         raise
@@ -147,6 +178,7 @@ def _train_tracked(
         reason=None,
         validation=dict(outcome.validation),
         test=dict(outcome.test),
+        last=dict(outcome.last),
     )
     return tracker.run_url
 
@@ -166,6 +198,7 @@ def _register_once(config: Config, run: Run, store: Store, tracking_uri: str, an
             run_id = journal.delivered.run_id
         assert run_id is not None, "all records are delivered, so the run has been created"
         certificates = _certified(config, run, store, announce)
+        evaluation = complete_report(config, run.best_checkpoint(), run.path / "report", store, announce)
         announce("registering the best checkpoint")
         promotion = register_run(
             config,
@@ -173,6 +206,7 @@ def _register_once(config: Config, run: Run, store: Store, tracking_uri: str, an
             run_id,
             tracking_uri,
             certificates=certificates,
+            evaluation=evaluation,
             validation=record["validation"],
             test=record["test"],
         )
@@ -196,9 +230,16 @@ def _train(
     sink: EventSink,
     options: Options,
     before_step: BeforeStep | None,
+    signals: StopSignals,
 ) -> Outcome:
     if config.cluster.workers == 0:
-        return train(config, store, run.path, ProcessGroup.single(config.cluster.gpu), sink, before_step)
+        group = ProcessGroup.single(config.cluster.gpu)
+        try:
+            with signals.after_a_step():
+                return train(config, store, run.path, group, sink, before_step, signals.requested)
+        except TrainingStopped:
+            assert signals.received is not None, "nobody else asks to stop"
+            raise Interrupted(signals.received) from None
     from spikefleet.cluster.ray_train import train_on_ray
 
     threading.Thread(target=_import_ahead, name="imports", daemon=True).start()
@@ -210,13 +251,14 @@ def _train(
         address=options.address,
         verbose=options.verbose,
         before_step=before_step,
+        signals=signals,
     )
 
 
 def _import_ahead() -> None:
     """Imports what certifying and plotting need, 2 s of processor time, while the workers start.
 
-    Torch imports its compiler when it first traces a network, though nothing is compiled.
+    Torch imports its compiler when it counts a network on its meta device, though nothing is compiled.
     """
     for module in ("torch._dynamo", "matplotlib.pyplot"):
         importlib.import_module(module)

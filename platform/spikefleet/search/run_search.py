@@ -27,6 +27,7 @@ from spikefleet.plugins import loaded_plugins
 from spikefleet.registry.api import Promotion
 from spikefleet.runs.options import Options
 from spikefleet.runs.registration import register_run
+from spikefleet.runs.report import complete_report
 from spikefleet.runs.run_dir import Run
 from spikefleet.search.display import SearchDisplay
 from spikefleet.search.mlflow_observer import FLUSH_S, SearchTracker, check_same_data
@@ -74,9 +75,15 @@ def run_tracked_search(
 
     Raises:
         UserError: the search is invalid or cannot be resumed; raised before any trial starts.
-        KeyboardInterrupt: the user pressed Ctrl-C; the same command resumes the search.
+        Interrupted: SIGINT or SIGTERM; the same command resumes the search.
     """
+    resolve_tracking_uri(options.runs_dir)  # a database that cannot be used is named before data is read
     setting, config, store = _setting(search, name, options, console)
+    if "val" not in store.manifest.splits:
+        raise UserError(
+            f"{store.location} has no validation split, by which a search compares its trials; set "
+            "data.options.holdout above 0 in the search's overrides, or another store"
+        )
     data = DataSummary.of(store.manifest)
     task = build_task(config, data)
     folder = options.searches_dir / name
@@ -327,7 +334,9 @@ def register_trial(result: SearchResult, chosen: str, options: Options, console:
                 f"trial {record.name} was not registered: the tracking server does not answer; run the command again "
                 "later"
             )
-        certificates = certify(config, run.best_checkpoint(), run.path / "report", store, announce)
+        best, report = run.best_checkpoint(), run.path / "report"
+        certificates = certify(config, best, report, store, announce)
+        evaluation = complete_report(config, best, report, store, announce)
         announce(f"registering trial {record.name}")
         return register_run(
             config,
@@ -335,6 +344,7 @@ def register_trial(result: SearchResult, chosen: str, options: Options, console:
             tracker.run_id,
             tracking_uri,
             certificates=certificates,
+            evaluation=evaluation,
             validation=done["validation"],
             test=done["test"],
         )

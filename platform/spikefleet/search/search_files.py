@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from spikefleet.config.recipes import list_recipes
 from spikefleet.config.strict_yaml import read_mapping, read_yaml_text
 from spikefleet.errors import UserError
 from spikefleet_tune.errors import SearchError
 from spikefleet_tune.search_file import Search, search_of, search_text
+from spikefleet_tune.search_file import list_searches as all_searches
+
+
+def list_searches() -> list[str]:
+    """Names of the searches that come with the package, but for those whose recipe is still to come."""
+    recipes = set(list_recipes())
+    return [name for name in all_searches() if _recipe_of(name) in recipes]
+
+
+def _recipe_of(search: str) -> object:
+    return read_mapping(search_text(search), f"search {search}", "recipe").get("recipe")
 
 
 def load_search(search: str) -> Search:

@@ -17,6 +17,7 @@ from spikefleet.errors import UserError
 from spikefleet.files import write_json
 from spikefleet.plugins import load_plugins
 from spikefleet.runs.run_dir import Run
+from spikefleet.training.checkpoint_state import CheckpointState
 from spikefleet.training.checkpoints import best_network, load_checkpoint
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.event_log import ResumedRunSink
@@ -134,8 +135,9 @@ class ReportSink:
 def as_trial(setting: TrialSetting) -> Callable[[Overrides, str, Report], dict[str, float]]:
     """A trainable for `spikefleet_tune`: training in the trial's process, or on a Ray Train group of several workers.
 
-    It returns the metrics of the best checkpoint: `val/...`, `test/...`, `energy_mj` and `parameters`. A restarted
-    trial resumes from its last checkpoint. A loss that is not finite prunes the trial.
+    It returns the metrics of the best checkpoint: `val/...`, `test/...` (where the data have such images), `energy_mj`
+    and `parameters`; and those of the last one, `last/test/...`. A restarted trial resumes from its last checkpoint. A
+    loss that is not finite prunes the trial.
     """
 
     def trainable(overrides: Overrides, name: str, report: Report) -> dict[str, float]:
@@ -170,10 +172,10 @@ def as_trial(setting: TrialSetting) -> Callable[[Overrides, str, Report], dict[s
             status="finished",
             validation=dict(outcome.validation),
             test=dict(outcome.test),
+            last=dict(outcome.last),
             code_version=code_version(),
         )
-        metrics = {f"val/{key}": value for key, value in outcome.validation.items()}
-        metrics |= {f"test/{key}": value for key, value in outcome.test.items()}
+        metrics = {f"val/{key}": value for key, value in outcome.validation.items()} | outcome.reported
         with torch.device("meta"):
             parameters = sum(parameter.numel() for parameter in build_model(config.model).parameters())
         return {**metrics, "energy_mj": energy_mj, "parameters": float(parameters)}
@@ -184,12 +186,13 @@ def as_trial(setting: TrialSetting) -> Callable[[Overrides, str, Report], dict[s
 def _report_best_so_far(run: Run, sink: ReportSink) -> None:
     """A trial that resumes after its process died reports its best epoch again: earlier reports are lost."""
     latest = run.checkpoints.latest()
-    if latest is None or (state := load_checkpoint(latest).state)["best"] is None:
+    if latest is None or (best := (state := CheckpointState.of(load_checkpoint(latest).state, latest)).best) is None:
         return
-    best = state["best"]
-    row = next(row for row in state["history"] if row["epoch"] == best["epoch"])
-    sink.emit(EpochDone(best["epoch"], best["step"], row, best=True, layers=(), gradients=()))
-    sink.emit(CheckpointSaved(best["step"], str(run.checkpoints.at(best["step"]))))
+    row = next((row for row in state.history if row.get("epoch") == best.epoch), None)
+    if row is None:
+        return
+    sink.emit(EpochDone(best.epoch, best.step, row, best=True, layers=(), gradients=()))
+    sink.emit(CheckpointSaved(best.step, str(run.checkpoints.at(best.step))))
 
 
 def _train(config: Config, store: Store, run: Run, sink: ReportSink) -> Outcome:
@@ -207,19 +210,20 @@ def _start_from(run: Run, config: Config, start_from: Path) -> None:
     starts with that of the checkpoint.
     """
     snapshot = load_checkpoint(start_from)
-    state, wanted = snapshot.state, config.dump()
+    state, wanted = CheckpointState.of(snapshot.state, start_from), config.dump()
     own = run.checkpoints.latest()
     if own is not None and snapshot.config == wanted:
         held = load_checkpoint(own)
-        if held.config == wanted and held.state["history"][: len(state["history"])] == state["history"]:
+        history = CheckpointState.of(held.state, own).history
+        if held.config == wanted and history[: len(state.history)] == state.history:
             return
-    if state["epoch"] >= config.train.epochs:
+    if state.epoch >= config.train.epochs:
         raise TrialPruned("the trial would resume from the end of another trial, with nothing to train")
     run.forget_checkpoints()
     run.path.mkdir(parents=True, exist_ok=True)
     write_json(run.path / "config.json", wanted)
     # The best epoch so far belongs to another configuration.
-    step = state["epoch"] * state["steps_per_epoch"] + state["step_in_epoch"]
+    step = state.epoch * state.steps_per_epoch + state.step_in_epoch
     run.checkpoints.save(step, snapshot.under(wanted, best=None))
 
 

@@ -5,21 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
 from spikefleet import plots
 from spikefleet.data_summary import DataSummary
 from spikefleet.files import write_json
-from spikefleet.tasks.task import LossSettings, Task, TaskReport, check_class_count
+from spikefleet.plot_text import in_table, labels
+from spikefleet.tasks.task import EVALUATION, LossSettings, Task, TaskReport, check_class_count
 from spikefleet_models.family import ModelConfig
 from spikefleet_models.shortcut import ShortcutLogits, shortcut_loss
 from spikefleet_pipelines.loading import Batch
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _KEPT = 5
 
@@ -104,15 +107,22 @@ class Classification(Task[Ranking, int]):
         }
 
     @torch.no_grad()
-    def serve(self, network: nn.Module, batch: Batch) -> NDArray[np.float32]:
-        """Probabilities `[B, K]`."""
-        probabilities: NDArray[np.float32] = _probabilities(network, batch).numpy()
-        return probabilities
+    def serve(self, network: nn.Module, batch: Batch) -> pd.DataFrame:
+        """Probabilities, a table `[B, K]` of float32 with the names of the classes."""
+        import pandas as pd  # a dependency of MLflow, which serves
+
+        return pd.DataFrame(_probabilities(network, batch).numpy(), columns=list(self.class_names))
+
+    def joined(self, answers: Sequence[pd.DataFrame]) -> pd.DataFrame:
+        """The probabilities of several batches, as one table."""
+        import pandas as pd
+
+        return pd.concat(answers, ignore_index=True)
 
     @property
-    def served_shape(self) -> tuple[int, ...]:
-        """`[B, K]`, with -1 for B."""
-        return (-1, len(self.class_names))
+    def served_columns(self) -> tuple[str, ...]:
+        """The names of the classes."""
+        return self.class_names
 
 
 def _probabilities(network: nn.Module, batch: Batch) -> torch.Tensor:
@@ -123,6 +133,8 @@ def _probabilities(network: nn.Module, batch: Batch) -> torch.Tensor:
 class ClassificationReport(TaskReport[Ranking, int]):
     """Images with their classes, accuracy by class, the confusion matrix."""
 
+    files = (EVALUATION, "confusion.png")
+
     def __init__(self, class_names: tuple[str, ...]) -> None:
         self.class_names = class_names
 
@@ -130,13 +142,14 @@ class ClassificationReport(TaskReport[Ranking, int]):
         self, images: Sequence[torch.Tensor], predictions: Sequence[Ranking], targets: Sequence[int] | None, path: Path
     ) -> None:
         """Plots images with the predicted class and its probability; a wrong one in red, with the target."""
+        names = labels(self.class_names)
         captions: list[str] = []
         correct: list[bool | None] = []
         for position, prediction in enumerate(predictions):
-            caption = f"{self.class_names[prediction.classes[0]]} {prediction.probabilities[0]:.0%}"
+            caption = f"{names[prediction.classes[0]]} {prediction.probabilities[0]:.0%}"
             is_correct = None if targets is None else prediction.classes[0] == targets[position]
             if targets is not None and not is_correct:
-                caption += f"\nis {self.class_names[targets[position]]}"
+                caption += f"\nis {names[targets[position]]}"
             captions.append(caption)
             correct.append(is_correct)
         plots.image_grid(images, captions, correct, path)
@@ -145,12 +158,14 @@ class ClassificationReport(TaskReport[Ranking, int]):
         self, images: Sequence[torch.Tensor], predictions: Sequence[Ranking], names: Sequence[str], path: Path
     ) -> None:
         """Images over their files' names, under the predicted class and its probability."""
-        captions = [f"{self.class_names[one.classes[0]]} {one.probabilities[0]:.0%}" for one in predictions]
+        classes = labels(self.class_names)
+        captions = [f"{classes[one.classes[0]]} {one.probabilities[0]:.0%}" for one in predictions]
         plots.image_grid(images, captions, [None] * len(captions), path, names)
 
     def draw_batch(self, images: Sequence[torch.Tensor], targets: torch.Tensor, path: Path) -> None:
         """Plots images of a training batch with their classes."""
-        names = [self.class_names[label] for label in targets.tolist()]
+        classes = labels(self.class_names)
+        names = [classes[label] for label in targets.tolist()]
         plots.image_grid(images, names, [None] * len(names), path)
 
     def table(self, details: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -158,8 +173,10 @@ class ClassificationReport(TaskReport[Ranking, int]):
         return [
             ("class", "samples", "top1"),
             *(
-                (one["name"], str(one["samples"]), "-" if one["top1"] is None else f"{one['top1']:.2%}")
-                for one in details["classes"]
+                (name, str(one["samples"]), "-" if one["top1"] is None else f"{one['top1']:.2%}")
+                for name, one in zip(
+                    in_table([one["name"] for one in details["classes"]]), details["classes"], strict=True
+                )
             ),
         ]
 
@@ -186,5 +203,5 @@ class ClassificationReport(TaskReport[Ranking, int]):
     ) -> None:
         """Writes `evaluation.json` and `confusion.png`."""
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "evaluation.json", details)
-        plots.confusion_matrix(np.array(details["confusion"]), self.class_names, folder / "confusion.png")
+        write_json(folder / EVALUATION, details)
+        plots.confusion_matrix(np.array(details["confusion"]), labels(self.class_names), folder / "confusion.png")

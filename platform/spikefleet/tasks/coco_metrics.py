@@ -37,6 +37,9 @@ COCO_METRICS = (
 )
 """COCO's twelve metrics, in its order: mean average precision, and average recall at 1, 10 and 100 boxes per image."""
 
+COCO_MAX_DETECTIONS = 100
+"""The most detections of a class in an image that COCO's metrics count."""
+
 _IOU_50 = 0
 
 
@@ -132,30 +135,41 @@ def results(found: Sequence[FoundBoxes], targets: Sequence[Annotations], categor
     return entries
 
 
-def evaluate_boxes(annotations: Any, found: Sequence[Any]) -> CocoMetrics:
+def metric_names(max_detections: int = COCO_MAX_DETECTIONS) -> tuple[str, ...]:
+    """The names of COCO's twelve metrics, where other than 100 detections count: `ar100` is `ar300` with 300."""
+    return tuple(f"ar{max_detections}" if name == "ar100" else name for name in COCO_METRICS)
+
+
+def evaluate_boxes(annotations: Any, found: Sequence[Any], max_detections: int = COCO_MAX_DETECTIONS) -> CocoMetrics:
     """COCO metrics.
 
     Args:
         annotations: as `ground_truth` returns them.
         found: as `results` returns them.
+        max_detections: the best detections of a class in an image that count, more than 10; COCO's number is 100.
     """
     with contextlib.redirect_stdout(io.StringIO()):
         annotated = COCO()
         annotated.dataset = annotations
         annotated.createIndex()
         evaluation = COCOeval(annotated, _detections(annotated, annotations, found), "bbox")
+        evaluation.params.maxDets = [1, 10, max_detections]
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    twelve = {name: float(value) for name, value in zip(COCO_METRICS, evaluation.stats, strict=True) if value > -1}
-    # [IoU, recall, class, area, boxes per image]: all areas, 100 boxes per image
+    # [IoU, recall, class, area, boxes per image]: all areas, the most boxes per image
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
+    if max_detections != COCO_MAX_DETECTIONS:  # pycocotools looks for 100 boxes in the first of its metrics
+        defined = precision[precision > -1]
+        evaluation.stats[0] = defined.mean() if defined.size else -1
+    names = metric_names(max_detections)
+    twelve = {name: float(value) for name, value in zip(names, evaluation.stats, strict=True) if value > -1}
     counts = dict.fromkeys(evaluation.params.catIds, 0)
     for entry in annotations["annotations"]:
         counts[entry["category_id"]] += not entry["iscrowd"]
-    names = {category["id"]: category["name"] for category in annotations["categories"]}
+    named = {category["id"]: category["name"] for category in annotations["categories"]}
     classes = {
-        key: _class_metrics(names[key], counts[key], precision[:, :, position])
+        key: _class_metrics(named[key], counts[key], precision[:, :, position])
         for position, key in enumerate(evaluation.params.catIds)
     }
     return CocoMetrics(twelve, tuple(classes[category["id"]] for category in annotations["categories"]))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -13,8 +14,18 @@ from spikefleet import plots
 from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
 from spikefleet.files import write_json
-from spikefleet.tasks.coco_metrics import COCO_METRICS, FoundBoxes, box_confusion, evaluate_boxes, ground_truth, results
-from spikefleet.tasks.task import LossSettings, Task, TaskReport, check_class_count
+from spikefleet.plot_text import in_table
+from spikefleet.plot_text import labels as labels_of
+from spikefleet.tasks.coco_metrics import (
+    COCO_MAX_DETECTIONS,
+    FoundBoxes,
+    box_confusion,
+    evaluate_boxes,
+    ground_truth,
+    metric_names,
+    results,
+)
+from spikefleet.tasks.task import EVALUATION, LossSettings, Task, TaskReport, check_class_count
 from spikefleet_models.detection import DetectionCriterion, Objects
 from spikefleet_models.family import ModelConfig
 from spikefleet_pipelines.loading import Batch
@@ -30,7 +41,6 @@ _RANDOM_BOXES = 3
 class Detection(Task[FoundBoxes, Annotations]):
     """The loss and the decoding of the model family; COCO metrics."""
 
-    metric_names = COCO_METRICS
     headline = ("map50_95", "map50")
     any_size = True
 
@@ -40,7 +50,9 @@ class Detection(Task[FoundBoxes, Annotations]):
         class_names: Sequence[str],
         category_ids: Sequence[int],
         global_divisor: bool = False,
+        max_detections: int = COCO_MAX_DETECTIONS,
     ) -> None:
+        self.metric_names, self._max_detections = metric_names(max_detections), max_detections
         self.class_names = tuple(class_names)
         self.category_ids = tuple(category_ids)
         self._criterion, self._global_divisor = criterion, global_divisor
@@ -49,7 +61,9 @@ class Detection(Task[FoundBoxes, Annotations]):
     def build(cls, model: ModelConfig, data: DataSummary, loss: LossSettings) -> Self:
         """The task for the classes of the data. Raises UserError if the network has another number of classes."""
         check_class_count(model, data)
-        return cls(model.build_criterion(), data.class_names, data.category_ids, loss.global_divisor)
+        return cls(
+            model.build_criterion(), data.class_names, data.category_ids, loss.global_divisor, loss.max_detections
+        )
 
     @property
     def report(self) -> DetectionReport:
@@ -98,7 +112,8 @@ class Detection(Task[FoundBoxes, Annotations]):
         """COCO metrics of a split.
 
         Returns:
-            `metrics` (COCO's twelve, in [0, 1]), `samples` (images), and `classes`, a list of name, objects, ap50_95,
+            `metrics` (COCO's twelve, in [0, 1]), `description` (of the metrics), `remark` (if more objects of a class
+            are in an image than detections count), `samples` (images), and `classes`, a list of name, objects, ap50_95,
             ap50 and precision50.
 
         Raises:
@@ -109,9 +124,19 @@ class Detection(Task[FoundBoxes, Annotations]):
             raise UserError(
                 f"detection metrics need at least one object, found none in {counted(len(targets), 'image')}"
             )
-        measured = evaluate_boxes(annotations, results(predictions, targets, self.category_ids))
+        most = self._max_detections
+        measured = evaluate_boxes(annotations, results(predictions, targets, self.category_ids), most)
+        crowded = sum(_most_of_a_class(target) > most for target in targets)
+        remark = (
+            f"{counted(crowded, 'image')} of {len(targets)} {'has' if crowded == 1 else 'have'} more than {most} "
+            "objects of a class, which cannot all be found; set evaluation.max_detections (and the model's "
+            "criterion.max_detections) to more"
+        )
         return {
             "metrics": measured.twelve,
+            "description": f"COCO's metrics of at most {most} detections of a class in an image "
+            "(evaluation.max_detections)",
+            **({"remark": remark} if crowded else {}),
             "samples": len(targets),
             "classes": [
                 {
@@ -138,6 +163,7 @@ class Detection(Task[FoundBoxes, Annotations]):
 class DetectionReport(TaskReport[FoundBoxes, Annotations]):
     """Boxes on images, average precision by class, and files in COCO's formats."""
 
+    files = (EVALUATION, "ground_truth.json", "predictions.json", "precision_recall.png", "confusion.png")
     draws_each = True
 
     def __init__(self, class_names: tuple[str, ...], category_ids: tuple[int, ...]) -> None:
@@ -148,8 +174,10 @@ class DetectionReport(TaskReport[FoundBoxes, Annotations]):
         return [
             ("class", "objects", "AP50-95", "AP50"),
             *(
-                (one["name"], str(one["objects"]), _percent(one["ap50_95"]), _percent(one["ap50"]))
-                for one in details["classes"]
+                (name, str(one["objects"]), _percent(one["ap50_95"]), _percent(one["ap50"]))
+                for name, one in zip(
+                    in_table([one["name"] for one in details["classes"]]), details["classes"], strict=True
+                )
             ),
         ]
 
@@ -161,13 +189,13 @@ class DetectionReport(TaskReport[FoundBoxes, Annotations]):
         path: Path,
     ) -> None:
         """Plots images with the detected boxes (score at least 0.3), each to the right of the annotated image."""
-        drawn = []
+        drawn, classes = [], labels_of(self.class_names)
         for position, (image, found) in enumerate(zip(images, predictions, strict=True)):
             if targets is not None:
                 target = targets[position]
                 boxes = torch.tensor(target.boxes).float()
                 corners = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)
-                names = [self.class_names[label] for label in target.labels]
+                names = [classes[label] for label in target.labels]
                 drawn.append(plots.boxes_on_image(image, corners, target.labels.tolist(), names))
             drawn.append(self.draw_one(image, found.at_least(SHOWN_SCORE)))
         plots.image_sheet(drawn, path)
@@ -175,15 +203,16 @@ class DetectionReport(TaskReport[FoundBoxes, Annotations]):
     def draw_one(self, image: torch.Tensor, prediction: FoundBoxes) -> torch.Tensor:
         """One image, uint8 `[C, H, W]`, with all boxes drawn on it, uint8 `[3, H', W']`."""
         labels = prediction.labels.tolist()
-        captions = [f"{self.class_names[k]} {score:.2f}" for k, score in zip(labels, prediction.scores, strict=True)]
+        classes = labels_of(self.class_names)
+        captions = [f"{classes[k]} {score:.2f}" for k, score in zip(labels, prediction.scores, strict=True)]
         return plots.boxes_on_image(image, torch.as_tensor(prediction.boxes).float(), labels, captions)
 
     def draw_batch(self, images: Sequence[torch.Tensor], targets: Sequence[Target], path: Path) -> None:
         """Plots images of a training batch with the boxes of the loss."""
-        drawn = []
+        drawn, classes = [], labels_of(self.class_names)
         for image, target in zip(images, targets, strict=True):
             labels = target.labels.tolist()
-            drawn.append(plots.boxes_on_image(image, target.boxes, labels, [self.class_names[k] for k in labels]))
+            drawn.append(plots.boxes_on_image(image, target.boxes, labels, [classes[k] for k in labels]))
         plots.image_sheet(drawn, path)
 
     def answer(self, prediction: FoundBoxes) -> dict[str, Any]:
@@ -219,14 +248,21 @@ class DetectionReport(TaskReport[FoundBoxes, Annotations]):
         at least 0.3, matched at an IoU of at least 0.5.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "evaluation.json", details)
+        write_json(folder / EVALUATION, details)
         write_json(folder / "ground_truth.json", ground_truth(targets, self.class_names, self.category_ids))
         write_json(folder / "predictions.json", results(predictions, targets, self.category_ids))
-        curves = {one["name"]: one["precision50"] for one in details["classes"] if one["precision50"]}
+        classes = labels_of(self.class_names)
+        named = zip(classes, details["classes"], strict=True)
+        curves = {name: one["precision50"] for name, one in named if one["precision50"]}
         plots.precision_recall(curves, folder / "precision_recall.png")
         shown = [one.at_least(SHOWN_SCORE) for one in predictions]
         counts = box_confusion(shown, targets, len(self.class_names))
-        plots.confusion_matrix(counts, [*self.class_names, "background"], folder / "confusion.png")
+        plots.confusion_matrix(counts, [*classes, "background"], folder / "confusion.png")
+
+
+def _most_of_a_class(target: Annotations) -> int:
+    """The largest number of objects of one class in an image, without crowds."""
+    return int(np.bincount(target.labels[~target.crowd], minlength=1).max())
 
 
 def _size(batch: Batch) -> tuple[int, int]:

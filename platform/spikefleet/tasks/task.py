@@ -27,6 +27,9 @@ from spikefleet_pipelines.loading import Batch
 from spikefleet_pipelines.transforms.batch_transform import Targets
 from spikefleet_tune.messages import counted
 
+EVALUATION = "evaluation.json"
+"""File name of the evaluation of a split, in a report and in a registered version."""
+
 Prediction = TypeVar("Prediction")
 """The prediction for one sample; plain and picklable."""
 
@@ -36,12 +39,14 @@ Target = TypeVar("Target")
 
 @dataclass(frozen=True)
 class LossSettings:
-    """Settings of the loss; the task's entry in the table of tasks says which it supports."""
+    """Settings of loss and evaluation; the task's entry in the table of tasks says which it supports."""
 
     label_smoothing: float = 0.0
     global_divisor: bool = True
     """Losses with a divisor of their own return sums and that divisor; the training divides."""
     shortcut: ShortcutConfig = field(default_factory=ShortcutConfig)
+    max_detections: int = 100
+    """Detection: `evaluation.max_detections`."""
 
 
 class Task(ABC, Generic[Prediction, Target]):
@@ -112,7 +117,10 @@ class Task(ABC, Generic[Prediction, Target]):
 
     @abstractmethod
     def details(self, predictions: Sequence[Prediction], targets: Sequence[Target]) -> dict[str, Any]:
-        """The evaluation of a split as plain data: `metrics` by name, `samples`, and further keys of the task."""
+        """The evaluation of a split as plain data: `metrics` by name, `samples`, and further keys of the task.
+
+        Among them may be `description`, of the metrics, and `remark`, which are shown beside them.
+        """
 
     def metrics(self, predictions: Sequence[Prediction], targets: Sequence[Target]) -> dict[str, float]:
         """Metrics of a whole split by name."""
@@ -127,15 +135,25 @@ class Task(ABC, Generic[Prediction, Target]):
         """The answer of a served model for a batch: an array, or plain data for each image."""
         return [self.report.answer(prediction) for prediction in self.predict(network, batch)]
 
+    def joined(self, answers: Sequence[Any]) -> Any:
+        """The answers of `serve` for several batches, as one."""
+        return [one for answer in answers for one in answer]
+
     @property
-    def served_shape(self) -> tuple[int, ...] | None:
-        """Shape of the served float32 array, with -1 for the batch; None for plain data."""
+    def served_columns(self) -> tuple[str, ...] | None:
+        """Names of the columns of the served table of float32; None for plain data."""
         return None
+
+    def input_size(self, data: DataSummary) -> tuple[int, int] | None:
+        """(height, width) in pixels that images are resized to before the transform; None: they keep their size."""
+        return None if self.any_size or data.image_shape is None else data.image_shape[1:]
 
 
 class TaskReport(ABC, Generic[Prediction, Target]):
     """Plots, tables and files of a task's results."""
 
+    files: tuple[str, ...] = (EVALUATION,)
+    """Names of the files that `write` writes."""
     draws_each: bool = False
     """Whether each prediction is drawn on its image (`draw_one`) in a file of its own; if not, `draw` plots all."""
 
@@ -209,7 +227,7 @@ class TaskReport(ABC, Generic[Prediction, Target]):
             folder: the folder.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "evaluation.json", details)
+        write_json(folder / EVALUATION, details)
 
 
 AnyTask = Task[Any, Any]
@@ -230,6 +248,7 @@ def build_task(config: Config, data: DataSummary) -> AnyTask:
         label_smoothing=config.train.label_smoothing,
         global_divisor=config.train.loss_divisor == "global",
         shortcut=config.shortcut,
+        max_detections=config.evaluation.max_detections,
     )
     task = task_class(config.task).build(config.model, data, loss)
     if config.checkpoint.metric not in task.metric_names:

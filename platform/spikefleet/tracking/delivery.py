@@ -10,16 +10,15 @@ import logging
 import threading
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from spikefleet.errors import UserError
+from spikefleet.tracking.database import database_path
 from spikefleet.tracking.journal import Delivered, Journal
 from spikefleet.tracking.mlflow_client import public_uri, without_credentials
+from spikefleet.tracking.relocation import ARTIFACTS, RUN_UID_TAG, ready_database
 from spikefleet_tune.jsonl_log import Entry, Record
 
-RUN_UID_TAG = "spikefleet.run_uid"
-"""Tag by which a run is found again in MLflow."""
 SPOOL = "tracking-artifacts"
 """Folder in the run's directory with the files of artifact records."""
 
@@ -107,6 +106,7 @@ class Delivery:
         from mlflow.entities import Metric, Param, RunTag
 
         if self._client is None:
+            ready_database(self._uri)
             self._client = MlflowClient(tracking_uri=self._uri)
         first = batch[0].record
         match first["kind"]:
@@ -161,12 +161,11 @@ class Delivery:
 
     def _artifact_location(self) -> str | None:
         """None for a server, which decides itself; MLflow's default for a database is the current directory."""
-        if self._uri.startswith("sqlite"):
-            database = Path(self._uri.split(":///", 1)[-1]).resolve()
-            return (database.parent / "artifacts").as_uri()
+        if (database := database_path(self._uri)) is not None:
+            return (database.resolve().parent / ARTIFACTS).as_uri()
         if self._uri.startswith(("http", "databricks")):
             return None
-        return (self.journal.directory.resolve().parent / "artifacts").as_uri()
+        return (self.journal.directory.resolve().parent / ARTIFACTS).as_uri()
 
     def _run(self, create: Record, experiment_id: str) -> str:
         from mlflow.entities import ViewType

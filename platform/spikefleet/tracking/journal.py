@@ -127,6 +127,33 @@ class Journal:
             return position == 0 or (position > 0 and file.seek(position - 1) >= 0 and file.read(1) == b"\n")
 
 
+_TEXTS = {
+    "create": ("uid", "run_name", "experiment"),
+    "artifact": ("digest", "name", "folder"),
+    "status": ("status",),
+}
+"""Keys of a record with text, by kind."""
+
+
+def check_record(record: Record) -> None:
+    """Raises KeyError, TypeError or ValueError unless a record has the fields of its kind."""
+    kind = record["kind"]
+    if kind not in ("create", "metrics", "params", "tags", "artifact", "status"):
+        raise ValueError(f"unknown kind {str(kind)[:40]!r}")
+    numbers = [record["time"], *([record["step"]] if kind == "metrics" else [])]
+    values = record["values"] if kind in ("metrics", "params", "tags") else {}
+    texts = [record[key] for key in _TEXTS.get(kind, ())]
+    if not isinstance(values, dict):
+        raise TypeError("values must be an object")
+    (numbers if kind == "metrics" else texts).extend(values.values())
+    if any(isinstance(value, bool) or not isinstance(value, int | float) for value in numbers):
+        raise TypeError(f"a record of kind {kind} has a value that is no number")
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"a record of kind {kind} has a value that is no text")
+    if kind == "create" and not isinstance(record["parent_run_id"], str | None):
+        raise TypeError("parent_run_id must be text")
+
+
 def _hold(directory: Path) -> Lock:
     try:
         try:

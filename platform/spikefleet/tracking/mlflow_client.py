@@ -7,6 +7,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from spikefleet.errors import UserError
+from spikefleet.tracking.database import check_database, database_path, database_uri
+
+DATABASE = "mlflow.db"
+"""File name of the tracking database in a runs directory."""
 
 SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks", "databricks-uc")
 """Schemes of a tracking URI."""
@@ -36,13 +40,26 @@ def resolve_tracking_uri(runs_dir: Path) -> str:
     """MLFLOW_TRACKING_URI, else a SQLite database in `runs_dir`.
 
     Raises:
-        UserError: the URI has a scheme that is not supported, such as a plain directory.
+        UserError: the URI has a scheme that is not supported, such as a plain directory, or names a database that
+            cannot be used.
     """
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
-    if not uri:
-        return f"sqlite:///{runs_dir.resolve() / 'mlflow.db'}"
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip() or database_uri(runs_dir.resolve() / DATABASE)
     check_tracking_uri(uri)
+    if (path := database_path(uri)) is not None:
+        check_database(path)
     return uri
+
+
+def local_database(runs_dir: Path) -> Path:
+    """The SQLite file of MLFLOW_TRACKING_URI, else the one in `runs_dir`. Raises UserError where it is a server."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
+    path = database_path(uri) if uri else runs_dir.resolve() / DATABASE
+    if path is None:
+        raise UserError(
+            f"MLFLOW_TRACKING_URI={public_uri(uri)!r} is no SQLite file; its schema is upgraded there, by `mlflow db "
+            "upgrade`"
+        )
+    return path
 
 
 def check_tracking_uri(uri: str) -> None:

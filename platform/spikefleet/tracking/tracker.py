@@ -22,9 +22,10 @@ from typing import Any, Literal
 
 from spikefleet.errors import UserError
 from spikefleet.files import sha256_of
+from spikefleet.tracking.database import database_path, database_uri
 from spikefleet.tracking.delivery import MAX_METRICS, MAX_PARAMS_OR_TAGS, SPOOL, Delivery, Sender
-from spikefleet.tracking.journal import JOURNAL, Journal
-from spikefleet.tracking.mlflow_client import check_tracking_uri, page_of, public_uri, quiet_mlflow
+from spikefleet.tracking.journal import JOURNAL, Journal, check_record
+from spikefleet.tracking.mlflow_client import DATABASE, check_tracking_uri, page_of, public_uri, quiet_mlflow
 from spikefleet_tune.atomic import replacing
 from spikefleet_tune.jsonl_log import Record
 from spikefleet_tune.messages import counted
@@ -62,7 +63,15 @@ class Tracker:
         self._status = "RUNNING"
         self._lossy = False
         self._guard = threading.RLock()
-        for record in journal.records():
+        for number, record in enumerate(journal.records(), start=1):
+            try:
+                check_record(record)
+            except (KeyError, TypeError, ValueError) as error:
+                journal.close()
+                raise UserError(
+                    f"{journal.directory / JOURNAL}, line {number} is damaged: {error!r}; move the file away to "
+                    "continue this run as a new run in MLflow"
+                ) from None
             self._remember(record)
         self._delivery = Delivery(journal, tracking_uri)
         self._sender = Sender(self._delivery)
@@ -265,7 +274,8 @@ def sync(run_dir: Path, tracking_uri: str | None = None) -> int:
         raise UserError(f"{run_dir} has no {JOURNAL}; expected the directory of a run, for example runs/my-run")
     journal = _open_journal(run_dir)
     try:
-        uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "").strip() or journal.delivered.tracking_uri
+        named = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "").strip()
+        uri = named or _where_now(journal.delivered.tracking_uri, run_dir.resolve())
         check_tracking_uri(uri)
         delivery = Delivery(journal, uri)
         before = journal.pending
@@ -279,6 +289,16 @@ def sync(run_dir: Path, tracking_uri: str | None = None) -> int:
         return before
     finally:
         journal.close()
+
+
+def _where_now(recorded: str, run_dir: Path) -> str:
+    """The tracking URI that a run was delivered to; that of the moved or copied runs directory, if it is in one."""
+    before = database_path(recorded)
+    near = next((place for place in run_dir.parents if (place / DATABASE).is_file()), None)
+    if before is None or near is None:
+        return recorded
+    copied = (before.parent / run_dir.relative_to(near) / JOURNAL).is_file()
+    return database_uri(near / DATABASE) if copied or not before.exists() else recorded
 
 
 def _open_journal(run_dir: Path) -> Journal:

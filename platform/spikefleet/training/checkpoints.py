@@ -6,8 +6,12 @@ the SHA-256 of every other file, is written last; then the directory is renamed.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +22,24 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from spikefleet.config.renamed import with_current_keys
+from spikefleet.disks import disk_problem
 from spikefleet.errors import RunError, UserError
 from spikefleet.files import read_json, read_json_object, sha256_of, write_json
+from spikefleet.training.checkpoint_state import CheckpointState
 from spikefleet.versions import library_versions
 from spikefleet_models.families import build_model
 from spikefleet_models.family import ModelConfig
 from spikefleet_tune.atomic import sync
 
 _MANIFEST = "checkpoint.json"
-_FORMAT = 1
+_STATE = "state.json"
+_REPLACED = "replaced-"
+_DAMAGED = "damaged-"
+_FORMAT = 2
+_READABLE = (1, 2)
+"""Format 1 has no hash of the manifest itself."""
+_NEEDED = ("config.json", _STATE, "model.safetensors")
+_FILE_NAME = re.compile(r"[a-z]+\.(json|safetensors)")
 
 
 @dataclass(frozen=True)
@@ -64,7 +77,9 @@ class CheckpointFolder:
         return self.folder / f"step-{step:08d}"
 
     def save(self, step: int, snapshot: Snapshot) -> Path:
-        """Writes and commits a checkpoint; one that is already committed stays.
+        """Writes and commits a checkpoint; one of the same position that is already committed stays.
+
+        A training that was asked to stop commits the end of an epoch before its evaluation; the evaluation replaces it.
 
         Args:
             step: optimizer steps done.
@@ -77,7 +92,7 @@ class CheckpointFolder:
             RunError: the checkpoint cannot be written; older checkpoints stay.
         """
         final = self.at(step)
-        if (final / _MANIFEST).is_file():
+        if (final / _MANIFEST).is_file() and self._has_position(final, snapshot):
             return final
         partial = self.folder / f"partial-{step:08d}"
         try:
@@ -86,23 +101,90 @@ class CheckpointFolder:
             for name, tensors in snapshot.tensors.items():
                 contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
                 save_file(contiguous, partial / f"{name}.safetensors")
-            write_json(partial / "state.json", snapshot.state)
+            write_json(partial / _STATE, snapshot.state)
             write_json(partial / "config.json", snapshot.config)
             files = {path.name: sha256_of(path) for path in sorted(partial.iterdir())}
             manifest = {"format": _FORMAT, "step": step, "versions": library_versions(), "sha256": files}
-            write_json(partial / _MANIFEST, manifest)
+            write_json(partial / _MANIFEST, {**manifest, "manifest_sha256": _manifest_hash(manifest)})
             for path in partial.iterdir():
                 sync(path)
             sync(partial)
-            shutil.rmtree(final, ignore_errors=True)
+            replaced = final.with_name(f"{_REPLACED}{final.name}")
+            shutil.rmtree(replaced, ignore_errors=True)
+            if final.exists():
+                final.replace(replaced)
             partial.replace(final)
             sync(self.folder)
+            shutil.rmtree(replaced, ignore_errors=True)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise RunError(
-                f"checkpoint {final} cannot be written: {error}; free disk space or fix the storage, then resume"
+                f"checkpoint {final} cannot be written: {disk_problem(error, final) or error}; free disk space or fix "
+                "the storage, then resume"
             ) from error
         return final
+
+    def set_damaged_aside(self, epochs: int) -> list[str]:
+        """Renames damaged checkpoints newer than the newest usable one, so that training resumes from that.
+
+        At the end of training, the best checkpoint must be intact too. Only the writer may call this.
+
+        Args:
+            epochs: of the whole training.
+
+        Returns:
+            What was damaged, a sentence for each.
+
+        Raises:
+            UserError: no checkpoint is usable; nothing is renamed.
+        """
+        damaged: list[tuple[Path, str]] = []
+        for path in reversed(self.committed()):
+            try:
+                verify_checkpoint(path)
+                state = CheckpointState.of(read_json(path / _STATE), path)
+                if state.epoch >= epochs and state.best is not None:
+                    verify_checkpoint(self.at(state.best.step))
+            except UserError as error:
+                damaged.append((path, str(error)))
+            else:
+                break
+        else:
+            if damaged:
+                raise UserError(
+                    f"{damaged[0][1]}; no checkpoint before it can be used: set another --name, or remove "
+                    f"{self.folder} to start from scratch"
+                )
+        for path, _ in damaged:
+            aside = path.with_name(f"{_DAMAGED}{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.replace(aside)
+        return [f"{reason.partition('; ')[0]}; it was set aside as {_DAMAGED}{path.name}" for path, reason in damaged]
+
+    def is_intact(self, step: int) -> bool:
+        """Whether the checkpoint of a step is there, with every file as it was written."""
+        try:
+            verify_checkpoint(self.at(step))
+        except UserError:
+            return False
+        return True
+
+    def newest_state(self) -> CheckpointState | None:
+        """The state of the newest checkpoint whose state is intact; None if there is no checkpoint.
+
+        Raises:
+            UserError: the states of all checkpoints are damaged.
+        """
+        first: UserError | None = None
+        for path in reversed(self.committed()):
+            try:
+                _check_files(path, _checked_manifest(path), [_STATE])
+                return CheckpointState.of(read_json(path / _STATE), path)
+            except UserError as error:
+                first = first or error
+        if first is not None:
+            raise first
+        return None
 
     def prune(self, keep_last: int, keep_steps: set[int]) -> None:
         """Removes all checkpoints but the newest `keep_last` and those of `keep_steps`; errors are ignored."""
@@ -118,8 +200,20 @@ class CheckpointFolder:
 
     def clean(self) -> None:
         """Removes incomplete checkpoints of a killed writer. Only the writer may call this."""
+        for path in self.folder.glob(f"{_REPLACED}*"):
+            final = path.with_name(path.name.removeprefix(_REPLACED))
+            if not final.exists():  # killed between two renames
+                path.replace(final)
+            shutil.rmtree(path, ignore_errors=True)
         for path in self.folder.glob("partial-*"):
             shutil.rmtree(path, ignore_errors=True)
+
+    def _has_position(self, path: Path, snapshot: Snapshot) -> bool:
+        try:
+            state = read_json_object(path / _STATE)
+        except UserError:
+            return False
+        return all(state.get(key) == snapshot.state.get(key) for key in ("epoch", "step_in_epoch"))
 
     def _removable(self) -> Iterator[Path]:
         yield from list(self.folder.glob("step-*"))
@@ -134,16 +228,31 @@ def load_checkpoint(path: Path) -> Snapshot:
     manifest = verify_checkpoint(path)
     try:
         tensors = {name[: -len(".safetensors")]: load_file(path / name) for name in manifest["sha256"] if _holds(name)}
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise UserError(f"checkpoint {path} has an invalid safetensors file: {error}") from None
-    return Snapshot(tensors, read_json(path / "state.json"), with_current_keys(read_json(path / "config.json")))
+    config = read_json_object(path / "config.json")
+    return Snapshot(tensors, read_json_object(path / _STATE), with_current_keys(config))
 
 
 def best_network(snapshot: Snapshot, config: ModelConfig) -> nn.Module:
     """The network of a checkpoint in evaluation mode, on the CPU; with the EMA of its weights if there is one."""
     network = build_model(config)
-    network.load_state_dict(dict(snapshot.tensors.get("average", snapshot.tensors["model"])))
+    with fitting_tensors():
+        network.load_state_dict(dict(snapshot.tensors.get("average", snapshot.tensors["model"])))
     return network.eval()
+
+
+@contextmanager
+def fitting_tensors() -> Iterator[None]:
+    """A block that puts the tensors of a checkpoint in their places. Raises UserError where they do not fit."""
+    try:
+        yield
+    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+        reason = " ".join((str(error) or type(error).__name__).split())[:300]
+        raise UserError(
+            f"the tensors of the checkpoint are not those of its configuration: {reason}; remove it to resume from the "
+            "checkpoint before it"
+        ) from None
 
 
 def best_weights(path: Path) -> Path:
@@ -169,23 +278,50 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         UserError: there is no committed checkpoint, its format is unknown, or a file is missing or damaged.
     """
+    manifest = _checked_manifest(path)
+    _check_files(path, manifest, manifest["sha256"])
+    return manifest
+
+
+def _checked_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, which is whole; the files that it lists are not looked at."""
     if not (path / _MANIFEST).is_file():
         raise UserError(f"{path} is not a checkpoint: it has no {_MANIFEST}")
     manifest = read_json_object(path / _MANIFEST)
-    if manifest.get("format") != _FORMAT:
+    if manifest.get("format") not in _READABLE:
         raise UserError(
             f"checkpoint {path}: expected format {_FORMAT}, found {manifest.get('format')!r}; use the spikefleet that "
             "wrote it"
         )
-    for name, expected in manifest["sha256"].items():
-        file = path / name
-        found = sha256_of(file) if file.is_file() else "no such file"
+    signed = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
+    listed = manifest.get("sha256")
+    whole = manifest["format"] == 1 or manifest.get("manifest_sha256") == _manifest_hash(signed)
+    if not whole or not isinstance(listed, dict) or not all(map(_FILE_NAME.fullmatch, listed)):
+        raise UserError(
+            f"checkpoint {path} is damaged: {_MANIFEST} is not as it was written; remove it to resume from the "
+            "checkpoint before it"
+        )
+    if lacking := [name for name in _NEEDED if name not in listed]:
+        raise UserError(f"checkpoint {path} is damaged: {_MANIFEST} does not list {', '.join(lacking)}")
+    return manifest
+
+
+def _check_files(path: Path, manifest: Mapping[str, Any], names: Iterable[str]) -> None:
+    for name in names:
+        file, expected = path / name, manifest["sha256"].get(name)
+        try:
+            found = sha256_of(file)
+        except OSError as error:
+            found = "no such file" if isinstance(error, FileNotFoundError) else str(error)
         if found != expected:
             raise UserError(
                 f"checkpoint file {file} is damaged: expected SHA-256 {expected}, found {found}; "
                 f"remove {path} to resume from the checkpoint before it"
             )
-    return manifest
+
+
+def _manifest_hash(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _holds(name: str) -> bool:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import distributed as dist
-from torch import nn
 
 from spikefleet.errors import UserError
 
@@ -66,9 +65,3 @@ class ProcessGroup:
         boxes: list[Any] = [None] * self.size
         dist.all_gather_object(boxes, value)
         return boxes
-
-    def broadcast_buffers(self, network: nn.Module) -> None:
-        """Copies the buffers of rank 0 (batch-norm statistics) to all ranks, as DDP does before a training step."""
-        if self.size > 1:
-            for buffer in network.buffers():
-                dist.broadcast(buffer, src=0)

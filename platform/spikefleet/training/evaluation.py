@@ -17,6 +17,7 @@ from spikefleet.tasks import Task
 from spikefleet.tasks.task import Prediction, Target
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.precision import autocast
+from spikefleet.training.stopping import StopRequested
 from spikefleet_models.health import SpikeMonitor
 from spikefleet_pipelines.loading import Batch, BatchLoader
 from spikefleet_pipelines.sampling import EvaluationPlan, StepBatch
@@ -32,6 +33,12 @@ class Evaluation(Generic[Prediction, Target]):
     """Spike health by layer."""
     health: dict[str, float]
     """Spike health of the whole network."""
+    split: str
+    """Name of the split."""
+
+
+class EvaluationStopped(Exception):  # noqa: N818  # no error
+    """An evaluation ended before all samples, as requested."""
 
 
 @torch.no_grad()
@@ -42,6 +49,7 @@ def evaluate(
     config: TrainConfig,
     group: ProcessGroup,
     progress: Count = uncounted,
+    stop_requested: StopRequested | None = None,
 ) -> Evaluation[Prediction, Target] | None:
     """Predicts every sample of the loader's split.
 
@@ -52,9 +60,13 @@ def evaluate(
         config: batch size and precision.
         group: this process's rank and group.
         progress: called with (samples done, samples in all), as far as this rank knows.
+        stop_requested: asked on each rank after each batch.
 
     Returns:
         The evaluation on rank 0; None on other ranks.
+
+    Raises:
+        EvaluationStopped: a rank was asked to stop; raised on all ranks.
     """
     was_training = network.training
     network.eval()
@@ -66,18 +78,26 @@ def evaluate(
     )
     monitor = SpikeMonitor(network)
     rows: list[tuple[int, Prediction, Target]] = []
+    stopped = False
     for position, batch in enumerate(loader.epoch(plan, epoch=0)):
         here = batch.to(group.device, config.channels_last)
         with autocast(config.precision, group.device), monitor if position == 0 else nullcontext():
             predictions = task.predict(network, here)
         rows += zip(batch.indices.tolist(), predictions, task.targets(batch), strict=True)
         progress(min(len(rows) * group.size, len(loader.split)), len(loader.split))
+        if stop_requested is not None and stop_requested():
+            stopped = True
+            break
     network.train(was_training)
+    # Ranks have different numbers of batches: that they stop is agreed once, after the loop.
+    if stop_requested is not None and any(group.all_gather(stopped)):
+        raise EvaluationStopped
     parts = group.gather(rows)
     if parts is None:
         return None
     merged = sorted((row for part in parts for row in part), key=lambda row: row[0])
-    return Evaluation([row[1] for row in merged], [row[2] for row in merged], tuple(monitor.table()), monitor.summary())
+    predictions, targets = [row[1] for row in merged], [row[2] for row in merged]
+    return Evaluation(predictions, targets, tuple(monitor.table()), monitor.summary(), loader.split.name)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from spikefleet.training.events import (
     StepDone,
     WorkerFailed,
 )
-from spikefleet_tune.jsonl_log import JsonlLog, Record
+from spikefleet_tune.jsonl_log import DamagedLineError, JsonlLog, Record
 
 STOPPED = "stopped.json"
 """File name, in an attempt's directory, of the reason why its workers must stop."""
@@ -86,7 +86,8 @@ class EventWriter:
         mark = self._log.path.with_suffix(_ACKNOWLEDGED)
         while self._attempt.is_dir() and not (self._attempt / STOPPED).is_file():
             with suppress(OSError, UserError):  # not written yet, or the attempt is being removed
-                if read_json(mark) >= self._log.path.stat().st_size:
+                handled = read_json(mark)
+                if isinstance(handled, int) and handled >= self._log.path.stat().st_size:
                     return
             time.sleep(_WAIT_S)
 
@@ -98,6 +99,7 @@ class EventReader:
         self._attempt = attempt
         self._read: dict[Path, int] = {}
         self._acknowledged: dict[Path, int] = {}
+        self._damaged: set[Path] = set()
 
     def new(self) -> list[Event]:
         """Events that were not read before, process by process, without incomplete lines."""
@@ -111,15 +113,28 @@ class EventReader:
                 self._acknowledged[path] = size
 
     def _of(self, path: Path) -> Iterator[Event]:
-        for entry in JsonlLog(path).entries(self._read.get(path, 0)):
-            self._read[path] = entry.end
-            yield _decode(entry.record)
+        if path in self._damaged:
+            return
+        try:
+            for entry in JsonlLog(path).entries(self._read.get(path, 0)):
+                event = _decode(entry.record)
+                self._read[path] = entry.end
+                yield event
+        except (DamagedLineError, KeyError, TypeError, ValueError, AttributeError) as error:
+            self._damaged.add(path)  # what is shown and tracked ends there; checkpoints do not depend on it
+            log.warning("%s is damaged, and its further events are lost: %s", path, error)
 
 
 def _decode(fields: Record) -> Event:
     kind = _KINDS[fields.pop("event")]
     if kind is Started and "facts" in fields:  # written by an attempt of an earlier version
         fields["metadata"] = fields.pop("facts")
+    for name in ("metrics", "metadata"):
+        if not isinstance(fields.get(name, {}), dict):
+            raise TypeError(f"{name} of {kind.__name__} must be an object")
+    for name in ("step", "epoch", "total_steps", "steps_per_epoch", "epochs"):
+        if not isinstance(fields.get(name, 0), int):
+            raise TypeError(f"{name} of {kind.__name__} must be a whole number")
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
 
 

@@ -2,14 +2,16 @@
 
 Data-parallel back-propagation through time (BPTT): each worker runs all T steps on its slice of the global batch, and
 DDP averages the gradients. The mean over the global batch is exact for any number of workers and any size of the last
-batch. A detector's loss is divided by a count over the global batch (`train.loss_divisor`), so the same holds for it.
+batch, whose weight `train.partial_batch` chooses. A detector's loss is divided by a count over the global batch
+(`train.loss_divisor`), so the same holds for it.
 """
 
 from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,22 +20,23 @@ import torch
 
 from spikefleet import plots
 from spikefleet.config.schema import CheckpointConfig, Config
-from spikefleet.data_summary import DataSummary
+from spikefleet.disks import disk_problem
 from spikefleet.errors import RunError, UserError
-from spikefleet.tasks import AnyTask, build_task
+from spikefleet.tasks import AnyTask
 from spikefleet.training.checkpoints import CheckpointFolder, load_checkpoint
 from spikefleet.training.distributed import ProcessGroup
-from spikefleet.training.evaluation import Evaluation, evaluate
+from spikefleet.training.evaluation import Evaluation, EvaluationStopped, evaluate
 from spikefleet.training.events import CheckpointSaved, EpochDone, EventSink, Note, Phase, Started
 from spikefleet.training.malloc import keep_freed_memory
+from spikefleet.training.splits import Splits, prepare_parts
 from spikefleet.training.state import TrainingState
 from spikefleet.training.step import Meter, due, micro_batches, training_step
+from spikefleet.training.stopping import StopRequested, TrainingStopped, never
 from spikefleet.training.threads import restored_thread_count, thread_counts
 from spikefleet.versions import library_versions
 from spikefleet_pipelines.loading import Batch, BatchLoader
 from spikefleet_pipelines.sampling import EpochPlan
 from spikefleet_pipelines.store.reader import Store
-from spikefleet_tune.messages import counted
 
 _IMAGES_OF_REPORT = 32
 _IMAGES_OF_BATCH = 16
@@ -49,39 +52,24 @@ class Outcome:
     steps: int
     """Optimizer steps in total."""
     best_checkpoint: str
-    """Directory of the best checkpoint."""
+    """Directory of the best checkpoint; without a validation split, of the last one."""
     validation: Mapping[str, float]
-    """Its metrics on the validation split."""
+    """Its metrics on the validation split; empty without one."""
     test: Mapping[str, float]
-    """Its metrics on the test split."""
+    """Its metrics on the test split; empty where the data have no other images than those of the validation split."""
+    last: Mapping[str, float]
+    """Metrics of the last checkpoint by split and name, such as "test/top1": on the test split, if there is one."""
     history: tuple[Mapping[str, float], ...]
     """Metrics of each epoch."""
 
-
-@dataclass(frozen=True)
-class Splits:
-    """The loaders of the three splits."""
-
-    train: BatchLoader
-    val: BatchLoader
-    test: BatchLoader
-
-    @classmethod
-    def of(cls, store: Store, config: Config, group: ProcessGroup) -> Splits:
-        """The loaders of a store. Raises ValueError if the transform does not fit its images."""
-
-        def loader(split: str) -> BatchLoader:
-            return BatchLoader(
-                store.split(split),
-                config.data.transform,
-                train=split == "train",
-                seed=config.train.seed,
-                processes=config.data.loader_processes,
-                pin_memory=group.device.type == "cuda",
-                epochs=config.train.epochs,
-            )
-
-        return cls(loader("train"), loader("val"), loader("test"))
+    @property
+    def reported(self) -> dict[str, float]:
+        """Metrics of the run by split and name: the best checkpoint's, and the last one's after `last/`."""
+        split, best = ("test", self.test) if self.test else ("val", self.validation)
+        return {
+            **{f"{split}/{name}": value for name, value in best.items()},
+            **{f"last/{name}": value for name, value in self.last.items()},
+        }
 
 
 @restored_thread_count()
@@ -92,8 +80,11 @@ def train(
     group: ProcessGroup,
     sink: EventSink,
     before_step: BeforeStep | None = None,
+    stop_requested: StopRequested = never,
 ) -> Outcome:
-    """Trains from the latest committed checkpoint, or from scratch, to the end; then tests the best checkpoint.
+    """Trains from the latest committed checkpoint, or from scratch, to the end; then tests the best and the last one.
+
+    Without a validation split nothing is selected: the last checkpoint takes the place of the best.
 
     Args:
         config: of the run.
@@ -102,15 +93,35 @@ def train(
         group: this process's rank and group.
         sink: receives events on rank 0.
         before_step: called before each optimizer step.
+        stop_requested: whether to stop after the next step; rank 0 decides, and commits a checkpoint.
 
     Returns:
         The metrics of the best checkpoint.
 
     Raises:
+        TrainingStopped: it was asked to stop; raised on all ranks.
         NonFiniteError: a loss or a gradient is not finite; raised on all ranks at the same step.
         UserError: the configuration does not fit the data, or the checkpoints of another configuration are there.
         RunError: a checkpoint cannot be written.
     """
+    try:
+        return _train(config, store, run_dir, group, sink, before_step, stop_requested)
+    except OSError as error:
+        sentence = disk_problem(error)
+        if sentence is None:
+            raise
+        raise RunError(f"{sentence}; then run the same command again to resume") from error
+
+
+def _train(
+    config: Config,
+    store: Store,
+    run_dir: Path,
+    group: ProcessGroup,
+    sink: EventSink,
+    before_step: BeforeStep | None,
+    stop_requested: StopRequested,
+) -> Outcome:
     _set_arithmetic(config)
     if group.device.type == "cpu":
         keep_freed_memory()
@@ -118,54 +129,34 @@ def train(
     state = TrainingState(config, group, store.manifest.content_hash, plan.steps_per_epoch)
     folder = CheckpointFolder(run_dir / "checkpoints")
     _resume(state, task, folder, sink)
+    if splits.val is None:
+        sink.emit(Note("the data have no validation split: the last epoch is reported, no checkpoint is selected"))
     _settle_gradient_exchange(state, task, store, plan)
     if group.is_main and state.step == 0:
-        _draw_first_batch(config, task, store, plan, run_dir / "report" / "training_batch.png")
+        path = run_dir / "report" / "training_batch.png"
+        with _plot_that_may_fail(path, sink):
+            _draw_first_batch(config, task, store, plan, path)
     meter = Meter()
     for epoch in range(state.epoch, config.train.epochs):
         for batch in splits.train.epoch(plan, epoch, start_step=state.step_in_epoch):
             if before_step is not None:
                 before_step(group, state.step)
-            training_step(state, task, batch, meter, sink)
-            if due(config.checkpoint.every_steps, state.step) and state.step_in_epoch < state.steps_per_epoch:
+            stopping = training_step(state, task, batch, meter, sink, stop_requested)
+            timely = due(config.checkpoint.every_steps, state.step) and state.step_in_epoch < state.steps_per_epoch
+            if timely or stopping:
                 _save(state, folder, sink)
-        _finish_epoch(state, task, splits, folder, sink)
+            if stopping:
+                raise TrainingStopped(state.step)
+        try:
+            _finish_epoch(state, task, splits, plan, folder, sink, stop_requested)
+        except EvaluationStopped:
+            _save(state, folder, sink)
+            raise TrainingStopped(state.step) from None
         meter.restart()
-    return _test_best(state, task, splits, folder, run_dir, sink)
-
-
-def prepare_parts(config: Config, store: Store, group: ProcessGroup) -> tuple[AnyTask, Splits, EpochPlan]:
-    """Task, loaders and sampling plan of a training. Raises UserError if the configuration does not fit the data."""
-    task = build_task(config, DataSummary.of(store.manifest))
-    _refuse_splits_without_objects(store)
-    shape = store.manifest.image_shape
-    channels = shape[0] if shape else 3
-    if config.model.in_channels != channels:
-        raise UserError(
-            f"model.in_channels={config.model.in_channels}, but the images have {counted(channels, 'channel')}; "
-            f"set model.in_channels={channels}"
-        )
     try:
-        splits = Splits.of(store, config, group)
-        plan = EpochPlan(
-            samples=len(splits.train.split),
-            global_batch=config.train.global_batch,
-            world_size=group.size,
-            rank=group.rank,
-            seed=config.train.seed,
-            accumulate=config.train.accumulate,
-        )
-    except ValueError as error:
-        raise UserError(f"the configuration does not fit the data: {error}") from error
-    return task, splits, plan
-
-
-def _refuse_splits_without_objects(store: Store) -> None:
-    """Detection metrics need objects; check before the first epoch."""
-    boxes = store.manifest.audit.boxes or {}
-    for name in ("val", "test"):
-        if name in boxes and not sum(boxes[name].objects_per_class):
-            raise UserError(f"split {name!r} of {store.location} has no object to measure; prepare another split")
+        return _test_best(state, task, splits, folder, run_dir, sink, stop_requested)
+    except EvaluationStopped:
+        raise TrainingStopped(state.step) from None
 
 
 def _set_arithmetic(config: Config) -> None:
@@ -187,6 +178,7 @@ def _resume(state: TrainingState, task: AnyTask, folder: CheckpointFolder, sink:
         sink.emit(Note(f"resuming from {latest.name} (epoch {state.epoch + 1}, step {state.step})"))
         if threads is not None:
             sink.emit(Note(threads))
+        _forget_lost_best(state, folder, sink)
     metadata = {
         "parameters": sum(p.numel() for p in state.network.parameters()),
         "device": str(state.group.device),
@@ -195,6 +187,15 @@ def _resume(state: TrainingState, task: AnyTask, folder: CheckpointFolder, sink:
     }
     epochs, steps = state.config.train.epochs, state.steps_per_epoch
     sink.emit(Started(state.step, epochs * steps, steps, epochs, metadata, task.headline))
+
+
+def _forget_lost_best(state: TrainingState, folder: CheckpointFolder, sink: EventSink) -> None:
+    """Chooses the best checkpoint anew if the one so far is lost: damaged, or removed when a later one was better."""
+    step = None if state.best is None else state.best["step"]
+    if step is None or state.group.broadcast(not state.group.is_main or folder.is_intact(step)):
+        return
+    sink.emit(Note(f"the best checkpoint so far, of step {step}, is lost; the best one is chosen from here on"))
+    state.best = None
 
 
 def _refuse_unshared_storage(group: ProcessGroup, folder: CheckpointFolder) -> None:
@@ -237,6 +238,16 @@ def _settle_gradient_exchange(state: TrainingState, task: AnyTask, store: Store,
             buffer.copy_(buffers[name])
 
 
+@contextmanager
+def _plot_that_may_fail(path: Path, sink: EventSink) -> Iterator[None]:
+    """A plot that no certificate needs: where it fails, the training says so and continues."""
+    try:
+        yield
+    except Exception as error:
+        reason = disk_problem(error, path) or f"{type(error).__name__}: {error}"
+        sink.emit(Note(f"the plot {path.name} was not drawn: {reason}"))
+
+
 def _first_batch(config: Config, store: Store, plan: EpochPlan) -> Batch:
     """The first micro-batch, from a separate loader, so that the loader of the training keeps its position."""
     transform, seed, epochs = config.data.transform, config.train.seed, config.train.epochs
@@ -255,21 +266,30 @@ def _draw_first_batch(config: Config, task: AnyTask, store: Store, plan: EpochPl
 
 
 def _finish_epoch(
-    state: TrainingState, task: AnyTask, splits: Splits, folder: CheckpointFolder, sink: EventSink
+    state: TrainingState,
+    task: AnyTask,
+    splits: Splits,
+    plan: EpochPlan,
+    folder: CheckpointFolder,
+    sink: EventSink,
+    stop_requested: StopRequested,
 ) -> None:
-    """Evaluates, moves the position to the next epoch, and saves a checkpoint if it is due or the best so far."""
+    """Evaluates, moves the position to the next epoch, and saves a checkpoint if it is due or the best so far.
+
+    Of equal epochs the later one is the best: it has trained longer.
+    """
     config = state.config
     row = {"epoch": float(state.epoch + 1)}
-    row |= {f"train/{name}": total / len(splits.train.split) for name, total in state.sums.items()}
+    row |= {f"train/{name}": total / plan.samples_per_epoch for name, total in state.sums.items()}
     if config.shortcut.enabled:
         row["balance_coefficient"] = state.balance
     gradients = _gradient_table(state)
     last = state.epoch + 1 == config.train.epochs
     evaluation: Evaluation[Any, Any] | None = None
     measured: dict[str, float] = {}
-    if last or due(config.train.evaluate_every, state.epoch + 1):
+    if splits.val is not None and (last or due(config.train.evaluate_every, state.epoch + 1)):
         sink.emit(Phase("validating"))
-        evaluation = _evaluate(state, task, splits.val)
+        evaluation = _evaluate(state, task, splits.val, stop_requested)
         measured = state.group.broadcast(evaluation and task.metrics(evaluation.predictions, evaluation.targets))
         if config.checkpoint.metric not in measured:
             raise UserError(
@@ -282,25 +302,27 @@ def _finish_epoch(
     state.epoch, state.step_in_epoch, state.sums = state.epoch + 1, 0, {}
     state.history.append(row)
     best = bool(measured) and _improves(config.checkpoint, state.best, measured)
-    if best:
+    timely = due(config.checkpoint.every_epochs, state.epoch) or due(config.checkpoint.every_steps, state.step)
+    if best or (splits.val is None and (last or timely)):
         state.best = {"step": state.step, "epoch": state.epoch, "metrics": measured}
     layers = () if evaluation is None else evaluation.layers
     sink.emit(EpochDone(state.epoch, state.step, row, best, layers, gradients))
-    timely = due(config.checkpoint.every_epochs, state.epoch) or due(config.checkpoint.every_steps, state.step)
     if best or last or timely:
         _save(state, folder, sink)
 
 
-def _evaluate(state: TrainingState, task: AnyTask, loader: BatchLoader) -> Evaluation[Any, Any] | None:
-    state.group.broadcast_buffers(state.eval_model)
-    return evaluate(state.eval_model, task, loader, state.config.train, state.group)
+def _evaluate(
+    state: TrainingState, task: AnyTask, loader: BatchLoader, stop_requested: StopRequested
+) -> Evaluation[Any, Any] | None:
+    config, group = state.config.train, state.group
+    return evaluate(state.eval_model, task, loader, config, group, stop_requested=stop_requested)
 
 
 def _improves(config: CheckpointConfig, best: Mapping[str, Any] | None, measured: Mapping[str, float]) -> bool:
     if best is None:
         return True
     gain = measured[config.metric] - best["metrics"][config.metric]
-    return gain > 0 if config.mode == "max" else gain < 0
+    return gain >= 0 if config.mode == "max" else gain <= 0
 
 
 def _gradient_table(state: TrainingState) -> tuple[dict[str, Any], ...]:
@@ -321,24 +343,55 @@ def _save(state: TrainingState, folder: CheckpointFolder, sink: EventSink) -> No
 
 
 def _test_best(
-    state: TrainingState, task: AnyTask, splits: Splits, folder: CheckpointFolder, run_dir: Path, sink: EventSink
+    state: TrainingState,
+    task: AnyTask,
+    splits: Splits,
+    folder: CheckpointFolder,
+    run_dir: Path,
+    sink: EventSink,
+    stop_requested: StopRequested,
 ) -> Outcome:
-    """Evaluates the best checkpoint on the test split and writes the report of the run."""
+    """Evaluates the best checkpoint on the test split, writes the report of the run, and tests the last checkpoint."""
     assert state.best is not None, "the last epoch is always evaluated"
-    path = state.group.broadcast(folder.at(state.best["step"]))  # waits until rank 0 has committed it
+    step, best, split = state.step, state.best, splits.test.split.name
+    path = state.group.broadcast(folder.at(best["step"]))  # waits until rank 0 has committed it
     state.load_weights(load_checkpoint(path))
     sink.emit(Phase("testing"))
-    evaluation = _evaluate(state, task, splits.test)
+    evaluation = _evaluate(state, task, splits.test, stop_requested)
     metrics: dict[str, float] = {}
     if evaluation is not None:
-        sink.emit(Note(f"testing {path.name}, the best checkpoint by val/{state.config.checkpoint.metric}"))
-        details = task.details(evaluation.predictions, evaluation.targets)
+        chosen = f"best checkpoint by val/{state.config.checkpoint.metric}" if splits.val else "last checkpoint"
+        sink.emit(Note(f"testing {path.name}, the {chosen}"))
+        details = {**task.details(evaluation.predictions, evaluation.targets), "split": evaluation.split}
         metrics = details["metrics"]
         sink.emit(Phase("drawing plots"))
         task.report.write(details, evaluation.predictions, evaluation.targets, run_dir / "report")
         shown = min(_IMAGES_OF_REPORT, len(evaluation.targets))
         images = [splits.test.split.image(row) for row in range(shown)]
         plot = run_dir / "report" / "predictions.png"
-        task.report.draw(images, evaluation.predictions[:shown], evaluation.targets[:shown], plot)
-        plots.learning_curve(state.history, state.config.checkpoint.metric, run_dir / "report" / "learning_curve.png")
-    return Outcome(state.step, str(path), state.best["metrics"], state.group.broadcast(metrics), tuple(state.history))
+        with _plot_that_may_fail(plot, sink):
+            task.report.draw(images, evaluation.predictions[:shown], evaluation.targets[:shown], plot)
+        curve = run_dir / "report" / "learning_curve.png"
+        with _plot_that_may_fail(curve, sink):
+            plots.learning_curve(state.history, state.config.checkpoint.metric, curve)
+    metrics = state.group.broadcast(metrics)
+    last = metrics if best["step"] == step else _test_last(state, task, splits, folder.at(step), sink, stop_requested)
+    named = {f"{split}/{name}": value for name, value in last.items()}
+    test = metrics if split == "test" else {}
+    return Outcome(step, str(path), best["metrics"], test, named, tuple(state.history))
+
+
+def _test_last(
+    state: TrainingState, task: AnyTask, splits: Splits, path: Path, sink: EventSink, stop_requested: StopRequested
+) -> dict[str, float]:
+    """Metrics of the last checkpoint on the test split; those of the validation split were measured with its epoch."""
+    if splits.test.split.name == "val":
+        return {key.removeprefix("val/"): value for key, value in state.history[-1].items() if key.startswith("val/")}
+    sink.emit(Note(f"testing {path.name}, the last checkpoint"))
+    sink.emit(Phase("testing the last checkpoint"))
+    state.load_weights(load_checkpoint(path))
+    evaluation = _evaluate(state, task, splits.test, stop_requested)
+    metrics: dict[str, float] = state.group.broadcast(
+        evaluation and task.metrics(evaluation.predictions, evaluation.targets)
+    )
+    return metrics

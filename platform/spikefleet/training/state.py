@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -12,13 +13,21 @@ from torch.nn.parallel import DistributedDataParallel
 
 from spikefleet.config.schema import Config, differences
 from spikefleet.errors import UserError
-from spikefleet.training.checkpoints import Snapshot, optimizer_tensors, restore_optimizer
+from spikefleet.training.checkpoint_state import CheckpointState
+from spikefleet.training.checkpoints import Snapshot, fitting_tensors, optimizer_tensors, restore_optimizer
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.optimizer import BIASES, build_ema, build_optimizer, learning_rate, momentum
 from spikefleet.training.precision import autocast
 from spikefleet.training.threads import resume_threads, thread_counts
 from spikefleet_models.families import build_model
 from spikefleet_models.shortcut import ShortcutNetwork, balance_coefficient
+
+_BUFFERS_IN_FORWARD = (  # the first was renamed after torch 2.10
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+    else "broadcast_buffers"
+)
+"""The option of DDP by which rank 0's buffers are copied to all ranks before each forward pass."""
 
 
 class TrainingState:
@@ -75,7 +84,9 @@ class TrainingState:
         model = network
         if self.group.size > 1:
             devices = [self.group.device] if self.group.device.type == "cuda" else None
-            model = DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)
+            # `rank_statistics.py` averages batch-norm statistics, instead of a broadcast of rank 0's.
+            unsynced: dict[str, Any] = {_BUFFERS_IN_FORWARD: False}
+            model = DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True, **unsynced)
         if self.config.train.compile:
             model = torch.compile(model)  # type: ignore[assignment]
         return model
@@ -146,38 +157,43 @@ class TrainingState:
         Raises:
             UserError: the snapshot has another configuration, data or number of workers; the message lists the fields.
         """
-        state = snapshot.state
+        state = CheckpointState.of(snapshot.state, "to resume from")
         differing = differences(snapshot.config, self.config.dump())
-        if state["data_hash"] != self.data_hash:
-            differing.append(f"data: expected content hash {state['data_hash'][:12]}, found {self.data_hash[:12]}")
-        if state["world_size"] != self.group.size:
-            differing.append(f"cluster.workers: expected {state['world_size']}, found {self.group.size}")
+        if state.data_hash != self.data_hash:
+            differing.append(f"data: expected content hash {state.data_hash[:12]}, found {self.data_hash[:12]}")
+        if state.world_size != self.group.size:
+            differing.append(f"cluster.workers: expected {state.world_size}, found {self.group.size}")
         if differing:
             raise UserError(
                 f"the run cannot be resumed with another configuration: {'; '.join(differing)}; "
                 "use its values to resume it, or set another --name"
             )
         self.load(snapshot)
-        restore_optimizer(self.optimizer, self.train_model, snapshot.tensors["optimizer"])
-        if state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
-        _set_random_state(snapshot.tensors["random"], self.group)
-        self.best, self.history, self.sums = state["best"], list(state["history"]), dict(state["sums"])
-        return resume_threads(state.get("threads"), self.group)
+        with fitting_tensors():
+            restore_optimizer(self.optimizer, self.train_model, snapshot.tensors["optimizer"])
+            if state.scaler:
+                self.scaler.load_state_dict(state.scaler)
+            _set_random_state(snapshot.tensors["random"], self.group)
+        self.best = None if state.best is None else state.best.model_dump()
+        self.history, self.sums = state.history, state.sums
+        return resume_threads(state.threads, self.group)
 
     def load(self, snapshot: Snapshot) -> None:
         """Restores the weights, also those of side branches, and the position."""
         self.load_weights(snapshot)
-        if isinstance(self.train_model, ShortcutNetwork):
-            self.train_model.branches.load_state_dict(dict(snapshot.tensors["branches"]))
-        self.epoch, self.step_in_epoch = snapshot.state["epoch"], snapshot.state["step_in_epoch"]
+        with fitting_tensors():
+            if isinstance(self.train_model, ShortcutNetwork):
+                self.train_model.branches.load_state_dict(dict(snapshot.tensors["branches"]))
+        state = CheckpointState.of(snapshot.state, "that was loaded")
+        self.epoch, self.step_in_epoch = state.epoch, state.step_in_epoch
 
     def load_weights(self, snapshot: Snapshot) -> None:
         """Restores only the weights and their EMA."""
-        self.network.load_state_dict(dict(snapshot.tensors["model"]))
-        if self.ema is not None:
-            self.ema.module.load_state_dict(dict(snapshot.tensors["average"]))
-            self.ema.n_averaged.fill_(snapshot.state["averaged"])
+        with fitting_tensors():
+            self.network.load_state_dict(dict(snapshot.tensors["model"]))
+            if self.ema is not None:
+                self.ema.module.load_state_dict(dict(snapshot.tensors["average"]))
+                self.ema.n_averaged.fill_(snapshot.state["averaged"])
 
 
 def _random_state(device: torch.device) -> dict[str, torch.Tensor]:

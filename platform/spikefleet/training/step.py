@@ -15,7 +15,9 @@ from spikefleet.tasks import AnyTask
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.events import EventSink, Note, StepDone
 from spikefleet.training.optimizer import large_step
+from spikefleet.training.rank_statistics import average_statistics
 from spikefleet.training.state import TrainingState
+from spikefleet.training.stopping import StopRequested, never
 from spikefleet_models.gradient_flow import LARGEST_STEP, largest_relative_step
 from spikefleet_models.health import SpikeMonitor
 from spikefleet_pipelines.loading import Batch
@@ -48,7 +50,14 @@ class Meter:
         return rate
 
 
-def training_step(state: TrainingState, task: AnyTask, batch: Batch, meter: Meter, sink: EventSink) -> None:
+def training_step(
+    state: TrainingState,
+    task: AnyTask,
+    batch: Batch,
+    meter: Meter,
+    sink: EventSink,
+    stop_requested: StopRequested = never,
+) -> bool:
     """Trains on one global batch: forward and backward passes of its micro-batches, all-reduce, optimizer step.
 
     Args:
@@ -57,6 +66,10 @@ def training_step(state: TrainingState, task: AnyTask, batch: Batch, meter: Mete
         batch: this rank's slice of the global batch.
         meter: measures images per second.
         sink: receives the metrics of the step if they are due.
+        stop_requested: asked on rank 0.
+
+    Returns:
+        Whether to stop after this step; the same on all ranks.
 
     Raises:
         NonFiniteError: the loss or a gradient is not finite; raised on all ranks, before the optimizer step.
@@ -83,10 +96,13 @@ def training_step(state: TrainingState, task: AnyTask, batch: Batch, meter: Mete
             weight = group.size * share
             if config.train.loss == "sum":
                 weight *= batch.global_count
+            elif config.train.partial_batch == "weigh":  # each sample of an epoch then counts the same
+                weight *= batch.global_count / config.train.global_batch
             state.scaler.scale(values["loss"] * weight).backward()
         for name, value in values.items():
             local[name] = local.get(name, 0) + value.detach().double() * (len(part.targets) if count is None else 1)
-    means = _global_means(local, divisor.total(batch.global_count), group)
+    asked = group.is_main and stop_requested()
+    means, stopping = _global_means(local, divisor.total(batch.global_count), group, asked)
     state.scaler.unscale_(state.optimizer)
     divisor.correct(state.train_model.parameters())
     norms = _gradient_norms(state)
@@ -98,6 +114,7 @@ def training_step(state: TrainingState, task: AnyTask, batch: Batch, meter: Mete
     _note_large_step(state, rate, sink)
     state.scaler.step(state.optimizer)
     state.scaler.update()
+    average_statistics(state.network, group)
     if state.ema is not None:
         state.ema.update_parameters(state.network)
     for name, mean in means.items():
@@ -112,6 +129,7 @@ def training_step(state: TrainingState, task: AnyTask, batch: Batch, meter: Mete
         if monitor is not None:
             metrics |= {f"spikes/{name}": value for name, value in monitor.summary().items()}
         sink.emit(StepDone(state.epoch, state.step, metrics))
+    return stopping
 
 
 def micro_batches(batch: Batch, parts: int) -> Iterator[Batch]:
@@ -171,10 +189,12 @@ class _Divisor:
 
 
 def _global_means(
-    local: Mapping[str, torch.Tensor], total: torch.Tensor | int, group: ProcessGroup
-) -> dict[str, float]:
-    means = group.all_reduce(torch.stack([value.double() for value in local.values()])) / total
-    return dict(zip(local, means.tolist(), strict=True))
+    local: Mapping[str, torch.Tensor], total: torch.Tensor | int, group: ProcessGroup, asked: bool
+) -> tuple[dict[str, float], bool]:
+    """Means over all ranks, and whether rank 0 was asked to stop, which costs no further collective."""
+    values = [value.double() for value in local.values()]
+    sums = group.all_reduce(torch.stack([*values, torch.full_like(values[0], float(asked))]))
+    return dict(zip(local, (sums[:-1] / total).tolist(), strict=True)), bool(sums[-1] > 0)
 
 
 def _gradient_norms(state: TrainingState) -> dict[str, float]:

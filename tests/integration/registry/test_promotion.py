@@ -128,3 +128,20 @@ def test_a_promotion_that_was_killed_is_made_good_by_the_next_one(
         with pytest.raises(KeyboardInterrupt):
             promote("killed", 2, "top1", tracking_uri=first.uri)
     assert promote("killed", 3, "top1", tracking_uri=first.uri).champion == 2
+
+
+def test_a_version_of_which_nothing_is_shown_gets_no_alias(first: Trained, tmp_path: Path) -> None:
+    for seed, verdict in enumerate(["proved", "proved", "not shown", "refuted"], start=80):
+        tags = {**first.tags, "spike_driven": verdict}
+        first.again(seed, tmp_path).register("shown", 0.9 if seed == 80 else 0.8, tags=tags)
+    outcomes = [promote("shown", number, "top1", tracking_uri=first.uri) for number in (1, 2, 3)]
+    assert [outcome.alias for outcome in outcomes] == ["champion", "challenger", None]
+    assert "version 3 shows nothing" in outcomes[2].reason
+    assert outcomes[2].champion == 1
+
+    def aliases() -> dict[int, tuple[str, ...]]:
+        return {v.version: v.aliases for v in show("shown", tracking_uri=first.uri).versions if v.aliases}
+
+    assert aliases() == {1: ("champion",), 2: ("challenger",)}
+    assert promote("shown", 4, "top1", tracking_uri=first.uri).alias == "challenger"
+    assert aliases() == {1: ("champion",), 4: ("challenger",)}

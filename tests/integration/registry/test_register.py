@@ -64,6 +64,7 @@ def test_mlflow_loads_it_in_a_fresh_process(
     """
     np.save(tmp_path / "images.npy", images)
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "MLFLOW_TRACKING_URI": first.uri}
+    environment |= {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
     arguments = [sys.executable, "-c", textwrap.dedent(program), tmp_path / "images.npy", tmp_path / "out.npy"]
     done = subprocess.run(arguments, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "uint8" in done.stdout

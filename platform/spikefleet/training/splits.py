@@ -1,0 +1,81 @@
+"""What a training takes from a configuration and a store: the task, the loaders of the splits, the sampling plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from spikefleet.config.schema import Config
+from spikefleet.data_summary import DataSummary
+from spikefleet.errors import UserError
+from spikefleet.tasks import AnyTask, build_task
+from spikefleet.training.distributed import ProcessGroup
+from spikefleet_pipelines.loading import BatchLoader
+from spikefleet_pipelines.sampling import EpochPlan
+from spikefleet_pipelines.store.reader import Store
+from spikefleet_tune.messages import counted
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The loaders of the splits."""
+
+    train: BatchLoader
+    val: BatchLoader | None
+    """None where all images are trained on."""
+    test: BatchLoader
+    """Its split is "val" where the data have no other images to report on."""
+
+    @classmethod
+    def of(cls, store: Store, config: Config, group: ProcessGroup) -> Splits:
+        """The loaders of a store. Raises ValueError if the transform does not fit its images."""
+        manifest = store.manifest
+
+        def loader(split: str) -> BatchLoader:
+            return BatchLoader(
+                store.split(split),
+                config.data.transform,
+                train=split == "train",
+                seed=config.train.seed,
+                processes=config.data.loader_processes,
+                pin_memory=group.device.type == "cuda",
+                epochs=config.train.epochs,
+            )
+
+        val = loader("val") if "val" in manifest.splits else None
+        return cls(loader("train"), val, loader(manifest.original("test")))
+
+
+def prepare_parts(config: Config, store: Store, group: ProcessGroup) -> tuple[AnyTask, Splits, EpochPlan]:
+    """Task, loaders and sampling plan of a training. Raises UserError if the configuration does not fit the data."""
+    task = build_task(config, DataSummary.of(store.manifest))
+    _refuse_splits_without_objects(store)
+    shape = store.manifest.image_shape
+    channels = shape[0] if shape else 3
+    if config.model.in_channels != channels:
+        raise UserError(
+            f"model.in_channels={config.model.in_channels}, but the images have {counted(channels, 'channel')}; "
+            f"set model.in_channels={channels}"
+        )
+    try:
+        splits = Splits.of(store, config, group)
+        plan = EpochPlan(
+            samples=len(splits.train.split),
+            global_batch=config.train.global_batch,
+            world_size=group.size,
+            rank=group.rank,
+            seed=config.train.seed,
+            accumulate=config.train.accumulate,
+            drop_partial=config.train.partial_batch == "drop",
+            training=config.data.transform.training_rows(splits.train.split),
+        )
+    except ValueError as error:
+        raise UserError(f"the configuration does not fit the data: {error}") from error
+    return task, splits, plan
+
+
+def _refuse_splits_without_objects(store: Store) -> None:
+    """Detection metrics need objects; check before the first epoch."""
+    boxes = store.manifest.audit.boxes or {}
+    for name in ("val", "test"):
+        if name in boxes and not sum(boxes[name].objects_per_class):
+            raise UserError(f"split {name!r} of {store.location} has no object to measure; prepare another split")
