@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -371,7 +372,7 @@ def best(
     *,
     tracking_uri: str | None = None,
 ) -> RegisteredVersion:
-    """The version with the best metric; of equal ones the oldest.
+    """The version with the best metric; of equal ones a champion (a renewed copy is one), else the oldest.
 
     Args:
         task: only versions of this task.
@@ -401,7 +402,12 @@ def best(
         known = sorted({name for version in versions for name in version.metrics})
         raise UserError(f"no matching version has the metric {metric!r}; {one_of(known)}")
     sign = -1 if mode == "max" else 1
-    return min(values, key=lambda pair: (sign * pair[1], pair[0].created, pair[0].name, pair[0].version))[0]
+
+    def rank(pair: tuple[RegisteredVersion, float]) -> tuple[float, bool, datetime, str, int]:
+        version, value = pair
+        return sign * value, "champion" not in version.aliases, version.created, version.name, version.version
+
+    return min(values, key=rank)[0]
 
 
 def _narrow(versions: list[RegisteredVersion], key: str, wanted: str) -> list[RegisteredVersion]:
