@@ -26,7 +26,7 @@ train: $(SYNCED)
 	$(BIN)/spikefleet evaluate models:/sg_resnet_digits@champion
 	$(BIN)/spikefleet registry best --task classification --metric top1
 	@echo
-	@echo "next: spikefleet recipes; spikefleet predict models:/sg_resnet_digits@champion PICTURE; spikefleet ui"
+	@echo "next: spikefleet recipes; spikefleet predict models:/sg_resnet_digits@champion IMAGE; spikefleet ui"
 	@echo "      (in $(BIN)/, or with 'uv run')"
 
 # Everything but what is marked slow; what takes longest starts first.

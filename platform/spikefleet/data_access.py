@@ -42,6 +42,12 @@ def open_data(config: DataConfig, stores_dir: Path, console: Console) -> Store:
     return store
 
 
+def store_at(location: str, stores_dir: Path) -> str:
+    """A store's path or URI; where no such path exists, a name in `stores_dir`."""
+    named = stores_dir / location
+    return str(named) if "://" not in location and not Path(location).exists() and named.is_dir() else location
+
+
 def prepare_store(
     source: str,
     root: Path | None,
@@ -58,13 +64,20 @@ def prepare_store(
         if address or os.environ.get("RAY_ADDRESS"):
             with waiting(console, "connecting to Ray"):
                 cluster.enter_context(ray_session(address))
-        with _shown(console, f"preparing {source}") as progress:
+        title = f"preparing {source}"
+        with _shown(console, title, otherwise=f"{out} was prepared before") as progress:
             return prepare(source, root, out, progress=progress, **how, **options)
 
 
 @contextmanager
-def _shown(console: Console, title: str) -> Iterator[Callable[[int, int], None]]:
-    """Progress with rate and remaining time, and a line with the number of images when it is done."""
+def _shown(console: Console, title: str, otherwise: str = "") -> Iterator[Callable[[int, int], None]]:
+    """Progress with rate and remaining time, and a line with the number of images when it is done.
+
+    Args:
+        console: where.
+        title: what is done.
+        otherwise: the line where nothing had to be done; an empty string: none.
+    """
     done_of = (0, 0)
     with counting(console, title) as count:
 
@@ -76,3 +89,5 @@ def _shown(console: Console, title: str) -> Iterator[Callable[[int, int], None]]
         yield progress
     if done_of[1]:
         print_line(console, f"{title}: {done_of[0]:,} images")
+    elif otherwise:
+        print_line(console, otherwise)

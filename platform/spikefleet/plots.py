@@ -103,7 +103,7 @@ def learning_curve(history: Sequence[Mapping[str, float]], metric: str, path: Pa
     panels = (
         ("loss", ("train/loss",)),
         (metric, (f"train/{metric}", f"val/{metric}")),
-        ("fraction of neurons", ("spikes/firing_rate", "spikes/dead_fraction", "spikes/saturated_fraction")),
+        ("spike health (fractions)", ("spikes/firing_rate", "spikes/dead_fraction", "spikes/saturated_fraction")),
     )
     figure, axes = _subplots(1, len(panels), figsize=(13, 3.6), layout="constrained")
     for axis, (title, keys) in zip(axes, panels, strict=True):
@@ -112,6 +112,7 @@ def learning_curve(history: Sequence[Mapping[str, float]], metric: str, path: Pa
             if points:
                 axis.plot(*zip(*points, strict=True), marker=".", label=key)
         axis.set(xlabel="epoch", title=title)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend(fontsize=8)

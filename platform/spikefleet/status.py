@@ -1,11 +1,13 @@
 """Signs of life: what a command waits for, with seconds; how far it is, with rate and remaining time.
 
-On a terminal a line that is drawn anew; elsewhere plain lines, at most one every 15 s.
+On a terminal a line that is drawn anew; elsewhere plain lines: one for each wait of over two seconds, then at most one
+every 15 s.
 """
 
 from __future__ import annotations
 
 import re
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -38,11 +40,11 @@ class PlainLines:
         self._printed: float | None = None
         self._lock = threading.Lock()
 
-    def say(self, console: Console, text: str) -> bool:
-        """Prints a line unless one was printed less than 15 s ago. Returns whether it did."""
+    def say(self, console: Console, text: str, at_once: bool = False) -> bool:
+        """Prints a line unless one was printed less than 15 s ago; at once in any case. Returns whether it did."""
         with self._lock:
             now = time.monotonic()
-            if self._printed is not None and now - self._printed < self._every_s:
+            if not at_once and self._printed is not None and now - self._printed < self._every_s:
                 return False
             self._printed = now
         print_line(console, text)
@@ -74,9 +76,26 @@ STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u20
 """Characters that steer a terminal, or are no Unicode."""
 
 
-def print_line(console: Console, text: str) -> None:
-    """Prints a line as it is, but escaped for terminals: neither wrapped nor read as markup."""
-    console.print(printable(text), highlight=False, markup=False, soft_wrap=True, emoji=False)
+def print_line(console: Console, text: str, style: str | None = None) -> None:
+    """Prints a line that is not read as markup, and escaped for terminals.
+
+    A terminal would break it inside of names and numbers, so there it is wrapped between words; a word that is wider
+    stays whole. Elsewhere, and where it is a command to copy (`print_whole`), it is one line.
+    """
+    if console.is_terminal:
+        lines = (wrapped_words(line, console.width) for line in text.split("\n"))
+        text = "\n".join(part for parts in lines for part in parts)
+    print_whole(console, text, style)
+
+
+def wrapped_words(line: str, width: int) -> list[str]:
+    """Lines of at most `width` characters, broken between words alone; at least one."""
+    return textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False) or [""]
+
+
+def print_whole(console: Console, text: str, style: str | None = None) -> None:
+    """Prints a line as it is, such as a command to copy: neither wrapped nor read as markup, but escaped."""
+    console.print(printable(text), style=style, highlight=False, markup=False, soft_wrap=True, emoji=False)
 
 
 def silent(what: str) -> None:
@@ -97,13 +116,19 @@ class Waiting:
 
     def __init__(self, console: Console, lines: PlainLines | None = None) -> None:
         self._console, self._lines = console, lines or PLAIN_LINES
-        self._state = ("", 0.0)
+        self._state = ("", 0.0, False)
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def announce(self, what: str) -> None:
-        """What begins now, and ends what was waited for before; an empty string: nothing."""
-        self._state = (what, time.monotonic())
+    def announce(self, what: str, often: bool = False) -> None:
+        """What begins now, and ends what was waited for before.
+
+        Args:
+            what: its name; an empty string: nothing.
+            often: it begins so often, like a step, that it is not named in a log whenever it takes over two seconds,
+                but with the line that is due every 15 s.
+        """
+        self._state = (what, time.monotonic(), not often)
         if self._thread is None:
             self._thread = threading.Thread(target=self._draw, name="waiting", daemon=True)
             self._thread.start()
@@ -117,14 +142,17 @@ class Waiting:
     def _draw(self) -> None:
         with ExitStack() as stack:
             live: Status | None = None
+            named: tuple[str, float, bool] | None = None
             while not self._over.wait(_LOOK_EVERY_S):
-                what, since = self._state
+                state = what, since, promptly = self._state
                 seconds = time.monotonic() - since
                 if not what:
                     continue
                 if not self._console.is_terminal:
                     if seconds >= _PLAIN_AFTER_S:
-                        self._lines.say(self._console, f"{what}: {seconds:.0f} s so far")
+                        line = f"{what}: {seconds:.0f} s so far"
+                        self._lines.say(self._console, line, at_once=promptly and named != state)
+                        named = state
                 elif live is not None:
                     live.update(escape(printable(f"{what}  {seconds:.0f} s")))
                 elif seconds >= _LIVE_AFTER_S:

@@ -72,7 +72,7 @@ def two_workers(recipe: str, overrides: list[str], steps: int, keep: bool) -> fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="fashion_mnist_small", help="a classification recipe of 28 x 28 pictures")
+    parser.add_argument("--recipe", default="fashion_mnist_small", help="a classification recipe of 28 x 28 images")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
     parser.add_argument("--quick", action="store_true", help="fewer rounds and steps")
     parser.add_argument("--json", type=Path, help="write the figures to this file")

@@ -2,9 +2,9 @@
 
     python tests/bench/bench_detection.py [--quick] [--threads N] [--json FILE]
 
-A training step is forward, loss, backward and SGD on 2 pictures of 320x320, T = 1, D = 4, 80 classes; the twin is the
-same topology with ReLU. Inference is one picture of 320x320 through the deployed network, its RepConv chains merged to
-dense 3x3 convolutions or kept. Evaluation is 200 pictures with 100 boxes each: from arrays to the twelve numbers and
+A training step is forward, loss, backward and SGD on 2 images of 320x320, T = 1, D = 4, 80 classes; the twin is the
+same topology with ReLU. Inference is one image of 320x320 through the deployed network, its RepConv chains merged to
+dense 3x3 convolutions or kept. Evaluation is 200 images with 100 boxes each: from arrays to the twelve numbers and
 the figures of each class, against pycocotools' own evaluate and accumulate on the same plain data. Variants run
 interleaved in one process; medians are printed as ratios. Peak memory is the resident set of a process of its own.
 """
@@ -59,7 +59,7 @@ class Step:
 
 
 class Inference:
-    """One picture through a deployed network."""
+    """One image through a deployed network."""
 
     def __init__(self, network: nn.Module, merge: bool) -> None:
         self.network = deploy(network, merge=merge).to(memory_format=torch.channels_last)
@@ -73,10 +73,10 @@ class Inference:
 class Evaluations:
     """Boxes near the truth, as a detector in the middle of its training finds them."""
 
-    def __init__(self, pictures: int) -> None:
+    def __init__(self, images: int) -> None:
         draw = np.random.default_rng(0)
         self.truths, self.found = [], []
-        for image_id in range(pictures):
+        for image_id in range(images):
             corners, sizes = draw.uniform(0, 400, (7, 2)), draw.uniform(8, 200, (7, 2))
             labels = draw.integers(0, CLASSES, 7)
             self.truths.append(

@@ -4,7 +4,7 @@
 
 CIFAR: random crop of the padded image, flip, normalise (and once more with AutoAugment), from generated files in the
     official
-format. JPEG: RandomResizedCrop(224), flip, normalise, from generated pictures of 500x375. Full training epochs,
+format. JPEG: RandomResizedCrop(224), flip, normalise, from generated images of 500x375. Full training epochs,
 interleaved; medians; every line gives the ratio ours / torchvision.
 """
 
@@ -56,7 +56,7 @@ class Line:
 
 
 def write_cifar(root: Path, rows: int) -> None:
-    """Five training files of `rows` pictures: digits, enlarged and coloured, with noise."""
+    """Five training files of `rows` images: digits, enlarged and coloured, with noise."""
     folder, rng = root / "cifar-10-batches-py", np.random.default_rng(0)
     folder.mkdir(parents=True)
     digits = load_digits()
@@ -71,18 +71,18 @@ def write_cifar(root: Path, rows: int) -> None:
 
 
 def write_jpegs(root: Path, count: int) -> None:
-    """Pictures of 500x375 with texture on every scale, about 50 kB each as photographs have."""
+    """Images of 500x375 with texture on every scale, about 50 kB each as photographs have."""
     rng = np.random.default_rng(0)
     for number in range(count + 3):
-        picture = np.full((375, 500, 3), 128.0)
+        image = np.full((375, 500, 3), 128.0)
         for scale in (4, 8, 16, 32, 64, 128):
             coarse = rng.normal(0, 3 * scale**0.6, (375 // scale + 2, 500 // scale + 2, 3)).astype(np.float32)
             for channel in range(3):
                 plane = PIL.Image.fromarray(coarse[..., channel]).resize((500, 375), PIL.Image.Resampling.BICUBIC)
-                picture[..., channel] += np.asarray(plane)
-        picture += rng.normal(0, 4, picture.shape)
+                image[..., channel] += np.asarray(plane)
+        image += rng.normal(0, 4, image.shape)
         stream = io.BytesIO()
-        PIL.Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(stream, "JPEG", quality=90)
+        PIL.Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(stream, "JPEG", quality=90)
         folder = root / ("train" if number < count else "val") / f"class{number % 3}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{number:05d}.jpg").write_bytes(stream.getvalue())
@@ -138,7 +138,7 @@ def compare(
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--quick", action="store_true", help="fewer pictures and rounds")
+    arguments.add_argument("--quick", action="store_true", help="fewer images and rounds")
     arguments.add_argument("--json", type=Path, help="also write the figures to this file")
     options = arguments.parse_args()
     rounds = 3 if options.quick else 5

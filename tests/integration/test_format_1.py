@@ -69,6 +69,7 @@ def test_its_own_serving_code_says_what_to_do_and_a_renewed_version_serves(uri: 
     assert renewed.version == 2
     assert renewed.aliases == ("champion",)
     assert renewed.metrics == registry.show("format_1", tracking_uri=uri).pick(1).metrics
+    assert registry.best("classification", "top1", tracking_uri=uri).version == 2  # the one of both that serves
     served = mlflow.pyfunc.load_model("models:/format_1@champion")
     images = np.random.default_rng(0).integers(0, 256, (5, 1, 8, 8), dtype=np.uint8)
     answers = served.predict(images)

@@ -227,11 +227,11 @@ def test_nothing_is_added_when_adding_fails(root: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"split": "valid"}, "option 'split' of source 'coco' has value 'valid'"),
+        ({"split": "valid"}, "source 'coco': option split='valid': must be 'train', 'val' or 'test'"),
         ({"images": "absent"}, "absent, which is not a directory"),
         ({"annotations": "absent.json"}, r"absent\.json, which is not a file"),
         ({"split": "val", "holdout": 0.1}, "holdout is 0.1 for split 'val', expected 0; only split 'train'"),
-        ({"holdot": 0.1}, "option 'holdot' of source 'coco'.* options are: images, annotations, split, holdout"),
+        ({"holdot": 0.1}, "source 'coco': unknown option 'holdot'; did you mean 'holdout'"),
     ],
 )
 def test_wrong_split_options_are_refused(root: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -244,7 +244,7 @@ def test_other_stores_are_not_extended(root: Path, tmp_path: Path) -> None:
     prepare("digits", None, tmp_path / "digits")
     with pytest.raises(StoreError, match="already contains a store of 'digits'"):
         prepare("coco", None, tmp_path / "digits", **split_options(root, "train"))
-    with pytest.raises(SourceError, match="option 'annotations' of source 'coco' is missing"):
+    with pytest.raises(SourceError, match="source 'coco': option 'annotations' is missing"):
         prepare("coco", None, tmp_path / "store", split="train", images=root)
     with pytest.raises(SourceError, match=r"root is .*; remove root"):
         prepare("coco", root, tmp_path / "store", **split_options(root, "train"))

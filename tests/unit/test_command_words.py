@@ -5,7 +5,10 @@ from __future__ import annotations
 import sys
 
 import pytest
+import typer
 
+from spikefleet.cli import app
+from spikefleet.cli.app import _ORDER
 from spikefleet.cli.tuning import resumable, split_overrides
 from spikefleet.errors import UserError
 
@@ -29,3 +32,30 @@ def test_the_command_to_resume_with_extends_once(
     said = " ".join(capsys.readouterr().err.split())
     words = ["tune", "digits", *([] if noted else extension), "--confirm", "3"]
     assert said == f"interrupted; resume with: spikefleet {' '.join(words)}"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("train digits --workers two", "'--workers': 'two': must be a valid integer"),
+        ("data prepare digits --seed -1", "'--seed': '-1': must be greater than or equal to 0"),
+        ("evaluate run --split tets", "'--split': 'tets' is not one of 'train', 'val', 'test'"),
+    ],
+)
+def test_an_invalid_value_is_named_with_its_rule(words: str, sentence: str) -> None:
+    with pytest.raises(typer.BadParameter) as refused:
+        typer.main.get_command(app).main(words.split(), prog_name="spikefleet", standalone_mode=False)
+    assert refused.value.exit_code == 2
+    assert refused.value.format_message() == f"Invalid value for {sentence}"
+
+
+def test_the_help_has_the_commands_in_the_order_of_use_and_its_paragraphs_in_one_piece() -> None:
+    command = typer.main.get_command(app)
+    assert isinstance(command, typer.core.TyperGroup)
+    context = command.make_context("spikefleet", ["recipes"])
+    names = command.list_commands(context)
+    assert names[:4] == ["recipes", "config", "data", "train"]
+    assert sorted(names) == sorted(command.commands)
+    assert set(names) == set(_ORDER)
+    spike_check = command.get_command(context, "spike-check")
+    assert [part.count("\n") for part in spike_check.help.split("\n\n")] == [0, 0]

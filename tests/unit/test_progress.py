@@ -38,7 +38,7 @@ def test_every_event_is_shown_as_it_is(terminal: bool) -> None:
         display.show(event)
     display.close()
     shown = written.getvalue()
-    for part in ("epoch   1/2", "val/top1 80.00%", "best", "[/__w/torch/pair.cc:545] Read error", "[bold]"):
+    for part in ("epoch 1/2", "val/top1 80.00%", "best", "[/__w/torch/pair.cc:545] Read error", "[bold]"):
         assert part in shown
     assert ("1234 images/s" in shown) == terminal
     assert (" s left" in shown) != terminal
@@ -69,3 +69,25 @@ def test_what_is_no_training_step_is_named_while_it_takes(
     assert f"{named}  0 s" in written.getvalue() or f"{named}: 0 s so far" in written.getvalue()
     last = written.getvalue().rstrip().splitlines()[-2:]
     assert named not in last[-1]
+
+
+EPOCH = EpochDone(
+    epoch=7,
+    step=10,
+    metrics={"train/loss": 2.31, "train/top1": 1.0, "val/top1": 1.0, "spikes/firing_rate": 0.148},
+    best=True,
+)
+NARROW = "epoch   7/300  loss 2.3100  top1 100.00%  val/top1 100.00%  firing 0.148  best"
+WIDE = "epoch   7/300  train/loss 2.3100  train/top1 100.00%  val/top1 100.00%  spikes/firing_rate 0.148  best"
+
+
+@pytest.mark.parametrize(("terminal", "width", "line"), [(True, 80, NARROW), (True, 120, WIDE), (False, 80, WIDE)])
+def test_an_epoch_is_one_line(terminal: bool, width: int, line: str) -> None:
+    written = io.StringIO()
+    console = Console(file=written, force_terminal=terminal, width=width, color_system=None)
+    display = build_display(console)
+    display.show(Started(step=0, total_steps=10, steps_per_epoch=10, epochs=300, headline=("top1",)))
+    display.show(EPOCH)
+    display.close()
+    assert line in [shown.strip("\r").rpartition("\x1b[2K")[2].rstrip() for shown in written.getvalue().splitlines()]
+    assert all(shown == shown.rstrip() for shown in written.getvalue().splitlines()) or terminal

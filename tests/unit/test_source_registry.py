@@ -68,10 +68,16 @@ def test_a_source_from_outside_is_like_the_built_in_ones(outside: Source, tmp_pa
     assert list_sources()["stripes"] == "grey stripes of two widths"
     with pytest.raises(SourceError, match="did you mean 'stripes'"):
         find_source("stripe")
-    with pytest.raises(SourceError, match=r"option 'width' of source 'stripes' has value 9.* options are: width"):
+    with pytest.raises(SourceError, match="source 'stripes': option width=9: must be less than or equal to"):
         check_options(outside, {"width": 9})
+    with pytest.raises(SourceError, match="source 'stripes': unknown option 'widht'; did you mean 'width'"):
+        check_options(outside, {"widht": 2})
+    with pytest.raises(SourceError, match="source 'digits': unknown option 'size'; expected one of upsample"):
+        check_options(find_source("digits"), {"size": 8})
+    with pytest.raises(SourceError, match="source 'stripes': unknown option 'size'; it has no options"):
+        check_options(outside, {"size": 8}, SourceOptions)
     for other in (True, "2"):
-        with pytest.raises(SourceError, match=r"option 'width' of source 'stripes' has value"):
+        with pytest.raises(SourceError, match="source 'stripes': option width="):
             check_options(outside, {"width": other})
     config = DataConfig(source="stripes", options={"width": 4})
     store = open_or_prepare(config, tmp_path)

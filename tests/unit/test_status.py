@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from spikefleet import status
-from spikefleet.status import PlainLines, Waiting, counting, waiting
+from spikefleet.status import PlainLines, Waiting, counting, print_line, print_whole, waiting
 
 
 def console_of(terminal: bool) -> tuple[Console, io.StringIO]:
@@ -45,19 +45,45 @@ def test_a_short_wait_is_not_named(terminal: bool) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_plain_lines_come_at_most_one_in_their_interval() -> None:
+def test_what_begins_often_is_named_at_most_once_in_the_interval() -> None:
     console, written = console_of(terminal=False)
     lines = PlainLines(every_s=0.75)
     waits = Waiting(console, lines)
     began = time.monotonic()
-    for what in ("proof", "energy", "plots"):
-        waits.announce(what)
+    for what in ("step 1", "step 2", "step 3"):
+        waits.announce(what, often=True)
         time.sleep(0.5)
     waits.close()
     most = 1 + int((time.monotonic() - began) / 0.75)
     said = written.getvalue().splitlines()
     assert 1 <= len(said) <= most
-    assert said[0].startswith("proof: ")
+    assert said[0].startswith("step 1: ")
+
+
+@pytest.mark.usefixtures("quick")
+def test_each_wait_is_named_once_and_again_after_the_interval() -> None:
+    console, written = console_of(terminal=False)
+    waits = Waiting(console, PlainLines(every_s=60))
+    for what in ("proof", "energy", "plots"):
+        waits.announce(what)
+        time.sleep(0.5)
+    waits.close()
+    assert [line.partition(":")[0] for line in written.getvalue().splitlines()] == ["proof", "energy", "plots"]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_line_is_broken_between_words_on_a_terminal_and_nowhere_else(terminal: bool) -> None:
+    written = io.StringIO()
+    console = Console(file=written, force_terminal=terminal, width=40, color_system=None)
+    digest = "0123456789abcdef" * 4
+    print_line(console, f"trial 1/3  [0000]  val/top1 0.0979  energy_mj 0.0008768  {digest}  model.timesteps=2")
+    lines = written.getvalue().splitlines()
+    assert len(lines) == (4 if terminal else 1)
+    assert " ".join(written.getvalue().split()) == (
+        f"trial 1/3 [0000] val/top1 0.0979 energy_mj 0.0008768 {digest} model.timesteps=2"
+    )
+    print_whole(console, f"resume with: spikefleet tune {digest} --trials 3")
+    assert len(written.getvalue().splitlines()) == len(lines) + 1
 
 
 @pytest.mark.usefixtures("quick")

@@ -31,15 +31,15 @@ def test_no_name_and_no_number_is_cut(width: int, terminal: bool) -> None:
     for word in WORDS.split():
         assert word in written
     assert "…" not in written
-    assert ("12.5%" in written) != ("left out for want of width: share" in written)
+    assert ("12.5%" in written) != ("not shown at this width: share" in written)
 
 
 def test_forms_follow_the_width() -> None:
     assert max(map(len, shown(200).splitlines())) < 200
     assert WORDS in shown(200)
     assert WORDS not in shown(80)  # wrapped
-    assert "left out" not in shown(100)
-    assert "left out for want of width: share" in shown(72)
+    assert "not shown" not in shown(100)
+    assert "not shown at this width: share" in shown(72)
     assert f"recipe: {NAME}" in shown(40)  # a block for each row
     assert "share       12.5%" in shown(40)
 
@@ -56,3 +56,17 @@ def test_a_record_keeps_hashes_whole() -> None:
     print_record(console, [("content", digest), ("classes", "10: zero, one, two, three, four, five, six, seven")])
     assert digest in written.getvalue()
     assert all(len(line) <= 75 for line in written.getvalue().splitlines())
+
+
+@pytest.mark.parametrize("width", [68, 72])
+def test_a_hash_that_does_not_fit_beside_its_name_has_its_own_line(width: int) -> None:
+    written = io.StringIO()
+    digest = "0123456789abcdef" * 4
+    console = Console(file=written, width=width, force_terminal=True, color_system=None)
+    print_record(console, [("content", digest), ("of code", "deadbeef")], title="stores/digits")
+    assert written.getvalue().splitlines() == [
+        "stores/digits",
+        "  content",
+        f"    {digest}",
+        "  of code  deadbeef",
+    ]

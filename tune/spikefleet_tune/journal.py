@@ -19,6 +19,7 @@ from spikefleet_tune.atomic import write_atomically
 from spikefleet_tune.errors import SearchError
 from spikefleet_tune.jsonl_log import DamagedLineError, JsonlLog
 from spikefleet_tune.lock import Lock, LockedError, hold
+from spikefleet_tune.messages import one_of
 from spikefleet_tune.search_file import Search, search_of
 
 Status = Literal["finished", "stopped", "pruned", "failed"]
@@ -119,6 +120,11 @@ class SearchFolder:
         """Reads the search as it was started. Raises SearchError if there is none, or it cannot be read."""
         try:
             tree = json.loads((self.path / "search.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            known = sorted(path.parent.name for path in self.path.parent.glob("*/search.json"))
+            raise SearchError(
+                f"search {self.path.name!r} does not exist in {self.path.parent}; {one_of(known)}"
+            ) from None
         except (OSError, ValueError, RecursionError) as error:
             raise SearchError(f"{self.path / 'search.json'} cannot be read as a search: {error}") from None
         return search_of(tree, f"{self.path / 'search.json'}")

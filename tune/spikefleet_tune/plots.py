@@ -71,6 +71,7 @@ def hypervolume_over_trials(result: SearchResult) -> bytes:
     whole = curve[-1] if curve and curve[-1] > 0 else 1.0
     axes.step(range(1, len(curve) + 1), [value / whole for value in curve], where="post", color="tab:blue")
     axes.set_xlabel("trials")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("hypervolume / final")
     axes.set_ylim(0, 1.05)
     reference = ", ".join(f"{value:.4g}" for value in result.reference or ())

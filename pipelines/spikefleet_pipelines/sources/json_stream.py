@@ -32,8 +32,10 @@ def list_elements(path: Path, lists: set[str] | None = None) -> Iterator[tuple[s
     try:
         with path.open(encoding="utf-8-sig") as stream:
             yield from _Reader(path, stream).elements(set() if lists is None else lists)
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise SourceError(f"{path} cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path} is not a JSON file: it is not text in UTF-8 ({error.reason})") from error
 
 
 class _Reader:

@@ -87,6 +87,15 @@ def check_options(
     except ValidationError as error:
         first = error.errors()[0]
         option = ".".join(str(part) for part in first["loc"])
-        allowed = ", ".join(model.model_fields) or "none"
-        value = "is missing" if first["type"] == "missing" else f"has value {first['input']!r}: {first['msg']}"
-        raise SourceError(f"option {option!r} of source {source.name!r} {value}; the options are: {allowed}") from error
+        raise SourceError(f"source {source.name!r}: {_option_message(option, first, model)}") from error
+
+
+def _option_message(option: str, error: Mapping[str, Any], model: type[SourceOptions]) -> str:
+    if error["type"] == "missing":
+        return f"option {option!r} is missing"
+    if error["type"] == "extra_forbidden":
+        nearest = difflib.get_close_matches(option, model.model_fields, 1, 0.5)
+        known = f"expected one of {', '.join(model.model_fields)}" if model.model_fields else "it has no options"
+        return f"unknown option {option!r}; {f'did you mean {nearest[0]!r}?' if nearest else known}"
+    allowed = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    return f"option {option}={error['input']!r}: {allowed}"

@@ -61,7 +61,8 @@ class Store:
             return cls(where.uri, manifest, files)
         manifest_file = where / MANIFEST_NAME
         if not manifest_file.is_file():
-            raise StoreError(f"{where} is not a store: it has no {MANIFEST_NAME}; run `spikefleet data prepare`")
+            lacks = f"it has no {MANIFEST_NAME}" if where.is_dir() else "there is no such directory"
+            raise StoreError(f"{where} is not a store: {lacks}; run `spikefleet data prepare SOURCE --out {where}`")
         manifest = parse_manifest(manifest_file.read_bytes(), str(manifest_file))
         for shards in manifest.shards.values():
             for shard in shards:

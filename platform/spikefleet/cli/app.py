@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import platform
+import sys
 import warnings
 from importlib import metadata
 from typing import Annotated, Any
@@ -15,11 +17,16 @@ from spikefleet.cli.output import say, stderr
 from spikefleet.disks import disk_problem
 from spikefleet.errors import RunError, UserError
 from spikefleet.plugins import load_plugins
-from spikefleet.status import print_line
+from spikefleet.status import print_whole
 from spikefleet_pipelines.errors import SourceError, StoreError
 from spikefleet_tune.interruption import handling, interruption, raise_interrupted
 
 _SHOWN_VERSIONS = ("torch", "ray", "mlflow")
+_ORDER = (
+    *("recipes", "config", "data", "train", "evaluate", "predict", "spike-check", "energy", "gradients"),
+    *("searches", "tune", "tables", "reproduce", "registry", "tracking", "ui", "doctor"),
+)
+"""Of the commands, in the help."""
 
 
 class SentenceGroup(TyperGroup):
@@ -39,10 +46,28 @@ class SentenceGroup(TyperGroup):
                 rest.append(word)
         return super().parse_args(ctx, [*front, *rest])
 
+    def list_commands(self, ctx: Any) -> list[str]:
+        """In the order in which a newcomer needs them."""
+        known = super().list_commands(ctx)
+        return sorted(known, key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER))
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Its help without the line breaks of the source, which typer keeps after the first paragraph."""
+        command = super().get_command(ctx, cmd_name)
+        if command is not None and command.help:
+            command.help = "\n\n".join(" ".join(part.split()) for part in command.help.split("\n\n"))
+        return command
+
     def invoke(self, ctx: Any) -> Any:
         try:
             with handling(raise_interrupted):
-                return super().invoke(ctx)
+                done = super().invoke(ctx)
+            if "triton" not in sys.modules:  # which complains at exit of what was not collected
+                gc.freeze()  # else the exit looks through all objects of torch, for a second and more
+            return done
+        except typer.BadParameter as error:
+            error.message = _plain_message(error)
+            raise
         except (UserError, StoreError, SourceError) as error:
             _complain(str(error))
             raise typer.Exit(2) from None
@@ -59,9 +84,22 @@ class SentenceGroup(TyperGroup):
             raise typer.Exit(interruption(error).exit_code) from None
 
 
+def _plain_message(error: typer.BadParameter) -> str:
+    """What is wrong with an argument, in the words of the other messages: the value, and what is allowed."""
+    from pydantic import ValidationError
+
+    from spikefleet.config.messages import rule_of
+
+    if not isinstance(cause := error.__cause__, ValidationError):
+        return error.message
+    first = cause.errors()[0]
+    rule, shown = rule_of(first["msg"]).removesuffix("."), repr(first["input"])
+    return rule if rule.startswith(shown) else f"{shown}: {rule}"
+
+
 def _complain(sentence: str) -> None:
     stderr.print("error:", style="bold red", end=" ")
-    print_line(stderr, sentence)
+    print_whole(stderr, sentence)
 
 
 app = typer.Typer(

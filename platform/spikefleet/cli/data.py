@@ -86,7 +86,7 @@ def prepare_data(
     """Convert a data set into an Arrow store, checking it on the way."""
     from spikefleet.config.recipes import parse_overrides
 
-    _refuse_other_formats(source)
+    _check_source(source)
     of_split = {"images": images, "annotations": annotations, "split": split}
     options: dict[str, Any] = {key: value for key, value in of_split.items() if value is not None}
     if options and len(options) < len(of_split):
@@ -117,9 +117,10 @@ def show_store(
 ) -> None:
     """Verify every shard of a store and print what it holds."""
     with loading("torch", stderr):
+        from spikefleet.data_access import store_at
         from spikefleet_pipelines.store.reader import Store
 
-    place = store if Path(store).exists() or not (stores_dir / store).is_dir() else str(stores_dir / store)
+    place = store_at(store, stores_dir)
     with waiting(stderr, f"verifying {place}"):
         manifest = Store.open(place, verify=True).manifest
     _print_store(manifest, place, as_json)
@@ -154,14 +155,18 @@ def sources(as_json: AsJson = False) -> None:
     print_table(console, ["source", text("what it is"), text("files"), text("options (defaults)")], rows)
 
 
-def _refuse_other_formats(source: str) -> None:
-    """Raises UserError for the name of a format that people have and no source reads: what to do with it."""
-    from spikefleet_pipelines.sources import list_sources
+def _check_source(source: str) -> None:
+    """Raises UserError for the name of a format that people have and no source reads: what to do with it.
+
+    Raises SourceError for any other name that is no source.
+    """
+    from spikefleet_pipelines.sources import find_source, list_sources
 
     name = source.lower().replace("-", "_")
     advice = _OTHER_FORMATS.get(_OTHER_NAMES.get(name, name))
     if advice is not None and source not in list_sources():
         raise UserError(f"there is no source {source!r}: {advice}")
+    find_source(source)
 
 
 def _options(model: type[BaseModel]) -> list[dict[str, Any]]:

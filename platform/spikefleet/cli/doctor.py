@@ -17,6 +17,7 @@ from spikefleet.tracking.database import check_database, condition, database_pat
 from spikefleet.tracking.mlflow_client import local_database
 from spikefleet.tracking.relocation import former_places
 from spikefleet.versions import code_version, library_versions
+from spikefleet_tune.messages import counted
 
 _LEAST_DISK_GIB = 5
 _LEAST_SHARED_MEMORY_GIB = 1
@@ -49,7 +50,9 @@ def _versions() -> Iterator[Finding]:
 def _devices() -> Iterator[Finding]:
     import torch
 
-    yield Finding("good", "CPU", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads for torch in new runs")
+    cores = counted(os.cpu_count() or 1, "core")
+    threads = counted(torch.get_num_threads(), "thread")
+    yield Finding("good", "CPU", f"{cores}, {threads} for torch in new runs")
     if not torch.cuda.is_available():
         yield Finding("poor", "GPU", "none; `--gpu` cannot be used on this machine")
         return

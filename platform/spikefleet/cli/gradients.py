@@ -54,12 +54,14 @@ def gradients(
     One backward pass of the training's loss. Says whether gradients explode or vanish on their way to the first layer,
     and whether a step is larger than the weights that it changes.
     """
+    if out is not None and out.suffix.lower() != ".png":
+        raise UserError(f"--out {out} must end in .png")
     if noise is not None and data is not None:
         raise UserError(f"--noise {noise} needs no data: leave out --data {data}")
     check_outputs([] if out is None else [out], inputs=[Path(network)], force=force)
     config = _recipe(network, overrides or [])
     with loading("torch", stderr):
-        from spikefleet.data_access import open_data
+        from spikefleet.data_access import open_data, store_at
         from spikefleet.data_summary import DataSummary
         from spikefleet.training.gradient_check import check_gradients, noise_batch, training_batch
         from spikefleet_pipelines.errors import SourceError
@@ -71,7 +73,7 @@ def gradients(
     if noise is not None:
         batch, summary = noise_batch(config, images, noise)
     else:
-        where = config.data.model_copy(update={"store": data}) if data else config.data
+        where = config.data.model_copy(update={"store": store_at(data, stores_dir)}) if data else config.data
         try:
             store = open_data(where, stores_dir, stderr)
         except SourceError as error:

@@ -41,5 +41,9 @@ Overrides = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="Replace files that are at --out.")]
 SplitName = Literal["train", "val", "test"]
 OtherData = Annotated[
-    str | None, typer.Option("--data", help="Another store than the one that the configuration names.")
+    str | None,
+    typer.Option(
+        "--data",
+        help="Another store than the configuration's: a path, a URI or a name in --stores-dir.",
+    ),
 ]

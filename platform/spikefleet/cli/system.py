@@ -23,6 +23,7 @@ from spikefleet.cli.tables import Column, print_table, text
 from spikefleet.errors import RunError, UserError
 from spikefleet.status import waiting
 from spikefleet_tune.interruption import interruption
+from spikefleet_tune.messages import counted, one_of
 
 tracking_app = typer.Typer(help="Look after tracking records.", no_args_is_help=True)
 
@@ -36,7 +37,7 @@ def doctor(as_json: AsJson = False, runs_dir: RunsDir = Path("runs")) -> None:
     """Check this machine: versions, devices, memory, Ray, the tracking server."""
     from spikefleet.cli.doctor import examine
 
-    with loading("torch and looking around", stderr):
+    with loading("torch and examining this machine", stderr):
         findings = examine(runs_dir)
     bad = [finding.subject for finding in findings if finding.verdict == "bad"]
     if as_json:
@@ -122,11 +123,11 @@ def sync_run(
 
     folder = Path(run) if Path(run).is_dir() or len(Path(run).parts) != 1 else runs_dir / run
     if not folder.is_dir():
-        known = ", ".join(sorted(path.parent.name for path in runs_dir.glob("*/run.json")))
-        raise UserError(f"there is no run {run!r} in {runs_dir}; it holds {known or 'none'}")
+        known = sorted(path.parent.name for path in runs_dir.glob("*/run.json"))
+        raise UserError(f"run {run!r} does not exist in {runs_dir}; {one_of(known)}")
     with waiting(stderr, f"delivering the records of {folder.name}"):
         delivered = sync(folder)
-    say(f"{delivered} records delivered")
+    say(f"{counted(delivered, 'record')} delivered")
 
 
 @tracking_app.command("repair")

@@ -6,7 +6,6 @@ then each row becomes a block of lines.
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -15,7 +14,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from spikefleet.status import one_line, print_line, printable
+from spikefleet.status import one_line, print_line, printable, wrapped_words
 
 _LEAST_TEXT = 16
 """Text that may be wrapped gets at least so many cells of width, or all that it needs."""
@@ -77,7 +76,7 @@ def print_table(
         return
     _print_grid(console, shown, cells, widths)
     if left_out:
-        print_line(console, f"left out for want of width: {', '.join(left_out)} (a wider terminal or --json has them)")
+        print_line(console, f"not shown at this width: {', '.join(left_out)} (a wider terminal or --json shows them)")
 
 
 def print_record(console: Console, items: Sequence[tuple[str, str]], title: str | None = None) -> None:
@@ -138,13 +137,18 @@ def _print_items(console: Console, items: Sequence[tuple[str, str]], indent: str
     label = max((cell_len(name) for name, _ in items), default=0)
     for name, value in items:
         head = f"{indent}{name}{' ' * (label - cell_len(name))}  "
-        lines = [
-            part
-            for line in value.split("\n")
-            for part in textwrap.wrap(
-                line, max(_LEAST_TEXT, console.width - len(head)), break_long_words=False, break_on_hyphens=False
-            )
-            or [""]
-        ]
-        for position, line in enumerate(lines):
-            print_line(console, ((head if position == 0 else " " * len(head)) + line).rstrip())
+        widest = max(map(cell_len, value.split()), default=0)
+        if len(head) + widest > console.width >= len(indent) + 2 + widest:  # whole on a line of its own
+            print_line(console, head.rstrip())
+            head = f"{indent}  "
+            lines = _wrapped(value, console.width - len(head))
+        else:
+            first, *lines = _wrapped(value, max(_LEAST_TEXT, console.width - len(head)))
+            print_line(console, (head + first).rstrip())
+        for line in lines:
+            print_line(console, " " * len(head) + line)
+
+
+def _wrapped(value: str, width: int) -> list[str]:
+    """Lines of a text, wrapped between words; at least one."""
+    return [part for line in value.split("\n") for part in wrapped_words(line, width)]

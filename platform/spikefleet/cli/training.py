@@ -13,7 +13,7 @@ from spikefleet.cli.completion import run_names
 from spikefleet.cli.output import console, loading, messages, print_json, say, stderr
 from spikefleet.cli.parameters import Address, AsJson, Overrides, Recipe, RunsDir, StoresDir, Verbose
 from spikefleet.cli.tables import number, print_table, text
-from spikefleet.status import print_line
+from spikefleet.status import print_line, print_whole
 
 if TYPE_CHECKING:
     from spikefleet.config.schema import Config
@@ -77,7 +77,7 @@ def train(
         promotion = finished.promotion
         say(f"{promotion.name} version {promotion.version} is {promotion.alias or 'without alias'}: {promotion.reason}")
     say(f"report: {finished.run.path / 'report'}")
-    say(f"tracking: {finished.look_at}  (or: spikefleet ui)")
+    print_whole(console, f"tracking: {finished.look_at}  (or: spikefleet ui)")
 
 
 def _print_metrics(finished: FinishedRun) -> None:

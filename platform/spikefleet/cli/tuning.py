@@ -27,7 +27,7 @@ from spikefleet.cli.parameters import (
 )
 from spikefleet.cli.tables import Column, number, print_table, text
 from spikefleet.errors import UserError
-from spikefleet.status import print_line
+from spikefleet.status import print_whole
 from spikefleet_tune.messages import counted
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def resumable(extended: Callable[[], bool] = lambda: False) -> Iterator[None]:
         words = sys.argv[1:]
         if extended():
             words = _without(words, "--extend")
-        print_line(stderr, f"interrupted; resume with: spikefleet {shlex.join(words)}")
+        print_whole(stderr, f"interrupted; resume with: spikefleet {shlex.join(words)}")
         raise
 
 
@@ -117,6 +117,8 @@ def tune(
         from spikefleet_tune.report import pareto_rows, pareto_table
 
     name = name or Path(search).stem
+    if register is not None and register not in ("knee", "best") and not register.startswith(f"{name}-"):
+        raise UserError(f"--register {register!r} must be knee, best or the name of a trial, such as {name}-0000")
     options = Options(runs_dir, stores_dir, address, verbose, data)
     extended = extension_of(name, options)
     rows: list[dict[str, Any]] = []

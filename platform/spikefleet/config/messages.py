@@ -71,10 +71,16 @@ def _error_message(error: Mapping[str, Any], root: type[BaseModel], data: Any, c
         return f"unknown key {path!r}; {hint}"
     if error["type"] == "missing":
         return f"{path!r} is missing"
-    message = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    message = rule_of(error["msg"])
     if not path or isinstance(error["input"], Mapping | BaseModel):
         return f"{path + ': ' if path else ''}{message}"
     return f"{path}={error['input']!r}: {message}"
+
+
+def rule_of(message: str) -> str:
+    """What is allowed, of a message of pydantic: `must be a valid number`."""
+    rule = message.removeprefix("Value error, ").replace("Input should be", "must be")
+    return rule.partition(", unable to parse")[0]
 
 
 def _fields_beside(location: Sequence[str], root: type[BaseModel], data: Any, concrete: Concrete) -> list[str]:

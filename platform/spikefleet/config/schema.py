@@ -17,6 +17,7 @@ from spikefleet.config.task_table import find_task
 from spikefleet_models.families import AnyModelConfig
 from spikefleet_models.shortcut_config import ShortcutConfig
 from spikefleet_pipelines.data_config import DataConfig
+from spikefleet_tune.messages import counted
 
 _PLAIN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
@@ -243,8 +244,10 @@ class Config(Section):
             below = self.train.global_batch // parts * parts
             near = [n for n in (below, below + parts) if n]
             raise ValueError(
-                f"train.global_batch={self.train.global_batch} cannot be divided by {max(1, self.cluster.workers)} "
-                f"workers x {self.train.accumulate} micro-batches; set it to {' or '.join(map(str, near))}"
+                f"train.global_batch={self.train.global_batch} cannot be divided by "
+                f"{counted(max(1, self.cluster.workers), 'worker')} x "
+                f"{counted(self.train.accumulate, 'micro-batch', 'micro-batches')}; "
+                f"set it to {' or '.join(map(str, near))}"
             )
         return self
 

@@ -16,7 +16,7 @@ from spikefleet import registry
 from spikefleet.certificates.energy_card import ENERGY, read_card
 from spikefleet.config.recipes import parse_config
 from spikefleet.config.schema import Config
-from spikefleet.data_access import open_data
+from spikefleet.data_access import open_data, store_at
 from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
 from spikefleet.plugins import missing_plugins_named
@@ -130,7 +130,7 @@ def open_split(
         split: name of the split; that of the same images is opened where it is only a second name.
         stores_dir: directory of prepared stores.
         console: for progress.
-        data: location of another store; by default the data of the network's configuration.
+        data: location of another store, or its name in `stores_dir`; by default the network's own data.
 
     Raises:
         UserError: the classes or category ids of the store are not those of the training data.
@@ -138,7 +138,9 @@ def open_split(
         StoreError: the store is damaged.
     """
     config = trained.config.data
-    store = open_data(config.model_copy(update={"store": data}) if data else config, stores_dir, console)
+    if data is not None:
+        config = config.model_copy(update={"store": store_at(data, stores_dir)})
+    store = open_data(config, stores_dir, console)
     if store.manifest.class_names != trained.data.class_names:
         raise UserError(
             f"{store.location}: expected the classes {', '.join(trained.data.class_names[:5])}, ... of "

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -215,7 +216,7 @@ def promote(name: str, version: int, metric: str, mode: Mode = "max", *, trackin
         client.set_model_version_tag(name, str(version), _PROMOTION, asking)
         while True:
             model = find_model(client, name)
-            champion = _candidate(model.champion, metric)
+            champion = model.champion and _of(model.champion, metric)
             asked = [
                 v
                 for v in model.versions
@@ -227,7 +228,7 @@ def promote(name: str, version: int, metric: str, mode: Mode = "max", *, trackin
                 break
             set_alias(client, name, CHAMPION, winner.version)
         won = winner is not None and winner.version == version
-        decision = decide(_candidate(before.champion, metric) if won else winner, own, metric, mode)
+        decision = decide((before.champion and _of(before.champion, metric)) if won else winner, own, metric, mode)
         challenger = next((v for v in model.versions if CHALLENGER in v.aliases), None)
         if not won and decision.alias is not None:
             set_alias(client, name, CHALLENGER, version)
@@ -371,7 +372,7 @@ def best(
     *,
     tracking_uri: str | None = None,
 ) -> RegisteredVersion:
-    """The version with the best metric; of equal ones the oldest.
+    """The version with the best metric; of equal ones a champion (a renewed copy is one), else the oldest.
 
     Args:
         task: only versions of this task.
@@ -401,7 +402,12 @@ def best(
         known = sorted({name for version in versions for name in version.metrics})
         raise UserError(f"no matching version has the metric {metric!r}; {one_of(known)}")
     sign = -1 if mode == "max" else 1
-    return min(values, key=lambda pair: (sign * pair[1], pair[0].created, pair[0].name, pair[0].version))[0]
+
+    def rank(pair: tuple[RegisteredVersion, float]) -> tuple[float, bool, datetime, str, int]:
+        version, value = pair
+        return sign * value, "champion" not in version.aliases, version.created, version.name, version.version
+
+    return min(values, key=rank)[0]
 
 
 def _narrow(versions: list[RegisteredVersion], key: str, wanted: str) -> list[RegisteredVersion]:
@@ -436,10 +442,6 @@ def _package(uri: str | Path, tracking_uri: str | None) -> Iterator[tuple[Path, 
         version = resolve(client, str(uri))
         download(client, version, "", scratch)
         yield scratch, version.content_hash
-
-
-def _candidate(version: RegisteredVersion | None, metric: str) -> Candidate | None:
-    return None if version is None else _of(version, metric)
 
 
 def _of(version: RegisteredVersion, metric: str) -> Candidate:

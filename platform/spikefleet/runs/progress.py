@@ -19,8 +19,9 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from spikefleet.status import PLAIN_LINES, PlainLines, Waiting, print_line, printable
+from spikefleet.status import PLAIN_LINES, PlainLines, Waiting, print_line
 from spikefleet.training.events import EpochDone, Event, Note, Phase, Started, StepDone, WorkerFailed
+from spikefleet_tune.messages import counted
 
 _WIDE = 110
 """Columns of a terminal on which a long bar leaves room for the metrics beside it."""
@@ -80,7 +81,8 @@ class LiveDisplay:
                 self._progress.update(self._task, completed=event.step, doing=self._metrics, since=None)
             case EpochDone():
                 self._progress.update(self._task, completed=event.step, doing=self._metrics, since=None)
-                self._print(_epoch_line(event, self._epochs, self._headline))
+                width = self._progress.console.width
+                self._print(_epoch_line(event, self._epochs, self._headline, width))
             case WorkerFailed():
                 self._print(f"a worker failed: {event.reason}", style="yellow")
                 self.announce("restarting")
@@ -95,8 +97,7 @@ class LiveDisplay:
         self._progress.stop()
 
     def _print(self, line: str, style: str | None = None) -> None:
-        # No markup: reasons of failures hold square brackets of their own.
-        self._progress.console.print(printable(line), style=style, markup=False, highlight=False, emoji=False)
+        print_line(self._progress.console, line, style)
 
 
 class _Doing(ProgressColumn):
@@ -127,17 +128,17 @@ class PlainDisplay:
                 self._epochs, self._total, self._first_step = event.epochs, event.total_steps, event.step
                 self._headline = event.headline
                 self._began = time.monotonic()
-                epochs = f"{event.epochs} epoch{'s' * (event.epochs > 1)}"
-                self._print(f"{epochs} of {event.steps_per_epoch} steps, from step {event.step}")
+                steps = counted(event.steps_per_epoch, "step")
+                self._print(f"{counted(event.epochs, 'epoch')} of {steps}, from step {event.step}")
                 self.announce("warming up")
             case StepDone():
                 where = f"epoch {event.epoch + 1}/{self._epochs}  step {event.step}/{self._total}"
                 metrics = _step_metrics(event.metrics, self._headline)
-                self._lines.say(self._console, f"{where}  {metrics}  {self._remaining(event.step)}")
-                self.announce(f"{where}: training on")
+                self._lines.say(self._console, f"{where}  {metrics}{self._remaining(event.step)}")
+                self._waiting.announce(f"{where}: training", often=True)
             case EpochDone():
-                self._print(f"{_epoch_line(event, self._epochs, self._headline)}  {self._remaining(event.step)}")
-                self.announce(f"after epoch {event.epoch}/{self._epochs}")
+                self._print(f"{_epoch_line(event, self._epochs, self._headline)}{self._remaining(event.step)}")
+                self._waiting.announce(f"after epoch {event.epoch}/{self._epochs}", often=True)
             case WorkerFailed():
                 self._print(f"a worker failed: {event.reason}")
                 self.announce("restarting")
@@ -160,7 +161,7 @@ class PlainDisplay:
         if done <= 0 or step >= self._total:
             return ""
         seconds = (time.monotonic() - self._began) / done * (self._total - step)
-        return f"{seconds // 60:.0f} min {seconds % 60:.0f} s left"
+        return f"  {seconds // 60:.0f} min {seconds % 60:.0f} s left"
 
 
 def _step_metrics(metrics: Mapping[str, float], headline: Sequence[str]) -> str:
@@ -171,12 +172,18 @@ def _step_metrics(metrics: Mapping[str, float], headline: Sequence[str]) -> str:
     return "  ".join(parts)
 
 
-def _epoch_line(event: EpochDone, epochs: int, headline: Sequence[str]) -> str:
+def _epoch_line(event: EpochDone, epochs: int, headline: Sequence[str], width: int | None = None) -> str:
+    """Metrics of an epoch under their names in MLflow, or under short ones where a terminal's `width` is too small."""
     forms = {"train/loss": ".4f"}
     forms |= {f"{split}/{name}": ".2%" for split in ("train", "val") for name in headline}
     forms |= {"spikes/firing_rate": ".3f"}
-    shown = [f"epoch {event.epoch:>3}/{epochs}"]
-    for key, form in forms.items():
-        if key in event.metrics:
-            shown.append(f"{key} {event.metrics[key]:{form}}")
-    return "  ".join(shown) + ("  best" if event.best else "")
+    measured = {key: f"{event.metrics[key]:{form}}" for key, form in forms.items() if key in event.metrics}
+    best = ["best"] if event.best else []
+
+    def line(names: Mapping[str, str]) -> str:
+        shown = (f"{names.get(key, key.removeprefix('train/'))} {value}" for key, value in measured.items())
+        return "  ".join([f"epoch {event.epoch:>{len(str(epochs))}}/{epochs}", *shown, *best])
+
+    whole = line({key: key for key in measured})
+    short = {key: key for key in measured if not key.startswith("train/")} | {"spikes/firing_rate": "firing"}
+    return whole if width is None or len(whole) <= width else line(short)

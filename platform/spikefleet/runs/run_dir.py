@@ -200,6 +200,8 @@ class Run:
 
 def find_run(runs_dir: Path, name: str) -> Run:
     """An existing run. Raises UserError, with the names of all runs, for an unknown one."""
+    if "@" in name:  # as `registry` takes it
+        raise UserError(f"{name!r} is not a run; for a registered version write models:/{name}")
     run = Run(runs_dir / check_run_name(name))
     if not run.exists:
         known = sorted(path.parent.name for path in runs_dir.glob("*/run.json"))

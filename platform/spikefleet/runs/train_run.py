@@ -28,7 +28,7 @@ from spikefleet.runs.run_dir import Run, check_run_name, default_run_name
 from spikefleet.status import Announce, print_line, waiting
 from spikefleet.stop_signals import StopSignals
 from spikefleet.tracking.journal import Journal
-from spikefleet.tracking.mlflow_client import public_uri, resolve_tracking_uri
+from spikefleet.tracking.mlflow_client import page_of, resolve_tracking_uri
 from spikefleet.tracking.tracker import Tracker, sync
 from spikefleet.training.distributed import ProcessGroup, pick_device
 from spikefleet.training.event_log import ResumedRunSink
@@ -114,7 +114,7 @@ def _run(
         run.note(store=store.absolute_location)
         if run.record()["status"] == "finished":
             print_line(console, f"run {run.name} is complete; to train another run, set --name or other overrides")
-            look_at = public_uri(tracking_uri)
+            look_at = page_of(tracking_uri)
         else:
             look_at = _train_tracked(config, options, console, run, store, tracking_uri, before_step, signals)
         record = run.record()
@@ -266,7 +266,7 @@ def _import_ahead() -> None:
 
 def _scale(config: Config) -> str:
     workers = config.cluster.workers
-    where = counted(workers, "Ray Train worker") if workers else "this process, without Ray"
+    where = counted(workers, "Ray Train worker") if workers else "in this process, without Ray,"
     kind = "GPU" if config.cluster.gpu else "CPU"
     share = config.train.global_batch // (max(1, workers) * config.train.accumulate)
     parts = f" x {config.train.accumulate} micro-batches" if config.train.accumulate > 1 else ""

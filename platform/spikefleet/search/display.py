@@ -77,7 +77,7 @@ class SearchDisplay:
         if self._console.is_terminal:
             self._bar.update(self._task, description=what)
         else:
-            self._waiting.announce(f"searching: {what}")
+            self._waiting.announce(f"searching: {what}", often=True)
 
     def _update(self, counts: Counts) -> None:
         self._bar.update(self._task, completed=counts.done, total=counts.total)

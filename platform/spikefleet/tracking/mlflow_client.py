@@ -77,6 +77,11 @@ def public_uri(uri: str) -> str:
     return without_credentials(uri, uri)
 
 
+def page_of(uri: str) -> str:
+    """The address of a tracking server's pages; for a database, the command that serves them."""
+    return public_uri(uri) if uri.startswith("http") else f"mlflow ui --backend-store-uri {public_uri(uri)}"
+
+
 def without_credentials(text: str, uri: str) -> str:
     """A text without the user name and password of a URI."""
     user_and_password = urlsplit(uri).netloc.rpartition("@")[0]

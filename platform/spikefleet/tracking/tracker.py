@@ -25,7 +25,7 @@ from spikefleet.files import sha256_of
 from spikefleet.tracking.database import database_path, database_uri
 from spikefleet.tracking.delivery import MAX_METRICS, MAX_PARAMS_OR_TAGS, SPOOL, Delivery, Sender
 from spikefleet.tracking.journal import JOURNAL, Journal, check_record
-from spikefleet.tracking.mlflow_client import DATABASE, check_tracking_uri, public_uri, quiet_mlflow
+from spikefleet.tracking.mlflow_client import DATABASE, check_tracking_uri, page_of, public_uri, quiet_mlflow
 from spikefleet_tune.atomic import replacing
 from spikefleet_tune.jsonl_log import Record
 from spikefleet_tune.messages import counted
@@ -207,10 +207,8 @@ class Tracker:
     def run_url(self) -> str:
         """A link to the run, or the command that opens the database in MLflow's UI."""
         delivered = self._journal.delivered
-        if not self._uri.startswith("http"):
-            return f"mlflow ui --backend-store-uri {public_uri(self._uri)}"
-        if delivered.run_id is None:
-            return public_uri(self._uri)
+        if not self._uri.startswith("http") or delivered.run_id is None:
+            return page_of(self._uri)
         return f"{public_uri(self._uri).rstrip('/')}/#/experiments/{delivered.experiment_id}/runs/{delivered.run_id}"
 
     def _append(self, kind: str, **content: Any) -> None:
