@@ -196,7 +196,7 @@ def test_recipes_config_sources_and_doctor(desk: Desk) -> None:
         ("data prepare digits", {"source", "splits", "content_hash", "class_names"}),
         ("doctor", {"fit", "findings"}),
         ("evaluate main", {"network", "split", "samples", "metrics", "spikes"}),
-        ("spike-check main --images 1 --measured 8", {"verdict", "proof"}),
+        ("spike-check main --images 2 --measured 8", {"verdict", "proof"}),
         ("energy main --images 2", {"rows", "totals"}),
         ("gradients main --images 8", {"layers", "findings", "first_to_last", "step"}),
         ("train digits --resume main", {"run", "validation", "test", "registered", "report"}),
