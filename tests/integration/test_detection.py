@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ def test_prediction_draws_boxes_on_each_picture(desk: Desk, tmp_path: Path) -> N
         picture.save(photos / f"{row}.png")
     out = tmp_path / "out"
     said = desk.run("predict", NETWORK, str(photos), "--out", str(out), "--score", "0", "--json")
-    answers = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    answers = [json.loads(answer) for answer in re.split(r"(?<=\}) (?=\{\"image\": )", said[: said.rindex("}") + 1])]
     assert [Path(answer["image"]).name for answer in answers] == ["0.png", "1.png"]
     boxes = np.array([found["box"] for found in answers[1]["objects"]])
     assert len(boxes)
@@ -160,7 +161,9 @@ def test_prediction_draws_boxes_on_each_picture(desk: Desk, tmp_path: Path) -> N
     text.write_text("")
     assert "text.txt is a file" in desk.run("predict", NETWORK, str(photos), "--out", str(text), code=2)
     before = {path.name: path.read_bytes() for path in photos.iterdir()}
-    assert "would overwrite the image" in desk.run("predict", NETWORK, str(photos), "--out", str(photos), code=2)
+    assert "would overwrite what the command reads" in desk.run(
+        "predict", NETWORK, str(photos), "--out", str(photos), code=2
+    )
     (photos / "torn.png").write_bytes(before["0.png"][:20])
     fresh = tmp_path / "fresh"
     said = desk.run("predict", NETWORK, str(photos), "--out", str(fresh), code=1)

@@ -15,8 +15,8 @@ from spikefleet_pipelines.sources import prepare
 from spikefleet_pipelines.sources.coco import read_coco
 from spikefleet_pipelines.sources.coco_config import CocoOptions
 from spikefleet_pipelines.sources.image_folder import FolderContents, read_image_folder
+from spikefleet_pipelines.sources.image_folder_config import ImageFolderOptions
 from spikefleet_pipelines.sources.ray_tasks import run_tasks
-from spikefleet_pipelines.sources.source import SourceOptions
 from spikefleet_pipelines.store.reader import Store
 from spikefleet_pipelines.store.writer import StoreWriter
 
@@ -69,7 +69,7 @@ def many_shards(contents: FolderContents, out: Path, parallel: int | None) -> St
 
 
 def test_tasks_write_the_same_store(ray_on_two_cpus: None, folder: Path, tmp_path: Path) -> None:
-    contents = read_image_folder(folder, SourceOptions(), 0)
+    contents = read_image_folder(folder, ImageFolderOptions(), 0)
     here = many_shards(contents, tmp_path / "here", parallel=1)
     assert len(here.manifest.shards["train"]) > 4
     for parallel in (None, 2):
@@ -117,7 +117,7 @@ def test_tasks_write_the_same_detection_store(ray_on_two_cpus: None, coco: Path,
     assert store.manifest.shards == prepare("coco", coco, tmp_path / "whole", parallel=2).manifest.shards
     broken = coco / "train2017" / "dog" / "007.jpg"
     broken.write_bytes(broken.read_bytes()[:100])
-    with pytest.raises(SourceError, match=rf"^{broken} \(image \d+\): the image cannot be decoded") as caught:
+    with pytest.raises(SourceError, match=rf"^{broken} \(image \d+\): the JPEG is truncated or damaged") as caught:
         prepare("coco", coco, tmp_path / "broken", parallel=2)
     assert "\n" not in str(caught.value)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -41,11 +42,11 @@ def other_shape(text: str, seed: int) -> str:
                 elif kind == 1 and isinstance(node, dict):
                     node[str(rng.choice(["x", "model", "\ud800"]))] = 1
                 else:
-                    node[key] = _VALUES[int(rng.integers(len(_VALUES)))]
+                    node[key] = copy.deepcopy(_VALUES[int(rng.integers(len(_VALUES)))])
                 break
             node = node[key]
         if rng.random() < 0.02:
-            tree = _VALUES[int(rng.integers(len(_VALUES)))]
+            tree = copy.deepcopy(_VALUES[int(rng.integers(len(_VALUES)))])
     return json.dumps(tree)
 
 

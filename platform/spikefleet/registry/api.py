@@ -216,7 +216,7 @@ def promote(name: str, version: int, metric: str, mode: Mode = "max", *, trackin
         client.set_model_version_tag(name, str(version), _PROMOTION, asking)
         while True:
             model = find_model(client, name)
-            champion = _candidate(model.champion, metric)
+            champion = None if model.champion is None else _of(model.champion, metric)
             asked = [
                 v
                 for v in model.versions
@@ -228,7 +228,8 @@ def promote(name: str, version: int, metric: str, mode: Mode = "max", *, trackin
                 break
             set_alias(client, name, CHAMPION, winner.version)
         won = winner is not None and winner.version == version
-        decision = decide(_candidate(before.champion, metric) if won else winner, own, metric, mode)
+        beaten = None if before.champion is None else _of(before.champion, metric)
+        decision = decide(beaten if won else winner, own, metric, mode)
         challenger = next((v for v in model.versions if CHALLENGER in v.aliases), None)
         if not won and decision.alias is not None:
             set_alias(client, name, CHALLENGER, version)
@@ -442,10 +443,6 @@ def _package(uri: str | Path, tracking_uri: str | None) -> Iterator[tuple[Path, 
         version = resolve(client, str(uri))
         download(client, version, "", scratch)
         yield scratch, version.content_hash
-
-
-def _candidate(version: RegisteredVersion | None, metric: str) -> Candidate | None:
-    return None if version is None else _of(version, metric)
 
 
 def _of(version: RegisteredVersion, metric: str) -> Candidate:
