@@ -10,6 +10,23 @@ import torch
 from spikefleet.training.checkpoints import CheckpointFolder, Snapshot, load_checkpoint
 
 
+def small_snapshot(best_step: int | None = None) -> Snapshot:
+    """A whole snapshot of a tiny network after two epochs."""
+    best = None if best_step is None else {"step": best_step, "epoch": 2, "metrics": {"top1": 0.5}}
+    state = {
+        "epoch": 2,
+        "step_in_epoch": 0,
+        "steps_per_epoch": 2,
+        "world_size": 1,
+        "data_hash": "d" * 64,
+        "best": best,
+        "history": [],
+        "sums": {},
+        "scaler": {},
+    }
+    return Snapshot({"model": {"w": torch.ones(3)}}, state, {})
+
+
 def end_of(run_dir: Path) -> Snapshot:
     """The last checkpoint of a run."""
     latest = CheckpointFolder(run_dir / "checkpoints").latest()

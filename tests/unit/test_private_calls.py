@@ -66,6 +66,12 @@ PRIVATE = [
         )
     ),
     (
+        "os:_exit",
+        ["status"],
+        "pipelines/spikefleet_pipelines/loading.py",
+        "a loader process ends in the middle of a batch, from another thread",
+    ),
+    (
         "torch:UntypedStorage._new_shared",
         ["size"],
         "pipelines/spikefleet_pipelines/transforms/normalise.py",

@@ -11,9 +11,9 @@ from spikefleet.config.schema import Config
 from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
 from spikefleet.runs.run_dir import Run, check_run_name, default_run_name, find_run
-from spikefleet.training.checkpoints import Snapshot
 from spikefleet_pipelines.store.manifest import Manifest
 from spikefleet_pipelines.store.reader import Store
+from support.snapshots import small_snapshot
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_resumption_with_other_values_is_refused_field_by_field(
 def test_damaged_latest_checkpoint_is_refused(config: Config, manifest: Manifest, tmp_path: Path) -> None:
     run = Run(tmp_path / "mine")
     run.begin(config, DataSummary.of(manifest))
-    path = run.checkpoints.save(3, Snapshot({}, {}, {}))
+    path = run.checkpoints.save(3, small_snapshot())
     (path / "state.json").write_text("{ }")
     with pytest.raises(UserError, match=r"state.json is damaged.*remove"):
         run.begin(config, DataSummary.of(manifest))
@@ -74,7 +74,7 @@ def test_best_checkpoint_needs_an_evaluation(config: Config, manifest: Manifest,
     run.begin(config, DataSummary.of(manifest))
     with pytest.raises(UserError, match="no evaluated checkpoint yet"):
         run.best_checkpoint()
-    run.checkpoints.save(3, Snapshot({}, {"best": {"step": 3}}, {}))
+    run.checkpoints.save(3, small_snapshot(best_step=3))
     assert run.best_checkpoint() == tmp_path / "mine" / "checkpoints" / "step-00000003"
 
 
@@ -92,7 +92,7 @@ def test_missing_run_names_those_that_exist(config: Config, manifest: Manifest, 
 def test_a_damaged_file_is_named(name: str, content: str, config: Config, manifest: Manifest, tmp_path: Path) -> None:
     run, data = Run(tmp_path / "mine"), DataSummary.of(manifest)
     run.begin(config, data)
-    checkpoint = run.checkpoints.save(3, Snapshot({}, {"best": {"step": 3}}, {}))
+    checkpoint = run.checkpoints.save(3, small_snapshot(best_step=3))
     folder = run.path if (run.path / name).is_file() else checkpoint
     (folder / name).write_text(content)
     complaint = r"train.seed: expected no value" if (name, content) == ("config.json", '{"a": 1}') else name
