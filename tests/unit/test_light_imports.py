@@ -56,6 +56,10 @@ def test_configs_of_every_source_and_transform_need_pydantic_alone() -> None:
     assert imported(CONFIGS) == []
 
 
+def test_the_registry_is_searched_without_torch() -> None:
+    assert imported("import spikefleet.registry.api", ("torch", "torchvision", "ray", "mlflow", "PIL")) == []
+
+
 @pytest.mark.parametrize(
     ("program", "found"),
     [

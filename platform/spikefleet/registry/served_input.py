@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spikefleet.errors import UserError
-from spikefleet_pipelines.in_memory import resized
 
 EXPECTED = (
     "images [B, C, H, W]: integers (uint8) from 0 to 255, not floats; multiply floats from 0 to 1 by 255 and round "
@@ -32,6 +31,8 @@ def batches(given: Any, channels: int, size: tuple[int, int] | None) -> Iterator
     Raises:
         UserError: a value is no integer from 0 to 255, or an image has another form.
     """
+    from spikefleet_pipelines.in_memory import resized  # imports torch, which searching the registry does not need
+
     images = [resized(_image(one, position, channels), size) for position, one in enumerate(_rows(given))]
     if len({image.shape for image in images}) == 1:
         yield np.stack(images)
