@@ -153,5 +153,5 @@ def test_an_image_of_another_size_than_its_annotations_is_refused(tmp_path: Path
 def test_errors_come_as_sentences_from_loader_processes(tmp_path: Path, processes: int) -> None:
     split = make_encoded(tmp_path / "store", [b"broken"], columns([(9, 9)], [[]]))
     loader = BatchLoader(split, DetectionTransformConfig(), True, processes=processes)
-    with pytest.raises(StoreError, match=r"^row 0 of split 'train' in .*: the image cannot be decoded"):
+    with pytest.raises(StoreError, match=r"^row 0 of split 'train' in .*: it is not an image of a format that is read"):
         list(loader.epoch(EpochPlan(samples=1, global_batch=1), 0))
