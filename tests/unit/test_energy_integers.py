@@ -236,14 +236,14 @@ def test_tables_remark_them_and_add_no_published_additions(tmp_path: Path) -> No
 
 
 def test_the_command_says_how_many_of_the_multiplications_are_theirs() -> None:
-    def said(connection: str) -> str:
+    def said(connection: str, *more: str) -> str:
         words = ["energy", "sg_resnet_tiny", f"model.connection={connection}", "model.stages=[2,1]"]
-        words += ["model.decoder=rate", "--rate", "0.1", "--size", "8"]
-        done = CliRunner(env={"COLUMNS": "200"}).invoke(app, words)
+        words += ["model.decoder=rate", "--rate", "0.1", "--size", "8", *more]
+        done = CliRunner().invoke(app, words)
         assert done.exit_code == 0, done.output
-        return " ".join(done.output.split())
+        return " ".join(done.stdout.split())
 
-    spoken = said("add")
-    assert spoken.count("integers") == 3 + 1, "a cell of each row, and one line"
-    assert "3 layers fed by integers (sums of spikes), which binary spikes cannot carry: " in spoken
+    rows = json.loads(said("add", "--json"))["rows"]
+    assert [row["input"] for row in rows].count("integers") == 3
+    assert "3 layers fed by integers (sums of spikes), which binary spikes cannot carry: " in said("add")
     assert "integers" not in said("iand")
