@@ -12,6 +12,9 @@ from spikefleet_pipelines.store.manifest import MANIFEST_NAME
 from spikefleet_pipelines.store.origin import Origin, is_built_from
 from spikefleet_pipelines.store.reader import Store
 
+_DIGEST = 8
+"""Hexadecimal digits in the name of a store that was prepared beside an earlier one."""
+
 
 def open_or_prepare(
     config: DataConfig,
@@ -64,7 +67,9 @@ def _prepared_from(root: Path | None, out: Path, named: bool, say: Callable[[str
         named: the config names `root`; if not, `out` may be a store that the user prepared from elsewhere.
         say: called with what the user should know.
     """
-    stores = [path for path in (out, *sorted(out.parent.glob(f"{out.name}-*"))) if Store.is_store(path)]
+    # Not "-*": a store of other options is named by a longer digest.
+    besides = sorted(out.parent.glob(f"{out.name}-{'[0-9a-f]' * _DIGEST}"))
+    stores = [path for path in (out, *besides) if Store.is_store(path)]
     if not stores or root is None:
         return (stores[0] if stores else None), out
     record = Origin.read(out)
@@ -74,11 +79,11 @@ def _prepared_from(root: Path | None, out: Path, named: bool, say: Callable[[str
         newest = max(stores, key=_written_ns)
         say(f"{root} is not there any more; using the store that was prepared from it")
         return newest, out
-    besides = [out.parent.absolute()]
+    left_out = [out.parent.absolute()]
     try:
-        now = Origin.of(root, besides)
+        now = Origin.of(root, left_out)
         for store in sorted(stores, key=_written_ns, reverse=True):
-            if is_built_from(store, now, _written_ns(store), besides):
+            if is_built_from(store, now, _written_ns(store), left_out):
                 return store, out
     except OSError as error:
         raise SourceError(f"{root} cannot be read: {error}") from error
@@ -86,7 +91,7 @@ def _prepared_from(root: Path | None, out: Path, named: bool, say: Callable[[str
         return None, out
     say(f"the files in {root} are not those that {max(stores, key=_written_ns)} was prepared from: preparing them anew")
     digest = hashlib.sha256(f"{now.listing} {now.times}".encode()).hexdigest()
-    return None, out.with_name(f"{out.name}-{digest[:8]}")
+    return None, out.with_name(f"{out.name}-{digest[:_DIGEST]}")
 
 
 def _written_ns(store: Path) -> int:

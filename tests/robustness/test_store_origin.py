@@ -139,6 +139,18 @@ def test_a_store_that_is_named_is_taken_as_it_is(opened: Opened, raw: Path) -> N
     assert open_or_prepare(config, opened.stores).location == first.location
 
 
+def test_a_store_of_other_options_is_another_one(tmp_path: Path) -> None:
+    """Whichever was prepared first; a store of other options has a longer digest in its name."""
+
+    def shape(**options: int) -> tuple[int, int, int] | None:
+        config = DataConfig(source="digits", options=options, transform={"kind": "image"})  # type: ignore[arg-type]
+        return open_or_prepare(config, tmp_path).manifest.image_shape
+
+    assert shape(upsample=2) == (1, 16, 16)
+    assert shape() == (1, 8, 8)
+    assert shape(upsample=2) == (1, 16, 16)
+
+
 def test_preparing_over_changed_files_is_refused(raw: Path, tmp_path: Path) -> None:
     prepare("image_folder", raw, tmp_path / "store")
     prepare("image_folder", raw, tmp_path / "store")

@@ -135,7 +135,7 @@ def test_the_hash_of_a_usual_store_is_that_of_earlier_versions(tmp_path: Path) -
 
 @pytest.mark.parametrize("holdout", [-0.1, 1, 5000, "none"])
 def test_other_fractions_are_refused(holdout: object, tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="option 'holdout' of source 'digits' has value"):
+    with pytest.raises(SourceError, match="source 'digits': option holdout="):
         prepare("digits", None, tmp_path / "store", holdout=holdout)
     with pytest.raises((ValidationError, SourceError), match="holdout"):
         DataConfig(source="digits", options={"holdout": holdout})  # type: ignore[dict-item]

@@ -25,7 +25,7 @@ from spikefleet_pipelines.sources.json_stream import list_elements
         ('{"images": []} {}', "expected the end of the file"),
         ('{1: []}', "expected a name in quotes"),
         ('{"images": [' + "[" * 200_000, "nested too deeply|near character"),
-        ("\xff", "cannot be read|expected '{'"),
+        ("\xff", "not text in UTF-8"),
     ],
 )  # fmt: skip
 def test_text_that_is_no_such_json_is_refused_with_its_place(tmp_path: Path, text: str, message: str) -> None:

@@ -193,7 +193,7 @@ def test_a_training_on_other_data_is_of_an_earlier_form(options: dict[str, int],
     run.path.mkdir()
     trained = _config("digits_narrow", {"data.options": options})
     (run.path / "config.json").write_text(json.dumps(trained.dump()))
-    run.note(status="finished")
+    run.note(status="finished", validation={}, test={})
     assert _differs(run, _config("digits_narrow", {})) is differs
 
 

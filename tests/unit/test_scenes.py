@@ -124,7 +124,7 @@ def test_scenes_follow_the_seed_and_not_their_number(store: Store, tmp_path: Pat
 
 def test_options_are_checked_and_reach_the_store(tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
-    options = {"size": "64", "objects": "2", "train": "70", "val": 3, "test": 3}  # as the command line gives them
+    options = {"size": 64, "objects": 2, "train": 70, "val": 3, "test": 3}
     store = prepare("scenes", None, tmp_path / "store", progress=lambda *call: calls.append(call), **options)
     assert store.manifest.image_shape == (3, 64, 64)
     assert calls == [(64, 76), (76, 76)]

@@ -30,6 +30,7 @@ from spikefleet_models.spike_driven import spike_driven
 from spikefleet_models.spike_edges import LayerInput
 from spikefleet_pipelines.loading import BatchLoader
 from spikefleet_pipelines.store.reader import Store
+from support.snapshots import small_snapshot
 
 FAULTS = [
     RuntimeError("out of memory"),
@@ -55,7 +56,8 @@ def finished(folder: Path, store: Store, *overrides: str, change: Change = lambd
     torch.manual_seed(0)
     weights = build_model(config.model).state_dict()
     change(weights)
-    run.checkpoints.save(1, Snapshot({"model": weights}, {"best": {"step": 1}}, config.model_dump(mode="json")))
+    state = small_snapshot(best_step=1).state
+    run.checkpoints.save(1, Snapshot({"model": weights}, state, config.model_dump(mode="json")))
     return run
 
 
