@@ -72,7 +72,7 @@ def test_a_runs_directory_follows_its_place(
     assert all(place.startswith((runs / "artifacts").as_uri()) for place in places(runs))
     names = sorted(path.name for path in (tmp_path / "before").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "after").iterdir())
-    backup = next(runs.glob("mlflow.db.before-*"))
+    backup = max(runs.glob("mlflow.db.before-*"), key=lambda path: path.stat().st_mtime_ns)
     with closing(sqlite3.connect(backup)) as database:
         rows = database.execute("SELECT count(*) FROM runs WHERE artifact_uri LIKE ?", (f"{first.as_uri()}%",))
         assert rows.fetchone()[0] > 0

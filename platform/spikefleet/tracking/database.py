@@ -203,7 +203,7 @@ def repair_database(path: Path) -> Path | None:
 
 def back_up(path: Path) -> Path:
     """Copies a database beside itself, whole even while it is being written to."""
-    copy = path.with_name(f"{path.name}.before-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+    copy = path.with_name(f"{path.name}.before-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}")
     with _opened(path) as source, closing(sqlite3.connect(copy)) as target:
         source.backup(target)
     sync(copy)
