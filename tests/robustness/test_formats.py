@@ -16,7 +16,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from robustness.damage import damaged, seeds
+from robustness.damage import damaged, seeds, write_new
 from spikefleet_pipelines.errors import SourceError, StoreError
 from spikefleet_pipelines.sources import prepare
 from spikefleet_pipelines.sources.coco_json import read_coco_json
@@ -114,7 +114,7 @@ def batch(protocol: int) -> bytes:
 @pytest.mark.parametrize("protocol", [2, 5])
 def test_fuzz_pickles(protocol: int, tmp_path: Path) -> None:
     def read(content: bytes) -> None:
-        (tmp_path / "batch").write_bytes(content)
+        write_new(tmp_path / "batch", content)
         read_plain_pickle(tmp_path / "batch")
 
     assert try_all(batch(protocol)[:4000] + batch(protocol)[-60:], _ignoring(read), 300)
@@ -144,7 +144,7 @@ def test_fuzz_whole_cifar(tmp_path: Path) -> None:
     (folder / "batches.meta").write_bytes(meta)
 
     def read(content: bytes) -> None:
-        (folder / "batches.meta").write_bytes(content)
+        write_new(folder / "batches.meta", content)
         prepare("cifar10", folder, tmp_path / "store", overwrite=True)
 
     assert try_all(meta, read, 60)
@@ -157,7 +157,7 @@ def test_fuzz_idx(tmp_path: Path) -> None:
     whole = b"\0\0\x08\x03" + struct.pack(">3I", *values.shape) + values.tobytes()
 
     def read(content: bytes) -> None:
-        (tmp_path / "file").write_bytes(content)
+        write_new(tmp_path / "file", content)
         assert read_idx(tmp_path / "file").size
 
     assert try_all(whole, read, 300)
@@ -179,11 +179,11 @@ def test_fuzz_coco(tmp_path: Path) -> None:
         SMOOTH.resize((40, 32)).save(tmp_path / f"{number}.jpg")
 
     def read(content: bytes) -> None:
-        (tmp_path / "boxes.json").write_bytes(content)
+        write_new(tmp_path / "boxes.json", content)
         read_coco_json(tmp_path / "boxes.json")
 
     def whole(content: bytes) -> None:
-        (tmp_path / "boxes.json").write_bytes(content)
+        write_new(tmp_path / "boxes.json", content)
         how = {"images": tmp_path, "annotations": tmp_path / "boxes.json", "split": "train"}
         prepare("coco", None, tmp_path / "store", overwrite=True, **how)
         Store.open(tmp_path / "store").split("train").image(0)
@@ -198,7 +198,7 @@ def test_fuzz_manifests_and_shards(tmp_path: Path) -> None:
     shard = tmp_path / "store" / store.manifest.shards["val"][0].file
 
     def read(content: bytes) -> None:
-        (tmp_path / "store" / MANIFEST_NAME).write_bytes(content)
+        write_new(tmp_path / "store" / MANIFEST_NAME, content)
         parse_manifest(content, "manifest").to_json()
         opened = Store.open(tmp_path / "store", verify=False)
         opened.split("val").gather(np.arange(1))
@@ -208,7 +208,7 @@ def test_fuzz_manifests_and_shards(tmp_path: Path) -> None:
     whole = shard.read_bytes()
 
     def shards(content: bytes) -> None:
-        shard.write_bytes(content)
+        write_new(shard, content)
         Store.open(tmp_path / "store")
 
     assert try_all(whole, shards, 40)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from robustness.damage import damaged, seeds
+from robustness.damage import damaged, seeds, write_new
 from spikefleet.config.recipes import check_uses, load_config, parse_config, parse_model
 from spikefleet.config.renamed import with_current_keys
 from spikefleet.data_summary import DATA_SUMMARY, DataSummary
@@ -75,7 +75,7 @@ def test_fuzz_stored_configurations(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
 
     def read(content: bytes) -> None:
-        path.write_bytes(content)
+        write_new(path, content)
         parse_config(with_current_keys(read_json_object(path)), "config.json")
 
     try_all(CONFIG_TEXT, read, 300)
@@ -83,7 +83,7 @@ def test_fuzz_stored_configurations(tmp_path: Path) -> None:
 
 def test_fuzz_configurations_of_packages(tmp_path: Path) -> None:
     def read(content: bytes) -> None:
-        (tmp_path / CONFIG).write_bytes(content)
+        write_new(tmp_path / CONFIG, content)
         config = read_config(tmp_path)
         check_uses(config, "config.json")
         parse_model(config["model"], "config.json")
@@ -101,7 +101,7 @@ def test_fuzz_cards(tmp_path: Path) -> None:
     }
 
     def read(content: bytes) -> None:
-        (tmp_path / CARD).write_bytes(content)
+        write_new(tmp_path / CARD, content)
         assert len(read_card(tmp_path).content_hash) == 64
 
     try_all(json.dumps(card), read, 300)
@@ -111,7 +111,7 @@ def test_fuzz_summaries_of_data(tmp_path: Path) -> None:
     DataSummary("digits", "a" * 64, ("0", "1"), (3, 7), (1, 8, 8)).write(tmp_path)
 
     def read(content: bytes) -> None:
-        (tmp_path / DATA_SUMMARY).write_bytes(content)
+        write_new(tmp_path / DATA_SUMMARY, content)
         summary = DataSummary.read(tmp_path)
         assert isinstance(summary.class_names, tuple)
 

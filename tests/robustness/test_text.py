@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from robustness.damage import damaged, seeds
+from robustness.damage import damaged, seeds, write_new
 from spikefleet.config.recipes import load_config, parse_overrides, recipe_header
 from spikefleet.config.strict_yaml import dump_yaml, parse_yaml
 from spikefleet.errors import UserError
@@ -62,7 +62,7 @@ def test_fuzz_recipes(tmp_path: Path) -> None:
     path.write_text(RECIPE)
     load_config(str(path))
     for seed in seeds(150):
-        path.write_bytes(damaged(RECIPE.encode(), seed))
+        write_new(path, damaged(RECIPE.encode(), seed))
         assert failure(lambda: load_config(str(path))) is None, f"seed {seed}"
 
 
