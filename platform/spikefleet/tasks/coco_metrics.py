@@ -11,15 +11,16 @@ import io
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from spikefleet_pipelines.store.annotations import Annotations
+
+if TYPE_CHECKING:
+    from pycocotools.coco import COCO
 
 COCO_METRICS = (
     "map50_95",
@@ -148,6 +149,9 @@ def evaluate_boxes(annotations: Any, found: Sequence[Any], max_detections: int =
         found: as `results` returns them.
         max_detections: the best detections of a class in an image that count, more than 10; COCO's number is 100.
     """
+    from pycocotools.coco import COCO  # here, because a served detector does without it
+    from pycocotools.cocoeval import COCOeval
+
     with contextlib.redirect_stdout(io.StringIO()):
         annotated = COCO()
         annotated.dataset = annotations
@@ -222,6 +226,8 @@ def box_confusion(
 def _detections(annotated: COCO, annotations: Any, found: Sequence[Any]) -> COCO:
     if found:
         return annotated.loadRes(list(found))
+    from pycocotools.coco import COCO
+
     nothing = COCO()  # loadRes fails on an empty list
     nothing.dataset = {"images": annotations["images"], "categories": annotations["categories"], "annotations": []}
     nothing.createIndex()
