@@ -125,7 +125,10 @@ class _CodeOfVersion(importlib.abc.MetaPathFinder, importlib.abc.ExecutionLoader
             if name.partition(".")[0] in PACKAGES:
                 raise ModuleNotFoundError(f"{name} is not in {self._origin}: serving does without it", name=name)
             return None
-        return importlib.util.spec_from_loader(name, self, origin=self.get_filename(name))
+        inside = [self.get_filename(name).removesuffix("/__init__.py")] if self.is_package(name) else None
+        return importlib.util.spec_from_file_location(
+            name, self.get_filename(name), loader=self, submodule_search_locations=inside
+        )
 
     def is_package(self, name: str) -> bool:
         """Whether the module is a package."""
