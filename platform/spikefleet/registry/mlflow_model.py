@@ -97,13 +97,13 @@ def description_of(config: Mapping[str, Any], data: DataSummary, card: Card) -> 
     lines = [
         f"Serves {EXPECTED}.",
         f"* Channels: {network.in_channels}. Size: {sides}. Values: 0 to 255.",
-        f"* Answers {task.serves}.",
+        f"* Answers {task.serves}; computed in fp32.",
         f"* {counted(len(data.class_names), 'class', 'classes')}: {names}{f' and {more} more' if more > 0 else ''}.",
     ]
     if plugins := card.metadata.get("plugins"):
         lines.append(
-            f"* Was trained with plugin {', '.join(plugins)}, whose code is not in the version: install it, and set "
-            f"SPIKEFLEET_PLUGINS={','.join(plugins)}."
+            f"* Was trained with plugin {', '.join(plugins)}, whose code is not in the version: install it and "
+            f"spikefleet, and set SPIKEFLEET_PLUGINS={','.join(plugins)}."
         )
     return "\n".join(lines)
 
