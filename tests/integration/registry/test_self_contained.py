@@ -170,6 +170,15 @@ def test_a_detector_answers_over_http_as_the_command_line(
         assert one["box"] == pytest.approx(wanted["box"], abs=1e-2)
 
 
+def test_the_example_of_a_version_is_a_request(
+    served: Alone, versions: dict[str, RegisteredVersion], first: Trained
+) -> None:
+    for name, answers in (("classifier", 10), ("detector", 300)):
+        example = json.loads((stored_files(first.uri, versions[name]) / "serving_input_example.json").read_text())
+        (answer,) = served.ask(name, example["inputs"])
+        assert 0 < len(answer) <= answers
+
+
 @pytest.mark.parametrize("member", MEMBERS)
 def test_the_code_in_a_version_serves_every_family(
     served: Alone, packages: dict[str, tuple[Path, list[Any]]], member: str
