@@ -18,7 +18,7 @@ from spikefleet.config.renamed import with_current_keys
 from spikefleet.errors import UserError
 from spikefleet.files import read_json_object, sha256_of
 from spikefleet.plugins import missing_plugins_named
-from spikefleet.registry.package_format import FORMAT
+from spikefleet.registry.package_format import FORMAT, READABLE
 
 if TYPE_CHECKING:
     import torch
@@ -41,11 +41,14 @@ class Card:
     sha256: Mapping[str, str]
     metadata: Mapping[str, Any]
     """run_id, tags, metrics and plugins."""
+    format: int = FORMAT
 
     @property
     def content_hash(self) -> str:
-        """SHA-256 over the names and hashes of all files."""
-        return hashlib.sha256(json.dumps(dict(self.sha256), sort_keys=True).encode()).hexdigest()
+        """SHA-256 over the names and hashes of all files and over the metadata, which format 1 leaves out."""
+        files = dict(self.sha256)
+        covered = files if self.format == 1 else {"sha256": files, _STORED_METADATA: dict(self.metadata)}
+        return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
 
 
 def write_package(
@@ -127,13 +130,15 @@ def read_card(directory: Path, expected_content_hash: str | None = None) -> Card
     content = read_json_object(path)
     try:
         card = Card(
-            {str(name): str(digest) for name, digest in content["sha256"].items()}, dict(content[_STORED_METADATA])
+            {str(name): str(digest) for name, digest in content["sha256"].items()},
+            dict(content[_STORED_METADATA]),
+            content["format"],
         )
-        version = content["format"]
     except (ValueError, TypeError, KeyError, AttributeError):
         raise UserError(f"{path} is damaged: it is not the card of a network; download it again") from None
-    if version != FORMAT:
-        raise UserError(f"{path}: expected format {FORMAT}, found {version!r}; use the spikefleet that wrote it")
+    if card.format not in READABLE:
+        known = " or ".join(map(str, READABLE))
+        raise UserError(f"{path}: expected format {known}, found {card.format!r}; use the spikefleet that wrote it")
     for name in card.sha256:
         if not _FILE_NAME.fullmatch(name):
             raise UserError(f"{path}: file name {name[:80]!r} is not a plain file name; do not trust this package")

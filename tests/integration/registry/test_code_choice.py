@@ -119,6 +119,7 @@ def without_code(model: Path, folder: Path) -> Path:
     (folder / "artifacts" / CODE).unlink()
     card = json.loads((folder / "artifacts" / CARD).read_text())
     del card["sha256"][CODE]
+    card["format"] = 1
     (folder / "artifacts" / CARD).write_text(json.dumps(card))
     description = yaml.safe_load((folder / "MLmodel").read_text())
     del description["flavors"]["python_function"]["artifacts"][CODE]
