@@ -11,6 +11,7 @@ statistics). Where it is at chance, the gradients of later layers carry nothing 
 from __future__ import annotations
 
 import argparse
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -33,10 +34,11 @@ def images_and_classes(recipe: str, overrides: list[str], split: str, most: int,
     """The first images [n, C, H, W] of a split without augmentation, and their classes [n]."""
     config = load_config(recipe, parse_overrides(overrides))
     part = open_data(config.data, stores, Console(quiet=True)).split(split)
-    plan = EvaluationPlan(samples=min(most, len(part)), global_batch=BATCH)
-    batches = list(BatchLoader(part, config.data.transform, train=False).epoch(plan, 0))
+    plan = EvaluationPlan(samples=len(part), global_batch=BATCH)
+    loader = BatchLoader(part, config.data.transform, train=False)
+    batches = list(islice(loader.epoch(plan, 0), -(-most // BATCH)))
     classes = [batch.targets for batch in batches if isinstance(batch.targets, Tensor)]
-    return torch.cat([batch.images for batch in batches]), torch.cat(classes)
+    return torch.cat([batch.images for batch in batches])[:most], torch.cat(classes)[:most]
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 from pydantic import ValidationError
 
 from spikefleet.config.recipes import load_config, parse_overrides
@@ -14,8 +13,6 @@ from spikefleet.training.events import NullSink
 from spikefleet.training.loop import Outcome, train
 from spikefleet_pipelines.sources import prepare
 from spikefleet_pipelines.store.reader import Store
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +36,7 @@ def test_graphs_of_parts_of_a_step_are_refused(other: dict[str, object]) -> None
         TrainConfig.model_validate({"epochs": 1, "global_batch": 8, "cuda_graphs": True, **other})
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "overrides",
     [
