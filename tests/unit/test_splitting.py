@@ -121,3 +121,5 @@ def test_what_cannot_be_divided_is_refused(tmp_path: Path) -> None:
     take_split(store, tmp_path / "out", "gate", 0.1)
     with pytest.raises(StoreError, match="already contains another store"):
         take_split(store, tmp_path / "out", "gate", 0.2)
+    larger = take_split(store, tmp_path / "out", "gate", 0.2, overwrite=True)
+    assert Store.open(tmp_path / "out").manifest == larger

@@ -21,7 +21,14 @@ _NO_OBJECT = -1
 
 
 def take_split(
-    store: Store, out: Path, name: str, fraction: float, seed: int = 0, *, shard_bytes: int = SHARD_BYTES
+    store: Store,
+    out: Path,
+    name: str,
+    fraction: float,
+    seed: int = 0,
+    *,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Manifest:
     """Write a store whose split `name` is a part of the training images of another one, and `train` is the rest.
 
@@ -34,6 +41,7 @@ def take_split(
         name: of the new split.
         fraction: of the training images, in (0, 1).
         seed: of the choice.
+        overwrite: replace a store at `out`.
         shard_bytes: approximate size of a shard.
 
     Returns:
@@ -62,6 +70,7 @@ def take_split(
         class_names=manifest.class_names,
         image=manifest.image,
         options={**manifest.options, f"taken_{name}": recorded},
+        overwrite=overwrite,
         shard_bytes=shard_bytes,
         category_ids=manifest.category_ids,
         stand_ins=manifest.audit.same_as,
