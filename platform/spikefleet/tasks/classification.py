@@ -38,6 +38,7 @@ class Classification(Task[Ranking, int]):
 
     headline = ("top1",)
     serves = "a probability for each class and image, in columns with the names of the classes"
+    has_fixed_shapes = True
 
     def __init__(self, class_names: Sequence[str], loss: LossSettings = LossSettings()) -> None:  # noqa: B008 -- frozen
         self.class_names = tuple(class_names)
@@ -55,7 +56,7 @@ class Classification(Task[Ranking, int]):
         """What plots and writes its results."""
         return ClassificationReport(self.class_names)
 
-    def loss(self, network: nn.Module, batch: Batch, balance: float = 0.0) -> dict[str, torch.Tensor]:
+    def loss(self, network: nn.Module, batch: Batch, balance: float | torch.Tensor = 0.0) -> dict[str, torch.Tensor]:
         """`loss`, the mean over the batch, and `top1`, the accuracy of the network's own output."""
         assert isinstance(batch.targets, torch.Tensor)
         output = network(batch.images)
