@@ -18,7 +18,7 @@ from spikefleet.config.recipes import parse_model
 from spikefleet.data_summary import DATA_SUMMARY, DataSummary
 from spikefleet.errors import UserError
 from spikefleet.plugins import loaded_plugins
-from spikefleet.registry.mlflow_model import description_of, save_for_mlflow
+from spikefleet.registry.mlflow_model import save_for_mlflow
 from spikefleet.registry.mlflow_store import (
     METRIC_PREFIX,
     connect,
@@ -29,6 +29,7 @@ from spikefleet.registry.mlflow_store import (
     resolve,
     set_alias,
 )
+from spikefleet.registry.model_card import CARD_SOURCES, description_of, model_card
 from spikefleet.registry.package import (
     CARD,
     CODE,
@@ -63,6 +64,7 @@ __all__ = [
     "RegisteredModel",
     "RegisteredVersion",
     "best",
+    "card_text",
     "describe",
     "keep_as_challenger",
     "list_models",
@@ -148,7 +150,7 @@ def register(
         }
         all_tags = {**derived, **given, **measured, CONTENT_HASH: card.content_hash}
         save_for_mlflow(package, scratch / "model", config, data, card)
-        text = description_of(config, data, card)
+        text = description_of(name, package, card)
         return publish(client, name, scratch / "model", run_id, all_tags, text, tracking_uri)
 
 
@@ -277,6 +279,28 @@ def describe(uri: str | Path, *, tracking_uri: str | None = None) -> dict[str, A
             "config": read_config(scratch),
             "sha256": dict(card.sha256),
         }
+
+
+def card_text(uri: str | Path, *, tracking_uri: str | None = None) -> str:
+    """The model card of a registered version or of a pulled directory, as Markdown.
+
+    Args:
+        uri: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, or a pulled directory.
+        tracking_uri: of the registry; by default MLFLOW_TRACKING_URI, else SQLite in ./runs.
+
+    Raises:
+        UserError: the version does not exist, or its files have changed.
+    """
+    if not is_registered(uri):
+        return model_card(Path(uri).name, Path(uri), verify_package(Path(uri)))
+    with connect(registry_uri(tracking_uri)) as client, scratch_directory() as scratch:
+        version = resolve(client, str(uri))
+        download(client, version, CARD, scratch)
+        listed = read_card(scratch, version.content_hash).sha256
+        for name in (CONFIG, DATA_SUMMARY, *CARD_SOURCES):
+            if name in listed:
+                download(client, version, name, scratch)
+        return model_card(version.uri, scratch, read_card(scratch, version.content_hash))
 
 
 def pull(uri: str, out: Path, *, tracking_uri: str | None = None) -> Path:

@@ -1,4 +1,4 @@
-"""MLflow's model directory around a network package: loader, signature, example, requirements, description."""
+"""MLflow's model directory around a network package: loader, signature, example, requirements."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spikefleet.config.recipes import parse_model
+from spikefleet.config.task_table import find_task
 from spikefleet.data_summary import DataSummary
 from spikefleet.registry.package import CODE, Card
 from spikefleet.registry.served_input import EXPECTED
 from spikefleet.registry.serving_code import serving_code
 from spikefleet.versions import code_version
 from spikefleet_models.family import ModelConfig
-from spikefleet_tune.messages import counted
 
 if TYPE_CHECKING:
     from spikefleet.tasks import AnyTask
@@ -26,9 +26,6 @@ _LOADER = Path(__file__).with_name("pyfunc_model.py")
 
 _EXAMPLE_SIDE = 32
 """Largest side in pixels of the example request: images are resized, and a larger one would be megabytes of text."""
-
-_NAMED_CLASSES = 100
-"""The description names no more classes; the output's schema and the metadata name all."""
 
 
 def save_for_mlflow(package: Path, model: Path, config: Mapping[str, Any], data: DataSummary, card: Card) -> None:
@@ -67,7 +64,7 @@ def save_for_mlflow(package: Path, model: Path, config: Mapping[str, Any], data:
                 "channels": network.in_channels,
                 "size": task.input_size(data),
                 "range": [0, 255],
-                "answer": task.serves,
+                "answer": find_task(config["task"]).answers,
                 "classes": list(data.class_names),
                 "code": {"sha256": card.sha256[CODE], "version": code_version()},
             },
@@ -79,33 +76,6 @@ def save_for_mlflow(package: Path, model: Path, config: Mapping[str, Any], data:
     for entry in flavor["artifacts"].values():
         entry["uri"] = entry["path"]
     written.save(str(model / "MLmodel"))
-
-
-def description_of(config: Mapping[str, Any], data: DataSummary, card: Card) -> str:
-    """What a version expects and answers, as Markdown for MLflow's page.
-
-    Args:
-        config: configuration of the run.
-        data: summary of its data.
-        card: of the package.
-    """
-    network, task = _served(config, data)
-    size = task.input_size(data)
-    sides = "any size" if size is None else f"{size[0]} x {size[1]} pixels (height x width); others are resized to it"
-    names = ", ".join(data.class_names[:_NAMED_CLASSES])
-    more = len(data.class_names) - _NAMED_CLASSES
-    lines = [
-        f"Serves {EXPECTED}.",
-        f"* Channels: {network.in_channels}. Size: {sides}. Values: 0 to 255.",
-        f"* Answers {task.serves}; computed in fp32.",
-        f"* {counted(len(data.class_names), 'class', 'classes')}: {names}{f' and {more} more' if more > 0 else ''}.",
-    ]
-    if plugins := card.metadata.get("plugins"):
-        lines.append(
-            f"* Was trained with plugin {', '.join(plugins)}, whose code is not in the version: install it and "
-            f"spikefleet, and set SPIKEFLEET_PLUGINS={','.join(plugins)}."
-        )
-    return "\n".join(lines)
 
 
 def example_images(channels: int, size: tuple[int, ...] | None) -> NDArray[np.uint8]:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from spikefleet.config.messages import did_you_mean
 from spikefleet.disks import disk_problem
 from spikefleet.errors import UserError
-from spikefleet.registry.version import CONTENT_HASH, RegisteredModel, RegisteredVersion, check_model_name
+from spikefleet.registry.model_card import card_heading
+from spikefleet.registry.version import CHAMPION, CONTENT_HASH, RegisteredModel, RegisteredVersion, check_model_name
 from spikefleet.tracking.database import database_path
 from spikefleet.tracking.mlflow_client import check_tracking_uri, public_uri, quiet_mlflow
 from spikefleet.tracking.relocation import ready_database
@@ -64,6 +65,16 @@ def set_alias(client: "MlflowClient", name: str, alias: str, version: int) -> No
         client.set_registered_model_alias(name, alias, str(version))
     except MlflowException:
         client.set_registered_model_alias(name, alias, str(version))
+    if alias == CHAMPION:
+        _describe_model(client, name, version)
+
+
+def _describe_model(client: "MlflowClient", name: str, version: int) -> None:
+    """Shows the card of the champion as the description of its model, unless somebody wrote another one."""
+    text, heading = client.get_model_version(name, str(version)).description, card_heading(name)
+    shown = client.get_registered_model(name).description
+    if text and text.startswith(heading) and (not shown or shown.startswith(heading)):
+        client.update_registered_model(name, description=text)
 
 
 def download(client: "MlflowClient", version: RegisteredVersion, name: str, directory: Path) -> None:
@@ -178,7 +189,7 @@ def publish(
     client.log_model_artifacts(logged.model_id, str(model))
     client.finalize_logged_model(logged.model_id, "READY")
     try:
-        client.create_registered_model(name)
+        client.create_registered_model(name, description=description)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise

@@ -1,8 +1,9 @@
 """Registers a version again with today's serving code: one of an earlier release becomes self-contained."""
 
 from spikefleet.data_summary import DataSummary
-from spikefleet.registry.mlflow_model import description_of, save_for_mlflow
+from spikefleet.registry.mlflow_model import save_for_mlflow
 from spikefleet.registry.mlflow_store import METRIC_PREFIX, connect, find_model, publish, resolve, set_alias
+from spikefleet.registry.model_card import description_of
 from spikefleet.registry.package import load_network, read_card, read_config, with_code
 from spikefleet.registry.package_access import package_files, registry_uri, scratch_directory
 from spikefleet.registry.serving_code import serving_code
@@ -37,7 +38,7 @@ def renew(uri: str, *, tracking_uri: str | None = None) -> RegisteredVersion:
             save_for_mlflow(package, scratch / "model", config, data, card)
             measured = {f"{METRIC_PREFIX}{metric}": repr(value) for metric, value in old.metrics.items()}
             tags = {**old.tags, **measured, CONTENT_HASH: card.content_hash}
-            text = description_of(config, data, card)
+            text = description_of(old.name, package, card)
             new = publish(client, old.name, scratch / "model", old.run_id, tags, text, place)
         for alias in old.aliases:
             set_alias(client, old.name, alias, new.version)

@@ -40,7 +40,6 @@ class Detection(Task[FoundBoxes, Annotations]):
 
     headline = ("map50_95", "map50")
     any_size = True
-    serves = "a list of objects for each image: name, score from 0 to 1, and box (x1 y1 x2 y2 in pixels of the image)"
 
     def __init__(
         self,

@@ -64,9 +64,6 @@ class Task(ABC, Generic[Prediction, Target]):
     any_size: bool = False
     """Whether the task takes images of any size; if not, they are resized to that of the training images."""
 
-    serves: str = "plain data for each image"
-    """What `serve` answers, in words for who asks a served network."""
-
     @classmethod
     @abstractmethod
     def build(cls, model: ModelConfig, data: DataSummary, loss: LossSettings) -> Self:
