@@ -23,17 +23,14 @@ PACKAGES = ("spikefleet", "spikefleet_models", "spikefleet_pipelines", "spikefle
 
 _SERVED_NETWORK = "spikefleet.registry.served_network"
 
-_LEFT_OUT = frozenset(
-    (
-        "spikefleet.plot_text",
-        "spikefleet.plots",
-        "spikefleet_pipelines.store.origin",
-        "spikefleet_pipelines.store.reader",
-        "spikefleet_pipelines.store.writer",
-        "spikefleet_pipelines.transforms.auto_augment",
-    )
+_LEFT_OUT = (
+    "spikefleet.plot_text",
+    "spikefleet.plots",
+    "spikefleet_pipelines.sources",
+    "spikefleet_pipelines.store",
+    "spikefleet_pipelines.transforms.auto_augment",
 )
-"""Modules that functions of the code import, and no request reaches."""
+"""Modules and packages that no request reaches, where a function imports them."""
 
 _DISTRIBUTIONS = {
     "numpy": "numpy",
@@ -98,11 +95,12 @@ def serving_code() -> ServingCode:
         sources[path] = file
         waiting += [parent] if (parent := module.rpartition(".")[0]) else []
         for name, in_function in _imports(ast.parse(file.read_bytes())):
-            if name in _LEFT_OUT:
-                assert in_function, f"{module} imports {name}, which does not travel; import it where it is used"
-            elif _is_ours(name):
-                waiting.append(name)
-            elif (top := name.partition(".")[0]) not in sys.stdlib_module_names:
+            top = name.partition(".")[0]
+            if _is_ours(name):
+                if not (in_function and f"{name}.".startswith(tuple(f"{left}." for left in _LEFT_OUT))):
+                    waiting.append(name)
+            elif top not in sys.stdlib_module_names:
+                assert top in _DISTRIBUTIONS, f"{module} imports {top}, but no version requires it: see _DISTRIBUTIONS"
                 distributions.add(_DISTRIBUTIONS[top])
     return ServingCode(sources, tuple(sorted(distributions - {""})))
 
