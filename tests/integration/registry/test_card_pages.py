@@ -45,16 +45,16 @@ def test_a_new_champion_is_described_and_what_a_person_wrote_stays(
 
 def test_show_card_prints_it(first: Trained, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    version = first.register("shown")
-    words = ["registry", "show", "shown/1", "--card", "--runs-dir", str(runs)]
+    version = first.register("card_shown")
+    words = ["registry", "show", "card_shown/1", "--card", "--runs-dir", str(runs)]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
     text = card_text(version.uri, tracking_uri=first.uri)
     assert text in done.output
     plain = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
-    assert plain == {"uri": "models:/shown/1", "card": text}
-    pulled = pull(version.uri, tmp_path / "shown", tracking_uri=first.uri)
+    assert plain == {"uri": "models:/card_shown/1", "card": text}
+    pulled = pull(version.uri, tmp_path / "card_shown", tracking_uri=first.uri)
     assert card_text(pulled).partition("\n")[2] == text.partition("\n")[2]
-    missing = CliRunner().invoke(app, ["registry", "show", "shown", "--card", "--runs-dir", str(runs)])
+    missing = CliRunner().invoke(app, ["registry", "show", "card_shown", "--card", "--runs-dir", str(runs)])
     assert missing.exit_code != 0
     assert "no alias 'champion'" in missing.output + str(missing.exception)
