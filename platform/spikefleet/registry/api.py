@@ -10,7 +10,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,8 @@ from spikefleet.config.recipes import parse_model
 from spikefleet.data_summary import DATA_SUMMARY, DataSummary
 from spikefleet.errors import UserError
 from spikefleet.plugins import loaded_plugins
+from spikefleet.registry.aliases import Promotion, keep_as_challenger, promote, refused_alias
+from spikefleet.registry.flaws import FLAW, find_flaw
 from spikefleet.registry.mlflow_store import (
     METRIC_PREFIX,
     connect,
@@ -26,6 +27,7 @@ from spikefleet.registry.mlflow_store import (
     find_model,
     find_versions,
     publish,
+    registry_uri,
     resolve,
     save_for_mlflow,
     set_alias,
@@ -39,22 +41,15 @@ from spikefleet.registry.package import (
     verify_package,
     write_package,
 )
-from spikefleet.registry.promotion import Alias, Candidate, Mode, decide, winner_of
+from spikefleet.registry.promotion import Mode
 from spikefleet.registry.query import parse_where
-from spikefleet.registry.version import (
-    CHALLENGER,
-    CHAMPION,
-    CONTENT_HASH,
-    SPIKE_DRIVEN,
-    RegisteredModel,
-    RegisteredVersion,
-    check_model_name,
-)
-from spikefleet.tracking.mlflow_client import resolve_tracking_uri
+from spikefleet.registry.version import CONTENT_HASH, RegisteredModel, RegisteredVersion, check_model_name
 from spikefleet_tune.messages import one_of
 
 if TYPE_CHECKING:
     import torch
+
+    from spikefleet.tasks import AnyTask
 
 __all__ = [
     "Promotion",
@@ -67,25 +62,11 @@ __all__ = [
     "load",
     "promote",
     "pull",
+    "refused_alias",
     "register",
     "renew",
     "show",
 ]
-
-_PROMOTION = "spikefleet.promotion"  # tag of a version that requests, or has requested, to become champion
-
-
-@dataclass(frozen=True)
-class Promotion:
-    """The result of a promotion."""
-
-    name: str
-    version: int
-    alias: Alias | None
-    """None for a version of which the spike check shows nothing."""
-    reason: str
-    champion: int | None
-    """The current champion version."""
 
 
 def register(
@@ -127,7 +108,7 @@ def register(
     with connect(tracking_uri) as client, _scratch() as scratch:
         package = scratch / "package"
         package.mkdir()
-        origin = {"dataset": data.source, "data_hash": data.content_hash}
+        origin = {"dataset": data.dataset, "data_hash": data.content_hash}
         given = {key: str(value) for key, value in {**origin, **tags}.items()}
         data.write(scratch)
         metadata = {"run_id": run_id, "tags": given, "metrics": dict(metrics), "plugins": list(loaded_plugins())}
@@ -143,7 +124,8 @@ def register(
         derived = {
             key: str(value) for key, value in {**model.tags(), "task": config["task"], "parameters": parameters}.items()
         }
-        all_tags = {**derived, **given, **measured, CONTENT_HASH: card.content_hash}
+        flaw = find_flaw(_task(config, data), metrics, files)
+        all_tags = {**derived, **given, **_flaw_tag(flaw), **measured, CONTENT_HASH: card.content_hash}
         save_for_mlflow(package, scratch / "model", config, data)
         return publish(client, name, scratch / "model", run_id, all_tags, tracking_uri)
 
@@ -151,7 +133,7 @@ def register(
 def renew(uri: str, *, tracking_uri: str | None = None) -> RegisteredVersion:
     """Registers a version again with the current serving code; files, tags and metrics stay the same.
 
-    The new version gets the aliases of the old one.
+    The new version gets the aliases of the old one, but none that it must not have; those stay where they are.
 
     Args:
         uri: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
@@ -164,7 +146,7 @@ def renew(uri: str, *, tracking_uri: str | None = None) -> RegisteredVersion:
         UserError: the version does not exist, its files have changed, a plugin that it was trained with is not loaded,
             or the registry fails.
     """
-    with connect(_uri(tracking_uri)) as client, _package(uri, tracking_uri) as (directory, content_hash):
+    with connect(registry_uri(tracking_uri)) as client, _package(uri, tracking_uri) as (directory, content_hash):
         old = resolve(client, uri)
         load_network(directory, content_hash)  # a network that cannot be built cannot be served
         card = read_card(directory, content_hash)
@@ -173,89 +155,16 @@ def renew(uri: str, *, tracking_uri: str | None = None) -> RegisteredVersion:
             package.mkdir()
             for name in (*card.sha256, CARD):
                 shutil.copyfile(directory / name, package / name)
-            save_for_mlflow(package, scratch / "model", read_config(package), DataSummary.read(package))
+            config, data = read_config(package), DataSummary.read(package)
+            save_for_mlflow(package, scratch / "model", config, data)
             measured = {f"{METRIC_PREFIX}{metric}": repr(value) for metric, value in old.metrics.items()}
-            tags = {**old.tags, **measured}
-            new = publish(client, old.name, scratch / "model", old.run_id, tags, _uri(tracking_uri))
+            flaw = find_flaw(_task(config, data), old.metrics, {name: package / name for name in card.sha256})
+            tags = {**old.tags, **_flaw_tag(flaw), **measured}
+            new = publish(client, old.name, scratch / "model", old.run_id, tags, registry_uri(tracking_uri))
         for alias in old.aliases:
-            set_alias(client, old.name, alias, new.version)
+            if refused_alias(new, alias) is None:
+                set_alias(client, old.name, alias, new.version)
         return find_model(client, old.name).pick(new.version)
-
-
-def promote(name: str, version: int, metric: str, mode: Mode = "max", *, tracking_uri: str | None = None) -> Promotion:
-    """Gives a version the alias `champion` if its metric is better than that of the champion, else `challenger`.
-
-    A version of which the spike check shows nothing gets no alias.
-
-    Several jobs may promote concurrently. Each tags its version as requesting, and after every change of the alias
-    reads all versions that requested since. When all calls have returned, the champion is the best of them and of the
-    earlier champion; before that, and after a killed call, it may be a worse one, until the next call. An alias that
-    is moved by hand at the same moment may be moved back.
-
-    Args:
-        name: of the registered model.
-        version: number of the version.
-        metric: full name, such as "val/top1".
-        mode: `max` or `min`.
-        tracking_uri: of the registry; by default MLFLOW_TRACKING_URI, else SQLite in ./runs.
-
-    Returns:
-        The alias that the version got, the reason, and the current champion.
-
-    Raises:
-        UserError: the version does not exist, or lacks the metric.
-    """
-    with connect(_uri(tracking_uri)) as client:
-        before = find_model(client, name)
-        candidate = before.pick(version)
-        own = _of(candidate, metric)
-        if own.value is None:
-            raise UserError(f"{candidate.uri} has no metric {metric!r}; {one_of(candidate.metrics)}")
-        asking, settled = f"asking {mode} {metric}", f"settled {mode} {metric}"
-        settled_before = {v.version for v in before.versions if v.tags.get(_PROMOTION) == settled}
-        client.set_model_version_tag(name, str(version), _PROMOTION, asking)
-        while True:
-            model = find_model(client, name)
-            champion = None if model.champion is None else _of(model.champion, metric)
-            asked = [
-                v
-                for v in model.versions
-                if v.tags.get(_PROMOTION) == asking
-                or (v.tags.get(_PROMOTION) == settled and v.version not in settled_before)
-            ]
-            winner = winner_of(champion, [_of(v, metric) for v in asked], metric, mode)
-            if winner is None or winner == champion:
-                break
-            set_alias(client, name, CHAMPION, winner.version)
-        won = winner is not None and winner.version == version
-        beaten = None if before.champion is None else _of(before.champion, metric)
-        decision = decide(beaten if won else winner, own, metric, mode)
-        challenger = next((v for v in model.versions if CHALLENGER in v.aliases), None)
-        if not won and decision.alias is not None:
-            set_alias(client, name, CHALLENGER, version)
-        elif challenger is not None and challenger.version == version:
-            client.delete_registered_model_alias(name, CHALLENGER)
-        client.set_model_version_tag(name, str(version), _PROMOTION, settled)
-        return Promotion(name, version, decision.alias, decision.reason, winner.version if winner else None)
-
-
-def keep_as_challenger(name: str, version: int, reason: str, *, tracking_uri: str | None = None) -> Promotion:
-    """Gives a version the alias `challenger` without comparing it.
-
-    Args:
-        name: of the registered model.
-        version: number of the version.
-        reason: why it is not compared.
-        tracking_uri: of the registry; by default MLFLOW_TRACKING_URI, else SQLite in ./runs.
-
-    Raises:
-        UserError: the version does not exist.
-    """
-    with connect(_uri(tracking_uri)) as client:
-        model = find_model(client, name)
-        set_alias(client, name, CHALLENGER, model.pick(version).version)
-        champion = model.champion
-        return Promotion(name, version, CHALLENGER, reason, champion.version if champion else None)
 
 
 def load(uri: str | Path, *, tracking_uri: str | None = None) -> "torch.nn.Module":
@@ -292,7 +201,7 @@ def describe(uri: str | Path, *, tracking_uri: str | None = None) -> dict[str, A
         directory = Path(uri)
         card = verify_package(directory)
         return {"uri": str(uri), **card.metadata, "config": read_config(directory), "sha256": dict(card.sha256)}
-    with connect(_uri(tracking_uri)) as client, _scratch() as scratch:
+    with connect(registry_uri(tracking_uri)) as client, _scratch() as scratch:
         version = resolve(client, str(uri))
         for name in (CARD, CONFIG):
             download(client, version, name, scratch)
@@ -352,7 +261,7 @@ def _copy(source: Path, target: Path) -> None:
 
 def list_models(*, tracking_uri: str | None = None) -> list[RegisteredModel]:
     """All models that spikefleet has registered, in the order of their names."""
-    with connect(_uri(tracking_uri)) as client:
+    with connect(registry_uri(tracking_uri)) as client:
         versions = find_versions(client)
         names = sorted({version.name for version in versions})
         return [RegisteredModel(name, tuple(v for v in versions if v.name == name)) for name in names]
@@ -360,7 +269,7 @@ def list_models(*, tracking_uri: str | None = None) -> list[RegisteredModel]:
 
 def show(name: str, *, tracking_uri: str | None = None) -> RegisteredModel:
     """A model and its versions. Raises UserError, with the nearest names, for an unknown name."""
-    with connect(_uri(tracking_uri)) as client:
+    with connect(registry_uri(tracking_uri)) as client:
         return find_model(client, name)
 
 
@@ -375,6 +284,8 @@ def best(
 ) -> RegisteredVersion:
     """The version with the best metric; of equal ones a champion (a renewed copy is one), else the oldest.
 
+    Versions with a flaw (`flaws`) are left out.
+
     Args:
         task: only versions of this task.
         metric: full name, or the name of a validation metric without its split.
@@ -388,11 +299,12 @@ def best(
     """
     if where is not None:
         parse_where(where)  # check the syntax before the first request
-    with connect(_uri(tracking_uri)) as client:
+    with connect(registry_uri(tracking_uri)) as client:
         versions = find_versions(client)
     versions = _narrow(versions, "task", task)
     if dataset is not None:
         versions = _narrow(versions, "dataset", dataset)
+    versions = _without_flaws(versions)
     if where is not None:
         query = parse_where(where, {key for version in versions for key in version.metadata()})
         versions = [version for version in versions if query.holds(version.metadata())]
@@ -411,16 +323,30 @@ def best(
     return min(values, key=rank)[0]
 
 
+def _without_flaws(versions: list[RegisteredVersion]) -> list[RegisteredVersion]:
+    kept = [version for version in versions if FLAW not in version.tags]
+    if not kept:
+        raise UserError(f"every matching version has a flaw; of {versions[0].uri}: {versions[0].tags[FLAW]}")
+    return kept
+
+
+def _task(config: Mapping[str, Any], data: DataSummary) -> "AnyTask":
+    from spikefleet.tasks import LossSettings, task_class  # imports torch, which searching the registry does not need
+
+    model = parse_model(config["model"], "the configuration of a registered model")
+    return task_class(config["task"]).build(model, data, LossSettings())
+
+
+def _flaw_tag(flaw: str | None) -> dict[str, str]:
+    return {} if flaw is None else {FLAW: flaw}
+
+
 def _narrow(versions: list[RegisteredVersion], key: str, wanted: str) -> list[RegisteredVersion]:
     kept = [version for version in versions if version.tags.get(key) == wanted]
     if not kept:
         known = sorted({version.tags[key] for version in versions if key in version.tags})
         raise UserError(f"no version is registered for {key} {wanted!r}; {one_of(known)}")
     return kept
-
-
-def _uri(tracking_uri: str | None) -> str:
-    return tracking_uri or resolve_tracking_uri(Path("runs"))
 
 
 def _is_registered(uri: str | Path) -> bool:
@@ -439,12 +365,7 @@ def _package(uri: str | Path, tracking_uri: str | None) -> Iterator[tuple[Path, 
     if not _is_registered(uri):
         yield Path(uri), None
         return
-    with connect(_uri(tracking_uri)) as client, _scratch() as scratch:
+    with connect(registry_uri(tracking_uri)) as client, _scratch() as scratch:
         version = resolve(client, str(uri))
         download(client, version, "", scratch)
         yield scratch, version.content_hash
-
-
-def _of(version: RegisteredVersion, metric: str) -> Candidate:
-    verdict = version.tags.get(SPIKE_DRIVEN)
-    return Candidate(version.version, version.metric(metric), version.tags.get("data_hash"), verdict)

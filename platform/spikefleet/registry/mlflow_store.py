@@ -17,7 +17,7 @@ from spikefleet.errors import UserError
 from spikefleet.registry.served_input import EXPECTED
 from spikefleet.registry.version import CONTENT_HASH, RegisteredModel, RegisteredVersion, check_model_name
 from spikefleet.tracking.database import database_path
-from spikefleet.tracking.mlflow_client import check_tracking_uri, public_uri, quiet_mlflow
+from spikefleet.tracking.mlflow_client import check_tracking_uri, public_uri, quiet_mlflow, resolve_tracking_uri
 from spikefleet.tracking.relocation import ready_database
 from spikefleet_tune.messages import one_of
 
@@ -30,6 +30,11 @@ METRIC_PREFIX = "metric."
 _ARTIFACTS = "artifacts"  # where MLflow keeps a pyfunc model's files
 _URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[A-Za-z0-9_-]{1,100})|/(?P<version>[0-9]{1,9}))")
 _REQUIREMENTS = ("spikefleet", "torch", "torchvision", "spikingjelly", "safetensors", "numpy", "pydantic", "mlflow")
+
+
+def registry_uri(tracking_uri: str | None) -> str:
+    """The registry that is meant: by default MLFLOW_TRACKING_URI, else SQLite in ./runs."""
+    return tracking_uri or resolve_tracking_uri(Path("runs"))
 
 
 @contextmanager
