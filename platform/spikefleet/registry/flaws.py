@@ -10,9 +10,11 @@ A version with a flaw gets no alias, whoever registers it, and `best` leaves it 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from spikefleet.errors import UserError
 from spikefleet.files import read_json_object
 
 if TYPE_CHECKING:
@@ -31,10 +33,8 @@ def find_flaw(task: AnyTask, metrics: Mapping[str, float], files: Mapping[str, P
     Args:
         task: of the network and its classes.
         metrics: by split and name, such as "val/top1".
-        files: of the package by name; the evaluation and the energy card are looked at.
-
-    Raises:
-        UserError: one of these two files is damaged.
+        files: of the package by name; the evaluation and the energy card are looked at. Files of these names with
+            another content, as other programs may register them, say nothing.
     """
     for split, evaluation in _evaluations(metrics, files):
         if (flaw := task.flaw(evaluation)) is not None:
@@ -43,23 +43,29 @@ def find_flaw(task: AnyTask, metrics: Mapping[str, float], files: Mapping[str, P
 
 
 def _evaluations(metrics: Mapping[str, float], files: Mapping[str, Path]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Split and evaluation: that of the report, then the metrics of each split."""
+    """Split and evaluation: that of the report, then the metrics of val or, without them, of test."""
     from spikefleet.tasks.task import EVALUATION  # imports torch, which searching the registry does not need
 
-    if EVALUATION in files:
-        evaluation = read_json_object(files[EVALUATION])
+    with suppress(UserError):
+        evaluation = read_json_object(files[EVALUATION]) if EVALUATION in files else {}
         yield str(evaluation.get("split", "")), evaluation
     for split in ("val", "test"):
         found = {name.removeprefix(f"{split}/"): v for name, v in metrics.items() if name.startswith(f"{split}/")}
         if found:
             yield split, {"metrics": found}
+            return
 
 
 def _silence(files: Mapping[str, Path]) -> str | None:
     from spikefleet.certificates.energy_card import ENERGY, read_card
 
-    card = read_card(files[ENERGY]) if ENERGY in files else None
-    if card is None or card.mean_input is None or not card.bound:
+    if ENERGY not in files:
+        return None
+    try:
+        card = read_card(files[ENERGY])
+    except UserError:
+        return None
+    if card.mean_input is None or not card.bound:
         return None
     rate = card.mean_input / card.bound
     if rate >= LEAST_RATE:
