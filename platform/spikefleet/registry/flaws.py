@@ -36,10 +36,9 @@ def find_flaw(task: AnyTask, metrics: Mapping[str, float], files: Mapping[str, P
         files: of the package by name; the evaluation and the energy card are looked at. Files of these names with
             another content, as other programs may register them, say nothing.
     """
-    for split, evaluation in _evaluations(metrics, files):
-        if (flaw := task.flaw(evaluation)) is not None:
-            return f"on {split}, {flaw}" if split else flaw
-    return _silence(files)
+    found = ((split, task.flaw(evaluation)) for split, evaluation in _evaluations(metrics, files))
+    flaws = [f"on {split}, {flaw}" if split else flaw for split, flaw in found if flaw is not None]
+    return "; ".join(filter(None, [*flaws[:1], _silence(files)])) or None
 
 
 def _evaluations(metrics: Mapping[str, float], files: Mapping[str, Path]) -> Iterator[tuple[str, Mapping[str, Any]]]:

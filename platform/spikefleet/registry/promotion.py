@@ -47,7 +47,7 @@ def barred(candidate: Candidate) -> Decision | None:
     """The decision on a candidate that cannot become champion, whatever its metric; None if it can."""
     version, verdict = candidate.version, candidate.verdict
     if candidate.flaw is not None:
-        return Decision(None, f"version {version} gets no alias: {candidate.flaw}")
+        return Decision(None, f"version {version} must not be used: {candidate.flaw}")
     if verdict in _WITHHELD:
         return Decision(None if verdict == NOT_SHOWN else "challenger", _WITHHELD[verdict].format(version))
     if verdict not in (PROVED, NOT_SPIKING):
@@ -78,7 +78,7 @@ def decide(champion: Candidate | None, candidate: Candidate, metric: str, mode: 
     if candidate.value is None or isnan(candidate.value):
         return Decision("challenger", f"version {candidate.version} has no {metric} to compare")
     if mode == "max" and candidate.value == 0:
-        return Decision(None, f"version {candidate.version} gets no alias: its {metric} is 0")
+        return Decision(None, f"version {candidate.version} must not be used: its {metric} is 0")
     if champion is None:
         return Decision("champion", f"version {candidate.version} is the first, with {metric} {candidate.value:.6g}")
     if champion.value is None or isnan(champion.value):
