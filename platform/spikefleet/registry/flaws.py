@@ -2,7 +2,7 @@
 
 A version with a flaw gets no alias, whoever registers it, and `best` leaves it out. The rules:
 
-* its task's (`Task.flaw`): a detector with a mAP50 below 0.1 %; a classifier that answers one class for all images, or
+* its task's (`Task.flaw`): a detector with a mAP50 below 0.01 %; a classifier that answers one class for all images, or
   whose mean accuracy over the classes is not above chance by two standard errors (at most half of the way to 100 %);
 * silence: its layers receive less than 0.1 % of the spikes that are possible, by its energy card.
 """

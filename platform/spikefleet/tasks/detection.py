@@ -36,7 +36,7 @@ SHOWN_SCORE = 0.3
 """Boxes below this score are not drawn."""
 
 _RANDOM_BOXES = 3
-_LEAST_MAP50 = 0.001
+_LEAST_MAP50 = 0.0001
 
 
 class Detection(Task[FoundBoxes, Annotations]):
@@ -152,11 +152,11 @@ class Detection(Task[FoundBoxes, Annotations]):
         }
 
     def flaw(self, evaluation: Mapping[str, Any]) -> str | None:
-        """A detector that finds nothing: its mAP50 is below 0.1 %."""
+        """A detector that finds nothing: its mAP50 is below 0.01 %."""
         value = metric_of(evaluation, "map50")
         if value is None or value >= _LEAST_MAP50:
             return None
-        return f"it finds nothing: map50 is {value:.2%}, less than {_LEAST_MAP50:.1%}"
+        return f"it finds nothing: map50 is {value:.3%}, less than {_LEAST_MAP50:.2%}"
 
     def confident(self, prediction: FoundBoxes, score: float) -> FoundBoxes:
         """The boxes with at least this score."""
