@@ -98,8 +98,8 @@ def test_metrics_alone_and_files_of_another_shape(evaluation: dict[str, Any], fl
     ("metrics", "flawed"),
     [
         ({"map50": 0.0}, True),
-        ({"map50": 0.0009}, True),
-        ({"map50": 0.001}, False),
+        ({"map50": 0.00009}, True),
+        ({"map50": 0.0001}, False),
         ({"map50": 0.4}, False),
         ({}, False),
     ],
