@@ -19,7 +19,7 @@ from spikefleet.data_summary import DATA_SUMMARY, DataSummary
 from spikefleet.errors import UserError
 from spikefleet.plugins import loaded_plugins
 from spikefleet.registry.aliases import Promotion, keep_as_challenger, promote, refused_alias
-from spikefleet.registry.flaws import FLAW, find_flaw
+from spikefleet.registry.flaws import FLAW, flaw_tag
 from spikefleet.registry.mlflow_store import (
     METRIC_PREFIX,
     connect,
@@ -48,8 +48,6 @@ from spikefleet_tune.messages import one_of
 
 if TYPE_CHECKING:
     import torch
-
-    from spikefleet.tasks import AnyTask
 
 __all__ = [
     "Promotion",
@@ -124,8 +122,8 @@ def register(
         derived = {
             key: str(value) for key, value in {**model.tags(), "task": config["task"], "parameters": parameters}.items()
         }
-        flaw = find_flaw(_task(config, data), metrics, files)
-        all_tags = {**derived, **given, **_flaw_tag(flaw), **measured, CONTENT_HASH: card.content_hash}
+        flaw = flaw_tag(config, data, metrics, files)
+        all_tags = {**derived, **given, **flaw, **measured, CONTENT_HASH: card.content_hash}
         save_for_mlflow(package, scratch / "model", config, data)
         return publish(client, name, scratch / "model", run_id, all_tags, tracking_uri)
 
@@ -158,8 +156,8 @@ def renew(uri: str, *, tracking_uri: str | None = None) -> RegisteredVersion:
             config, data = read_config(package), DataSummary.read(package)
             save_for_mlflow(package, scratch / "model", config, data)
             measured = {f"{METRIC_PREFIX}{metric}": repr(value) for metric, value in old.metrics.items()}
-            flaw = find_flaw(_task(config, data), old.metrics, {name: package / name for name in card.sha256})
-            tags = {**old.tags, **_flaw_tag(flaw), **measured}
+            flaw = flaw_tag(config, data, old.metrics, {name: package / name for name in card.sha256})
+            tags = {**old.tags, **flaw, **measured}
             new = publish(client, old.name, scratch / "model", old.run_id, tags, registry_uri(tracking_uri))
         for alias in old.aliases:
             if refused_alias(new, alias) is None:
@@ -328,17 +326,6 @@ def _without_flaws(versions: list[RegisteredVersion]) -> list[RegisteredVersion]
     if not kept:
         raise UserError(f"every matching version has a flaw; of {versions[0].uri}: {versions[0].tags[FLAW]}")
     return kept
-
-
-def _task(config: Mapping[str, Any], data: DataSummary) -> "AnyTask":
-    from spikefleet.tasks import LossSettings, task_class  # imports torch, which searching the registry does not need
-
-    model = parse_model(config["model"], "the configuration of a registered model")
-    return task_class(config["task"]).build(model, data, LossSettings())
-
-
-def _flaw_tag(flaw: str | None) -> dict[str, str]:
-    return {} if flaw is None else {FLAW: flaw}
 
 
 def _narrow(versions: list[RegisteredVersion], key: str, wanted: str) -> list[RegisteredVersion]:

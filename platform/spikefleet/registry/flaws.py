@@ -14,6 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from spikefleet.config.recipes import parse_model
+from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
 from spikefleet.files import read_json_object
 
@@ -39,6 +41,27 @@ def find_flaw(task: AnyTask, metrics: Mapping[str, float], files: Mapping[str, P
     found = ((split, task.flaw(evaluation)) for split, evaluation in _evaluations(metrics, files))
     flaws = [f"on {split}, {flaw}" if split else flaw for split, flaw in found if flaw is not None]
     return "; ".join(filter(None, [*flaws[:1], _silence(files)])) or None
+
+
+def flaw_tag(
+    config: Mapping[str, Any], data: DataSummary, metrics: Mapping[str, float], files: Mapping[str, Path]
+) -> dict[str, str]:
+    """The tag of a network's flaw; empty if it has none.
+
+    Args:
+        config: of the run.
+        data: summary of its data.
+        metrics: as for `find_flaw`.
+        files: as for `find_flaw`.
+
+    Raises:
+        UserError: the configuration is not that of a network.
+    """
+    from spikefleet.tasks import LossSettings, task_class  # imports torch, which searching the registry does not need
+
+    model = parse_model(config["model"], "the configuration of a registered model")
+    flaw = find_flaw(task_class(config["task"]).build(model, data, LossSettings()), metrics, files)
+    return {} if flaw is None else {FLAW: flaw}
 
 
 def _evaluations(metrics: Mapping[str, float], files: Mapping[str, Path]) -> Iterator[tuple[str, Mapping[str, Any]]]:
