@@ -18,6 +18,7 @@ from spikefleet.tasks.classification import Classification, Ranking
 from spikefleet.tasks.detection import Detection
 from spikefleet_models.energy import energy_card
 from spikefleet_models.families import build_model, model_config
+from spikefleet_models.sg_resnet_config import SGResNetConfig
 
 
 def classifier(classes: int) -> Classification:
@@ -118,6 +119,7 @@ def card_of(threshold: float, folder: Path) -> dict[str, Path]:
     """The energy card of a tiny network whose neurons fire at this threshold."""
     torch.manual_seed(0)
     base = model_config("sg_resnet_tiny", stages=(1, 1))
+    assert isinstance(base, SGResNetConfig)
     network = build_model(base.model_copy(update={"neuron": base.neuron.model_copy(update={"v_threshold": threshold})}))
     card = energy_card(network.eval(), [torch.rand(1, 1, 8, 8) * 4], "fp32-45nm", "merged", True)
     (folder / "energy.json").write_text(json.dumps(card.to_dict()))
