@@ -17,7 +17,7 @@ pytestmark = pytest.mark.xdist_group("ray")
 
 SEARCH = """
 recipe: digits
-overrides: {train.epochs: 1, model.width: 0.125, model.stages: [1, 1]}
+overrides: {train.epochs: 2, train.global_batch: 32, model.width: 0.125, model.stages: [1, 1]}
 space:
   model.timesteps: {choice: [1, 2]}
 objectives: {val/top1: max, energy_mj: min}
