@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from spikefleet.errors import UserError
 from spikefleet.registry.flaws import FLAW
-from spikefleet.registry.mlflow_store import connect, find_model, registry_uri, set_alias
+from spikefleet.registry.mlflow_store import connect, find_model, set_alias
+from spikefleet.registry.package_access import registry_uri
 from spikefleet.registry.promotion import Alias, Candidate, Mode, barred, decide, winner_of
 from spikefleet.registry.version import CHALLENGER, CHAMPION, SPIKE_DRIVEN, RegisteredVersion
 from spikefleet_tune.messages import one_of
