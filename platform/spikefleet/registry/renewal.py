@@ -1,6 +1,8 @@
 """Registers a version again with today's serving code: one of an earlier release becomes self-contained."""
 
 from spikefleet.data_summary import DataSummary
+from spikefleet.registry.aliases import refused_alias
+from spikefleet.registry.flaws import flaw_tag
 from spikefleet.registry.mlflow_model import save_for_mlflow
 from spikefleet.registry.mlflow_store import METRIC_PREFIX, connect, find_model, publish, resolve, set_alias
 from spikefleet.registry.model_card import description_of
@@ -13,7 +15,8 @@ from spikefleet.registry.version import CONTENT_HASH, RegisteredVersion
 def renew(uri: str, *, tracking_uri: str | None = None) -> RegisteredVersion:
     """Registers a version again with the current serving code; weights, configuration, tags and metrics stay the same.
 
-    The new version brings the code and the requirements that serve it, and gets the aliases of the old one.
+    The new version brings the code and the requirements that serve it, and gets the aliases of the old one, but none
+    that it must not have; those stay where they are.
 
     Args:
         uri: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
@@ -37,9 +40,11 @@ def renew(uri: str, *, tracking_uri: str | None = None) -> RegisteredVersion:
             config, data = read_config(package), DataSummary.read(package)
             save_for_mlflow(package, scratch / "model", config, data, card)
             measured = {f"{METRIC_PREFIX}{metric}": repr(value) for metric, value in old.metrics.items()}
-            tags = {**old.tags, **measured, CONTENT_HASH: card.content_hash}
+            flaw = flaw_tag(config, data, old.metrics, {name: package / name for name in card.sha256})
+            tags = {**old.tags, **flaw, **measured, CONTENT_HASH: card.content_hash}
             text = description_of(old.name, package, card)
             new = publish(client, old.name, scratch / "model", old.run_id, tags, text, place)
         for alias in old.aliases:
-            set_alias(client, old.name, alias, new.version)
+            if refused_alias(new, alias) is None:
+                set_alias(client, old.name, alias, new.version)
         return find_model(client, old.name).pick(new.version)
