@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -13,8 +14,12 @@ _LIBRARIES = ("spikefleet", "torch", "torchvision", "spikingjelly", "ray", "mlfl
 
 @cache
 def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that can change a result, by name."""
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in _LIBRARIES}}
+    """Versions of Python and of the installed libraries that can change a result, by name."""
+    versions = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        with suppress(metadata.PackageNotFoundError):  # training itself needs neither Ray nor MLflow nor pyarrow
+            versions[name] = metadata.version(name)
+    return versions
 
 
 @cache

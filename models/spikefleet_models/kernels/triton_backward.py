@@ -184,7 +184,7 @@ def _current_gradients(
     return zs, grads, grad_q
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])
 def backward_sums(
     z_ptr,
     shortcut_ptr,
@@ -284,7 +284,7 @@ def backward_sums(
         tl.store(q_sums_ptr + group * channel_count + channels, of_q, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "groups"])
 def finish_sums(
     sums_ptr,
     invstd_ptr,

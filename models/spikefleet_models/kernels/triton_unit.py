@@ -44,7 +44,10 @@ _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_STEPS = 32
 _PROGRAMS = 1024
 """Programs of the kernel that sums: a constant, so that the order of additions does not depend on the device."""
-_OPTIONS = {"enable_fp_fusion": False, "num_warps": 4}
+ELEMENTS = 1024
+"""Elements of a step in a tile, for up to four steps."""
+WARPS = 4
+"""Warps of a program."""
 
 
 def problem(z: Tensor, spec: UnitSpec) -> str | None:
@@ -101,7 +104,7 @@ class _Tiling:
         samples = z.shape[0] if spec.repeat else z.shape[0] // spec.timesteps
         channels, plane = z.shape[1], z.shape[2] * z.shape[3]
         # Registers hold two to four values an element and step.
-        elements = 1024 if spec.timesteps <= 4 else max(128, 4096 // _power_of_two(spec.timesteps))
+        elements = max(128, 4 * ELEMENTS // max(4, _power_of_two(spec.timesteps)))
         block = min(32, _power_of_two(channels)) if last else 1
         layout = torch.channels_last if last else torch.contiguous_format
         return cls(layout, samples * plane, channels, plane, samples * channels * plane, elements // block, block)
@@ -151,7 +154,7 @@ class _Tiling:
             "SOFT": dynamics.v_reset is None,
             "P": self.P,
             "CB": self.CB,
-            **_OPTIONS,
+            **_options(),
         }
 
     def backward(self, spec: UnitSpec) -> dict[str, Any]:
@@ -163,6 +166,11 @@ class _Tiling:
             "SURROGATE": _SURROGATES[type(function)],
             "ALPHA": float(function.alpha),
         }
+
+
+def _options() -> dict[str, Any]:
+    # What the kernels call one multiply-add is one, and nothing else: the reference rounds each operation.
+    return {"enable_fp_fusion": False, "num_warps": WARPS}
 
 
 def _power_of_two(number: int) -> int:
@@ -243,7 +251,7 @@ class _TritonFunction(torch.autograd.Function):
             )  # fmt: skip
             triton_backward.finish_sums[(-(-channels // 8),)](
                 sums, invstd, grad_gamma, grad_beta, centre, slope, z.numel() // channels, channels, groups,
-                G=128, CB=8, **_OPTIONS,
+                G=128, CB=8, **_options(),
             )  # fmt: skip
             triton_backward.backward_input[(tiling.rows * tiling.columns,)](
                 *read, *parameters, factor, centre, slope, grad_z, **arguments

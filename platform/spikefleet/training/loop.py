@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -36,7 +36,9 @@ from spikefleet.training.threads import restored_thread_count, thread_counts
 from spikefleet.versions import library_versions
 from spikefleet_pipelines.loading import Batch, BatchLoader
 from spikefleet_pipelines.sampling import EpochPlan
-from spikefleet_pipelines.store.reader import Store
+
+if TYPE_CHECKING:  # any store will do, also one in memory: `pyarrow` is not needed for training itself
+    from spikefleet_pipelines.store.reader import Store
 
 _IMAGES_OF_REPORT = 32
 _IMAGES_OF_BATCH = 16

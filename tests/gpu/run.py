@@ -1,0 +1,92 @@
+"""Everything that a GPU should be asked, in one run of under four minutes, on a bare machine.
+
+    PYTHONPATH=models:pipelines:platform:tune:tests python -m gpu.run --out FILE [--fashion-mnist DIR] [--minutes 3.9]
+
+Needs torch, Triton, NumPy, scikit-learn, safetensors, PyYAML, pydantic, SpikingJelly and loguru; h5py and torchvision
+where they are there. Each section has a budget, and its failure is recorded and ends no other; the file is written
+after each. `--dry` runs all of it on the CPU, at small sizes, in the lean form.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+
+from gpu import network_checks, timing
+from gpu.fashion import fashion_mnist
+from gpu.profile_step import profile_step
+from gpu.session import Results, Session
+from spikefleet_models.kernels import unit_form
+
+
+def machine(session: Session, results: Results) -> None:
+    """Card and versions."""
+    results |= {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cores": os.cpu_count(),
+        "unit form": unit_form(network_checks.device_of(session)),
+    }
+    try:
+        import triton
+
+        results["triton"] = triton.__version__
+    except ImportError:
+        results["triton"] = None
+    if not session.dry:
+        properties = torch.cuda.get_device_properties(0)
+        results |= {
+            "card": properties.name,
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "multiprocessors": properties.multi_processor_count,
+            "capability": f"{properties.major}.{properties.minor}",
+            "cudnn": torch.backends.cudnn.version(),
+        }
+        asked = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
+        results["driver, clock, power"] = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+
+
+def main() -> None:
+    """Run all sections."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file")
+    parser.add_argument("--fashion-mnist", type=Path, help="directory of the four IDX files; without it, no training")
+    parser.add_argument("--minutes", type=float, default=3.9, help="for everything")
+    parser.add_argument("--train-minutes", type=float, help="of the Fashion-MNIST training; default: what is left")
+    parser.add_argument("--only", nargs="+", help="these sections")
+    parser.add_argument("--dry", action="store_true", help="on the CPU, at small sizes")
+    arguments = parser.parse_args()
+    if not arguments.dry and not torch.cuda.is_available():
+        parser.error("torch finds no CUDA device; use --dry to try the script on the CPU")
+    session = Session(arguments.out, arguments.minutes * 60, arguments.dry)
+    session.results["started"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    session.results["dry"] = arguments.dry
+    sections = [
+        ("machine", 20.0, machine),
+        ("units", 60.0, network_checks.units),
+        ("networks", 30.0, network_checks.networks),
+        ("unit_times", 12.0, timing.unit_times),
+        ("r18_cifar_b256", 40.0, timing.classifier_steps("r18_cifar_b256")),
+        ("profile", 12.0, profile_step),
+        ("tile_sizes", 14.0, timing.tile_sizes),
+        ("r34_imagenet_b64", 40.0, timing.classifier_steps("r34_imagenet_b64")),
+        ("trainings", 35.0, network_checks.trainings),
+        ("spike_yolo_s_640_b16", 30.0, timing.detector_steps),
+        ("r18_cifar_b32", 14.0, timing.classifier_steps("r18_cifar_b32")),
+    ]
+    if arguments.fashion_mnist is not None:
+        sections.append(("fashion_mnist", 600.0, fashion_mnist(arguments.fashion_mnist, arguments.train_minutes)))
+    for name, budget, work in sections:
+        if arguments.only is None or name in arguments.only:
+            session.section(name, budget, work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""Interleaved timings: medians of steps, of units alone and of tile sizes, and peak memory."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from gpu.network_checks import device_of, fused_of
+from gpu.session import Results, Session
+from gpu.steps import DRY, SETUPS, Setup, Step, classifiers, detector, has_torchvision
+from gpu.unit_checks import build_unit
+from spikefleet_models.spiking_unit import use_implementation
+
+
+def milliseconds(work: Callable[[], object], device: torch.device) -> float:
+    """Duration of one call, on the device's own clock."""
+    if device.type != "cuda":
+        begun = time.perf_counter()
+        work()
+        return (time.perf_counter() - begun) * 1e3
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def peak_mib(step: Step, device: torch.device) -> float | None:
+    """Memory that a step needs beyond what exists between steps."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def interleaved(
+    variants: dict[str, Callable[[], Step]], device: torch.device, warm_up: int, rounds: int, results: Results
+) -> None:
+    """Medians of `rounds` rounds, one step of each variant in each; a variant that fails is recorded and left out."""
+    steps: dict[str, Step] = {}
+    for name, build in variants.items():
+        try:
+            begun = time.perf_counter()
+            step = build()
+            for _ in range(warm_up):
+                step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            results[name] = {"start_s": round(time.perf_counter() - begun, 2), "peak_mib": peak_mib(step, device)}
+            steps[name] = step
+        except Exception as error:
+            results[name] = {"failure": f"{type(error).__name__}: {error}"[:800]}
+            gc.collect()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds):
+        for name, step in steps.items():
+            times[name].append(milliseconds(step, device))
+        if number >= 4:
+            for name, measured in times.items():
+                results[name] |= {
+                    "median_ms": round(statistics.median(measured), 3),
+                    "best_ms": round(min(measured), 3),
+                    "rounds": len(measured),
+                }
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def classifier_steps(name: str) -> Callable[[Session, Results], None]:
+    """The section of a setup."""
+
+    def work(session: Session, results: Results) -> None:
+        device = device_of(session)
+        torch.backends.cudnn.benchmark = True
+        setup = DRY if session.dry else SETUPS[name]
+        rounds = 5 if session.dry else 40
+        interleaved(classifiers(name, setup, device, fused_of(session)), device, 1 if session.dry else 6, rounds, results)
+        _free()
+
+    return work
+
+
+def detector_steps(session: Session, results: Results) -> None:
+    """SpikeYOLO s at 640 and its ANN twin, in bf16 and channels_last."""
+    device = device_of(session)
+    torch.backends.cudnn.benchmark = True
+    size: dict[str, Any] = {"batch": 1, "side": 64} if session.dry else {"batch": 16, "side": 640}
+    kind = "tiny" if session.dry else "s"
+    results["criterion"] = "its own" if has_torchvision() else "mean square of the outputs: torchvision is missing"
+    variants: dict[str, Callable[[], Step]] = {
+        "ann bf16": lambda: detector(f"spike_yolo_ann_{kind}", device, **size),
+        "spike_yolo bf16 (T=1, D=4)": lambda: detector(f"spike_yolo_{kind}", device, **size),
+    }
+    interleaved(variants, device, 1 if session.dry else 5, 5 if session.dry else 25, results)
+    _free()
+
+
+def unit_times(session: Session, results: Results) -> None:
+    """Forward and backward of single units at the sizes of SG ResNet18 with 256 images, in both layouts and types."""
+    device, fused = device_of(session), fused_of(session)
+    batch = 1 if session.dry else SETUPS["r18_cifar_b256"].batch
+    shapes = [(64, 32), (128, 16), (256, 8), (512, 4)]
+    for channels, side in shapes[-1:] if session.dry else shapes:
+        for layout, dtype in ((torch.channels_last, torch.bfloat16), (torch.contiguous_format, torch.float32)):
+            variants = {
+                f"{form}, {gate}": _unit_call(form, gate, channels, side, batch, layout, dtype, device)
+                for gate in ("plain", "bsg")
+                for form in ("ann", "lean", fused)
+            }
+            times: dict[str, list[float]] = {name: [] for name in variants}
+            for number in range(4 if session.dry else 26):
+                for name, call in variants.items():
+                    measured = milliseconds(call, device)
+                    if number > 2:
+                        times[name].append(measured)
+            key = f"C={channels} {side}x{side} {'bf16 nhwc' if dtype == torch.bfloat16 else 'fp32 nchw'}"
+            results[key] = {name: round(statistics.median(values), 4) for name, values in times.items()}
+            _free()
+
+
+def _unit_call(
+    form: str, gate: str, channels: int, side: int, batch: int, layout: torch.memory_format, dtype: torch.dtype,
+    device: torch.device,
+) -> Callable[[], None]:  # fmt: skip
+    T = 4
+    z = torch.randn(T * batch, channels, side, side, device=device).to(dtype).contiguous(memory_format=layout)
+    z.requires_grad_()
+    x = (torch.rand_like(z) < 0.2).to(dtype).contiguous(memory_format=layout).requires_grad_()
+    grad = torch.randn_like(z).contiguous(memory_format=layout)
+    if form == "ann":
+        bn = torch.nn.BatchNorm2d(channels).to(device)
+
+        def twin() -> None:
+            y = bn(z)
+            torch.relu(y if gate == "plain" else y + x).backward(grad)
+
+        return twin
+    unit = build_unit(T, channels, None if gate == "plain" else gate, gradient="exact").to(device)
+    use_implementation(unit, form)  # type: ignore[arg-type]
+    shortcut = None if gate == "plain" else x.unflatten(0, (T, -1))
+
+    def call() -> None:
+        unit(z, shortcut).backward(grad.unflatten(0, (T, -1)))
+
+    return call
+
+
+def tile_sizes(session: Session, results: Results) -> None:
+    """Time of a unit for other tiles than the default, to choose the default by."""
+    if session.dry:
+        results["skipped"] = "the CPU has no tiles"
+        return
+
+    device = device_of(session)
+    for layout, dtype in ((torch.channels_last, torch.bfloat16), (torch.contiguous_format, torch.float32)):
+        for elements in (512, 1024, 2048):
+            for warps in (4, 8):
+                _time_tile(session, results, layout, dtype, elements, warps, device)
+
+
+def _time_tile(
+    session: Session, results: Results, layout: torch.memory_format, dtype: torch.dtype, elements: int, warps: int,
+    device: torch.device,
+) -> None:  # fmt: skip
+    from spikefleet_models.kernels import triton_unit
+
+    before = triton_unit.ELEMENTS, triton_unit.WARPS
+    triton_unit.ELEMENTS, triton_unit.WARPS = elements, warps
+    try:
+        call = _unit_call("triton", "bsg", 64, 32, 256, layout, dtype, device)
+        call()
+        name = f"{'bf16 nhwc' if dtype == torch.bfloat16 else 'fp32 nchw'}, {elements} elements, {warps} warps"
+        results[name] = _kernel_times(call, device)
+    finally:
+        triton_unit.ELEMENTS, triton_unit.WARPS = before
+
+
+def _kernel_times(call: Callable[[], None], device: torch.device) -> dict[str, float]:
+    """Median of the whole call in ms, and of each kernel in us by the profiler."""
+    for _ in range(3):
+        call()
+    whole = statistics.median(milliseconds(call, device) for _ in range(12))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(5):
+            call()
+        torch.cuda.synchronize()
+    found = {"whole_ms": round(whole, 4)}
+    for event in profile.key_averages():
+        total = getattr(event, "device_time_total", 0.0)
+        if total > 0:
+            found[event.key[:60]] = round(total / 5, 1)
+    return found
+
+
