@@ -46,7 +46,7 @@ class MemoryStore:
     def __init__(self, source: str, contents: ArrayContents) -> None:
         shards, per_class = {}, {}
         for name, (images, labels) in contents.splits.items():
-            digest = hashlib.sha256(np.ascontiguousarray(images)).hexdigest()
+            digest = hashlib.sha256(images.tobytes()).hexdigest()
             shards[name] = (Shard(file=f"{name}.memory", rows=len(labels), bytes=images.nbytes, sha256=digest),)
             per_class[name] = tuple(np.bincount(labels, minlength=len(contents.class_names)).tolist())
         audit = Audit(duplicates=0, cross_split_duplicates=0, images_per_class=per_class, empty_classes={})

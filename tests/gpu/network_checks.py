@@ -121,12 +121,9 @@ def networks(session: Session, results: Results) -> None:
 
 
 def _digits(device: torch.device, epochs: int, *settings: str) -> dict[str, Any]:
-    config = load_config(
-        "digits",
-        parse_overrides(
-            [f"train.epochs={epochs}", "cluster.workers=0", f"cluster.gpu={str(device.type == 'cuda').lower()}", *settings]
-        ),
-    )
+    gpu = f"cluster.gpu={str(device.type == 'cuda').lower()}"
+    overrides = [f"train.epochs={epochs}", "cluster.workers=0", gpu, *settings]
+    config = load_config("digits", parse_overrides(overrides))
     store = as_store("digits", read_digits(None, DigitsOptions(), 0))
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 import time
@@ -41,7 +40,7 @@ class Session:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         partial = self.out.with_name(f".{self.out.name}.partial")
         partial.write_text(json.dumps(self.results, indent=1, default=str) + "\n")
-        os.replace(partial, self.out)
+        partial.replace(self.out)
 
     def section(self, name: str, budget: float, work: Callable[[Session, Results], None]) -> None:
         """Runs one section; what it put into its results stays, also where it fails or is out of time."""

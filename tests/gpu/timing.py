@@ -12,7 +12,7 @@ import torch
 
 from gpu.network_checks import device_of, fused_of
 from gpu.session import Results, Session
-from gpu.steps import DRY, SETUPS, Setup, Step, classifiers, detector, has_torchvision
+from gpu.steps import DRY, SETUPS, Step, classifiers, detector, has_torchvision
 from gpu.unit_checks import build_unit
 from spikefleet_models.spiking_unit import use_implementation
 
@@ -88,7 +88,8 @@ def classifier_steps(name: str) -> Callable[[Session, Results], None]:
         torch.backends.cudnn.benchmark = True
         setup = DRY if session.dry else SETUPS[name]
         rounds = 5 if session.dry else 40
-        interleaved(classifiers(name, setup, device, fused_of(session)), device, 1 if session.dry else 6, rounds, results)
+        variants = classifiers(name, setup, device, fused_of(session))
+        interleaved(variants, device, 1 if session.dry else 6, rounds, results)
         _free()
 
     return work
@@ -204,5 +205,3 @@ def _kernel_times(call: Callable[[], None], device: torch.device) -> dict[str, f
         if total > 0:
             found[event.key[:60]] = round(total / 5, 1)
     return found
-
-

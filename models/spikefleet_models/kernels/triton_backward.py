@@ -4,8 +4,8 @@
     finish_sums      these sums -> dL/dgamma, dL/dbeta and what the next kernel needs
     backward_input   dL/dz
 
-Both passes recompute dL/dx, so no temporary of z's size exists. Partial sums have a place for each program and are added
-in a fixed order in fp64: the same bits every time.
+Both passes recompute dL/dx, so no temporary of z's size exists. Partial sums have a place for each program and are
+added in a fixed order in fp64: the same bits every time.
 """
 
 import math
@@ -13,7 +13,16 @@ import math
 import triton
 import triton.language as tl
 
-from spikefleet_models.kernels.triton_forward import charge, leak_of, leaked, normalise, place_of, reset, tile_count, zeros
+from spikefleet_models.kernels.triton_forward import (
+    charge,
+    leak_of,
+    leaked,
+    normalise,
+    place_of,
+    reset,
+    tile_count,
+    zeros,
+)
 
 
 @triton.jit
@@ -172,9 +181,7 @@ def _current_gradients(
             if DECAY_INPUT:
                 grad_x = share
         if POST_ADD and TO_SHORTCUT:
-            tl.store(
-                grad_shortcut_ptr + t * slab + place, grad_x.to(grad_shortcut_ptr.dtype.element_ty), mask=mask
-            )
+            tl.store(grad_shortcut_ptr + t * slab + place, grad_x.to(grad_shortcut_ptr.dtype.element_ty), mask=mask)
         if REPEAT:
             total = total + grad_x
         else:

@@ -19,6 +19,7 @@ def zeros(mask):
 
 @triton.jit
 def tile_count(count, SIZE: tl.constexpr):
+    """How many tiles of SIZE cover `count`."""
     return (count + SIZE - 1) // SIZE
 
 
@@ -34,12 +35,13 @@ def place_of(positions, channels, channel_count, plane, CHANNELS_LAST: tl.conste
 
 @triton.jit
 def normalise(z, mean, invstd, gamma, beta):
+    """Batch norm, rounded as torch's native kernel for CUDA rounds it."""
     return tl.fma(gamma * (z - mean), invstd, beta)
 
 
 @triton.jit
 def leaked(x, leak, LEAK: tl.constexpr):
-    """x / tau; `leak` is tau for a division and 1 / tau for a product."""
+    """Divide x by tau; `leak` is tau for a division and 1 / tau for a product."""
     if LEAK == "division":
         return tl.div_rn(x, leak)
     return x * leak
@@ -55,6 +57,7 @@ def leak_of(tau, q_ptr, LEAK: tl.constexpr):
 
 @triton.jit
 def charge(v, x, rest, leak, LEAK: tl.constexpr, DECAY_INPUT: tl.constexpr):
+    """The membrane h[t] of v[t-1] and x[t]; membrane.py has the equations."""
     if LEAK == "none":
         return v + x
     if DECAY_INPUT:
@@ -64,6 +67,7 @@ def charge(v, x, rest, leak, LEAK: tl.constexpr, DECAY_INPUT: tl.constexpr):
 
 @triton.jit
 def reset(h, fired, threshold, rest, SOFT: tl.constexpr):
+    """The voltage v[t] of h[t]."""
     if SOFT:
         return tl.where(fired, h - threshold, h)
     return tl.where(fired, rest, h)
@@ -71,6 +75,7 @@ def reset(h, fired, threshold, rest, SOFT: tl.constexpr):
 
 @triton.jit
 def gated(fired, shortcut, GATE: tl.constexpr):
+    """The block's output Y of H and X."""
     if GATE == "bsg":
         return tl.where(fired, 1.0, shortcut)
     if GATE == "add":

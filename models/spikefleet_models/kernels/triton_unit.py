@@ -69,9 +69,7 @@ def problem(z: Tensor, spec: UnitSpec) -> str | None:
     return None
 
 
-def apply(
-    z: Tensor, gamma: Tensor, beta: Tensor, shortcut: Tensor | None, w: Tensor | None, spec: UnitSpec
-) -> Tensor:
+def apply(z: Tensor, gamma: Tensor, beta: Tensor, shortcut: Tensor | None, w: Tensor | None, spec: UnitSpec) -> Tensor:
     """Compute spikes [T, B, C, H, W] of a call without a `problem`.
 
     Args:
@@ -184,7 +182,7 @@ def _statistics(z: Tensor, spec: UnitSpec) -> tuple[Tensor, Tensor]:
     assert bn.running_var is not None
     assert bn.momentum is not None
     if bn.training:
-        mean, variance = torch.batch_norm_update_stats(z, bn.running_mean, bn.running_var, bn.momentum)
+        mean, variance = torch.ops.aten.batch_norm_update_stats(z, bn.running_mean, bn.running_var, bn.momentum)
     else:
         mean, variance = bn.running_mean, bn.running_var
     if z.is_cuda:

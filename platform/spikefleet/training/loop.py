@@ -34,6 +34,7 @@ from spikefleet.training.step import Meter, due, micro_batches, training_step
 from spikefleet.training.stopping import StopRequested, TrainingStopped, never
 from spikefleet.training.threads import restored_thread_count, thread_counts
 from spikefleet.versions import library_versions
+from spikefleet_models.kernels import unit_form
 from spikefleet_pipelines.loading import Batch, BatchLoader
 from spikefleet_pipelines.sampling import EpochPlan
 
@@ -184,6 +185,7 @@ def _resume(state: TrainingState, task: AnyTask, folder: CheckpointFolder, sink:
     metadata = {
         "parameters": sum(p.numel() for p in state.network.parameters()),
         "device": str(state.group.device),
+        "kernels": unit_form(state.group.device),
         "threads": thread_counts(state.group),
         **library_versions(),
     }
