@@ -77,9 +77,9 @@ def both(
         assert reference.gate is not None
         reference.gate.gradient = "literal"
     elif change == "momentum":
-        reference.bn.momentum = 0.2
+        reference.bn.momentum = 0.2  # type: ignore[assignment]
     elif change == "threshold":
-        reference.neuron.v_threshold = 1.05
+        reference.neuron.v_threshold = 1.05  # type: ignore[assignment]
     shortcut = x if unit.gate is not None or unit.post_add else None
     wide = None if shortcut is None else shortcut.float()
     ours = outputs(unit, z, shortcut, weights, repeat)
