@@ -1,4 +1,4 @@
-"""What `make gpu` stands on, without a GPU: sections that fail or hang, data in memory, and which libraries it needs."""
+"""What `make gpu` stands on, without a GPU: sections that fail or hang, data in memory, and what it imports."""
 
 from __future__ import annotations
 

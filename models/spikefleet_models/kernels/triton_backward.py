@@ -83,21 +83,27 @@ def _surrogate(d, SURROGATE: tl.constexpr, ALPHA: tl.constexpr):
 
 
 @triton.jit
-def _current_gradients(
+def _backward_tile(
     z_ptr,
     shortcut_ptr,
     grad_ptr,
     grad_shortcut_ptr,
+    grad_z_ptr,
     place,
     mask,
     mean,
     invstd,
     gamma,
     beta,
+    centre,
+    slope,
     leak,
     slab,
     threshold,
     rest,
+    plain,
+    centred,
+    of_q,
     T: tl.constexpr,
     REPEAT: tl.constexpr,
     GATE: tl.constexpr,
@@ -111,47 +117,37 @@ def _current_gradients(
     ALPHA: tl.constexpr,
     LEARNS_Q: tl.constexpr,
     TO_SHORTCUT: tl.constexpr,
+    SUMS: tl.constexpr,
 ):
-    """z[t] and dL/dx[t] of one tile as tuples over t (one element with REPEAT), and the tile of dL/dq.
+    """The tile's dL/dx of all steps, added to `plain` and `centred` with SUMS, else turned into dL/dz and stored.
 
-    Writes dL/dshortcut with TO_SHORTCUT.
+    Only the membranes stay in registers; z and the shortcut are read again, from the first-level cache.
     """
-    READS_SHORTCUT: tl.constexpr = POST_ADD or (GATE != "none" and GATE != "add")
-    zs = ()
-    shortcuts = ()
-    currents = ()
+    GATED: tl.constexpr = GATE != "none" and GATE != "add"
     membranes = ()
     v = zeros(mask) + rest
     for t in tl.static_range(T):
         if t == 0 or not REPEAT:
             z = tl.load(z_ptr + t * slab + place, mask=mask, other=0.0).to(tl.float32)
-            zs = zs + (z,)
             normalised = normalise(z, mean, invstd, gamma, beta)
         x = normalised
-        if READS_SHORTCUT:
-            shortcut = tl.load(shortcut_ptr + t * slab + place, mask=mask, other=0.0).to(tl.float32)
-            shortcuts = shortcuts + (shortcut,)
-            if POST_ADD:
-                x = x + shortcut
-        if LEARNS_Q and DECAY_INPUT:
-            currents = currents + (x,)
+        if POST_ADD:
+            x = x + tl.load(shortcut_ptr + t * slab + place, mask=mask, other=0.0).to(tl.float32)
         h = charge(v, x, rest, leak, LEAK, DECAY_INPUT)
         membranes = membranes + (h,)
         v = reset(h, h >= threshold, threshold, rest, SOFT)
-    grads = ()
     total = zeros(mask)
-    grad_q = zeros(mask)
     carry = zeros(mask)
     for t in tl.static_range(T - 1, -1, -1):
         h = membranes[t]
         fired = h >= threshold
-        grad = tl.load(grad_ptr + t * slab + place, mask=mask, other=0.0).to(tl.float32)
-        grad_s = grad
-        if READS_SHORTCUT and not POST_ADD:
-            grad_s = _gate_to_spikes(grad, fired, shortcuts[t], GATE, EXACT)
+        grad_s = tl.load(grad_ptr + t * slab + place, mask=mask, other=0.0).to(tl.float32)
+        if GATED:
             if TO_SHORTCUT:
-                to_shortcut = _gate_to_shortcut(grad, fired, GATE).to(grad_shortcut_ptr.dtype.element_ty)
+                to_shortcut = _gate_to_shortcut(grad_s, fired, GATE).to(grad_shortcut_ptr.dtype.element_ty)
                 tl.store(grad_shortcut_ptr + t * slab + place, to_shortcut, mask=mask)
+            shortcut = tl.load(shortcut_ptr + t * slab + place, mask=mask, other=0.0).to(tl.float32)
+            grad_s = _gate_to_spikes(grad_s, fired, shortcut, GATE, EXACT)
         if not DETACHED:
             if SOFT:
                 grad_s = grad_s - carry * threshold
@@ -161,34 +157,47 @@ def _current_gradients(
         if not SOFT:
             grad_h = tl.where(fired, 0.0, carry)
         grad_h = grad_h + grad_s * _surrogate(h - threshold, SURROGATE, ALPHA)
+        if not REPEAT or (LEARNS_Q and DECAY_INPUT):
+            z = tl.load(z_ptr + (0 if REPEAT else t) * slab + place, mask=mask, other=0.0).to(tl.float32)
         if LEARNS_Q:
-            if t == 0:
-                offset = zeros(mask)
-            else:
+            offset = zeros(mask)
+            if t > 0:
                 before = membranes[t - 1]
                 offset = reset(before, before >= threshold, threshold, rest, SOFT) - rest
             if DECAY_INPUT:
-                grad_q = grad_q + grad_h * (currents[t] - offset)
+                x = normalise(z, mean, invstd, gamma, beta)
+                if POST_ADD:
+                    x = x + tl.load(shortcut_ptr + t * slab + place, mask=mask, other=0.0).to(tl.float32)
+                of_q = of_q + grad_h * (x - offset)
             else:
-                grad_q = grad_q - grad_h * offset
-        if LEAK == "none":
-            carry = grad_h
-            grad_x = grad_h
-        else:
+                of_q = of_q - grad_h * offset
+        grad_x = grad_h
+        carry = grad_h
+        if LEAK != "none":
             share = leaked(grad_h, leak, LEAK)
             carry = grad_h - share
-            grad_x = grad_h
             if DECAY_INPUT:
                 grad_x = share
         if POST_ADD and TO_SHORTCUT:
-            tl.store(grad_shortcut_ptr + t * slab + place, grad_x.to(grad_shortcut_ptr.dtype.element_ty), mask=mask)
+            to_shortcut = grad_x.to(grad_shortcut_ptr.dtype.element_ty)
+            tl.store(grad_shortcut_ptr + t * slab + place, to_shortcut, mask=mask)
         if REPEAT:
             total = total + grad_x
+        elif SUMS:
+            plain = plain + grad_x
+            centred = centred + grad_x * (z - mean)
         else:
-            grads = (grad_x,) + grads
+            grad_z = (grad_x - centre - (z - mean) * slope) * (gamma * invstd)
+            tl.store(grad_z_ptr + t * slab + place, grad_z.to(grad_z_ptr.dtype.element_ty), mask=mask)
     if REPEAT:
-        grads = (total,)
-    return zs, grads, grad_q
+        z = tl.load(z_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        if SUMS:
+            plain = plain + total
+            centred = centred + total * (z - mean)
+        else:
+            grad_z = (total - centre - (z - mean) * slope) * (gamma * invstd)
+            tl.store(grad_z_ptr + place, grad_z.to(grad_z_ptr.dtype.element_ty), mask=mask)
+    return plain, centred, of_q
 
 
 @triton.jit(do_not_specialize=["groups"])
@@ -229,7 +238,10 @@ def backward_sums(
     P: tl.constexpr,
     CB: tl.constexpr,
 ):
-    """Sums of each channel over the tiles g, g + groups, ... of program g, as fp64 [2, groups, C]."""
+    """Sums of each channel over the tiles g, g + groups, ... of program g, as fp64 [2, groups, C].
+
+    Each place of a tile has its own fp32 sum over the program's tiles; the places are added in fp64.
+    """
     columns = tile_count(channel_count, CB)
     program = tl.program_id(0)
     group = program // columns
@@ -240,55 +252,23 @@ def backward_sums(
     gamma = tl.load(gamma_ptr + channels, mask=real, other=0.0)[None, :]
     beta = tl.load(beta_ptr + channels, mask=real, other=0.0)[None, :]
     leak = leak_of(tau, q_ptr, LEAK)
-    plain = tl.full([CB], 0.0, tl.float64)
-    centred = tl.full([CB], 0.0, tl.float64)
-    of_q = tl.full([CB], 0.0, tl.float64)
+    plain = tl.full([P, CB], 0.0, tl.float32)
+    centred = tl.full([P, CB], 0.0, tl.float32)
+    of_q = tl.full([P, CB], 0.0, tl.float32)
     for tile in range(group, tile_count(position_count, P), groups):
         positions = tile * P + tl.arange(0, P)
         mask = (positions < position_count)[:, None] & real[None, :]
         place = place_of(positions, channels, channel_count, plane, CHANNELS_LAST)
-        zs, grads, grad_q = _current_gradients(
-            z_ptr,
-            shortcut_ptr,
-            grad_ptr,
-            grad_shortcut_ptr,
-            place,
-            mask,
-            mean,
-            invstd,
-            gamma,
-            beta,
-            leak,
-            slab,
-            threshold,
-            rest,
-            T,
-            REPEAT,
-            GATE,
-            EXACT,
-            POST_ADD,
-            LEAK,
-            DECAY_INPUT,
-            SOFT,
-            DETACHED,
-            SURROGATE,
-            ALPHA,
-            LEARNS_Q,
-            TO_SHORTCUT,
-        )
-        tile_plain = zeros(mask)
-        tile_centred = zeros(mask)
-        for t in tl.static_range(1 if REPEAT else T):
-            tile_plain += grads[t]
-            tile_centred += grads[t] * (zs[t] - mean)
-        plain += tl.reduce(tile_plain, 0, _plus).to(tl.float64)
-        centred += tl.reduce(tile_centred, 0, _plus).to(tl.float64)
-        if LEARNS_Q:
-            of_q += tl.reduce(grad_q, 0, _plus).to(tl.float64)
-    tl.store(sums_ptr + group * channel_count + channels, plain, mask=real)
-    tl.store(sums_ptr + (groups + group) * channel_count + channels, centred, mask=real)
+        plain, centred, of_q = _backward_tile(
+            z_ptr, shortcut_ptr, grad_ptr, grad_shortcut_ptr, grad_ptr, place, mask, mean, invstd, gamma, beta, 0.0,
+            0.0, leak, slab, threshold, rest, plain, centred, of_q, T, REPEAT, GATE, EXACT, POST_ADD, LEAK, DECAY_INPUT,
+            SOFT, DETACHED, SURROGATE, ALPHA, LEARNS_Q, TO_SHORTCUT, True,
+        )  # fmt: skip
+    tl.store(sums_ptr + group * channel_count + channels, tl.reduce(plain.to(tl.float64), 0, _plus), mask=real)
+    centred_sums = tl.reduce(centred.to(tl.float64), 0, _plus)
+    tl.store(sums_ptr + (groups + group) * channel_count + channels, centred_sums, mask=real)
     if LEARNS_Q:
-        tl.store(q_sums_ptr + group * channel_count + channels, of_q, mask=real)
+        tl.store(q_sums_ptr + group * channel_count + channels, tl.reduce(of_q.to(tl.float64), 0, _plus), mask=real)
 
 
 @triton.jit(do_not_specialize=["count", "groups"])
@@ -374,36 +354,8 @@ def backward_input(
     beta = tl.load(beta_ptr + channels, mask=real, other=0.0)[None, :]
     centre = tl.load(centre_ptr + channels, mask=real, other=0.0)[None, :]
     slope = tl.load(slope_ptr + channels, mask=real, other=0.0)[None, :]
-    leak = leak_of(tau, q_ptr, LEAK)
-    zs, grads, _ = _current_gradients(
-        z_ptr,
-        shortcut_ptr,
-        grad_ptr,
-        grad_ptr,
-        place,
-        mask,
-        mean,
-        invstd,
-        gamma,
-        beta,
-        leak,
-        slab,
-        threshold,
-        rest,
-        T,
-        REPEAT,
-        GATE,
-        EXACT,
-        POST_ADD,
-        LEAK,
-        DECAY_INPUT,
-        SOFT,
-        DETACHED,
-        SURROGATE,
-        ALPHA,
-        False,
-        False,
-    )
-    for t in tl.static_range(1 if REPEAT else T):
-        grad_z = (grads[t] - centre - (zs[t] - mean) * slope) * (gamma * invstd)
-        tl.store(grad_z_ptr + t * slab + place, grad_z.to(grad_z_ptr.dtype.element_ty), mask=mask)
+    _backward_tile(
+        z_ptr, shortcut_ptr, grad_ptr, grad_ptr, grad_z_ptr, place, mask, mean, invstd, gamma, beta, centre, slope,
+        leak_of(tau, q_ptr, LEAK), slab, threshold, rest, 0.0, 0.0, 0.0, T, REPEAT, GATE, EXACT, POST_ADD, LEAK,
+        DECAY_INPUT, SOFT, DETACHED, SURROGATE, ALPHA, False, False, False,
+    )  # fmt: skip

@@ -44,8 +44,10 @@ _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_STEPS = 32
 _PROGRAMS = 1024
 """Programs of the kernel that sums: a constant, so that the order of additions does not depend on the device."""
-ELEMENTS = 1024
+ELEMENTS = 512
 """Elements of a step in a tile, for up to four steps."""
+CHANNELS = 32
+"""Channels of a tile in NHWC."""
 WARPS = 4
 """Warps of a program."""
 
@@ -101,9 +103,9 @@ class _Tiling:
         last = not z.is_contiguous() and z.is_contiguous(memory_format=torch.channels_last)
         samples = z.shape[0] if spec.repeat else z.shape[0] // spec.timesteps
         channels, plane = z.shape[1], z.shape[2] * z.shape[3]
-        # Registers hold two to four values an element and step.
+        # Registers hold the membranes of all steps.
         elements = max(128, 4 * ELEMENTS // max(4, _power_of_two(spec.timesteps)))
-        block = min(32, _power_of_two(channels)) if last else 1
+        block = min(CHANNELS, _power_of_two(channels)) if last else 1
         layout = torch.channels_last if last else torch.contiguous_format
         return cls(layout, samples * plane, channels, plane, samples * channels * plane, elements // block, block)
 
