@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from gpu import unit_checks
+from gpu import unit_checks, warm
 from gpu.memory_store import as_store
 from gpu.session import Results, Session
 from spikefleet.config.recipes import load_config, parse_overrides
@@ -42,14 +42,14 @@ def fused_of(session: Session) -> str:
     return "lean" if session.dry else FUSED
 
 
-def units(session: Session, results: Results) -> None:
-    """Every form of the unit, in as many processes as there are cores, since Triton compiles in Python."""
+def units(session: Session, results: Results, processes: int = 14) -> None:
+    """Every form of the unit, in many processes, since Triton compiles in Python."""
     device = device_of(session)
     results["rounding"] = unit_checks.rounding(device)
     cases = unit_checks.all_cases()
     if session.dry:
         cases = [case for case in cases if case.size != "large"][:: len(cases) // 12]
-    pool = 2 if session.dry else max(1, min(14, (os.cpu_count() or 2) - 2))
+    pool = 2 if session.dry else max(1, min(processes, (os.cpu_count() or 2) - 2))
     shares = [cases[start::pool] for start in range(pool)]
     results["cases"], results["passed"], results["failed"] = len(cases), 0, []
     results["worst"] = {}
@@ -138,26 +138,50 @@ def _digits(device: torch.device, epochs: int, *settings: str) -> dict[str, Any]
     }
 
 
+def prepare(session: Session, results: Results) -> None:
+    """Units, and digits on the CPU, while other processes compile what the next sections need."""
+    compiling: dict[str, subprocess.Popen[str]] = {}
+    if not session.dry:
+        for name in warm.names():
+            compiling[name] = subprocess.Popen(
+                [sys.executable, "-m", "gpu.warm", name], stderr=subprocess.PIPE, text=True
+            )
+    begun = time.monotonic()
+    try:
+        results["units"] = {}
+        units(session, results["units"], processes=8)
+        session.write()
+        on_cpu = _digits(torch.device("cpu"), 1 if session.dry else 2)
+        results["digits on the cpu"] = {key: value for key, value in on_cpu.items() if key != "weights"}
+        for name, process in compiling.items():
+            _, said = process.communicate()
+            results[name] = round(time.monotonic() - begun, 1) if process.returncode == 0 else said[-600:]
+    finally:
+        for process in compiling.values():
+            process.kill()
+
+
 def trainings(session: Session, results: Results) -> None:
-    """Digits on the CPU and on the device; twice on the device in deterministic mode; bf16 and fp16."""
-    device, epochs = device_of(session), 1 if session.dry else 3
-    fast = ["optim.warmup_epochs=0.5"]
+    """Digits on the device: twice in deterministic mode, bf16, with a CUDA graph, fp16; losses beside the CPU's."""
+    device, epochs = device_of(session), 1 if session.dry else 2
     runs = {
-        "device deterministic": (device, ["train.deterministic=true"]),
-        "device deterministic again": (device, ["train.deterministic=true"]),
-        "device bf16": (device, ["train.precision=bf16", "train.channels_last=true"]),
-        "device fp16": (device, ["train.precision=fp16", "train.channels_last=true"]),
-        "cpu": (torch.device("cpu"), []),
+        "deterministic": ["train.deterministic=true"],
+        "deterministic again": ["train.deterministic=true"],
+        "bf16": ["train.precision=bf16", "train.channels_last=true"],
+        "bf16, graph": ["train.precision=bf16", "train.channels_last=true", "train.cuda_graphs=true"],
+        "fp16": ["train.precision=fp16", "train.channels_last=true"],
     }
     if session.dry:
-        runs = {name: run for name, run in runs.items() if name in ("device deterministic", "cpu")}
+        runs = {name: run for name, run in runs.items() if name.startswith("deterministic")}
+    on_cpu = session.results.get("prepare", {}).get("digits on the cpu")
+    if on_cpu is None:
+        on_cpu = _digits(torch.device("cpu"), epochs)
     found: dict[str, dict[str, Any]] = {}
-    for name, (where, settings) in runs.items():
-        found[name] = _digits(where, epochs, *fast, *settings)
+    for name, settings in runs.items():
+        found[name] = _digits(device, epochs, *settings)
         results[name] = {key: value for key, value in found[name].items() if key != "weights"}
-    first, cpu = found["device deterministic"], found["cpu"]
-    if (again := found.get("device deterministic again")) is not None:
-        results["same weights twice"] = first["weights"] == again["weights"] and first["losses"] == again["losses"]
-    results["largest relative difference of losses to the CPU"] = max(
-        abs(a - b) / b for a, b in zip(first["losses"], cpu["losses"], strict=True)
-    )
+        results[name]["largest relative difference of losses to the CPU"] = max(
+            abs(a - b) / b for a, b in zip(found[name]["losses"], on_cpu["losses"], strict=True)
+        )
+    first, again = found["deterministic"], found["deterministic again"]
+    results["same weights twice"] = first["weights"] == again["weights"] and first["losses"] == again["losses"]

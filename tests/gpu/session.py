@@ -42,11 +42,18 @@ class Session:
         partial.write_text(json.dumps(self.results, indent=1, default=str) + "\n")
         partial.replace(self.out)
 
-    def section(self, name: str, budget: float, work: Callable[[Session, Results], None]) -> None:
-        """Runs one section; what it put into its results stays, also where it fails or is out of time."""
+    def section(self, name: str, budget: float, work: Callable[[Session, Results], None], reserve: float = 0.0) -> None:
+        """Runs one section; what it put into its results stays, also where it fails or is out of time.
+
+        Args:
+            name: of its results.
+            budget: seconds that it may take.
+            work: fills the results.
+            reserve: seconds that later sections need.
+        """
         results: Results = {}
         self.results[name] = results
-        allowed = min(budget * (6 if self.dry else 1), self.left())
+        allowed = min(budget * (6 if self.dry else 1), self.left() - reserve)
         begun = time.monotonic()
         print(f"== {name}: up to {allowed:.0f} s, {self.left():.0f} s left", flush=True)
         if allowed <= 1:

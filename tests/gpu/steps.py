@@ -59,6 +59,28 @@ class Step:
         self.optimizer.step()
 
 
+class GraphedStep:
+    """A bf16 step whose forward and backward pass are captured as one CUDA graph, as `train.cuda_graphs` does it."""
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+        # A graph must cast the weights anew in each replay.
+        step.autocast = lambda: torch.autocast("cuda", torch.bfloat16, cache_enabled=False)
+        for _ in range(3):
+            step()
+        step.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            with step.autocast():
+                outputs = step.network(step.images)
+            step.loss(outputs).backward()
+
+    def __call__(self) -> None:
+        self.graph.replay()
+        self.step.optimizer.step()
+
+
 def _inputs(setup: Setup, device: torch.device, repeats: int, channels_last: bool) -> tuple[Tensor, Tensor]:
     torch.manual_seed(0)
     images = torch.randn(setup.batch * repeats, 3, setup.side, setup.side, device=device)
@@ -151,24 +173,33 @@ def spikingjelly(setup: Setup, device: torch.device, setting: str) -> Step:
     return Step(whole, images, lambda y: F.cross_entropy(y.float(), targets), _autocast(device, bf16))
 
 
-def classifiers(name: str, setup: Setup, device: torch.device, fused: str) -> dict[str, Callable[[], Step]]:
+Variants = dict[str, Callable[[], Callable[[], None]]]
+"""Names -> builders of steps."""
+
+
+def classifiers(name: str, setup: Setup, device: torch.device, fused: str) -> Variants:
     """The variants of a setup; only the first has fp32 ones."""
-    variants: dict[str, Callable[[], Step]] = {
-        "ann bf16 (batch T*B)": lambda: ours(setup, device, "lean", True, connection="ann"),
-        "lean bf16": lambda: ours(setup, device, "lean", True),
+    eager: Variants = {
         "fused bf16": lambda: ours(setup, device, fused, True),
-        "fused bf16, sew": lambda: ours(setup, device, fused, True, connection="add", decoder="rate"),
-        "spikingjelly autocast bf16": lambda: spikingjelly(setup, device, "autocast"),
+        "ann bf16 (batch T*B)": lambda: ours(setup, device, "lean", True, connection="ann"),
         "spikingjelly best bf16": lambda: spikingjelly(setup, device, "best"),
+        "spikingjelly autocast bf16": lambda: spikingjelly(setup, device, "autocast"),
+        "fused bf16, sew": lambda: ours(setup, device, fused, True, connection="add", decoder="rate"),
+        "lean bf16": lambda: ours(setup, device, "lean", True),
     }
     if name == "r18_cifar_b256":
-        variants |= {
-            "ann fp32 (batch T*B)": lambda: ours(setup, device, "lean", False, connection="ann"),
-            "lean fp32": lambda: ours(setup, device, "lean", False),
-            "fused fp32": lambda: ours(setup, device, fused, False),
+        eager |= {
             "spikingjelly fp32": lambda: spikingjelly(setup, device, "fp32"),
+            "fused fp32": lambda: ours(setup, device, fused, False),
+            "ann fp32 (batch T*B)": lambda: ours(setup, device, "lean", False, connection="ann"),
         }
-    return variants
+    if device.type != "cuda":
+        return eager
+    graphed: Variants = {
+        f"{kind}, graph": (lambda build=eager[kind]: GraphedStep(build()))  # type: ignore[misc]
+        for kind in ("fused bf16", "ann bf16 (batch T*B)", "spikingjelly best bf16", "fused bf16, sew")
+    }
+    return {**dict(list(eager.items())[:4]), **graphed, **dict(list(eager.items())[4:])}
 
 
 def detector(member: str, device: torch.device, batch: int, side: int, **overrides: Any) -> Step:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from gpu.network_checks import device_of, fused_of
 from gpu.session import Results, Session
-from gpu.steps import DRY, SETUPS, Step, classifiers, detector, has_torchvision
+from gpu.steps import DRY, SETUPS, GraphedStep, Variants, classifiers, detector, has_torchvision
 from gpu.unit_checks import build_unit
 from spikefleet_models.spiking_unit import use_implementation
 
@@ -31,9 +32,9 @@ def milliseconds(work: Callable[[], object], device: torch.device) -> float:
     return start.elapsed_time(end)
 
 
-def peak_mib(step: Step, device: torch.device) -> float | None:
+def peak_mib(step: Callable[[], None], device: torch.device) -> float | None:
     """Memory that a step needs beyond what exists between steps."""
-    if device.type != "cuda":
+    if device.type != "cuda" or isinstance(step, GraphedStep):  # a graph has its memory for good
         return None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -44,13 +45,20 @@ def peak_mib(step: Step, device: torch.device) -> float | None:
 
 
 def interleaved(
-    variants: dict[str, Callable[[], Step]], device: torch.device, warm_up: int, rounds: int, results: Results
+    variants: Variants, device: torch.device, warm_up: int, rounds: int, results: Results, start_within: float
 ) -> None:
-    """Medians of `rounds` rounds, one step of each variant in each; a variant that fails is recorded and left out."""
-    steps: dict[str, Step] = {}
+    """Medians of `rounds` rounds, one step of each variant in each; a variant that fails is recorded and left out.
+
+    No further variant starts after `start_within` seconds, and those that did are measured.
+    """
+    steps: dict[str, Callable[[], None]] = {}
+    whole = time.perf_counter()
     for name, build in variants.items():
+        begun = time.perf_counter()
+        if begun - whole > start_within:
+            results[name] = {"skipped": "no time was left to start it"}
+            continue
         try:
-            begun = time.perf_counter()
             step = build()
             for _ in range(warm_up):
                 step()
@@ -80,16 +88,15 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-def classifier_steps(name: str) -> Callable[[Session, Results], None]:
+def classifier_steps(name: str, start_within: float) -> Callable[[Session, Results], None]:
     """The section of a setup."""
 
     def work(session: Session, results: Results) -> None:
         device = device_of(session)
         torch.backends.cudnn.benchmark = True
         setup = DRY if session.dry else SETUPS[name]
-        rounds = 5 if session.dry else 40
         variants = classifiers(name, setup, device, fused_of(session))
-        interleaved(variants, device, 1 if session.dry else 6, rounds, results)
+        interleaved(variants, device, *((1, 5) if session.dry else (3, 21)), results, start_within)
         _free()
 
     return work
@@ -102,11 +109,11 @@ def detector_steps(session: Session, results: Results) -> None:
     size: dict[str, Any] = {"batch": 1, "side": 64} if session.dry else {"batch": 16, "side": 640}
     kind = "tiny" if session.dry else "s"
     results["criterion"] = "its own" if has_torchvision() else "mean square of the outputs: torchvision is missing"
-    variants: dict[str, Callable[[], Step]] = {
-        "ann bf16": lambda: detector(f"spike_yolo_ann_{kind}", device, **size),
+    variants: Variants = {
         "spike_yolo bf16 (T=1, D=4)": lambda: detector(f"spike_yolo_{kind}", device, **size),
+        "ann bf16": lambda: detector(f"spike_yolo_ann_{kind}", device, **size),
     }
-    interleaved(variants, device, 1 if session.dry else 5, 5 if session.dry else 25, results)
+    interleaved(variants, device, *((1, 5) if session.dry else (3, 15)), results, 1000.0)
     _free()
 
 
@@ -160,48 +167,59 @@ def _unit_call(
     return call
 
 
+TILES = [(256, 4, 32), (512, 4, 32), (512, 4, 64), (512, 8, 64), (1024, 8, 64), (1024, 4, 32), (2048, 8, 64)]
+"""Elements, warps, and channels in NHWC."""
+KINDS = {
+    "bf16 nhwc": (torch.channels_last, torch.bfloat16),
+    "fp32 nchw": (torch.contiguous_format, torch.float32),
+}
+
+
+@contextmanager
+def tile(elements: int, warps: int, channels: int) -> Iterator[None]:
+    """Units compute with tiles of another size."""
+    from spikefleet_models.kernels import triton_unit
+
+    before = triton_unit.ELEMENTS, triton_unit.WARPS, triton_unit.CHANNELS
+    triton_unit.ELEMENTS, triton_unit.WARPS, triton_unit.CHANNELS = elements, warps, channels
+    try:
+        yield
+    finally:
+        triton_unit.ELEMENTS, triton_unit.WARPS, triton_unit.CHANNELS = before
+
+
+def tile_call(kind: str, channels: int, side: int, device: torch.device) -> Callable[[], None]:
+    """Forward and backward of a unit with a gate, as SG ResNet18 with 256 images has it."""
+    layout, dtype = KINDS[kind]
+    return _unit_call("triton", "bsg", channels, side, 256, layout, dtype, device)
+
+
 def tile_sizes(session: Session, results: Results) -> None:
-    """Time of a unit for other tiles than the default, to choose the default by."""
+    """Time of a unit, and of its kernels, for several tiles."""
     if session.dry:
         results["skipped"] = "the CPU has no tiles"
         return
-
     device = device_of(session)
-    for layout, dtype in ((torch.channels_last, torch.bfloat16), (torch.contiguous_format, torch.float32)):
-        for elements in (512, 1024, 2048):
-            for warps in (4, 8):
-                _time_tile(session, results, layout, dtype, elements, warps, device)
+    for kind in KINDS:
+        for channels, side in ((64, 32), (256, 8)):
+            for elements, warps, block in (
+                TILES if kind == "bf16 nhwc" else [t for t in TILES if t[2] == 32 or t[1] == 8]
+            ):
+                with tile(elements, warps, block):
+                    name = f"{kind} C={channels} {side}x{side}, {elements} elements, {warps} warps, {block} channels"
+                    results[name] = _kernel_times(tile_call(kind, channels, side, device))
+            _free()
 
 
-def _time_tile(
-    session: Session, results: Results, layout: torch.memory_format, dtype: torch.dtype, elements: int, warps: int,
-    device: torch.device,
-) -> None:  # fmt: skip
-    from spikefleet_models.kernels import triton_unit
-
-    before = triton_unit.ELEMENTS, triton_unit.WARPS
-    triton_unit.ELEMENTS, triton_unit.WARPS = elements, warps
-    try:
-        call = _unit_call("triton", "bsg", 64, 32, 256, layout, dtype, device)
-        call()
-        name = f"{'bf16 nhwc' if dtype == torch.bfloat16 else 'fp32 nchw'}, {elements} elements, {warps} warps"
-        results[name] = _kernel_times(call, device)
-    finally:
-        triton_unit.ELEMENTS, triton_unit.WARPS = before
-
-
-def _kernel_times(call: Callable[[], None], device: torch.device) -> dict[str, float]:
-    """Median of the whole call in ms, and of each kernel in us by the profiler."""
+def _kernel_times(call: Callable[[], None]) -> dict[str, float]:
+    """Microseconds of the device by kernel, by the profiler."""
     for _ in range(3):
         call()
-    whole = statistics.median(milliseconds(call, device) for _ in range(12))
+    torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(5):
+        for _ in range(4):
             call()
         torch.cuda.synchronize()
-    found = {"whole_ms": round(whole, 4)}
-    for event in profile.key_averages():
-        total = getattr(event, "device_time_total", 0.0)
-        if total > 0:
-            found[event.key[:60]] = round(total / 5, 1)
-    return found
+    spent = {event.key[:40]: event.self_device_time_total / 4 for event in profile.key_averages()}
+    longest = sorted(spent.items(), key=lambda item: -item[1])[:7]
+    return {"all": round(sum(spent.values()), 1), **{name: round(value, 1) for name, value in longest if value > 0}}
