@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from gpu.memory_store import as_store
-from gpu.network_checks import device_of
 from gpu.session import Results, Session
 from spikefleet.config.recipes import load_config, parse_overrides
 from spikefleet.training.distributed import ProcessGroup
@@ -82,7 +81,7 @@ def fashion_mnist(folder: Path, minutes: float | None) -> Any:
 def _train(
     session: Session, store: Any, results: Results, prefix: str, epochs: int, *settings: str, until: float
 ) -> None:
-    device = device_of(session)
+    device = session.device
     gpu = f"cluster.gpu={str(device.type == 'cuda').lower()}"
     overrides = [*_SETTINGS, gpu, f"train.epochs={epochs}", *settings]
     config = load_config("fashion_mnist_sg_resnet18", parse_overrides(overrides))

@@ -29,22 +29,11 @@ from spikefleet_pipelines.sources.digits import read_digits
 from spikefleet_pipelines.sources.digits_config import DigitsOptions
 
 CONNECTIONS = ("bsg", "bsg_star", "add", "and", "iand", "post_add")
-FUSED = "triton"
-
-
-def device_of(session: Session) -> torch.device:
-    """The GPU; in dry mode the CPU."""
-    return torch.device("cpu" if session.dry else "cuda")
-
-
-def fused_of(session: Session) -> str:
-    """The form under test; the CPU has only the lean one."""
-    return "lean" if session.dry else FUSED
 
 
 def units(session: Session, results: Results, processes: int = 14) -> None:
     """Every form of the unit, in many processes, since Triton compiles in Python."""
-    device = device_of(session)
+    device = session.device
     results["rounding"] = unit_checks.rounding(device)
     cases = unit_checks.all_cases()
     if session.dry:
@@ -55,7 +44,7 @@ def units(session: Session, results: Results, processes: int = 14) -> None:
     results["worst"] = {}
 
     def run(share: list[unit_checks.Case]) -> None:
-        request = {"device": device.type, "fused": fused_of(session), "cases": [case._asdict() for case in share]}
+        request = {"device": device.type, "fused": session.fused, "cases": [case._asdict() for case in share]}
         process = subprocess.Popen(
             [sys.executable, "-m", "gpu.unit_checks"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -70,7 +59,7 @@ def units(session: Session, results: Results, processes: int = 14) -> None:
                 results["failed"].append(found)
             else:
                 results["passed"] += 1
-            for form in ("lean", fused_of(session)):
+            for form in ("lean", session.fused):
                 worst = found.get(form, {}).get("worst", 0.0)
                 key = f"{form} {found['case']['dtype']}"
                 results["worst"][key] = max(results["worst"].get(key, 0.0), worst)
@@ -89,7 +78,7 @@ def units(session: Session, results: Results, processes: int = 14) -> None:
 
 def networks(session: Session, results: Results) -> None:
     """Logits, loss and gradients of every connection: fused, lean and reference form; deterministic convolutions."""
-    device = device_of(session)
+    device = session.device
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
     for connection in CONNECTIONS[:2] if session.dry else CONNECTIONS:
@@ -102,7 +91,7 @@ def networks(session: Session, results: Results) -> None:
             rows: dict[str, Any] = {}
             gradients: dict[str, torch.Tensor] = {}
             logits: dict[str, torch.Tensor] = {}
-            for form in ("reference", "lean", fused_of(session)):
+            for form in ("reference", "lean", session.fused):
                 network = copy.deepcopy(reference)
                 use_implementation(network, form)  # type: ignore[arg-type]
                 logits[form] = network(images)
@@ -163,7 +152,7 @@ def prepare(session: Session, results: Results) -> None:
 
 def trainings(session: Session, results: Results) -> None:
     """Digits on the device: twice in deterministic mode, bf16, with a CUDA graph, fp16; losses beside the CPU's."""
-    device, epochs = device_of(session), 1 if session.dry else 2
+    device, epochs = session.device, 1 if session.dry else 2
     runs = {
         "deterministic": ["train.deterministic=true"],
         "deterministic again": ["train.deterministic=true"],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from gpu.network_checks import device_of, fused_of
 from gpu.session import Results, Session
 from gpu.steps import DRY, SETUPS, detector, ours
 
@@ -14,10 +13,10 @@ _KERNELS = 25
 
 def profile_step(session: Session, results: Results) -> None:
     """Microseconds a step of the longest kernels of SG ResNet18 and, if torchvision is there, SpikeYOLO s."""
-    device = device_of(session)
+    device = session.device
     torch.backends.cudnn.benchmark = True
     setup = DRY if session.dry else SETUPS["r18_cifar_b256"]
-    steps = {"sg_resnet18": ours(setup, device, fused_of(session), True)}
+    steps = {"sg_resnet18": ours(setup, device, session.fused, True)}
     if not session.dry:
         steps["spike_yolo_s"] = detector("spike_yolo_s", device, batch=16, side=640)
     kind = torch.profiler.ProfilerActivity.CPU if session.dry else torch.profiler.ProfilerActivity.CUDA

@@ -24,7 +24,6 @@ from gpu.profile_step import profile_step
 from gpu.session import Results, Session
 from spikefleet_models.kernels import unit_form
 
-
 _FOR_TRAINING = 75.0
 """Seconds that are kept for the training at the end."""
 
@@ -36,7 +35,7 @@ def machine(session: Session, results: Results) -> None:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cores": os.cpu_count(),
-        "unit form": unit_form(network_checks.device_of(session)),
+        "unit form": unit_form(session.device),
     }
     try:
         import triton

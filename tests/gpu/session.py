@@ -14,6 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+
 Results = dict[str, Any]
 
 
@@ -30,6 +32,16 @@ class Session:
     dry: bool
     results: Results = field(default_factory=dict)
     begun: float = field(default_factory=time.monotonic)
+
+    @property
+    def device(self) -> torch.device:
+        """The GPU; in dry mode the CPU."""
+        return torch.device("cpu" if self.dry else "cuda")
+
+    @property
+    def fused(self) -> str:
+        """The form under test; the CPU has only the lean one."""
+        return "lean" if self.dry else "triton"
 
     def left(self) -> float:
         """Seconds until the end of the whole run."""

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from gpu.network_checks import device_of, fused_of
 from gpu.session import Results, Session
 from gpu.steps import DRY, SETUPS, GraphedStep, Variants, classifiers, detector, has_torchvision
 from gpu.unit_checks import build_unit
@@ -92,10 +91,10 @@ def classifier_steps(name: str, start_within: float) -> Callable[[Session, Resul
     """The section of a setup."""
 
     def work(session: Session, results: Results) -> None:
-        device = device_of(session)
+        device = session.device
         torch.backends.cudnn.benchmark = True
         setup = DRY if session.dry else SETUPS[name]
-        variants = classifiers(name, setup, device, fused_of(session))
+        variants = classifiers(name, setup, device, session.fused)
         interleaved(variants, device, *((1, 5) if session.dry else (3, 21)), results, start_within)
         _free()
 
@@ -104,7 +103,7 @@ def classifier_steps(name: str, start_within: float) -> Callable[[Session, Resul
 
 def detector_steps(session: Session, results: Results) -> None:
     """SpikeYOLO s at 640 and its ANN twin, in bf16 and channels_last."""
-    device = device_of(session)
+    device = session.device
     torch.backends.cudnn.benchmark = True
     size: dict[str, Any] = {"batch": 1, "side": 64} if session.dry else {"batch": 16, "side": 640}
     kind = "tiny" if session.dry else "s"
@@ -119,7 +118,7 @@ def detector_steps(session: Session, results: Results) -> None:
 
 def unit_times(session: Session, results: Results) -> None:
     """Forward and backward of single units at the sizes of SG ResNet18 with 256 images, in both layouts and types."""
-    device, fused = device_of(session), fused_of(session)
+    device, fused = session.device, session.fused
     batch = 1 if session.dry else SETUPS["r18_cifar_b256"].batch
     shapes = [(64, 32), (128, 16), (256, 8), (512, 4)]
     for channels, side in shapes[-1:] if session.dry else shapes:
@@ -199,7 +198,7 @@ def tile_sizes(session: Session, results: Results) -> None:
     if session.dry:
         results["skipped"] = "the CPU has no tiles"
         return
-    device = device_of(session)
+    device = session.device
     for kind in KINDS:
         for channels, side in ((64, 32), (256, 8)):
             for elements, warps, block in (
