@@ -74,11 +74,11 @@ def main() -> None:
     sections = [
         ("machine", 20.0, machine),
         ("prepare", 45.0, network_checks.prepare),
+        ("tile_sizes", 14.0, timing.tile_sizes),
         ("r18_cifar_b256", 36.0, timing.classifier_steps("r18_cifar_b256", start_within=24)),
         ("r34_imagenet_b64", 30.0, timing.classifier_steps("r34_imagenet_b64", start_within=20)),
         ("spike_yolo_s_640_b16", 22.0, timing.detector_steps),
         ("trainings", 25.0, network_checks.trainings),
-        ("tile_sizes", 14.0, timing.tile_sizes),
         ("profile", 12.0, profile_step),
         ("networks", 25.0, network_checks.networks),
         ("unit_times", 10.0, timing.unit_times),

@@ -194,20 +194,27 @@ def tile_call(kind: str, channels: int, side: int, device: torch.device) -> Call
 
 
 def tile_sizes(session: Session, results: Results) -> None:
-    """Time of a unit, and of its kernels, for several tiles."""
+    """Time of a unit and its kernels for several tiles; the rest of the run computes with the fastest in bf16."""
     if session.dry:
         results["skipped"] = "the CPU has no tiles"
         return
-    device = session.device
+    from spikefleet_models.kernels import triton_unit
+
+    totals: dict[tuple[int, int, int], float] = {}
     for kind in KINDS:
         for channels, side in ((64, 32), (256, 8)):
-            for elements, warps, block in (
-                TILES if kind == "bf16 nhwc" else [t for t in TILES if t[2] == 32 or t[1] == 8]
-            ):
-                with tile(elements, warps, block):
-                    name = f"{kind} C={channels} {side}x{side}, {elements} elements, {warps} warps, {block} channels"
-                    results[name] = _kernel_times(tile_call(kind, channels, side, device))
+            call = tile_call(kind, channels, side, session.device)
+            for sizes in TILES:
+                with tile(*sizes):
+                    times = _kernel_times(call)
+                results[f"{kind} C={channels} {side}x{side}, elements, warps, channels {sizes}"] = times
+                if kind == "bf16 nhwc":
+                    totals[sizes] = totals.get(sizes, 0.0) + times["all"]
             _free()
+    results["default"] = triton_unit.ELEMENTS, triton_unit.WARPS, triton_unit.CHANNELS
+    chosen = min(totals, key=totals.__getitem__)
+    triton_unit.ELEMENTS, triton_unit.WARPS, triton_unit.CHANNELS = chosen
+    results["chosen"] = chosen
 
 
 def _kernel_times(call: Callable[[], None]) -> dict[str, float]:
