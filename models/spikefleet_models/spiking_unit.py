@@ -130,7 +130,8 @@ class SpikingUnit(nn.Module):
     def _triton_unit(self, z: Tensor, spec: UnitSpec) -> ModuleType | None:
         """The module of the Triton form where it is the one to use."""
         named = self.implementation == "triton"
-        if not named and (self.implementation != "auto" or not z.is_cuda):
+        # torch.compile traces the lean form's tensor operations; it knows nothing of these launches.
+        if not named and (self.implementation != "auto" or not z.is_cuda or torch.compiler.is_compiling()):
             return None
         unit = load_triton_unit()
         reason = "Triton is not installed" if unit is None else unit.problem(z, spec)
@@ -158,8 +159,10 @@ class SpikingUnit(nn.Module):
 
     def _compose(self, z: Tensor, shortcut: Tensor | None, repeat: bool, reference: bool) -> Tensor:
         assert not isinstance(self.neuron, nn.ReLU)
-        # cuDNN's batch norm, which torch takes on CUDA, rounds otherwise.
-        with torch.backends.cudnn.flags(enabled=False) if reference and z.is_cuda else nullcontext():
+        # cuDNN's batch norm, which torch takes on CUDA, rounds otherwise than the fused forms: an observed unit would
+        # emit other spikes. I-LIF has no fused form.
+        native = z.is_cuda and (reference or not isinstance(self.neuron, ILIF))
+        with torch.backends.cudnn.flags(enabled=False) if native else nullcontext():
             x = self.bn(z.to(membrane_dtype(z.dtype)))
         T = self.timesteps
         x = x.unsqueeze(0).expand(T, *x.shape) if repeat else x.unflatten(0, (T, -1))

@@ -1,4 +1,4 @@
-"""What needs a GPU: the lean form on CUDA, and training in mixed precision with resumption."""
+"""What needs a GPU: the forms of the spiking unit on CUDA, and training in mixed precision with resumption."""
 
 from __future__ import annotations
 
@@ -9,37 +9,89 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from gpu.unit_checks import Case, all_cases, build_unit, check
 from spikefleet.config.recipes import load_config, parse_overrides
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.events import NullSink
 from spikefleet.training.loop import train
+from spikefleet_models import spiking_unit
 from spikefleet_models.families import build_model, model_config
+from spikefleet_models.health import SpikeMonitor
 from spikefleet_models.spiking_unit import use_implementation
 from spikefleet_pipelines.store.reader import Store
 
 pytestmark = pytest.mark.gpu
 
 
+CASES = [case for case in all_cases() if case.size != "large" or case.form in ("plain", "bsg exact")]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(map(str, case)))
+def test_forms_of_the_unit_equal_the_reference_on_cuda(case: Case) -> None:
+    """Spikes and running statistics to the bit in fp32, gradients within rounding, and the same bits twice."""
+    assert check(case, torch.device("cuda"), "triton")["problems"] == []
+
+
 @pytest.mark.parametrize("connection", ["bsg", "bsg_star", "add", "and", "iand", "post_add"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_lean_form_equals_the_reference_on_cuda(connection: str, layout: torch.memory_format) -> None:
+def test_networks_compute_the_same_in_each_form_on_cuda(connection: str, layout: torch.memory_format) -> None:
     torch.manual_seed(0)
     config = model_config("sg_resnet18", connection=connection, width=0.25)
-    lean = build_model(config).cuda().to(memory_format=layout)
-    reference = copy.deepcopy(lean)
-    use_implementation(reference, "reference")
+    reference = build_model(config).cuda().to(memory_format=layout)
     images = torch.randn(8, 3, 32, 32, device="cuda").to(memory_format=layout)
     targets = torch.arange(8, device="cuda")
-    losses = []
-    for network in (lean, reference):
-        loss = F.cross_entropy(network(images), targets)
-        loss.backward()
-        losses.append(loss.item())
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-    for (name, ours), theirs in zip(lean.named_parameters(), reference.parameters(), strict=True):
-        assert ours.grad is not None
-        assert theirs.grad is not None
-        assert (ours.grad - theirs.grad).norm() <= 0.02 * theirs.grad.norm() + 1e-6, name
+    networks = {form: copy.deepcopy(reference) for form in ("reference", "lean", "triton")}
+    logits = {}
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True):
+        for form, network in networks.items():
+            use_implementation(network, form)  # type: ignore[arg-type]
+            logits[form] = network(images)
+            F.cross_entropy(logits[form], targets).backward()
+    for form in ("lean", "triton"):
+        assert torch.equal(logits[form], logits["reference"])
+        for (name, ours), theirs in zip(
+            networks[form].named_parameters(), networks["reference"].parameters(), strict=True
+        ):
+            assert ours.grad is not None
+            assert theirs.grad is not None
+            assert (ours.grad - theirs.grad).norm() <= 0.02 * theirs.grad.norm() + 1e-6, name
+
+
+def test_the_lean_form_never_runs_where_triton_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> torch.Tensor:
+        raise AssertionError("the lean form ran")
+
+    network = build_model(model_config("sg_resnet18", width=0.25)).cuda()
+    images = torch.randn(4, 3, 32, 32, device="cuda")
+    monkeypatch.setattr(spiking_unit._UnitFunction, "apply", refuse)
+    network(images).sum().backward()
+    use_implementation(network, "lean")
+    with pytest.raises(AssertionError, match="lean form ran"):
+        network(images)
+
+
+def test_observed_units_emit_the_same_spikes() -> None:
+    network = build_model(model_config("sg_resnet18", width=0.25)).cuda()
+    twin = copy.deepcopy(network)
+    images = torch.randn(4, 3, 32, 32, device="cuda")
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True), SpikeMonitor(network):
+        observed = network(images)
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True):
+        assert torch.equal(observed, twin(images))
+
+
+def test_the_unit_never_waits_for_the_device() -> None:
+    unit = build_unit(4, 32, gate="bsg").cuda()
+    z = torch.randn(16, 32, 8, 8, device="cuda", requires_grad=True)
+    shortcut = (torch.rand(4, 4, 32, 8, 8, device="cuda") < 0.3).float()
+    unit(z, shortcut).sum().backward()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        unit(z, shortcut).sum().backward()
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            z.sum().item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
