@@ -20,6 +20,7 @@ import torch
 
 from gpu import network_checks, timing
 from gpu.fashion import fashion_mnist
+from gpu.guarantees import guarantees
 from gpu.profile_step import profile_step
 from gpu.session import Results, Session
 from spikefleet_models.kernels import unit_form
@@ -74,6 +75,7 @@ def main() -> None:
     sections = [
         ("machine", 20.0, machine),
         ("prepare", 45.0, network_checks.prepare),
+        ("guarantees", 12.0, guarantees),
         ("tile_sizes", 14.0, timing.tile_sizes),
         ("r18_cifar_b256", 36.0, timing.classifier_steps("r18_cifar_b256", start_within=24)),
         ("r34_imagenet_b64", 30.0, timing.classifier_steps("r34_imagenet_b64", start_within=20)),

@@ -9,14 +9,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gpu.unit_checks import Case, all_cases, build_unit, check
+from gpu.guarantees import GUARANTEES
+from gpu.unit_checks import Case, all_cases, check
 from spikefleet.config.recipes import load_config, parse_overrides
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.events import NullSink
 from spikefleet.training.loop import train
-from spikefleet_models import spiking_unit
 from spikefleet_models.families import build_model, model_config
-from spikefleet_models.health import SpikeMonitor
 from spikefleet_models.spiking_unit import use_implementation
 from spikefleet_pipelines.store.reader import Store
 
@@ -57,41 +56,9 @@ def test_networks_compute_the_same_in_each_form_on_cuda(connection: str, layout:
             assert (ours.grad - theirs.grad).norm() <= 0.02 * theirs.grad.norm() + 1e-6, name
 
 
-def test_the_lean_form_never_runs_where_triton_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: object) -> torch.Tensor:
-        raise AssertionError("the lean form ran")
-
-    network = build_model(model_config("sg_resnet18", width=0.25)).cuda()
-    images = torch.randn(4, 3, 32, 32, device="cuda")
-    monkeypatch.setattr(spiking_unit._UnitFunction, "apply", refuse)
-    network(images).sum().backward()
-    use_implementation(network, "lean")
-    with pytest.raises(AssertionError, match="lean form ran"):
-        network(images)
-
-
-def test_observed_units_emit_the_same_spikes() -> None:
-    network = build_model(model_config("sg_resnet18", width=0.25)).cuda()
-    twin = copy.deepcopy(network)
-    images = torch.randn(4, 3, 32, 32, device="cuda")
-    with torch.backends.cudnn.flags(enabled=True, deterministic=True), SpikeMonitor(network):
-        observed = network(images)
-    with torch.backends.cudnn.flags(enabled=True, deterministic=True):
-        assert torch.equal(observed, twin(images))
-
-
-def test_the_unit_never_waits_for_the_device() -> None:
-    unit = build_unit(4, 32, gate="bsg").cuda()
-    z = torch.randn(16, 32, 8, 8, device="cuda", requires_grad=True)
-    shortcut = (torch.rand(4, 4, 32, 8, 8, device="cuda") < 0.3).float()
-    unit(z, shortcut).sum().backward()  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        unit(z, shortcut).sum().backward()
-        with pytest.raises(RuntimeError, match="synchroniz"):
-            z.sum().item()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+@pytest.mark.parametrize("guarantee", list(GUARANTEES))
+def test_guarantees_of_the_unit_on_cuda(guarantee: str) -> None:
+    GUARANTEES[guarantee]()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
