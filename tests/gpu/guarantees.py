@@ -1,4 +1,4 @@
-"""What is promised of the spiking unit on a CUDA device, each as a function that raises AssertionError where it fails."""
+"""What is promised of the spiking unit on a CUDA device: functions that raise AssertionError where it does not hold."""
 
 from __future__ import annotations
 
