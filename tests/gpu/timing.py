@@ -148,12 +148,17 @@ def _unit_call(
     z.requires_grad_()
     x = (torch.rand_like(z) < 0.2).to(dtype).contiguous(memory_format=layout).requires_grad_()
     grad = torch.randn_like(z).contiguous(memory_format=layout)
+
+    def forget() -> None:
+        z.grad = x.grad = None  # else the next call adds to them
+
     if form == "ann":
         bn = torch.nn.BatchNorm2d(channels).to(device)
 
         def twin() -> None:
             y = bn(z)
             torch.relu(y if gate == "plain" else y + x).backward(grad)
+            forget()
 
         return twin
     unit = build_unit(T, channels, None if gate == "plain" else gate, gradient="exact").to(device)
@@ -162,6 +167,7 @@ def _unit_call(
 
     def call() -> None:
         unit(z, shortcut).backward(grad.unflatten(0, (T, -1)))
+        forget()
 
     return call
 

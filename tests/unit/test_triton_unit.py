@@ -267,6 +267,26 @@ def test_what_the_kernels_cannot_do_has_a_reason(interpreted: ModuleType) -> Non
     assert "Other" in interpreted.problem(z, spec_of(unit))
 
 
+@pytest.mark.parametrize("shape", [None, (T, 2, 5, 5, 3), (T, 1, 5, 5, 4), (2 * T, 5, 5, 4)])
+def test_a_shortcut_of_another_shape_is_refused(shape: tuple[int, ...] | None, interpreted: ModuleType) -> None:
+    unit = build_unit(T, 5, gate="bsg")
+    use_implementation(unit, "triton")
+    z, x, _ = tensors("nhwc", torch.float32, 5)
+    assert unit(z, x.unflatten(0, (T, -1))).shape == (T, 2, 5, 5, 4)
+    with pytest.raises(ValueError, match=r"shortcut: .* expected \(3, 2, 5, 5, 4\) on cpu"):
+        unit(z, None if shape is None else torch.zeros(shape))
+
+
+def test_planes_of_one_element(interpreted: ModuleType) -> None:
+    unit = build_unit(T, 5)
+    reference = copy.deepcopy(unit)
+    use_implementation(unit, "triton")
+    use_implementation(reference, "reference")
+    z = torch.randn(4 * T, 5, 1, 1)
+    weights = torch.randn(4 * T, 5, 1, 1)
+    assert_same(outputs(unit, z, None, weights, False), outputs(reference, z, None, weights, False))
+
+
 def test_named_form_is_refused_where_it_cannot_run(fresh_modules: Callable[[], ModuleType]) -> None:
     fresh_modules()
     unit = build_unit(T, 5)

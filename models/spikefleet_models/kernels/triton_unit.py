@@ -81,7 +81,17 @@ def apply(z: Tensor, gamma: Tensor, beta: Tensor, shortcut: Tensor | None, w: Te
         shortcut: [T, B, C, H, W], for a gate or post-addition.
         w: of PLIF, whose 1 / tau is sigmoid(w).
         spec: the rest.
+
+    Raises:
+        ValueError: the shortcut is missing, or has another shape or device than the spikes; the kernels would read
+            memory that is not its own.
     """
+    if spec.gate is not None or spec.post_add:
+        frames = z.shape[0] * (spec.timesteps if spec.repeat else 1)
+        expected = (spec.timesteps, frames // spec.timesteps, *z.shape[1:])
+        found = None if shortcut is None else (tuple(shortcut.shape), shortcut.device)
+        if found != (expected, z.device):
+            raise ValueError(f"shortcut: shape and device are {found}, expected {expected} on {z.device}")
     spikes: Tensor = _TritonFunction.apply(z, gamma, beta, shortcut, w, spec)
     return spikes
 
@@ -100,9 +110,10 @@ class _Tiling:
 
     @classmethod
     def of(cls, z: Tensor, spec: UnitSpec) -> "_Tiling":
-        last = not z.is_contiguous() and z.is_contiguous(memory_format=torch.channels_last)
         samples = z.shape[0] if spec.repeat else z.shape[0] // spec.timesteps
         channels, plane = z.shape[1], z.shape[2] * z.shape[3]
+        # Planes of one element have both layouts.
+        last = z.is_contiguous(memory_format=torch.channels_last) and (plane == 1 or not z.is_contiguous())
         # Registers hold the membranes of all steps.
         elements = max(128, 4 * ELEMENTS // max(4, _power_of_two(spec.timesteps)))
         block = min(CHANNELS, _power_of_two(channels)) if last else 1
