@@ -44,6 +44,8 @@ _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_STEPS = 32
 _PROGRAMS = 1024
 """Programs of the kernel that sums: a constant, so that the order of additions does not depend on the device."""
+_MOST_TILES = 64
+"""Tiles that a place of a tile adds up in fp32 at most."""
 ELEMENTS = 512
 """Elements of a step in a tile, for up to four steps."""
 CHANNELS = 32
@@ -133,7 +135,7 @@ class _Tiling:
     @property
     def groups(self) -> int:
         """Partial sums of each channel."""
-        return max(1, min(self.rows, _PROGRAMS // self.columns))
+        return min(self.rows, max(_PROGRAMS // self.columns, -(-self.rows // _MOST_TILES)))
 
     def laid_out(self, tensor: Tensor) -> Tensor:
         """[T, B, C, H, W] as [T * B, C, H, W] in the layout of z; a copy only where it has another."""
@@ -250,7 +252,7 @@ class _TritonFunction(torch.autograd.Function):
         groups, channels = tiling.groups, tiling.channels
         sums = torch.empty((2, groups, channels), dtype=torch.float64, device=z.device)
         q_sums = None if q is None else torch.empty((groups, channels), dtype=torch.float64, device=z.device)
-        grad_gamma, grad_beta, centre, slope = torch.empty((4, channels), device=z.device).unbind()
+        grad_gamma, grad_beta, centre, slope = torch.empty((4, channels), dtype=torch.float32, device=z.device).unbind()
         grad_z = torch.empty_like(z)
         read, parameters = (z, z if shortcut is None else shortcut, grad), (mean, invstd, gamma, beta)
         factor = z if q is None else q
