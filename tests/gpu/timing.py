@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -185,12 +186,11 @@ def tile(elements: int, warps: int, channels: int) -> Iterator[None]:
     """Units compute with tiles of another size."""
     from spikefleet_models.kernels import triton_unit
 
-    before = triton_unit.ELEMENTS, triton_unit.WARPS, triton_unit.CHANNELS
-    triton_unit.ELEMENTS, triton_unit.WARPS, triton_unit.CHANNELS = elements, warps, channels
-    try:
+    tiles = {(kernel, last): (elements, channels if last else 1) for kernel, last in triton_unit.TILES}
+    with mock.patch.dict(triton_unit.TILES, tiles), mock.patch.object(triton_unit, "WARPS", warps):
+        triton_unit._plan.cache_clear()
         yield
-    finally:
-        triton_unit.ELEMENTS, triton_unit.WARPS, triton_unit.CHANNELS = before
+    triton_unit._plan.cache_clear()
 
 
 def tile_call(kind: str, channels: int, side: int, device: torch.device) -> Callable[[], None]:
@@ -200,27 +200,20 @@ def tile_call(kind: str, channels: int, side: int, device: torch.device) -> Call
 
 
 def tile_sizes(session: Session, results: Results) -> None:
-    """Time of a unit and its kernels for several tiles; the rest of the run computes with the fastest in bf16."""
+    """Time of a unit's kernels with tiles of one size for all, beside what is built in."""
     if session.dry:
         results["skipped"] = "the CPU has no tiles"
         return
-    from spikefleet_models.kernels import triton_unit
-
-    totals: dict[tuple[int, int, int], float] = {}
     for kind in KINDS:
         for channels, side in ((64, 32), (256, 8)):
             call = tile_call(kind, channels, side, session.device)
+            results[f"{kind} C={channels} {side}x{side}, built in"] = _kernel_times(call)
             for sizes in TILES:
                 with tile(*sizes):
-                    times = _kernel_times(call)
-                results[f"{kind} C={channels} {side}x{side}, elements, warps, channels {sizes}"] = times
-                if kind == "bf16 nhwc":
-                    totals[sizes] = totals.get(sizes, 0.0) + times["all"]
+                    results[f"{kind} C={channels} {side}x{side}, elements, warps, channels {sizes}"] = _kernel_times(
+                        call
+                    )
             _free()
-    results["default"] = triton_unit.ELEMENTS, triton_unit.WARPS, triton_unit.CHANNELS
-    chosen = min(totals, key=totals.__getitem__)
-    triton_unit.ELEMENTS, triton_unit.WARPS, triton_unit.CHANNELS = chosen
-    results["chosen"] = chosen
 
 
 def _kernel_times(call: Callable[[], None]) -> dict[str, float]:

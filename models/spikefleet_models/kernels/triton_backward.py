@@ -212,7 +212,6 @@ def backward_sums(
     beta_ptr,
     q_ptr,
     sums_ptr,
-    q_sums_ptr,
     position_count,
     channel_count,
     plane,
@@ -238,7 +237,7 @@ def backward_sums(
     P: tl.constexpr,
     CB: tl.constexpr,
 ):
-    """Sums of each channel over the tiles g, g + groups, ... of program g, as fp64 [2, groups, C].
+    """Sums of each channel over the tiles g, g + groups, ... of program g, as fp64 [2, groups, C]; a third row is dL/dq.
 
     Each place of a tile has its own fp32 sum over the program's tiles; the places are added in fp64.
     """
@@ -268,7 +267,8 @@ def backward_sums(
     centred_sums = tl.reduce(centred.to(tl.float64), 0, _plus)
     tl.store(sums_ptr + (groups + group) * channel_count + channels, centred_sums, mask=real)
     if LEARNS_Q:
-        tl.store(q_sums_ptr + group * channel_count + channels, tl.reduce(of_q.to(tl.float64), 0, _plus), mask=real)
+        q_sums = tl.reduce(of_q.to(tl.float64), 0, _plus)
+        tl.store(sums_ptr + (2 * groups + group) * channel_count + channels, q_sums, mask=real)
 
 
 @triton.jit(do_not_specialize=["count", "groups"])

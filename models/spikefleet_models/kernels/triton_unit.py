@@ -11,7 +11,8 @@ the same kernels on the CPU, for tests.
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +21,9 @@ from spikingjelly.activation_based import surrogate
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from spikefleet_models.gates import GateGradient
 from spikefleet_models.kernels import triton_backward, triton_forward
+from spikefleet_models.membrane import Dynamics
 from spikefleet_models.surrogates import Dspike
 from spikefleet_models.unit_spec import UnitSpec
 
@@ -46,10 +49,16 @@ _PROGRAMS = 1024
 """Programs of the kernel that sums: a constant, so that the order of additions does not depend on the device."""
 _MOST_TILES = 64
 """Tiles that a place of a tile adds up in fp32 at most."""
-ELEMENTS = 512
-"""Elements of a step in a tile, for up to four steps."""
-CHANNELS = 32
-"""Channels of a tile in NHWC."""
+TILES: dict[tuple[str, bool], tuple[int, int]] = {
+    ("forward", True): (512, 64),
+    ("backward_sums", True): (256, 32),
+    ("backward_input", True): (512, 64),
+    ("forward", False): (512, 1),
+    ("backward_sums", False): (512, 1),
+    ("backward_input", False): (512, 1),
+}
+"""(kernel, whether NHWC) -> elements of a step in a tile for up to four steps, and channels of a tile. The fastest of
+seven on an H200: models/README.md."""
 WARPS = 4
 """Warps of a program."""
 
@@ -98,92 +107,122 @@ def apply(z: Tensor, gamma: Tensor, beta: Tensor, shortcut: Tensor | None, w: Te
     return spikes
 
 
+class _Launch(NamedTuple):
+    """Number of programs and the arguments by name of one kernel."""
+
+    grid: tuple[int]
+    arguments: dict[str, Any]
+
+
 @dataclass(frozen=True)
-class _Tiling:
-    """Sizes of a launch, and the layout of its tensors."""
+class _Plan:
+    """The launches of a unit for tensors of one shape and layout."""
 
     layout: torch.memory_format
-    positions: int
-    channels: int
-    plane: int
-    slab: int
-    P: int
-    CB: int
-
-    @classmethod
-    def of(cls, z: Tensor, spec: UnitSpec) -> "_Tiling":
-        samples = z.shape[0] if spec.repeat else z.shape[0] // spec.timesteps
-        channels, plane = z.shape[1], z.shape[2] * z.shape[3]
-        # Planes of one element have both layouts.
-        last = z.is_contiguous(memory_format=torch.channels_last) and (plane == 1 or not z.is_contiguous())
-        # Registers hold the membranes of all steps.
-        elements = max(128, 4 * ELEMENTS // max(4, _power_of_two(spec.timesteps)))
-        block = min(CHANNELS, _power_of_two(channels)) if last else 1
-        layout = torch.channels_last if last else torch.contiguous_format
-        return cls(layout, samples * plane, channels, plane, samples * channels * plane, elements // block, block)
-
-    @property
-    def columns(self) -> int:
-        """Blocks of channels."""
-        return -(-self.channels // self.CB)
-
-    @property
-    def rows(self) -> int:
-        """Tiles of positions."""
-        return -(-self.positions // self.P)
-
-    @property
-    def groups(self) -> int:
-        """Partial sums of each channel."""
-        return min(self.rows, max(_PROGRAMS // self.columns, -(-self.rows // _MOST_TILES)))
+    shape: tuple[int, ...]
+    """Of the spikes, [T * B, C, H, W]."""
+    groups: int
+    """Partial sums of each channel."""
+    forward: _Launch
+    backward_sums: _Launch
+    finish_sums: _Launch
+    backward_input: _Launch
 
     def laid_out(self, tensor: Tensor) -> Tensor:
         """[T, B, C, H, W] as [T * B, C, H, W] in the layout of z; a copy only where it has another."""
         return tensor.flatten(0, 1).contiguous(memory_format=self.layout)
 
-    def shared(self, spec: UnitSpec, on_cuda: bool) -> dict[str, Any]:
-        """Arguments that all kernels over tiles take."""
-        dynamics = spec.dynamics
-        leak, tau = "none", 0.0
-        if spec.dynamics.tau is not None:
-            # torch divides by a number on CUDA by multiplying with its rounded inverse, and on the CPU it divides.
-            leak = "factor" if on_cuda else "division"
-            tau = float(np.float32(1) / np.float32(dynamics.tau)) if on_cuda else float(spec.dynamics.tau)
-        return {
-            "position_count": self.positions,
-            "channel_count": self.channels,
-            "plane": self.plane,
-            "slab": self.slab,
-            "threshold": float(dynamics.v_threshold),
-            "rest": float(dynamics.rest),
-            "tau": tau,
-            "T": spec.timesteps,
-            "REPEAT": spec.repeat,
-            "CHANNELS_LAST": self.layout == torch.channels_last,
-            "GATE": spec.gate or "none",
-            "POST_ADD": spec.post_add,
-            "LEAK": leak,
-            "DECAY_INPUT": dynamics.decay_input,
-            "SOFT": dynamics.v_reset is None,
-            "P": self.P,
-            "CB": self.CB,
-            **_options(),
-        }
 
-    def backward(self, spec: UnitSpec) -> dict[str, Any]:
-        """Arguments that the kernels of backward take as well."""
-        function = spec.dynamics.surrogate_function
-        return {
-            "EXACT": spec.gate_gradient == "exact",
-            "DETACHED": spec.dynamics.detach_reset,
-            "SURROGATE": _SURROGATES[type(function)],
-            "ALPHA": float(function.alpha),
-        }
+def _plan_of(z: Tensor, spec: UnitSpec, learned: bool) -> _Plan:
+    # Planes of one element have both layouts.
+    plane = z.shape[2] * z.shape[3]
+    last = z.is_contiguous(memory_format=torch.channels_last) and (plane == 1 or not z.is_contiguous())
+    function = spec.dynamics.surrogate_function
+    call = spec.timesteps, spec.repeat, spec.gate, spec.gate_gradient, spec.post_add
+    return _plan(tuple(z.shape), last, z.is_cuda, learned, *call, spec.dynamics, float(function.alpha), WARPS)
 
 
-def _options() -> dict[str, Any]:
+@lru_cache(maxsize=4096)
+def _plan(
+    shape: tuple[int, ...],
+    last: bool,
+    on_cuda: bool,
+    learned: bool,
+    timesteps: int,
+    repeat: bool,
+    gate: str | None,
+    gate_gradient: GateGradient,
+    post_add: bool,
+    dynamics: Dynamics,
+    alpha: float,
+    warps: int,
+) -> _Plan:
+    """Kept, because building it takes as long as launching what it describes."""
+    frames, channels, height, width = shape
+    plane = height * width
+    positions = (frames if repeat else frames // timesteps) * plane
     # What the kernels call one multiply-add is one, and nothing else: the reference rounds each operation.
-    return {"enable_fp_fusion": False, "num_warps": WARPS}
+    options = {"enable_fp_fusion": False, "num_warps": warps}
+    leak, tau = _leak(dynamics, on_cuda)
+    shared = {
+        "position_count": positions,
+        "channel_count": channels,
+        "plane": plane,
+        "slab": positions * channels,
+        "threshold": float(dynamics.v_threshold),
+        "rest": float(dynamics.rest),
+        "tau": tau,
+        "T": timesteps,
+        "REPEAT": repeat,
+        "CHANNELS_LAST": last,
+        "GATE": gate or "none",
+        "POST_ADD": post_add,
+        "LEAK": "learned" if learned else leak,
+        "DECAY_INPUT": dynamics.decay_input,
+        "SOFT": dynamics.v_reset is None,
+        **options,
+    }
+    backward = {
+        "EXACT": gate_gradient == "exact",
+        "DETACHED": dynamics.detach_reset,
+        "SURROGATE": _SURROGATES[type(dynamics.surrogate_function)],
+        "ALPHA": alpha,
+    }
+
+    def tiled(kernel: str, extra: dict[str, Any]) -> tuple[int, int, dict[str, Any]]:
+        """Rows and columns of tiles, and the arguments of a kernel."""
+        elements, block = TILES[kernel, last]
+        # Registers hold the membranes of all steps.
+        elements = max(128, 4 * elements // max(4, _power_of_two(timesteps)))
+        block = min(block, _power_of_two(channels))
+        P = elements // block
+        return -(-positions // P), -(-channels // block), {**shared, **extra, "P": P, "CB": block}
+
+    rows, columns, arguments = tiled("forward", {})
+    forward = _Launch((rows * columns,), arguments)
+    rows, columns, arguments = tiled("backward_input", backward)
+    backward_input = _Launch((rows * columns,), arguments)
+    rows, columns, arguments = tiled("backward_sums", {**backward, "LEARNS_Q": learned})
+    groups = min(rows, max(_PROGRAMS // columns, -(-rows // _MOST_TILES)))
+    backward_sums = _Launch((groups * columns,), {**arguments, "groups": groups})
+    count = frames * plane
+    finish = {"count": count, "channel_count": channels, "groups": groups, "G": 128, "CB": 8, **options}
+    finish_sums = _Launch((-(-channels // 8),), finish)
+    emitted = (frames * (timesteps if repeat else 1), channels, height, width)
+    layout = torch.channels_last if last else torch.contiguous_format
+    return _Plan(layout, emitted, groups, forward, backward_sums, finish_sums, backward_input)
+
+
+def _leak(dynamics: Dynamics, on_cuda: bool) -> tuple[str, float]:
+    """How the kernels leak, and by which number.
+
+    Torch divides by a number on CUDA by multiplying with its rounded inverse; on the CPU it divides.
+    """
+    if dynamics.tau is None:
+        return "none", 0.0
+    if on_cuda:
+        return "factor", float(np.float32(1) / np.float32(dynamics.tau))
+    return "division", float(dynamics.tau)
 
 
 def _power_of_two(number: int) -> int:
@@ -216,64 +255,51 @@ class _TritonFunction(torch.autograd.Function):
     def forward(
         ctx: Any, z: Tensor, gamma: Tensor, beta: Tensor, shortcut: Tensor | None, w: Tensor | None, spec: UnitSpec
     ) -> Tensor:
-        tiling = _Tiling.of(z, spec)
-        z = z.contiguous(memory_format=tiling.layout)
+        plan = _plan_of(z, spec, w is not None)
+        z = z.contiguous(memory_format=plan.layout)
         mean, invstd = _statistics(z, spec)
         q = None if w is None else w.float().sigmoid()
-        shortcut = None if shortcut is None else tiling.laid_out(shortcut)
-        shape = (z.shape[0] * (spec.timesteps if spec.repeat else 1), *z.shape[1:])
-        spikes = torch.empty(shape, dtype=z.dtype, device=z.device, memory_format=tiling.layout)
-        arguments = tiling.shared(spec, z.is_cuda)
-        if q is not None:
-            arguments["LEAK"] = "learned"
+        shortcut = None if shortcut is None else plan.laid_out(shortcut)
+        spikes = torch.empty(plan.shape, dtype=z.dtype, device=z.device, memory_format=plan.layout)
+        grid, arguments = plan.forward
         with _on_device_of(z):
-            triton_forward.forward[(tiling.rows * tiling.columns,)](
+            triton_forward.forward[grid](
                 z, z if shortcut is None else shortcut, mean, invstd, gamma, beta, z if q is None else q, spikes,
                 **arguments,
             )  # fmt: skip
-        ctx.save_for_backward(z, gamma, beta, mean, invstd, shortcut if spec.saves_shortcut else None, w)
-        ctx.spec = spec
+        ctx.save_for_backward(z, gamma, beta, mean, invstd, shortcut if spec.saves_shortcut else None, q)
+        ctx.plan, ctx.gate, ctx.timesteps = plan, spec.gate, spec.timesteps
+        ctx.w_dtype = None if w is None else w.dtype
         return spikes.unflatten(0, (spec.timesteps, -1))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         (grad_spikes,) = grad_outputs
-        z, gamma, beta, mean, invstd, shortcut, w = ctx.saved_tensors
-        spec: UnitSpec = ctx.spec
-        tiling = _Tiling.of(z, spec)
-        grad = tiling.laid_out(grad_spikes)
-        q = None if w is None else w.float().sigmoid()
-        arguments = tiling.shared(spec, z.is_cuda) | tiling.backward(spec)
-        if q is not None:
-            arguments["LEAK"] = "learned"
+        z, gamma, beta, mean, invstd, shortcut, q = ctx.saved_tensors
+        plan: _Plan = ctx.plan
+        grad = plan.laid_out(grad_spikes)
         to_shortcut = shortcut is not None and ctx.needs_input_grad[3]
         grad_shortcut = torch.empty_like(shortcut) if to_shortcut else None
-        groups, channels = tiling.groups, tiling.channels
-        sums = torch.empty((2, groups, channels), dtype=torch.float64, device=z.device)
-        q_sums = None if q is None else torch.empty((groups, channels), dtype=torch.float64, device=z.device)
+        channels = z.shape[1]
+        sums = torch.empty((2 if q is None else 3, plan.groups, channels), dtype=torch.float64, device=z.device)
         grad_gamma, grad_beta, centre, slope = torch.empty((4, channels), dtype=torch.float32, device=z.device).unbind()
         grad_z = torch.empty_like(z)
         read, parameters = (z, z if shortcut is None else shortcut, grad), (mean, invstd, gamma, beta)
         factor = z if q is None else q
         with _on_device_of(z):
-            triton_backward.backward_sums[(groups * tiling.columns,)](
+            grid, arguments = plan.backward_sums
+            triton_backward.backward_sums[grid](
                 *read, grad if grad_shortcut is None else grad_shortcut, *parameters, factor, sums,
-                sums if q_sums is None else q_sums, groups=groups, LEARNS_Q=q is not None, TO_SHORTCUT=to_shortcut,
-                **arguments,
+                TO_SHORTCUT=to_shortcut, **arguments,
             )  # fmt: skip
-            triton_backward.finish_sums[(-(-channels // 8),)](
-                sums, invstd, grad_gamma, grad_beta, centre, slope, z.numel() // channels, channels, groups,
-                G=128, CB=8, **_options(),
-            )  # fmt: skip
-            triton_backward.backward_input[(tiling.rows * tiling.columns,)](
-                *read, *parameters, factor, centre, slope, grad_z, **arguments
-            )
-        grad_w = None
-        if q is not None and q_sums is not None:
-            grad_w = (q_sums.sum() * q * (1 - q)).to(q.dtype)
+            grid, arguments = plan.finish_sums
+            triton_backward.finish_sums[grid](sums, invstd, grad_gamma, grad_beta, centre, slope, **arguments)
+            grid, arguments = plan.backward_input
+            triton_backward.backward_input[grid](*read, *parameters, factor, centre, slope, grad_z, **arguments)
+        grad_w = None if q is None else (sums[2].sum() * q * (1 - q)).to(ctx.w_dtype)
         if grad_shortcut is not None:
-            grad_shortcut = grad_shortcut.unflatten(0, (spec.timesteps, -1))
-        if spec.gate == "add":
+            grad_shortcut = grad_shortcut.unflatten(0, (ctx.timesteps, -1))
+        if ctx.gate == "add":
             grad_shortcut = grad_spikes
         return grad_z, grad_gamma, grad_beta, grad_shortcut, grad_w, None
