@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from gpu import steps, timing
+from gpu import steps
 
 
 def _step(build: Callable[[], Callable[[], None]]) -> Callable[[], None]:
@@ -22,25 +22,13 @@ def _step(build: Callable[[], Callable[[], None]]) -> Callable[[], None]:
     return work
 
 
-def _tiles(start: int) -> Callable[[], None]:
-    def work() -> None:
-        for elements, warps, channels in timing.TILES[start::3]:
-            for kind in timing.KINDS:
-                with timing.tile(elements, warps, channels):
-                    timing.tile_call(kind, 64, 32, torch.device("cuda"))()
-                    timing.tile_call(kind, 256, 8, torch.device("cuda"))()
-
-    return work
-
-
 def _works() -> dict[str, Callable[[], None]]:
     device = torch.device("cuda")
-    works: dict[str, Callable[[], None]] = {f"tiles {start}": _tiles(start) for start in range(3)}
+    works: dict[str, Callable[[], None]] = {}
     for name in ("r18_cifar_b256", "r34_imagenet_b64"):
         variants = steps.classifiers(name, steps.SETUPS[name], device, "triton")
-        for variant in ("fused bf16", "fused bf16, sew", "fused fp32", "spikingjelly best bf16", "spikingjelly fp32"):
-            if variant in variants:
-                works[f"{name}: {variant}"] = _step(variants[variant])
+        for variant in ("fused bf16", "spikingjelly best bf16"):
+            works[f"{name}: {variant}"] = _step(variants[variant])
     return works
 
 

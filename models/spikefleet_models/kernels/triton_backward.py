@@ -237,7 +237,7 @@ def backward_sums(
     P: tl.constexpr,
     CB: tl.constexpr,
 ):
-    """Sums of each channel over the tiles g, g + groups, ... of program g, as fp64 [2, groups, C]; a third row is dL/dq.
+    """Sums of each channel over the tiles g, g + groups, ... of program g, as fp64 [2, groups, C]; dL/dq is a third.
 
     Each place of a tile has its own fp32 sum over the program's tiles; the places are added in fp64.
     """
