@@ -28,10 +28,11 @@ def profile_step(session: Session, results: Results) -> None:
                 step()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-        spent = {
-            event.key[:90]: (getattr(event, "self_device_time_total", 0.0) or event.self_cpu_time_total, event.count)
-            for event in profile.key_averages()
-        }
+        spent: dict[str, tuple[float, int]] = {}
+        for event in profile.key_averages():
+            total, count = spent.get(event.key[:90], (0.0, 0))
+            took = getattr(event, "self_device_time_total", 0.0) or event.self_cpu_time_total
+            spent[event.key[:90]] = (total + took, count + event.count)
         longest = sorted(spent.items(), key=lambda item: -item[1][0])[:_KERNELS]
         results[name] = {
             "all_us": round(sum(total for total, _ in spent.values()) / _STEPS, 1),

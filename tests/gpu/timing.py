@@ -225,6 +225,9 @@ def _kernel_times(call: Callable[[], None]) -> dict[str, float]:
         for _ in range(4):
             call()
         torch.cuda.synchronize()
-    spent = {event.key[:40]: event.self_device_time_total / 4 for event in profile.key_averages()}
+    spent: dict[str, float] = {}
+    for event in profile.key_averages():
+        name = event.key[:70]
+        spent[name] = spent.get(name, 0.0) + event.self_device_time_total / 4
     longest = sorted(spent.items(), key=lambda item: -item[1])[:7]
     return {"all": round(sum(spent.values()), 1), **{name: round(value, 1) for name, value in longest if value > 0}}
