@@ -73,7 +73,7 @@ bench: $(SYNCED)
 GPU_OPTIONS ?=
 FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
 gpu: $(SYNCED)
-	PYTHONPATH=tests $(BIN)/python -m gpu.run --out out/gpu.json --fashion-mnist $(FASHION_MNIST) $(GPU_OPTIONS)
+	CUBLAS_WORKSPACE_CONFIG=:4096:8 PYTHONPATH=tests $(BIN)/python -m gpu.run --out out/gpu.json --fashion-mnist $(FASHION_MNIST) $(GPU_OPTIONS)
 
 clean:
 	rm -rf runs stores .coverage .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

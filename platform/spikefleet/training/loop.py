@@ -187,7 +187,7 @@ def _resume(state: TrainingState, task: AnyTask, folder: CheckpointFolder, sink:
     metadata = {
         "parameters": sum(p.numel() for p in state.network.parameters()),
         "device": str(state.group.device),
-        "kernels": unit_form(state.group.device),
+        "kernels": "lean (train.compile)" if state.config.train.compile else unit_form(state.group.device),
         "threads": thread_counts(state.group),
         **library_versions(),
     }
