@@ -122,7 +122,12 @@ def test_what_cannot_be_divided_is_refused(tmp_path: Path) -> None:
         take_split(store, tmp_path / "out", "gate", 0.0001)
     with pytest.raises(StoreError, match="already has a split 'val'"):
         take_split(store, tmp_path / "out", "val", 0.1)
+    with pytest.raises(StoreError, match="leaves no training image of class '0'; set a smaller fraction"):
+        take_split(store, tmp_path / "out", "gate", 0.9999)
     assert not (tmp_path / "out").exists()
+    with pytest.raises(StoreError, match="is the store that is divided, which stays as it is"):
+        take_split(store, tmp_path / "other" / ".." / "store", "gate", 0.1, overwrite=True)
+    assert "gate" not in Store.open(tmp_path / "store", verify=True).manifest.splits
     take_split(store, tmp_path / "out", "gate", 0.1)
     with pytest.raises(StoreError, match="already contains another store"):
         take_split(store, tmp_path / "out", "gate", 0.2)

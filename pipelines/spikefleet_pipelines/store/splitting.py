@@ -48,20 +48,31 @@ def take_split(
         The manifest of the new store, whose options record the store that it was taken from.
 
     Raises:
-        StoreError: the fraction leaves a class without images on one of the sides, the split exists already, or `out`
-            contains something else.
+        StoreError: the fraction chooses no image or leaves a class without training images, the split exists already,
+            or `out` is the store itself or contains something else.
     """
     manifest = store.manifest
     if name in manifest.shards:
-        raise StoreError(f"{store.location} already has a split {name!r}; choose another name, or use it as it is")
+        raise StoreError(
+            f"{store.location} already has a split {name!r}; use it as it is, or divide the store it was taken from"
+        )
     if not 0.0 < fraction < 1.0:
         raise StoreError(f"the fraction of split {name!r} is {fraction}, expected more than 0 and less than 1")
+    if "://" not in store.location and out.resolve() == Path(store.location).resolve():
+        raise StoreError(f"{out} is the store that is divided, which stays as it is; choose another directory")
     train = store.split(_TRAIN)
-    chosen = _choose(_digests(train), _strata(train), fraction, seed)
+    strata = _strata(train)
+    chosen = _choose(_digests(train), strata, fraction, seed)
     if not chosen.any():
         raise StoreError(
             f"{fraction:g} of the {len(train):,} training images of {store.location} is no image of any class; set a "
             "larger fraction"
+        )
+    emptied = sorted({*strata[chosen].tolist()} - {*strata[~chosen].tolist(), _NO_OBJECT})
+    if emptied:
+        raise StoreError(
+            f"{fraction:g} of the {len(train):,} training images of {store.location} leaves no training image of class "
+            f"{manifest.class_names[emptied[0]]!r}; set a smaller fraction"
         )
     recorded: JsonValue = {"split": name, "fraction": fraction, "seed": seed, "of": manifest.content_hash}
     writer = StoreWriter(

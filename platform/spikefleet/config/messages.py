@@ -10,6 +10,11 @@ from pydantic import BaseModel, ValidationError
 
 from spikefleet.config.renamed import RENAMED_KEYS
 
+PLAIN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+"""Pattern of the names that become names of files, directories and registered models."""
+
+_LONGEST_VALUE = 120
+
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str, most: int = 1) -> str:
     """The end of a message about an unknown word.
@@ -74,7 +79,13 @@ def _error_message(error: Mapping[str, Any], root: type[BaseModel], data: Any, c
     message = rule_of(error["msg"])
     if not path or isinstance(error["input"], Mapping | BaseModel):
         return f"{path + ': ' if path else ''}{message}"
-    return f"{path}={error['input']!r}: {message}"
+    if error["type"] == "string_pattern_mismatch" and error["ctx"]["pattern"] == PLAIN_NAME:
+        message = "must have 1 to 100 letters, digits, '.', '_' or '-', and start with a letter or digit"
+    return f"{path}={_shortened(repr(error['input']))}: {message}"
+
+
+def _shortened(value: str) -> str:
+    return value if len(value) <= _LONGEST_VALUE else f"{value[:_LONGEST_VALUE]}..."
 
 
 def rule_of(message: str) -> str:

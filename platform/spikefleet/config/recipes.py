@@ -240,8 +240,12 @@ def apply_overrides(tree: dict[str, Any], overrides: Mapping[str, Any]) -> None:
     for path, value in overrides.items():
         keys = path.split(".")
         node: Any = tree
-        for key in keys[:-1]:
+        for depth, key in enumerate(keys[:-1], start=1):
             node = node.setdefault(key, {})
             if not isinstance(node, dict):
-                raise UserError(f"override {path}={value!r}: {key!r} is a value, not a section")
+                section = ".".join(keys[:depth])
+                raise UserError(
+                    f"override {path}={value!r}: {section} is the value {node!r} in the recipe, not a section; set all "
+                    f'of it as JSON: {section}={{"{keys[depth]}": ...}}'
+                )
         node[keys[-1]] = value

@@ -12,14 +12,13 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from spikefleet.config.messages import PLAIN_NAME
 from spikefleet.config.renamed import with_current_keys
 from spikefleet.config.task_table import find_task
 from spikefleet_models.families import AnyModelConfig
 from spikefleet_models.shortcut_config import ShortcutConfig
 from spikefleet_pipelines.data_config import DataConfig
 from spikefleet_tune.messages import counted
-
-_PLAIN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
 
 class Section(BaseModel):
@@ -183,22 +182,22 @@ class RegistryConfig(Section):
     register_best: bool = Field(True, description="register the best checkpoint at the end of the run")
     name: str | None = Field(
         None,
-        pattern=_PLAIN_NAME,
+        pattern=PLAIN_NAME,
         description="registered model, whatever the data; default: default_name on the data set of the recipe, and "
         "FAMILY_DATASET on another one",
     )
     default_name: str | None = Field(
-        None, pattern=_PLAIN_NAME, description="registered model on the data set of the recipe; default: recipe"
+        None, pattern=PLAIN_NAME, description="registered model on the data set of the recipe; default: recipe"
     )
     dataset: str | None = Field(
-        None, pattern=_PLAIN_NAME, description="name of the data set that the recipe was written for; null: any"
+        None, pattern=PLAIN_NAME, description="name of the data set that the recipe was written for; null: any"
     )
 
 
 class Config(Section):
     """The configuration of one training run."""
 
-    recipe: str = Field(pattern=_PLAIN_NAME, description="name of the recipe")
+    recipe: str = Field(pattern=PLAIN_NAME, description="name of the recipe")
     task: str = Field("classification", description="name of the task that the network is trained for")
     model: AnyModelConfig
     data: DataConfig

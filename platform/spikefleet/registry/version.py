@@ -73,8 +73,11 @@ class RegisteredModel:
         for version in self.versions:
             if alias in version.aliases:
                 return version
-        known = one_of(sorted(alias for version in self.versions for alias in version.aliases))
-        raise UserError(f"model {self.name} has no alias {alias!r}; {known}")
+        known = sorted(alias for version in self.versions for alias in version.aliases)
+        remedy = one_of(known)
+        if self.versions and not known:
+            remedy = f"none of its versions has one; name the version, for example {self.versions[0].uri}"
+        raise UserError(f"model {self.name} has no alias {alias!r}; {remedy}")
 
     @property
     def champion(self) -> RegisteredVersion | None:

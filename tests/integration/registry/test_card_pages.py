@@ -57,4 +57,7 @@ def test_show_card_prints_it(first: Trained, runs: Path, tmp_path: Path, monkeyp
     assert card_text(pulled).partition("\n")[2] == text.partition("\n")[2]
     missing = CliRunner().invoke(app, ["registry", "show", "card_shown", "--card", "--runs-dir", str(runs)])
     assert missing.exit_code != 0
-    assert "no alias 'champion'" in missing.output + str(missing.exception)
+    refused = missing.output + str(missing.exception)
+    assert "no alias 'champion'; none of its versions has one; name the version, for example models:/card_shown/1" in (
+        refused
+    )
