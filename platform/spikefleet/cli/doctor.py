@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from spikefleet.errors import UserError
 from spikefleet.tracking.database import check_database, condition, database_path
-from spikefleet.tracking.mlflow_client import local_database
+from spikefleet.tracking.mlflow_client import check_tracking_uri, local_database
 from spikefleet.tracking.relocation import former_places
 from spikefleet.versions import code_version, library_versions
 from spikefleet_tune.messages import counted
@@ -69,8 +69,11 @@ def _devices() -> Iterator[Finding]:
 def _storage(runs_dir: Path) -> Iterator[Finding]:
     place = next(path for path in (runs_dir.absolute(), *runs_dir.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free / _GIB
-    verdict: Literal["good", "bad"] = "good" if os.access(place, os.W_OK) else "bad"
-    text = f"{place}: {free:.0f} GiB free" + ("" if verdict == "good" else ", cannot be written to")
+    flaw = "" if os.access(place, os.W_OK) else ", cannot be written to"
+    if not place.is_dir():
+        flaw = ", is no directory"
+    verdict: Literal["good", "bad"] = "bad" if flaw else "good"
+    text = f"{place}: {free:.0f} GiB free{flaw}"
     yield Finding("poor" if verdict == "good" and free < _LEAST_DISK_GIB else verdict, "runs", text)
     shared = Path("/dev/shm")
     if shared.is_dir():
@@ -94,6 +97,10 @@ def _tracking(runs_dir: Path) -> Finding:
     uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
     if not uri or database_path(uri) is not None:
         return _database(local_database(runs_dir), uri)
+    try:
+        check_tracking_uri(uri)
+    except UserError as error:
+        return Finding("bad", "tracking", str(error))
     parts = urlsplit(uri)
     if parts.scheme not in ("http", "https"):
         return Finding("good", "tracking", f"{parts.scheme} database by MLFLOW_TRACKING_URI")

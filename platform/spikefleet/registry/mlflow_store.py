@@ -24,6 +24,7 @@ METRIC_PREFIX = "metric."
 """Prefix of the version tags that hold metrics."""
 
 _ARTIFACTS = "artifacts"  # where MLflow keeps a pyfunc model's files
+_NO_ANSWER = re.compile(r"Caused by (New|Protocol|NameResolution|ConnectTimeout)\w*Error")
 _URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[A-Za-z0-9_-]{1,100})|/(?P<version>[0-9]{1,9}))")
 
 
@@ -50,6 +51,11 @@ def connect(tracking_uri: str) -> "Iterator[MlflowClient]":
             raise  # of a file of ours; the command line names its disk
         reason = str(error).splitlines()[0][:300]
         shown = public_uri(tracking_uri)
+        if _NO_ANSWER.search(str(error)):
+            raise UserError(
+                f"the registry at {shown} does not answer; start its tracking server, or correct or unset "
+                "MLFLOW_TRACKING_URI"
+            ) from error
         raise UserError(f"the registry at {shown} failed: {reason.replace(tracking_uri, shown)}") from error
 
 

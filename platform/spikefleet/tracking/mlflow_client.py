@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -14,6 +15,8 @@ DATABASE = "mlflow.db"
 
 SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks", "databricks-uc")
 """Schemes of a tracking URI."""
+
+_SERVERS_OF_SQL = ("postgresql", "mysql", "mssql")
 
 
 def quiet_mlflow() -> None:
@@ -63,13 +66,40 @@ def local_database(runs_dir: Path) -> Path:
 
 
 def check_tracking_uri(uri: str) -> None:
-    """Raises UserError unless the URI has a supported scheme."""
+    """Raises UserError unless the URI has a supported scheme, a host or file, and a driver that is installed."""
     scheme = uri.split(":", 1)[0].split("+", 1)[0]
-    if scheme not in SCHEMES:
+    if scheme not in SCHEMES or not _names_a_place(uri, scheme):
         raise UserError(
             f"MLFLOW_TRACKING_URI={public_uri(uri)!r} is not a tracking server; set it to http(s)://HOST:PORT or "
             "sqlite:////DIRECTORY/mlflow.db, or unset it to use a SQLite file in the runs directory"
         )
+    if scheme in _SERVERS_OF_SQL:
+        _check_driver(uri)
+
+
+def _names_a_place(uri: str, scheme: str) -> bool:
+    """Whether a URI names a host or a file; SQLite without a file would keep its records in memory, and lose them."""
+    try:
+        parts = urlsplit(uri)
+        if scheme in ("http", "https"):
+            return bool(parts.hostname) and parts.port != 0 and not re.search(r"\s", uri)
+    except ValueError:  # brackets or a port that are none
+        return False
+    return scheme != "sqlite" or parts.path.strip("/") not in ("", ":memory:")
+
+
+def _check_driver(uri: str) -> None:
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        make_url(uri).get_dialect().import_dbapi()
+    except (ArgumentError, ImportError) as error:
+        reason = without_credentials(str(error).partition("\n")[0], uri)
+        raise UserError(
+            f"MLFLOW_TRACKING_URI={public_uri(uri)!r} cannot be used: {reason}; install the driver of that database "
+            "into this environment, or name the one that is installed as SCHEME+DRIVER://"
+        ) from None
 
 
 def public_uri(uri: str) -> str:
@@ -84,5 +114,5 @@ def page_of(uri: str) -> str:
 
 def without_credentials(text: str, uri: str) -> str:
     """A text without the user name and password of a URI."""
-    user_and_password = urlsplit(uri).netloc.rpartition("@")[0]
+    user_and_password = re.split("[/?#]", uri.partition("://")[2], maxsplit=1)[0].rpartition("@")[0]  # of any text
     return text.replace(user_and_password + "@", "") if user_and_password else text
