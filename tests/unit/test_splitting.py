@@ -127,6 +127,9 @@ def test_what_cannot_be_divided_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     with pytest.raises(StoreError, match="is the store that is divided, which stays as it is"):
         take_split(store, tmp_path / "other" / ".." / "store", "gate", 0.1, overwrite=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="file/out cannot be created: File exists; choose another directory"):
+        take_split(store, tmp_path / "file" / "out", "gate", 0.1)
     assert "gate" not in Store.open(tmp_path / "store", verify=True).manifest.splits
     take_split(store, tmp_path / "out", "gate", 0.1)
     with pytest.raises(StoreError, match="already contains another store"):

@@ -110,9 +110,14 @@ class StoreWriter:
     def __enter__(self) -> Self:
         if self.overwrite:
             self._refuse_foreign_files()
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        remove_remains(self.out)
-        self.directory.mkdir()
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            remove_remains(self.out)
+            self.directory.mkdir()
+        except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+            raise StoreError(
+                f"store {self.out} cannot be created: {error.strerror}; choose another directory"
+            ) from error
         self._lock = _locked_directory(self.directory)
         return self
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from spikefleet.config.recipes import parse_model
 from spikefleet.data_summary import DATA_SUMMARY, DataSummary
+from spikefleet.disks import disk_problem
 from spikefleet.errors import UserError
 from spikefleet.plugins import loaded_plugins
 from spikefleet.registry.aliases import Promotion, keep_as_challenger, promote, refused_alias
@@ -226,8 +227,7 @@ def pull(uri: str, out: Path, *, tracking_uri: str | None = None) -> Path:
         raise UserError(f"{uri!r} is not a registered version; expected models:/NAME@champion or models:/NAME/3")
     with package_files(uri, tracking_uri) as (directory, content_hash):
         card = verify_package(directory, content_hash)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        partial = _directory_beside(out)
         try:
             for name in (*card.sha256, CARD):
                 _copy(directory / name, partial / name)
@@ -237,6 +237,17 @@ def pull(uri: str, out: Path, *, tracking_uri: str | None = None) -> Path:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return out
+
+
+def _directory_beside(out: Path) -> Path:
+    """A new directory to be renamed to `out`. Raises UserError or, for a problem of the disk, OSError."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{out.name[:100]}-", dir=out.parent))
+    except OSError as error:
+        if disk_problem(error, out) is not None:
+            raise
+        raise UserError(f"{out} cannot be created: {error.strerror}; choose another directory") from error
 
 
 def _copy(source: Path, target: Path) -> None:

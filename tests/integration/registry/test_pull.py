@@ -68,6 +68,8 @@ def test_pulling_never_overwrites_and_leaves_nothing_behind(pulled: Path, uri: s
     assert pull("models:/digits/1", tmp_path / "empty", tracking_uri=uri) == tmp_path / "empty"
     with pytest.raises(UserError, match="no version 9"):
         pull("models:/digits/9", tmp_path / "never", tracking_uri=uri)
+    with pytest.raises(UserError, match="/dev/null/here cannot be created: File exists; choose another directory"):
+        pull("models:/digits/1", Path("/dev/null/here"), tracking_uri=uri)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "pulled"]
 
 
