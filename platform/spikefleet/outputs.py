@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from spikefleet.errors import UserError
 
 _RUN = "run.json"
 _CHECKPOINTS = "checkpoints"
+_LONGEST_NAME = 200
+"""Bytes of a file's name: the 255 that file systems allow, less what a file has in addition while it is written."""
 
 
 def check_outputs(
@@ -25,11 +28,17 @@ def check_outputs(
         option: that names the place, for messages.
 
     Raises:
-        UserError: an output is an input or exists, or a directory is where a file should be, or the reverse.
+        UserError: an output is an input or exists, has a name that is too long, or a directory is where a file should
+            be, or the reverse.
     """
     read = {path.resolve() for path in inputs}
     files = {(status.st_dev, status.st_ino) for path in read if path.is_file() for status in (path.stat(),)}
     for path in outputs:
+        if (length := len(os.fsencode(path.name))) > _LONGEST_NAME:
+            raise UserError(
+                f"{option} {str(path)[:100]}... has a name of {length} bytes, expected at most {_LONGEST_NAME}; give a "
+                "shorter one"
+            )
         place = path.resolve()
         same = place.exists() and (place.stat().st_dev, place.stat().st_ino) in files
         if same or place in read or any(folder in read for folder in place.parents):

@@ -92,12 +92,14 @@ def test_what_may_be_written(tmp_path: Path) -> None:
     for name in ("run/run.json", "run/checkpoints/state.json", "run/report/energy.json", "mine.json"):
         (tmp_path / name).write_text("{}")
     check_outputs([tmp_path / "new.json", tmp_path / "deep" / "new.json", tmp_path / "run" / "report" / "energy.json"])
+    check_outputs([tmp_path / ("é" * 100)])
     check_outputs([tmp_path / "mine.json"], force=True)
     for name, said in (
         ("mine.json", "exists"),
         ("run/checkpoints/state.json", "exists"),
         ("run", "is a directory"),
         ("mine.json/x.json", "is a file, and not a directory"),
+        ("é" * 101, "has a name of 202 bytes, expected at most 200"),
     ):
         with pytest.raises(UserError, match=said):
             check_outputs([tmp_path / name])
