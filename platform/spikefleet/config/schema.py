@@ -280,6 +280,23 @@ class Config(Section):
             raise ValueError("train.sync_bn=true needs GPUs; add --gpu, or set train.sync_bn=false")
         return self
 
+    @model_validator(mode="after")
+    def _graphs_can_be_captured(self) -> Self:
+        if not self.train.cuda_graphs:
+            return self
+        reason = None
+        if not find_task(self.task).cuda_graphs:
+            reason = f"needs losses of fixed shapes, which task={self.task} has not"
+        elif not self.cluster.gpu:
+            reason = "needs a GPU; add --gpu"
+        elif self.cluster.workers > 1:
+            reason = f"is for one worker, found cluster.workers={self.cluster.workers}; set it to 1"
+        elif self.train.precision == "fp16":
+            reason = "does not support train.precision=fp16, whose loss scale changes; set it to bf16"
+        if reason is not None:
+            raise ValueError(f"train.cuda_graphs=true {reason}, or set train.cuda_graphs=false")
+        return self
+
     def registered_name(self, dataset: str) -> str:
         """Name of the registered model.
 
