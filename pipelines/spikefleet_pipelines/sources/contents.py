@@ -82,8 +82,8 @@ def hold_out_validation(
 def _kept(labels: NDArray[np.int64], count: int, seed: int) -> NDArray[np.bool_]:
     """Select `count` samples, as a mask [n]: the same fraction of each class.
 
-    A class of m samples is chosen from at (1/2, 3/2, ...) / m of all (Webster's method): unlike rounding shares to a sum,
-    it never takes a sample away when `count` grows.
+    The samples of a class of m have their turns at (1/2, 3/2, ...) / m (Webster's method). Unlike shares that are
+    rounded to a sum, that never takes a sample away when `count` grows.
     """
     if count > len(labels):
         raise SourceError(f"train_images is {count:,}, but after val {len(labels):,} images are left; set at most that")

@@ -164,7 +164,8 @@ def split_store(
     place = store_at(store, stores_dir)
     if out is None and "://" in place:
         raise UserError(f"{place} is not on this machine; name a directory for the new store with --out")
-    folder = out or Path(place).with_name(f"{Path(place).name}-gate")
+    whole = Path(place).resolve()
+    folder = out or whole.with_name(f"{whole.name}-gate")
     with waiting(where, f"verifying {place}"):
         source = Store.open(place)
     with waiting(where, f"writing {folder}"):
