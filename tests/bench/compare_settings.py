@@ -5,8 +5,8 @@
 
 Each training runs in this machine's processes, one thread each, by the training core itself; with --gpu all of them
 share the first CUDA device. Prints each result, then for each setting the mean, its standard deviation, and the mean
-difference to the first setting with a 95 % interval (paired by seed, Student's t). With --out, results are appended to a
-JSON-lines file, and those that it holds are not trained again.
+difference to the first setting with a 95 % interval (paired by seed, Student's t). With --out, results are appended to
+a JSON-lines file, and those that it holds are not trained again.
 """
 
 from __future__ import annotations
