@@ -147,7 +147,8 @@ def test_lists_of_images_of_different_sizes_are_served() -> None:
     images = [[[[1, 2]]], [[[1, 2, 3]]]]
     assert [batch.shape for batch in batches(images, 1, None)] == [(1, 1, 1, 2), (1, 1, 1, 3)]
     assert [batch.shape for batch in batches(images, 1, (4, 4))] == [(2, 1, 4, 4)]
-    for nothing in ([], np.zeros((0, 1, 4, 4)), 3, np.array(3), None):
+    nothings: list[Any] = [[], np.zeros((0, 1, 4, 4)), 3, np.array(3), None]
+    for nothing in nothings:
         with pytest.raises(UserError, match="expected images"):
             list(batches(nothing, 1, None))
 
