@@ -47,17 +47,29 @@ def test_graphs_of_parts_of_a_step_are_refused(other: dict[str, object]) -> None
         TrainConfig.model_validate({"epochs": 1, "global_batch": 8, "cuda_graphs": True, **other})
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        (),
-        ("train.precision=bf16",),
-        ("train.clip_norm=1.0", "model.connection=post_add", "model.neuron.kind=lif", "model.decoder=asd"),
-        ("shortcut.where=stage", "shortcut.loss=sum_losses"),
-        ("shortcut.where=stage", "shortcut.combine=convex", "train.partial_batch=weigh"),
-    ],
+SETTINGS: tuple[tuple[str, ...], ...] = (
+    (),
+    ("train.precision=bf16",),
+    ("train.clip_norm=1.0", "model.connection=post_add", "model.neuron.kind=lif", "model.decoder=asd"),
+    ("shortcut.where=stage", "shortcut.schedule=linear"),
+    (
+        "shortcut.where=stage",
+        "shortcut.combine=convex",
+        "shortcut.lambda0=0.25",
+        "shortcut.schedule=linear",
+        "train.partial_batch=weigh",
+    ),
 )
+"""Of the trainings on a GPU; a falling coefficient is another number in each step."""
+
+
+@pytest.mark.parametrize("overrides", SETTINGS)
+def test_these_settings_can_be_captured(overrides: tuple[str, ...]) -> None:
+    assert load_config("digits", parse_overrides(["train.cuda_graphs=true", "cluster.gpu=true", *overrides]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("overrides", SETTINGS)
 def test_a_graph_trains_as_its_kernels_do(overrides: tuple[str, ...], store: Store, tmp_path: Path) -> None:
     """The losses of the epochs: the partial batches in between run without the graph."""
     gpu = ProcessGroup.single(gpu=True)
