@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -23,7 +25,7 @@ from spikefleet_tune.ledger import Ledger
 from spikefleet_tune.samplers import PointSampler
 from spikefleet_tune.schedulers import Scheduler
 from spikefleet_tune.search_file import Search
-from spikefleet_tune.trials import Trainable, describe_error, tune_function
+from spikefleet_tune.trials import Trainable, describe_error, request_stop, tune_function
 
 SCRATCH = "ray_tune"
 """Ray Tune's own files in the search's directory; no attempt reads those of another."""
@@ -122,6 +124,7 @@ def run_on_tune(
     source: TrialSource,
     ledger: Ledger,
     clock: Clock,
+    grace_s: float,
 ) -> None:
     """Runs one attempt, until the budget ends or the user interrupts it.
 
@@ -133,9 +136,17 @@ def run_on_tune(
         source: suggests the trials; its `interrupted` says which signal ended the attempt.
         ledger: records what happens to the trials.
         clock: measures the hours of the budget.
+        grace_s: seconds in which running trials may save their state when a signal arrives.
     """
+    scratch = folder.path / SCRATCH
+    shutil.rmtree(scratch, ignore_errors=True)
+    stop = scratch / "stop.json"
+    stopping = _Stopping(source, ledger, stop, grace_s)
 
     class Bookkeeper(tune.Callback):
+        def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+            stopping.running = {int(trial.trial_id) for trial in trials if trial.status == "RUNNING"}
+
         def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             ledger.running(int(trial.trial_id), trial.config)
 
@@ -157,14 +168,12 @@ def run_on_tune(
 
         def stop_all(self) -> bool:
             clock.tick()
-            return source.interrupted is not None or source.out_of_time
+            return source.out_of_time if source.interrupted is None else stopping.is_over()
 
     config = search.scheduler
     deciding = None if config.kind == "none" else search.deciding[0]
-    function = tune_function(trainable, folder.name, search.objectives, deciding, config.kind == "pbt")
+    function = tune_function(trainable, folder.name, search.objectives, deciding, config.kind == "pbt", stop)
     population = source.left if config.kind == "pbt" else None
-    scratch = folder.path / SCRATCH
-    shutil.rmtree(scratch, ignore_errors=True)
     with _tune_environment(population), _interruptible(source), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Consider boosting PBT")
         tune.Tuner(
@@ -184,6 +193,35 @@ def run_on_tune(
     if source.out_of_time and source.interrupted is None:
         for number in list(ledger.live):
             ledger.stop_early(number, f"the budget of {search.budget.hours:g} hours is used up")
+
+
+class _Stopping:
+    """The end of an attempt after a signal: its trials are asked to save their state, then Ray Tune stops them.
+
+    Args:
+        source: knows the signal.
+        ledger: knows which trials have ended.
+        stop: the file that trials look at.
+        grace_s: seconds to wait for them.
+    """
+
+    def __init__(self, source: TrialSource, ledger: Ledger, stop: Path, grace_s: float) -> None:
+        self._source, self._ledger, self._stop, self._grace_s = source, ledger, stop, grace_s
+        self._asked: set[int] | None = None
+        self._deadline = 0.0
+        self.running: set[int] = set()
+        """Trials whose processes run now."""
+
+    def is_over(self) -> bool:
+        """Whether no trial that ran when the signal arrived still runs, or the time for it is over."""
+        if self._asked is None:
+            assert self._source.interrupted is not None
+            self._ledger.stopping()
+            self._asked, self._deadline = self.running, time.monotonic() + self._grace_s
+            with suppress(OSError):  # a full disk: the trials are stopped without a new checkpoint
+                request_stop(self._stop, signal.Signals(self._source.interrupted).name)
+        waiting = any(not self._ledger.has_ended(number) for number in self._asked & self.running)
+        return not waiting or not self._stop.is_file() or time.monotonic() >= self._deadline
 
 
 @contextmanager
@@ -211,7 +249,7 @@ def _tune_environment(population: int | None) -> Iterator[None]:
 
 @contextmanager
 def _interruptible(source: TrialSource) -> Iterator[None]:
-    """The first SIGINT or SIGTERM lets Ray Tune stop its trials; a second one aborts."""
+    """The first SIGINT or SIGTERM stops the trials after their step; a second one aborts."""
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
         if source.interrupted is not None:

@@ -111,6 +111,7 @@ def run_tracked_search(
                     warm_start=earlier,
                     extend=extend,
                     retry_failed=retry_failed,
+                    grace_s=config.cluster.grace_s,
                 )
             except BaseException:
                 tracker.abandon()
