@@ -327,9 +327,7 @@ def _headline(error: BaseException) -> str:
 
 
 @contextmanager
-def _followed(
-    attempt: Path, sink: EventSink, lockstep: bool, stop_signal: Callable[[], str | None]
-) -> Iterator[None]:
+def _followed(attempt: Path, sink: EventSink, lockstep: bool, stop_signal: Callable[[], str | None]) -> Iterator[None]:
     """Passes the events of an attempt to the sink while the block runs, and the remaining ones when it ends.
 
     The other way, it passes on that the training is asked to stop.

@@ -19,6 +19,7 @@ from spikefleet.registry.version import CONTENT_HASH, RegisteredModel, Registere
 from spikefleet.tracking.database import database_path
 from spikefleet.tracking.mlflow_client import check_tracking_uri, public_uri, quiet_mlflow
 from spikefleet.tracking.relocation import ready_database
+from spikefleet.tracking.server_problems import server_problem
 from spikefleet_tune.messages import one_of
 
 if TYPE_CHECKING:
@@ -50,9 +51,18 @@ def connect(tracking_uri: str) -> "Iterator[MlflowClient]":
 
     try:
         yield MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+    except ModuleNotFoundError as error:  # the driver of a database
+        if tracking_uri.startswith(("http", "sqlite")):
+            raise
+        raise UserError(
+            f"MLFLOW_TRACKING_URI={public_uri(tracking_uri)!r} needs the Python package {error.name!r}, which is not "
+            "installed; install it"
+        ) from error
     except (MlflowException, OSError) as error:  # an artifact store raises errors of requests, which are OSErrors
         if isinstance(error, OSError) and disk_problem(error) is not None:
             raise  # of a file of ours; the command line names its disk
+        if (sentence := server_problem(error, tracking_uri)) is not None:
+            raise UserError(sentence) from error
         reason = str(error).splitlines()[0][:300]
         shown = public_uri(tracking_uri)
         raise UserError(f"the registry at {shown} failed: {reason.replace(tracking_uri, shown)}") from error

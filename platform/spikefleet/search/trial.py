@@ -200,9 +200,7 @@ def _report_best_so_far(run: Run, sink: ReportSink) -> None:
     sink.emit(CheckpointSaved(best.step, str(run.checkpoints.at(best.step))))
 
 
-def _train(
-    config: Config, store: Store, run: Run, sink: ReportSink, stop_signal: Callable[[], str | None]
-) -> Outcome:
+def _train(config: Config, store: Store, run: Run, sink: ReportSink, stop_signal: Callable[[], str | None]) -> Outcome:
     if config.cluster.workers == 0:
         group = ProcessGroup.single(config.cluster.gpu)
         return train(config, store, run.path, group, sink, stop_requested=lambda: stop_signal() is not None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -70,6 +71,17 @@ def check_tracking_uri(uri: str) -> None:
             f"MLFLOW_TRACKING_URI={public_uri(uri)!r} is not a tracking server; set it to http(s)://HOST:PORT or "
             "sqlite:////DIRECTORY/mlflow.db, or unset it to use a SQLite file in the runs directory"
         )
+    if scheme in ("http", "https") and not _names_host(uri):
+        raise UserError(f"MLFLOW_TRACKING_URI={public_uri(uri)!r} names no host; set it to {scheme}://HOST:PORT")
+
+
+def _names_host(uri: str) -> bool:
+    """Whether a URI has a host and, if it has a port, one that is possible."""
+    try:
+        parts = urlsplit(uri)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def public_uri(uri: str) -> str:
@@ -84,5 +96,5 @@ def page_of(uri: str) -> str:
 
 def without_credentials(text: str, uri: str) -> str:
     """A text without the user name and password of a URI."""
-    user_and_password = urlsplit(uri).netloc.rpartition("@")[0]
-    return text.replace(user_and_password + "@", "") if user_and_password else text
+    found = re.match(r"[^:/]+://([^/?#]*@)", uri)
+    return text.replace(found[1], "") if found else text
