@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from spikefleet.cluster.session import quiet_ray, ray_session
+from spikefleet.outputs import check_place
 from spikefleet.status import counting, print_line, waiting
 from spikefleet_pipelines.data_config import DataConfig
 from spikefleet_pipelines.opening import open_or_prepare
@@ -25,6 +26,8 @@ def open_data(config: DataConfig, stores_dir: Path, console: Console) -> Store:
     Raises SourceError or StoreError: where was looked, and how to prepare the data.
     """
     quiet_ray()
+    if config.store is None:
+        check_place(stores_dir, "--stores-dir")
     prepared = False
     with _shown(console, f"preparing {config.source}") as count:
 
@@ -60,6 +63,7 @@ def prepare_store(
 ) -> Store:
     """Converts a data set into a store at `out`; on the cluster at `address` or RAY_ADDRESS, whose nodes see both."""
     quiet_ray()
+    check_place(out, "--out")
     with ExitStack() as cluster:
         if address or os.environ.get("RAY_ADDRESS"):
             with waiting(console, "connecting to Ray"):

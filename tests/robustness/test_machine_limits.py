@@ -10,8 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from ray.exceptions import OutOfMemoryError
+from typer.testing import CliRunner
 
+from spikefleet.cli import app
 from spikefleet.cluster.ray_train import _headline
 from spikefleet.cluster.session import _not_started
 from spikefleet.errors import RunError, UserError
@@ -92,6 +95,26 @@ KILLED = (
     "Refer to the documentation on how to address the out of memory issue. Consider provisioning more memory."
 )
 """What Ray 2.60 says; its memory monitor was set to 2 % of the machine's memory."""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_missing_gpu_is_said_before_ray_starts(
+    stores_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.init", lambda **_: pytest.fail("Ray starts"))
+    (tmp_path / "s.yaml").write_text(
+        "recipe: digits\nspace: {model.timesteps: {choice: [1]}}\nobjectives: {val/top1: max}\nbudget: {trials: 1}\n"
+    )
+    places = ["--stores-dir", str(stores_dir), "--runs-dir", str(tmp_path / "runs")]
+    train, tune = ["train", "digits", "--gpu", "--workers", "2"], ["tune", str(tmp_path / "s.yaml")]
+    for words, count in ((train, "2 GPUs"), ([*tune, "--gpus-per-worker", "0.5"], "0.5 GPUs")):
+        done = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*words, *places])
+        assert done.exit_code == 2, done.output
+        assert f"needs {count} (one for each of cluster.workers), but this machine has 0" in done.stderr
+        # Negative control: the cluster at an address may have them; nothing answers at this one.
+        done = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*words, *places, "--address", "127.0.0.1:1"])
+        assert (done.exit_code, "nothing answers at Ray address" in done.stderr) == (2, True), done.output
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_memory_monitors_figures_are_kept() -> None:

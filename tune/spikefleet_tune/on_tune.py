@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ from ray.tune.experiment.config_parser import _create_trial_from_spec, _make_par
 from ray.tune.search.search_algorithm import SearchAlgorithm
 from ray.tune.stopper import Stopper
 
+from spikefleet_tune.atomic import write_atomically
 from spikefleet_tune.capacity import nodes_of_cluster, trial_request, trials_at_once
 from spikefleet_tune.interruption import Interrupted, handling
 from spikefleet_tune.journal import Clock, Past, SearchFolder
@@ -25,7 +27,7 @@ from spikefleet_tune.ledger import Ledger
 from spikefleet_tune.samplers import PointSampler
 from spikefleet_tune.schedulers import Scheduler
 from spikefleet_tune.search_file import Search
-from spikefleet_tune.trials import Trainable, describe_error, request_stop, tune_function
+from spikefleet_tune.trials import Trainable, describe_error, tune_function
 
 SCRATCH = "ray_tune"
 """Ray Tune's own files in the search's directory; no attempt reads those of another."""
@@ -219,7 +221,9 @@ class _Stopping:
             self._ledger.stopping()
             self._asked, self._deadline = self.running, time.monotonic() + self._grace_s
             with suppress(OSError):  # a full disk: the trials are stopped without a new checkpoint
-                request_stop(self._stop, signal.Signals(self._source.interrupted).name)
+                self._stop.parent.mkdir(parents=True, exist_ok=True)
+                name = signal.Signals(self._source.interrupted).name
+                write_atomically(self._stop, json.dumps({"signal": name}))
         waiting = any(not self._ledger.has_ended(number) for number in self._asked & self.running)
         return not waiting or not self._stop.is_file() or time.monotonic() >= self._deadline
 

@@ -9,8 +9,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
-from spikefleet_tune.atomic import write_atomically
-
 Overrides = Mapping[str, Any]
 """Dotted configuration keys and their values, for example `{"model.timesteps": 2}`."""
 
@@ -67,12 +65,6 @@ class TrialPruned(Exception):  # noqa: N818 -- a verdict, not an error
 
 class TrialStopped(Exception):  # noqa: N818 -- no error
     """A trainable raises this when the search was asked to stop, after it has saved the state to resume from."""
-
-
-def request_stop(path: Path, signal_name: str) -> None:
-    """Asks the trials that look at a file to stop. Raises OSError where it cannot be written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps({"signal": signal_name}))
 
 
 class TuneReport:

@@ -87,8 +87,8 @@ def prepare(
             )
         if check_content:
             raise SourceError(
-                f"source {name!r}: check_content compares the files in root, but a single split is given by the options "
-                "images and annotations; leave out check_content, and prepare a split anew by overwrite"
+                f"source {name!r}: check_content compares the files in root, but a single split is given by images and "
+                "annotations; leave out check_content, and prepare a split anew by overwrite"
             )
         of_split = check_options(source, options, source.split_options)
         with _writing(out):

@@ -15,6 +15,7 @@ from spikefleet.cli.completion import model_names, version_names
 from spikefleet.cli.output import console, loading, print_json, say, stderr
 from spikefleet.cli.parameters import AsJson, RunsDir
 from spikefleet.cli.tables import Column, number, print_record, print_table, text
+from spikefleet.outputs import check_place
 
 if TYPE_CHECKING:
     from spikefleet.registry import RegisteredVersion
@@ -115,6 +116,7 @@ def pull_registered(
     """Fetch a version as files; their hashes are checked."""
     from spikefleet import registry
 
+    check_place(out, "--out")
     with _asking(runs_dir) as tracking_uri:
         folder = registry.pull(_full(uri), out, tracking_uri=tracking_uri)
     for path in sorted(folder.iterdir()):

@@ -59,8 +59,8 @@ def connect(tracking_uri: str) -> "Iterator[MlflowClient]":
             "installed; install it"
         ) from error
     except (MlflowException, OSError) as error:  # an artifact store raises errors of requests, which are OSErrors
-        if isinstance(error, OSError) and disk_problem(error) is not None:
-            raise  # of a file of ours; the command line names its disk
+        if isinstance(error, OSError) and (error.filename is not None or disk_problem(error) is not None):
+            raise  # of a file of ours, which the command line names
         if (sentence := server_problem(error, tracking_uri)) is not None:
             raise UserError(sentence) from error
         reason = str(error).splitlines()[0][:300]

@@ -17,12 +17,13 @@ from typing import Any
 from rich.console import Console
 
 from spikefleet.certificates.certify import certify
-from spikefleet.cluster.session import quiet_ray
+from spikefleet.cluster.session import quiet_ray, refuse_missing_gpus
 from spikefleet.config.schema import Config
 from spikefleet.data_access import open_data
 from spikefleet.data_summary import DataSummary
 from spikefleet.errors import RunError, UserError
 from spikefleet.files import write_json
+from spikefleet.outputs import check_place
 from spikefleet.plugins import loaded_plugins
 from spikefleet.registry.api import Promotion
 from spikefleet.runs.options import Options
@@ -77,7 +78,9 @@ def run_tracked_search(
         UserError: the search is invalid or cannot be resumed; raised before any trial starts.
         Interrupted: SIGINT or SIGTERM; the same command resumes the search.
     """
+    check_place(options.runs_dir, "--runs-dir")
     resolve_tracking_uri(options.runs_dir)  # a database that cannot be used is named before data is read
+    refuse_missing_gpus(options.address, search.resources.workers * search.resources.gpus_per_worker)
     setting, config, store = _setting(search, name, options, console)
     if "val" not in store.manifest.splits:
         raise UserError(

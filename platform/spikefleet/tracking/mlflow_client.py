@@ -45,6 +45,10 @@ def resolve_tracking_uri(runs_dir: Path) -> str:
             cannot be used.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip() or database_uri(runs_dir.resolve() / DATABASE)
+    try:
+        uri.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"the tracking URI {uri} is no UTF-8, which MLflow cannot open; rename the directory") from None
     check_tracking_uri(uri)
     if (path := database_path(uri)) is not None:
         check_database(path)
