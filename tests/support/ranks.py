@@ -30,12 +30,14 @@ from spikefleet.training.event_log import EventReader, EventWriter, new_attempt
 from spikefleet.training.events import Event, NullSink, StepDone
 from support.figures import draw_nothing
 
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(
+SERVER = multiprocessing.get_context("forkserver")
+"""Forks processes that have imported torch."""
+SERVER.set_forkserver_preload(
     [
         "pytest",
         "torch._dynamo",  # DDP asks for it
         "pandas",  # pyarrow asks for it
+        "spikefleet.cli",
         "spikefleet.training.loop",
         "spikefleet.tasks.classification",
         "spikefleet_models.sg_resnet",
@@ -198,7 +200,7 @@ def run_ranks(
         attempt = new_attempt(run_dir)
         size = config.cluster.workers
         arguments = (size, config.dump(), store, run_dir, attempt, planned, prepare)
-        ranks: list[BaseProcess] = [_SERVER.Process(target=_rank, args=(rank, *arguments)) for rank in range(size)]
+        ranks: list[BaseProcess] = [SERVER.Process(target=_rank, args=(rank, *arguments)) for rank in range(size)]
         for process in ranks:
             process.start()
         try:
