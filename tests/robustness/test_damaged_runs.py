@@ -224,8 +224,9 @@ def test_fuzz_packages(copied: Callable[[], Path], tmp_path: Path) -> None:
     assert len(told) > 10
 
 
-def test_fuzz_events(tmp_path: Path) -> None:
+def test_fuzz_events(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Damage ends what is shown, and not the run."""
+    caplog.set_level("ERROR", logger="spikefleet.training.event_log")  # each damaged file has a warning
     for number, draw in enumerate(draws(30)):
         folder = new_attempt(tmp_path / str(number))
         writer = EventWriter(folder)

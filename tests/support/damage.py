@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -83,7 +84,7 @@ def damage_json(content: bytes, draw: random.Random) -> bytes:
     for _ in range(draw.randint(1, 2)):
         places = list(_places(tree))
         if not places or draw.random() < 0.03:
-            return json.dumps(draw.choice(_VALUES)).encode()
+            return json.dumps(_value(draw)).encode()
         parent, key = draw.choice(places)
         match draw.randrange(4):
             case 0:
@@ -93,8 +94,13 @@ def damage_json(content: bytes, draw: random.Random) -> bytes:
             case 2 if isinstance(parent, dict):
                 parent[draw.choice(("x", "model", "\ud800"))] = 1
             case _:
-                parent[key] = draw.choice(_VALUES)
+                parent[key] = _value(draw)
     return json.dumps(tree).encode()
+
+
+def _value(draw: random.Random) -> Any:
+    """A copy: what is put into a tree may be damaged next."""
+    return copy.deepcopy(draw.choice(_VALUES))
 
 
 def damage_text(content: bytes, draw: random.Random) -> bytes:
