@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from spikefleet.disks import disk_problem, path_problem
@@ -31,7 +32,7 @@ def check_outputs(
         UserError: an output is an input, exists or cannot be written, or a directory is where a file should be, or the
             reverse.
     """
-    read = {path.resolve() for path in inputs}
+    read = set(_readable(inputs))
     files = {(status.st_dev, status.st_ino) for path in read if path.is_file() for status in (path.stat(),)}
     for path in outputs:
         place = _resolved(path, option)
@@ -63,6 +64,15 @@ def check_place(path: Path, option: str) -> None:
     except UnicodeEncodeError:
         raise UserError(f"{option} {path} is no UTF-8, which libraries cannot open; rename it") from None
     _try_to_write(path, place, option)
+
+
+def _readable(inputs: Iterable[Path]) -> Iterator[Path]:
+    """Inputs by their real places, without those that cannot be read, such as a loop of links: who reads names them."""
+    for path in inputs:
+        with suppress(OSError, RuntimeError, ValueError):
+            place = path.resolve()
+            place.exists()
+            yield place
 
 
 def _resolved(path: Path, option: str) -> Path:

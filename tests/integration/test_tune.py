@@ -22,7 +22,7 @@ from spikefleet_pipelines.sources import prepare
 from spikefleet_pipelines.store.reader import Store
 from spikefleet_tune.journal import SearchFolder
 from support.ranks import run_ranks
-from support.snapshots import differences, end_of
+from support.snapshots import assert_same_end
 
 pytestmark = pytest.mark.xdist_group("ray")
 
@@ -188,7 +188,7 @@ def test_a_signal_stops_trials_with_a_checkpoint(
         run_ranks(run.config(), stores_dir / "digits", clean.path)
     else:
         train(run.config(), store, clean.path, ProcessGroup.single(), NullSink())
-    assert differences(end_of(run.path), end_of(clean.path)) == []
+    assert_same_end(run.path, clean.path)
 
 
 # ------------------------------------------------------------------------------------------------ reproduce

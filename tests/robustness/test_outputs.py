@@ -46,6 +46,11 @@ def test_an_input_is_never_written_over(desk: Path) -> None:
             assert code == 2, (out, said)
             assert "would overwrite what the command reads" in said
             assert (desk / "a.png").read_bytes() == picture
+    (desk / "loop.png").symlink_to("loop.png")
+    code, said = invoke(desk, "predict", NAME, "a.png", "loop.png", "--out", "p.png")
+    assert code == 1, said
+    assert "1 of 2 images cannot be read" in said, "a bad input does not keep the others from being drawn"
+    assert (desk / "p.png").is_file()
     checkpoint = next((desk / "runs" / NAME / "checkpoints").glob("step-*"))
     code, said = invoke(desk, "energy", str(checkpoint), "--out", str(checkpoint), "--force", "--images", "1")
     assert (code, "would overwrite what the command reads" in said) == (2, True)

@@ -21,7 +21,7 @@ from spikefleet.training.stopping import TrainingStopped
 from spikefleet_pipelines.store.reader import Store
 from support.forked import Forked, command
 from support.ranks import GroupRun, ask_to_stop, run_ranks
-from support.snapshots import differences, end_of
+from support.snapshots import assert_same_end
 
 SETTINGS = [
     "model.width=0.125",
@@ -101,7 +101,7 @@ def test_a_stop_at_any_moment_changes_no_bit(
     stops = train_through(tmp_path / "run", store, asker)
     assert stops == [3, EPOCH, EPOCH, STEPS], "each stop comes after the step in which it was asked for"
     assert asker.losses == clean.losses
-    assert differences(end_of(tmp_path / "run"), end_of(reference)) == []
+    assert_same_end(tmp_path / "run", reference)
 
 
 def test_two_ranks_agree_on_the_step(store: Path, tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_two_ranks_agree_on_the_step(store: Path, tmp_path: Path) -> None:
     assert [set(codes) for codes in run.exit_codes] == [{1}] * 3 + [{0}]
     assert all(isinstance(error, TrainingStopped) or error is None for error in run.errors)
     assert run.losses == clean.losses
-    assert differences(end_of(tmp_path / "run"), end_of(tmp_path / "clean")) == []
+    assert_same_end(tmp_path / "run", tmp_path / "clean")
     assert isinstance(clean, GroupRun)
     assert (tmp_path / "once").exists()
 

@@ -222,6 +222,13 @@ def run_ranks(
     return run
 
 
+def run_undisturbed(config: Config, store: Path, run_dir: Path, prepare: Callable[[], None] | None = None) -> GroupRun:
+    """As `run_ranks`, of a run in which no rank fails and nothing restarts."""
+    run = run_ranks(config, store, run_dir, prepare=prepare)
+    assert run.exit_codes == [[0] * config.cluster.workers], run.log
+    return run
+
+
 def _left(path: Path) -> Any:
     return pickle.loads(path.read_bytes()) if path.exists() else None
 
