@@ -147,7 +147,11 @@ class ShortcutNetwork(nn.Module):
 
 
 def shortcut_loss(
-    logits: ShortcutLogits, targets: Tensor, coefficient: float, config: ShortcutConfig, label_smoothing: float = 0.0
+    logits: ShortcutLogits,
+    targets: Tensor,
+    coefficient: float | Tensor,
+    config: ShortcutConfig,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Cross entropy of all outputs, mean over the batch; eqs 6 and 10.
 
@@ -157,7 +161,7 @@ def shortcut_loss(
     Args:
         logits: outputs of a `ShortcutNetwork` in training.
         targets: int64 [B].
-        coefficient: lambda, from `balance_coefficient`.
+        coefficient: lambda, from `balance_coefficient`; a number or a tensor [].
         config: how outputs are combined.
         label_smoothing: as in torch's cross entropy.
     """

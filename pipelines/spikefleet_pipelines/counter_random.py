@@ -36,6 +36,7 @@ class Draw(IntEnum):
     SCALE = 134
     TRANSLATE = 135  # x and y: 135 and 136
     HSV = 137  # hue, saturation, value: 137 to 139
+    KEEP = 140
     SCENE = 1024  # layout of a scene: 1024 to 2047
     SCENE_NOISE = 1 << 20  # each value of a scene's background, from here on
 

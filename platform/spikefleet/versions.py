@@ -13,8 +13,18 @@ _LIBRARIES = ("spikefleet", "torch", "torchvision", "spikingjelly", "ray", "mlfl
 
 @cache
 def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that can change a result, by name."""
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in _LIBRARIES}}
+    """Versions of Python and of the libraries that can change a result, by name.
+
+    The training core alone needs neither Ray nor MLflow, and runs from its sources too: what is not installed says so.
+    """
+    return {"python": platform.python_version(), **{name: _version(name) for name in _LIBRARIES}}
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 @cache
@@ -26,7 +36,7 @@ def code_version() -> str:
         commit = _git(here, "rev-parse", "HEAD")
         dirty = _git(here, "status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
-        return f"spikefleet-{metadata.version('spikefleet')}"
+        return f"spikefleet-{_version('spikefleet')}"
     return f"{commit[:12]}+dirty" if dirty else commit[:12]
 
 

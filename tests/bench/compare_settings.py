@@ -1,9 +1,10 @@
 """Trains a recipe under several settings from the same seeds, and compares the test metric in pairs of equal seeds.
 
     python tests/bench/compare_settings.py RECIPE 'NAME: KEY=VALUE ...' 'NAME: ...' [--all KEY=VALUE ...] [--seeds N]
-        [--processes N] [--stores DIR] [--out FILE]
+        [--processes N] [--gpu] [--stores DIR] [--out FILE]
 
-Each training runs in this machine's processes, one thread each, by the training core itself. Prints each result, then
+Each training runs in this machine's processes, one thread each, by the training core itself; with --gpu all of them
+share the first CUDA device. Prints each result, then
 for each setting the mean, its standard deviation, and the mean difference to the first setting with a 95 % interval
 (paired by seed, Student's t). With --out, results are appended to a JSON-lines file, and those that it holds are not
 trained again.
@@ -41,6 +42,7 @@ class Job(NamedTuple):
     overrides: tuple[str, ...]
     seed: int
     stores: Path
+    gpu: bool = False
 
 
 def train_one(job: Job) -> dict[str, Any]:
@@ -50,12 +52,13 @@ def train_one(job: Job) -> dict[str, Any]:
     store = open_data(config.data, job.stores, Console(quiet=True))
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        outcome = train(config, store, Path(folder), ProcessGroup.single(), NullSink())
+        outcome = train(config, store, Path(folder), ProcessGroup.single(job.gpu), NullSink())
     return {
         "recipe": job.recipe,
         "name": job.name,
         "overrides": list(job.overrides),
         "seed": job.seed,
+        "device": torch.cuda.get_device_name() if job.gpu else "cpu",
         "test": dict(outcome.test),
         "validation": dict(outcome.validation),
         "history": [dict(epoch) for epoch in outcome.history],
@@ -87,6 +90,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--metric", default="top1")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--gpu", action="store_true", help="train on the CUDA device")
     parser.add_argument("--stores", type=Path, default=Path("stores"))
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -95,7 +99,7 @@ def main() -> None:
     }
     common = tuple(given.all)
     jobs = [
-        Job(given.recipe, name, (*common, *overrides), seed, given.stores)
+        Job(given.recipe, name, (*common, *overrides), seed, given.stores, given.gpu)
         for seed in range(given.seeds)
         for name, overrides in settings.items()
     ]

@@ -3,6 +3,7 @@
 import gzip
 import pickle
 import struct
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +140,26 @@ def test_other_fractions_are_refused(holdout: object, tmp_path: Path) -> None:
         prepare("digits", None, tmp_path / "store", holdout=holdout)
     with pytest.raises((ValidationError, SourceError), match="holdout"):
         DataConfig(source="digits", options={"holdout": holdout})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("source", [name for name in COUNTS if name != "image_folder"])
+def test_fewer_training_images_are_a_part_of_more(source: str, root: Path | None, tmp_path: Path) -> None:
+    usual = prepare(source, root, tmp_path / "all")
+    more = prepare(source, root, tmp_path / "more", train_images=200)
+    fewer = prepare(source, root, tmp_path / "fewer", train_images=100)
+    assert "train_images" not in usual.manifest.options
+    assert (len(fewer.split("train")), len(more.split("train"))) == (100, 200)
+    kept = [Counter(images_of(store, "train")) for store in (fewer, more, usual)]
+    assert kept[0] < kept[1] < kept[2]
+    for split in ("val", "test"):
+        assert images_of(fewer, split) == images_of(usual, split)
+    counts, everything = (store.manifest.audit.images_per_class["train"] for store in (fewer, usual))
+    share = 100 / len(usual.split("train"))
+    assert all(abs(found - share * of) < 1 for found, of in zip(counts, everything, strict=True))
+
+
+def test_too_many_or_too_few_training_images_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"train_images is 1,296, but after val 1,295 images are left"):
+        prepare("digits", None, tmp_path / "many", train_images=1296)
+    with pytest.raises(SourceError, match=r"train_images is 9: classes \[\d\] would keep no image"):
+        prepare("digits", None, tmp_path / "few", train_images=9)

@@ -51,7 +51,7 @@ def _read(source: Source, layout: CifarLayout, root: Path, options: CifarOptions
     classes = len(class_names)
     batches = [_read_batch(folder / name, layout, classes, layout.train_images) for name in layout.train_files]
     images, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
-    splits = hold_out_validation(images, labels, options.holdout, seed)
+    splits = hold_out_validation(images, labels, options.holdout, seed, options.train_images)
     test = _read_batch(folder / layout.test_file, layout, classes, _TEST_IMAGES)
     return ArrayContents(class_names, {**splits, "test": test})
 

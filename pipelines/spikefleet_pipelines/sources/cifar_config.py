@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from spikefleet_pipelines.sources.source import Source, SourceOptions, holdout_field
+from spikefleet_pipelines.sources.source import Source, SourceOptions, holdout_field, train_images_field
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class CifarOptions(SourceOptions):
     """Validation images."""
 
     holdout: float = holdout_field(0.1)
+    train_images: int | None = train_images_field()
 
 
 CIFAR10_LAYOUT = CifarLayout(

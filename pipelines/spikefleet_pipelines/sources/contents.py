@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spikefleet_pipelines.counter_random import Draw, random_bits
+from spikefleet_pipelines.errors import SourceError
 from spikefleet_pipelines.sources.source import Progress
 from spikefleet_pipelines.store.manifest import ImageFormat
 from spikefleet_pipelines.store.writer import StoreWriter
@@ -53,7 +54,7 @@ def held_out(labels: NDArray[np.int64], count: Callable[[int], int], seed: int) 
 
 
 def hold_out_validation(
-    images: NDArray[np.uint8], labels: NDArray[np.int64], holdout: float, seed: int
+    images: NDArray[np.uint8], labels: NDArray[np.int64], holdout: float, seed: int, train_images: int | None = None
 ) -> dict[str, tuple[NDArray[np.uint8], NDArray[np.int64]]]:
     """Split training data into "train" and "val".
 
@@ -62,6 +63,33 @@ def hold_out_validation(
         labels: class of each image, [n].
         holdout: fraction of each class that becomes val; where that is no whole image, a store has no val.
         seed: of the choice.
+        train_images: number of images that "train" keeps, the same fraction of each class; None keeps all. Their order
+            and val do not depend on it.
+
+    Raises:
+        SourceError: fewer images are left after val, or a class keeps none.
     """
     val = held_out(labels, lambda n: round(n * holdout), seed)
-    return {"train": (images[~val], labels[~val]), "val": (images[val], labels[val])}
+    train = ~val
+    if train_images is not None:
+        train[train] = _kept(labels[train], train_images, seed)
+    return {"train": (images[train], labels[train]), "val": (images[val], labels[val])}
+
+
+def _kept(labels: NDArray[np.int64], count: int, seed: int) -> NDArray[np.bool_]:
+    """Select `count` samples, as a mask [n]: of each class its fraction, the remainders to the largest fractions."""
+    if count > len(labels):
+        raise SourceError(f"train_images is {count:,}, but after val {len(labels):,} images are left; set at most that")
+    classes, sizes = np.unique(labels, return_counts=True)
+    shares = sizes * count // len(labels)
+    order = np.argsort(-(sizes * count % len(labels)), kind="stable")
+    shares[order[: count - shares.sum()]] += 1
+    if not shares.all():
+        empty = classes[shares == 0].tolist()
+        raise SourceError(f"train_images is {count:,}: classes {empty} would keep no image; set a larger number")
+    chosen = np.zeros(len(labels), np.bool_)
+    keys = random_bits(seed, 0, np.arange(len(labels)), Draw.KEEP)
+    for label, share in zip(classes, shares, strict=True):
+        members = np.flatnonzero(labels == label)
+        chosen[members[np.argsort(keys[members], kind="stable")[:share]]] = True
+    return chosen

@@ -23,5 +23,5 @@ def read_digits(root: Path | None, options: DigitsOptions, seed: int) -> ArrayCo
         images = interpolate(torch.from_numpy(images), scale_factor=options.upsample, mode="bilinear").numpy()
     labels = digits.target.astype(np.int64)
     test = held_out(labels, lambda n: round(n * 0.2), seed)
-    splits = hold_out_validation(images[~test], labels[~test], options.holdout, seed)
+    splits = hold_out_validation(images[~test], labels[~test], options.holdout, seed, options.train_images)
     return ArrayContents(tuple(map(str, range(10))), {**splits, "test": (images[test], labels[test])})

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from spikefleet_pipelines.sources.source import Source, SourceOptions, holdout_field
+from spikefleet_pipelines.sources.source import Source, SourceOptions, holdout_field, train_images_field
 
 
 class DigitsOptions(SourceOptions):
@@ -12,6 +12,7 @@ class DigitsOptions(SourceOptions):
 
     upsample: Literal[1, 2, 4] = Field(default=1, description="factor of bilinear enlargement: 8, 16 or 32 pixels")
     holdout: float = holdout_field(0.1)
+    train_images: int | None = train_images_field()
 
 
 DIGITS = Source(

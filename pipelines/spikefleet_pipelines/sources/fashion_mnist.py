@@ -68,7 +68,7 @@ def read_fashion_mnist(root: Path, options: FashionMnistOptions, seed: int) -> A
     """
     images, labels = _read_part(root, "train")
     test_images, test_labels = _read_part(root, "t10k")
-    splits = hold_out_validation(images, labels, options.holdout, seed)
+    splits = hold_out_validation(images, labels, options.holdout, seed, options.train_images)
     return ArrayContents(CLASS_NAMES, {**splits, "test": (test_images, test_labels)})
 
 

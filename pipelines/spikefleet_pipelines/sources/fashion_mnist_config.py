@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-from spikefleet_pipelines.sources.source import Source, SourceOptions, holdout_field
+from spikefleet_pipelines.sources.source import Source, SourceOptions, holdout_field, train_images_field
 
 
 class FashionMnistOptions(SourceOptions):
     """Validation images."""
 
     holdout: float = holdout_field(1 / 12)
+    train_images: int | None = train_images_field()
 
 
 FASHION_MNIST = Source(

@@ -44,7 +44,21 @@ def holdout_field(default: float) -> Any:
     )
 
 
-def _is(default: float, value: float) -> bool:
+def train_images_field() -> Any:
+    """Declare an option `train_images`: how many training images are kept, the same fraction of each class.
+
+    A store records it only where it is set, as `holdout_field`.
+    """
+    return Field(
+        default=None,
+        ge=1,
+        exclude_if=partial(_is, None),
+        description="number of training images that are kept after val is held out, the same fraction of each class; "
+        "none: all",
+    )
+
+
+def _is(default: float | None, value: float | None) -> bool:
     return value == default
 
 

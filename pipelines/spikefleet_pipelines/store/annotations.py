@@ -74,6 +74,16 @@ class AnnotationColumns:
             self.ids[objects],
         )
 
+    @classmethod
+    def joined(cls, parts: Sequence["AnnotationColumns"]) -> "AnnotationColumns":
+        """Concatenate the images of several shards, at least one."""
+        counts = np.concatenate([np.diff(part.offsets) for part in parts])
+        joined = {
+            name: np.concatenate([getattr(part, name) for part in parts])
+            for name in ("image_ids", "heights", "widths", "boxes", "category_ids", "crowd", "areas", "ids")
+        }
+        return cls(offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int32), **joined)
+
     def image(self, row: int, labels: NDArray[np.int64]) -> Annotations:
         """Return the annotations of one image; `labels` are the class indices of all objects, [m]."""
         objects = slice(int(self.offsets[row]), int(self.offsets[row + 1]))

@@ -134,6 +134,42 @@ def show_store(
     _print_store(manifest, place, as_json)
 
 
+@data_app.command("split")
+def split_store(
+    store: Annotated[
+        str,
+        typer.Argument(help="Directory or URI of a store, or its name in --stores-dir.", autocompletion=store_names),
+    ],
+    gate: Annotated[
+        float, typer.Option(help="Fraction of the training images, in (0, 1), that becomes the split `gate`.")
+    ],
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the choice.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Directory of the new store; NAME-gate beside it.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a store that is there.")] = False,
+    as_json: AsJson = False,
+    stores_dir: StoresDir = Path("stores"),
+) -> None:
+    """Take images that nobody trains on out of a store's training images, into a new store.
+
+    Of each class the same fraction; equal images stay together. The store itself stays as it is.
+    """
+    where = messages(as_json)
+    with loading("torch", where):
+        from spikefleet.data_access import store_at
+        from spikefleet_pipelines.store.reader import Store
+        from spikefleet_pipelines.store.splitting import take_split
+
+    place = store_at(store, stores_dir)
+    if out is None and "://" in place:
+        raise UserError(f"{place} is not on this machine; name a directory for the new store with --out")
+    folder = out or Path(place).with_name(f"{Path(place).name}-gate")
+    with waiting(where, f"verifying {place}"):
+        source = Store.open(place)
+    with waiting(where, f"writing {folder}"):
+        manifest = take_split(source, folder, "gate", gate, seed, overwrite=overwrite)
+    _print_store(manifest, str(folder), as_json)
+
+
 @data_app.command("sources")
 def sources(as_json: AsJson = False) -> None:
     """List the sources that can be prepared, the files that each needs, and its options."""

@@ -45,6 +45,11 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast type; membranes stay fp32")
     channels_last: bool = Field(False, description="NHWC memory layout")
     compile: bool = Field(False, description="compile the network with torch.compile")
+    cuda_graphs: bool = Field(
+        False,
+        description="classification on one GPU: capture the passes over a full batch as one CUDA graph and replay it, "
+        "which spares small networks the time of kernel launches",
+    )
     sync_bn: bool = Field(False, description="synchronise batch normalisation over all workers (CUDA only)")
     deterministic: bool = Field(False, description="use deterministic algorithms only")
     clip_norm: float | None = Field(None, gt=0, description="largest L2 norm of the gradient over all parameters")
@@ -75,6 +80,13 @@ class TrainConfig(Section):
                 "partial_batch=weigh has no effect with loss=sum, whose gradient is proportional to the batch already; "
                 "set partial_batch=keep"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _graphs_have_whole_passes(self) -> Self:
+        if self.cuda_graphs and (self.accumulate > 1 or self.compile):
+            other = f"accumulate={self.accumulate}" if self.accumulate > 1 else "compile=true"
+            raise ValueError(f"cuda_graphs=true cannot be combined with {other}; remove one of them")
         return self
 
 

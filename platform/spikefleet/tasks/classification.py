@@ -39,6 +39,7 @@ class Classification(Task[Ranking, int]):
     """Cross entropy on logits `[B, K]`; top-1 and, for more than five classes, top-5 accuracy."""
 
     headline = ("top1",)
+    has_fixed_shapes = True
 
     def __init__(self, class_names: Sequence[str], loss: LossSettings = LossSettings()) -> None:  # noqa: B008 -- frozen
         self.class_names = tuple(class_names)
@@ -56,7 +57,7 @@ class Classification(Task[Ranking, int]):
         """What plots and writes its results."""
         return ClassificationReport(self.class_names)
 
-    def loss(self, network: nn.Module, batch: Batch, balance: float = 0.0) -> dict[str, torch.Tensor]:
+    def loss(self, network: nn.Module, batch: Batch, balance: float | torch.Tensor = 0.0) -> dict[str, torch.Tensor]:
         """`loss`, the mean over the batch, and `top1`, the accuracy of the network's own output."""
         assert isinstance(batch.targets, torch.Tensor)
         output = network(batch.images)

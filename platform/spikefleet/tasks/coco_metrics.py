@@ -148,13 +148,8 @@ def evaluate_boxes(annotations: Any, found: Sequence[Any], max_detections: int =
         found: as `results` returns them.
         max_detections: the best detections of a class in an image that count, more than 10; COCO's number is 100.
     """
+    evaluation = match_boxes(annotations, found, max_detections)
     with contextlib.redirect_stdout(io.StringIO()):
-        annotated = COCO()
-        annotated.dataset = annotations
-        annotated.createIndex()
-        evaluation = COCOeval(annotated, _detections(annotated, annotations, found), "bbox")
-        evaluation.params.maxDets = [1, 10, max_detections]
-        evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
     # [IoU, recall, class, area, boxes per image]: all areas, the most boxes per image
@@ -173,6 +168,18 @@ def evaluate_boxes(annotations: Any, found: Sequence[Any], max_detections: int =
         for position, key in enumerate(evaluation.params.catIds)
     }
     return CocoMetrics(twelve, tuple(classes[category["id"]] for category in annotations["categories"]))
+
+
+def match_boxes(annotations: Any, found: Sequence[Any], max_detections: int = COCO_MAX_DETECTIONS) -> COCOeval:
+    """Match boxes and objects of each image: the first half of pycocotools' evaluation; see `evaluate_boxes`."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        annotated = COCO()
+        annotated.dataset = annotations
+        annotated.createIndex()
+        evaluation = COCOeval(annotated, _detections(annotated, annotations, found), "bbox")
+        evaluation.params.maxDets = [1, 10, max_detections]
+        evaluation.evaluate()
+    return evaluation
 
 
 def box_confusion(

@@ -70,7 +70,7 @@ class Detection(Task[FoundBoxes, Annotations]):
         """What plots and writes its results."""
         return DetectionReport(self.class_names, self.category_ids)
 
-    def loss(self, network: nn.Module, batch: Batch, balance: float = 0.0) -> dict[str, torch.Tensor]:
+    def loss(self, network: nn.Module, batch: Batch, balance: float | torch.Tensor = 0.0) -> dict[str, torch.Tensor]:
         """`loss` and its parts, normalised as in the paper of the family, or as sums with their `divisor`."""
         objects = [Objects(target.boxes, target.labels) for target in batch.targets]
         divided = not self._global_divisor

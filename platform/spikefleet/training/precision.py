@@ -12,7 +12,10 @@ Precision = Literal["fp32", "bf16", "fp16"]
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
-    """Torch's autocast context for a device; a null context for fp32."""
+def autocast(precision: Precision, device: torch.device, cached: bool = True) -> AbstractContextManager[Any]:
+    """Torch's autocast context for a device; a null context for fp32.
+
+    Without `cached`, weights are cast at each use.
+    """
     dtype = _AUTOCAST.get(precision)
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype, cache_enabled=cached)

@@ -16,6 +16,7 @@ from spikefleet.errors import UserError
 from spikefleet.training.checkpoint_state import CheckpointState
 from spikefleet.training.checkpoints import Snapshot, fitting_tensors, optimizer_tensors, restore_optimizer
 from spikefleet.training.distributed import ProcessGroup
+from spikefleet.training.graphed import GraphedPass
 from spikefleet.training.optimizer import BIASES, build_ema, build_optimizer, learning_rate, momentum
 from spikefleet.training.precision import autocast
 from spikefleet.training.threads import resume_threads, thread_counts
@@ -59,6 +60,7 @@ class TrainingState:
         """The network without side branches, which is evaluated and registered."""
         self.train_model = self._with_branches(network)
         self.ddp_model = self._with_ddp(self.train_model)
+        self.graphed = GraphedPass(self.train_model, config.train, group.device) if config.train.cuda_graphs else None
         self.optimizer = build_optimizer(self.train_model, config.optim)
         decay = config.train.ema_decay
         self.ema = build_ema(network, decay, config.train.ema_ramp) if decay is not None else None

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from spikefleet.config.schema import TrainConfig
 from spikefleet.errors import RunError
 from spikefleet.tasks import AnyTask
 from spikefleet.training.distributed import ProcessGroup
@@ -87,18 +88,21 @@ def training_step(
         last = position == len(parts) - 1
         # DDP all-reduces gradients in the backward pass of the last micro-batch only.
         sync = nullcontext() if last or group.size == 1 else state.ddp_model.no_sync()  # type: ignore[operator]
-        with sync:
-            with state.autocast(), monitor if monitor is not None and position == 0 else nullcontext():
-                values = task.loss(state.ddp_model, here, balance)
-            count = divisor.add(values.pop("divisor", None))
-            # DDP divides by the number of ranks; the mean is over the samples, or by the divisor, of all ranks.
-            share = len(part.targets) / batch.global_count if count is None else (1 / count).to(values["loss"].dtype)
-            weight = group.size * share
-            if config.train.loss == "sum":
-                weight *= batch.global_count
-            elif config.train.partial_batch == "weigh":  # each sample of an epoch then counts the same
-                weight *= batch.global_count / config.train.global_batch
-            state.scaler.scale(values["loss"] * weight).backward()
+        share = len(part.targets) / batch.global_count
+        replayed = None
+        if state.graphed is not None and monitor is None:
+            replayed = state.graphed(task, here, balance, share * _batch_weight(config.train, batch))
+        if replayed is not None:
+            values, count = replayed, None
+        else:
+            with sync:
+                with state.autocast(), monitor if monitor is not None and position == 0 else nullcontext():
+                    values = task.loss(state.ddp_model, here, balance)
+                count = divisor.add(values.pop("divisor", None))
+                # DDP divides by the number of ranks; the mean is over the samples, or by the divisor, of all ranks.
+                part_weight = share if count is None else (1 / count).to(values["loss"].dtype)
+                weight = group.size * part_weight * _batch_weight(config.train, batch)
+                state.scaler.scale(values["loss"] * weight).backward()
         for name, value in values.items():
             local[name] = local.get(name, 0) + value.detach().double() * (len(part.targets) if count is None else 1)
     asked = group.is_main and stop_requested()
@@ -130,6 +134,15 @@ def training_step(
             metrics |= {f"spikes/{name}": value for name, value in monitor.summary().items()}
         sink.emit(StepDone(state.epoch, state.step, metrics))
     return stopping
+
+
+def _batch_weight(config: TrainConfig, batch: Batch) -> float:
+    """The weight of a global batch beside others: 1, or its number of samples, or its share of a full one."""
+    if config.loss == "sum":
+        return batch.global_count
+    if config.partial_batch == "weigh":  # each sample of an epoch then counts the same
+        return batch.global_count / config.global_batch
+    return 1.0
 
 
 def micro_batches(batch: Batch, parts: int) -> Iterator[Batch]:

@@ -1,0 +1,161 @@
+"""Taking a split out of the training images of a store: images that nobody trains on, to judge networks by."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import JsonValue
+
+from spikefleet_pipelines.errors import StoreError
+from spikefleet_pipelines.store.annotations import AnnotationColumns
+from spikefleet_pipelines.store.manifest import Manifest
+from spikefleet_pipelines.store.reader import Split, Store
+from spikefleet_pipelines.store.shards import Targets, write_shard
+from spikefleet_pipelines.store.writer import SHARD_BYTES, StoreWriter, content_digests
+
+_TRAIN = "train"
+_NO_OBJECT = -1
+
+
+def take_split(
+    store: Store,
+    out: Path,
+    name: str,
+    fraction: float,
+    seed: int = 0,
+    *,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> Manifest:
+    """Write a store whose split `name` is a part of the training images of another one, and `train` is the rest.
+
+    Equal images stay together. The part is the same fraction of each class; an image with several objects counts for
+    the rarest of its classes. Which images are chosen depends on their bytes and the seed, not on their order.
+
+    Args:
+        store: with a split "train"; it stays as it is.
+        out: directory of the new store.
+        name: of the new split.
+        fraction: of the training images, in (0, 1).
+        seed: of the choice.
+        overwrite: replace a store at `out`.
+        shard_bytes: approximate size of a shard.
+
+    Returns:
+        The manifest of the new store, whose options record the store that it was taken from.
+
+    Raises:
+        StoreError: the fraction leaves a class without images on one of the sides, the split exists already, or `out`
+            contains something else.
+    """
+    manifest = store.manifest
+    if name in manifest.shards:
+        raise StoreError(f"{store.location} already has a split {name!r}; choose another name, or use it as it is")
+    if not 0.0 < fraction < 1.0:
+        raise StoreError(f"the fraction of split {name!r} is {fraction}, expected more than 0 and less than 1")
+    train = store.split(_TRAIN)
+    chosen = _choose(_digests(train), _strata(train), fraction, seed)
+    if not chosen.any():
+        raise StoreError(
+            f"{fraction:g} of the {len(train):,} training images of {store.location} is no image of any class; set a "
+            "larger fraction"
+        )
+    recorded: JsonValue = {"split": name, "fraction": fraction, "seed": seed, "of": manifest.content_hash}
+    writer = StoreWriter(
+        out,
+        source=manifest.source,
+        class_names=manifest.class_names,
+        image=manifest.image,
+        options={**manifest.options, f"taken_{name}": recorded},
+        overwrite=overwrite,
+        shard_bytes=shard_bytes,
+        category_ids=manifest.category_ids,
+        stand_ins=manifest.audit.same_as,
+    )
+    with writer:
+        _copy(train, _TRAIN, np.flatnonzero(~chosen), writer)
+        _copy(train, name, np.flatnonzero(chosen), writer)
+        for other in manifest.shards:
+            if other != _TRAIN and manifest.original(other) == other:
+                _copy(store.split(other), other, np.arange(len(store.split(other))), writer)
+        return writer.commit()
+
+
+def _digests(split: Split) -> list[bytes]:
+    if split.image_shape is None:
+        return content_digests(split.encoded_image(row) for row in range(len(split)))
+    return [digest for rows in _pieces(np.arange(len(split)), 1024) for digest in content_digests(split.gather(rows))]
+
+
+def _strata(split: Split) -> NDArray[np.int64]:
+    """The class of each image, [n]; for detection the rarest one of its objects, or `_NO_OBJECT`."""
+    if not split.is_detection:
+        return split.labels
+    objects = [split.annotations(row).labels for row in range(len(split))]
+    counts = np.bincount(np.concatenate([np.empty(0, np.int64), *objects]), minlength=len(split.class_names))
+    return np.array([min(labels, key=lambda k: (counts[k], k)) if len(labels) else _NO_OBJECT for labels in objects])
+
+
+def _choose(digests: list[bytes], strata: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.bool_]:
+    """Choose a fraction of each stratum, as a mask [n]; equal images belong to the stratum of the first one."""
+    members: dict[bytes, list[int]] = defaultdict(list)
+    for row, digest in enumerate(digests):
+        members[digest].append(row)
+    groups: dict[int, list[bytes]] = defaultdict(list)
+    for digest, rows in members.items():
+        groups[int(strata[rows[0]])].append(digest)
+    chosen = np.zeros(len(digests), np.bool_)
+    salt = seed.to_bytes(8, "little", signed=True)
+    for of_stratum in groups.values():
+        wanted = round(fraction * sum(len(members[digest]) for digest in of_stratum))
+        for digest in sorted(of_stratum, key=lambda digest: hashlib.blake2b(digest, key=salt, digest_size=8).digest()):
+            if len(members[digest]) <= wanted:
+                chosen[members[digest]] = True
+                wanted -= len(members[digest])
+    return chosen
+
+
+def _copy(source: Split, name: str, rows: NDArray[np.int64], writer: StoreWriter) -> None:
+    """Write rows of a split, in their order."""
+    size = source.gather(rows[:1]).nbytes if source.image_shape is not None else None
+    if size is not None:
+        for part in _pieces(rows, max(1, writer.shard_bytes // max(1, size))):
+            writer.write_images(name, source.gather(part), _targets(source, part))
+        return
+    for number, part in enumerate(_by_bytes(source, rows, writer.shard_bytes)):
+        images = [source.encoded_image(int(row)).tobytes() for row in part]
+        targets = _targets(source, part)
+        shard = write_shard(writer.directory / writer.shard_name(name, number), images, targets, writer.image)
+        writer.add_shard(name, shard, targets, content_digests(images))
+
+
+def _targets(source: Split, rows: NDArray[np.int64]) -> Targets:
+    if not source.is_detection:
+        return source.labels[rows]
+    columns, start, parts = source.annotation_columns, 0, []
+    for shard in columns:
+        inside = rows[(rows >= start) & (rows < start + len(shard))] - start
+        parts.append(shard.select(inside))
+        start += len(shard)
+    return AnnotationColumns.joined(parts)
+
+
+def _pieces(rows: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def _by_bytes(source: Split, rows: NDArray[np.int64], most: int) -> Iterator[NDArray[np.int64]]:
+    """Divide rows of encoded images where their bytes pass `most`."""
+    first, filled = 0, 0
+    for position, row in enumerate(rows):
+        size = len(source.encoded_image(int(row)))
+        if position > first and filled + size > most:
+            yield rows[first:position]
+            first, filled = position, 0
+        filled += size
+    if first < len(rows):
+        yield rows[first:]

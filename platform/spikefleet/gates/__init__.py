@@ -1,0 +1,1 @@
+"""What a candidate must show before it replaces a champion."""
