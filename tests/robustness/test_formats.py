@@ -187,6 +187,16 @@ def test_fuzz_manifests_and_shards(tmp_path: Path) -> None:
     assert try_all(whole, shards, 40)
 
 
+@pytest.mark.parametrize("half", [b"\xed\xa0\x80", b"\\ud800"])
+def test_a_manifest_with_a_half_of_a_surrogate_is_refused(half: bytes, tmp_path: Path) -> None:
+    """Found by fuzzing: JSON takes it as bytes and escaped, and the manifest could not be written again."""
+    prepare("digits", None, tmp_path / "store")
+    manifest = (tmp_path / "store" / MANIFEST_NAME).read_bytes()
+    parse_manifest(manifest, "here").to_json()
+    with pytest.raises(StoreError, match=r"^here is not JSON \("):
+        parse_manifest(manifest.replace(b'"digits"', b'"digit' + half + b's"'), "here")
+
+
 def test_a_fuzzer_finds_a_traceback() -> None:
     """The negative control."""
 

@@ -73,6 +73,16 @@ def test_fuzz_summaries_of_data(tmp_path: Path) -> None:
     try_all((tmp_path / DATA_SUMMARY).read_text(), read, 300)
 
 
+def test_a_summary_with_an_infinite_number_is_refused(tmp_path: Path) -> None:
+    """Found by fuzzing."""
+    DataSummary("digits", "a" * 64, ("0", "1"), (3, 7), (1, 8, 8)).write(tmp_path)
+    whole = (tmp_path / DATA_SUMMARY).read_text()
+    for number in ("1e999", "-1e999", "NaN"):
+        (tmp_path / DATA_SUMMARY).write_text(whole.replace("    7", f"    {number}"))
+        with pytest.raises(UserError, match="is damaged"):
+            DataSummary.read(tmp_path)
+
+
 def test_fuzz_requests_to_a_served_version() -> None:
     whole = json.dumps([[[[1, 2, 3], [4, 5, 255]]], [[[0, 0, 0], [9, 9, 9]]]])
 

@@ -89,9 +89,10 @@ class TuneReport:
 
     def stop_signal(self) -> str | None:
         """Name of the signal by which the search was asked to stop."""
-        if not self._stop.is_file():
+        try:
+            return str(json.loads(self._stop.read_text())["signal"])
+        except FileNotFoundError:
             return None
-        return str(json.loads(self._stop.read_bytes())["signal"])
 
     def __call__(self, metrics: Mapping[str, float], checkpoint: Path | None = None) -> None:
         """Reports an epoch; see `Report`.
