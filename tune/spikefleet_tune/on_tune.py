@@ -253,12 +253,21 @@ def _tune_environment(population: int | None) -> Iterator[None]:
 
 @contextmanager
 def _interruptible(source: TrialSource) -> Iterator[None]:
-    """The first SIGINT or SIGTERM stops the trials after their step; a second one aborts."""
+    """The first SIGINT or SIGTERM stops the trials after their step; a second one aborts.
+
+    Raises:
+        Interrupted: the second one; Ray Tune raises a plain KeyboardInterrupt for it.
+    """
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
         if source.interrupted is not None:
             raise Interrupted(source.interrupted)
         source.interrupted = signum
 
-    with handling(interrupt):
-        yield
+    try:
+        with handling(interrupt):
+            yield
+    except KeyboardInterrupt:
+        if source.interrupted is None:
+            raise
+        raise Interrupted(source.interrupted) from None

@@ -35,7 +35,7 @@ from spikefleet.search.mlflow_observer import FLUSH_S, SearchTracker, check_same
 from spikefleet.search.trial import TrialSetting, as_trial, mutable_keys, refusal_of, reportable, reported_by_epoch
 from spikefleet.status import print_line, waiting
 from spikefleet.tasks import build_task
-from spikefleet.tracking.mlflow_client import resolve_tracking_uri
+from spikefleet.tracking.mlflow_client import quiet_mlflow, resolve_tracking_uri
 from spikefleet.tracking.tracker import Tracker
 from spikefleet_pipelines.store.reader import Store
 from spikefleet_tune.errors import SearchError
@@ -78,6 +78,7 @@ def run_tracked_search(
         UserError: the search is invalid or cannot be resumed; raised before any trial starts.
         Interrupted: SIGINT or SIGTERM; the same command resumes the search.
     """
+    quiet_mlflow()  # Ray Tune imports it
     check_place(options.runs_dir, "--runs-dir")
     resolve_tracking_uri(options.runs_dir)  # a database that cannot be used is named before data is read
     refuse_missing_gpus(options.address, search.resources.workers * search.resources.gpus_per_worker)
