@@ -1,6 +1,8 @@
 """A network package gives back the same network, or a sentence: never code, never other files than the card lists."""
 
+import hashlib
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -54,7 +56,7 @@ def test_a_package_gives_back_the_same_bits(network: torch.nn.Module, package: P
     assert config == CONFIGURATION
 
 
-def test_the_content_hash_covers_every_file_and_nothing_else(package: Path, tmp_path: Path) -> None:
+def test_the_content_hash_covers_every_file_and_the_metadata(package: Path, tmp_path: Path) -> None:
     card = verify_package(package)
     assert set(card.sha256) == {WEIGHTS, CONFIG}
     hashes = set()
@@ -68,8 +70,29 @@ def test_the_content_hash_covers_every_file_and_nothing_else(package: Path, tmp_
     assert len(hashes) == 3
     assert card.content_hash not in hashes
     (tmp_path / "again").mkdir()
-    again = write_package(tmp_path / "again", package / WEIGHTS, CONFIGURATION, {}, {"other": "facts"})
+    again = write_package(tmp_path / "again", package / WEIGHTS, CONFIGURATION, {}, card.metadata)
     assert again.content_hash == card.content_hash
+    shutil.rmtree(tmp_path / "again")
+    (tmp_path / "again").mkdir()
+    other = write_package(tmp_path / "again", package / WEIGHTS, CONFIGURATION, {}, {"metrics": {"val/top1": 0.9}})
+    assert other.content_hash != card.content_hash
+
+
+@pytest.mark.parametrize("change", [{"facts": {"metrics": {"val/top1": 2}}}, {"format": 1}, {"facts": {}}])
+def test_a_metric_that_was_edited_is_refused(package: Path, change: dict[str, Any]) -> None:
+    expected = verify_package(package).content_hash
+    assert load_network(package, expected)
+    card = json.loads((package / CARD).read_text())
+    (package / CARD).write_text(json.dumps({**card, **change}))
+    with pytest.raises(UserError, match="is not the registered card: expected content hash"):
+        load_network(package, expected)
+
+
+def test_cards_of_format_1_keep_their_hash(package: Path) -> None:
+    card = json.loads((package / CARD).read_text())
+    files = hashlib.sha256(json.dumps(card["sha256"], sort_keys=True).encode()).hexdigest()
+    (package / CARD).write_text(json.dumps({**card, "format": 1, "facts": {"metrics": {"val/top1": 0.5}}}))
+    assert verify_package(package, files).content_hash == files
 
 
 @pytest.mark.parametrize("name", ["../energy.json", WEIGHTS, CONFIG, CARD, "a/b", "", "a\0", ".hidden"])
@@ -196,7 +219,7 @@ def test_a_damaged_card_is_named(package: Path, content: str) -> None:
 def test_missing_files_and_other_formats_are_named(package: Path) -> None:
     card = json.loads((package / CARD).read_text())
     (package / CARD).write_text(json.dumps({**card, "format": 9}))
-    with pytest.raises(UserError, match="expected format 1, found 9"):
+    with pytest.raises(UserError, match="expected format 1 or 2, found 9"):
         load_network(package)
     (package / CARD).write_text(json.dumps(card))
     (package / WEIGHTS).unlink()

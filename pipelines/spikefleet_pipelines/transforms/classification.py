@@ -63,7 +63,7 @@ class ImageTransform:
         self.seed = seed
         self._normalise = FloatStage(config.normalise)
         self._pool: ThreadPoolExecutor | None = None
-        if config.auto_augment != "none":
+        if train and config.auto_augment != "none":
             # Late, because torchvision takes seconds to import; early enough for loader processes.
             from spikefleet_pipelines.transforms.auto_augment import auto_augment
 

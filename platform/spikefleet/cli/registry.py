@@ -74,15 +74,30 @@ def list_registered(as_json: AsJson = False, runs_dir: RunsDir = Path("runs")) -
 
 @registry_app.command("show")
 def show_registered(
-    name: Annotated[str, typer.Argument(help="Name of a registered model.", autocompletion=model_names)],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="Name of a registered model; with --card also NAME@ALIAS or NAME/3.", autocompletion=model_names
+        ),
+    ],
+    card: Annotated[
+        bool, typer.Option("--card", help="The model card of one version, as Markdown; by default the champion's.")
+    ] = False,
     as_json: AsJson = False,
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
-    """All versions of a registered model."""
+    """All versions of a registered model, or the model card of one."""
     from spikefleet import registry
 
     with _asking(runs_dir) as uri:
-        model = registry.show(name, tracking_uri=uri)
+        if card:
+            reference = _full(name if "@" in name or "/" in name else f"{name}@champion")
+            text = registry.card_text(reference, tracking_uri=uri)
+        else:
+            model = registry.show(name, tracking_uri=uri)
+    if card:
+        print_json({"uri": reference, "card": text}) if as_json else say(text.rstrip())
+        return
     _print_versions(model.versions, as_json)
 
 

@@ -26,6 +26,8 @@ class TaskEntry:
     """Whether its loss supports `train.label_smoothing`."""
     side_branches: bool = False
     """Whether its loss supports the side branches of shortcut back-propagation."""
+    answers: str = "plain data for each image"
+    """What a served network of the task answers, in words."""
 
 
 _TABLE: dict[str, TaskEntry] = {
@@ -38,8 +40,15 @@ _TABLE: dict[str, TaskEntry] = {
             transform="image",
             label_smoothing=True,
             side_branches=True,
+            answers="a probability for each class and image, in columns with the names of the classes",
         ),
-        TaskEntry("detection", "spikefleet.tasks.detection:Detection", networks="detection", transform="detection"),
+        TaskEntry(
+            "detection",
+            "spikefleet.tasks.detection:Detection",
+            networks="detection",
+            transform="detection",
+            answers="a list of objects for each image: name, score from 0 to 1, and box (x1 y1 x2 y2 in its pixels)",
+        ),
     )
 }
 

@@ -1,29 +1,36 @@
 """The registry of trained networks: register, promote, search, load, pull.
 
-`from spikefleet import registry` is the public API.
+`from spikefleet import registry` is the public API. Each name is imported on first use: a served version imports parts
+of this package that need no registry.
 """
 
-from spikefleet.registry.api import (
-    Promotion,
-    RegisteredModel,
-    RegisteredVersion,
-    best,
-    describe,
-    keep_as_challenger,
-    list_models,
-    load,
-    promote,
-    pull,
-    register,
-    renew,
-    show,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from spikefleet.registry.api import (
+        Promotion,
+        RegisteredModel,
+        RegisteredVersion,
+        best,
+        card_text,
+        describe,
+        keep_as_challenger,
+        list_models,
+        load,
+        promote,
+        pull,
+        register,
+        renew,
+        show,
+    )
 
 __all__ = [
     "Promotion",
     "RegisteredModel",
     "RegisteredVersion",
     "best",
+    "card_text",
     "describe",
     "keep_as_challenger",
     "list_models",
@@ -34,3 +41,13 @@ __all__ = [
     "renew",
     "show",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("spikefleet.registry.api"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,8 +8,7 @@ Python file of the version, so anyone with write access to the registry can run 
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +18,7 @@ from spikefleet.config.recipes import parse_model
 from spikefleet.data_summary import DATA_SUMMARY, DataSummary
 from spikefleet.errors import UserError
 from spikefleet.plugins import loaded_plugins
+from spikefleet.registry.mlflow_model import save_for_mlflow
 from spikefleet.registry.mlflow_store import (
     METRIC_PREFIX,
     connect,
@@ -27,11 +27,12 @@ from spikefleet.registry.mlflow_store import (
     find_versions,
     publish,
     resolve,
-    save_for_mlflow,
     set_alias,
 )
+from spikefleet.registry.model_card import CARD_SOURCES, description_of, model_card
 from spikefleet.registry.package import (
     CARD,
+    CODE,
     CONFIG,
     load_network,
     read_card,
@@ -39,8 +40,11 @@ from spikefleet.registry.package import (
     verify_package,
     write_package,
 )
+from spikefleet.registry.package_access import is_registered, package_files, registry_uri, scratch_directory
 from spikefleet.registry.promotion import Alias, Candidate, Mode, decide, winner_of
 from spikefleet.registry.query import parse_where
+from spikefleet.registry.renewal import renew
+from spikefleet.registry.serving_code import serving_code
 from spikefleet.registry.version import (
     CHALLENGER,
     CHAMPION,
@@ -50,7 +54,6 @@ from spikefleet.registry.version import (
     RegisteredVersion,
     check_model_name,
 )
-from spikefleet.tracking.mlflow_client import resolve_tracking_uri
 from spikefleet_tune.messages import one_of
 
 if TYPE_CHECKING:
@@ -61,6 +64,7 @@ __all__ = [
     "RegisteredModel",
     "RegisteredVersion",
     "best",
+    "card_text",
     "describe",
     "keep_as_challenger",
     "list_models",
@@ -124,14 +128,15 @@ def register(
     for metric, value in metrics.items():
         if not math.isfinite(value):
             raise UserError(f"model {name}: metric {metric}={value} must be finite")
-    with connect(tracking_uri) as client, _scratch() as scratch:
+    with connect(tracking_uri) as client, scratch_directory() as scratch:
         package = scratch / "package"
         package.mkdir()
         origin = {"dataset": data.source, "data_hash": data.content_hash}
         given = {key: str(value) for key, value in {**origin, **tags}.items()}
         data.write(scratch)
         metadata = {"run_id": run_id, "tags": given, "metrics": dict(metrics), "plugins": list(loaded_plugins())}
-        files = {DATA_SUMMARY: scratch / DATA_SUMMARY, **(extra_files or {})}
+        (scratch / CODE).write_bytes(serving_code().archive())
+        files = {DATA_SUMMARY: scratch / DATA_SUMMARY, **(extra_files or {}), CODE: scratch / CODE}
         card = write_package(package, weights, config, files, metadata)
         network, _ = load_network(package)
         model = parse_model(config["model"], "the configuration of a registered model")
@@ -144,42 +149,9 @@ def register(
             key: str(value) for key, value in {**model.tags(), "task": config["task"], "parameters": parameters}.items()
         }
         all_tags = {**derived, **given, **measured, CONTENT_HASH: card.content_hash}
-        save_for_mlflow(package, scratch / "model", config, data)
-        return publish(client, name, scratch / "model", run_id, all_tags, tracking_uri)
-
-
-def renew(uri: str, *, tracking_uri: str | None = None) -> RegisteredVersion:
-    """Registers a version again with the current serving code; files, tags and metrics stay the same.
-
-    The new version gets the aliases of the old one.
-
-    Args:
-        uri: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
-        tracking_uri: of the registry; by default MLFLOW_TRACKING_URI, else SQLite in ./runs.
-
-    Returns:
-        The new version.
-
-    Raises:
-        UserError: the version does not exist, its files have changed, a plugin that it was trained with is not loaded,
-            or the registry fails.
-    """
-    with connect(_uri(tracking_uri)) as client, _package(uri, tracking_uri) as (directory, content_hash):
-        old = resolve(client, uri)
-        load_network(directory, content_hash)  # a network that cannot be built cannot be served
-        card = read_card(directory, content_hash)
-        with _scratch() as scratch:
-            package = scratch / "package"
-            package.mkdir()
-            for name in (*card.sha256, CARD):
-                shutil.copyfile(directory / name, package / name)
-            save_for_mlflow(package, scratch / "model", read_config(package), DataSummary.read(package))
-            measured = {f"{METRIC_PREFIX}{metric}": repr(value) for metric, value in old.metrics.items()}
-            tags = {**old.tags, **measured}
-            new = publish(client, old.name, scratch / "model", old.run_id, tags, _uri(tracking_uri))
-        for alias in old.aliases:
-            set_alias(client, old.name, alias, new.version)
-        return find_model(client, old.name).pick(new.version)
+        save_for_mlflow(package, scratch / "model", config, data, card)
+        text = description_of(name, package, card)
+        return publish(client, name, scratch / "model", run_id, all_tags, text, tracking_uri)
 
 
 def promote(name: str, version: int, metric: str, mode: Mode = "max", *, tracking_uri: str | None = None) -> Promotion:
@@ -205,7 +177,7 @@ def promote(name: str, version: int, metric: str, mode: Mode = "max", *, trackin
     Raises:
         UserError: the version does not exist, or lacks the metric.
     """
-    with connect(_uri(tracking_uri)) as client:
+    with connect(registry_uri(tracking_uri)) as client:
         before = find_model(client, name)
         candidate = before.pick(version)
         own = _of(candidate, metric)
@@ -251,7 +223,7 @@ def keep_as_challenger(name: str, version: int, reason: str, *, tracking_uri: st
     Raises:
         UserError: the version does not exist.
     """
-    with connect(_uri(tracking_uri)) as client:
+    with connect(registry_uri(tracking_uri)) as client:
         model = find_model(client, name)
         set_alias(client, name, CHALLENGER, model.pick(version).version)
         champion = model.champion
@@ -273,7 +245,7 @@ def load(uri: str | Path, *, tracking_uri: str | None = None) -> "torch.nn.Modul
     Raises:
         UserError: the version does not exist, or its files have changed.
     """
-    with _package(uri, tracking_uri) as (directory, content_hash):
+    with package_files(uri, tracking_uri) as (directory, content_hash):
         network, _ = load_network(directory, content_hash)
     return network
 
@@ -288,11 +260,11 @@ def describe(uri: str | Path, *, tracking_uri: str | None = None) -> dict[str, A
     Raises:
         UserError: the version does not exist, or its files have changed.
     """
-    if not _is_registered(uri):
+    if not is_registered(uri):
         directory = Path(uri)
         card = verify_package(directory)
         return {"uri": str(uri), **card.metadata, "config": read_config(directory), "sha256": dict(card.sha256)}
-    with connect(_uri(tracking_uri)) as client, _scratch() as scratch:
+    with connect(registry_uri(tracking_uri)) as client, scratch_directory() as scratch:
         version = resolve(client, str(uri))
         for name in (CARD, CONFIG):
             download(client, version, name, scratch)
@@ -307,6 +279,28 @@ def describe(uri: str | Path, *, tracking_uri: str | None = None) -> dict[str, A
             "config": read_config(scratch),
             "sha256": dict(card.sha256),
         }
+
+
+def card_text(uri: str | Path, *, tracking_uri: str | None = None) -> str:
+    """The model card of a registered version or of a pulled directory, as Markdown.
+
+    Args:
+        uri: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, or a pulled directory.
+        tracking_uri: of the registry; by default MLFLOW_TRACKING_URI, else SQLite in ./runs.
+
+    Raises:
+        UserError: the version does not exist, or its files have changed.
+    """
+    if not is_registered(uri):
+        return model_card(Path(uri).name, Path(uri), verify_package(Path(uri)))
+    with connect(registry_uri(tracking_uri)) as client, scratch_directory() as scratch:
+        version = resolve(client, str(uri))
+        download(client, version, CARD, scratch)
+        listed = read_card(scratch, version.content_hash).sha256
+        for name in (CONFIG, DATA_SUMMARY, *CARD_SOURCES):
+            if name in listed:
+                download(client, version, name, scratch)
+        return model_card(version.uri, scratch, read_card(scratch, version.content_hash))
 
 
 def pull(uri: str, out: Path, *, tracking_uri: str | None = None) -> Path:
@@ -325,9 +319,9 @@ def pull(uri: str, out: Path, *, tracking_uri: str | None = None) -> Path:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not an empty directory; use another one")
-    if not _is_registered(uri):
+    if not is_registered(uri):
         raise UserError(f"{uri!r} is not a registered version; expected models:/NAME@champion or models:/NAME/3")
-    with _package(uri, tracking_uri) as (directory, content_hash):
+    with package_files(uri, tracking_uri) as (directory, content_hash):
         card = verify_package(directory, content_hash)
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
@@ -352,7 +346,7 @@ def _copy(source: Path, target: Path) -> None:
 
 def list_models(*, tracking_uri: str | None = None) -> list[RegisteredModel]:
     """All models that spikefleet has registered, in the order of their names."""
-    with connect(_uri(tracking_uri)) as client:
+    with connect(registry_uri(tracking_uri)) as client:
         versions = find_versions(client)
         names = sorted({version.name for version in versions})
         return [RegisteredModel(name, tuple(v for v in versions if v.name == name)) for name in names]
@@ -360,7 +354,7 @@ def list_models(*, tracking_uri: str | None = None) -> list[RegisteredModel]:
 
 def show(name: str, *, tracking_uri: str | None = None) -> RegisteredModel:
     """A model and its versions. Raises UserError, with the nearest names, for an unknown name."""
-    with connect(_uri(tracking_uri)) as client:
+    with connect(registry_uri(tracking_uri)) as client:
         return find_model(client, name)
 
 
@@ -388,7 +382,7 @@ def best(
     """
     if where is not None:
         parse_where(where)  # check the syntax before the first request
-    with connect(_uri(tracking_uri)) as client:
+    with connect(registry_uri(tracking_uri)) as client:
         versions = find_versions(client)
     versions = _narrow(versions, "task", task)
     if dataset is not None:
@@ -417,32 +411,6 @@ def _narrow(versions: list[RegisteredVersion], key: str, wanted: str) -> list[Re
         known = sorted({version.tags[key] for version in versions if key in version.tags})
         raise UserError(f"no version is registered for {key} {wanted!r}; {one_of(known)}")
     return kept
-
-
-def _uri(tracking_uri: str | None) -> str:
-    return tracking_uri or resolve_tracking_uri(Path("runs"))
-
-
-def _is_registered(uri: str | Path) -> bool:
-    return isinstance(uri, str) and uri.startswith("models:")
-
-
-@contextmanager
-def _scratch() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="spikefleet-") as directory:
-        yield Path(directory)
-
-
-@contextmanager
-def _package(uri: str | Path, tracking_uri: str | None) -> Iterator[tuple[Path, str | None]]:
-    """Yields a directory with a package's files, not yet verified, and their expected content hash."""
-    if not _is_registered(uri):
-        yield Path(uri), None
-        return
-    with connect(_uri(tracking_uri)) as client, _scratch() as scratch:
-        version = resolve(client, str(uri))
-        download(client, version, "", scratch)
-        yield scratch, version.content_hash
 
 
 def _of(version: RegisteredVersion, metric: str) -> Candidate:

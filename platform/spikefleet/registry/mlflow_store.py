@@ -1,21 +1,17 @@
 """Calls to MLflow's model registry: connect, search, download, publish."""
 
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spikefleet.config.messages import did_you_mean
-from spikefleet.config.recipes import parse_model
-from spikefleet.data_summary import DataSummary
 from spikefleet.disks import disk_problem
 from spikefleet.errors import UserError
-from spikefleet.registry.served_input import EXPECTED
-from spikefleet.registry.version import CONTENT_HASH, RegisteredModel, RegisteredVersion, check_model_name
+from spikefleet.registry.model_card import card_heading
+from spikefleet.registry.version import CHAMPION, CONTENT_HASH, RegisteredModel, RegisteredVersion, check_model_name
 from spikefleet.tracking.database import database_path
 from spikefleet.tracking.mlflow_client import check_tracking_uri, public_uri, quiet_mlflow
 from spikefleet.tracking.relocation import ready_database
@@ -30,7 +26,6 @@ METRIC_PREFIX = "metric."
 
 _ARTIFACTS = "artifacts"  # where MLflow keeps a pyfunc model's files
 _URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[A-Za-z0-9_-]{1,100})|/(?P<version>[0-9]{1,9}))")
-_REQUIREMENTS = ("spikefleet", "torch", "torchvision", "spikingjelly", "safetensors", "numpy", "pydantic", "mlflow")
 
 
 @contextmanager
@@ -80,6 +75,16 @@ def set_alias(client: "MlflowClient", name: str, alias: str, version: int) -> No
         client.set_registered_model_alias(name, alias, str(version))
     except MlflowException:
         client.set_registered_model_alias(name, alias, str(version))
+    if alias == CHAMPION:
+        _describe_model(client, name, version)
+
+
+def _describe_model(client: "MlflowClient", name: str, version: int) -> None:
+    """Shows the card of the champion as the description of its model, unless somebody wrote another one."""
+    text, heading = client.get_model_version(name, str(version)).description, card_heading(name)
+    shown = client.get_registered_model(name).description
+    if text and text.startswith(heading) and (not shown or shown.startswith(heading)):
+        client.update_registered_model(name, description=text)
 
 
 def download(client: "MlflowClient", version: RegisteredVersion, name: str, directory: Path) -> None:
@@ -163,43 +168,14 @@ def _metrics(tags: Mapping[str, str]) -> dict[str, float]:
     return metrics
 
 
-def save_for_mlflow(package: Path, model: Path, config: Mapping[str, Any], data: DataSummary) -> None:
-    """Writes MLflow's model directory around a package: serving code, signature and requirements.
-
-    Args:
-        package: directory of the package.
-        model: the directory to write.
-        config: configuration of the run.
-        data: summary of its data.
-    """
-    import numpy as np
-    from mlflow import pyfunc
-    from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, Schema, TensorSpec
-
-    from spikefleet.tasks import LossSettings, task_class  # imports torch, which searching the registry does not need
-
-    network = parse_model(config["model"], "the configuration of a registered model")
-    # MLflow casts JSON to the type of a schema before the model sees it: to uint8, floats from 0 to 1 would be black
-    # images. Of this type everything arrives as it was sent, and the model checks it.
-    images = TensorSpec(np.dtype("O"), (-1,))
-    columns = task_class(config["task"]).build(network, data, LossSettings()).served_columns
-    # MLflow's schemas cannot describe a list of objects.
-    outputs = None if columns is None else Schema([ColSpec("float", name) for name in columns])
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*An input example was not provided")
-        pyfunc.save_model(
-            path=str(model),
-            python_model=str(Path(__file__).with_name("pyfunc_model.py")),
-            artifacts={path.name: str(path) for path in sorted(package.iterdir())},
-            signature=ModelSignature(inputs=Schema([images]), outputs=outputs),
-            metadata={"input": EXPECTED},
-            pip_requirements=[f"{name}=={metadata.version(name).split('+')[0]}" for name in _REQUIREMENTS],
-        )
-
-
 def publish(
-    client: "MlflowClient", name: str, model: Path, run_id: str, tags: Mapping[str, str], tracking_uri: str
+    client: "MlflowClient",
+    name: str,
+    model: Path,
+    run_id: str,
+    tags: Mapping[str, str],
+    description: str,
+    tracking_uri: str,
 ) -> RegisteredVersion:
     """Uploads a model directory, then creates the version with all its tags, so that a crash leaves no version.
 
@@ -209,6 +185,7 @@ def publish(
         model: the model directory.
         run_id: MLflow's id of the run.
         tags: of the version.
+        description: of the version, on MLflow's page.
         tracking_uri: of the registry.
 
     Raises:
@@ -222,13 +199,13 @@ def publish(
     client.log_model_artifacts(logged.model_id, str(model))
     client.finalize_logged_model(logged.model_id, "READY")
     try:
-        client.create_registered_model(name)
+        client.create_registered_model(name, description=description)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     # Without a server, MLflow resolves models:/m-... at its global tracking URI instead of the client's.
     source = f"models:/{logged.model_id}" if tracking_uri.startswith("http") else logged.artifact_location
     version = client.create_model_version(
-        name, source, run_id=run_id, tags=dict(tags), description=f"Serves {EXPECTED}", model_id=logged.model_id
+        name, source, run_id=run_id, tags=dict(tags), description=description, model_id=logged.model_id
     )
     return _read_version(version, {})

@@ -1,6 +1,7 @@
-"""A trained network as files without code: weights.safetensors, config.json, further files, and card.json.
+"""A trained network as files: weights.safetensors, config.json, further files, and card.json.
 
 The card lists the SHA-256 of every other file. Nothing is unpickled, and files that the card does not list are ignored.
+A registered package has the code that serves it beside them (`serving_code`), which nothing here runs.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ from spikefleet.config.renamed import with_current_keys
 from spikefleet.errors import UserError
 from spikefleet.files import read_json_object, sha256_of
 from spikefleet.plugins import missing_plugins_named
+from spikefleet.registry.package_format import FORMAT, READABLE
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 WEIGHTS = "weights.safetensors"
 CONFIG = "config.json"
 CARD = "card.json"
-FORMAT = 1
+CODE = "code.zip"
 
 _STORED_METADATA = "facts"  # the key of metadata in card.json, since the first release
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -39,11 +41,14 @@ class Card:
     sha256: Mapping[str, str]
     metadata: Mapping[str, Any]
     """run_id, tags, metrics and plugins."""
+    format: int = FORMAT
 
     @property
     def content_hash(self) -> str:
-        """SHA-256 over the names and hashes of all files."""
-        return hashlib.sha256(json.dumps(dict(self.sha256), sort_keys=True).encode()).hexdigest()
+        """SHA-256 over the names and hashes of all files and over the metadata, which format 1 leaves out."""
+        files = dict(self.sha256)
+        covered = files if self.format == 1 else {"sha256": files, _STORED_METADATA: dict(self.metadata)}
+        return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
 
 
 def write_package(
@@ -80,6 +85,28 @@ def write_package(
             raise UserError(f"file {source} of a registered model does not exist")
         shutil.copyfile(source, directory / name)
     (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return _write_card(directory, metadata)
+
+
+def with_code(directory: Path, card: Card, code: bytes, target: Path) -> Card:
+    """Writes a package again with other serving code; all else stays as it is.
+
+    Args:
+        directory: of the verified package.
+        card: its card.
+        code: archive of the code.
+        target: an empty directory.
+
+    Returns:
+        The card of the new package.
+    """
+    for name in card.sha256:
+        shutil.copyfile(directory / name, target / name)
+    (target / CODE).write_bytes(code)
+    return _write_card(target, card.metadata)
+
+
+def _write_card(directory: Path, metadata: Mapping[str, Any]) -> Card:
     card = Card({path.name: sha256_of(path) for path in sorted(directory.iterdir())}, metadata)
     content = {"format": FORMAT, "sha256": card.sha256, _STORED_METADATA: card.metadata}
     (directory / CARD).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
@@ -103,13 +130,15 @@ def read_card(directory: Path, expected_content_hash: str | None = None) -> Card
     content = read_json_object(path)
     try:
         card = Card(
-            {str(name): str(digest) for name, digest in content["sha256"].items()}, dict(content[_STORED_METADATA])
+            {str(name): str(digest) for name, digest in content["sha256"].items()},
+            dict(content[_STORED_METADATA]),
+            content["format"],
         )
-        version = content["format"]
     except (ValueError, TypeError, KeyError, AttributeError):
         raise UserError(f"{path} is damaged: it is not the card of a network; download it again") from None
-    if version != FORMAT:
-        raise UserError(f"{path}: expected format {FORMAT}, found {version!r}; use the spikefleet that wrote it")
+    if card.format not in READABLE:
+        known = " or ".join(map(str, READABLE))
+        raise UserError(f"{path}: expected format {known}, found {card.format!r}; use the spikefleet that wrote it")
     for name in card.sha256:
         if not _FILE_NAME.fullmatch(name):
             raise UserError(f"{path}: file name {name[:80]!r} is not a plain file name; do not trust this package")

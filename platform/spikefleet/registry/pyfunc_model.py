@@ -1,21 +1,29 @@
-"""The serving code of a registered model ("models from code"): MLflow runs this file when it loads a version."""
+"""The serving code of a registered model ("models from code"): MLflow runs this file when it loads a version.
 
+The file stands alone. It takes everything else from the installed spikefleet if that reads packages of the version's
+format, else from the code in the version, whose hash is checked before a line of it runs.
+"""
+
+import hashlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import io
+import json
+import sys
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import mlflow
 import numpy as np
-import torch
 from mlflow.exceptions import BAD_REQUEST, MlflowException
 
-from spikefleet.config.recipes import parse_model, parse_transform
-from spikefleet.data_summary import DataSummary
-from spikefleet.errors import UserError
-from spikefleet.plugins import load_plugins
-from spikefleet.registry.package import CARD, load_network
-from spikefleet.registry.served_input import batches
-from spikefleet.tasks import LossSettings, task_class
-from spikefleet_pipelines.in_memory import image_batch
+CARD = "card.json"
+CODE = "code.zip"
+PACKAGES = ("spikefleet", "spikefleet_models", "spikefleet_pipelines", "spikefleet_tune")
 
 
 class RegisteredNetwork(mlflow.pyfunc.PythonModel):
@@ -27,34 +35,117 @@ class RegisteredNetwork(mlflow.pyfunc.PythonModel):
     """
 
     def load_context(self, context: Any) -> None:
-        """Verifies the package beside this file and builds its network. Raises UserError if it is not intact."""
-        load_plugins()
+        """Verifies the package beside this file and builds its network.
+
+        Raises:
+            UserError: the package is not intact.
+            MlflowException: no code that reads it can be used.
+        """
         package = Path(context.artifacts[CARD]).parent
-        self._network, config = load_network(package)
-        self._model = parse_model(config["model"], str(package))
-        self._transform = parse_transform(config["data"]["transform"], str(package))
-        data = DataSummary.read(package)
-        self._task = task_class(config["task"]).build(self._model, data, LossSettings())
-        self._size = self._task.input_size(data)
+        use_code(package)
+        from spikefleet.registry.served_network import ServedNetwork
+
+        self._served = ServedNetwork.open(package)
 
     # MLflow supports this type hint; it warns about most others, and about none.
     def predict(self, context: Any, model_input: np.ndarray, params: Any = None) -> Any:
-        """Resizes and preprocesses images as in evaluation, and runs the network in fp32.
+        """Answers for images.
 
         Raises:
             MlflowException: the images are not integers from 0 to 255 in the form `[B, C, H, W]`; of other errors the
                 server of MLflow does not show the message.
         """
-        channels = self._model.in_channels
+        from spikefleet.errors import UserError
+
         try:
-            given = list(batches(model_input, channels, self._size))
+            return self._served.answer(model_input)
         except UserError as error:
             raise MlflowException(str(error), error_code=BAD_REQUEST) from None
-        with torch.inference_mode():
-            answers = [
-                self._task.serve(self._network, image_batch(images, self._transform, channels)) for images in given
-            ]
-        return self._task.joined(answers)
+
+
+def use_code(package: Path) -> None:
+    """Sees to it that `import spikefleet` gives code that reads a package.
+
+    Args:
+        package: its directory.
+
+    Raises:
+        MlflowException: the package is damaged, or another format's spikefleet is in use in this process.
+    """
+    try:
+        card = json.loads((package / CARD).read_text(encoding="utf-8"))
+        wanted, digest = card["format"], card["sha256"].get(CODE)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MlflowException(f"{package / CARD} is damaged ({error!r}); download the version again") from None
+    in_use = sorted(_imported())
+    if (found := _importable_format()) == wanted:
+        return
+    if in_use:
+        raise MlflowException(
+            f"this process has imported spikefleet, which reads format {found} of registered networks; the version "
+            f"has format {wanted} and brings its own code: load it in a process that has not imported spikefleet, "
+            "or register it again with `spikefleet registry renew`"
+        )
+    for name in _imported():  # what was asked for its format, of the installed spikefleet
+        del sys.modules[name]
+    if digest is None or not (package / CODE).is_file():
+        raise MlflowException(f"{package} brings no code of its own ({CODE}), and spikefleet is not installed here")
+    code = (package / CODE).read_bytes()
+    if (has := hashlib.sha256(code).hexdigest()) != digest:
+        raise MlflowException(f"{package / CODE} is not the registered file: expected SHA-256 {digest}, found {has}")
+    sys.meta_path.insert(0, _CodeOfVersion(code, str(package / CODE)))
+
+
+def _imported() -> list[str]:
+    return [name for name in sys.modules if name.partition(".")[0] in PACKAGES]
+
+
+def _importable_format() -> int | None:
+    """The format that the spikefleet of this process or environment reads; None without one."""
+    try:
+        from spikefleet.registry.package_format import FORMAT
+    except ImportError:
+        return None
+    return FORMAT
+
+
+class _CodeOfVersion(importlib.abc.MetaPathFinder, importlib.abc.ExecutionLoader):
+    """Imports modules from the bytes of an archive, so that what runs is what was hashed."""
+
+    def __init__(self, archive: bytes, origin: str) -> None:
+        self._origin = origin
+        with zipfile.ZipFile(io.BytesIO(archive)) as files:
+            self._sources = {name: files.read(name).decode() for name in files.namelist()}
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """The spec of a module of the archive; None for all others."""
+        if self._file(name) not in self._sources:
+            if name.partition(".")[0] in PACKAGES:
+                raise ModuleNotFoundError(f"{name} is not in {self._origin}: serving does without it", name=name)
+            return None
+        inside = [self.get_filename(name).removesuffix("/__init__.py")] if self.is_package(name) else None
+        return importlib.util.spec_from_file_location(
+            name, self.get_filename(name), loader=self, submodule_search_locations=inside
+        )
+
+    def is_package(self, name: str) -> bool:
+        """Whether the module is a package."""
+        return self._file(name).endswith("/__init__.py")
+
+    def get_source(self, name: str) -> str:
+        """The source, for import and for tracebacks."""
+        return self._sources[self._file(name)]
+
+    def get_filename(self, name: str) -> str:
+        """A path for tracebacks; there is no such file."""
+        return f"{self._origin}/{self._file(name)}"
+
+    def _file(self, name: str) -> str:
+        path = name.replace(".", "/")
+        package = f"{path}/__init__.py"
+        return package if package in self._sources else f"{path}.py"
 
 
 mlflow.models.set_model(RegisteredNetwork())

@@ -39,7 +39,7 @@ class RegisteredVersion:
 
     @property
     def content_hash(self) -> str:
-        """SHA-256 over the names and hashes of all files."""
+        """SHA-256 over the names and hashes of all files and the metadata in the card."""
         return self.tags[CONTENT_HASH]
 
     def metric(self, name: str) -> float | None:

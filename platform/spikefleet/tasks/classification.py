@@ -12,10 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from spikefleet import plots
 from spikefleet.data_summary import DataSummary
 from spikefleet.files import write_json
-from spikefleet.plot_text import in_table, labels
 from spikefleet.tasks.task import EVALUATION, LossSettings, Task, TaskReport, check_class_count
 from spikefleet_models.family import ModelConfig
 from spikefleet_models.shortcut import ShortcutLogits, shortcut_loss
@@ -143,6 +141,9 @@ class ClassificationReport(TaskReport[Ranking, int]):
         self, images: Sequence[torch.Tensor], predictions: Sequence[Ranking], targets: Sequence[int] | None, path: Path
     ) -> None:
         """Plots images with the predicted class and its probability; a wrong one in red, with the target."""
+        from spikefleet import plots
+        from spikefleet.plot_text import labels
+
         names = labels(self.class_names)
         captions: list[str] = []
         correct: list[bool | None] = []
@@ -159,18 +160,26 @@ class ClassificationReport(TaskReport[Ranking, int]):
         self, images: Sequence[torch.Tensor], predictions: Sequence[Ranking], names: Sequence[str], path: Path
     ) -> None:
         """Images over their files' names, under the predicted class and its probability."""
+        from spikefleet import plots
+        from spikefleet.plot_text import labels
+
         classes = labels(self.class_names)
         captions = [f"{classes[one.classes[0]]} {one.probabilities[0]:.0%}" for one in predictions]
         plots.image_grid(images, captions, [None] * len(captions), path, names)
 
     def draw_batch(self, images: Sequence[torch.Tensor], targets: torch.Tensor, path: Path) -> None:
         """Plots images of a training batch with their classes."""
+        from spikefleet import plots
+        from spikefleet.plot_text import labels
+
         classes = labels(self.class_names)
         names = [classes[label] for label in targets.tolist()]
         plots.image_grid(images, names, [None] * len(names), path)
 
     def table(self, details: Mapping[str, Any]) -> list[tuple[str, ...]]:
         """Samples and accuracy of each class."""
+        from spikefleet.plot_text import in_table
+
         return [
             ("class", "samples", "top1"),
             *(
@@ -203,6 +212,9 @@ class ClassificationReport(TaskReport[Ranking, int]):
         self, details: Mapping[str, Any], predictions: Sequence[Ranking], targets: Sequence[int], folder: Path
     ) -> None:
         """Writes `evaluation.json` and `confusion.png`."""
+        from spikefleet import plots
+        from spikefleet.plot_text import labels
+
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / EVALUATION, details)
         plots.confusion_matrix(np.array(details["confusion"]), labels(self.class_names), folder / "confusion.png")

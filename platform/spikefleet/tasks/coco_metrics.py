@@ -11,15 +11,17 @@ import io
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from spikefleet_pipelines.store.annotations import Annotations
+
+if TYPE_CHECKING:
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
 
 COCO_METRICS = (
     "map50_95",
@@ -172,6 +174,9 @@ def evaluate_boxes(annotations: Any, found: Sequence[Any], max_detections: int =
 
 def match_boxes(annotations: Any, found: Sequence[Any], max_detections: int = COCO_MAX_DETECTIONS) -> COCOeval:
     """Match boxes and objects of each image: the first half of pycocotools' evaluation; see `evaluate_boxes`."""
+    from pycocotools.coco import COCO  # here, because a served detector does without it
+    from pycocotools.cocoeval import COCOeval
+
     with contextlib.redirect_stdout(io.StringIO()):
         annotated = COCO()
         annotated.dataset = annotations
@@ -229,6 +234,8 @@ def box_confusion(
 def _detections(annotated: COCO, annotations: Any, found: Sequence[Any]) -> COCO:
     if found:
         return annotated.loadRes(list(found))
+    from pycocotools.coco import COCO
+
     nothing = COCO()  # loadRes fails on an empty list
     nothing.dataset = {"images": annotations["images"], "categories": annotations["categories"], "annotations": []}
     nothing.createIndex()

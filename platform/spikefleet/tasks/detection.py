@@ -10,12 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from spikefleet import plots
 from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
 from spikefleet.files import write_json
-from spikefleet.plot_text import in_table
-from spikefleet.plot_text import labels as labels_of
 from spikefleet.tasks.coco_metrics import (
     COCO_MAX_DETECTIONS,
     FoundBoxes,
@@ -171,6 +168,8 @@ class DetectionReport(TaskReport[FoundBoxes, Annotations]):
 
     def table(self, details: Mapping[str, Any]) -> list[tuple[str, ...]]:
         """Objects and average precision by class."""
+        from spikefleet.plot_text import in_table
+
         return [
             ("class", "objects", "AP50-95", "AP50"),
             *(
@@ -189,6 +188,9 @@ class DetectionReport(TaskReport[FoundBoxes, Annotations]):
         path: Path,
     ) -> None:
         """Plots images with the detected boxes (score at least 0.3), each to the right of the annotated image."""
+        from spikefleet import plots
+        from spikefleet.plot_text import labels as labels_of
+
         drawn, classes = [], labels_of(self.class_names)
         for position, (image, found) in enumerate(zip(images, predictions, strict=True)):
             if targets is not None:
@@ -202,6 +204,9 @@ class DetectionReport(TaskReport[FoundBoxes, Annotations]):
 
     def draw_one(self, image: torch.Tensor, prediction: FoundBoxes) -> torch.Tensor:
         """One image, uint8 `[C, H, W]`, with all boxes drawn on it, uint8 `[3, H', W']`."""
+        from spikefleet import plots
+        from spikefleet.plot_text import labels as labels_of
+
         labels = prediction.labels.tolist()
         classes = labels_of(self.class_names)
         captions = [f"{classes[k]} {score:.2f}" for k, score in zip(labels, prediction.scores, strict=True)]
@@ -209,6 +214,9 @@ class DetectionReport(TaskReport[FoundBoxes, Annotations]):
 
     def draw_batch(self, images: Sequence[torch.Tensor], targets: Sequence[Target], path: Path) -> None:
         """Plots images of a training batch with the boxes of the loss."""
+        from spikefleet import plots
+        from spikefleet.plot_text import labels as labels_of
+
         drawn, classes = [], labels_of(self.class_names)
         for image, target in zip(images, targets, strict=True):
             labels = target.labels.tolist()
@@ -247,6 +255,9 @@ class DetectionReport(TaskReport[FoundBoxes, Annotations]):
         `ground_truth.json` and `predictions.json` are in COCO's formats. The confusion matrix has boxes with a score of
         at least 0.3, matched at an IoU of at least 0.5.
         """
+        from spikefleet import plots
+        from spikefleet.plot_text import labels as labels_of
+
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / EVALUATION, details)
         write_json(folder / "ground_truth.json", ground_truth(targets, self.class_names, self.category_ids))

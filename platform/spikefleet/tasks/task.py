@@ -1,6 +1,7 @@
 """The interface of a task: everything that trains, evaluates or serves a network depends on it.
 
-A task is one module with a `Task` and its `TaskReport`, and one line in `spikefleet.config.task_table`.
+A task is one module with a `Task` and its `TaskReport`, and one line in `spikefleet.config.task_table`. The module
+travels with each registered version: what draws and what measures is imported where it is used.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 import torch
 from torch import nn
 
-from spikefleet import plots
 from spikefleet.config.schema import Config
 from spikefleet.config.task_table import find_task
 from spikefleet.data_summary import DataSummary
@@ -199,6 +199,8 @@ class TaskReport(ABC, Generic[Prediction, Target]):
             targets: those of `Batch.targets`.
             path: the PNG.
         """
+        from spikefleet import plots
+
         plots.image_grid(images, [""] * len(images), [None] * len(images), path)
 
     def table(self, details: Mapping[str, Any]) -> list[tuple[str, ...]]:

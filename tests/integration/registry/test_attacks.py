@@ -17,7 +17,7 @@ from spikefleet.data_summary import DATA_SUMMARY
 from spikefleet.errors import UserError
 from spikefleet.files import sha256_of
 from spikefleet.registry.api import RegisteredVersion, load, pull
-from spikefleet.registry.package import CARD, CONFIG, WEIGHTS, load_network
+from spikefleet.registry.package import CARD, CODE, CONFIG, WEIGHTS, load_network
 from support.registered import Trained, stored_files
 
 
@@ -68,7 +68,7 @@ def test_planted_pickles_are_never_executed(
     mlflow.set_tracking_uri(uri)
     mlflow.pyfunc.load_model(version.uri)
     out = pull(version.uri, tmp_path / "out", tracking_uri=uri)
-    assert sorted(path.name for path in out.iterdir()) == [CARD, CONFIG, DATA_SUMMARY, WEIGHTS]
+    assert sorted(path.name for path in out.iterdir()) == [CARD, CODE, CONFIG, DATA_SUMMARY, WEIGHTS]
 
     # MLflow told to take the pickle: refused by its switch.
     description = (stored / "MLmodel").read_text()

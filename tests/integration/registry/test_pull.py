@@ -9,7 +9,7 @@ import torch
 from spikefleet.data_summary import DATA_SUMMARY
 from spikefleet.errors import UserError
 from spikefleet.registry.api import RegisteredVersion, describe, list_models, load, pull, show
-from spikefleet.registry.package import CARD, CONFIG, WEIGHTS
+from spikefleet.registry.package import CARD, CODE, CONFIG, WEIGHTS
 from support.registered import Trained, load_network_of
 
 
@@ -50,7 +50,7 @@ def test_a_pulled_directory_loads_without_a_registry(
     first: Trained, registered: RegisteredVersion, pulled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
-    assert sorted(path.name for path in pulled.iterdir()) == [CARD, CONFIG, DATA_SUMMARY, WEIGHTS]
+    assert sorted(path.name for path in pulled.iterdir()) == [CARD, CODE, CONFIG, DATA_SUMMARY, WEIGHTS]
     batch = torch.rand(2, 1, 8, 8)
     assert torch.equal(load(pulled)(batch), load_network_of(first)[0](batch))
     here, there = describe(pulled), describe("models:/digits@champion", tracking_uri=first.uri)

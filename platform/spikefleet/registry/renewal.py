@@ -1,0 +1,45 @@
+"""Registers a version again with today's serving code: one of an earlier release becomes self-contained."""
+
+from spikefleet.data_summary import DataSummary
+from spikefleet.registry.mlflow_model import save_for_mlflow
+from spikefleet.registry.mlflow_store import METRIC_PREFIX, connect, find_model, publish, resolve, set_alias
+from spikefleet.registry.model_card import description_of
+from spikefleet.registry.package import load_network, read_card, read_config, with_code
+from spikefleet.registry.package_access import package_files, registry_uri, scratch_directory
+from spikefleet.registry.serving_code import serving_code
+from spikefleet.registry.version import CONTENT_HASH, RegisteredVersion
+
+
+def renew(uri: str, *, tracking_uri: str | None = None) -> RegisteredVersion:
+    """Registers a version again with the current serving code; weights, configuration, tags and metrics stay the same.
+
+    The new version brings the code and the requirements that serve it, and gets the aliases of the old one.
+
+    Args:
+        uri: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+        tracking_uri: of the registry; by default MLFLOW_TRACKING_URI, else SQLite in ./runs.
+
+    Returns:
+        The new version.
+
+    Raises:
+        UserError: the version does not exist, its files have changed, a plugin that it was trained with is not loaded,
+            or the registry fails.
+    """
+    place = registry_uri(tracking_uri)
+    with connect(place) as client, package_files(uri, place) as (directory, content_hash):
+        old = resolve(client, uri)
+        load_network(directory, content_hash)  # a network that cannot be built cannot be served
+        with scratch_directory() as scratch:
+            package = scratch / "package"
+            package.mkdir()
+            card = with_code(directory, read_card(directory, content_hash), serving_code().archive(), package)
+            config, data = read_config(package), DataSummary.read(package)
+            save_for_mlflow(package, scratch / "model", config, data, card)
+            measured = {f"{METRIC_PREFIX}{metric}": repr(value) for metric, value in old.metrics.items()}
+            tags = {**old.tags, **measured, CONTENT_HASH: card.content_hash}
+            text = description_of(old.name, package, card)
+            new = publish(client, old.name, scratch / "model", old.run_id, tags, text, place)
+        for alias in old.aliases:
+            set_alias(client, old.name, alias, new.version)
+        return find_model(client, old.name).pick(new.version)

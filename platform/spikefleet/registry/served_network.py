@@ -1,0 +1,58 @@
+"""A network package that answers requests: what MLflow's loader calls, here or in the code that a version brings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from spikefleet.config.recipes import parse_model, parse_transform
+from spikefleet.data_summary import DataSummary
+from spikefleet.plugins import load_plugins
+from spikefleet.registry.package import load_network
+from spikefleet.registry.served_input import batches
+from spikefleet.tasks import AnyTask, LossSettings, task_class
+from spikefleet_pipelines.in_memory import image_batch
+from spikefleet_pipelines.transforms.batch_transform_config import BatchTransformConfig
+
+
+@dataclass(frozen=True)
+class ServedNetwork:
+    """A network in evaluation mode on the CPU, with what turns images into its input and its output into answers."""
+
+    network: nn.Module
+    transform: BatchTransformConfig
+    task: AnyTask
+    channels: int
+    size: tuple[int, int] | None
+    """(height, width) that images are resized to; None keeps their sizes."""
+
+    @classmethod
+    def open(cls, package: Path) -> Self:
+        """Verifies a package and builds its network. Raises UserError if it is not intact."""
+        load_plugins()
+        network, config = load_network(package)
+        model, data = parse_model(config["model"], str(package)), DataSummary.read(package)
+        task = task_class(config["task"]).build(model, data, LossSettings())
+        transform = parse_transform(config["data"]["transform"], str(package))
+        return cls(network, transform, task, model.in_channels, task.input_size(data))
+
+    def answer(self, images: Any) -> Any:
+        """Resizes and preprocesses images as in evaluation, and runs the network in fp32.
+
+        Args:
+            images: `[B, C, H, W]`, integers from 0 to 255; an array, or nested lists of images that may differ in size.
+
+        Returns:
+            What the task serves.
+
+        Raises:
+            UserError: the images have another form.
+        """
+        given = list(batches(images, self.channels, self.size))
+        with torch.inference_mode():
+            answers = [self.task.serve(self.network, image_batch(one, self.transform, self.channels)) for one in given]
+        return self.task.joined(answers)

@@ -1,0 +1,60 @@
+"""The card of a version: on the command line, and as the descriptions that MLflow's pages show."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlflow
+import pytest
+from typer.testing import CliRunner
+
+from spikefleet.cli import app
+from spikefleet.registry.api import card_text, promote, pull
+from support.registered import Trained
+
+
+@pytest.fixture
+def client(first: Trained) -> mlflow.MlflowClient:
+    return mlflow.MlflowClient(first.uri, registry_uri=first.uri)
+
+
+def test_the_description_of_version_and_model_is_the_card(first: Trained, client: mlflow.MlflowClient) -> None:
+    version = first.register("carded")
+    shown = client.get_model_version("carded", "1").description
+    assert shown.startswith("# carded\n")
+    assert shown.partition("\n")[2] == card_text(version.uri, tracking_uri=first.uri).partition("\n")[2]
+    assert client.get_registered_model("carded").description == shown
+    assert "| top1 | test | 89.00% |" in shown
+
+
+def test_a_new_champion_is_described_and_what_a_person_wrote_stays(
+    first: Trained, client: mlflow.MlflowClient, tmp_path: Path
+) -> None:
+    for number, value in enumerate((0.5, 0.6, 0.7), 1):
+        trained = first.again(number, tmp_path)
+        trained.register("described", value)
+        if number == 3:
+            client.update_registered_model("described", description="Ask Ada before you deploy it.")
+        assert promote("described", number, "val/top1", tracking_uri=first.uri).champion == number
+        text = client.get_registered_model("described").description
+        assert (text == "Ask Ada before you deploy it.") == (number == 3)
+        if number < 3:
+            assert text == client.get_model_version("described", str(number)).description
+
+
+def test_show_card_prints_it(first: Trained, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    version = first.register("card_shown")
+    words = ["registry", "show", "card_shown/1", "--card", "--runs-dir", str(runs)]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    text = card_text(version.uri, tracking_uri=first.uri)
+    assert text in done.output
+    plain = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
+    assert plain == {"uri": "models:/card_shown/1", "card": text}
+    pulled = pull(version.uri, tmp_path / "card_shown", tracking_uri=first.uri)
+    assert card_text(pulled).partition("\n")[2] == text.partition("\n")[2]
+    missing = CliRunner().invoke(app, ["registry", "show", "card_shown", "--card", "--runs-dir", str(runs)])
+    assert missing.exit_code != 0
+    assert "no alias 'champion'" in missing.output + str(missing.exception)
