@@ -144,9 +144,13 @@ def renew_registered(uri: Reference, runs_dir: RunsDir = Path("runs")) -> None:
     from spikefleet import registry
 
     with _asking(runs_dir) as tracking_uri:
+        before = registry.describe(_full(uri), tracking_uri=tracking_uri)["uri"]
         version = registry.renew(_full(uri), tracking_uri=tracking_uri)
     aliases = f" ({', '.join(version.aliases)})" if version.aliases else ""
-    say(f"registered as {version.uri}{aliases}")
+    if version.uri == before:
+        say(f"{version.uri}{aliases} is current: it has the serving code of this spikefleet, and nothing is to be done")
+    else:
+        say(f"registered as {version.uri}{aliases}")
 
 
 @contextmanager

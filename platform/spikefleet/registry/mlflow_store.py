@@ -87,14 +87,24 @@ def _describe_model(client: "MlflowClient", name: str, version: int) -> None:
         client.update_registered_model(name, description=text)
 
 
-def download(client: "MlflowClient", version: RegisteredVersion, name: str, directory: Path) -> None:
-    """Downloads one file of a version's package, or all if `name` is empty, into a directory. Raises UserError."""
+def download(
+    client: "MlflowClient", version: RegisteredVersion, name: str, directory: Path, of: str = _ARTIFACTS
+) -> None:
+    """Downloads one file of a version's package, or all if `name` is empty, into a directory. Raises UserError.
+
+    Args:
+        client: of the registry.
+        version: the version.
+        name: of the file.
+        directory: where to.
+        of: folder of MLflow's model directory: the package's, or "" for the loader and the requirements.
+    """
     import mlflow.artifacts
     from mlflow.exceptions import MlflowException
 
     # Not by its models:/ URI, which MLflow resolves in its global registry instead of the client's.
     place = client.get_model_version_download_uri(version.name, str(version.version))
-    source = f"{place.rstrip('/')}/{_ARTIFACTS}/{name}".rstrip("/")
+    source = "/".join(filter(None, (place.rstrip("/"), of, name)))
     try:
         found = Path(
             mlflow.artifacts.download_artifacts(source, dst_path=str(directory), tracking_uri=client.tracking_uri)
