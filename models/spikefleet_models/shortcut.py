@@ -12,13 +12,15 @@ classifies it; its gradient reaches the stage without passing the surrogate grad
               own_and_summed            CE(o_n, y) + lambda * CE(o_n + sum_l o_l, y), add only
               own_and_summed_detached   the same with o_n constant in the second term
 
-With CE(o, y) alone nothing trains the network's own output once the branches fit, yet that output is what is evaluated.
-The other losses always train it.
+With CE(o, y) alone nothing trains the network's own output once the branches fit, yet that is what is evaluated. The
+other losses always train it. The default, `sum_losses` with lambda = 1 to the end, is ours: it brought plain networks of
+34 layers from chance to 81 % (models/README.md).
 
 The balance coefficient lambda falls during training ("evolutionary training"). The paper's text fixes that the
 coefficient depends on the iteration i, their number I and one constant, 0.25, and that branches have no weight at
-i = I; its formula (eq 10), how lambda enters, and where branches attach are not public. Each is a field here; the
-defaults are the likeliest readings. With `convex` and four stages, 0.25 starts as the mean over all outputs.
+i = I; its formula (eq 10), how lambda enters, and where branches attach are not public. Each is a field here. The
+likeliest reading is `summed_logits` with `linear` from 0.25; with `convex` and four stages, 0.25 starts as the mean of
+all outputs.
 
 The plain network is kept unchanged as `ShortcutNetwork.network`: that one is evaluated, exported and registered.
 """

@@ -39,7 +39,7 @@ def open_data(config: DataConfig, stores_dir: Path, console: Console) -> Store:
         store = open_or_prepare(
             config, stores_dir.resolve(), progress=progress, say=lambda sentence: print_line(console, sentence)
         )
-    print_line(console, f"data: {store.location}")
+    print_line(console, f"data: {store.location} ({store.manifest.name})")
     if prepared and store.manifest.audit.unused:
         print_line(console, f"not used: {counted_reasons(store.manifest.audit.unused)}")
     return store

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from spikefleet.errors import UserError
 from spikefleet.files import read_json_object, write_json
+from spikefleet_pipelines.store.data_set_name import is_data_set_name
 from spikefleet_pipelines.store.manifest import Manifest
 
 DATA_SUMMARY = "data.json"
@@ -26,6 +27,13 @@ class DataSummary:
     """Detection: the data set's id of each class."""
     image_shape: tuple[int, int, int] | None = None
     """`[C, H, W]` of the training images; None if their sizes vary."""
+    name: str = ""
+    """Name of the data set; empty in summaries of earlier versions."""
+
+    @property
+    def dataset(self) -> str:
+        """Name of the data set; where it is not known, that of its source."""
+        return self.name or self.source
 
     @classmethod
     def of(cls, manifest: Manifest) -> DataSummary:
@@ -36,6 +44,7 @@ class DataSummary:
             manifest.class_names,
             tuple(manifest.category_ids or ()),
             manifest.image_shape,
+            manifest.name or manifest.source,
         )
 
     @classmethod
@@ -53,6 +62,7 @@ class DataSummary:
                 tuple(map(str, plain["class_names"])),
                 tuple(map(int, plain.get("category_ids") or ())),  # missing in runs of the first releases
                 (int(shape[0]), int(shape[1]), int(shape[2])) if shape else None,
+                _name(plain.get("name", "")),
             )
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
             raise UserError(f"{path} is damaged: expected the summary of a data set ({error!r})") from None
@@ -60,3 +70,9 @@ class DataSummary:
     def write(self, folder: Path) -> None:
         """Writes the summary into a folder, atomically. Raises OSError."""
         write_json(folder / DATA_SUMMARY, asdict(self))
+
+
+def _name(name: object) -> str:
+    if not isinstance(name, str) or (name and not is_data_set_name(name)):
+        raise ValueError(f"name is {name!r}")
+    return name

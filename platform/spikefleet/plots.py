@@ -321,7 +321,8 @@ def paper_and_ours(
         for place, (_, paper, mean, deviation) in enumerate(points):
             if paper is not None:
                 axis.plot(paper, place, "D", color="#6c757d")
-            axis.errorbar(mean, place, xerr=deviation, fmt="o", color="#2a9d8f", capsize=3)
+            if mean is not None:
+                axis.errorbar(mean, place, xerr=deviation, fmt="o", color="#2a9d8f", capsize=3)
         axis.plot([], [], "D", color="#6c757d", label="paper")
         axis.errorbar([], [], fmt="o", color="#2a9d8f", label="ours: mean, standard deviation")
         axis.set_yticks(range(len(points)), [drawable(name) for name, *_ in points], fontsize=8)

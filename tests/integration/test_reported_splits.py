@@ -137,7 +137,8 @@ def logged(uri: str, name: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def finished(whole: Store, runs: Path) -> FinishedRun:
-    config = load_config("digits", parse_overrides([*SMALL, "train.epochs=1", f"data.store={whole.location}"]))
+    learning = ["train.epochs=6", "train.global_batch=72"]  # one epoch answers one digit for all images
+    config = load_config("digits", parse_overrides([*SMALL, *learning, f"data.store={whole.location}"]))
     return run_training(config, Options(runs, runs / "stores"), Console(quiet=True), "whole")
 
 
@@ -208,6 +209,7 @@ IMAGENET = [
     "data.transform.resize=36",
     "data.transform.center_crop=32",
     "data.loader_processes=0",
+    "registry.name=imagenet_sg_resnet18",  # the images are not ImageNet's
 ]
 
 

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.xdist_group("ray")
 
 SEARCH = """
 recipe: digits
-overrides: {train.epochs: 1, model.width: 0.125, model.stages: [1, 1]}
+overrides: {train.epochs: 2, train.global_batch: 32, model.width: 0.125, model.stages: [1, 1]}
 space:
   model.timesteps: {choice: [1, 2]}
 objectives: {val/top1: max, energy_mj: min}
@@ -212,9 +212,10 @@ def test_rows_of_a_table_are_trained_once_for_all_tables(
     rows = json.loads((folder / "report.json").read_text())["rows"]
     assert [row["row"] for row in rows] == ["SG ResNet10, BSG", "SG ResNet10, BSG*"]
     for row in rows:
-        figures = row["figures"]["test/top1"]
-        assert 0 < figures["mean"] < 100
-        assert figures["difference"] == pytest.approx(figures["mean"] - figures["paper"])
+        measured = row["metrics"]["test/top1"]
+        assert 0 < measured["mean"] < 100
+        assert (row["name"], measured["data"], measured["difference"]) == (f"digits: {row['row']}", "digits", None)
+        assert row["paper"]["data"] == "CIFAR-100"
         assert len(row["data_hashes"][0]) == 64
         assert row["code_versions"] not in ([], ["unknown"])
         assert row["seeds"] == [0]
@@ -228,7 +229,7 @@ def test_rows_of_a_table_are_trained_once_for_all_tables(
     assert rows[0]["trials"] == ["paper-digits-digits_narrow-0000"]
     assert rows[0]["remark"] == "seed 1 was not run"
     assert rows[1]["remark"] == "not run: seed 0 was not run; seed 1 was not run"
-    assert rows[1]["figures"]["test/top1"]["mean"] is None
+    assert rows[1]["metrics"]["test/top1"]["mean"] is None
     # What an earlier form of the recipe has learnt is not this one's.
     config = tmp_path / "runs/searches/paper-digits-digits_narrow/trials/paper-digits-digits_narrow-0000/config.json"
     config.write_text(json.dumps({**(tree := json.loads(config.read_text())), "optim": {**tree["optim"], "lr": 9.0}}))

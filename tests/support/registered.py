@@ -58,7 +58,7 @@ def trained(directory: Path, uri: str) -> Trained:
     assert tracker.finish("FINISHED", wait_s=30) == 0
     transform = TransformConfig(normalise="digits")
     config = {"task": "classification", "data": {"source": "digits", "transform": transform.model_dump(mode="json")}}
-    tags: dict[str, object] = {"recipe": "digits", "run_name": "first", "seed": 0}
+    tags: dict[str, object] = {"recipe": "digits", "run_name": "first", "seed": 0, "spike_driven": "proved"}
     bare = Trained(Path(), config, tags, str(tracker.run_id), uri)
     return bare.again(0, directory)
 

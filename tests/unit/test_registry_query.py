@@ -157,16 +157,17 @@ def test_an_unknown_key_is_named_with_what_exists() -> None:
 )
 def test_only_a_better_version_becomes_champion(champion: Any, candidate: Any, mode: Any, alias: str) -> None:
     present = None if champion is None else Candidate(1, champion)
-    decision = decide(present, Candidate(2, candidate), "val/top1", mode)
+    decision = decide(present, Candidate(2, candidate, verdict="proved"), "val/top1", mode)
     assert decision.alias == alias
     assert "version" in decision.reason
 
 
 def test_a_champion_without_the_metric_stays_and_the_sentence_says_why() -> None:
-    elsewhere = decide(Candidate(1, 0.1, "a"), Candidate(2, 0.9, "b"), "val/map", "max")
+    elsewhere = decide(Candidate(1, 0.1, "a"), Candidate(2, 0.9, "b", "proved"), "val/map", "max")
     assert (elsewhere.alias, elsewhere.reason) == ("challenger", "champion version 1 was measured on other data")
-    decision = decide(Candidate(1, None), Candidate(2, 0.9), "val/map", "max")
-    assert decision == decide(Candidate(1, math.nan), Candidate(2, 0.9), "val/map", "max")
+    proved = Candidate(2, 0.9, verdict="proved")
+    decision = decide(Candidate(1, None), proved, "val/map", "max")
+    assert decision == decide(Candidate(1, math.nan), proved, "val/map", "max")
     assert decision.reason == "champion version 1 has no val/map to compare with"
 
 
@@ -181,15 +182,15 @@ def test_a_version_that_is_refuted_or_shows_nothing_is_never_champion(
         decision = decide(champion, Candidate(2, 0.9, verdict=verdict), "val/top1", "max")
         assert decision.alias == alias
         assert sentence in decision.reason
-    for harmless in (None, "proved", "not spiking"):
+    for harmless in ("proved", "not spiking"):
         assert decide(None, Candidate(2, 0.9, verdict=harmless), "val/top1", "max").alias == "champion"
     field = [Candidate(2, 0.9, verdict=verdict), Candidate(3, 0.8, verdict="proved")]
     assert winner_of(None, field, "val/top1", "max") == field[1]
 
 
 @given(
-    st.none() | st.floats(0, 1),
-    st.lists(st.floats(0, 1), max_size=6),
+    st.none() | st.floats(0.001, 1),
+    st.lists(st.floats(0.001, 1), max_size=6),
     st.sampled_from(["max", "min"]),
     st.randoms(use_true_random=False),
 )
@@ -197,7 +198,7 @@ def test_the_winner_is_the_best_and_does_not_depend_on_the_order(
     champion: float | None, values: list[float], mode: Any, random: Any
 ) -> None:
     present = None if champion is None else Candidate(1, champion)
-    candidates = [Candidate(version, value) for version, value in enumerate(values, start=2)]
+    candidates = [Candidate(version, value, verdict="proved") for version, value in enumerate(values, start=2)]
     random.shuffle(candidates)
     winner = winner_of(present, candidates, "m", mode)
     field = sorted([*([present] if present else []), *candidates], key=lambda candidate: candidate.version)

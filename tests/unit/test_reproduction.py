@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
 from spikefleet.reproduction import reproduce
-from spikefleet.reproduction.report import as_data, as_markdown, order_sentences, write_reproduction
+from spikefleet.reproduction.report import _panels, as_data, as_markdown, order_sentences, write_reproduction
 from spikefleet.reproduction.reproduce import (
     Cell,
     ReproducedRow,
@@ -20,12 +21,16 @@ from spikefleet.reproduction.reproduce import (
     _config,
     _differs,
     _distinct,
+    _measured,
     _split_of,
 )
 from spikefleet.reproduction.scales import Scale
 from spikefleet.reproduction.table import PaperTable, list_tables, load_table
+from spikefleet.runs.options import Options
 from spikefleet.runs.run_dir import Run
 from spikefleet_tune.journal import TrialRecord
+from spikefleet_tune.result import SearchResult
+from spikefleet_tune.search_file import search_of
 
 SCALES: tuple[Scale, ...] = ("digits", "fashion_mnist", "full")
 
@@ -100,19 +105,22 @@ def test_seeds_come_one_after_the_other() -> None:
 
 
 def reproduction(means: dict[str, float], scale: Scale = "digits") -> Reproduction:
-    """Table 9 with our figures for some rows."""
+    """Table 9 with our metrics for some rows: on digits, or at full scale on the paper's data set."""
     plan = ReproductionPlan(load_table("sg_resnet_table9"), scale, seeds=2)
-    rows = []
+    rows, data, same = [], "cifar100" if scale == "full" else "digits", scale == "full"
     for entry in plan.table.entries():
         paper = entry.row.paper["test/top1"]
         name = entry.row.name
         if name in means:
-            cell = Cell(paper, (means[name] - 1, means[name] + 1))
+            cells = {"test/top1": Cell(paper, (means[name] - 1, means[name] + 1), same)}
+            trials, hashes = ("t-0", "t-1"), ("d" * 64,)
             rows.append(
-                ReproducedRow(entry, {"test/top1": cell}, (0, 1), ("t-0", "t-1"), ("d" * 64,), ("abc",), "test")
+                ReproducedRow(entry, cells, (0, 1), trials, hashes, ("abc",), "test", data=data, same_data=same)
             )
         else:
-            rows.append(ReproducedRow(entry, {"test/top1": Cell(paper)}, remark="not run: its data are not there"))
+            cells = {"test/top1": Cell(paper, same_data=same)}
+            remark = "not run: its data are not there"
+            rows.append(ReproducedRow(entry, cells, remark=remark, data=data, same_data=same))
     return Reproduction(plan, tuple(rows))
 
 
@@ -128,9 +136,9 @@ def test_the_order_of_rows_is_told_from_the_means() -> None:
 def test_a_report_says_what_was_not_run_and_where_figures_come_from(tmp_path: Path) -> None:
     found = reproduction({"SG ResNet10, BSG": 90.0, "SG ResNet18, BSG": 95.0})
     text = as_markdown(found)
-    assert "| CIFAR-100: SG ResNet18, BSG | 74.62 | 95 ± 1.4 | +20.4 | 0 1 |  |" in text
+    assert "| digits: SG ResNet18, BSG | 95 ± 1.4 | 74.62 | CIFAR-100 | 0 1 |  |" in text
     assert text.count("not run: its data are not there") == 4 + 12  # the gates' gradients are another group
-    assert "| CIFAR-100: SG ResNet18, BSG | t-0, t-1 | test | dddddddddddd | abc |" in text
+    assert "| digits: SG ResNet18, BSG | t-0, t-1 | test | dddddddddddd | abc |" in text
     assert "Measured on val" not in text
     assert "The data differs from the paper's" in text
     assert "The data differs" not in as_markdown(reproduction({}, "full"))
@@ -141,10 +149,74 @@ def test_a_report_says_what_was_not_run_and_where_figures_come_from(tmp_path: Pa
     assert {path.name for path in nothing} == {"report.md", "report.json"}
 
 
+def test_a_row_names_the_data_set_that_it_was_trained_on() -> None:
+    """A difference to the paper is formed on the paper's data set alone."""
+    means = {"SG ResNet10, BSG": 90.0, "literal: SG ResNet18, BSG": 95.0}
+    small, full = reproduction(means), reproduction(means, "full")
+    papers = [row.entry.full_name for row in small.rows]
+    assert [row.name for row in full.rows] == papers
+    assert [row.name for row in small.rows] == [f"digits: {row.entry.row.name}" for row in small.rows]
+    for found, data, difference in ((small, "digits", None), (full, "CIFAR-100", 20.38)):
+        measured = [row for row in as_data(found)["rows"] if row["metrics"]["test/top1"]["mean"] is not None]
+        assert len(measured) == 2
+        assert {row["metrics"]["test/top1"]["data"] for row in measured} == {data}
+        assert {row["paper"]["data"] for row in measured} == {"CIFAR-100"}  # also in the group of gradients
+        assert all("figures" not in row and "paper" not in row["metrics"]["test/top1"] for row in measured)
+        found_difference = measured[1]["metrics"]["test/top1"]["difference"]
+        assert found_difference == (None if difference is None else pytest.approx(difference))
+        assert ("| difference |" in as_markdown(found)) is (difference is not None)
+        panels = _panels(found)
+        mixed = [name for name, rows in panels.items() if any(p is not None and m is not None for _, p, m, _ in rows)]
+        assert mixed == (["top-1, %"] if found is full else [])
+    assert list(_panels(small)) == ["top-1, %, on digits", "the paper's top-1, %, on CIFAR-100"]
+
+
+def test_the_data_set_of_a_row_is_that_of_its_runs(tmp_path: Path) -> None:
+    """Not that of its recipe: at full scale, too, other data are another quantity."""
+    table = load_table("sg_resnet_table3")
+    entry = next(table.entries("CIFAR-100: SG ResNet10"))
+    plan = ReproductionPlan(table, "full", seeds=1)
+    config = _config("cifar100_sg_resnet18", plan.point(entry, 0))
+    options = Options(tmp_path)
+    for name, row_name, difference in (
+        ("cifar100", "CIFAR-100: SG ResNet10", pytest.approx(-13.19)),
+        ("flowers", "flowers: SG ResNet10", None),
+    ):
+        run = Run(options.trials_dir("search") / "t-0")
+        run.path.mkdir(parents=True, exist_ok=True)
+        (run.path / "config.json").write_text(json.dumps(config.dump()))
+        DataSummary("cifar100", "d" * 64, ("a", "b"), (), (3, 32, 32), name).write(run.path)
+        record = TrialRecord(0, "t-0", plan.point(entry, 0), {}, {"test/top1": 0.6}, "finished", 1.0, 0)
+        search = search_of(
+            {
+                "recipe": "cifar100_sg_resnet18",
+                "sampler": "listed",
+                "points": [record.overrides],
+                "objectives": {"val/top1": "max"},
+            }
+        )
+        result = SearchResult("search", tmp_path, search, (record,), 1.0, True)
+        row = _measured(plan, entry, result, options)
+        assert (row.name, row.cells["test/top1"].difference) == (row_name, difference)
+
+
+def test_what_is_counted_on_the_full_network_is_compared_at_every_scale() -> None:
+    table = load_table("sg_resnet_table5")
+    entry = next(table.entries("CIFAR-100: SG ResNet18"))
+    cells = _cells(table, entry, [], same_data=False)
+    row = ReproducedRow(entry, cells, data="digits", same_data=False)
+    report = as_data(Reproduction(ReproductionPlan(table, "digits"), (row,)))["rows"][0]
+    assert report["metrics"]["parameters"]["data"] == "CIFAR-100"
+    assert report["metrics"]["parameters"]["difference"] == pytest.approx(0.003, abs=1e-3)
+    assert report["metrics"]["acs"]["data"] == "digits"
+    assert "parameters, M (full network)" in as_markdown(Reproduction(ReproductionPlan(table, "digits"), (row,)))
+
+
 def test_a_cell_compares_only_what_is_there() -> None:
     assert Cell(70.0, (71.0,)).difference == 1.0
     assert Cell(70.0, (71.0,)).deviation is None
     assert Cell(70.0).difference is None
+    assert Cell(70.0, (71.0,), same_data=False).difference is None
     assert Cell(None, (71.0, 73.0)).deviation == pytest.approx(2**0.5)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,15 @@ def test_resumption_with_other_values_is_refused_field_by_field(
     changed = manifest.model_copy(update={"class_names": (*manifest.class_names[:-1], "nine")})
     with pytest.raises(UserError, match="data: expected content hash"):
         run.begin(config, DataSummary.of(changed))
+
+
+def test_a_resumed_run_has_the_name_that_its_data_have_now(config: Config, manifest: Manifest, tmp_path: Path) -> None:
+    """The name is no part of the content; runs of earlier versions have none."""
+    run = Run(tmp_path / "mine")
+    run.begin(config, replace(DataSummary.of(manifest), name=""))
+    assert run.data().dataset == manifest.source
+    run.begin(config, DataSummary.of(manifest.model_copy(update={"name": "renamed"})))
+    assert run.data().dataset == "renamed"
 
 
 def test_damaged_latest_checkpoint_is_refused(config: Config, manifest: Manifest, tmp_path: Path) -> None:

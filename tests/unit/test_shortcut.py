@@ -36,7 +36,8 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 def lambdas(iterations: tuple[int, ...], total: int = 8, **fields: object) -> list[float]:
-    return [balance_coefficient(ShortcutConfig(**fields), iteration, total) for iteration in iterations]
+    config = ShortcutConfig(**{"schedule": "linear", "lambda0": 0.25, **fields})  # type: ignore[arg-type]
+    return [balance_coefficient(config, iteration, total) for iteration in iterations]
 
 
 def test_schedules_at_start_middle_and_end() -> None:
@@ -71,8 +72,8 @@ def test_iterations_outside_training_are_refused(iteration: int, total: int) -> 
         ({"schedule": "exponential"}, "schedule"),
         ({"lambda0": -0.1}, "lambda0"),
         ({"lambda0": float("nan")}, "lambda0"),
-        ({"power": 2.0}, "power=2.0 has no effect with schedule=linear"),
-        ({"milestones": (0.5,)}, "has no effect with schedule=linear"),
+        ({"power": 2.0, "schedule": "linear"}, "power=2.0 has no effect with schedule=linear"),
+        ({"milestones": (0.5,)}, "has no effect with schedule=constant"),
         ({"gamma": 0.5, "schedule": "poly"}, "gamma=0.5 has no effect with schedule=poly"),
         ({"schedule": "step"}, "needs milestones"),
         ({"schedule": "step", "milestones": (0.75, 0.5)}, "increasing fractions"),

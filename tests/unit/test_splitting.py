@@ -58,6 +58,11 @@ def rows_of(split: Split) -> Counter[object]:
     return Counter((image, str(target)) for image, target in zip(images_of(split), objects_of(split), strict=True))
 
 
+def test_the_store_has_the_name_of_the_one_that_it_was_taken_from(tmp_path: Path) -> None:
+    named = prepare("digits", None, tmp_path / "store", dataset="mine")
+    assert take_split(named, tmp_path / "out", "gate", 0.1).name == "mine"
+
+
 def test_training_images_are_divided_and_all_else_is_the_same(store: Store, tmp_path: Path) -> None:
     before = rows_of(store.split("train"))
     take_split(store, tmp_path / "out", "gate", 0.2, seed=3, shard_bytes=4_000)

@@ -41,6 +41,7 @@ def prepare(
     overwrite: bool = False,
     skip_bad: bool = False,
     check_content: bool = False,
+    dataset: str | None = None,
     **options: Any,
 ) -> "Store":
     """Build a store from raw data.
@@ -63,6 +64,8 @@ def prepare(
         skip_bad: leave out image files that are missing or cannot be read, and list them in the manifest.
         check_content: compare the raw files with those of a store at `out` by content, although names, sizes and times
             agree.
+        dataset: name of the data set, which a store that is there gets too; None: the default of
+            `store/data_set_name.py`, or the name that the store has.
         **options: of the source.
 
     Returns:
@@ -71,13 +74,16 @@ def prepare(
     Raises:
         SourceError: the source or an option is unknown, or raw data are missing or damaged (the message names the
             file).
-        StoreError: `out` contains something else.
+        StoreError: `out` contains something else, or the data set cannot have this name.
         ImportError: a library that the source needs is not installed.
     """
+    from spikefleet_pipelines.store.data_set_name import check_data_set_name, name_after
     from spikefleet_pipelines.store.reader import Store
     from spikefleet_pipelines.store.writer import StoreWriter
 
     source = find_source(name)
+    if dataset is not None:
+        check_data_set_name(dataset)
     split_writer = source.load_split_writer()
     if split_writer is not None and source.split_options is not None and "split" in options:
         if root is not None:
@@ -93,7 +99,7 @@ def prepare(
         of_split = check_options(source, options, source.split_options)
         with _writing(out):
             split_writer(of_split, out.resolve(), progress or _quiet, parallel, seed, overwrite, skip_bad)
-        return Store.open(out, verify=False)
+        return _renamed(Store.open(out, verify=False), dataset)
     checked = check_options(source, options)
     recorded = {**checked.model_dump(mode="json"), "seed": seed}
     origin = None if source.files is None else _origin_of(root or source.default_root, out, check_content)
@@ -101,7 +107,7 @@ def prepare(
         store = Store.open(out)
         if (store.manifest.source, store.manifest.options) == (name, recorded):
             _refuse_changed_files(out, origin)
-            return store
+            return _renamed(store, dataset)
         raise StoreError(
             f"{out} already contains a store of {store.manifest.source!r} with {store.manifest.options}, expected "
             f"{name!r} with {recorded}; choose another directory or use --overwrite"
@@ -130,6 +136,8 @@ def prepare(
             overwrite=overwrite,
             category_ids=contents.category_ids,
             stand_ins=contents.stand_ins,
+            name=dataset,
+            otherwise=None if root is None else name_after(root, name),
             skip_bad=skip_bad,
         ) as writer,
     ):
@@ -137,7 +145,18 @@ def prepare(
         if origin is not None:
             _record_origin(origin, writer)
         writer.commit()
-    return Store.open(out, verify=False)
+    return _renamed(Store.open(out, verify=False), dataset)  # another process may have written it
+
+
+def _renamed(store: "Store", dataset: str | None) -> "Store":
+    """The store, after its data set got a name that was asked for."""
+    from spikefleet_pipelines.store.extension import rename_data_set
+
+    if dataset is None or store.manifest.name == dataset:
+        return store
+    with _writing(Path(store.location)):
+        rename_data_set(Path(store.location), dataset)
+    return type(store).open(store.location, verify=False)
 
 
 def _origin_of(root: Path | None, out: Path, check_content: bool) -> "Origin | None":

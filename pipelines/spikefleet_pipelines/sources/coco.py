@@ -11,6 +11,7 @@ reported ones, hold out a part of train for val and use val2017 as test.
 """
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from spikefleet_pipelines.sources.coco_json import CocoFile, read_coco_json
 from spikefleet_pipelines.sources.encoded_files import ENCODED, ShardJob, select_targets, shown_path, write_shards
 from spikefleet_pipelines.sources.source import Progress
 from spikefleet_pipelines.store.annotations import AnnotationColumns
+from spikefleet_pipelines.store.data_set_name import name_after
 from spikefleet_pipelines.store.extension import StoreExtension
 from spikefleet_pipelines.store.manifest import ImageFormat, Manifest, SkippedFile
 from spikefleet_pipelines.store.reader import Store
@@ -196,12 +198,18 @@ def prepare_coco_split(
             options=recorded,
             category_ids=file.category_ids,
             stand_ins=STAND_INS,
+            otherwise=_name_after(images, annotations),
             skip_bad=skip_bad,
         )
     )
     with writer:
         contents.write(writer, progress, parallel)
         writer.commit()
+
+
+def _name_after(images: Path, annotations: Path) -> str:
+    """The name of data that are not COCO: that of the folder which holds the images and the file of a split."""
+    return name_after(Path(os.path.commonpath([images.absolute(), annotations.absolute()])), COCO.name)
 
 
 def _is_done(

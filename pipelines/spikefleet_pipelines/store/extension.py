@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import JsonValue
 
 from spikefleet_pipelines.errors import StoreError
+from spikefleet_pipelines.store.data_set_name import check_data_set_name
 from spikefleet_pipelines.store.manifest import MANIFEST_NAME, Manifest, Shard, parse_manifest
 from spikefleet_pipelines.store.reader import Split, Store
 from spikefleet_pipelines.store.writer import SHARD_BYTES, StoreWriter, content_digests
@@ -54,6 +55,7 @@ class StoreExtension(StoreWriter):
             shard_bytes=shard_bytes,
             category_ids=there.category_ids,
             stand_ins=stand_ins,
+            name=there.name,
             skip_bad=skip_bad,
         )
         self._there = there
@@ -83,6 +85,7 @@ class StoreExtension(StoreWriter):
                 )
             self._keep(there)
             self.options = {**there.options, **self.options}
+            self.name = there.name or self.name
             manifest = self.manifest()
             for split in added:
                 for shard in self._shards[split]:
@@ -123,6 +126,26 @@ class StoreExtension(StoreWriter):
         self._shards = {name: self._shards[name] for name in names}
         self._counts = {name: self._counts[name] for name in names}
         self._boxes = {name: self._boxes[name] for name in names if name in self._boxes}
+
+
+def rename_data_set(store: Path, name: str) -> None:
+    """Give the data set of a local store another name; its content and its hash stay.
+
+    Raises:
+        StoreError: the name is not allowed, or there is no store.
+        OSError: the store cannot be written.
+    """
+    check_data_set_name(name)
+    with _locked(store):
+        manifest = _read_manifest(store).model_copy(update={"name": name})
+        path, part = store / MANIFEST_NAME, store / f".{MANIFEST_NAME}.{os.getpid()}.part"
+        written = path.stat()
+        try:
+            part.write_text(manifest.to_json(), encoding="utf-8")
+            os.utime(part, ns=(written.st_atime_ns, written.st_mtime_ns))  # since when it is compared with raw files
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def _digests(split: Split) -> list[bytes]:

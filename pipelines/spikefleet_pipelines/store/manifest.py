@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from spikefleet_pipelines.errors import StoreError
+from spikefleet_pipelines.store.data_set_name import is_data_set_name
 
 SCHEMA_VERSION = 1
 _MOST = 1 << 62
@@ -123,6 +124,9 @@ class Manifest(_Record):
 
     schema_version: Literal[1] = 1
     source: str
+    name: str | None = Field(
+        default=None, exclude_if=_is_absent, description="name of the data set; absent in stores of earlier versions"
+    )
     task: Literal["classification", "detection"] = "classification"
     class_names: tuple[str, ...] = Field(min_length=1)
     category_ids: tuple[int, ...] | None = Field(
@@ -135,6 +139,13 @@ class Manifest(_Record):
     options: dict[str, JsonValue] = Field(description="options that the source was prepared with, and its seed")
     shards: dict[str, tuple[Shard, ...]]
     audit: Audit
+
+    @field_validator("name")
+    @classmethod
+    def _is_plain(cls, name: str | None) -> str | None:
+        if name is not None and not is_data_set_name(name):
+            raise ValueError(f"{name[:100]!r} is no name of a data set")
+        return name
 
     @field_validator("class_names")
     @classmethod
@@ -180,12 +191,18 @@ class Manifest(_Record):
         return {name: sum(shard.rows for shard in shards) for name, shards in self.shards.items()}
 
     @property
+    def own_images(self) -> int:
+        """The number of images of all splits that are no alias, with those that were left out as damaged."""
+        aliases = self.audit.same_as or {}
+        return sum(rows for split, rows in self.splits.items() if split not in aliases) + len(self.audit.skipped or ())
+
+    @property
     def content_hash(self) -> str:
         """SHA-256 over the manifest and thus, through the shards' hashes, over the whole content.
 
-        What is not in the store, such as a hidden file beside the images, does not change it.
+        The name, and what is not in the store, such as a hidden file beside the images, do not change it.
         """
-        content = self.model_dump(mode="json", exclude={"audit": {"unused", "skipped"}})
+        content = self.model_dump(mode="json", exclude={"name": True, "audit": {"unused", "skipped"}})
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 

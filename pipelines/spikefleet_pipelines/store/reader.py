@@ -16,9 +16,28 @@ from torch import Tensor
 
 from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.store.annotations import AnnotationColumns, Annotations
+from spikefleet_pipelines.store.data_set_name import name_after, published_name, without_digests
 from spikefleet_pipelines.store.manifest import MANIFEST_NAME, Manifest, parse_manifest
+from spikefleet_pipelines.store.origin import Origin
 from spikefleet_pipelines.store.remote import RemoteStore, default_cache_dir, locate
 from spikefleet_pipelines.store.shards import check_shard, open_shard
+
+
+def _named(manifest: Manifest, store: Path | str) -> Manifest:
+    """The manifest of a store of an earlier version, with the name that its data set would have been given.
+
+    Args:
+        manifest: of the store.
+        store: its directory or URI; it names anybody's data for which no record tells the folder.
+    """
+    if manifest.name is not None:
+        return manifest
+    name = published_name(manifest.source, manifest.class_names, manifest.category_ids, manifest.own_images)
+    if name is None:
+        record = Origin.read(store) if isinstance(store, Path) else None
+        folder = without_digests(Path(store).absolute().name) if record is None else record.root
+        name = name_after(Path(folder), manifest.source)
+    return manifest.model_copy(update={"name": name})
 
 
 class Store:
@@ -52,7 +71,7 @@ class Store:
         """
         where = locate(store, filesystem)
         if isinstance(where, RemoteStore):
-            manifest = parse_manifest(where.read_manifest(), f"{where.uri}/{MANIFEST_NAME}")
+            manifest = _named(parse_manifest(where.read_manifest(), f"{where.uri}/{MANIFEST_NAME}"), where.uri)
             cache = cache_dir or default_cache_dir()
             files = {
                 name: tuple(where.fetch(shard, cache, verify) for shard in shards)
@@ -63,7 +82,7 @@ class Store:
         if not manifest_file.is_file():
             lacks = f"it has no {MANIFEST_NAME}" if where.is_dir() else "there is no such directory"
             raise StoreError(f"{where} is not a store: {lacks}; run `spikefleet data prepare SOURCE --out {where}`")
-        manifest = parse_manifest(manifest_file.read_bytes(), str(manifest_file))
+        manifest = _named(parse_manifest(manifest_file.read_bytes(), str(manifest_file)), where)
         for shards in manifest.shards.values():
             for shard in shards:
                 check_shard(where / shard.file, shard, verify)

@@ -74,6 +74,7 @@ def take_split(
         shard_bytes=shard_bytes,
         category_ids=manifest.category_ids,
         stand_ins=manifest.audit.same_as,
+        name=manifest.name,
     )
     with writer:
         _copy(train, _TRAIN, np.flatnonzero(~chosen), writer)

@@ -18,6 +18,7 @@ from pydantic import JsonValue
 
 from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.store.annotations import AnnotationColumns
+from spikefleet_pipelines.store.data_set_name import published_name
 from spikefleet_pipelines.store.manifest import (
     MANIFEST_NAME,
     Audit,
@@ -56,7 +57,8 @@ class StoreWriter:
         shard_bytes: approximate maximum size of a shard of raw images.
         category_ids: of a detection store, the id of each class in the annotations; None for classification.
         stand_ins: aliases of splits, used where the split itself is not written: {"test": "val"}.
-
+        name: of the data set; None: that of its published set, see `data_set_name`.
+        otherwise: its name where it is no published set; None: the source's.
         skip_bad: whether the source may leave out files that it cannot read; it adds them to `skipped`.
 
     Attributes:
@@ -76,10 +78,13 @@ class StoreWriter:
         shard_bytes: int = SHARD_BYTES,
         category_ids: Sequence[int] | None = None,
         stand_ins: Mapping[str, str] | None = None,
+        name: str | None = None,
+        otherwise: str | None = None,
         skip_bad: bool = False,
     ) -> None:
         self.out = out
         self.source = source
+        self.name, self.otherwise = name, otherwise
         self.class_names = tuple(class_names)
         self.image = image
         self.options = options
@@ -224,8 +229,9 @@ class StoreWriter:
         stand_ins = {
             name: original for name, original in self.stand_ins.items() if name not in shards and original in shards
         }
-        return Manifest(
+        manifest = Manifest(
             source=self.source,
+            name=self.name,
             task="classification" if self.category_ids is None else "detection",
             class_names=self.class_names,
             category_ids=self.category_ids,
@@ -234,6 +240,10 @@ class StoreWriter:
             shards={**shards, **{name: shards[original] for name, original in stand_ins.items()}},
             audit=self._audit(stand_ins or None),
         )
+        if manifest.name is not None:
+            return manifest
+        named = published_name(self.source, self.class_names, self.category_ids, manifest.own_images)
+        return manifest.model_copy(update={"name": named or self.otherwise or self.source})
 
     def commit(self) -> Manifest:
         """Write the manifest and rename the directory to `out`.
@@ -258,7 +268,8 @@ class StoreWriter:
     def _replace_store(self, manifest: Manifest) -> None:
         if not self.overwrite:
             there = self.out / MANIFEST_NAME
-            if parse_manifest(there.read_bytes(), str(there)) == manifest:
+            same = parse_manifest(there.read_bytes(), str(there)).model_copy(update={"name": manifest.name})
+            if same == manifest:
                 return
             raise StoreError(f"{self.out} already contains another store; choose another directory or use --overwrite")
         old = self.directory.with_suffix(_OLD)

@@ -56,6 +56,13 @@ def prepare_data(
     out: Annotated[
         Path | None, typer.Option(help="Directory of the store; SOURCE in --stores-dir if not given.")
     ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of the data set; if not given, SOURCE, or the folder's name for image_folder and for boxes that "
+            "are not COCO's. A store that is there is renamed."
+        ),
+    ] = None,
     images: Annotated[
         Path | None, typer.Option(help="coco: directory of the images of one split, instead of ROOT.")
     ] = None,
@@ -92,8 +99,11 @@ def prepare_data(
 ) -> None:
     """Convert a data set into an Arrow store, checking it on the way."""
     from spikefleet.config.recipes import parse_overrides
+    from spikefleet_pipelines.store.data_set_name import check_data_set_name
 
     _check_source(source)
+    if name is not None:
+        check_data_set_name(name)
     of_split = {"images": images, "annotations": annotations, "split": split}
     options: dict[str, Any] = {key: value for key, value in of_split.items() if value is not None}
     if options and len(options) < len(of_split):
@@ -108,7 +118,7 @@ def prepare_data(
         from spikefleet.data_access import prepare_store
 
     folder = out or stores_dir / source
-    how = {"seed": seed, "parallel": parallel, "overwrite": overwrite, "skip_bad": skip_bad}
+    how = {"seed": seed, "parallel": parallel, "overwrite": overwrite, "skip_bad": skip_bad, "dataset": name}
     how["check_content"] = check_content
     store = prepare_store(source, root, folder, where, options, address=address, **how)
     _print_store(store.manifest, str(folder), as_json)
@@ -253,6 +263,7 @@ def _print_store(manifest: Manifest, where: str, as_json: bool) -> None:
         print_json(
             {
                 "store": where,
+                "name": manifest.name,
                 "source": manifest.source,
                 "options": dict(manifest.options),
                 "task": manifest.task,
@@ -268,6 +279,7 @@ def _print_store(manifest: Manifest, where: str, as_json: bool) -> None:
     image = f"{'x'.join(map(str, manifest.image_shape))} (CxHxW)" if manifest.image_shape else "encoded, varying size"
     names = manifest.class_names
     items = [
+        ("name", manifest.name or manifest.source),
         ("source", manifest.source),
         ("task", manifest.task),
         ("image", image),

@@ -43,6 +43,7 @@ _SHOWN_TAGS = (
     "proof_binary",
     "proof_metric",
     "proof_alone",
+    "flaw",
     "seed",
     "run_name",
     "code_version",
@@ -140,8 +141,12 @@ def pull_registered(
 
 @registry_app.command("renew")
 def renew_registered(uri: Reference, runs_dir: RunsDir = Path("runs")) -> None:
-    """Register a version of an earlier spikefleet again, so that MLflow can serve it."""
+    """Register a version of an earlier spikefleet again, so that MLflow can serve it.
+
+    It gets the aliases of the old one, unless a flaw or a missing spike check forbids it.
+    """
     from spikefleet import registry
+    from spikefleet.registry.version import CHAMPION
 
     with _asking(runs_dir) as tracking_uri:
         before = registry.describe(_full(uri), tracking_uri=tracking_uri)["uri"]
@@ -149,8 +154,10 @@ def renew_registered(uri: Reference, runs_dir: RunsDir = Path("runs")) -> None:
     aliases = f" ({', '.join(version.aliases)})" if version.aliases else ""
     if version.uri == before:
         say(f"{version.uri}{aliases} is current: it has the serving code of this spikefleet, and nothing is to be done")
-    else:
-        say(f"registered as {version.uri}{aliases}")
+        return
+    say(f"registered as {version.uri}{aliases}")
+    if (refusal := registry.refused_alias(version, CHAMPION)) is not None:
+        say(refusal)
 
 
 @contextmanager

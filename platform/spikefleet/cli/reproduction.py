@@ -51,7 +51,8 @@ def reproduce(
 ) -> None:
     """Reproduce a table of a paper: train its rows with several seeds, and set ours beside the paper's metrics.
 
-    Rows that are trained already are not trained again, whichever table they were trained for.
+    A row names the data set that it was trained on; a difference is formed only where that is the paper's. Rows that
+    are trained already are not trained again, whichever table they were trained for.
     """
     from spikefleet.reproduction.table import load_table
 
@@ -87,8 +88,9 @@ def reproduce(
         print_json({**as_data(found), "report": str(folder / REPORT)})
         return
     header, *rows = as_table(found)
-    title = f"{chosen.paper}; {scale} (paper | ours)"
-    print_table(console, [text(header[0]), *map(number, header[1:])], rows, title)
+    title = f"{chosen.paper}; scale {scale}"
+    columns = [text(name) if name in ("row", "paper's data") else number(name) for name in header]
+    print_table(console, columns, rows, title)
     for sentence in (*remarks(found), *order_sentences(found)):
         say(sentence)
     say(f"report: {folder / REPORT}")

@@ -181,7 +181,18 @@ class RegistryConfig(Section):
     """Whether and under which name the best checkpoint is registered."""
 
     register_best: bool = Field(True, description="register the best checkpoint at the end of the run")
-    name: str | None = Field(None, pattern=_PLAIN_NAME, description="registered model; default: the recipe's name")
+    name: str | None = Field(
+        None,
+        pattern=_PLAIN_NAME,
+        description="registered model, whatever the data; default: default_name on the data set of the recipe, and "
+        "FAMILY_DATASET on another one",
+    )
+    default_name: str | None = Field(
+        None, pattern=_PLAIN_NAME, description="registered model on the data set of the recipe; default: recipe"
+    )
+    dataset: str | None = Field(
+        None, pattern=_PLAIN_NAME, description="name of the data set that the recipe was written for; null: any"
+    )
 
 
 class Config(Section):
@@ -269,10 +280,16 @@ class Config(Section):
             raise ValueError("train.sync_bn=true needs GPUs; add --gpu, or set train.sync_bn=false")
         return self
 
-    @property
-    def registered_name(self) -> str:
-        """Name of the registered model."""
-        return self.registry.name or self.recipe
+    def registered_name(self, dataset: str) -> str:
+        """Name of the registered model.
+
+        Args:
+            dataset: name of the data set that the network is trained on.
+        """
+        written_for = self.registry.dataset
+        if self.registry.name is None and written_for is not None and dataset != written_for:
+            return f"{self.model.family}_{dataset}"
+        return self.registry.name or self.registry.default_name or self.recipe
 
     def dump(self) -> dict[str, Any]:
         """Plain data for JSON or YAML; `Config.model_validate` reads it back."""

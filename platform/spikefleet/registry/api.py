@@ -9,7 +9,6 @@ import math
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,8 @@ from spikefleet.config.recipes import parse_model
 from spikefleet.data_summary import DATA_SUMMARY, DataSummary
 from spikefleet.errors import UserError
 from spikefleet.plugins import loaded_plugins
+from spikefleet.registry.aliases import Promotion, keep_as_challenger, promote, refused_alias
+from spikefleet.registry.flaws import FLAW, flaw_tag
 from spikefleet.registry.mlflow_model import save_for_mlflow
 from spikefleet.registry.mlflow_store import (
     METRIC_PREFIX,
@@ -27,7 +28,6 @@ from spikefleet.registry.mlflow_store import (
     find_versions,
     publish,
     resolve,
-    set_alias,
 )
 from spikefleet.registry.model_card import CARD_SOURCES, description_of, model_card
 from spikefleet.registry.package import (
@@ -41,19 +41,11 @@ from spikefleet.registry.package import (
     write_package,
 )
 from spikefleet.registry.package_access import is_registered, package_files, registry_uri, scratch_directory
-from spikefleet.registry.promotion import Alias, Candidate, Mode, decide, winner_of
+from spikefleet.registry.promotion import Mode
 from spikefleet.registry.query import parse_where
 from spikefleet.registry.renewal import renew
 from spikefleet.registry.serving_code import serving_code
-from spikefleet.registry.version import (
-    CHALLENGER,
-    CHAMPION,
-    CONTENT_HASH,
-    SPIKE_DRIVEN,
-    RegisteredModel,
-    RegisteredVersion,
-    check_model_name,
-)
+from spikefleet.registry.version import CONTENT_HASH, RegisteredModel, RegisteredVersion, check_model_name
 from spikefleet_tune.messages import one_of
 
 if TYPE_CHECKING:
@@ -71,25 +63,11 @@ __all__ = [
     "load",
     "promote",
     "pull",
+    "refused_alias",
     "register",
     "renew",
     "show",
 ]
-
-_PROMOTION = "spikefleet.promotion"  # tag of a version that requests, or has requested, to become champion
-
-
-@dataclass(frozen=True)
-class Promotion:
-    """The result of a promotion."""
-
-    name: str
-    version: int
-    alias: Alias | None
-    """None for a version of which the spike check shows nothing."""
-    reason: str
-    champion: int | None
-    """The current champion version."""
 
 
 def register(
@@ -131,7 +109,7 @@ def register(
     with connect(tracking_uri) as client, scratch_directory() as scratch:
         package = scratch / "package"
         package.mkdir()
-        origin = {"dataset": data.source, "data_hash": data.content_hash}
+        origin = {"dataset": data.dataset, "data_hash": data.content_hash}
         given = {key: str(value) for key, value in {**origin, **tags}.items()}
         data.write(scratch)
         metadata = {"run_id": run_id, "tags": given, "metrics": dict(metrics), "plugins": list(loaded_plugins())}
@@ -148,86 +126,11 @@ def register(
         derived = {
             key: str(value) for key, value in {**model.tags(), "task": config["task"], "parameters": parameters}.items()
         }
-        all_tags = {**derived, **given, **measured, CONTENT_HASH: card.content_hash}
+        flaw = flaw_tag(config, data, metrics, files)
+        all_tags = {**derived, **given, **flaw, **measured, CONTENT_HASH: card.content_hash}
         save_for_mlflow(package, scratch / "model", config, data, card)
         text = description_of(name, package, card)
         return publish(client, name, scratch / "model", run_id, all_tags, text, tracking_uri)
-
-
-def promote(name: str, version: int, metric: str, mode: Mode = "max", *, tracking_uri: str | None = None) -> Promotion:
-    """Gives a version the alias `champion` if its metric is better than that of the champion, else `challenger`.
-
-    A version of which the spike check shows nothing gets no alias.
-
-    Several jobs may promote concurrently. Each tags its version as requesting, and after every change of the alias
-    reads all versions that requested since. When all calls have returned, the champion is the best of them and of the
-    earlier champion; before that, and after a killed call, it may be a worse one, until the next call. An alias that
-    is moved by hand at the same moment may be moved back.
-
-    Args:
-        name: of the registered model.
-        version: number of the version.
-        metric: full name, such as "val/top1".
-        mode: `max` or `min`.
-        tracking_uri: of the registry; by default MLFLOW_TRACKING_URI, else SQLite in ./runs.
-
-    Returns:
-        The alias that the version got, the reason, and the current champion.
-
-    Raises:
-        UserError: the version does not exist, or lacks the metric.
-    """
-    with connect(registry_uri(tracking_uri)) as client:
-        before = find_model(client, name)
-        candidate = before.pick(version)
-        own = _of(candidate, metric)
-        if own.value is None:
-            raise UserError(f"{candidate.uri} has no metric {metric!r}; {one_of(candidate.metrics)}")
-        asking, settled = f"asking {mode} {metric}", f"settled {mode} {metric}"
-        settled_before = {v.version for v in before.versions if v.tags.get(_PROMOTION) == settled}
-        client.set_model_version_tag(name, str(version), _PROMOTION, asking)
-        while True:
-            model = find_model(client, name)
-            champion = None if model.champion is None else _of(model.champion, metric)
-            asked = [
-                v
-                for v in model.versions
-                if v.tags.get(_PROMOTION) == asking
-                or (v.tags.get(_PROMOTION) == settled and v.version not in settled_before)
-            ]
-            winner = winner_of(champion, [_of(v, metric) for v in asked], metric, mode)
-            if winner is None or winner == champion:
-                break
-            set_alias(client, name, CHAMPION, winner.version)
-        won = winner is not None and winner.version == version
-        beaten = None if before.champion is None else _of(before.champion, metric)
-        decision = decide(beaten if won else winner, own, metric, mode)
-        challenger = next((v for v in model.versions if CHALLENGER in v.aliases), None)
-        if not won and decision.alias is not None:
-            set_alias(client, name, CHALLENGER, version)
-        elif challenger is not None and challenger.version == version:
-            client.delete_registered_model_alias(name, CHALLENGER)
-        client.set_model_version_tag(name, str(version), _PROMOTION, settled)
-        return Promotion(name, version, decision.alias, decision.reason, winner.version if winner else None)
-
-
-def keep_as_challenger(name: str, version: int, reason: str, *, tracking_uri: str | None = None) -> Promotion:
-    """Gives a version the alias `challenger` without comparing it.
-
-    Args:
-        name: of the registered model.
-        version: number of the version.
-        reason: why it is not compared.
-        tracking_uri: of the registry; by default MLFLOW_TRACKING_URI, else SQLite in ./runs.
-
-    Raises:
-        UserError: the version does not exist.
-    """
-    with connect(registry_uri(tracking_uri)) as client:
-        model = find_model(client, name)
-        set_alias(client, name, CHALLENGER, model.pick(version).version)
-        champion = model.champion
-        return Promotion(name, version, CHALLENGER, reason, champion.version if champion else None)
 
 
 def load(uri: str | Path, *, tracking_uri: str | None = None) -> "torch.nn.Module":
@@ -369,6 +272,8 @@ def best(
 ) -> RegisteredVersion:
     """The version with the best metric; of equal ones a champion (a renewed copy is one), else the oldest.
 
+    Versions with a flaw (`flaws`) are left out.
+
     Args:
         task: only versions of this task.
         metric: full name, or the name of a validation metric without its split.
@@ -387,6 +292,7 @@ def best(
     versions = _narrow(versions, "task", task)
     if dataset is not None:
         versions = _narrow(versions, "dataset", dataset)
+    versions = _without_flaws(versions)
     if where is not None:
         query = parse_where(where, {key for version in versions for key in version.metadata()})
         versions = [version for version in versions if query.holds(version.metadata())]
@@ -405,14 +311,16 @@ def best(
     return min(values, key=rank)[0]
 
 
+def _without_flaws(versions: list[RegisteredVersion]) -> list[RegisteredVersion]:
+    kept = [version for version in versions if FLAW not in version.tags]
+    if not kept:
+        raise UserError(f"every matching version has a flaw; of {versions[0].uri}: {versions[0].tags[FLAW]}")
+    return kept
+
+
 def _narrow(versions: list[RegisteredVersion], key: str, wanted: str) -> list[RegisteredVersion]:
     kept = [version for version in versions if version.tags.get(key) == wanted]
     if not kept:
         known = sorted({version.tags[key] for version in versions if key in version.tags})
         raise UserError(f"no version is registered for {key} {wanted!r}; {one_of(known)}")
     return kept
-
-
-def _of(version: RegisteredVersion, metric: str) -> Candidate:
-    verdict = version.tags.get(SPIKE_DRIVEN)
-    return Candidate(version.version, version.metric(metric), version.tags.get("data_hash"), verdict)

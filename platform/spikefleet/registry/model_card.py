@@ -105,7 +105,7 @@ def description_of(name: str, package: Path, card: Card) -> str:
 def _use(config: Mapping[str, Any], data: DataSummary) -> Iterator[str]:
     network = parse_model(config["model"], "the configuration of a registered model")
     size = f", {data.image_shape[1]} x {data.image_shape[2]} pixels" if data.image_shape else ", of several sizes"
-    yield f"* Task: {one_line(str(config['task']))}, for images like those of {one_line(data.source)}."
+    yield f"* Task: {one_line(str(config['task']))}, for images like those of {one_line(data.dataset)}."
     yield f"* Expects {EXPECTED}. Channels: {network.in_channels}; trained on images{size} (height x width)."
     yield f"* Answers {find_task(str(config['task'])).answers}; computed in fp32."
     names = ", ".join(map(one_line, data.class_names[:_NAMED_CLASSES]))
@@ -114,7 +114,7 @@ def _use(config: Mapping[str, Any], data: DataSummary) -> Iterator[str]:
 
 
 def _data(data: DataSummary, tags: Mapping[str, str]) -> Iterator[str]:
-    yield f"* Data set: {one_line(tags.get('dataset', data.source))}, prepared by source {one_line(data.source)}."
+    yield f"* Data set: {one_line(tags.get('dataset', data.dataset))}, prepared by source {one_line(data.source)}."
     yield f"* SHA-256 of the store: `{one_line(data.content_hash)}`."
     yield "* Licence: not recorded; that of the data set holds."
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import isnan
 from typing import Literal
 
-from spikefleet.certificates.verdict import NOT_SHOWN, REFUTED
+from spikefleet.certificates.verdict import NOT_SHOWN, NOT_SPIKING, PROVED, REFUTED
 
 Mode = Literal["max", "min"]
 Alias = Literal["champion", "challenger"]
@@ -30,6 +30,8 @@ class Candidate:
     """Content hash of the data on which the value was measured."""
     verdict: str | None = None
     """Of the spike check; None for versions without one."""
+    flaw: str | None = None
+    """Why it must not be used, in words; None if nothing speaks against it."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,27 @@ class Decision:
     """The alias that a candidate gets, and why."""
 
     alias: Alias | None
-    """None for a version of which nothing is shown."""
+    """None for a version with a flaw, or of which nothing is shown."""
     reason: str
+
+
+def barred(candidate: Candidate) -> Decision | None:
+    """The decision on a candidate that cannot become champion, whatever its metric; None if it can."""
+    version, verdict = candidate.version, candidate.verdict
+    if candidate.flaw is not None:
+        return Decision(None, f"version {version} must not be used: {candidate.flaw}")
+    if verdict in _WITHHELD:
+        return Decision(None if verdict == NOT_SHOWN else "challenger", _WITHHELD[verdict].format(version))
+    if verdict not in (PROVED, NOT_SPIKING):
+        what = (
+            "without a verdict of the spike check" if verdict is None else f"with an unknown verdict {verdict[:40]!r}"
+        )
+        return Decision(
+            "challenger",
+            f"version {version} was registered {what} (tag spike_driven), so it cannot become champion; register it "
+            "from its run",
+        )
+    return None
 
 
 def decide(champion: Candidate | None, candidate: Candidate, metric: str, mode: Mode) -> Decision:
@@ -52,11 +73,12 @@ def decide(champion: Candidate | None, candidate: Candidate, metric: str, mode: 
     """
     if champion is not None and champion.version == candidate.version:
         return Decision("champion", f"version {candidate.version} is already the champion")
-    if candidate.verdict in _WITHHELD:
-        alias: Alias | None = None if candidate.verdict == NOT_SHOWN else "challenger"
-        return Decision(alias, _WITHHELD[candidate.verdict].format(candidate.version))
+    if (refusal := barred(candidate)) is not None:
+        return refusal
     if candidate.value is None or isnan(candidate.value):
         return Decision("challenger", f"version {candidate.version} has no {metric} to compare")
+    if mode == "max" and candidate.value == 0:
+        return Decision(None, f"version {candidate.version} must not be used: its {metric} is 0")
     if champion is None:
         return Decision("champion", f"version {candidate.version} is the first, with {metric} {candidate.value:.6g}")
     if champion.value is None or isnan(champion.value):

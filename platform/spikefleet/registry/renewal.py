@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spikefleet.data_summary import DataSummary
+from spikefleet.registry.aliases import refused_alias
+from spikefleet.registry.flaws import flaw_tag
 from spikefleet.registry.mlflow_model import save_for_mlflow
 from spikefleet.registry.mlflow_store import METRIC_PREFIX, connect, download, find_model, publish, resolve, set_alias
 from spikefleet.registry.model_card import description_of
@@ -20,7 +22,8 @@ def renew(uri: str, *, tracking_uri: str | None = None) -> RegisteredVersion:
     """Registers a version again with the current serving code; weights, configuration, tags and metrics stay the same.
 
     A version that has that code, and is loaded by it, stays as it is. The new version brings the code and the
-    requirements that serve it, and gets the aliases of the old one.
+    requirements that serve it, and gets the aliases of the old one, but none that it must not have; those stay where
+    they are.
 
     Args:
         uri: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
@@ -43,14 +46,17 @@ def renew(uri: str, *, tracking_uri: str | None = None) -> RegisteredVersion:
             card = with_code(directory, read_card(directory, content_hash), serving_code().archive(), package)
             config, data = read_config(package), DataSummary.read(package)
             save_for_mlflow(package, scratch / "model", config, data, card)
-            if card.content_hash == old.content_hash and _is_loaded_as_now(client, old, scratch / "model"):
+            flaw = flaw_tag(config, data, old.metrics, {name: package / name for name in card.sha256})
+            same = card.content_hash == old.content_hash and flaw.items() <= old.tags.items()
+            if same and _is_loaded_as_now(client, old, scratch / "model"):
                 return old
             measured = {f"{METRIC_PREFIX}{metric}": repr(value) for metric, value in old.metrics.items()}
-            tags = {**old.tags, **measured, CONTENT_HASH: card.content_hash}
+            tags = {**old.tags, **flaw, **measured, CONTENT_HASH: card.content_hash}
             text = description_of(old.name, package, card)
             new = publish(client, old.name, scratch / "model", old.run_id, tags, text, place)
         for alias in old.aliases:
-            set_alias(client, old.name, alias, new.version)
+            if refused_alias(new, alias) is None:
+                set_alias(client, old.name, alias, new.version)
         return find_model(client, old.name).pick(new.version)
 
 

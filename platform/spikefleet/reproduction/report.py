@@ -16,6 +16,8 @@ from spikefleet_tune.messages import counted
 REPORT = "report.md"
 
 _OTHER_DATA = "The data differs from the paper's, so only the order of rows can be compared"
+_DIFFERENCE = "Difference: ours minus the paper's, where both are of the same data set."
+_NO_DIFFERENCE = "Ours are of other data, so no difference is formed."
 _SCALES = {
     "full": "the paper's networks and data",
     "digits": f"scaled down: narrow networks on digits (detection: on scenes of them). {_OTHER_DATA}",
@@ -30,28 +32,39 @@ def write_reproduction(found: Reproduction, folder: Path) -> list[Path]:
     write_atomically(folder / REPORT, as_markdown(found))
     paths = [folder / "report.json", folder / REPORT]
     (folder / "report.png").unlink(missing_ok=True)
-    drawn = [key for key in found.plan.table.columns if any(row.cells[key].values for row in found.rows)]
-    if drawn:
-        panels = {
-            f"{found.plan.table.columns[key].label}, {found.plan.table.columns[key].unit}": [
-                (row.entry.full_name, row.cells[key].paper, row.cells[key].mean, row.cells[key].deviation)
-                for row in found.rows
-                if row.cells[key].values
-            ]
-            for key in drawn
-        }
+    if panels := _panels(found):
         plots.paper_and_ours(panels, f"{found.plan.table.paper}; scale {found.plan.scale}", folder / "report.png")
         paths.append(folder / "report.png")
     return paths
 
 
+def _panels(found: Reproduction) -> dict[str, list[tuple[str, float | None, float | None, float | None]]]:
+    """What to plot: ours beside the paper's; where ours are of other data, in panels of their own."""
+    panels: dict[str, list[tuple[str, float | None, float | None, float | None]]] = {}
+    for key, column in found.plan.table.columns.items():
+        measured = [(row, row.cells[key]) for row in found.rows if row.cells[key].values]
+        if same := [(row, cell) for row, cell in measured if cell.same_data]:
+            panels[_head(column)] = [(row.entry.full_name, cell.paper, cell.mean, cell.deviation) for row, cell in same]
+        if other := [(row, cell) for row, cell in measured if not cell.same_data]:
+            on = ", ".join(dict.fromkeys(row.data for row, _ in other))
+            panels[f"{_head(column)}, on {on}"] = [(row.name, None, cell.mean, cell.deviation) for row, cell in other]
+            papers = [(row.entry, cell.paper) for row, cell in other if cell.paper is not None]
+            if papers:
+                on = ", ".join(dict.fromkeys(entry.group.paper_data for entry, _ in papers))
+                panels[f"the paper's {_head(column)}, on {on}"] = [
+                    (entry.full_name, value, None, None) for entry, value in papers
+                ]
+    return panels
+
+
 def as_table(found: Reproduction) -> list[tuple[str, ...]]:
-    """For a terminal: the paper's value, then ours; the first row is the header."""
-    heads = (f"{column.label}, {column.unit}" for column in found.plan.table.columns.values())
-    rows: list[tuple[str, ...]] = [("row", *heads, "seeds")]
+    """For a terminal: ours and the paper's value, with the data set of each; the first row is the header."""
+    columns = found.plan.table.columns.values()
+    heads = (head for column in columns for head in (_head(column), f"paper: {column.label}"))
+    rows: list[tuple[str, ...]] = [("row", *heads, "paper's data", "seeds")]
     for row in found.rows:
-        cells = (f"{_plain(cell.paper)} | {_ours(cell)}" for cell in row.cells.values())
-        rows.append((row.entry.full_name, *cells, str(len(row.seeds) or "-")))
+        cells = (part for cell in row.cells.values() for part in (_ours(cell), _plain(cell.paper)))
+        rows.append((row.name, *cells, row.entry.group.paper_data, str(len(row.seeds) or "-")))
     return rows
 
 
@@ -59,7 +72,7 @@ def remarks(found: Reproduction) -> Iterator[str]:
     """Iterates over the reasons why rows were not run, or not with all seeds."""
     for row in found.rows:
         if row.remark:
-            yield f"{row.entry.full_name}: {row.remark}"
+            yield f"{row.name}: {row.remark}"
 
 
 def order_sentences(found: Reproduction) -> Iterator[str]:
@@ -77,22 +90,27 @@ def as_markdown(found: Reproduction) -> str:
     if found.plan.overrides:
         changed = ", ".join(f"`{key}={value}`" for key, value in found.plan.overrides.items())
         lines += [f"All rows were run with the overrides {changed}.", ""]
-    heads = [part for column in columns.values() for part in _heads(column)]
-    lines += _markdown_row(["row", *heads, "seeds", "remark"]), _markdown_row(["---"] * (len(heads) + 3))
+    compared = {key for key in columns if any(row.cells[key].difference is not None for row in found.rows)}
+    heads = [part for key, column in columns.items() for part in _heads(column, key in compared)]
+    lines += (
+        _markdown_row(["row", *heads, "paper's data", "seeds", "remark"]),
+        _markdown_row(["---"] * (len(heads) + 4)),
+    )
     for row in found.rows:
-        values = [part for cell in row.cells.values() for part in (_plain(cell.paper), _ours(cell), _difference(cell))]
+        values = [part for key, cell in row.cells.items() for part in _parts(cell, key in compared)]
         seeds = " ".join(map(str, row.seeds)) or "-"
-        lines.append(_markdown_row([row.entry.full_name, *values, seeds, row.remark]))
-    lines += ["", "Ours: mean ± standard deviation over seeds; difference: ours minus the paper's.", ""]
+        lines.append(_markdown_row([row.name, *values, row.entry.group.paper_data, seeds, row.remark]))
+    lines += ["", "Ours: mean ± standard deviation over seeds, on the data set that the row names."]
+    lines += [f"The paper's values are of its own data set. {_DIFFERENCE if compared else _NO_DIFFERENCE}", ""]
     lines += [f"* {sentence}." for sentence in order_sentences(found)]
-    if on_val := ", ".join(row.entry.full_name for row in found.rows if row.split == "val"):
+    if on_val := ", ".join(row.name for row in found.rows if row.split == "val"):
         lines.append(f"* Measured on val, on which the checkpoint was chosen too, for want of other images: {on_val}.")
     lines += [f"* {note}" for note in table.notes]
     lines += ["", _markdown_row(["row", "trials", "measured on", "data", "code"]), _markdown_row(["---"] * 5)]
     for row in found.rows:
         if row.trials:
             data = ", ".join(digest[:12] for digest in row.data_hashes)
-            cells = [row.entry.full_name, ", ".join(row.trials), row.split or "-", data, ", ".join(row.commits)]
+            cells = [row.name, ", ".join(row.trials), row.split or "-", data, ", ".join(row.commits)]
             lines.append(_markdown_row(cells))
     return "\n".join(lines) + "\n"
 
@@ -112,9 +130,10 @@ def as_data(found: Reproduction) -> dict[str, Any]:
 
 
 def _row_as_data(row: ReproducedRow) -> dict[str, Any]:
+    paper_data = row.entry.group.paper_data
     metrics = {
         key: {
-            "paper": cell.paper,
+            "data": paper_data if cell.same_data else row.data or None,
             "mean": cell.mean,
             "deviation": cell.deviation,
             "values": list(cell.values),
@@ -125,7 +144,10 @@ def _row_as_data(row: ReproducedRow) -> dict[str, Any]:
     return {
         "group": row.entry.group.name,
         "row": row.entry.row.name,
-        "figures": metrics,  # the key of report.json since the first release
+        "name": row.name,
+        "data": row.data or None,
+        "metrics": metrics,
+        "paper": {"data": paper_data, "metrics": {key: cell.paper for key, cell in row.cells.items()}},
         "seeds": list(row.seeds),
         "trials": list(row.trials),
         "data_hashes": list(row.data_hashes),
@@ -135,8 +157,17 @@ def _row_as_data(row: ReproducedRow) -> dict[str, Any]:
     }
 
 
-def _heads(column: Column) -> list[str]:
-    return [f"{column.label}, {column.unit}: paper", "ours", "difference"]
+def _head(column: Column) -> str:
+    of = " (full network)" if column.origin == "network" else ""
+    return f"{column.label}, {column.unit}{of}"
+
+
+def _heads(column: Column, compared: bool) -> list[str]:
+    return [_head(column), f"paper: {column.label}", *(["difference"] if compared else [])]
+
+
+def _parts(cell: Cell, compared: bool) -> list[str]:
+    return [_ours(cell), _plain(cell.paper), *([_difference(cell)] if compared else [])]
 
 
 def _markdown_row(cells: list[str]) -> str:

@@ -86,6 +86,8 @@ class Cell:
     paper: float | None
     values: tuple[float, ...] = ()
     """Ours, one for each seed; a single one if no training is needed."""
+    same_data: bool = True
+    """Whether ours are of the paper's data set; of another one they are another quantity."""
 
     @property
     def mean(self) -> float | None:
@@ -99,8 +101,8 @@ class Cell:
 
     @property
     def difference(self) -> float | None:
-        """Our mean minus the paper's value."""
-        return None if self.mean is None or self.paper is None else self.mean - self.paper
+        """Our mean minus the paper's value; None where ours are of other data."""
+        return None if self.mean is None or self.paper is None or not self.same_data else self.mean - self.paper
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,15 @@ class ReproducedRow:
     """What the task's metrics were measured on: "test", or "val" where the data have no other images to report on."""
     remark: str = ""
     """Why it was not run, or not with all seeds; and which layers of its energy multiply sums of spikes."""
+    data: str = ""
+    """Name of the data set of its trainings; empty where it cannot run."""
+    same_data: bool = True
+    """Whether that is the paper's."""
+
+    @property
+    def name(self) -> str:
+        """The data set of its trainings, and its name."""
+        return self.entry.full_name if self.same_data or not self.data else f"{self.data}: {self.entry.row.name}"
 
 
 @dataclass(frozen=True)
@@ -214,8 +225,11 @@ def reproduce(plan: ReproductionPlan, options: Options, console: Console) -> Rep
         if reason is None and (result := results[recipe]) is not None:
             found.append(_measured(plan, entry, result, options))
         else:
-            cells = _cells(plan.table, entry, [])
-            found.append(ReproducedRow(entry, cells, remark=f"not run: {reason or 'nothing was trained yet'}"))
+            data = _data_set(plan, entry) if recipe else ""
+            same = _is_papers(entry, data)
+            cells = _cells(plan.table, entry, [], same)
+            remark = f"not run: {reason or 'nothing was trained yet'}"
+            found.append(ReproducedRow(entry, cells, remark=remark, data=data, same_data=same))
     return Reproduction(plan, tuple(found))
 
 
@@ -287,16 +301,32 @@ def _measured(plan: ReproductionPlan, entry: Entry, result: SearchResult, option
             seeds.append(point["train.seed"])
             runs.append((record, run))
     remarks = [*problems, *_energy_remark(plan.table, [run for _, run in runs])]
+    data = ", ".join(dict.fromkeys(run.data().dataset for _, run in runs)) or _data_set(plan, entry)
+    same = _is_papers(entry, data)
     return ReproducedRow(
         entry,
-        _cells(plan.table, entry, runs),
+        _cells(plan.table, entry, runs, same),
         tuple(seeds),
         tuple(record.name for record, _ in runs),
         tuple(dict.fromkeys(run.data().content_hash for _, run in runs)),
         tuple(dict.fromkeys(str(run.record().get("code_version", "unknown")) for _, run in runs)),
         _split_of(plan.table, [record for record, _ in runs]),
         "; ".join(remarks) if runs or not problems else f"not run: {'; '.join(problems)}",
+        data,
+        same,
     )
+
+
+def _data_set(plan: ReproductionPlan, entry: Entry) -> str:
+    """Name of the data set that the trainings of a row are meant for."""
+    config = _config(entry.group.scales[plan.scale].recipe, entry.group.overrides(entry.row, plan.scale))
+    return config.registry.dataset or config.data.source
+
+
+def _is_papers(entry: Entry, data: str) -> bool:
+    """Whether a data set is the one that the paper's values of a row are of."""
+    full = entry.group.scales.get("full")
+    return full is not None and data == _config(full.recipe, {}).registry.dataset
 
 
 def _differs(run: Run, config: Config) -> bool:
@@ -312,7 +342,9 @@ def _differs(run: Run, config: Config) -> bool:
     return compared(run.config()) != compared(config)
 
 
-def _cells(table: PaperTable, entry: Entry, runs: Sequence[tuple[TrialRecord, Run]]) -> dict[str, Cell]:
+def _cells(
+    table: PaperTable, entry: Entry, runs: Sequence[tuple[TrialRecord, Run]], same_data: bool = True
+) -> dict[str, Cell]:
     known = _network_metrics(table, entry) if any(c.origin == "network" for c in table.columns.values()) else {}
     cells = {}
     for key, column in table.columns.items():
@@ -321,7 +353,9 @@ def _cells(table: PaperTable, entry: Entry, runs: Sequence[tuple[TrialRecord, Ru
         else:
             found = (_trial_metric(table, key, column, record, run) for record, run in runs)
             values = [value for value in found if value is not None]
-        cells[key] = Cell(entry.row.paper.get(key), tuple(value * column.factor for value in values))
+        ours = tuple(value * column.factor for value in values)
+        # The full network is that of the paper's data, whatever the scale.
+        cells[key] = Cell(entry.row.paper.get(key), ours, same_data or column.origin == "network")
     return cells
 
 

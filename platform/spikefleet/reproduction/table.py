@@ -74,10 +74,16 @@ class Group(Section):
     """Rows on the same data."""
 
     name: str = Field(description="name of the group")
+    data: str = Field("", description="the paper's data set, where the group has another name")
     scales: Mapping[Scale, Scaling] = Field(description="recipe at each scale")
     otherwise: str = Field("", description="why it cannot run at other scales")
     fixed: Mapping[str, Any] = Field(default_factory=dict, description="overrides of all rows at all scales")
     rows: tuple[Row, ...] = Field(min_length=1, description="its rows")
+
+    @property
+    def paper_data(self) -> str:
+        """The data set that the paper's values are of."""
+        return self.data or self.name
 
     def overrides(self, row: Row, scale: Scale) -> dict[str, Any]:
         """All overrides of the recipe for a row at a scale."""

@@ -51,7 +51,7 @@ def register_run(
     data = run.data()
     metric = config.checkpoint.metric
     version = registry.register(
-        config.registered_name,
+        config.registered_name(data.dataset),
         weights=best_weights(run.best_checkpoint()),
         config=config.dump(),
         data=data,

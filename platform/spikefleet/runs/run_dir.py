@@ -164,6 +164,8 @@ class Run:
                 f"run {self.name} was started with another configuration: {'; '.join(differing)}; "
                 "use its values to resume it, or set another --name"
             )
+        if self.data() != data:  # equal data with another name, or of an earlier version without one
+            data.write(self.path)
         for damage in self.checkpoints.set_damaged_aside(config.train.epochs):
             log.warning("%s", damage)
 

@@ -20,6 +20,7 @@ from spikefleet.disks import disk_problem
 from spikefleet.errors import RunError, UserError
 from spikefleet.outputs import check_place
 from spikefleet.registry.api import Promotion
+from spikefleet.registry.version import check_model_name
 from spikefleet.runs.observer import RunObserver
 from spikefleet.runs.options import Options
 from spikefleet.runs.progress import build_display
@@ -110,6 +111,7 @@ def _run(
     with waiting(console, "checking the configuration against the data"):
         check_memory(config, store.manifest.image_shape, local=options.address is None)
         prepare_parts(config, store, ProcessGroup(0, max(1, config.cluster.workers), torch.device("cpu")))
+    _check_registered_name(config, DataSummary.of(store.manifest), console)
     with ExitStack() as held:
         with waiting(console, "starting Ray"):
             held.enter_context(_processes(config, options, run))
@@ -126,6 +128,23 @@ def _run(
             promotion = _register_once(config, run, store, tracking_uri, announce)
         last = record.get("last", {})
         return FinishedRun(run, record["validation"], record["test"], last, promotion, look_at)
+
+
+def _check_registered_name(config: Config, data: DataSummary, console: Console) -> None:
+    """Says before the training under which name another data set than the recipe's is registered.
+
+    Raises:
+        UserError: a registered model cannot have that name.
+    """
+    if not config.registry.register_best:
+        return
+    name = check_model_name(config.registered_name(data.dataset))
+    if name != config.registered_name(config.registry.dataset or data.dataset):
+        print_line(
+            console,
+            f"recipe {config.recipe} was written for data set {config.registry.dataset}; on {data.dataset} the network "
+            f"is registered as {name} (registry.name sets another name)",
+        )
 
 
 def _processes(config: Config, options: Options, run: Run) -> AbstractContextManager[None]:
@@ -154,7 +173,8 @@ def _train_tracked(
     tracker = Tracker.open(run.path, run.name, config.tracking.experiment or config.recipe, tracking_uri)
     display = build_display(console)
     observer = RunObserver(run, tracker, display)
-    observer.begin(config, {"dataset": store.manifest.source, "data_hash": store.manifest.content_hash})
+    data = DataSummary.of(store.manifest)
+    observer.begin(config, {"dataset": data.dataset, "data_hash": data.content_hash})
     tracker.set_tags({"store": store.absolute_location})
     display.announce("starting Ray workers" if config.cluster.workers else "starting")
     try:

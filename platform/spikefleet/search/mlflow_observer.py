@@ -87,7 +87,7 @@ class SearchTracker:
         tracker.log_params(dict(leaves(config.dump())))  # a later change by pbt becomes a tag
         tracker.set_tags({"trial": trial.number, "attempt": trial.attempt, "search": self._name})
         tracker.set_tags({"recipe": config.recipe, "task": config.task, "code_version": code_version()})
-        tracker.set_tags({"dataset": config.data.source, "data_hash": self._data.content_hash})
+        tracker.set_tags({"dataset": self._data.dataset, "data_hash": self._data.content_hash})
         tracker.set_tags({f"fact.{name}": version for name, version in library_versions().items()})
 
     def on_trial_reported(self, trial: TrialStart, metrics: Mapping[str, float]) -> None:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
 from spikefleet.data_summary import DataSummary
 from spikefleet.files import write_json
-from spikefleet.tasks.task import EVALUATION, LossSettings, Task, TaskReport, check_class_count
+from spikefleet.tasks.task import EVALUATION, LossSettings, Task, TaskReport, check_class_count, metric_of
 from spikefleet_models.family import ModelConfig
 from spikefleet_models.shortcut import ShortcutLogits, shortcut_loss
 from spikefleet_pipelines.loading import Batch
@@ -105,6 +106,36 @@ class Classification(Task[Ranking, int]):
             "confusion": confusion.tolist(),
         }
 
+    def flaw(self, evaluation: Mapping[str, Any]) -> str | None:
+        """A classifier that answers one class for all images, or no better than by chance.
+
+        By chance: with K classes in the split, its mean accuracy over them is at most 1/K and two standard errors of a
+        random answer; at most half of the way from 1/K to 1, where images are few. From top-1 alone: at most 1/K.
+        """
+        size = len(self.class_names)
+        counts = _confusion(evaluation, size)
+        if counts is None:
+            top1 = metric_of(evaluation, "top1")
+            if top1 is None or size == 1 or top1 > 1 / size:
+                return None
+            return f"its top1 of {top1:.2%} is not above chance ({1 / size:.2%})"
+        samples, answers = counts.sum(axis=1), counts.sum(axis=0)
+        there = samples > 0
+        kinds = int(there.sum())
+        if kinds < 2:
+            return None
+        if np.count_nonzero(answers) == 1:
+            return f"it answers {self.class_names[int(answers.argmax())]!r} for all {answers.sum()} images"
+        accuracy = float((counts.diagonal()[there] / samples[there]).mean())
+        chance = 1 / kinds
+        error = float(np.sqrt((chance * (1 - chance) / samples[there]).sum())) / kinds
+        margin = min(2 * error, (1 - chance) / 2)
+        if accuracy > chance + margin:
+            return None
+        return (
+            f"its mean accuracy over {kinds} classes, {accuracy:.2%}, is not above chance ({chance:.2%} ± {margin:.2%})"
+        )
+
     @torch.no_grad()
     def serve(self, network: nn.Module, batch: Batch) -> pd.DataFrame:
         """Probabilities, a table `[B, K]` of float32 with the names of the classes."""
@@ -122,6 +153,15 @@ class Classification(Task[Ranking, int]):
     def served_columns(self) -> tuple[str, ...]:
         """The names of the classes."""
         return self.class_names
+
+
+def _confusion(evaluation: Mapping[str, Any], classes: int) -> NDArray[np.int64] | None:
+    """The counts `[K, K]` of an evaluation that was read from a file; None where it holds none."""
+    try:
+        counts = np.array(evaluation.get("confusion"), dtype=np.int64)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return counts if counts.shape == (classes, classes) and counts.min() >= 0 else None
 
 
 def _probabilities(network: nn.Module, batch: Batch) -> torch.Tensor:

@@ -22,7 +22,7 @@ from spikefleet.tasks.coco_metrics import (
     metric_names,
     results,
 )
-from spikefleet.tasks.task import EVALUATION, LossSettings, Task, TaskReport, check_class_count
+from spikefleet.tasks.task import EVALUATION, LossSettings, Task, TaskReport, check_class_count, metric_of
 from spikefleet_models.detection import DetectionCriterion, Objects
 from spikefleet_models.family import ModelConfig
 from spikefleet_pipelines.loading import Batch
@@ -33,6 +33,7 @@ SHOWN_SCORE = 0.3
 """Boxes below this score are not drawn."""
 
 _RANDOM_BOXES = 3
+_LEAST_MAP50 = 0.0001
 
 
 class Detection(Task[FoundBoxes, Annotations]):
@@ -146,6 +147,13 @@ class Detection(Task[FoundBoxes, Annotations]):
                 for one in measured.classes
             ],
         }
+
+    def flaw(self, evaluation: Mapping[str, Any]) -> str | None:
+        """A detector that finds nothing: its mAP50 is below 0.01 %."""
+        value = metric_of(evaluation, "map50")
+        if value is None or value >= _LEAST_MAP50:
+            return None
+        return f"it finds nothing: map50 is {value:.3%}, less than {_LEAST_MAP50:.2%}"
 
     def confident(self, prediction: FoundBoxes, score: float) -> FoundBoxes:
         """The boxes with at least this score."""

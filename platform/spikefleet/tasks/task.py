@@ -130,6 +130,14 @@ class Task(ABC, Generic[Prediction, Target]):
         metrics: dict[str, float] = self.details(predictions, targets)["metrics"]
         return metrics
 
+    def flaw(self, evaluation: Mapping[str, Any]) -> str | None:
+        """Why a network with such an evaluation must not be used, in words; None if nothing speaks against it.
+
+        Args:
+            evaluation: as `details` returned it, maybe for an earlier version, or `metrics` alone.
+        """
+        return None
+
     def confident(self, prediction: Prediction, score: float) -> Prediction:
         """A prediction without the parts whose score in [0, 1] is smaller; by default all of it."""
         return prediction
@@ -267,6 +275,13 @@ def task_class(name: str) -> type[AnyTask]:
     module, _, attribute = find_task(name).implementation.partition(":")
     found: type[AnyTask] = getattr(importlib.import_module(module), attribute)
     return found
+
+
+def metric_of(evaluation: Mapping[str, Any], name: str) -> float | None:
+    """A metric of an evaluation that was read from a file; None if it has none, or no number in its place."""
+    metrics = evaluation.get("metrics")
+    value = metrics.get(name) if isinstance(metrics, Mapping) else None
+    return float(value) if isinstance(value, int | float) else None
 
 
 def check_class_count(model: ModelConfig, data: DataSummary) -> None:
