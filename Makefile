@@ -7,7 +7,7 @@ SYNCED := $(VENV)/.synced
 # In two processes, for much of what starts Ray is waiting. Tests that share what is dear stay together: tests/conftest.py.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations=25
 
-.PHONY: train test quick lint types unit integration slow coverage fuzz bench clean
+.PHONY: train test quick lint types unit integration slow coverage fuzz bench gpu clean
 .DEFAULT_GOAL := train
 
 $(UV):
@@ -67,6 +67,13 @@ fuzz: $(SYNCED)
 
 bench: $(SYNCED)
 	for bench in tests/bench/bench_*.py; do $(BIN)/python $$bench || exit 1; done
+
+# Correctness and speed on a CUDA device, and a short training on it, in under four minutes: tests/gpu/run.py.
+# `make gpu GPU_OPTIONS=--dry` tries the script on the CPU.
+GPU_OPTIONS ?=
+FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
+gpu: $(SYNCED)
+	CUBLAS_WORKSPACE_CONFIG=:4096:8 PYTHONPATH=tests $(BIN)/python -m gpu.run --out out/gpu.json --fashion-mnist $(FASHION_MNIST) $(GPU_OPTIONS)
 
 clean:
 	rm -rf runs stores .coverage .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

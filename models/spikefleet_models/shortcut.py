@@ -13,8 +13,8 @@ classifies it; its gradient reaches the stage without passing the surrogate grad
               own_and_summed_detached   the same with o_n constant in the second term
 
 With CE(o, y) alone nothing trains the network's own output once the branches fit, yet that is what is evaluated. The
-other losses always train it. The default, `sum_losses` with lambda = 1 to the end, is ours: it brought plain networks of
-34 layers from chance to 81 % (models/README.md).
+other losses always train it. The default, `sum_losses` with lambda = 1 to the end, is ours: it brought plain networks
+of 34 layers from chance to 81 % (models/README.md).
 
 The balance coefficient lambda falls during training ("evolutionary training"). The paper's text fixes that the
 coefficient depends on the iteration i, their number I and one constant, 0.25, and that branches have no weight at

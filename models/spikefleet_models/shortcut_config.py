@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class ShortcutConfig(BaseModel):
     """Side branches and their balance coefficient; `where` enables them.
 
-    The other defaults are what helped most at 34 layers. The paper's are `loss=summed_logits`, with `constant` and 1, or
-    with `linear` from 0.25.
+    The other defaults are what helped most at 34 layers. The paper's are `loss=summed_logits`, with `constant` and 1,
+    or with `linear` from 0.25.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

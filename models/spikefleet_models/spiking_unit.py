@@ -6,39 +6,43 @@ The convolution is not part of the unit:
     gated      Y = gate(SN(BN(z)), X)                  SG and SEW ResNet
     post_add   S = SN(BN(z) + X)                       Spiking ResNet
 
-`SpikingUnit` owns parameters and state (`bn`, `neuron`, `gate`); its forward can be computed in three ways without any
+`SpikingUnit` owns parameters and state (`bn`, `neuron`, `gate`); its forward can be computed in four ways without any
 change to a network or a state dict:
 
-* lean (default): one autograd Function that saves the convolution's output z, the batch statistics and (where its
+* triton (on CUDA, where Triton is installed): kernels/triton_unit.py, which has the same contract in three launches;
+* lean (elsewhere): one autograd Function that saves the convolution's output z, the batch statistics and (where its
   backward reads it) the shortcut, and recomputes normalisation, membrane and spikes tile by tile in backward;
-* modules: `bn`, `neuron` and `gate` called one after the other. Used where the lean form does not apply: another
+* modules: `bn`, `neuron` and `gate` called one after the other. Used where neither of these applies: another
   kind of normalisation (SyncBatchNorm) or none, gradients in eval mode, I-LIF, a neuron that keeps its state, hooks on
   one of the modules;
-* reference: the formulas with plain autograd and SpikingJelly's step equations, for tests and benchmarks.
+* reference: the formulas with plain autograd, torch's native batch norm and SpikingJelly's step equations, for tests
+  and benchmarks.
 
 Batch statistics are shared over T, B, H and W, merged as in the SEW ResNet code. Normalisation and membrane are fp32
 whatever the type of z, and spikes are returned in the type of z.
 """
 
-from typing import Any, Literal, NamedTuple
+from contextlib import nullcontext
+from types import ModuleType
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from spikefleet_models.gates import (
-    SAVES_SHORTCUT,
     Gate,
-    GateGradient,
     LearnedGate,
     gate_backward_residual,
     gate_backward_shortcut,
     gate_forward,
 )
-from spikefleet_models.membrane import Dynamics, backward_steps, charge_steps, forward_steps, membrane_dtype, tiles
+from spikefleet_models.kernels import load_triton_unit
+from spikefleet_models.membrane import backward_steps, charge_steps, forward_steps, membrane_dtype, tiles
 from spikefleet_models.neurons import ILIF, SpikingNode
+from spikefleet_models.unit_spec import UnitSpec
 
-Implementation = Literal["lean", "reference"]
+Implementation = Literal["auto", "triton", "lean", "reference"]
 
 aten = torch.ops.aten
 
@@ -78,7 +82,7 @@ class SpikingUnit(nn.Module):
         self.gate = gate
         self.timesteps = timesteps
         self.post_add = post_add
-        self.implementation: Implementation = "lean"
+        self.implementation: Implementation = "auto"
 
     def forward(self, z: Tensor, shortcut: Tensor | None = None) -> Tensor:
         """Compute spikes [T, B, C, H, W].
@@ -104,7 +108,7 @@ class SpikingUnit(nn.Module):
         fused_gate = self.gate.name if isinstance(self.gate, Gate) else None
         if self.bn.training and self.bn.num_batches_tracked is not None:
             self.bn.num_batches_tracked.add_(1)
-        spec = _Spec(
+        spec = UnitSpec(
             self.bn,
             self.neuron.dynamics(),
             fused_gate,
@@ -115,11 +119,25 @@ class SpikingUnit(nn.Module):
         )
         fused_shortcut = None if isinstance(self.gate, LearnedGate) else shortcut
         w = getattr(self.neuron, "w", None)
-        spikes: Tensor = _UnitFunction.apply(z, self.bn.weight, self.bn.bias, fused_shortcut, w, spec)
+        unit = self._triton_unit(z, spec)
+        fused = _UnitFunction.apply if unit is None else unit.apply
+        spikes: Tensor = fused(z, self.bn.weight, self.bn.bias, fused_shortcut, w, spec)
         if isinstance(self.gate, LearnedGate):
             assert shortcut is not None
             spikes = self.gate(spikes, shortcut)
         return spikes
+
+    def _triton_unit(self, z: Tensor, spec: UnitSpec) -> ModuleType | None:
+        """The module of the Triton form where it is the one to use."""
+        named = self.implementation == "triton"
+        # torch.compile traces the lean form's tensor operations; it knows nothing of these launches.
+        if not named and (self.implementation != "auto" or not z.is_cuda or torch.compiler.is_compiling()):
+            return None
+        unit = load_triton_unit()
+        reason = "Triton is not installed" if unit is None else unit.problem(z, spec)
+        if named and reason is not None:
+            raise RuntimeError(f"the Triton form cannot be used: {reason}; set use_implementation(model, 'auto')")
+        return unit if reason is None else None
 
     def _analogue(self, z: Tensor, shortcut: Tensor | None) -> Tensor:
         x: Tensor = self.bn(z).unsqueeze(0)
@@ -141,7 +159,11 @@ class SpikingUnit(nn.Module):
 
     def _compose(self, z: Tensor, shortcut: Tensor | None, repeat: bool, reference: bool) -> Tensor:
         assert not isinstance(self.neuron, nn.ReLU)
-        x = self.bn(z.to(membrane_dtype(z.dtype)))
+        # cuDNN's batch norm, which torch takes on CUDA, rounds otherwise than the fused forms: an observed unit would
+        # emit other spikes. I-LIF has no fused form.
+        native = z.is_cuda and (reference or not isinstance(self.neuron, ILIF))
+        with torch.backends.cudnn.flags(enabled=False) if native else nullcontext():
+            x = self.bn(z.to(membrane_dtype(z.dtype)))
         T = self.timesteps
         x = x.unsqueeze(0).expand(T, *x.shape) if repeat else x.unflatten(0, (T, -1))
         if self.post_add:
@@ -156,7 +178,19 @@ class SpikingUnit(nn.Module):
 
 
 def use_implementation(model: nn.Module, implementation: Implementation) -> None:
-    """Switch every spiking unit of a network between the lean and the reference form; the weights do not change."""
+    """Choose the form of every spiking unit of a network; the weights do not change.
+
+    Args:
+        model: the network.
+        implementation: "auto" (Triton on CUDA where it applies, else lean), "lean", "triton" (refused where it does not
+            apply, when the unit runs) or "reference".
+
+    Raises:
+        ValueError: there is no such form.
+    """
+    if implementation not in get_args(Implementation):
+        allowed = ", ".join(get_args(Implementation))
+        raise ValueError(f"implementation is {implementation!r}, expected one of {allowed}")
     for module in model.modules():
         if isinstance(module, SpikingUnit):
             module.implementation = implementation
@@ -166,35 +200,12 @@ def _any_requires_grad(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
-class _Spec(NamedTuple):
-    bn: nn.BatchNorm2d
-    dynamics: Dynamics
-    gate: str | None
-    gate_gradient: GateGradient
-    post_add: bool
-    timesteps: int
-    repeat: bool
-
-    def sequence(self, x: Tensor) -> Tensor:
-        """View [T * B, C, H, W], or a static [B, C, H, W], as [T, B, C, H, W]."""
-        if self.repeat:
-            return x.expand(self.timesteps, *x.shape)
-        return x.unflatten(0, (self.timesteps, -1))
-
-    def empty_spikes(self, z: Tensor) -> Tensor:
-        """Allocate [T, B, C, H, W] of z's type and memory layout."""
-        layout = torch.channels_last if z.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-        samples = z.shape[0] * (self.timesteps if self.repeat else 1)
-        spikes = torch.empty((samples, *z.shape[1:]), dtype=z.dtype, device=z.device, memory_format=layout)
-        return spikes.unflatten(0, (self.timesteps, -1))
-
-
 class _UnitFunction(torch.autograd.Function):
     """(z, gamma, beta, shortcut, w) -> spikes; the module docstring lists what is saved."""
 
     @staticmethod
     def forward(
-        ctx: Any, z: Tensor, gamma: Tensor, beta: Tensor, shortcut: Tensor | None, w: Tensor | None, spec: _Spec
+        ctx: Any, z: Tensor, gamma: Tensor, beta: Tensor, shortcut: Tensor | None, w: Tensor | None, spec: UnitSpec
     ) -> Tensor:
         bn, dtype = spec.bn, membrane_dtype(z.dtype)
         x, mean, invstd = aten.native_batch_norm(
@@ -219,8 +230,7 @@ class _UnitFunction(torch.autograd.Function):
                 fired = gate_forward(spec.gate, fired, shortcut[:, part].to(dtype), joined)
             if fired is not out:
                 out.copy_(fired)
-        saves_shortcut = spec.post_add or SAVES_SHORTCUT.get(spec.gate or "", False)
-        ctx.save_for_backward(z, gamma, beta, mean, invstd, shortcut if saves_shortcut else None, w)
+        ctx.save_for_backward(z, gamma, beta, mean, invstd, shortcut if spec.saves_shortcut else None, w)
         ctx.spec = spec
         return spikes
 
@@ -229,7 +239,7 @@ class _UnitFunction(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         (grad_spikes,) = grad_outputs
         z, gamma, beta, mean, invstd, shortcut, w = ctx.saved_tensors
-        spec: _Spec = ctx.spec
+        spec: UnitSpec = ctx.spec
         dynamics, dtype = spec.dynamics, membrane_dtype(z.dtype)
         q = None if w is None else w.to(dtype).sigmoid()
         wide = z.to(dtype)
@@ -273,7 +283,9 @@ class _UnitFunction(torch.autograd.Function):
 
 
 def _normalise_again(z: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
-    """BN(z) with known statistics, bit-equal to torch's CPU training kernel."""
+    """BN(z) with known statistics, bit-equal to torch's training kernel."""
+    if z.is_cuda:
+        return torch.batch_norm_elemt(z, gamma, beta, mean, invstd, 0.0)
     scale = invstd * gamma
     shift = torch.addcmul(beta, mean, scale, value=-1.0)
     # Eval-mode batch norm with mean 0 and variance 1 is torch's fastest scale-and-shift by channel.

@@ -94,13 +94,13 @@ def draw(rows: dict[str, list[float]], path: Path) -> None:
     """Plots accuracy over blocks, a line for each setting."""
     from matplotlib.figure import Figure  # a second, for those who ask for a plot
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(8.5, 4), layout="constrained")
     axes = figure.subplots()
     for name, accuracies in rows.items():
         axes.plot(range(1, len(accuracies) + 1), [100 * accuracy for accuracy in accuracies], marker="o", label=name)
     axes.set(xlabel="block", ylabel="linear probe, test top-1 (%)", title="What blocks tell of the class, untrained")
     axes.set_ylim(0, 100)
-    axes.legend()
+    figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=120)
 
 

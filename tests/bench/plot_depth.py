@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("results", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--title", default="Accuracy over depth")
-    parser.add_argument("--settings", nargs="*", help="these only, in this order")
+    parser.add_argument("--settings", nargs="*", metavar="NAME[=LABEL]", help="these only, in this order")
     given = parser.parse_args()
     found: dict[str, dict[int, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for path in given.results:
@@ -40,17 +40,21 @@ def main() -> None:
             name = row["name"].partition(" @")[0]
             depth = weight_layers(row["recipe"], row["overrides"])
             found[name][depth][row["seed"]] = 100 * row["test"]["top1"]
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(8.5, 4.5), layout="constrained")
     axes = figure.subplots()
-    for name in given.settings or sorted(found):
+    shown: set[int] = set()
+    for setting in given.settings or sorted(found):
+        name, _, label = setting.partition("=")
         depths = sorted(found[name])
+        shown.update(depths)
         means = [statistics.fmean(found[name][depth].values()) for depth in depths]
-        (line,) = axes.plot(depths, means, label=name)
+        (line,) = axes.plot(depths, means, label=label or name)
         for depth in depths:
             values = list(found[name][depth].values())
             axes.plot([depth] * len(values), values, "o", color=line.get_color(), markersize=4, alpha=0.6)
     axes.set(xlabel="weight layers", ylabel="test top-1 (%)", title=given.title)
-    axes.legend(loc="best", fontsize="small")
+    axes.set_xticks(sorted(shown))
+    figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(given.out, dpi=120)
 
 

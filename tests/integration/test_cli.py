@@ -165,6 +165,7 @@ def test_what_mlflow_holds(desk: Desk) -> None:
         "fact.torch",
         "fact.parameters",
         "fact.threads",
+        "fact.kernels",
         "recipe",
     } <= run.data.tags.keys()
     for key in ("train/loss", "images_per_second", "gradient/first_layer_norm", "epoch/val/top1", "best/val/top1"):
@@ -182,7 +183,9 @@ def test_recipes_config_sources_and_doctor(desk: Desk) -> None:
     assert "timesteps: 2" in desk.ask("config", "show", "digits", "model.timesteps=2")
     assert "fashion_mnist" in desk.ask("data", "sources")
     assert "1295" in desk.ask("data", "show", "stores/digits")
-    assert "torch 2" in desk.ask("doctor")
+    findings = desk.ask("doctor")
+    assert "torch 2" in findings
+    assert "lean on the CPU" in findings
 
 
 @pytest.mark.parametrize(

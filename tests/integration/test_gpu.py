@@ -1,4 +1,4 @@
-"""What needs a GPU: the lean form on CUDA, and training in mixed precision with resumption."""
+"""What needs a GPU: the forms of the spiking unit on CUDA, and training in mixed precision with resumption."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from gpu.guarantees import GUARANTEES
+from gpu.unit_checks import Case, all_cases, check
 from spikefleet.config.recipes import load_config, parse_overrides
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.events import NullSink
@@ -20,26 +22,43 @@ from spikefleet_pipelines.store.reader import Store
 pytestmark = pytest.mark.gpu
 
 
+CASES = [case for case in all_cases() if case.size != "large" or case.form in ("plain", "bsg exact")]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(map(str, case)))
+def test_forms_of_the_unit_equal_the_reference_on_cuda(case: Case) -> None:
+    """Spikes and running statistics to the bit in fp32, gradients within rounding, and the same bits twice."""
+    assert check(case, torch.device("cuda"), "triton")["problems"] == []
+
+
 @pytest.mark.parametrize("connection", ["bsg", "bsg_star", "add", "and", "iand", "post_add"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_lean_form_equals_the_reference_on_cuda(connection: str, layout: torch.memory_format) -> None:
+def test_networks_compute_the_same_in_each_form_on_cuda(connection: str, layout: torch.memory_format) -> None:
     torch.manual_seed(0)
     config = model_config("sg_resnet18", connection=connection, width=0.25)
-    lean = build_model(config).cuda().to(memory_format=layout)
-    reference = copy.deepcopy(lean)
-    use_implementation(reference, "reference")
+    reference = build_model(config).cuda().to(memory_format=layout)
     images = torch.randn(8, 3, 32, 32, device="cuda").to(memory_format=layout)
     targets = torch.arange(8, device="cuda")
-    losses = []
-    for network in (lean, reference):
-        loss = F.cross_entropy(network(images), targets)
-        loss.backward()
-        losses.append(loss.item())
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-    for (name, ours), theirs in zip(lean.named_parameters(), reference.parameters(), strict=True):
-        assert ours.grad is not None
-        assert theirs.grad is not None
-        assert (ours.grad - theirs.grad).norm() <= 0.02 * theirs.grad.norm() + 1e-6, name
+    networks = {form: copy.deepcopy(reference) for form in ("reference", "lean", "triton")}
+    logits = {}
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True):
+        for form, network in networks.items():
+            use_implementation(network, form)  # type: ignore[arg-type]
+            logits[form] = network(images)
+            F.cross_entropy(logits[form], targets).backward()
+    for form in ("lean", "triton"):
+        assert torch.equal(logits[form], logits["reference"])
+        for (name, ours), theirs in zip(
+            networks[form].named_parameters(), networks["reference"].parameters(), strict=True
+        ):
+            assert ours.grad is not None
+            assert theirs.grad is not None
+            assert (ours.grad - theirs.grad).norm() <= 0.02 * theirs.grad.norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("guarantee", list(GUARANTEES))
+def test_guarantees_of_the_unit_on_cuda(guarantee: str) -> None:
+    GUARANTEES[guarantee]()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +11,9 @@ from spikefleet_pipelines.counter_random import Draw, random_bits
 from spikefleet_pipelines.errors import SourceError
 from spikefleet_pipelines.sources.source import Progress
 from spikefleet_pipelines.store.manifest import ImageFormat
-from spikefleet_pipelines.store.writer import StoreWriter
+
+if TYPE_CHECKING:  # arrays in memory need no pyarrow
+    from spikefleet_pipelines.store.writer import StoreWriter
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class ArrayContents:
         _, channels, height, width = self.splits["train"][0].shape
         return ImageFormat(encoding="raw", shape=(channels, height, width))
 
-    def write(self, writer: StoreWriter, progress: Progress, parallel: int | None) -> None:
+    def write(self, writer: "StoreWriter", progress: Progress, parallel: int | None) -> None:
         """Write all splits; see `Contents`."""
         total, done = sum(len(labels) for _, labels in self.splits.values()), 0
         for split, (images, labels) in self.splits.items():

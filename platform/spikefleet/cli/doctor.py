@@ -50,15 +50,20 @@ def _versions() -> Iterator[Finding]:
 def _devices() -> Iterator[Finding]:
     import torch
 
+    from spikefleet_models.kernels import unit_form
+
     cores = counted(os.cpu_count() or 1, "core")
     threads = counted(torch.get_num_threads(), "thread")
     yield Finding("good", "CPU", f"{cores}, {threads} for torch in new runs")
     if not torch.cuda.is_available():
         yield Finding("poor", "GPU", "none; `--gpu` cannot be used on this machine")
+        yield Finding("good", "spiking unit", f"{unit_form(torch.device('cpu'))} on the CPU")
         return
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         yield Finding("good", f"GPU {index}", f"{properties.name}, {properties.total_memory / _GIB:.0f} GiB")
+    form = unit_form(torch.device("cuda"))
+    yield Finding("good" if form.startswith("triton") else "poor", "spiking unit", f"{form} on GPUs, lean on the CPU")
 
 
 def _storage(runs_dir: Path) -> Iterator[Finding]:

@@ -16,7 +16,7 @@ class Started:
     steps_per_epoch: int
     epochs: int
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    """What only a worker knows: number of parameters, device, torch's threads on each rank, library versions."""
+    """What only a worker knows: number of parameters, device, form of the spiking unit, threads, library versions."""
     headline: tuple[str, ...] = ()
     """The task's metrics to show during training."""
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -35,9 +35,12 @@ from spikefleet.training.step import Meter, due, micro_batches, training_step
 from spikefleet.training.stopping import StopRequested, TrainingStopped, never
 from spikefleet.training.threads import restored_thread_count, thread_counts
 from spikefleet.versions import library_versions
+from spikefleet_models.kernels import unit_form
 from spikefleet_pipelines.loading import Batch, BatchLoader
 from spikefleet_pipelines.sampling import EpochPlan
-from spikefleet_pipelines.store.reader import Store
+
+if TYPE_CHECKING:  # any store will do, also one in memory: `pyarrow` is not needed for training itself
+    from spikefleet_pipelines.store.reader import Store
 
 _IMAGES_OF_REPORT = 32
 _IMAGES_OF_BATCH = 16
@@ -184,6 +187,7 @@ def _resume(state: TrainingState, task: AnyTask, folder: CheckpointFolder, sink:
     metadata = {
         "parameters": sum(p.numel() for p in state.network.parameters()),
         "device": str(state.group.device),
+        "kernels": "lean (train.compile)" if state.config.train.compile else unit_form(state.group.device),
         "threads": thread_counts(state.group),
         **library_versions(),
     }

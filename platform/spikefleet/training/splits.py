@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from spikefleet.config.schema import Config
 from spikefleet.data_summary import DataSummary
@@ -11,8 +12,10 @@ from spikefleet.tasks import AnyTask, build_task
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet_pipelines.loading import BatchLoader
 from spikefleet_pipelines.sampling import EpochPlan
-from spikefleet_pipelines.store.reader import Store
 from spikefleet_tune.messages import counted
+
+if TYPE_CHECKING:
+    from spikefleet_pipelines.store.reader import Store
 
 
 @dataclass(frozen=True)
