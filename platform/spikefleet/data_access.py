@@ -56,8 +56,8 @@ def _say_splits_of_folders(console: Console, root: Path | None, store: Store) ->
     if len(given) == 1:
         print_line(
             console,
-            f"test: the images of {root / given[0]}; val: {manifest.splits['val']:,} images held out of train, since there "
-            "is one folder beside it (option holdout=0 holds none out)",
+            f"test: the images of {root / given[0]}; val: {manifest.splits['val']:,} images held out of train, since "
+            "there is one folder beside it (option holdout=0 holds none out)",
         )
 
 
