@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from spikefleet.errors import UserError
 from spikefleet.tracking.database import check_database, condition, database_path
-from spikefleet.tracking.mlflow_client import local_database
+from spikefleet.tracking.mlflow_client import check_tracking_uri, local_database
 from spikefleet.tracking.relocation import former_places
 from spikefleet.versions import code_version, library_versions
 from spikefleet_tune.messages import counted
@@ -94,6 +94,10 @@ def _tracking(runs_dir: Path) -> Finding:
     uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
     if not uri or database_path(uri) is not None:
         return _database(local_database(runs_dir), uri)
+    try:
+        check_tracking_uri(uri)
+    except UserError as error:
+        return Finding("bad", "tracking", str(error))
     parts = urlsplit(uri)
     if parts.scheme not in ("http", "https"):
         return Finding("good", "tracking", f"{parts.scheme} database by MLFLOW_TRACKING_URI")

@@ -10,6 +10,9 @@ from pydantic import BaseModel, ValidationError
 
 from spikefleet.config.renamed import RENAMED_KEYS
 
+_QUOTED = 300
+"""Characters of a value in a message."""
+
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str, most: int = 1) -> str:
     """The end of a message about an unknown word.
@@ -74,7 +77,13 @@ def _error_message(error: Mapping[str, Any], root: type[BaseModel], data: Any, c
     message = rule_of(error["msg"])
     if not path or isinstance(error["input"], Mapping | BaseModel):
         return f"{path + ': ' if path else ''}{message}"
-    return f"{path}={error['input']!r}: {message}"
+    return f"{path}={quoted(error['input'])}: {message}"
+
+
+def quoted(value: object) -> str:
+    """A value of the user in a message: in quotes if it is text, and its beginning alone if it is long."""
+    shown = repr(value)
+    return shown if len(shown) <= _QUOTED else f"{shown[:_QUOTED]}... ({len(shown):,} characters)"
 
 
 def rule_of(message: str) -> str:

@@ -329,6 +329,7 @@ _NOT_IDENTITY = (
     "checkpoint.keep_last",
     "data.root",
     "data.store",
+    "data.check_content",
     "data.loader_processes",
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -44,6 +45,10 @@ def resolve_tracking_uri(runs_dir: Path) -> str:
             cannot be used.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip() or database_uri(runs_dir.resolve() / DATABASE)
+    try:
+        uri.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"the tracking URI {uri} is no UTF-8, which MLflow cannot open; rename the directory") from None
     check_tracking_uri(uri)
     if (path := database_path(uri)) is not None:
         check_database(path)
@@ -70,6 +75,17 @@ def check_tracking_uri(uri: str) -> None:
             f"MLFLOW_TRACKING_URI={public_uri(uri)!r} is not a tracking server; set it to http(s)://HOST:PORT or "
             "sqlite:////DIRECTORY/mlflow.db, or unset it to use a SQLite file in the runs directory"
         )
+    if scheme in ("http", "https") and not _names_host(uri):
+        raise UserError(f"MLFLOW_TRACKING_URI={public_uri(uri)!r} names no host; set it to {scheme}://HOST:PORT")
+
+
+def _names_host(uri: str) -> bool:
+    """Whether a URI has a host and, if it has a port, one that is possible."""
+    try:
+        parts = urlsplit(uri)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def public_uri(uri: str) -> str:
@@ -84,5 +100,5 @@ def page_of(uri: str) -> str:
 
 def without_credentials(text: str, uri: str) -> str:
     """A text without the user name and password of a URI."""
-    user_and_password = urlsplit(uri).netloc.rpartition("@")[0]
-    return text.replace(user_and_password + "@", "") if user_and_password else text
+    found = re.match(r"[^:/]+://([^/?#]*@)", uri)
+    return text.replace(found[1], "") if found else text
