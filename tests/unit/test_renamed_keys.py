@@ -163,7 +163,7 @@ def test_former_defaults_of_side_branches_stay_where_there_are_branches_and_tell
     former = {"loss": "summed_logits", "schedule": "linear", "lambda0": 0.25}
     current = load_config("digits").dump()
     without = current | {"shortcut": current["shortcut"] | former}
-    assert differences(without, current) == []
+    assert differences(without, current) == differences(current, without) == differences(without, without) == []
     branched = load_config("digits", {"shortcut": {"where": "stage"}}).dump()
     stored = branched | {"shortcut": branched["shortcut"] | former}
     assert with_current_keys(stored)["shortcut"] == stored["shortcut"]

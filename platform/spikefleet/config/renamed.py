@@ -40,7 +40,6 @@ def with_current_keys(stored: Mapping[str, Any]) -> dict[str, Any]:
     _keep_divisor(tree)
     _keep_gate_gradient(tree)
     _keep_gate_decay(tree)
-    _forget_unused_branches(tree)
     return tree
 
 
@@ -58,13 +57,6 @@ def _keep_gate_decay(tree: dict[str, Any]) -> None:
     optim = _section(tree, ["optim"])
     if optim is not None and "decay_gates" not in optim:
         optim["decay_gates"] = optim.get("decay_norm_and_bias", True)
-
-
-def _forget_unused_branches(tree: dict[str, Any]) -> None:
-    """Runs without side branches hold the former defaults of their fields, which have no effect there."""
-    shortcut = _section(tree, ["shortcut"])
-    if shortcut is not None and shortcut.get("where", "none") == "none":
-        tree["shortcut"] = {"where": "none"}
 
 
 def _keep_divisor(tree: dict[str, Any]) -> None:
