@@ -25,6 +25,11 @@ class DataConfig(BaseModel):
         default_factory=dict, description="options of the source, for example upsample"
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="selects the samples held out for validation")
+    check_content: bool = Field(
+        default=False,
+        description="compare the raw files with those of the prepared store by content, although names, sizes and "
+        "times agree; it reads every file",
+    )
     transform: AnyTransformConfig = TransformConfig()
     loader_processes: int = Field(
         default=0, ge=0, le=256, description="loader processes; 0 loads in the training process"

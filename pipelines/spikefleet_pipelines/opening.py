@@ -28,7 +28,8 @@ def open_or_prepare(
 
     The search order is: a store at `config.store`; a store at `config.root`; the store that an earlier call prepared in
     `stores_dir` from the same files; raw files at `config.root` or at the source's default. If files were added,
-    removed or changed, a new store is prepared beside the old one. Concurrent processes get the same store: each builds
+    removed or changed, a new store is prepared beside the old one; `config.check_content` compares contents although
+    names, sizes and times agree. Concurrent processes get the same store: each builds
     its own, and the first one that finishes is kept.
 
     Args:
@@ -49,7 +50,7 @@ def open_or_prepare(
         return _of_source(Store.open(config.root, verify=verify), config)
     out = stores_dir / store_name(config)
     root = config.root or find_source(config.source).default_root
-    there, target = _prepared_from(root, out, config.root is not None, say or _silent)
+    there, target = _prepared_from(root, out, config.root is not None, config.check_content, say or _silent)
     if there is not None:
         return _of_source(Store.open(there, verify=verify), config)
     options: dict[str, Any] = dict(config.options)
@@ -58,13 +59,16 @@ def open_or_prepare(
     )
 
 
-def _prepared_from(root: Path | None, out: Path, named: bool, say: Callable[[str], None]) -> tuple[Path | None, Path]:
+def _prepared_from(
+    root: Path | None, out: Path, named: bool, check_content: bool, say: Callable[[str], None]
+) -> tuple[Path | None, Path]:
     """The store that was prepared from the files in `root`, if there is one, and where to prepare it otherwise.
 
     Args:
         root: directory of the raw files; None for a source without any.
         out: place of the first store.
         named: the config names `root`; if not, `out` may be a store that the user prepared from elsewhere.
+        check_content: compare contents although names, sizes and times agree.
         say: called with what the user should know.
     """
     # Not "-*": a store of other options is named by a longer digest.
@@ -82,6 +86,9 @@ def _prepared_from(root: Path | None, out: Path, named: bool, say: Callable[[str
     left_out = [out.parent.absolute()]
     try:
         now = Origin.of(root, left_out)
+        if check_content:
+            say(f"comparing the contents of {now.files:,} files in {root}")
+            now = now.with_content(left_out)
         for store in sorted(stores, key=_written_ns, reverse=True):
             if is_built_from(store, now, _written_ns(store), left_out):
                 return store, out
@@ -90,7 +97,8 @@ def _prepared_from(root: Path | None, out: Path, named: bool, say: Callable[[str
     if not Store.is_store(out):
         return None, out
     say(f"the files in {root} are not those that {max(stores, key=_written_ns)} was prepared from: preparing them anew")
-    digest = hashlib.sha256(f"{now.listing} {now.times}".encode()).hexdigest()
+    identity = " ".join(filter(None, (now.listing, now.times, now.content)))
+    digest = hashlib.sha256(identity.encode()).hexdigest()
     return None, out.with_name(f"{out.name}-{digest[:_DIGEST]}")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from spikefleet.cluster.session import quiet_ray, ray_session
+from spikefleet.outputs import check_place
 from spikefleet.status import counting, print_line, waiting
 from spikefleet_pipelines.data_config import DataConfig
 from spikefleet_pipelines.opening import open_or_prepare
@@ -25,6 +26,8 @@ def open_data(config: DataConfig, stores_dir: Path, console: Console) -> Store:
     Raises SourceError or StoreError: where was looked, and how to prepare the data.
     """
     quiet_ray()
+    if config.store is None:
+        check_place(stores_dir, "--stores-dir")
     prepared = False
     with _shown(console, f"preparing {config.source}") as count:
 
@@ -39,7 +42,23 @@ def open_data(config: DataConfig, stores_dir: Path, console: Console) -> Store:
     print_line(console, f"data: {store.location} ({store.manifest.name})")
     if prepared and store.manifest.audit.unused:
         print_line(console, f"not used: {counted_reasons(store.manifest.audit.unused)}")
+    if prepared:
+        _say_splits_of_folders(console, config.root, store)
     return store
+
+
+def _say_splits_of_folders(console: Console, root: Path | None, store: Store) -> None:
+    """Says where val and test come from if an image folder has one folder beside train."""
+    manifest = store.manifest
+    if manifest.source != "image_folder" or root is None or manifest.audit.same_as:
+        return
+    given = [name for name in ("val", "test") if (root / name).is_dir()]
+    if len(given) == 1:
+        print_line(
+            console,
+            f"test: the images of {root / given[0]}; val: {manifest.splits['val']:,} images held out of train, since "
+            "there is one folder beside it (option holdout=0 holds none out)",
+        )
 
 
 def store_at(location: str, stores_dir: Path) -> str:
@@ -60,13 +79,16 @@ def prepare_store(
 ) -> Store:
     """Converts a data set into a store at `out`; on the cluster at `address` or RAY_ADDRESS, whose nodes see both."""
     quiet_ray()
+    check_place(out, "--out")
     with ExitStack() as cluster:
         if address or os.environ.get("RAY_ADDRESS"):
             with waiting(console, "connecting to Ray"):
                 cluster.enter_context(ray_session(address))
         title = f"preparing {source}"
         with _shown(console, title, otherwise=f"{out} was prepared before") as progress:
-            return prepare(source, root, out, progress=progress, **how, **options)
+            store = prepare(source, root, out, progress=progress, **how, **options)
+    _say_splits_of_folders(console, root, store)
+    return store
 
 
 @contextmanager

@@ -64,7 +64,7 @@ class DataSummary:
                 (int(shape[0]), int(shape[1]), int(shape[2])) if shape else None,
                 _name(plain.get("name", "")),
             )
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
             raise UserError(f"{path} is damaged: expected the summary of a data set ({error!r})") from None
 
     def write(self, folder: Path) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
+from spikefleet.disks import disk_problem, path_problem
 from spikefleet.errors import UserError
 
 _RUN = "run.json"
 _CHECKPOINTS = "checkpoints"
-_LONGEST_NAME = 200
-"""Bytes of a file's name: the 255 that file systems allow, less what a file has in addition while it is written."""
 
 
 def check_outputs(
@@ -28,18 +29,13 @@ def check_outputs(
         option: that names the place, for messages.
 
     Raises:
-        UserError: an output is an input or exists, has a name that is too long, or a directory is where a file should
-            be, or the reverse.
+        UserError: an output is an input, exists or cannot be written, or a directory is where a file should be, or the
+            reverse.
     """
-    read = {path.resolve() for path in inputs}
+    read = set(_readable(inputs))
     files = {(status.st_dev, status.st_ino) for path in read if path.is_file() for status in (path.stat(),)}
     for path in outputs:
-        if (length := len(os.fsencode(path.name))) > _LONGEST_NAME:
-            raise UserError(
-                f"{option} {str(path)[:100]}... has a name of {length} bytes, expected at most {_LONGEST_NAME}; give a "
-                "shorter one"
-            )
-        place = path.resolve()
+        place = _resolved(path, option)
         same = place.exists() and (place.stat().st_dev, place.stat().st_ino) in files
         if same or place in read or any(folder in read for folder in place.parents):
             raise UserError(f"{option} {path} would overwrite what the command reads; give another place")
@@ -49,6 +45,59 @@ def check_outputs(
             raise UserError(f"{option} {path} is a directory; give the path of a file")
         if place.exists() and not force and not _in_run(place):
             raise UserError(f"{option} {path} exists; give another place, or --force to replace it")
+        _try_to_write(path, place.parent, option)
+
+
+def check_place(path: Path, option: str) -> None:
+    """Checks that files can be created in a directory, or in one that is to be created, before any work is done.
+
+    Args:
+        path: the directory.
+        option: that names it, for messages.
+
+    Raises:
+        UserError: the directory cannot be written or created, or libraries cannot open it.
+    """
+    place = _resolved(path, option)
+    try:
+        str(place).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{option} {path} is no UTF-8, which libraries cannot open; rename it") from None
+    _try_to_write(path, place, option)
+
+
+def _readable(inputs: Iterable[Path]) -> Iterator[Path]:
+    """Inputs by their real places, without those that cannot be read, such as a loop of links: who reads names them."""
+    for path in inputs:
+        with suppress(OSError, RuntimeError, ValueError):
+            place = path.resolve()
+            place.exists()
+            yield place
+
+
+def _resolved(path: Path, option: str) -> Path:
+    try:
+        place = path.resolve()
+        place.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{option}: {path_problem(error, path) or error}") from None
+    return place
+
+
+def _try_to_write(path: Path, folder: Path, option: str) -> None:
+    """Creates and removes a file in the directory, or in the nearest one above it that exists."""
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise UserError(f"{option} {path}: {folder} is a file, and not a directory; give another place")
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=".spikefleet-", dir=folder)
+        os.close(descriptor)
+        Path(name).unlink()
+    except OSError as error:
+        reason = disk_problem(error, path)
+        reason = reason or f"{path} cannot be written: {error.strerror} in {folder}; give another place"
+        raise UserError(f"{option}: {reason}") from None
 
 
 def _in_run(path: Path) -> bool:

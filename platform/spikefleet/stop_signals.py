@@ -12,6 +12,9 @@ from rich.console import Console
 from spikefleet.status import print_line
 from spikefleet_tune.interruption import Interrupted, handling
 
+STOPPING = "stopping after this step; again to abort"
+"""What the first signal of a training or a search prints."""
+
 
 class StopSignals:
     """The signals that a run has received.
@@ -61,4 +64,4 @@ class StopSignals:
     def _announce(self) -> None:
         self._arrived.wait()
         if self.received is not None and self._steps:
-            print_line(self._console, "stopping after this step; again to abort")
+            print_line(self._console, STOPPING)

@@ -4,10 +4,9 @@
         [--processes N] [--gpu] [--stores DIR] [--out FILE]
 
 Each training runs in this machine's processes, one thread each, by the training core itself; with --gpu all of them
-share the first CUDA device. Prints each result, then
-for each setting the mean, its standard deviation, and the mean difference to the first setting with a 95 % interval
-(paired by seed, Student's t). With --out, results are appended to a JSON-lines file, and those that it holds are not
-trained again.
+share the first CUDA device. Prints each result, then for each setting the mean, its standard deviation, and the mean
+difference to the first setting with a 95 % interval (paired by seed, Student's t). With --out, results are appended to
+a JSON-lines file, and those that it holds are not trained again.
 """
 
 from __future__ import annotations
@@ -45,10 +44,16 @@ class Job(NamedTuple):
     gpu: bool = False
 
 
+def in_this_process(gpu: bool) -> tuple[str, ...]:
+    """Overrides of every training, which are no part of its settings."""
+    return "cluster.workers=0", f"cluster.gpu={str(gpu).lower()}"
+
+
 def train_one(job: Job) -> dict[str, Any]:
     """Trains, and returns the metrics of the best and of the last checkpoint."""
     torch.set_num_threads(1)
-    config = load_config(job.recipe, parse_overrides([*job.overrides, f"train.seed={job.seed}", "cluster.workers=0"]))
+    seed = f"train.seed={job.seed}"
+    config = load_config(job.recipe, parse_overrides([*job.overrides, seed, *in_this_process(job.gpu)]))
     store = open_data(config.data, job.stores, Console(quiet=True))
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -113,9 +118,8 @@ def main() -> None:
         if (job.recipe, job.overrides, job.seed) in done
     ]
     waiting = [job for job in jobs if (job.recipe, job.overrides, job.seed) not in done]
-    open_data(
-        load_config(given.recipe, parse_overrides(common)).data, given.stores, Console(quiet=True)
-    )  # once, not at a time
+    config = load_config(given.recipe, parse_overrides([*common, *in_this_process(given.gpu)]))
+    open_data(config.data, given.stores, Console(quiet=True))  # once, not by several processes at a time
     with ProcessPoolExecutor(given.processes) as pool:
         for future in as_completed([pool.submit(train_one, job) for job in waiting]):
             row = future.result()

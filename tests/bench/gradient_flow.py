@@ -1,6 +1,6 @@
 """Gradient norm by layer at initialisation: connections at 34 layers before and after, and surrogates over depth.
 
-    python tests/bench/gradient_flow.py [--seeds 3] [--picture models/pictures/gradient_flow.png]
+    python tests/bench/gradient_flow.py [--seeds 3] [--plot models/pictures/gradient_flow.png]
 
 A quarter of the channels, T = 4, the CIFAR stem, cross entropy on 16 noise images of 32x32 with random classes.
 "Before" has literal gradients of gates, a triangle of peak 2 for LIF, and AND as it is drawn; "after" has exact
@@ -100,7 +100,7 @@ def curve(found: list[GradientCheck]) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--picture", type=Path, help="PNG of all connections at 34 layers")
+    parser.add_argument("--plot", type=Path, help="PNG of all connections at 34 layers")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{'':44} {'first/last':>12} {'least rate':>8} {'largest step':>12}")
@@ -112,8 +112,8 @@ def main() -> None:
     for name, (before, after) in found.items():
         print(line(f"34 layers, {name}, before", before), flush=True)
         print(line(f"34 layers, {name}, after", after), flush=True)
-    if arguments.picture is not None:
-        draw(found, arguments.picture)
+    if arguments.plot is not None:
+        draw(found, arguments.plot)
 
 
 def draw(found: Mapping[str, list[list[GradientCheck]]], path: Path) -> None:

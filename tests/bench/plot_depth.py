@@ -3,8 +3,7 @@
     python tests/bench/plot_depth.py RESULTS.jsonl ... --out FILE.png [--title TEXT] [--settings NAME ...]
 
 The depth of a result is the number of its weight layers, from `model.stages`; its setting is the name before " @".
-Points
-are seeds, the line is their mean.
+Points are seeds, the line is their mean.
 """
 
 from __future__ import annotations

@@ -31,16 +31,13 @@ from spikefleet_pipelines.sources import prepare
 from spikefleet_pipelines.store.reader import Store
 
 NETWORK = ["model.stages=[3,4,6,3]", "model.width=0.25", "tracking.every_steps=1", "train.evaluate_every=4"]
+PLAIN = ["model.connection=post_add"]
+SUMMED = [*PLAIN, "shortcut.where=stage", "shortcut.loss=summed_logits"]
 VARIANTS = {
-    "plain": ["model.connection=post_add"],
-    "shortcut, weight 1": [
-        "model.connection=post_add",
-        "shortcut.where=stage",
-        "shortcut.schedule=constant",
-        "shortcut.lambda0=1.0",
-    ],
-    "evolutionary, 0.25 to 0": ["model.connection=post_add", "shortcut.where=stage"],
-    "evolutionary, 1 to 0": ["model.connection=post_add", "shortcut.where=stage", "shortcut.lambda0=1.0"],
+    "plain": PLAIN,
+    "shortcut, weight 1": [*SUMMED, "shortcut.schedule=constant", "shortcut.lambda0=1.0"],
+    "evolutionary, 0.25 to 0": [*SUMMED, "shortcut.schedule=linear", "shortcut.lambda0=0.25"],
+    "evolutionary, 1 to 0": [*SUMMED, "shortcut.schedule=linear", "shortcut.lambda0=1.0"],
 }
 
 

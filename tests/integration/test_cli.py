@@ -227,6 +227,16 @@ def test_a_store_and_a_run_go_by_their_names(desk: Desk) -> None:
     assert "expected one of main" in desk.refuse("tracking", "sync", "gone")
 
 
+def test_a_split_is_taken_beside_the_store_wherever_one_stands(desk: Desk) -> None:
+    inside = Desk(desk.folder / "stores/digits")
+    taken = json.loads(inside.ask("data", "split", ".", "--gate", "0.1", "--json"))
+    assert Path(taken["store"]) == desk.folder.resolve() / "stores/digits-gate"
+    assert taken["splits"]["gate"] == 129
+    assert "is the store that the split is taken from" in desk.refuse(
+        "data", "split", "digits", "--gate", "0.1", "--out", "stores/digits", "--overwrite"
+    )
+
+
 def test_a_taken_port_is_refused_at_once(desk: Desk) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

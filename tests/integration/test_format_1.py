@@ -20,9 +20,9 @@ from spikefleet.runs.run_dir import Run
 from spikefleet.tracking.mlflow_client import resolve_tracking_uri
 from spikefleet.training.checkpoints import load_checkpoint
 from spikefleet.training.distributed import ProcessGroup
-from spikefleet.training.events import Event, StepDone
 from spikefleet.training.loop import train
 from spikefleet_pipelines.store.reader import Store
+from support.events import KeptEvents
 
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "format_1"
 LOGITS = torch.tensor(json.loads((FIXTURE / "logits.json").read_text()))
@@ -79,19 +79,13 @@ def test_its_own_serving_code_says_what_to_do_and_a_renewed_version_serves(uri: 
 
 def test_a_checkpoint_is_resumed(stores_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(FIXTURE / "run", tmp_path / "run")
-    run, losses = Run(tmp_path / "run"), {}
-
-    class Losses:
-        def emit(self, event: Event) -> None:
-            if isinstance(event, StepDone):
-                losses[event.step] = event.metrics["train/loss"]
-
+    run, events = Run(tmp_path / "run"), KeptEvents()
     config, latest = run.config(), run.checkpoints.latest()
     assert latest is not None
     assert load_checkpoint(latest).state["epoch"] == 1
-    train(config, Store.open(stores_dir / "digits"), run.path, ProcessGroup.single(), Losses())
+    train(config, Store.open(stores_dir / "digits"), run.path, ProcessGroup.single(), events)
     expected = json.loads((FIXTURE / "resumed.json").read_text())
-    assert {str(step): loss for step, loss in losses.items()} == pytest.approx(expected, rel=2e-3)
+    assert {str(step): loss for step, loss in events.losses.items()} == pytest.approx(expected, rel=2e-3)
 
 
 def test_a_served_version_imports_neither_plots_nor_the_training_core(uri: str, tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ from spikefleet.config.recipes import load_config, parse_overrides
 from spikefleet.config.schema import Config, TrainConfig
 from spikefleet.errors import UserError
 from spikefleet.training.distributed import ProcessGroup
-from spikefleet.training.events import EpochDone, Event, Started, StepDone
+from spikefleet.training.events import EpochDone, Started
 from spikefleet.training.loop import train
 from spikefleet_pipelines.store.reader import Store
-from support.snapshots import cut, differences, end_of
+from support.events import KeptEvents
+from support.snapshots import assert_same_end, cut
 
 # 1,295 training samples: 20 batches of 64 and 15 samples.
 SMALL = [
@@ -36,20 +37,8 @@ def store(stores_dir: Path) -> Store:
     return Store.open(stores_dir / "digits")
 
 
-class Events:
-    def __init__(self) -> None:
-        self.seen: list[Event] = []
-
-    def emit(self, event: Event) -> None:
-        self.seen.append(event)
-
-    @property
-    def steps(self) -> list[StepDone]:
-        return [event for event in self.seen if isinstance(event, StepDone)]
-
-
-def trained(store: Store, run_dir: Path, *overrides: str) -> tuple[Config, Events]:
-    config, events = load_config("digits", parse_overrides([*SMALL, *overrides])), Events()
+def trained(store: Store, run_dir: Path, *overrides: str) -> tuple[Config, KeptEvents]:
+    config, events = load_config("digits", parse_overrides([*SMALL, *overrides])), KeptEvents()
     train(config, store, run_dir, ProcessGroup.single(), events)
     return config, events
 
@@ -81,9 +70,9 @@ def test_resumption_is_exact_with_each_choice(choice: str, store: Store, tmp_pat
     config, _ = trained(store, tmp_path / "whole", *chosen)
     for step in (10, 20 if choice == "drop" else 21, 30):
         cut(tmp_path / "whole", step, tmp_path / f"cut-{step}")
-        rest = Events()
+        rest = KeptEvents()
         train(config, store, tmp_path / f"cut-{step}", ProcessGroup.single(), rest)
-        assert differences(end_of(tmp_path / f"cut-{step}"), end_of(tmp_path / "whole")) == []
+        assert_same_end(tmp_path / f"cut-{step}", tmp_path / "whole")
         assert rest.steps[0].step == step + 1
 
 

@@ -24,7 +24,7 @@ from spikefleet_models.families import build_model
 from spikefleet_pipelines.loading import BatchLoader
 from spikefleet_pipelines.sampling import EpochPlan
 from spikefleet_pipelines.store.reader import Store
-from support.ranks import GroupRun, run_ranks
+from support.ranks import GroupRun, run_undisturbed
 from support.snapshots import end_of
 
 RANKS = 3
@@ -56,9 +56,7 @@ def store(stores_dir: Path) -> Path:
 @pytest.fixture(scope="module")
 def trained(config: Config, store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, GroupRun]:
     run_dir = tmp_path_factory.mktemp("trained") / "run"
-    run = run_ranks(config, store, run_dir)
-    assert run.exit_codes == [[0] * RANKS], run.log
-    return run_dir, run
+    return run_dir, run_undisturbed(config, store, run_dir)
 
 
 def keep_statistics_apart() -> None:
@@ -74,7 +72,7 @@ def keep_statistics_apart() -> None:
 def apart(config: Config, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
     """The end of the same training with the statistics of rank 0 alone."""
     run_dir = tmp_path_factory.mktemp("apart") / "run"
-    assert run_ranks(config, store, run_dir, prepare=keep_statistics_apart).finished
+    run_undisturbed(config, store, run_dir, prepare=keep_statistics_apart)
     return end_of(run_dir)
 
 

@@ -28,26 +28,15 @@ from spikefleet.tracking.mlflow_client import resolve_tracking_uri
 from spikefleet.training.checkpoints import best_network, load_checkpoint
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.evaluation import evaluate
-from spikefleet.training.events import EpochDone, Event, Note, Phase
+from spikefleet.training.events import EpochDone, Phase
 from spikefleet.training.loop import Outcome, _improves, train
 from spikefleet_pipelines.loading import BatchLoader
 from spikefleet_pipelines.sources import prepare
 from spikefleet_pipelines.store.reader import Store
 from spikefleet_tune.search_file import search_of
+from support.events import KeptEvents
 
 SMALL = ["model.width=0.125", "model.timesteps=1", "train.global_batch=216", "cluster.workers=0"]
-
-
-class Events:
-    def __init__(self) -> None:
-        self.seen: list[Event] = []
-
-    def emit(self, event: Event) -> None:
-        self.seen.append(event)
-
-    @property
-    def notes(self) -> str:
-        return "; ".join(event.text for event in self.seen if isinstance(event, Note))
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +45,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return prepare("digits", None, tmp_path_factory.mktemp("whole") / "digits", holdout=0)
 
 
-def trained(store: Store, run_dir: Path, *overrides: str) -> tuple[Outcome, Events]:
-    config, events = load_config("digits", parse_overrides([*SMALL, *overrides])), Events()
+def trained(store: Store, run_dir: Path, *overrides: str) -> tuple[Outcome, KeptEvents]:
+    config, events = load_config("digits", parse_overrides([*SMALL, *overrides])), KeptEvents()
     return train(config, store, run_dir, ProcessGroup.single(), events), events
 
 
@@ -104,14 +93,14 @@ def test_the_last_checkpoint_is_tested_beside_the_best(stores_dir: Path, tmp_pat
     assert outcome.last.keys() == {"test/top1", "test/top5"}
     assert outcome.reported["last/test/top1"] == last
     assert outcome.reported["test/top1"] == outcome.test["top1"]
-    assert "the last checkpoint" in events.notes
+    assert "the last checkpoint" in "; ".join(events.notes)
 
 
 def test_a_last_checkpoint_that_is_the_best_is_tested_once(stores_dir: Path, tmp_path: Path, no_figures: None) -> None:
     outcome, events = trained(Store.open(stores_dir / "digits"), tmp_path, "train.epochs=1")
     assert outcome.last == {f"test/{name}": value for name, value in outcome.test.items()}
     assert [event.what for event in events.seen if isinstance(event, Phase)].count("testing") == 1
-    assert "the last checkpoint" not in events.notes
+    assert "the last checkpoint" not in "; ".join(events.notes)
 
 
 # ------------------------------------------------------------------------------------------- without a validation split
@@ -120,8 +109,8 @@ def test_a_last_checkpoint_that_is_the_best_is_tested_once(stores_dir: Path, tmp
 def test_without_validation_images_the_last_epoch_is_reported(whole: Store, tmp_path: Path, no_figures: None) -> None:
     assert whole.manifest.splits == {"train": 1438, "test": 359}
     outcome, events = trained(whole, tmp_path, "train.epochs=3", "checkpoint.every_epochs=2")
-    assert "the data have no validation split: the last epoch is reported" in events.notes
-    assert "the last checkpoint" in events.notes
+    assert "the data have no validation split: the last epoch is reported" in "; ".join(events.notes)
+    assert "the last checkpoint" in "; ".join(events.notes)
     assert Path(outcome.best_checkpoint).name == f"step-{outcome.steps:08d}"
     assert outcome.validation == {}
     assert outcome.last == {f"test/{name}": value for name, value in outcome.test.items()}
@@ -258,6 +247,6 @@ def test_with_images_held_out_of_train_they_are_a_test(imagenet: Path, tmp_path:
     store = prepare("image_folder", imagenet, tmp_path / "store")
     assert store.manifest.splits == {"train": 22, "val": 2, "test": 6}
     config = load_config("imagenet_sg_resnet18", parse_overrides([*IMAGENET, "cluster.workers=0"]))
-    outcome = train(config, store, tmp_path / "run", ProcessGroup.single(), Events())
+    outcome = train(config, store, tmp_path / "run", ProcessGroup.single(), KeptEvents())
     assert outcome.test.keys() == {"top1"}
     assert outcome.last.keys() == {"test/top1"}

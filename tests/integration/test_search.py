@@ -352,7 +352,7 @@ def test_ctrl_c_frees_the_workers_and_leaves_a_search_to_go_on_with(ray_on_two_c
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(KeyboardInterrupt):
-        run_search(search, trainable, tmp_path, "interrupted")
+        run_search(search, trainable, tmp_path, "interrupted", grace_s=0.5)  # it never looks at the signal
     thread.join()
     assert signal.getsignal(signal.SIGINT) is handler
     between = read_search_result(tmp_path, "interrupted")

@@ -15,11 +15,12 @@ from spikefleet.config.schema import Config
 from spikefleet.training import threads
 from spikefleet.training.checkpoints import CheckpointFolder, load_checkpoint
 from spikefleet.training.distributed import ProcessGroup
-from spikefleet.training.events import Event, Note, Started
+from spikefleet.training.events import Started
 from spikefleet.training.loop import train
 from spikefleet_pipelines.store.reader import Store
+from support.events import KeptEvents
 from support.figures import DRAWN, nothing
-from support.snapshots import cut, differences, end_of
+from support.snapshots import assert_same_end, cut, differences, end_of
 
 # Large enough for torch to split its sums among threads; and in deterministic mode, which does not help.
 SETTINGS = [
@@ -60,12 +61,7 @@ class Trained:
 
 def trained(run_dir: Path, config: Config, store: Store, with_threads: int) -> Trained:
     """Trains or resumes a run in this process, where torch has `with_threads` threads by default."""
-    events: list[Event] = []
-    during: set[int] = set()
-
-    class Sink:
-        def emit(self, event: Event) -> None:
-            events.append(event)
+    events, during = KeptEvents(), set[int]()
 
     def before_step(group: ProcessGroup, step: int) -> None:
         during.add(torch.get_num_threads())
@@ -73,12 +69,12 @@ def trained(run_dir: Path, config: Config, store: Store, with_threads: int) -> T
     before = torch.get_num_threads()
     torch.set_num_threads(with_threads)
     try:
-        train(config, store, run_dir, ProcessGroup.single(), Sink(), before_step)
+        train(config, store, run_dir, ProcessGroup.single(), events, before_step)
         after = torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
-    notes = [event.text for event in events if isinstance(event, Note) and "thread" in event.text]
-    recorded = next(event.metadata["threads"] for event in events if isinstance(event, Started))
+    notes = [text for text in events.notes if "thread" in text]
+    recorded = next(event.metadata["threads"] for event in events.seen if isinstance(event, Started))
     return Trained(notes, recorded, during, after)
 
 
@@ -113,7 +109,7 @@ def test_resumption_restores_the_number_and_every_bit(
     assert resumed.notes == ["torch runs with 2 threads as before, not with 1, so that no bit differs"]
     assert (resumed.recorded, resumed.during) == ([2], {2})
     assert resumed.after == 1, "the process has its own number again"
-    assert differences(end_of(tmp_path / "run"), end_of(whole)) == []
+    assert_same_end(tmp_path / "run", whole)
     # Negative control: without the record, as in the first release, it resumes with this process's number.
     put_record(whole, tmp_path / "earlier", EARLY, None)
     earlier = trained(tmp_path / "earlier", config, store, 1)

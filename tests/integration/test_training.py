@@ -24,7 +24,7 @@ from spikefleet.training.step import NonFiniteError
 from spikefleet_pipelines.sources import prepare
 from spikefleet_pipelines.store.reader import Store
 from support.ranks import run_ranks
-from support.snapshots import cut, differences, end_of
+from support.snapshots import assert_same_end, cut, differences, end_of
 
 SMALL = ["model.width=0.125", "train.epochs=1", "tracking.every_steps=1", "cluster.workers=0"]
 
@@ -186,7 +186,7 @@ def test_resumption_is_exact(settings: list[str], store: Store, tmp_path: Path, 
     cut(tmp_path / "whole", 4, tmp_path / "cut")
     train(config, store, tmp_path / "cut", ProcessGroup.single(), rest)
     assert [row["train/loss"] for row in rest.rows] == [row["train/loss"] for row in whole.rows[4:]]
-    assert differences(end_of(tmp_path / "cut"), end_of(tmp_path / "whole")) == []
+    assert_same_end(tmp_path / "cut", tmp_path / "whole")
 
 
 def test_a_run_that_raises_in_the_middle_is_resumed_from_its_checkpoint(
@@ -199,7 +199,7 @@ def test_a_run_that_raises_in_the_middle_is_resumed_from_its_checkpoint(
     first_steps(config, store, tmp_path / "stopped", 3, Steps())
     _, rest = run(config, store, tmp_path / "stopped")
     assert len(rest.rows) == 4
-    assert differences(end_of(tmp_path / "stopped"), end_of(tmp_path / "whole")) == []
+    assert_same_end(tmp_path / "stopped", tmp_path / "whole")
 
 
 def test_same_seed_same_bits_and_another_seed_others(store: Store, tmp_path: Path) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +15,14 @@ from typer.testing import CliRunner
 
 from spikefleet.cli import app
 from spikefleet.runs.run_dir import Run
+from spikefleet.training.distributed import ProcessGroup
+from spikefleet.training.events import NullSink
+from spikefleet.training.loop import train
 from spikefleet_pipelines.sources import prepare
+from spikefleet_pipelines.store.reader import Store
+from spikefleet_tune.journal import SearchFolder
+from support.ranks import run_ranks
+from support.snapshots import assert_same_end
 
 pytestmark = pytest.mark.xdist_group("ray")
 
@@ -143,6 +154,41 @@ def test_overrides_and_resources_are_laid_over_the_file(stores_dir: Path, tmp_pa
     assert "data.store" in refuse(f"data.store={tmp_path}/none") or "none" in refuse(f"data.store={tmp_path}/none")
     assert "gpus_per_worker=0.5" in refuse("--workers", "2", "--gpus-per-worker", "0.5")
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])  # slow: groups of workers
+def test_a_signal_stops_trials_with_a_checkpoint(
+    workers: int, ray_on_two_cpus: None, stores_dir: Path, tmp_path: Path, no_figures: None
+) -> None:
+    """The search resumes from there, and ends as one that was never stopped."""
+    long = SEARCH.replace("choice: [1, 2]", "choice: [1]").replace("train.epochs: 1", "train.epochs: 6")
+    (tmp_path / "small.yaml").write_text(f"{long}resources: {{workers: {workers}}}\n")
+    run = Run(tmp_path / "runs/searches/small/trials/small-0000")
+
+    def interrupt() -> None:
+        deadline = time.monotonic() + 120
+        while run.checkpoints.latest() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    places = ["--runs-dir", str(tmp_path / "runs"), "--stores-dir", str(stores_dir)]
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["tune", str(tmp_path / "small.yaml"), *places])
+    thread.join()
+    assert "stopping after this step; again to abort" in done.output
+    assert "interrupted; resume with: spikefleet" in done.stderr
+    assert done.exit_code == 143
+    assert (run.record()["status"], run.record()["signal"]) == ("interrupted", "SIGTERM"), "it committed a checkpoint"
+    assert SearchFolder(tmp_path / "runs/searches", "small").read().unfinished == [0]
+    tune(tmp_path, stores_dir)
+    clean = Run(tmp_path / "clean")
+    store = Store.open(stores_dir / "digits", verify=False)
+    if workers > 1:
+        run_ranks(run.config(), stores_dir / "digits", clean.path)
+    else:
+        train(run.config(), store, clean.path, ProcessGroup.single(), NullSink())
+    assert_same_end(run.path, clean.path)
 
 
 # ------------------------------------------------------------------------------------------------ reproduce

@@ -21,10 +21,10 @@ from spikefleet.errors import RunError
 from spikefleet.runs.options import Options
 from spikefleet.runs.train_run import run_training
 from spikefleet.training.distributed import ProcessGroup
-from spikefleet.training.events import Event, Note
 from spikefleet.training.loop import train
 from spikefleet_pipelines.store.reader import Store
 from spikefleet_tune.atomic import write_atomically
+from support.events import KeptEvents
 from support.finished import NAME, SMALL
 
 
@@ -116,15 +116,6 @@ def test_a_training_on_a_full_disk_ends_with_a_sentence(
     assert f"the disk at {disk} is full" in str(said)
 
 
-class Notes:
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def emit(self, event: Event) -> None:
-        if isinstance(event, Note):
-            self.texts.append(event.text)
-
-
 def test_a_plot_that_fails_does_not_end_the_training(
     stores_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_figures: None
 ) -> None:
@@ -134,10 +125,10 @@ def test_a_plot_that_fails_does_not_end_the_training(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(plots, "image_grid", full)
-    notes = Notes()
+    events = KeptEvents()
     config, store = load_config("digits", parse_overrides(SMALL)), Store.open(stores_dir / "digits", verify=False)
-    assert train(config, store, tmp_path / "run", ProcessGroup.single(), notes).test["top1"] > 0
-    drawn = [text for text in notes.texts if "was not drawn" in text]
+    assert train(config, store, tmp_path / "run", ProcessGroup.single(), events).test["top1"] > 0
+    drawn = [text for text in events.notes if "was not drawn" in text]
     assert [text.split()[2] for text in drawn] == ["training_batch.png", "predictions.png"]
     assert all("is full" in text for text in drawn)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 import subprocess
@@ -10,11 +11,21 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from ray.exceptions import OutOfMemoryError
+from typer.testing import CliRunner
 
+from spikefleet.cli import app
 from spikefleet.cluster.ray_train import _headline
 from spikefleet.cluster.session import _not_started
+from spikefleet.config.recipes import load_config, parse_overrides
 from spikefleet.errors import RunError, UserError
+from spikefleet.training.distributed import ProcessGroup
+from spikefleet.training.events import NullSink
+from spikefleet.training.loop import train
+from spikefleet_pipelines.errors import StoreError
+from spikefleet_pipelines.store.reader import Store
+from support.forked import Forked
 
 RAY = """
 import os, sys
@@ -56,33 +67,27 @@ def test_the_figures_of_a_ray_that_does_not_start() -> None:
     assert "is full" in str(full)
 
 
-SHARED_MEMORY = """
-import sys
-from pathlib import Path
-from spikefleet.config.recipes import load_config, parse_overrides
-from spikefleet.training.distributed import ProcessGroup
-from spikefleet.training.events import NullSink
-from spikefleet.training.loop import train
-from spikefleet_pipelines.errors import StoreError
-from spikefleet_pipelines.store.reader import Store
-settings = ["model.width=0.125", "train.epochs=1", "cluster.workers=0", "data.loader_processes=2"]
-config = load_config("digits", parse_overrides([*settings, "train.global_batch=1024"]))
-try:
-    train(config, Store.open(sys.argv[1], verify=False), Path(sys.argv[2]), ProcessGroup.single(), NullSink())
-except StoreError as error:
-    print(error)
-"""
+def train_with_loaders(store: Path, run_dir: Path) -> None:
+    """Trains in a mount namespace of its own, in which shared memory has 256 kB."""
+    ctypes.CDLL(None).unshare(0x00020000)  # CLONE_NEWNS
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", "/dev/shm"], check=True)
+    settings = ["model.width=0.125", "train.epochs=1", "cluster.workers=0", "data.loader_processes=1"]
+    config = load_config("digits", parse_overrides([*settings, "train.global_batch=1024"]))
+    try:
+        train(config, Store.open(store, verify=False), run_dir, ProcessGroup.single(), NullSink())
+    except StoreError as error:
+        print(error)
 
 
 def test_a_small_shared_memory_is_named(stores_dir: Path, tmp_path: Path) -> None:
-    mount = "mount -t tmpfs -o size=256k tmpfs /dev/shm"
-    if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode:
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
         pytest.skip("a small /dev/shm cannot be mounted here")
-    command = ["unshare", "-m", "sh", "-c", f'{mount} && exec "$0" "$@"', sys.executable, "-c", SHARED_MEMORY]
-    done = subprocess.run([*command, stores_dir / "digits", tmp_path / "run"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "more shared memory than there is in /dev/shm (0.2621 MB, " in done.stdout
-    assert "data.loader_processes=0" in done.stdout
+    process = Forked(tmp_path / "said.txt", train_with_loaders, stores_dir / "digits", tmp_path / "run")
+    said = process.wait(120)
+    assert process.returncode == 0, said
+    assert "more shared memory than there is in /dev/shm (0.2621 MB, " in said
+    assert "data.loader_processes=0" in said
 
 
 KILLED = (
@@ -92,6 +97,26 @@ KILLED = (
     "Refer to the documentation on how to address the out of memory issue. Consider provisioning more memory."
 )
 """What Ray 2.60 says; its memory monitor was set to 2 % of the machine's memory."""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_missing_gpu_is_said_before_ray_starts(
+    stores_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.init", lambda **_: pytest.fail("Ray starts"))
+    (tmp_path / "s.yaml").write_text(
+        "recipe: digits\nspace: {model.timesteps: {choice: [1]}}\nobjectives: {val/top1: max}\nbudget: {trials: 1}\n"
+    )
+    places = ["--stores-dir", str(stores_dir), "--runs-dir", str(tmp_path / "runs")]
+    train, tune = ["train", "digits", "--gpu", "--workers", "2"], ["tune", str(tmp_path / "s.yaml")]
+    for words, count in ((train, "2 GPUs"), ([*tune, "--gpus-per-worker", "0.5"], "0.5 GPUs")):
+        done = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*words, *places])
+        assert done.exit_code == 2, done.output
+        assert f"needs {count} (one for each of cluster.workers), but this machine has 0" in done.stderr
+        # Negative control: the cluster at an address may have them; nothing answers at this one.
+        done = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*words, *places, "--address", "127.0.0.1:1"])
+        assert (done.exit_code, "nothing answers at Ray address" in done.stderr) == (2, True), done.output
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_memory_monitors_figures_are_kept() -> None:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -22,8 +19,9 @@ from spikefleet.training.events import Event, Phase, StepDone
 from spikefleet.training.loop import train
 from spikefleet.training.stopping import TrainingStopped
 from spikefleet_pipelines.store.reader import Store
+from support.forked import Forked, command
 from support.ranks import GroupRun, ask_to_stop, run_ranks
-from support.snapshots import differences, end_of
+from support.snapshots import assert_same_end
 
 SETTINGS = [
     "model.width=0.125",
@@ -34,7 +32,6 @@ SETTINGS = [
     "tracking.every_steps=1",
 ]
 EPOCH, STEPS = 6, 12
-SPIKEFLEET = [sys.executable, "-c", "from spikefleet.cli import main; main()"]
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +101,7 @@ def test_a_stop_at_any_moment_changes_no_bit(
     stops = train_through(tmp_path / "run", store, asker)
     assert stops == [3, EPOCH, EPOCH, STEPS], "each stop comes after the step in which it was asked for"
     assert asker.losses == clean.losses
-    assert differences(end_of(tmp_path / "run"), end_of(reference)) == []
+    assert_same_end(tmp_path / "run", reference)
 
 
 def test_two_ranks_agree_on_the_step(store: Path, tmp_path: Path) -> None:
@@ -115,7 +112,7 @@ def test_two_ranks_agree_on_the_step(store: Path, tmp_path: Path) -> None:
     assert [set(codes) for codes in run.exit_codes] == [{1}] * 3 + [{0}]
     assert all(isinstance(error, TrainingStopped) or error is None for error in run.errors)
     assert run.losses == clean.losses
-    assert differences(end_of(tmp_path / "run"), end_of(tmp_path / "clean")) == []
+    assert_same_end(tmp_path / "run", tmp_path / "clean")
     assert isinstance(clean, GroupRun)
     assert (tmp_path / "once").exists()
 
@@ -140,22 +137,16 @@ def stop_validation(mark: Path) -> None:
 # ------------------------------------------------------------------------------------------------ real signals
 
 
-def start(folder: Path, stores_dir: Path, *words: str) -> subprocess.Popen[str]:
+def start(folder: Path, stores_dir: Path, *words: str) -> Forked:
     settings = ["train.epochs=300", "model.width=0.125", "checkpoint.every_steps=7", "checkpoint.every_epochs=300"]
-    command = [*SPIKEFLEET, "train", "digits", "--name", "r", "--runs-dir", str(folder), *settings, *words]
-    return subprocess.Popen(
-        [*command, "--stores-dir", str(stores_dir)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "COLUMNS": "200"},
-    )
+    places = ["--runs-dir", str(folder), "--stores-dir", str(stores_dir)]
+    return command(folder / "said.txt", "train", "digits", "--name", "r", *places, *settings, *words)
 
 
-def wait_until_it_trains(process: subprocess.Popen[str], folder: Path) -> None:
+def wait_until_it_trains(process: Forked, folder: Path) -> None:
     deadline = time.monotonic() + 200
     while not list(folder.glob("r/checkpoints/step-*/checkpoint.json")):
-        assert process.poll() is None, process.communicate()
+        assert process.returncode is None, process.said
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -170,10 +161,10 @@ def latest_step(folder: Path) -> int:
 def test_sigterm_without_ray(twice: bool, stores_dir: Path, tmp_path: Path) -> None:
     process = start(tmp_path, stores_dir, "--workers", "0")
     wait_until_it_trains(process, tmp_path)
-    process.send_signal(signal.SIGTERM)
+    process.send(signal.SIGTERM)
     if twice:
-        process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
+        process.send(signal.SIGTERM)
+    said = process.wait(60)
     assert process.returncode == 143, said
     assert "Traceback" not in said
     if not twice:  # of two signals, the second may come before the sentence
@@ -189,8 +180,8 @@ def test_sigterm_without_ray(twice: bool, stores_dir: Path, tmp_path: Path) -> N
 def test_a_signal_with_ray(signum: int, code: int, stores_dir: Path, tmp_path: Path) -> None:
     process = start(tmp_path, stores_dir, "--workers", "1")
     wait_until_it_trains(process, tmp_path)
-    process.send_signal(signum)
-    said, _ = process.communicate(timeout=90)
+    process.send(signum)
+    said = process.wait(120)
     assert process.returncode == code, said
     assert "stopping after this step; again to abort" in said
     assert "Traceback" not in said
@@ -203,11 +194,11 @@ def test_a_signal_while_ray_starts(stores_dir: Path, tmp_path: Path) -> None:
     process = start(tmp_path, stores_dir, "--workers", "1")
     deadline = time.monotonic() + 120
     while not any(b"gcs_server" in line or b"raylet" in line for line in command_lines(process.pid)):
-        assert process.poll() is None
+        assert process.returncode is None, process.said
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
+    process.send(signal.SIGTERM)
+    said = process.wait(60)
     assert process.returncode == 143, said
     assert "Traceback" not in said
     assert not (tmp_path / "r").exists()

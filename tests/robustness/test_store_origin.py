@@ -105,6 +105,40 @@ def test_equal_contents_at_another_time_are_the_same(
     assert opened.again().location == first.location
 
 
+def rewrite_in_secret(raw: Path, level: int) -> None:
+    """As `rewrite`, with the time of the old file: only the content differs."""
+    path = raw / "train" / "cat" / "train_0.png"
+    before = path.stat()
+    save(path, level)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+
+
+def test_contents_are_compared_on_request(opened: Opened, raw: Path) -> None:
+    first = opened.again()
+    rewrite_in_secret(raw, 41)
+    assert opened.again().location == first.location, "names, sizes and times agree"
+    opened.config = opened.config.model_copy(update={"check_content": True})
+    places = [first.location]
+    for level in (41, 43):  # twice: the second change has the names, sizes and times of the first
+        rewrite_in_secret(raw, level)
+        places.append(opened.again().location)
+        assert "comparing the contents of 12 files" in opened.said[0]
+        assert "preparing them anew" in opened.said[1]
+        assert opened.again().location == places[-1]
+        assert len(opened.said) == 1
+    assert len(set(places)) == 3
+
+
+def test_preparing_compares_contents_on_request(raw: Path, tmp_path: Path) -> None:
+    prepare("image_folder", raw, tmp_path / "store", check_content=True)
+    prepare("image_folder", raw, tmp_path / "store", check_content=True)
+    rewrite_in_secret(raw, 41)
+    prepare("image_folder", raw, tmp_path / "store")
+    with pytest.raises(StoreError, match=r"from other files.*--overwrite"):
+        prepare("image_folder", raw, tmp_path / "store", check_content=True)
+
+
 def test_the_same_files_elsewhere_have_the_same_content(opened: Opened, raw: Path, tmp_path: Path) -> None:
     shutil.copytree(raw, tmp_path / "copy")
     other = Opened(tmp_path / "copy", tmp_path / "others")

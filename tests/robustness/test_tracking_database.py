@@ -18,7 +18,7 @@ from spikefleet.cli import app
 from spikefleet.errors import UserError
 from spikefleet.tracking.database import _revisions, check_database, condition, create_database, repair_database
 
-KILLS = 12
+KILLS = 6
 
 PROGRAM = Path(__file__).parents[1] / "support" / "killed_databases.py"
 

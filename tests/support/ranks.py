@@ -30,12 +30,14 @@ from spikefleet.training.event_log import EventReader, EventWriter, new_attempt
 from spikefleet.training.events import Event, NullSink, StepDone
 from support.figures import draw_nothing
 
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(
+SERVER = multiprocessing.get_context("forkserver")
+"""Forks processes that have imported torch."""
+SERVER.set_forkserver_preload(
     [
         "pytest",
         "torch._dynamo",  # DDP asks for it
         "pandas",  # pyarrow asks for it
+        "spikefleet.cli",
         "spikefleet.training.loop",
         "spikefleet.tasks.classification",
         "spikefleet_models.sg_resnet",
@@ -198,7 +200,7 @@ def run_ranks(
         attempt = new_attempt(run_dir)
         size = config.cluster.workers
         arguments = (size, config.dump(), store, run_dir, attempt, planned, prepare)
-        ranks: list[BaseProcess] = [_SERVER.Process(target=_rank, args=(rank, *arguments)) for rank in range(size)]
+        ranks: list[BaseProcess] = [SERVER.Process(target=_rank, args=(rank, *arguments)) for rank in range(size)]
         for process in ranks:
             process.start()
         try:
@@ -217,6 +219,13 @@ def run_ranks(
             break
     unfired = [f"rank {fault.rank} at step {fault.step}" for fault, mark in planned if not mark.exists()]
     assert not unfired, f"planned faults did not fire: {unfired}\n{run.log}"
+    return run
+
+
+def run_undisturbed(config: Config, store: Path, run_dir: Path, prepare: Callable[[], None] | None = None) -> GroupRun:
+    """As `run_ranks`, of a run in which no rank fails and nothing restarts."""
+    run = run_ranks(config, store, run_dir, prepare=prepare)
+    assert run.exit_codes == [[0] * config.cluster.workers], run.log
     return run
 
 

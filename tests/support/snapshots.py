@@ -54,6 +54,11 @@ def differences(found: Snapshot, wanted: Snapshot) -> list[str]:
     return sorted(told)
 
 
+def assert_same_end(run_dir: Path, reference: Path) -> None:
+    """The last checkpoints of two runs agree in every bit."""
+    assert differences(end_of(run_dir), end_of(reference)) == []
+
+
 def _same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     return ours.dtype == theirs.dtype and torch.equal(ours, theirs)
 

@@ -21,6 +21,7 @@ from spikefleet.training.events import (
     StepDone,
     WorkerFailed,
 )
+from support.events import KeptEvents
 
 EVENTS = [
     Started(3, 10, 5, 2, {"parameters": 7}),
@@ -30,14 +31,6 @@ EVENTS = [
     Note("a line\nwith a break"),
     WorkerFailed("rank 1: gone"),
 ]
-
-
-class Kept:
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-
-    def emit(self, event: Event) -> None:
-        self.events.append(event)
 
 
 def test_events_survive_the_way_through_a_file_and_are_read_once(tmp_path: Path) -> None:
@@ -123,11 +116,11 @@ def test_events_that_an_earlier_version_left_are_heard_too(tmp_path: Path, word:
     lines = [{"event": "Started", "step": 0, "total_steps": 9, "steps_per_epoch": 9, "epochs": 1, "facts": {}}]
     lines += [{"event": "StepDone", "epoch": 0, "step": 4, "metrics": {"train/loss": 0.5}}]
     (earlier / "events-1.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    kept = Kept()
+    kept = KeptEvents()
     sink = ResumedRunSink(tmp_path, kept)
     assert (earlier / STOPPED).is_file()
     sink.emit(EVENTS[0])
-    assert kept.events == [Recovered((Started(0, 9, 9, 1), StepDone(0, 4, {"train/loss": 0.5}))), EVENTS[0]]
+    assert kept.seen == [Recovered((Started(0, 9, 9, 1), StepDone(0, 4, {"train/loss": 0.5}))), EVENTS[0]]
     assert not earlier.exists()
 
 
@@ -135,15 +128,15 @@ def test_taking_over_stops_earlier_workers_and_hears_them_out(tmp_path: Path) ->
     first, second = new_attempt(tmp_path), new_attempt(tmp_path)
     assert first < second
     EventWriter(first).emit(EVENTS[1])
-    kept = Kept()
+    kept = KeptEvents()
     sink = ResumedRunSink(tmp_path, kept)
     assert (first / STOPPED).is_file()
     assert (second / STOPPED).is_file()
     EventWriter(second).emit(EVENTS[2])  # an earlier worker may still finish its step
     sink.emit(Note("before the checkpoint is picked"))
-    assert len(kept.events) == 1
+    assert len(kept.seen) == 1
     sink.emit(EVENTS[0])
-    assert kept.events[1:] == [Recovered((EVENTS[1],)), Recovered((EVENTS[2],)), EVENTS[0]]
+    assert kept.seen[1:] == [Recovered((EVENTS[1],)), Recovered((EVENTS[2],)), EVENTS[0]]
     assert not first.exists()
     sink.emit(EVENTS[0])
-    assert kept.events[4:] == [EVENTS[0]]
+    assert kept.seen[4:] == [EVENTS[0]]

@@ -16,6 +16,7 @@ from spikefleet_pipelines.data_config import DataConfig, store_name
 from spikefleet_pipelines.errors import SourceError, StoreError
 from spikefleet_pipelines.opening import open_or_prepare
 from spikefleet_pipelines.sources import prepare
+from spikefleet_pipelines.sources.contents import hold_out_validation
 from spikefleet_pipelines.store.reader import Store
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")
@@ -156,6 +157,20 @@ def test_fewer_training_images_are_a_part_of_more(source: str, root: Path | None
     counts, everything = (store.manifest.audit.images_per_class["train"] for store in (fewer, usual))
     share = 100 / len(usual.split("train"))
     assert all(abs(found - share * of) < 1 for found, of in zip(counts, everything, strict=True))
+
+
+def test_one_image_more_takes_none_away() -> None:
+    """Shares that are rounded to a sum would: at 432 of these digits."""
+    labels = np.repeat(np.arange(10), (129, 132, 128, 132, 130, 131, 130, 129, 124, 130))
+    images = np.arange(len(labels), dtype=np.uint16).view(np.uint8).reshape(-1, 1, 1, 2)
+    before: set[bytes] = set()
+    for count in range(15, len(labels) + 1):
+        kept, classes = hold_out_validation(images, labels, 0.0, 0, count)["train"]
+        now = {image.tobytes() for image in kept}
+        assert before < now
+        assert len(now) == count
+        assert np.abs(np.bincount(classes) - np.bincount(labels) * count / len(labels)).max() < 1
+        before = now
 
 
 def test_too_many_or_too_few_training_images_are_refused(tmp_path: Path) -> None:

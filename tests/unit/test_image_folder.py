@@ -1,12 +1,15 @@
 """Splits are what the user named; a file that is not used is counted with its reason."""
 
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
+from rich.console import Console
 
 from spikefleet.cli.data import _print_store
+from spikefleet.data_access import prepare_store
 from spikefleet_pipelines.errors import SourceError
 from spikefleet_pipelines.sources import prepare
 from spikefleet_pipelines.store.manifest import Manifest, parse_manifest
@@ -43,6 +46,16 @@ def test_with_one_folder_beside_train_a_part_of_train_is_val(tmp_path: Path, rep
     manifest = prepare("image_folder", root, tmp_path / "store").manifest
     assert manifest.splits == {"train": 6, "val": 2, "test": 8}
     assert levels(tmp_path / "store", "test") == {36, 37, 38, 39, 96, 97, 98, 99}
+
+
+def test_the_command_says_where_val_and_test_come_from(tmp_path: Path) -> None:
+    told = {}
+    for name, splits in (("two", ("train", "val")), ("three", ("train", "val", "test"))):
+        console = Console(file=StringIO(), width=400)
+        prepare_store("image_folder", fill(tmp_path / name, splits), tmp_path / f"{name}_store", console, {})
+        told[name] = console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"test: the images of {tmp_path / 'two' / 'val'}; val: 2 images held out of train" in told["two"]
+    assert "held out" not in told["three"]
 
 
 def test_a_test_folder_without_classes_is_no_split(tmp_path: Path) -> None:

@@ -79,6 +79,14 @@ def test_what_was_not_measured_has_no_number(tmp_path: Path) -> None:
     assert "optimistic" not in text
 
 
+def test_metrics_on_test_are_recommended_where_there_are_some(tmp_path: Path) -> None:
+    """ImageNet and COCO have labels for val alone."""
+    assert "are optimistic; those on test are to be quoted." in text_of(PACKAGE)
+    alone = text_of(written(tmp_path, facts={"metrics": {"val/top1": 0.5, "energy_mj": 1.0}}))
+    assert "are optimistic." in alone
+    assert "to be quoted" not in alone
+
+
 def test_names_from_elsewhere_stay_on_their_line_and_the_description_fits(tmp_path: Path) -> None:
     names = ["a\n## Use", "\x1b[2J", *(f"class {k} of a long name" for k in range(198))]
     package = written(tmp_path, data={"class_names": names}, facts={"tags": {"proof_x": "y" * 6000}})

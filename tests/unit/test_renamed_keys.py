@@ -157,3 +157,15 @@ def test_runs_that_lack_it_decay_their_gates_with_the_norms(decayed: bool) -> No
     assert with_current_keys(stored)["optim"]["decay_gates"] is decayed
     stored["optim"]["decay_gates"] = not decayed
     assert with_current_keys(stored)["optim"]["decay_gates"] is not decayed
+
+
+def test_former_defaults_of_side_branches_stay_where_there_are_branches_and_tell_nothing_where_there_are_none() -> None:
+    former = {"loss": "summed_logits", "schedule": "linear", "lambda0": 0.25}
+    current = load_config("digits").dump()
+    without = current | {"shortcut": current["shortcut"] | former}
+    assert differences(without, current) == differences(current, without) == differences(without, without) == []
+    branched = load_config("digits", {"shortcut": {"where": "stage"}}).dump()
+    stored = branched | {"shortcut": branched["shortcut"] | former}
+    assert with_current_keys(stored)["shortcut"] == stored["shortcut"]
+    told = differences(stored, branched)
+    assert [line.partition(":")[0] for line in told] == ["shortcut.lambda0", "shortcut.loss", "shortcut.schedule"]

@@ -200,6 +200,13 @@ def test_the_data_set_of_a_row_is_that_of_its_runs(tmp_path: Path) -> None:
         assert (row.name, row.cells["test/top1"].difference) == (row_name, difference)
 
 
+@pytest.mark.parametrize("name", list_tables())
+def test_groups_are_on_the_papers_data_sets(name: str) -> None:
+    """A group of another name says which."""
+    sets = {"CIFAR-10", "CIFAR-100", "ImageNet", "DVS-CIFAR10", "COCO", "Gen1"}
+    assert {group.paper_data for group in load_table(name).groups} <= sets
+
+
 def test_what_is_counted_on_the_full_network_is_compared_at_every_scale() -> None:
     table = load_table("sg_resnet_table5")
     entry = next(table.entries("CIFAR-100: SG ResNet18"))

@@ -59,6 +59,10 @@ def test_searches_are_found_by_name_or_path(tmp_path: Path) -> None:
     near = r"search 'digits_t_gate' does not exist; did you mean 'digits_t_gate_schedule'\?"
     with pytest.raises(UserError, match=near):
         load_search("digits_t_gate")
+    with pytest.raises(UserError) as caught:
+        load_search("none")
+    assert "scenes_t_d" in str(caught.value)
+    assert "gen1_t_d" not in str(caught.value), "its recipe is still to come"
     with pytest.raises(SearchError, match=near):
         search_text("digits_t_gate")
     with pytest.raises(UserError, match=r"none\.yaml does not exist"):

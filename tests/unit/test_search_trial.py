@@ -28,7 +28,8 @@ from spikefleet.training.events import CheckpointSaved, EpochDone, NullSink
 from spikefleet.training.loop import train
 from spikefleet_pipelines.store.reader import Store
 from spikefleet_tune.search_file import search_of
-from spikefleet_tune.trials import TrialPruned
+from spikefleet_tune.trials import TrialPruned, TrialStopped
+from support.snapshots import differences, end_of
 
 SMALL = {"model.width": 0.125, "model.stages": [1], "train.epochs": 2, "train.global_batch": 512}
 
@@ -177,6 +178,10 @@ class Reports:
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
         self.checkpoints: list[Path | None] = []
+        self.signal: str | None = None
+
+    def stop_signal(self) -> str | None:
+        return self.signal
 
     def __call__(self, metrics: Mapping[str, float], checkpoint: Path | None = None) -> None:
         self.rows.append(dict(metrics))
@@ -213,3 +218,29 @@ def test_a_trial_that_goes_on_tells_its_best_epoch_again(setting: TrialSetting, 
     assert again.rows == [{key: value for key, value in best.items() if key != "energy_mj"}]
     _report_best_so_far(Run(setting.runs_dir / "none"), ReportSink(again, shares_checkpoints=False))
     assert len(again.rows) == 1
+
+
+def test_a_trial_that_is_asked_to_stop_resumes_bit_by_bit(
+    setting: TrialSetting, stores_dir: Path, no_figures: None
+) -> None:
+    """Asked in its first step, and when its first epoch is reported."""
+    alone = replace(setting, shares_checkpoints=False)
+    clean = as_trial(alone)(SMALL, "clean", Reports())
+
+    class AskedInTheFirstEpoch(Reports):
+        def __call__(self, metrics: Mapping[str, float], checkpoint: Path | None = None) -> None:
+            super().__call__(metrics, checkpoint)
+            self.signal = "SIGTERM"
+
+    early, later, steps = Reports(), AskedInTheFirstEpoch(), []
+    early.signal = "SIGINT"
+    run = Run(setting.runs_dir / "stopped")
+    for reports, name in ((early, "SIGINT"), (later, "SIGTERM")):
+        with pytest.raises(TrialStopped):
+            as_trial(alone)(SMALL, "stopped", reports)
+        assert (run.record()["status"], run.record()["signal"]) == ("interrupted", name)
+        steps.append(end_of(run.path).state["step_in_epoch"])
+    assert steps == [1, 1], "one step of the first epoch, and one of the second"
+    assert as_trial(alone)(SMALL, "stopped", Reports()) == clean
+    assert differences(end_of(run.path), end_of(setting.runs_dir / "clean")) == []
+    assert (run.record()["status"], run.record()["signal"]) == ("finished", None)

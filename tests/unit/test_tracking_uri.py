@@ -12,12 +12,12 @@ from spikefleet.tracking.mlflow_client import check_tracking_uri
 @pytest.mark.parametrize(
     "uri",
     [
-        "http://", "http://[::1", "https://host:99999999", "http://two words:80", "sqlite://", "sqlite:///",
-        "sqlite:///:memory:", "ftp://host", "runs",
+        "http://", "http://[::1", "https://host:99999999", "sqlite://", "sqlite:///", "sqlite:///:memory:",
+        "ftp://host", "runs",
     ],
 )  # fmt: skip
 def test_what_names_no_server_and_no_file_is_refused(uri: str) -> None:
-    with pytest.raises(UserError, match="is not a tracking server; set it to"):
+    with pytest.raises(UserError, match="; set it to "):
         check_tracking_uri(uri)
 
 

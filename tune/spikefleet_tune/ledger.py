@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from spikefleet_tune.journal import Past, SearchFolder, Status, TrialRecord
 from spikefleet_tune.samplers import PointSampler
 from spikefleet_tune.search_file import Search
-from spikefleet_tune.trials import BEST, END, EPOCH, ROW, finite
+from spikefleet_tune.trials import BEST, END, EPOCH, INTERRUPTED, ROW, finite
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +64,9 @@ class SearchObserver(Protocol):
     def on_trial_failed(self, record: TrialRecord, counts: Counts) -> None:
         """A trial ended with status failed."""
 
+    def on_stopping(self) -> None:
+        """A signal arrived: the running trials stop after their step; a second signal does not wait for them."""
+
 
 class SilentObserver:
     """Does nothing; a base for observers that implement some of the callbacks."""
@@ -81,6 +84,9 @@ class SilentObserver:
         """Does nothing."""
 
     def on_trial_failed(self, record: TrialRecord, counts: Counts) -> None:
+        """Does nothing."""
+
+    def on_stopping(self) -> None:
         """Does nothing."""
 
 
@@ -175,8 +181,13 @@ class Ledger:
         return metrics[metric] > best[metric] if mode == "max" else metrics[metric] < best[metric]
 
     def completed(self, number: int, stopped: bool) -> None:
-        """Ray Tune ended a trial without an error: the trial returned, or the scheduler `stopped` it."""
+        """Ray Tune ended a trial without an error: the trial returned, or the scheduler `stopped` it.
+
+        A trial that stopped with its search stays unfinished.
+        """
         live = self.live[number]
+        if live.end is not None and live.end["status"] == INTERRUPTED:
+            return
         if live.end is not None:
             self._end(number, live.end["status"], live.end["metrics"], live.end["reason"])
         elif stopped:
@@ -187,6 +198,14 @@ class Ledger:
         best = self.live[number].best
         if best is not None:
             self._end(number, "stopped", {key: value for key, value in best.items() if key != EPOCH}, reason)
+
+    def has_ended(self, number: int) -> bool:
+        """Whether a trial has nothing more to do: it has sent its last report, or is recorded."""
+        return number not in self.live or self.live[number].end is not None
+
+    def stopping(self) -> None:
+        """The search was asked to stop."""
+        self._notify("on_stopping")
 
     def failed(self, number: int, reason: str) -> None:
         """A trial's process died, or Ray Tune reported an error."""

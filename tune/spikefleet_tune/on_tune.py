@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import signal
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -16,6 +19,7 @@ from ray.tune.experiment.config_parser import _create_trial_from_spec, _make_par
 from ray.tune.search.search_algorithm import SearchAlgorithm
 from ray.tune.stopper import Stopper
 
+from spikefleet_tune.atomic import write_atomically
 from spikefleet_tune.capacity import nodes_of_cluster, trial_request, trials_at_once
 from spikefleet_tune.interruption import Interrupted, handling
 from spikefleet_tune.journal import Clock, Past, SearchFolder
@@ -122,6 +126,7 @@ def run_on_tune(
     source: TrialSource,
     ledger: Ledger,
     clock: Clock,
+    grace_s: float,
 ) -> None:
     """Runs one attempt, until the budget ends or the user interrupts it.
 
@@ -133,9 +138,17 @@ def run_on_tune(
         source: suggests the trials; its `interrupted` says which signal ended the attempt.
         ledger: records what happens to the trials.
         clock: measures the hours of the budget.
+        grace_s: seconds in which running trials may save their state when a signal arrives.
     """
+    scratch = folder.path / SCRATCH
+    shutil.rmtree(scratch, ignore_errors=True)
+    stop = scratch / "stop.json"
+    stopping = _Stopping(source, ledger, stop, grace_s)
 
     class Bookkeeper(tune.Callback):
+        def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+            stopping.running = {int(trial.trial_id) for trial in trials if trial.status == "RUNNING"}
+
         def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             ledger.running(int(trial.trial_id), trial.config)
 
@@ -157,14 +170,12 @@ def run_on_tune(
 
         def stop_all(self) -> bool:
             clock.tick()
-            return source.interrupted is not None or source.out_of_time
+            return source.out_of_time if source.interrupted is None else stopping.is_over()
 
     config = search.scheduler
     deciding = None if config.kind == "none" else search.deciding[0]
-    function = tune_function(trainable, folder.name, search.objectives, deciding, config.kind == "pbt")
+    function = tune_function(trainable, folder.name, search.objectives, deciding, config.kind == "pbt", stop)
     population = source.left if config.kind == "pbt" else None
-    scratch = folder.path / SCRATCH
-    shutil.rmtree(scratch, ignore_errors=True)
     with _tune_environment(population), _interruptible(source), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Consider boosting PBT")
         tune.Tuner(
@@ -184,6 +195,37 @@ def run_on_tune(
     if source.out_of_time and source.interrupted is None:
         for number in list(ledger.live):
             ledger.stop_early(number, f"the budget of {search.budget.hours:g} hours is used up")
+
+
+class _Stopping:
+    """The end of an attempt after a signal: its trials are asked to save their state, then Ray Tune stops them.
+
+    Args:
+        source: knows the signal.
+        ledger: knows which trials have ended.
+        stop: the file that trials look at.
+        grace_s: seconds to wait for them.
+    """
+
+    def __init__(self, source: TrialSource, ledger: Ledger, stop: Path, grace_s: float) -> None:
+        self._source, self._ledger, self._stop, self._grace_s = source, ledger, stop, grace_s
+        self._asked: set[int] | None = None
+        self._deadline = 0.0
+        self.running: set[int] = set()
+        """Trials whose processes run now."""
+
+    def is_over(self) -> bool:
+        """Whether no trial that ran when the signal arrived still runs, or the time for it is over."""
+        if self._asked is None:
+            assert self._source.interrupted is not None
+            self._ledger.stopping()
+            self._asked, self._deadline = self.running, time.monotonic() + self._grace_s
+            with suppress(OSError):  # a full disk: the trials are stopped without a new checkpoint
+                self._stop.parent.mkdir(parents=True, exist_ok=True)
+                name = signal.Signals(self._source.interrupted).name
+                write_atomically(self._stop, json.dumps({"signal": name}))
+        waiting = any(not self._ledger.has_ended(number) for number in self._asked & self.running)
+        return not waiting or not self._stop.is_file() or time.monotonic() >= self._deadline
 
 
 @contextmanager
@@ -211,12 +253,21 @@ def _tune_environment(population: int | None) -> Iterator[None]:
 
 @contextmanager
 def _interruptible(source: TrialSource) -> Iterator[None]:
-    """The first SIGINT or SIGTERM lets Ray Tune stop its trials; a second one aborts."""
+    """The first SIGINT or SIGTERM stops the trials after their step; a second one aborts.
+
+    Raises:
+        Interrupted: the second one; Ray Tune raises a plain KeyboardInterrupt for it.
+    """
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
         if source.interrupted is not None:
             raise Interrupted(source.interrupted)
         source.interrupted = signum
 
-    with handling(interrupt):
-        yield
+    try:
+        with handling(interrupt):
+            yield
+    except KeyboardInterrupt:
+        if source.interrupted is None:
+            raise
+        raise Interrupted(source.interrupted) from None

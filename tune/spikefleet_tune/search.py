@@ -44,6 +44,7 @@ def run_search(
     warm_start: Sequence[WarmStartPoint] = (),
     extend: int = 0,
     retry_failed: bool = False,
+    grace_s: float = 30.0,
 ) -> SearchResult:
     """Runs a search, or resumes the one of this name, until its budget is used up.
 
@@ -60,14 +61,15 @@ def run_search(
             without are tried first.
         extend: number of trials to add to a search that is complete.
         retry_failed: run each failed trial once more.
+        grace_s: seconds in which running trials may save their state when a signal asks the search to stop.
 
     Returns:
         The trials that have ended, in this and earlier attempts.
 
     Raises:
         SearchError: the search is already running, was started with other settings, or never fits into this cluster.
-        Interrupted: SIGINT or SIGTERM; running trials stop, and the same name resumes them. A second signal does not
-            wait for them.
+        Interrupted: SIGINT or SIGTERM; running trials save their state and stop, and the same name resumes them. A
+            second signal does not wait for them.
     """
     folder = SearchFolder(storage, name)
     scheduler = build_scheduler(search, mutable)
@@ -90,7 +92,7 @@ def run_search(
         if isinstance(scheduler, Population):
             check_population(search, source.left, nodes)
         if not source.is_finished():
-            run_on_tune(search, trainable, folder, scheduler, source, ledger, clock)
+            run_on_tune(search, trainable, folder, scheduler, source, ledger, clock, grace_s)
             clock.tick(force=True)
         shutil.rmtree(folder.path / SCRATCH, ignore_errors=True)
         if source.interrupted is not None:

@@ -19,6 +19,8 @@ ROW = "search/row"
 """Key of a report: all its metrics as JSON, without those that Ray Tune adds."""
 END = "search/end"
 """Key of a trial's last report: status, metrics and reason as JSON."""
+INTERRUPTED = "interrupted"
+"""Status in the last report of a trial that stopped with its search; in the journal it stays unfinished."""
 
 
 class Report(Protocol):
@@ -40,6 +42,12 @@ class Report(Protocol):
             TrialPruned: a loss is not finite; do not catch it.
         """
 
+    def stop_signal(self) -> str | None:
+        """Name of the signal, such as SIGTERM, by which the search was asked to stop; None if it was not.
+
+        A trainable that looks at it after each step, saves its state and raises TrialStopped loses nothing.
+        """
+
 
 Trainable = Callable[[Overrides, str, Report], Mapping[str, float]]
 """(overrides, name of the trial, report) -> metrics of its best checkpoint.
@@ -55,6 +63,10 @@ class TrialPruned(Exception):  # noqa: N818 -- a verdict, not an error
     """A trainable raises this, with the reason, if further training is pointless."""
 
 
+class TrialStopped(Exception):  # noqa: N818 -- no error
+    """A trainable raises this when the search was asked to stop, after it has saved the state to resume from."""
+
+
 class TuneReport:
     """Checks the reports of a trial and passes them to Ray Tune.
 
@@ -62,17 +74,25 @@ class TuneReport:
         deciding: metric by which the scheduler decides; every report must have it.
         needs_checkpoint: every report must have a checkpoint (pbt).
         start_from: checkpoint that the trial starts from.
+        stop: file by which the driver asks its trials to stop, on storage that all nodes share.
     """
 
-    def __init__(self, deciding: str | None, needs_checkpoint: bool, start_from: Path | None) -> None:
+    def __init__(self, deciding: str | None, needs_checkpoint: bool, start_from: Path | None, stop: Path) -> None:
         self._deciding, self._needs_checkpoint = deciding, needs_checkpoint
-        self._start_from = start_from
+        self._start_from, self._stop = start_from, stop
         self._count = 0
 
     @property
     def start_from(self) -> Path | None:
         """The checkpoint that the trial starts from; None for its own."""
         return self._start_from
+
+    def stop_signal(self) -> str | None:
+        """Name of the signal by which the search was asked to stop."""
+        try:
+            return str(json.loads(self._stop.read_text())["signal"])
+        except FileNotFoundError:
+            return None
 
     def __call__(self, metrics: Mapping[str, float], checkpoint: Path | None = None) -> None:
         """Reports an epoch; see `Report`.
@@ -103,7 +123,12 @@ class TuneReport:
 
 
 def tune_function(
-    trainable: Trainable, search_name: str, objectives: Mapping[str, Any], deciding: str | None, needs_checkpoint: bool
+    trainable: Trainable,
+    search_name: str,
+    objectives: Mapping[str, Any],
+    deciding: str | None,
+    needs_checkpoint: bool,
+    stop: Path,
 ) -> Callable[[dict[str, Any]], None]:
     """A function for Ray Tune that runs a trial and reports its status at the end.
 
@@ -113,6 +138,7 @@ def tune_function(
         objectives: metrics that the trainable must return.
         deciding: metric by which the scheduler decides; None without a scheduler.
         needs_checkpoint: each report needs a checkpoint (pbt).
+        stop: file by which the driver asks its trials to stop.
     """
 
     def trial(config: dict[str, Any]) -> None:
@@ -122,7 +148,7 @@ def tune_function(
         with ExitStack() as stack:
             held = tune.get_checkpoint()
             start_from = Path(stack.enter_context(held.as_directory())) if held is not None else None
-            report = TuneReport(deciding, needs_checkpoint, start_from)
+            report = TuneReport(deciding, needs_checkpoint, start_from, stop)
             end = _end_of(lambda: trainable(config["overrides"], name, report), objectives)
         tune.report({END: json.dumps(end)})
 
@@ -135,6 +161,8 @@ def _end_of(run: Callable[[], Mapping[str, float]], objectives: Mapping[str, Any
         metrics = dict(run())
     except TrialPruned as verdict:
         return {"status": "pruned", "metrics": {}, "reason": str(verdict) or "pruned without a reason"}
+    except TrialStopped:
+        return {"status": INTERRUPTED, "metrics": {}, "reason": ""}
     except (Exception, SystemExit) as error:
         return {"status": "failed", "metrics": {}, "reason": describe_error(error)}
     kept = finite(metrics)

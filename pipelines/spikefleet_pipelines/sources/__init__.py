@@ -40,6 +40,7 @@ def prepare(
     seed: int = 0,
     overwrite: bool = False,
     skip_bad: bool = False,
+    check_content: bool = False,
     dataset: str | None = None,
     **options: Any,
 ) -> "Store":
@@ -61,6 +62,8 @@ def prepare(
         seed: selects the samples held out of the training data for val (and for test where the source has none).
         overwrite: replace another store at `out`.
         skip_bad: leave out image files that are missing or cannot be read, and list them in the manifest.
+        check_content: compare the raw files with those of a store at `out` by content, although names, sizes and times
+            agree.
         dataset: name of the data set, which a store that is there gets too; None: the default of
             `store/data_set_name.py`, or the name that the store has.
         **options: of the source.
@@ -88,13 +91,18 @@ def prepare(
                 f"source {name!r}: root is {root}, but a single split is given by the options images and annotations; "
                 "remove root"
             )
+        if check_content:
+            raise SourceError(
+                f"source {name!r}: check_content compares the files in root, but a single split is given by images and "
+                "annotations; leave out check_content, and prepare a split anew by overwrite"
+            )
         of_split = check_options(source, options, source.split_options)
         with _writing(out):
             split_writer(of_split, out.resolve(), progress or _quiet, parallel, seed, overwrite, skip_bad)
         return _renamed(Store.open(out, verify=False), dataset)
     checked = check_options(source, options)
     recorded = {**checked.model_dump(mode="json"), "seed": seed}
-    origin = None if source.files is None else _origin_of(root or source.default_root, out)
+    origin = None if source.files is None else _origin_of(root or source.default_root, out, check_content)
     if Store.is_store(out) and not overwrite:
         store = Store.open(out)
         if (store.manifest.source, store.manifest.options) == (name, recorded):
@@ -151,12 +159,16 @@ def _renamed(store: "Store", dataset: str | None) -> "Store":
     return type(store).open(store.location, verify=False)
 
 
-def _origin_of(root: Path | None, out: Path) -> "Origin | None":
+def _origin_of(root: Path | None, out: Path, check_content: bool) -> "Origin | None":
     """The raw files, before they are read; None where there are none, which is complained about later."""
     from spikefleet_pipelines.store.origin import Origin
 
+    besides = [out.parent.absolute()]
     try:
-        return None if root is None or not root.is_dir() else Origin.of(root, [out.parent.absolute()])
+        if root is None or not root.is_dir():
+            return None
+        origin = Origin.of(root, besides)
+        return origin.with_content(besides) if check_content and out.is_dir() else origin
     except OSError as error:
         raise SourceError(f"{root} cannot be read: {error}") from error
 

@@ -80,19 +80,21 @@ def hold_out_validation(
 
 
 def _kept(labels: NDArray[np.int64], count: int, seed: int) -> NDArray[np.bool_]:
-    """Select `count` samples, as a mask [n]: of each class its fraction, the remainders to the largest fractions."""
+    """Select `count` samples, as a mask [n]: the same fraction of each class.
+
+    The samples of a class of m have their turns at (1/2, 3/2, ...) / m (Webster's method). Unlike shares that are
+    rounded to a sum, that never takes a sample away when `count` grows.
+    """
     if count > len(labels):
         raise SourceError(f"train_images is {count:,}, but after val {len(labels):,} images are left; set at most that")
-    classes, sizes = np.unique(labels, return_counts=True)
-    shares = sizes * count // len(labels)
-    order = np.argsort(-(sizes * count % len(labels)), kind="stable")
-    shares[order[: count - shares.sum()]] += 1
-    if not shares.all():
-        empty = classes[shares == 0].tolist()
-        raise SourceError(f"train_images is {count:,}: classes {empty} would keep no image; set a larger number")
-    chosen = np.zeros(len(labels), np.bool_)
+    classes = np.unique(labels)
+    turns = np.empty(len(labels))
     keys = random_bits(seed, 0, np.arange(len(labels)), Draw.KEEP)
-    for label, share in zip(classes, shares, strict=True):
+    for label in classes:
         members = np.flatnonzero(labels == label)
-        chosen[members[np.argsort(keys[members], kind="stable")[:share]]] = True
+        turns[members[np.argsort(keys[members], kind="stable")]] = (np.arange(len(members)) + 0.5) / len(members)
+    chosen = np.zeros(len(labels), np.bool_)
+    chosen[np.lexsort((labels, turns))[:count]] = True
+    if empty := np.setdiff1d(classes, labels[chosen]).tolist():
+        raise SourceError(f"train_images is {count:,}: classes {empty} would keep no image; set a larger number")
     return chosen

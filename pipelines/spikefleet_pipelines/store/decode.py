@@ -24,6 +24,7 @@ _DEEP = "convert it to 8 or 16 bits with a scale of your choice"
 _ORIENTATION = 0x0112
 _BITS_PER_SAMPLE = 258
 _PIXELS_AT_ONCE = 1 << 22
+_PLACE_IN_MEMORY = re.compile("cannot identify image file <.*")
 _PLACE_IN_TORCHVISION = re.compile(r"^\w+, \S+:\d+, ")
 
 # Of metadata that is not used, and of sizes that are checked here.
@@ -53,6 +54,7 @@ def decode_rgb(encoded: NDArray[np.uint8]) -> Tensor:
         raise ValueError(str(error)) from None
     except Exception as error:  # a damaged file can fail in any way
         reason = _PLACE_IN_TORCHVISION.sub("", (str(error) or type(error).__name__).splitlines()[0])
+        reason = _PLACE_IN_MEMORY.sub("its header is damaged", reason)
         raise ValueError(f"the image cannot be decoded as {kind} ({len(data)} bytes): {reason}") from error
 
 

@@ -222,7 +222,8 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
         StoreError: the text is not JSON, has another schema version, or a field (named by its path) is invalid.
     """
     try:
-        content = json.loads(text)
+        content = json.loads(text.decode())  # of bytes, json also takes halves of surrogates
+        json.dumps(content, ensure_ascii=False).encode()  # and of text it takes them escaped
     except (ValueError, RecursionError) as error:
         raise StoreError(f"{where} is not JSON ({error}); prepare the store again") from error
     version = content.get("schema_version") if isinstance(content, dict) else None

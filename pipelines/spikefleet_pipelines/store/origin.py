@@ -99,7 +99,7 @@ def is_built_from(store: Path, now: Origin, written_ns: int, besides: Iterable[P
 
     Args:
         store: directory of the store.
-        now: the files that are there.
+        now: the files that are there; with their content, contents are compared although times are the same.
         written_ns: when its manifest was written, in nanoseconds.
         besides: as for `Origin.of`.
 
@@ -112,9 +112,9 @@ def is_built_from(store: Path, now: Origin, written_ns: int, besides: Iterable[P
             return False
     elif then.listing != now.listing:
         return False
-    elif then.times == now.times:
+    elif then.times == now.times and now.content is None:
         return True
-    found = now.with_content(besides)
+    found = now if now.content is not None else now.with_content(besides)
     if then is not None and then.content != found.content:
         return False
     with suppress(OSError):  # a store that cannot be written is compared again the next time

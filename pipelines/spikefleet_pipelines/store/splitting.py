@@ -32,8 +32,9 @@ def take_split(
 ) -> Manifest:
     """Write a store whose split `name` is a part of the training images of another one, and `train` is the rest.
 
-    Equal images stay together. The part is the same fraction of each class; an image with several objects counts for
-    the rarest of its classes. Which images are chosen depends on their bytes and the seed, not on their order.
+    Equal images stay together. The part is the same fraction of each class, rounded, and leaves at least one image of
+    it in `train`; an image with several objects counts for the rarest of its classes. Which images are chosen depends
+    on their bytes and the seed, not on their order.
 
     Args:
         store: with a split "train"; it stays as it is.
@@ -48,31 +49,22 @@ def take_split(
         The manifest of the new store, whose options record the store that it was taken from.
 
     Raises:
-        StoreError: the fraction chooses no image or leaves a class without training images, the split exists already,
-            or `out` is the store itself or contains something else.
+        StoreError: the fraction is no image of any class, the split exists already, or `out` is the store itself or
+            contains something else.
     """
     manifest = store.manifest
     if name in manifest.shards:
-        raise StoreError(
-            f"{store.location} already has a split {name!r}; use it as it is, or divide the store it was taken from"
-        )
+        raise StoreError(f"{store.location} already has a split {name!r}; choose another name, or use it as it is")
+    if "://" not in store.location and out.resolve() == Path(store.location).resolve():
+        raise StoreError(f"{out} is the store that the split is taken from; choose another directory")
     if not 0.0 < fraction < 1.0:
         raise StoreError(f"the fraction of split {name!r} is {fraction}, expected more than 0 and less than 1")
-    if "://" not in store.location and out.resolve() == Path(store.location).resolve():
-        raise StoreError(f"{out} is the store that is divided, which stays as it is; choose another directory")
     train = store.split(_TRAIN)
-    strata = _strata(train)
-    chosen = _choose(_digests(train), strata, fraction, seed)
+    chosen = _choose(_digests(train), _strata(train), fraction, seed)
     if not chosen.any():
         raise StoreError(
             f"{fraction:g} of the {len(train):,} training images of {store.location} is no image of any class; set a "
             "larger fraction"
-        )
-    emptied = sorted({*strata[chosen].tolist()} - {*strata[~chosen].tolist(), _NO_OBJECT})
-    if emptied:
-        raise StoreError(
-            f"{fraction:g} of the {len(train):,} training images of {store.location} leaves no training image of class "
-            f"{manifest.class_names[emptied[0]]!r}; set a smaller fraction"
         )
     recorded: JsonValue = {"split": name, "fraction": fraction, "seed": seed, "of": manifest.content_hash}
     writer = StoreWriter(
@@ -112,7 +104,10 @@ def _strata(split: Split) -> NDArray[np.int64]:
 
 
 def _choose(digests: list[bytes], strata: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.bool_]:
-    """Choose a fraction of each stratum, as a mask [n]; equal images belong to the stratum of the first one."""
+    """Choose a fraction of each stratum, but not all of it, as a mask [n].
+
+    Equal images belong to the stratum of the first one.
+    """
     members: dict[bytes, list[int]] = defaultdict(list)
     for row, digest in enumerate(digests):
         members[digest].append(row)
@@ -122,7 +117,8 @@ def _choose(digests: list[bytes], strata: NDArray[np.int64], fraction: float, se
     chosen = np.zeros(len(digests), np.bool_)
     salt = seed.to_bytes(8, "little", signed=True)
     for of_stratum in groups.values():
-        wanted = round(fraction * sum(len(members[digest]) for digest in of_stratum))
+        size = sum(len(members[digest]) for digest in of_stratum)
+        wanted = min(round(fraction * size), size - 1)
         for digest in sorted(of_stratum, key=lambda digest: hashlib.blake2b(digest, key=salt, digest_size=8).digest()):
             if len(members[digest]) <= wanted:
                 chosen[members[digest]] = True

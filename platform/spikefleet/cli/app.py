@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from spikefleet.cli.output import say, stderr
-from spikefleet.disks import disk_problem
+from spikefleet.disks import disk_problem, path_problem
 from spikefleet.errors import RunError, UserError
 from spikefleet.plugins import load_plugins
 from spikefleet.status import print_whole
@@ -74,8 +74,8 @@ class SentenceGroup(TyperGroup):
         except RunError as error:
             _complain(str(error))
             raise typer.Exit(1) from None
-        except OSError as error:
-            sentence = disk_problem(error)
+        except (OSError, RuntimeError) as error:
+            sentence = disk_problem(error) or path_problem(error)
             if sentence is None:
                 raise
             _complain(sentence)

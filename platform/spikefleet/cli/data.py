@@ -87,6 +87,13 @@ def prepare_data(
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out image files that cannot be read; the manifest lists them.")
     ] = False,
+    check_content: Annotated[
+        bool,
+        typer.Option(
+            "--check-content",
+            help="Compare ROOT with a store that is there by content, although names, sizes and times agree.",
+        ),
+    ] = False,
     as_json: AsJson = False,
     stores_dir: StoresDir = Path("stores"),
 ) -> None:
@@ -112,6 +119,7 @@ def prepare_data(
 
     folder = out or stores_dir / source
     how = {"seed": seed, "parallel": parallel, "overwrite": overwrite, "skip_bad": skip_bad, "dataset": name}
+    how["check_content"] = check_content
     store = prepare_store(source, root, folder, where, options, address=address, **how)
     _print_store(store.manifest, str(folder), as_json)
 
@@ -164,7 +172,8 @@ def split_store(
     place = store_at(store, stores_dir)
     if out is None and "://" in place:
         raise UserError(f"{place} is not on this machine; name a directory for the new store with --out")
-    folder = out or Path(place).with_name(f"{Path(place).name}-gate")
+    whole = Path(place).resolve()
+    folder = out or whole.with_name(f"{whole.name}-gate")
     with waiting(where, f"verifying {place}"):
         source = Store.open(place)
     with waiting(where, f"writing {folder}"):

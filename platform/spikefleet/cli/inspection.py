@@ -120,7 +120,8 @@ def _print_check(check: SpikeCheck, out: Path) -> None:
     if check.silent is not None:
         say(f"compared alone, since no spike came there on these images: {check.silent}")
     if check.metrics is not None:
-        for name, trained in check.metrics.trained.items():
+        others = {name: value for name, value in check.metrics.trained.items() if name != check.metrics.metric}
+        for name, trained in others.items():  # the one that decides is told by its leg
             say(f"{name}: trained {trained:.4%}, binary {check.metrics.binary[name]:.4%} (fp32)")
     if check.remark is not None:
         say(f"flips were not counted: {check.remark}")

@@ -15,6 +15,7 @@ from spikefleet.cli.completion import model_names, version_names
 from spikefleet.cli.output import console, loading, print_json, say, stderr
 from spikefleet.cli.parameters import AsJson, RunsDir
 from spikefleet.cli.tables import Column, number, print_record, print_table, text
+from spikefleet.outputs import check_place
 
 if TYPE_CHECKING:
     from spikefleet.registry import RegisteredVersion
@@ -131,6 +132,7 @@ def pull_registered(
     """Fetch a version as files; their hashes are checked."""
     from spikefleet import registry
 
+    check_place(out, "--out")
     with _asking(runs_dir) as tracking_uri:
         folder = registry.pull(_full(uri), out, tracking_uri=tracking_uri)
     for path in sorted(folder.iterdir()):
@@ -147,8 +149,12 @@ def renew_registered(uri: Reference, runs_dir: RunsDir = Path("runs")) -> None:
     from spikefleet.registry.version import CHAMPION
 
     with _asking(runs_dir) as tracking_uri:
+        before = registry.describe(_full(uri), tracking_uri=tracking_uri)["uri"]
         version = registry.renew(_full(uri), tracking_uri=tracking_uri)
     aliases = f" ({', '.join(version.aliases)})" if version.aliases else ""
+    if version.uri == before:
+        say(f"{version.uri}{aliases} is current: it has the serving code of this spikefleet, and nothing is to be done")
+        return
     say(f"registered as {version.uri}{aliases}")
     if (refusal := registry.refused_alias(version, CHAMPION)) is not None:
         say(refusal)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from spikefleet.registry import Promotion
     from spikefleet_tune.search_file import Search
 
-_WHERE_DATA_LIE = ("data.root", "data.store", "data.loader_processes")
+_WHERE_DATA_LIE = ("data.root", "data.store", "data.check_content", "data.loader_processes")
 
 
 def split_overrides(texts: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -7,7 +7,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
@@ -43,6 +43,10 @@ _MEMORY = re.compile(r"was ([\d.]+ ?[kKMGT]i?B)(?: used)? ?/ ?([\d.]+ ?[kKMGT]i?
 _LIMIT = re.compile(r"\(([\d.]+%) of \d+B limit\)")
 
 
+def _no_signal() -> None:
+    """A run that is no trial."""
+
+
 class FailureNotes(UserCallback):
     """Sends the errors of workers as events. Runs in Ray Train's controller, where an exception would end the run."""
 
@@ -64,8 +68,8 @@ class Stopped:
     """Whether the user can fix it: exit code 2 instead of 1."""
     non_finite: bool = False
     """Whether a loss or a gradient was not finite."""
-    requested: bool = False
-    """Whether the driver had asked for it."""
+    step: int | None = None
+    """The last step, if the driver had asked for it."""
 
     def error(self) -> UserError | RunError:
         """The exception to raise in the driver, unless it had asked for it."""
@@ -116,6 +120,7 @@ def train_on_ray(
     before_step: BeforeStep | None = None,
     lockstep: bool = False,
     signals: StopSignals | None = None,
+    stop_signal: Callable[[], str | None] = _no_signal,
 ) -> Outcome:
     """Runs the training core on `config.cluster.workers` workers.
 
@@ -131,12 +136,14 @@ def train_on_ray(
         before_step: called on each rank before each optimizer step.
         lockstep: workers wait after each checkpoint until the sink has handled its event; searches need it.
         signals: of the driver; the first one stops the workers after a step.
+        stop_signal: for a trial of a search, which gets no signals itself: the name of the one that its search got.
 
     Returns:
         The outcome of the training.
 
     Raises:
         Interrupted: a signal stopped the training; the workers had `cluster.grace_s` seconds for a checkpoint.
+        TrainingStopped: `stop_signal` stopped it, after a checkpoint.
         RunError: the workers failed too often, or Ray lost the run.
         UserError: Ray cannot be reached, or the workers reported an error of the user.
     """
@@ -164,12 +171,14 @@ def train_on_ray(
             ),
         )
         watched = _WatchedSink(sink)
-        with _followed(attempt, watched, lockstep):
+        with _followed(attempt, watched, lockstep, stop_signal):
             outcome = _fit(trainer) if signals is None else _fit_stoppable(trainer, attempt, watched, signals, cluster)
         shutil.rmtree(attempt, ignore_errors=True)
     if isinstance(outcome, Stopped):
-        if outcome.requested and signals is not None and signals.received is not None:
-            raise Interrupted(signals.received)
+        if outcome.step is not None:
+            if signals is not None and signals.received is not None:
+                raise Interrupted(signals.received)
+            raise TrainingStopped(outcome.step)
         raise outcome.error()
     return outcome
 
@@ -207,7 +216,7 @@ def _worker(loop_config: dict[str, Any]) -> Outcome | Stopped:
         return train(config, store, Path(arguments.run_dir), group, sink, before_step, stop.is_file)
     except TrainingStopped as error:
         # All ranks raise it together, so returning ends the group.
-        return Stopped(str(error), mendable=False, requested=True)
+        return Stopped(str(error), mendable=False, step=error.step)
     except NonFiniteError as error:
         return Stopped(str(error), mendable=False, non_finite=True)
     except (UserError, StoreError, RunError) as error:
@@ -318,8 +327,11 @@ def _headline(error: BaseException) -> str:
 
 
 @contextmanager
-def _followed(attempt: Path, sink: EventSink, lockstep: bool) -> Iterator[None]:
-    """Passes the events of an attempt to the sink while the block runs, and the remaining ones when it ends."""
+def _followed(attempt: Path, sink: EventSink, lockstep: bool, stop_signal: Callable[[], str | None]) -> Iterator[None]:
+    """Passes the events of an attempt to the sink while the block runs, and the remaining ones when it ends.
+
+    The other way, it passes on that the training is asked to stop.
+    """
     done = threading.Event()
     reader = EventReader(attempt)
     errors: list[Exception] = []
@@ -334,6 +346,9 @@ def _followed(attempt: Path, sink: EventSink, lockstep: bool) -> Iterator[None]:
 
     def follow() -> None:
         while not done.wait(_POLL_S):
+            if (name := stop_signal()) is not None and not (attempt / STOP).exists():
+                with suppress(OSError):
+                    write_json(attempt / STOP, {"signal": name})
             try:
                 forward()
             except Exception as error:  # the sink of a search ends its trial this way

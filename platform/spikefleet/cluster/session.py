@@ -57,6 +57,7 @@ def ray_session(
     if ray.is_initialized():
         yield
         return
+    refuse_missing_gpus(address, gpus)
     address = address or os.environ.get("RAY_ADDRESS")
     level = "info" if verbose else "error"
     with _signals_of_ray():
@@ -126,6 +127,20 @@ def _signals_of_ray() -> Iterator[None]:
             raise Interrupted(signal.SIGTERM) from None
 
 
+def refuse_missing_gpus(address: str | None, gpus: float) -> None:
+    """Raises UserError where Ray would be started on this machine, which has fewer GPUs: before that takes seconds.
+
+    Args:
+        address: of the cluster, as for `ray_session`.
+        gpus: GPUs that the caller needs.
+    """
+    if gpus <= 0 or (address or os.environ.get("RAY_ADDRESS") or "local") != "local":
+        return
+    import torch
+
+    _refuse_too_little({"GPU": torch.cuda.device_count()}, {"GPU": gpus}, "this machine")
+
+
 _NEED = {"CPU": "cluster.workers x cluster.cpus_per_worker", "GPU": "one for each of cluster.workers"}
 
 
@@ -133,7 +148,7 @@ def _refuse_too_little(present: Mapping[str, float], needed: Mapping[str, float]
     """Raises UserError for missing resources; Ray itself would wait for them endlessly."""
     for kind, amount in needed.items():
         if amount > present.get(kind, 0):
-            remedy = "leave out --gpu" if kind == "GPU" else "lower cluster.cpus_per_worker"
+            remedy = "leave out --gpu or --gpus-per-worker" if kind == "GPU" else "lower cluster.cpus_per_worker"
             units = kind if amount == 1 else f"{kind}s"
             raise UserError(
                 f"the run needs {amount:g} {units} ({_NEED[kind]}), but {where} has {present.get(kind, 0):g}; "

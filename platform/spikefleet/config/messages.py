@@ -13,7 +13,8 @@ from spikefleet.config.renamed import RENAMED_KEYS
 PLAIN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 """Pattern of the names that become names of files, directories and registered models."""
 
-_LONGEST_VALUE = 120
+_QUOTED = 300
+"""Characters of a value in a message."""
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str, most: int = 1) -> str:
@@ -81,11 +82,13 @@ def _error_message(error: Mapping[str, Any], root: type[BaseModel], data: Any, c
         return f"{path + ': ' if path else ''}{message}"
     if error["type"] == "string_pattern_mismatch" and error["ctx"]["pattern"] == PLAIN_NAME:
         message = "must have 1 to 100 letters, digits, '.', '_' or '-', and start with a letter or digit"
-    return f"{path}={_shortened(repr(error['input']))}: {message}"
+    return f"{path}={quoted(error['input'])}: {message}"
 
 
-def _shortened(value: str) -> str:
-    return value if len(value) <= _LONGEST_VALUE else f"{value[:_LONGEST_VALUE]}..."
+def quoted(value: object) -> str:
+    """A value of the user in a message: in quotes if it is text, and its beginning alone if it is long."""
+    shown = repr(value)
+    return shown if len(shown) <= _QUOTED else f"{shown[:_QUOTED]}... ({len(shown):,} characters)"
 
 
 def rule_of(message: str) -> str:

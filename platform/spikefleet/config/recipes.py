@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from spikefleet.config.limits import beyond_limits
-from spikefleet.config.messages import did_you_mean, error_messages
+from spikefleet.config.messages import did_you_mean, error_messages, quoted
 from spikefleet.config.schema import Config
 from spikefleet.config.strict_yaml import parse_value, read_mapping, read_yaml_text
 from spikefleet.config.task_table import find_task
@@ -215,11 +215,11 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
 def _parse_override(override: str) -> tuple[str, Any]:
     path, equals, text = override.partition("=")
     if not equals or not all(path.strip().split(".")):
-        raise UserError(f"override {override!r} is not of the form section.key=value, for example optim.lr=0.05")
+        raise UserError(f"override {quoted(override)} is not of the form section.key=value, for example optim.lr=0.05")
     try:
         return path.strip(), parse_value(text)
     except yaml.YAMLError as error:
-        raise UserError(f"override {override!r}: value {text!r}: {error}") from None
+        raise UserError(f"override {quoted(override)}: value {quoted(text)}: {error}") from None
 
 
 def with_cluster(overrides: Mapping[str, Any], workers: int | None, gpu: bool) -> dict[str, Any]:
@@ -245,7 +245,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Mapping[str, Any]) -> None:
             if not isinstance(node, dict):
                 section = ".".join(keys[:depth])
                 raise UserError(
-                    f"override {path}={value!r}: {section} is the value {node!r} in the recipe, not a section; set all "
-                    f'of it as JSON: {section}={{"{keys[depth]}": ...}}'
+                    f"override {path}={quoted(value)}: {section} is the value {quoted(node)} in the recipe, not a "
+                    f'section; set all of it as JSON: {section}={{"{keys[depth]}": ...}}'
                 )
         node[keys[-1]] = value

@@ -279,6 +279,23 @@ class Config(Section):
             raise ValueError("train.sync_bn=true needs GPUs; add --gpu, or set train.sync_bn=false")
         return self
 
+    @model_validator(mode="after")
+    def _graphs_can_be_captured(self) -> Self:
+        if not self.train.cuda_graphs:
+            return self
+        reason = None
+        if not find_task(self.task).cuda_graphs:
+            reason = f"needs losses of fixed shapes, which task={self.task} has not"
+        elif not self.cluster.gpu:
+            reason = "needs a GPU; add --gpu"
+        elif self.cluster.workers > 1:
+            reason = f"is for one worker, found cluster.workers={self.cluster.workers}; set it to 1"
+        elif self.train.precision == "fp16":
+            reason = "does not support train.precision=fp16, whose loss scale changes; set it to bf16"
+        if reason is not None:
+            raise ValueError(f"train.cuda_graphs=true {reason}, or set train.cuda_graphs=false")
+        return self
+
     def registered_name(self, dataset: str) -> str:
         """Name of the registered model.
 
@@ -311,6 +328,7 @@ _NOT_IDENTITY = (
     "checkpoint.keep_last",
     "data.root",
     "data.store",
+    "data.check_content",
     "data.loader_processes",
 )
 
@@ -335,12 +353,19 @@ def differences(saved: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]
     Returns:
         For each field that differs `PATH: expected SAVED, found GIVEN`.
     """
-    left, right = dict(leaves(_identity(_completed(saved)))), dict(leaves(_identity(given)))
+    left, right = (dict(leaves(_identity(without_unused_branches(tree)))) for tree in (_completed(saved), given))
     return [
         f"{path}: expected {left.get(path, 'no value')!s}, found {right.get(path, 'no value')!s}"
         for path in sorted(left.keys() | right.keys())
         if left.get(path, "no value") != right.get(path, "no value")
     ]
+
+
+def without_unused_branches(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A dumped configuration without the fields of side branches where it has none: they have no effect there."""
+    shortcut = tree.get("shortcut")
+    unused = isinstance(shortcut, Mapping) and shortcut.get("where") == "none"
+    return {**tree, "shortcut": {"where": "none"}} if unused else tree
 
 
 def _completed(saved: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -26,6 +26,8 @@ class TaskEntry:
     """Whether its loss supports `train.label_smoothing`."""
     side_branches: bool = False
     """Whether its loss supports the side branches of shortcut back-propagation."""
+    cuda_graphs: bool = False
+    """Whether its loss has the same tensors for each batch of a size and waits for none: what a CUDA graph needs."""
     answers: str = "plain data for each image"
     """What a served network of the task answers, in words."""
 
@@ -40,6 +42,7 @@ _TABLE: dict[str, TaskEntry] = {
             transform="image",
             label_smoothing=True,
             side_branches=True,
+            cuda_graphs=True,
             answers="a probability for each class and image, in columns with the names of the classes",
         ),
         TaskEntry(

@@ -15,6 +15,7 @@ from spikefleet.registry.version import CHAMPION, CONTENT_HASH, RegisteredModel,
 from spikefleet.tracking.database import database_path
 from spikefleet.tracking.mlflow_client import check_tracking_uri, public_uri, quiet_mlflow
 from spikefleet.tracking.relocation import ready_database
+from spikefleet.tracking.server_problems import server_problem
 from spikefleet_tune.messages import one_of
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ METRIC_PREFIX = "metric."
 """Prefix of the version tags that hold metrics."""
 
 _ARTIFACTS = "artifacts"  # where MLflow keeps a pyfunc model's files
-_NO_ANSWER = re.compile(r"Caused by (New|Protocol|NameResolution|ConnectTimeout)\w*Error")
 _URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[A-Za-z0-9_-]{1,100})|/(?P<version>[0-9]{1,9}))")
 
 
@@ -46,16 +46,20 @@ def connect(tracking_uri: str) -> "Iterator[MlflowClient]":
 
     try:
         yield MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+    except ModuleNotFoundError as error:  # the driver of a database
+        if tracking_uri.startswith(("http", "sqlite")):
+            raise
+        raise UserError(
+            f"MLFLOW_TRACKING_URI={public_uri(tracking_uri)!r} needs the Python package {error.name!r}, which is not "
+            "installed; install it"
+        ) from error
     except (MlflowException, OSError) as error:  # an artifact store raises errors of requests, which are OSErrors
-        if isinstance(error, OSError) and disk_problem(error) is not None:
-            raise  # of a file of ours; the command line names its disk
+        if isinstance(error, OSError) and (error.filename is not None or disk_problem(error) is not None):
+            raise  # of a file of ours, which the command line names
+        if (sentence := server_problem(error, tracking_uri)) is not None:
+            raise UserError(sentence) from error
         reason = str(error).splitlines()[0][:300]
         shown = public_uri(tracking_uri)
-        if _NO_ANSWER.search(str(error)):
-            raise UserError(
-                f"the registry at {shown} does not answer; start its tracking server, or correct or unset "
-                "MLFLOW_TRACKING_URI"
-            ) from error
         raise UserError(f"the registry at {shown} failed: {reason.replace(tracking_uri, shown)}") from error
 
 
@@ -83,14 +87,24 @@ def _describe_model(client: "MlflowClient", name: str, version: int) -> None:
         client.update_registered_model(name, description=text)
 
 
-def download(client: "MlflowClient", version: RegisteredVersion, name: str, directory: Path) -> None:
-    """Downloads one file of a version's package, or all if `name` is empty, into a directory. Raises UserError."""
+def download(
+    client: "MlflowClient", version: RegisteredVersion, name: str, directory: Path, of: str = _ARTIFACTS
+) -> None:
+    """Downloads one file of a version's package, or all if `name` is empty, into a directory. Raises UserError.
+
+    Args:
+        client: of the registry.
+        version: the version.
+        name: of the file.
+        directory: where to.
+        of: folder of MLflow's model directory: the package's, or "" for the loader and the requirements.
+    """
     import mlflow.artifacts
     from mlflow.exceptions import MlflowException
 
     # Not by its models:/ URI, which MLflow resolves in its global registry instead of the client's.
     place = client.get_model_version_download_uri(version.name, str(version.version))
-    source = f"{place.rstrip('/')}/{_ARTIFACTS}/{name}".rstrip("/")
+    source = "/".join(filter(None, (place.rstrip("/"), of, name)))
     try:
         found = Path(
             mlflow.artifacts.download_artifacts(source, dst_path=str(directory), tracking_uri=client.tracking_uri)

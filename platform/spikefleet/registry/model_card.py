@@ -182,8 +182,10 @@ def _lineage(metadata: Mapping[str, Any], tags: Mapping[str, str]) -> Iterator[s
 
 def _limits(metadata: Mapping[str, Any], tags: Mapping[str, str]) -> Iterator[str]:
     yield "* It knows these classes alone, and was tried on no other kind of images."
-    if any(name.startswith("val/") for name in _mapping(metadata.get("metrics"))):
-        yield "* The metrics on val chose the checkpoint and are optimistic; those on test are to be quoted."
+    splits = {name.partition("/")[0] for name in _mapping(metadata.get("metrics"))}
+    if "val" in splits:
+        instead = "; those on test are to be quoted" if "test" in splits else ""
+        yield f"* The metrics on val chose the checkpoint and are optimistic{instead}."
     if flaw := tags.get("flaw"):
         yield f"* Flaw: {one_line(flaw)}."
     plugins = metadata.get("plugins")

@@ -1,29 +1,36 @@
 """Registers a version again with today's serving code: one of an earlier release becomes self-contained."""
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from spikefleet.data_summary import DataSummary
 from spikefleet.registry.aliases import refused_alias
 from spikefleet.registry.flaws import flaw_tag
 from spikefleet.registry.mlflow_model import save_for_mlflow
-from spikefleet.registry.mlflow_store import METRIC_PREFIX, connect, find_model, publish, resolve, set_alias
+from spikefleet.registry.mlflow_store import METRIC_PREFIX, connect, download, find_model, publish, resolve, set_alias
 from spikefleet.registry.model_card import description_of
 from spikefleet.registry.package import load_network, read_card, read_config, with_code
 from spikefleet.registry.package_access import package_files, registry_uri, scratch_directory
 from spikefleet.registry.serving_code import serving_code
 from spikefleet.registry.version import CONTENT_HASH, RegisteredVersion
 
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
 
 def renew(uri: str, *, tracking_uri: str | None = None) -> RegisteredVersion:
     """Registers a version again with the current serving code; weights, configuration, tags and metrics stay the same.
 
-    The new version brings the code and the requirements that serve it, and gets the aliases of the old one, but none
-    that it must not have; those stay where they are.
+    A version that has that code, and is loaded by it, stays as it is. The new version brings the code and the
+    requirements that serve it, and gets the aliases of the old one, but none that it must not have; those stay where
+    they are.
 
     Args:
         uri: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
         tracking_uri: of the registry; by default MLFLOW_TRACKING_URI, else SQLite in ./runs.
 
     Returns:
-        The new version.
+        The new version, or the one at `uri` if it is current.
 
     Raises:
         UserError: the version does not exist, its files have changed, a plugin that it was trained with is not loaded,
@@ -39,8 +46,11 @@ def renew(uri: str, *, tracking_uri: str | None = None) -> RegisteredVersion:
             card = with_code(directory, read_card(directory, content_hash), serving_code().archive(), package)
             config, data = read_config(package), DataSummary.read(package)
             save_for_mlflow(package, scratch / "model", config, data, card)
-            measured = {f"{METRIC_PREFIX}{metric}": repr(value) for metric, value in old.metrics.items()}
             flaw = flaw_tag(config, data, old.metrics, {name: package / name for name in card.sha256})
+            same = card.content_hash == old.content_hash and flaw.items() <= old.tags.items()
+            if same and _is_loaded_as_now(client, old, scratch / "model"):
+                return old
+            measured = {f"{METRIC_PREFIX}{metric}": repr(value) for metric, value in old.metrics.items()}
             tags = {**old.tags, **flaw, **measured, CONTENT_HASH: card.content_hash}
             text = description_of(old.name, package, card)
             new = publish(client, old.name, scratch / "model", old.run_id, tags, text, place)
@@ -48,3 +58,13 @@ def renew(uri: str, *, tracking_uri: str | None = None) -> RegisteredVersion:
             if refused_alias(new, alias) is None:
                 set_alias(client, old.name, alias, new.version)
         return find_model(client, old.name).pick(new.version)
+
+
+def _is_loaded_as_now(client: "MlflowClient", version: RegisteredVersion, model: Path) -> bool:
+    """Whether a version has the loader and the requirements of a model directory that was written now."""
+    with scratch_directory() as stored:
+        for name in ("pyfunc_model.py", "requirements.txt"):
+            download(client, version, name, stored, of="")
+            if (stored / name).read_bytes() != (model / name).read_bytes():
+                return False
+    return True

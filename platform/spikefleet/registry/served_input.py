@@ -41,9 +41,11 @@ def batches(given: Any, channels: int, size: tuple[int, int] | None) -> Iterator
 
 
 def _rows(given: Any) -> Any:
-    if isinstance(given, np.ndarray | list) and len(np.shape(given)[:1]) == 1 and len(given):
-        return given
-    raise UserError(f"found {type(given).__name__} of shape {list(np.shape(given))}; expected {EXPECTED}")
+    if isinstance(given, list) or (isinstance(given, np.ndarray) and given.ndim):
+        if len(given):
+            return given
+        raise UserError(f"found no image; expected {EXPECTED}")
+    raise UserError(f"found {type(given).__name__}; expected {EXPECTED}")
 
 
 def _image(one: Any, position: int, channels: int) -> NDArray[np.uint8]:

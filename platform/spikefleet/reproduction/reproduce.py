@@ -20,7 +20,7 @@ from rich.console import Console
 
 from spikefleet.certificates.energy_card import ENERGY, read_card
 from spikefleet.config.recipes import load_config
-from spikefleet.config.schema import Config
+from spikefleet.config.schema import Config, without_unused_branches
 from spikefleet.errors import UserError
 from spikefleet.reproduction.scales import Scale
 from spikefleet.reproduction.table import Column, Entry, PaperTable
@@ -334,7 +334,7 @@ def _differs(run: Run, config: Config) -> bool:
 
     def compared(one: Config) -> dict[str, Any]:
         kept = ("model", "train", "optim", "shortcut", "checkpoint")
-        tree = one.dump()
+        tree = without_unused_branches(one.dump())
         options = check_options(find_source(one.data.source), one.data.options).model_dump(mode="json")
         data = {"transform": tree["data"]["transform"], "options": options, "seed": one.data.seed}
         return {**{key: tree[key] for key in kept}, **data}

@@ -12,12 +12,13 @@ import torch
 from rich.console import Console
 
 from spikefleet.certificates.certify import Certificates, certify
-from spikefleet.cluster.session import quiet_ray
+from spikefleet.cluster.session import quiet_ray, refuse_missing_gpus
 from spikefleet.config.schema import Config
 from spikefleet.data_access import open_data
 from spikefleet.data_summary import DataSummary
 from spikefleet.disks import disk_problem
 from spikefleet.errors import RunError, UserError
+from spikefleet.outputs import check_place
 from spikefleet.registry.api import Promotion
 from spikefleet.registry.version import check_model_name
 from spikefleet.runs.observer import RunObserver
@@ -87,6 +88,7 @@ def run_training(
         RunError: the training or the registration failed.
         Interrupted: SIGINT or SIGTERM stopped it; the same call resumes it.
     """
+    check_place(options.runs_dir, "--runs-dir")
     run = Run(options.runs_dir.resolve() / check_run_name(name or default_run_name(config)))
     signals = StopSignals(console)
     with signals.handled():
@@ -103,6 +105,8 @@ def _run(
 ) -> FinishedRun:
     tracking_uri = resolve_tracking_uri(options.runs_dir)
     pick_device(config.cluster.gpu and config.cluster.workers == 0)
+    if run.record().get("status") != "finished":
+        refuse_missing_gpus(options.address, config.cluster.workers if config.cluster.gpu else 0)
     store = open_data(config.data, options.stores_dir, console)
     with waiting(console, "checking the configuration against the data"):
         check_memory(config, store.manifest.image_shape, local=options.address is None)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from spikefleet.status import PLAIN_LINES, Waiting, print_line
+from spikefleet.stop_signals import STOPPING
 from spikefleet_tune.journal import TrialRecord
 from spikefleet_tune.ledger import Counts, TrialStart
 from spikefleet_tune.search_file import Search
@@ -62,6 +63,9 @@ class SearchDisplay:
 
     def on_trial_failed(self, record: TrialRecord, counts: Counts) -> None:
         self._say(record, counts, f"failed: {record.reason}")
+
+    def on_stopping(self) -> None:
+        print_line(self._bar.console, STOPPING)
 
     def _say(self, record: TrialRecord, counts: Counts, what: str) -> None:
         self._update(counts)

@@ -112,6 +112,10 @@ class SearchTracker:
         self._end(record)
         self._display.on_trial_failed(record, counts)
 
+    def on_stopping(self) -> None:
+        """Nothing is logged: `abandon` marks the open runs as killed."""
+        self._display.on_stopping()
+
     def _end(self, record: TrialRecord) -> None:
         tracker = self._trials.pop(record.name, None)
         if tracker is None:

@@ -17,12 +17,13 @@ from typing import Any
 from rich.console import Console
 
 from spikefleet.certificates.certify import certify
-from spikefleet.cluster.session import quiet_ray
+from spikefleet.cluster.session import quiet_ray, refuse_missing_gpus
 from spikefleet.config.schema import Config
 from spikefleet.data_access import open_data
 from spikefleet.data_summary import DataSummary
 from spikefleet.errors import RunError, UserError
 from spikefleet.files import write_json
+from spikefleet.outputs import check_place
 from spikefleet.plugins import loaded_plugins
 from spikefleet.registry.api import Promotion
 from spikefleet.runs.options import Options
@@ -34,7 +35,7 @@ from spikefleet.search.mlflow_observer import FLUSH_S, SearchTracker, check_same
 from spikefleet.search.trial import TrialSetting, as_trial, mutable_keys, refusal_of, reportable, reported_by_epoch
 from spikefleet.status import print_line, waiting
 from spikefleet.tasks import build_task
-from spikefleet.tracking.mlflow_client import resolve_tracking_uri
+from spikefleet.tracking.mlflow_client import quiet_mlflow, resolve_tracking_uri
 from spikefleet.tracking.tracker import Tracker
 from spikefleet_pipelines.store.reader import Store
 from spikefleet_tune.errors import SearchError
@@ -77,7 +78,10 @@ def run_tracked_search(
         UserError: the search is invalid or cannot be resumed; raised before any trial starts.
         Interrupted: SIGINT or SIGTERM; the same command resumes the search.
     """
+    quiet_mlflow()  # Ray Tune imports it
+    check_place(options.runs_dir, "--runs-dir")
     resolve_tracking_uri(options.runs_dir)  # a database that cannot be used is named before data is read
+    refuse_missing_gpus(options.address, search.resources.workers * search.resources.gpus_per_worker)
     setting, config, store = _setting(search, name, options, console)
     if "val" not in store.manifest.splits:
         raise UserError(
@@ -111,6 +115,7 @@ def run_tracked_search(
                     warm_start=earlier,
                     extend=extend,
                     retry_failed=retry_failed,
+                    grace_s=config.cluster.grace_s,
                 )
             except BaseException:
                 tracker.abandon()

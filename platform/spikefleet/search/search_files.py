@@ -8,6 +8,7 @@ from spikefleet.config.recipes import list_recipes
 from spikefleet.config.strict_yaml import read_mapping, read_yaml_text
 from spikefleet.errors import UserError
 from spikefleet_tune.errors import SearchError
+from spikefleet_tune.messages import nearest
 from spikefleet_tune.search_file import Search, search_of, search_text
 from spikefleet_tune.search_file import list_searches as all_searches
 
@@ -32,6 +33,8 @@ def load_search(search: str) -> Search:
         UserError: the search does not exist, or is invalid (one message for each field).
     """
     path = Path(search)
+    if path.suffix not in (".yaml", ".yml") and search not in all_searches():
+        raise UserError(f"search {search!r} does not exist; {nearest(search, list_searches())}")
     try:
         text = read_yaml_text(path, "search") if path.suffix in (".yaml", ".yml") else search_text(search)
     except SearchError as error:

@@ -24,10 +24,11 @@ from spikefleet.training.event_log import ResumedRunSink
 from spikefleet.training.events import CheckpointSaved, EpochDone, Event, Started
 from spikefleet.training.loop import Outcome, train
 from spikefleet.training.step import NonFiniteError
+from spikefleet.training.stopping import TrainingStopped
 from spikefleet.versions import code_version
 from spikefleet_models.families import build_model
 from spikefleet_pipelines.store.reader import Store
-from spikefleet_tune.trials import BEST, Overrides, Report, TrialPruned
+from spikefleet_tune.trials import BEST, Overrides, Report, TrialPruned, TrialStopped
 
 _CHANGEABLE = (
     "model.timesteps",
@@ -137,7 +138,7 @@ def as_trial(setting: TrialSetting) -> Callable[[Overrides, str, Report], dict[s
 
     It returns the metrics of the best checkpoint: `val/...`, `test/...` (where the data have such images), `energy_mj`
     and `parameters`; and those of the last one, `last/test/...`. A restarted trial resumes from its last checkpoint. A
-    loss that is not finite prunes the trial.
+    loss that is not finite prunes the trial. A search that is asked to stop gets a checkpoint of each running trial.
     """
 
     def trainable(overrides: Overrides, name: str, report: Report) -> dict[str, float]:
@@ -164,12 +165,16 @@ def as_trial(setting: TrialSetting) -> Callable[[Overrides, str, Report], dict[s
         if not setting.shares_checkpoints:
             _report_best_so_far(run, sink)
         try:
-            outcome = _train(config, store, run, sink)
+            outcome = _train(config, store, run, sink, report.stop_signal)
         except NonFiniteError as error:
             raise TrialPruned(str(error)) from None
+        except TrainingStopped as stopped:
+            run.note(status="interrupted", signal=report.stop_signal())
+            raise TrialStopped(str(stopped)) from None
         energy_mj = energy_of(Path(outcome.best_checkpoint))
         run.note(
             status="finished",
+            signal=None,
             validation=dict(outcome.validation),
             test=dict(outcome.test),
             last=dict(outcome.last),
@@ -195,12 +200,13 @@ def _report_best_so_far(run: Run, sink: ReportSink) -> None:
     sink.emit(CheckpointSaved(best.step, str(run.checkpoints.at(best.step))))
 
 
-def _train(config: Config, store: Store, run: Run, sink: ReportSink) -> Outcome:
+def _train(config: Config, store: Store, run: Run, sink: ReportSink, stop_signal: Callable[[], str | None]) -> Outcome:
     if config.cluster.workers == 0:
-        return train(config, store, run.path, ProcessGroup.single(config.cluster.gpu), sink)
+        group = ProcessGroup.single(config.cluster.gpu)
+        return train(config, store, run.path, group, sink, stop_requested=lambda: stop_signal() is not None)
     from spikefleet.cluster.ray_train import train_on_ray
 
-    return train_on_ray(config, store, run.path, ResumedRunSink(run.path, sink), lockstep=True)
+    return train_on_ray(config, store, run.path, ResumedRunSink(run.path, sink), lockstep=True, stop_signal=stop_signal)
 
 
 def _start_from(run: Run, config: Config, start_from: Path) -> None:

@@ -38,7 +38,6 @@ class Classification(Task[Ranking, int]):
     """Cross entropy on logits `[B, K]`; top-1 and, for more than five classes, top-5 accuracy."""
 
     headline = ("top1",)
-    has_fixed_shapes = True
 
     def __init__(self, class_names: Sequence[str], loss: LossSettings = LossSettings()) -> None:  # noqa: B008 -- frozen
         self.class_names = tuple(class_names)

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import nn
@@ -54,9 +54,6 @@ class Task(ABC, Generic[Prediction, Target]):
 
     metric_names: tuple[str, ...]
     """Metrics of a split: the allowed values of `checkpoint.metric`."""
-
-    has_fixed_shapes: ClassVar[bool] = False
-    """Whether `loss` has the same tensors for each batch of a size and waits for none: what a CUDA graph needs."""
 
     headline: tuple[str, ...]
     """Metrics in [0, 1] to show during training."""

@@ -17,6 +17,7 @@ from spikefleet.tracking.database import database_path
 from spikefleet.tracking.journal import Delivered, Journal
 from spikefleet.tracking.mlflow_client import public_uri, without_credentials
 from spikefleet.tracking.relocation import ARTIFACTS, RUN_UID_TAG, ready_database
+from spikefleet.tracking.server_problems import server_cause
 from spikefleet_tune.jsonl_log import Entry, Record
 
 SPOOL = "tracking-artifacts"
@@ -198,7 +199,9 @@ class Delivery:
             )
 
     def _reason(self, error: Exception) -> str:
-        """The first line of an error."""
+        """The cause where the server does not answer, else the first line of an error."""
+        if (found := server_cause(error)) is not None:
+            return found[0]
         text = (str(error) or type(error).__name__).splitlines()[0]
         return without_credentials(text, self._uri)[:300]
 

@@ -47,6 +47,10 @@ def resolve_tracking_uri(runs_dir: Path) -> str:
             cannot be used.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip() or database_uri(runs_dir.resolve() / DATABASE)
+    try:
+        uri.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"the tracking URI {uri} is no UTF-8, which MLflow cannot open; rename the directory") from None
     check_tracking_uri(uri)
     if (path := database_path(uri)) is not None:
         check_database(path)
@@ -66,26 +70,23 @@ def local_database(runs_dir: Path) -> Path:
 
 
 def check_tracking_uri(uri: str) -> None:
-    """Raises UserError unless the URI has a supported scheme, a host or file, and a driver that is installed."""
+    """Raises UserError unless the URI has a supported scheme."""
     scheme = uri.split(":", 1)[0].split("+", 1)[0]
-    if scheme not in SCHEMES or not _names_a_place(uri, scheme):
+    if scheme not in SCHEMES:
         raise UserError(
             f"MLFLOW_TRACKING_URI={public_uri(uri)!r} is not a tracking server; set it to http(s)://HOST:PORT or "
             "sqlite:////DIRECTORY/mlflow.db, or unset it to use a SQLite file in the runs directory"
         )
+    if scheme in ("http", "https") and not _names_host(uri):
+        raise UserError(f"MLFLOW_TRACKING_URI={public_uri(uri)!r} names no host; set it to {scheme}://HOST:PORT")
+
+    if scheme == "sqlite" and urlsplit(uri).path.strip("/") in ("", ":memory:"):
+        raise UserError(
+            f"MLFLOW_TRACKING_URI={uri!r} names no file, and its records would be lost; set it to "
+            "sqlite:////DIRECTORY/mlflow.db"
+        )
     if scheme in _SERVERS_OF_SQL:
         _check_driver(uri)
-
-
-def _names_a_place(uri: str, scheme: str) -> bool:
-    """Whether a URI names a host or a file; SQLite without a file would keep its records in memory, and lose them."""
-    try:
-        parts = urlsplit(uri)
-        if scheme in ("http", "https"):
-            return bool(parts.hostname) and parts.port != 0 and not re.search(r"\s", uri)
-    except ValueError:  # brackets or a port that are none
-        return False
-    return scheme != "sqlite" or parts.path.strip("/") not in ("", ":memory:")
 
 
 def _check_driver(uri: str) -> None:
@@ -102,6 +103,15 @@ def _check_driver(uri: str) -> None:
         ) from None
 
 
+def _names_host(uri: str) -> bool:
+    """Whether a URI has a host and, if it has a port, one that is possible."""
+    try:
+        parts = urlsplit(uri)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+
+
 def public_uri(uri: str) -> str:
     """The URI without user name and password, for messages and files."""
     return without_credentials(uri, uri)
@@ -114,5 +124,5 @@ def page_of(uri: str) -> str:
 
 def without_credentials(text: str, uri: str) -> str:
     """A text without the user name and password of a URI."""
-    user_and_password = re.split("[/?#]", uri.partition("://")[2], maxsplit=1)[0].rpartition("@")[0]  # of any text
-    return text.replace(user_and_password + "@", "") if user_and_password else text
+    found = re.match(r"[^:/]+://([^/?#]*@)", uri)
+    return text.replace(found[1], "") if found else text

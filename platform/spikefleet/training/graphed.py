@@ -7,32 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from spikefleet.config.schema import Config, TrainConfig
-from spikefleet.errors import UserError
+from spikefleet.config.schema import TrainConfig
 from spikefleet.tasks import AnyTask
-from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.precision import autocast
 from spikefleet_pipelines.loading import Batch
 
 _WARM_UP = 3
 """Passes without a graph before the capture: libraries choose their algorithms and allocate workspaces in them."""
-
-
-def check_graphs(config: Config, group: ProcessGroup, task: AnyTask) -> None:
-    """Raises UserError if `train.cuda_graphs` is set where it cannot be used; the sentence names the reason."""
-    if not config.train.cuda_graphs:
-        return
-    reason = None
-    if group.device.type != "cuda":
-        reason = "needs a GPU; set --gpu"
-    elif group.size > 1:
-        reason = f"is for one worker, found {group.size}"
-    elif not task.has_fixed_shapes:
-        reason = f"needs losses of fixed shapes, which {type(task).__name__} has not"
-    elif config.train.precision == "fp16":
-        reason = "does not support fp16, whose loss scale changes; set train.precision=bf16"
-    if reason is not None:
-        raise UserError(f"train.cuda_graphs=true {reason}, or remove it")
 
 
 class GraphedPass:

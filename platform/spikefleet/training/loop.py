@@ -27,7 +27,6 @@ from spikefleet.training.checkpoints import CheckpointFolder, load_checkpoint
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.evaluation import Evaluation, EvaluationStopped, evaluate
 from spikefleet.training.events import CheckpointSaved, EpochDone, EventSink, Note, Phase, Started
-from spikefleet.training.graphed import check_graphs
 from spikefleet.training.malloc import keep_freed_memory
 from spikefleet.training.splits import Splits, prepare_parts
 from spikefleet.training.state import TrainingState
@@ -130,7 +129,6 @@ def _train(
     if group.device.type == "cpu":
         keep_freed_memory()
     task, splits, plan = prepare_parts(config, store, group)
-    check_graphs(config, group, task)
     state = TrainingState(config, group, store.manifest.content_hash, plan.steps_per_epoch)
     folder = CheckpointFolder(run_dir / "checkpoints")
     _resume(state, task, folder, sink)

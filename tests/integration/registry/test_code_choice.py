@@ -14,7 +14,9 @@ import mlflow
 import numpy as np
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from spikefleet.cli import app
 from spikefleet.errors import UserError
 from spikefleet.files import sha256_of
 from spikefleet.registry import pyfunc_model, serving_code
@@ -150,6 +152,22 @@ def test_a_version_without_code_is_served_as_ever_and_renewed_into_one_with_code
         CODE,
     }
     np.testing.assert_array_equal(mlflow.pyfunc.load_model(str(stored)).predict(images), expected)
+    # A version that is current stays as it is.
+    assert renew(renewed.uri, tracking_uri=first.uri) == renew("models:/without_code/2", tracking_uri=first.uri)
+    assert renew(renewed.uri, tracking_uri=first.uri).version == renewed.version
+    # Negative control: another loader alone, which the content hash does not cover.
+    loader = stored / "pyfunc_model.py"
+    loader.write_text(loader.read_text() + "# of an earlier release\n")
+    assert renew(renewed.uri, tracking_uri=first.uri).version == renewed.version + 1
+
+
+def test_the_command_says_that_a_version_is_current(
+    first: Trained, registered: RegisteredVersion, tmp_path: Path
+) -> None:
+    done = CliRunner(env={"MLFLOW_TRACKING_URI": first.uri}).invoke(app, ["registry", "renew", "digits@champion"])
+    assert done.exit_code == 0, done.output
+    assert f"{registered.uri} (champion) is current" in done.stdout
+    assert len(mlflow.MlflowClient(first.uri, registry_uri=first.uri).search_model_versions("name = 'digits'")) == 1
 
 
 def content_hash(model: Path) -> str:

@@ -9,7 +9,7 @@ from mlflow import MlflowClient
 
 from spikefleet.errors import UserError
 from spikefleet.registry.api import best, keep_as_challenger, promote, refused_alias, renew, show
-from support.registered import DIGITS, Trained
+from support.registered import DIGITS, Trained, stored_files
 
 
 def evaluation(path: Path, answers: int) -> dict[str, Path]:
@@ -71,7 +71,9 @@ def test_a_renewed_version_gets_no_alias_that_it_must_not_have(
     """Aliases of a version that an earlier spikefleet registered, or a hand has set, stay where they are."""
     files = evaluation(tmp_path / "evaluation", change.pop("answers", 10))
     tags = {key: value for key, value in {**first.tags, **change}.items() if value is not None}
-    first.again(95, tmp_path).register(name, 0.9, tags=tags, extra_files=files)
+    old = first.again(95, tmp_path).register(name, 0.9, tags=tags, extra_files=files)
+    loader = stored_files(first.uri, old) / "pyfunc_model.py"
+    loader.write_text(loader.read_text() + "# of an earlier release\n")
     client = MlflowClient(first.uri, registry_uri=first.uri)
     client.delete_model_version_tag(name, "1", "flaw")  # earlier versions have no such tag
     for alias in ("champion", "mine"):
