@@ -76,8 +76,8 @@ class TransformConfig(BatchTransformConfig):
             )
         if image_shape is None and (self.random_resized_crop is None or self.center_crop is None):
             raise ValueError(
-                "the images have varying sizes; set random_resized_crop, resize and center_crop, for example to 224, "
-                "256 and 224"
+                "the images have varying sizes; set data.transform.random_resized_crop, data.transform.resize and "
+                "data.transform.center_crop, for example to 224, 256 and 224"
             )
 
     def build(self, split: "Rows", train: bool, seed: int, epochs: int | None = None) -> "ClassificationTransform":
