@@ -54,7 +54,9 @@ def take_split(
     """
     manifest = store.manifest
     if name in manifest.shards:
-        raise StoreError(f"{store.location} already has a split {name!r}; use it as it is, or divide the store that it was taken from")
+        raise StoreError(
+            f"{store.location} already has a split {name!r}; use it as it is, or divide the store that it was taken from"
+        )
     if "://" not in store.location and out.resolve() == Path(store.location).resolve():
         raise StoreError(f"{out} is the store that the split is taken from; choose another directory")
     if not 0.0 < fraction < 1.0:
