@@ -55,7 +55,7 @@ def take_split(
     manifest = store.manifest
     if name in manifest.shards:
         raise StoreError(
-            f"{store.location} already has a split {name!r}; use it as it is, or divide the store that it was taken from"
+            f"{store.location} already has a split {name!r}; use it as it is, or divide the store it was taken from"
         )
     if "://" not in store.location and out.resolve() == Path(store.location).resolve():
         raise StoreError(f"{out} is the store that the split is taken from; choose another directory")
