@@ -81,7 +81,6 @@ def run_tracked_search(
     quiet_mlflow()  # Ray Tune imports it
     check_place(options.runs_dir, "--runs-dir")
     resolve_tracking_uri(options.runs_dir)  # a database that cannot be used is named before data is read
-    refuse_missing_gpus(options.address, search.resources.workers * search.resources.gpus_per_worker)
     setting, config, store = _setting(search, name, options, console)
     if "val" not in store.manifest.splits:
         raise UserError(
@@ -177,6 +176,7 @@ def _setting(search: Search, name: str, options: Options, console: Console) -> t
         data=options.data,
     )
     config = _possible_config(search, setting)
+    refuse_missing_gpus(options.address, resources.workers * resources.gpus_per_worker)
     store = open_data(config.data, options.stores_dir, console)
     return replace(setting, store=store.absolute_location), config, store
 
