@@ -244,7 +244,7 @@ def test_tables_that_cannot_be_reproduced_say_why(stores_dir: Path, tmp_path: Pa
     assert "did you mean 'sg_resnet_table3'" in refuse("sg_resnet_tabel3")
     assert "matches no row" in refuse("sg_resnet_table3", "--only", "VGG*")
     assert "the event data set Gen1 is not supported yet" in refuse("spike_yolo_table4", "--scale", "full")
-    assert "cifar100" in refuse("sg_resnet_table7", "--scale", "full")
+    assert "cifar100" in refuse("sg_resnet_table7", "--scale", "full", "--gpus-per-worker", "0")
     assert "train.seed='abc'" in refuse("sg_resnet_table7", "train.seed=abc")
     assert "cannot be divided by 5" in refuse("sg_resnet_table7", "--workers", "5")
     assert "names one data set" in refuse("sg_resnet_table3", "data.root=/data", "--scale", "full")
