@@ -98,7 +98,7 @@ def test_overwriting_heals_a_corrupt_store(tmp_path: Path) -> None:
 
 def test_unwritable_place_is_refused_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(StoreError, match=r"file/store cannot be written: "):
+    with pytest.raises(StoreError, match=r"file/store cannot be created: "):
         prepare("digits", None, tmp_path / "file" / "store")
 
 

@@ -216,8 +216,8 @@ def test_few_images_are_measured_where_a_training_is_short_or_slots_are_many(sto
     ilif = ["model.connection=post_add", "model.neuron.kind=ilif"]
     assert count(1437) == 256
     assert count(1437, "train.epochs=2") == 3 * 2 * 1437 // 50 // 2
-    assert count(10) == 7
-    assert count(1437, *ilif, "model.neuron.bound=100") == 3 * 24 * 1437 // 50 // 101
+    assert count(10, "train.epochs=24") == 7
+    assert count(1437, *ilif, "model.neuron.bound=100", "train.epochs=24") == 3 * 24 * 1437 // 50 // 101
     assert count(10, *ilif, "model.neuron.bound=100") == 4
 
 

@@ -223,7 +223,6 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
     """
     try:
         content = json.loads(text.decode())  # of bytes, json also takes halves of surrogates
-        json.dumps(content, ensure_ascii=False).encode()  # and of text it takes them escaped
     except (ValueError, RecursionError) as error:
         raise StoreError(f"{where} is not JSON ({error}); prepare the store again") from error
     version = content.get("schema_version") if isinstance(content, dict) else None
@@ -233,8 +232,13 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
             "version of spikefleet that wrote it"
         )
     try:
-        return Manifest.model_validate(content)
+        manifest = Manifest.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         raise StoreError(f"{where}: field {field!r} is invalid: {first['msg']}; prepare the store again") from error
+    try:
+        json.dumps(content, ensure_ascii=False).encode()  # of text, json takes halves of surrogates escaped
+    except UnicodeEncodeError as error:
+        raise StoreError(f"{where} has text that is not Unicode ({error}); prepare the store again") from error
+    return manifest
