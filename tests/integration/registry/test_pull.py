@@ -83,7 +83,9 @@ def test_extra_files_travel_with_the_network(first: Trained, tmp_path: Path) -> 
 
 
 def test_a_registry_that_is_away_is_one_sentence_without_the_password(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"the tracking server http://127.0.0.1:1 cannot be used: the connection is refused") as caught:
+    with pytest.raises(
+        UserError, match=r"the tracking server http://127.0.0.1:1 cannot be used: the connection is refused"
+    ) as caught:
         list_models(tracking_uri="http://ann:s3cret@127.0.0.1:1")
     assert "s3cret" not in str(caught.value)
     with pytest.raises(UserError, match="no registry exists at sqlite"):
