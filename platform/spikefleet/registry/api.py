@@ -20,7 +20,7 @@ from spikefleet.errors import UserError
 from spikefleet.plugins import loaded_plugins
 from spikefleet.registry.aliases import Promotion, keep_as_challenger, promote, refused_alias
 from spikefleet.registry.flaws import FLAW, flaw_tag
-from spikefleet.registry.mlflow_model import save_for_mlflow
+from spikefleet.registry.mlflow_model import save_for_mlflow, serving_files_tag
 from spikefleet.registry.mlflow_store import (
     METRIC_PREFIX,
     connect,
@@ -35,6 +35,7 @@ from spikefleet.registry.package import (
     CARD,
     CODE,
     CONFIG,
+    Card,
     load_network,
     read_card,
     read_config,
@@ -130,7 +131,8 @@ def register(
         flaw = flaw_tag(config, data, metrics, files)
         all_tags = {**derived, **given, **flaw, **measured, CONTENT_HASH: card.content_hash}
         save_for_mlflow(package, scratch / "model", config, data, card)
-        text = description_of(name, package, card)
+        all_tags |= serving_files_tag(scratch / "model")
+        text = description_of(name, package, card, flaw.get(FLAW))
         return publish(client, name, scratch / "model", run_id, all_tags, text, tracking_uri)
 
 
@@ -196,7 +198,8 @@ def card_text(uri: str | Path, *, tracking_uri: str | None = None) -> str:
         UserError: the version does not exist, or its files have changed.
     """
     if not is_registered(uri):
-        return model_card(Path(uri).name, Path(uri), verify_package(Path(uri)))
+        card = verify_package(Path(uri))
+        return model_card(Path(uri).name, Path(uri), card, _flaw_of(Path(uri), card))
     with connect(registry_uri(tracking_uri)) as client, scratch_directory() as scratch:
         version = resolve(client, str(uri))
         download(client, version, CARD, scratch)
@@ -204,7 +207,19 @@ def card_text(uri: str | Path, *, tracking_uri: str | None = None) -> str:
         for name in (CONFIG, DATA_SUMMARY, *CARD_SOURCES):
             if name in listed:
                 download(client, version, name, scratch)
-        return model_card(version.uri, scratch, read_card(scratch, version.content_hash))
+        read = read_card(scratch, version.content_hash)
+        return model_card(version.uri, scratch, read, version.tags.get(FLAW), _standing(version))
+
+
+def _flaw_of(package: Path, card: Card) -> str | None:
+    """The flaw of a pulled package, by the rules of its registration."""
+    files = {name: package / name for name in card.sha256}
+    return flaw_tag(read_config(package), DataSummary.read(package), card.metadata["metrics"], files).get(FLAW)
+
+
+def _standing(version: RegisteredVersion) -> list[str]:
+    """What the registry says of a version, in sentences."""
+    return [f"It is the {alias} of {version.name}" for alias in version.aliases]
 
 
 def pull(uri: str, out: Path, *, tracking_uri: str | None = None) -> Path:

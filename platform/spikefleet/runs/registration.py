@@ -11,6 +11,7 @@ from spikefleet.config.schema import Config
 from spikefleet.registry.api import Promotion
 from spikefleet.registry.version import SPIKE_DRIVEN
 from spikefleet.runs.run_dir import Run
+from spikefleet.tasks.per_image import PER_IMAGE
 from spikefleet.training.checkpoints import best_weights
 from spikefleet.versions import code_version
 
@@ -73,6 +74,7 @@ def register_run(
         tracking_uri=tracking_uri,
         extra_files={
             evaluation.name: evaluation,
+            **({PER_IMAGE: results} if (results := evaluation.with_name(PER_IMAGE)).is_file() else {}),
             **{path.name: path for path in certificates.files},
         },
     )
