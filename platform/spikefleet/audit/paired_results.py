@@ -26,6 +26,7 @@ _LEVEL = 0.95
 class PairedResult:
     """The second network against the first."""
 
+    split: str
     metric: str
     images: int
     first: float
@@ -52,7 +53,7 @@ class PairedResult:
     @property
     def says(self) -> str:
         """The conclusion in words."""
-        found = f"{self.metric} {self.first:.2%} and {self.second:.2%} on the same {self.images:,} images"
+        found = f"{self.split}/{self.metric} {self.first:.2%} and {self.second:.2%} on the same {self.images:,} images"
         low, high = self.interval
         shown = f"difference {self.gain:+.2%} ({_LEVEL:.0%} interval {low:+.2%} to {high:+.2%}), p = {self.p_value:.2g}"
         if self.p_value > ALPHA:
@@ -64,6 +65,7 @@ class PairedResult:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {
+            "split": self.split,
             "metric": self.metric,
             "images": self.images,
             "first": self.first,
@@ -121,18 +123,19 @@ def compare_paired(first: PerImage, second: PerImage, data: DataSummary, resampl
     """
     left, right = first.results, second.results
     if isinstance(left, Answers) and isinstance(right, Answers):
-        return _answers(left, right, data.class_names)
+        return _answers(first.split, left, right, data.class_names)
     assert isinstance(left, Boxes)
     assert isinstance(right, Boxes)
-    return _boxes(left, right, data, resamples)
+    return _boxes(first.split, left, right, data, resamples)
 
 
-def _answers(first: Answers, second: Answers, names: Sequence[str]) -> PairedResult:
+def _answers(split: str, first: Answers, second: Answers, names: Sequence[str]) -> PairedResult:
     classes = first.target.astype(np.int64)
     counts = PairedCounts.of(second.right, first.right)
     worse = worse_classes(second.right, first.right, classes, most=0.0)
     better = worse_classes(first.right, second.right, classes, most=0.0)
     return PairedResult(
+        split,
         "top1",
         counts.images,
         float(first.right.mean()),
@@ -147,7 +150,7 @@ def _answers(first: Answers, second: Answers, names: Sequence[str]) -> PairedRes
     )
 
 
-def _boxes(first: Boxes, second: Boxes, data: DataSummary, resamples: int) -> PairedResult:
+def _boxes(split: str, first: Boxes, second: Boxes, data: DataSummary, resamples: int) -> PairedResult:
     named = data.class_names, data.category_ids
     before, after = (Matches(*one.coco(*named), one.max_detections) for one in (first, second))
     gains = resampled_gain(after, before, resamples)
@@ -156,6 +159,7 @@ def _boxes(first: Boxes, second: Boxes, data: DataSummary, resamples: int) -> Pa
     # Of equal detections every gain is 0, which is no evidence in either direction.
     tail = min(float((gains <= 0).mean()), float((gains >= 0).mean()))
     return PairedResult(
+        split,
         "map50_95",
         before.images,
         float(before.mean_average_precision()[0]),

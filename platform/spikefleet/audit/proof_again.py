@@ -101,8 +101,6 @@ def prove_again(
     if store is None:
         config = trained.config
         images = image_batch(_generated(trained), config.data.transform, config.model.in_channels).images
-            _generated(trained), trained.config.data.transform, trained.config.model.in_channels
-        ).images
         without = f"{_GENERATED} generated images, without the metric, since {one_line(reason)}"
         return ProofAgain(check_images(trained.network, images), stored, without)
     split, measured = certified_split(store), measured_images(trained.network, trained.config, store)

@@ -179,13 +179,7 @@ def notify_of_changes(
 
 def _print_notifications(found: Iterable[Notification], what: str) -> None:
     rows = [
-        (
-            one_line(one.url),
-            ", ".join(one.events),
-            what or one.status.lower(),
-            f"{one.created:%Y-%m-%d}",
-            one.webhook_id,
-        )
+        (one_line(one.url), ", ".join(one.events), what or one.status.lower(), f"{one.created:%F}", one.webhook_id)
         for one in found
     ]
     if not rows:
