@@ -10,7 +10,17 @@ import os
 import sys
 from functools import partial
 
-from spikefleet.cli import completion, gradients, inference, inspection, registry_audit, reproduction, training, tuning
+from spikefleet.cli import (
+    completion,
+    gradients,
+    inference,
+    inspection,
+    registry_audit,
+    registry_changes,
+    reproduction,
+    training,
+    tuning,
+)
 from spikefleet.cli.app import app
 from spikefleet.cli.data import data_app
 from spikefleet.cli.registry import registry_app
@@ -30,6 +40,7 @@ __all__ = [
     "inspection",
     "main",
     "registry_audit",
+    "registry_changes",
     "reproduction",
     "training",
     "tuning",

@@ -12,7 +12,7 @@ import typer
 from spikefleet.cli.completion import version_names
 from spikefleet.cli.output import console, loading, print_json, say, stderr
 from spikefleet.cli.parameters import AsJson, RunsDir, StoresDir
-from spikefleet.cli.registry import registry_app
+from spikefleet.cli.registry import asking, registry_app
 from spikefleet.cli.tables import Column, number, print_table, text
 from spikefleet.errors import RunError, UserError
 from spikefleet.status import one_line, print_line
@@ -112,11 +112,9 @@ def remove_leftovers(
 
     Only those that are complete and older than a day, and whose run is not running.
     """
-    with loading("MLflow and asking the registry", stderr):
-        from spikefleet.registry import leftovers
-        from spikefleet.tracking.mlflow_client import resolve_tracking_uri
+    from spikefleet.registry import leftovers
 
-        uri = resolve_tracking_uri(runs_dir)
+    with asking(runs_dir) as uri:
         found = leftovers.find_leftovers(tracking_uri=uri)
     gone: list[Leftover] = []
     for one in found.found if dry_run else leftovers.remove_leftovers(found.found, tracking_uri=uri):
@@ -155,11 +153,10 @@ def notify_of_changes(
             f"the environment variable {secret_env} is not set; put the secret that signs the messages into it, or "
             "name another one by --secret-env"
         )
-    with loading("MLflow and asking its server", stderr):
-        from spikefleet.registry import webhooks
-        from spikefleet.tracking.mlflow_client import resolve_tracking_uri
+    from spikefleet.registry import webhooks
 
-        uri, failure = resolve_tracking_uri(runs_dir), None
+    failure = None
+    with asking(runs_dir) as uri:
         if url is None:
             found = webhooks.list_notifications(tracking_uri=uri)
         elif remove:

@@ -10,21 +10,17 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from spikefleet.config.messages import PLAIN_NAME
 from spikefleet.config.renamed import with_current_keys
+from spikefleet.config.retrain_config import RetrainConfig
+from spikefleet.config.section import Section
 from spikefleet.config.task_table import find_task
 from spikefleet_models.families import AnyModelConfig
 from spikefleet_models.shortcut_config import ShortcutConfig
 from spikefleet_pipelines.data_config import DataConfig
 from spikefleet_tune.messages import counted
-
-
-class Section(BaseModel):
-    """A frozen section of a configuration that rejects unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class TrainConfig(Section):
@@ -209,6 +205,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     registry: RegistryConfig = RegistryConfig()
+    retrain: RetrainConfig = RetrainConfig()
 
     @field_validator("task")
     @classmethod
@@ -321,6 +318,7 @@ _NOT_IDENTITY = (
     "tracking.experiment",
     "tracking.every_steps",
     "registry",
+    "retrain",
     "cluster.max_failures",
     "cluster.grace_s",
     "checkpoint.every_epochs",

@@ -18,8 +18,9 @@ from spikefleet.data_summary import DATA_SUMMARY, DataSummary
 from spikefleet.disks import disk_problem
 from spikefleet.errors import UserError
 from spikefleet.plugins import loaded_plugins
-from spikefleet.registry.aliases import Promotion, keep_as_challenger, promote, refused_alias
+from spikefleet.registry.aliases import Promotion, keep_as_challenger, promote, refused_alias, rollback, settle
 from spikefleet.registry.flaws import FLAW, flaw_tag
+from spikefleet.registry.history import Change, History, load_history, read_history
 from spikefleet.registry.mlflow_model import save_for_mlflow, serving_files_tag
 from spikefleet.registry.mlflow_store import (
     METRIC_PREFIX,
@@ -52,8 +53,11 @@ from spikefleet_tune.messages import one_of
 
 if TYPE_CHECKING:
     import torch
+    from mlflow import MlflowClient
 
 __all__ = [
+    "Change",
+    "History",
     "Promotion",
     "RegisteredModel",
     "RegisteredVersion",
@@ -65,9 +69,12 @@ __all__ = [
     "load",
     "promote",
     "pull",
+    "read_history",
     "refused_alias",
     "register",
     "renew",
+    "rollback",
+    "settle",
     "show",
 ]
 
@@ -208,7 +215,7 @@ def card_text(uri: str | Path, *, tracking_uri: str | None = None) -> str:
             if name in listed:
                 download(client, version, name, scratch)
         read = read_card(scratch, version.content_hash)
-        return model_card(version.uri, scratch, read, version.tags.get(FLAW), _standing(version))
+        return model_card(version.uri, scratch, read, version.tags.get(FLAW), _standing(client, version))
 
 
 def _flaw_of(package: Path, card: Card) -> str | None:
@@ -217,9 +224,18 @@ def _flaw_of(package: Path, card: Card) -> str | None:
     return flaw_tag(read_config(package), DataSummary.read(package), card.metadata["metrics"], files).get(FLAW)
 
 
-def _standing(version: RegisteredVersion) -> list[str]:
-    """What the registry says of a version, in sentences."""
-    return [f"It is the {alias} of {version.name}" for alias in version.aliases]
+def _standing(client: "MlflowClient", version: RegisteredVersion) -> list[str]:
+    """What the registry says of a version, in sentences: its aliases, since when, and why."""
+    if not version.aliases:
+        return []
+    history = load_history(client, version.name)
+    said = []
+    for alias in version.aliases:
+        moves = [change for change in history.changes if change.alias == alias]
+        known = bool(moves) and moves[-1].after == version.version
+        why = f" since {moves[-1].at} ({moves[-1].action}): {moves[-1].why}" if known else ""
+        said.append(f"It is the {alias} of {version.name}{why}")
+    return said if history.damage is None else [*said, f"The history of its model is damaged: {history.damage}"]
 
 
 def pull(uri: str, out: Path, *, tracking_uri: str | None = None) -> Path:
