@@ -19,6 +19,7 @@ from spikefleet.data_summary import DATA_SUMMARY, DataSummary
 from spikefleet.errors import UserError
 from spikefleet.files import sha256_of
 from spikefleet.registry.flaws import FLAW, flaw_tag
+from spikefleet.registry.history import History, load_history
 from spikefleet.registry.mlflow_model import ARTIFACTS, serving_files
 from spikefleet.registry.mlflow_store import connect, download, resolve
 from spikefleet.registry.package import CARD, CONFIG, WEIGHTS, Card, load_network, read_card, read_config
@@ -95,7 +96,25 @@ def verify(uri: str | Path, *, tracking_uri: str | None = None) -> Verification:
                 f"no hash covers {beside}, since an earlier spikefleet registered it; `spikefleet registry renew "
                 f"{version.name}/{version.version}` registers it again"
             )
+        history = load_history(client, version.name)
+        if history.changes or history.damage is not None:
+            findings.append(_history(history))
+        moved = {alias: history.aliases().get(alias) for alias in version.aliases}
+        notes += [
+            f"alias {alias} was given to version {version.version} by hand: by the history of {version.name} it is "
+            f"that of {'no version' if known is None else f'version {known}'}"
+            for alias, known in moved.items()
+            if history.changes and known != version.version
+        ]
         return Verification(version.uri, tuple(findings), tuple(notes))
+
+
+def _history(history: History) -> Finding:
+    """The hash-chained record of what happened to the aliases."""
+    if history.damage is not None:
+        return Finding("history", False, f"the history of the aliases of {history.name} is damaged: {history.damage}")
+    changes = counted(len(history.changes), "change")
+    return Finding("history", True, f"{changes} of the aliases of {history.name}, each with the hash of the one before")
 
 
 def _package(package: Path, version: RegisteredVersion | None) -> Iterator[Finding]:
