@@ -145,7 +145,7 @@ def notify_of_changes(
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Have the MLflow server tell an address of new versions and of aliases that move (webhooks)."""
-    if show == (url is not None) or (remove and (show or test)):
+    if show == (url is not None) or (show and (remove or test)) or (remove and test):
         raise UserError("name one URL, perhaps with --test or --remove, or --list alone")
     secret = os.environ.get(secret_env, "")
     if url is not None and not remove and not secret:

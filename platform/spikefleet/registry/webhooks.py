@@ -48,7 +48,7 @@ _REFUSED = (
     (
         re.compile(r"non-public|private", re.IGNORECASE),
         "the server sends to public addresses only ({}); to allow others, start it with "
-        "_MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS=true",
+        "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS=true",
     ),
     (
         re.compile(r"not (?:supported|implemented)|FileStore|ENDPOINT_NOT_FOUND|404|NotImplementedError"),
@@ -174,11 +174,15 @@ def _server(tracking_uri: str | None) -> Iterator[MlflowClient]:
         try:
             yield client
         except MlflowException as error:
-            reason = str(error).partition("\n")[0][:300]
-            for pattern, sentence in _REFUSED:
-                if pattern.search(reason):
-                    raise UserError(f"webhook refused: {sentence.format(reason)}") from error
+            if (sentence := refusal(str(error))) is not None:
+                raise UserError(f"webhook refused: {sentence}") from error
             raise
+
+
+def refusal(reason: str) -> str | None:
+    """What to do about an answer of MLflow's server, in words; None for one that is not about webhooks."""
+    first = reason.partition("\n")[0][:300]
+    return next((sentence.format(first) for pattern, sentence in _REFUSED if pattern.search(first)), None)
 
 
 def _check_url(url: str) -> None:
