@@ -15,7 +15,7 @@ from spikefleet.cli.parameters import AsJson, RunsDir, StoresDir
 from spikefleet.cli.registry import asking, registry_app
 from spikefleet.cli.tables import Column, number, print_table, text
 from spikefleet.errors import RunError, UserError
-from spikefleet.status import one_line, print_line
+from spikefleet.status import one_line, print_line, waiting
 from spikefleet_tune.messages import counted
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def compare_registered(
     with loading("torch and MLflow", stderr):
         from spikefleet.audit.comparison import compare
         from spikefleet.tracking.mlflow_client import resolve_tracking_uri
-
+    with waiting(stderr, "comparing"):
         found = compare(_reference(first), _reference(second), tracking_uri=resolve_tracking_uri(runs_dir))
     if as_json:
         print_json(found.to_dict())
@@ -73,7 +73,8 @@ def verify_registered(
         from spikefleet.registry.verification import verify
         from spikefleet.tracking.mlflow_client import resolve_tracking_uri
 
-        tracking_uri = resolve_tracking_uri(runs_dir)
+    tracking_uri = resolve_tracking_uri(runs_dir)
+    with waiting(stderr, "verifying"):
         found = verify(_reference(uri), tracking_uri=tracking_uri)
     proof = None
     if prove and found.intact:

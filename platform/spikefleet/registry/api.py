@@ -37,6 +37,7 @@ from spikefleet.registry.package import (
     CODE,
     CONFIG,
     Card,
+    check_sections,
     load_network,
     read_card,
     read_config,
@@ -121,9 +122,11 @@ def register(
         origin = {"dataset": data.dataset, "data_hash": data.content_hash}
         given = {key: str(value) for key, value in {**origin, **tags}.items()}
         data.write(scratch)
-        metadata = {"run_id": run_id, "tags": given, "metrics": dict(metrics), "plugins": list(loaded_plugins())}
         (scratch / CODE).write_bytes(serving_code().archive())
         files = {DATA_SUMMARY: scratch / DATA_SUMMARY, **(extra_files or {}), CODE: scratch / CODE}
+        check_sections(config, "the configuration of a registered model")
+        given |= flaw_tag(config, data, metrics, files)
+        metadata = {"run_id": run_id, "tags": given, "metrics": dict(metrics), "plugins": list(loaded_plugins())}
         card = write_package(package, weights, config, files, metadata)
         network, _ = load_network(package)
         model = parse_model(config["model"], "the configuration of a registered model")
@@ -135,11 +138,10 @@ def register(
         derived = {
             key: str(value) for key, value in {**model.tags(), "task": config["task"], "parameters": parameters}.items()
         }
-        flaw = flaw_tag(config, data, metrics, files)
-        all_tags = {**derived, **given, **flaw, **measured, CONTENT_HASH: card.content_hash}
+        all_tags = {**derived, **given, **measured, CONTENT_HASH: card.content_hash}
         save_for_mlflow(package, scratch / "model", config, data, card)
         all_tags |= serving_files_tag(scratch / "model")
-        text = description_of(name, package, card, flaw.get(FLAW))
+        text = description_of(name, package, card, given.get(FLAW))
         return publish(client, name, scratch / "model", run_id, all_tags, text, tracking_uri)
 
 

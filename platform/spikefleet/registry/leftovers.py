@@ -94,7 +94,7 @@ def remove_leftovers(leftovers: Iterable[Leftover], *, tracking_uri: str | None 
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
         for one in leftovers:
-            if one.model_id in _named(client):
+            if any(_all(client.search_model_versions, filter_string=f"source_path LIKE '%{one.model_id}%'")):
                 continue
             get_artifact_repository(one.location, tracking_uri=uri, registry_uri=uri).delete_artifacts()
             client.delete_logged_model(one.model_id)

@@ -164,7 +164,23 @@ def test_a_flaw_that_was_taken_off_is_named(first: Trained, uri: str, tmp_path: 
     assert found_in(version, uri).intact
     MlflowClient(uri, registry_uri=uri).delete_model_version_tag(version.name, str(version.version), "flaw")
     (problem,) = found_in(version, uri).problems
-    assert problem.startswith("tag flaw of the version is missing; by its files: on val, its top1 of 5.00%")
+    assert problem.startswith("tag flaw of the version is 'missing', but 'on val, its top1 of 5.00%")
+
+
+def test_what_earlier_releases_did_not_record_is_said(tmp_path: Path, uri: str, first: Trained) -> None:
+    fixture = Path(__file__).parents[2] / "fixtures" / "format_1"
+    shutil.copytree(fixture / "model", tmp_path / "model")
+    client = MlflowClient(uri, registry_uri=uri)
+    client.create_registered_model("verified_1")
+    tags = {**json.loads((fixture / "tags.json").read_text()), "metric.val/top1": "0.25"}
+    client.create_model_version("verified_1", (tmp_path / "model").as_uri(), run_id=first.run_id, tags=tags)
+    found = verify("models:/verified_1/1", tracking_uri=uri)
+    assert [problem.partition(",")[0] for problem in found.problems] == ["metric val/top1 of the version is 0.25"]
+    tags = json.loads((fixture / "tags.json").read_text())
+    client.set_model_version_tag("verified_1", "1", "metric.val/top1", tags["metric.val/top1"])
+    found = verify("models:/verified_1/1", tracking_uri=uri)
+    assert found.intact, found.problems
+    assert "no hash covers the metrics and tags in card.json, which has format 1" in found.notes
 
 
 def test_a_version_of_an_earlier_release_says_what_no_hash_covers(intact: Target, uri: str) -> None:
