@@ -22,6 +22,8 @@ class Options:
     """Show the logs of Ray and of its workers."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """Overrides with the location of a search's data, such as `{"data.root": "/data/cifar"}`."""
+    promote: bool = True
+    """Compare the registered version with the champion; if not, it stays challenger."""
 
     @property
     def searches_dir(self) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from spikefleet_models.family import ModelConfig
 from spikefleet_pipelines.loading import Batch
 from spikefleet_pipelines.store.annotations import Annotations, Placement, Target
 from spikefleet_tune.messages import counted
+
+if TYPE_CHECKING:
+    from spikefleet.tasks.per_image import Boxes
 
 SHOWN_SCORE = 0.3
 """Boxes below this score are not drawn."""
@@ -147,6 +150,12 @@ class Detection(Task[FoundBoxes, Annotations]):
                 for one in measured.classes
             ],
         }
+
+    def per_image(self, predictions: Sequence[FoundBoxes], targets: Sequence[Annotations]) -> Boxes:
+        """Boxes and objects of each image."""
+        from spikefleet.tasks.per_image import Boxes  # here, because a served detector does without it
+
+        return Boxes(predictions, targets, self._max_detections)
 
     def flaw(self, evaluation: Mapping[str, Any]) -> str | None:
         """A detector that finds nothing: its mAP50 is below 0.01 %."""
