@@ -170,7 +170,8 @@ def _train_tracked(
     """Trains with tracking, saves the result in run.json, and returns where to look at it."""
     run.note(status="running", signal=None)
     print_line(console, f"run {run.name}: {_scale(config)}")
-    tracker = Tracker.open(run.path, run.name, config.tracking.experiment or config.recipe, tracking_uri)
+    experiment = config.tracking.experiment or config.recipe
+    tracker = Tracker.open(run.path, run.name, experiment, tracking_uri, options.parent_run)
     display = build_display(console)
     observer = RunObserver(run, tracker, display)
     data = DataSummary.of(store.manifest)
