@@ -35,7 +35,9 @@ def measured(number: int, results: Any, energy_mj: float = 1.0, **tags: str) -> 
     evaluation: Any = SimpleNamespace(predictions=[None] * count, targets=[None] * count)
     config: Any = SimpleNamespace(task="classification")
     nothing = cast(Any, None)
-    return Measured(version(number, **tags), config, DATA, nothing, nothing, evaluation, results, {}, energy_mj)
+    return Measured(
+        version(number, **tags), config, DATA, nothing, nothing, nothing, evaluation, results, {}, energy_mj
+    )
 
 
 def answers(right: Sequence[bool], classes: Sequence[int] | None = None) -> Answers:

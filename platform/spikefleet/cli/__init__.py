@@ -17,6 +17,7 @@ from spikefleet.cli import (
     inspection,
     registry_changes,
     reproduction,
+    retraining,
     training,
     tuning,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "main",
     "registry_changes",
     "reproduction",
+    "retraining",
     "training",
     "tuning",
 ]

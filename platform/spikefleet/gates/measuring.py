@@ -38,6 +38,7 @@ class Measured:
     data: DataSummary
     network: nn.Module
     task: AnyTask
+    gate: Split
     evaluation: Evaluation[Any, Any]
     results: Results | None
     """By image; None for a task whose answers are not compared by image."""
@@ -97,4 +98,4 @@ def measure(
     predictions, targets = evaluation.predictions, evaluation.targets
     details = task.details(predictions, targets)
     results = task.per_image(predictions, targets)
-    return Measured(version, config, data, network, task, evaluation, results, details, card.energy_mj)
+    return Measured(version, config, data, network, task, gate, evaluation, results, details, card.energy_mj)

@@ -7,6 +7,7 @@ meanwhile, the candidate is measured against the new one, at most three times.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -32,6 +33,14 @@ COMPARISONS: Final = "spikefleet.gate_comparisons"
 _ATTEMPTS = 3
 
 
+Judged = Callable[[Verdict, Measured, Measured | None], None]
+"""Called with a verdict, the candidate, and the champion if there is one."""
+
+
+def unrecorded(verdict: Verdict, candidate: Measured, champion: Measured | None) -> None:
+    """Records nothing."""
+
+
 @dataclass(frozen=True)
 class GatedPromotion:
     """A promotion through the gates, with what was measured."""
@@ -52,6 +61,7 @@ def promote_through_gates(
     used: Store | None,
     gpu: bool = False,
     retraining: str | None = None,
+    judged: Judged = unrecorded,
     announce: Announce = silent,
     progress: Count = uncounted,
 ) -> GatedPromotion:
@@ -66,6 +76,7 @@ def promote_through_gates(
         used: the store that the candidate was trained, chosen and tested with; None if it is not there.
         gpu: measure on the GPU, if there is one.
         retraining: id of the retraining that asks for it.
+        judged: called with each verdict before an alias is moved, and with what was measured.
         announce: called with what begins.
         progress: called with (done, in all) while it measures.
 
@@ -104,6 +115,7 @@ def promote_through_gates(
                 warnings=(*gate.warnings, *_seen_by(champion, gate)),
                 progress=progress,
             )
+        judged(verdict, candidate, champion)
         decided = _Rule(name, before, decision_of(verdict, model.pick(version)), verdict, tracking_uri)
         promotion = registry.settle(
             name, version, decided, retraining=retraining, tracking_uri=tracking_uri, announce=announce
