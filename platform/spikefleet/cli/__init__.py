@@ -18,6 +18,7 @@ from spikefleet.cli import (
     registry_audit,
     registry_changes,
     reproduction,
+    retraining,
     training,
     tuning,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "registry_audit",
     "registry_changes",
     "reproduction",
+    "retraining",
     "training",
     "tuning",
 ]

@@ -37,6 +37,12 @@ class TrainConfig(Section):
     eval_batch: int = Field(256, ge=1, le=1_000_000, description="samples per evaluation batch and worker")
     evaluate_every: int = Field(1, ge=1, description="epochs between evaluations on the validation split")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of initialisation, sample order and augmentation")
+    initial_weights: str | None = Field(
+        None,
+        pattern="^[0-9a-f]{64}$",
+        description="SHA-256 of initial.safetensors in the run's directory, whose weights the training starts from; "
+        "`retrain --from champion` sets it",
+    )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast type; membranes stay fp32")
     channels_last: bool = Field(False, description="NHWC memory layout")
     compile: bool = Field(False, description="compile the network with torch.compile")

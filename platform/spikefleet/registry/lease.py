@@ -17,12 +17,13 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 from spikefleet.errors import RunError, UserError
+from spikefleet.registry.mlflow_store import connect
 from spikefleet.status import Announce, silent
 
 if TYPE_CHECKING:
@@ -190,6 +191,28 @@ def lease(
         yield held
     finally:
         held.release()
+
+
+@contextmanager
+def registry_lease(
+    uri: str, name: str, purpose: Purpose, label: str, patience_s: float = PATIENCE_S
+) -> Iterator[Lease]:
+    """As `lease`, for a block whose errors are not the registry's.
+
+    Args:
+        uri: of the registry.
+        name: of the registered model.
+        purpose: what it is held for.
+        label: what holds it, in words.
+        patience_s: seconds to wait for another holder.
+
+    Raises:
+        UserError: another job still holds it after `patience_s`, or the registry fails.
+    """
+    with ExitStack() as held:
+        with connect(uri) as client:
+            mine = held.enter_context(lease(client, name, purpose, label, patience_s=patience_s))
+        yield mine
 
 
 def lease_key(name: str, purpose: Purpose) -> str:

@@ -117,6 +117,11 @@ class Classification(Task[Ranking, int]):
             np.array([one.probabilities[0] for one in predictions], np.float32),
         )
 
+    def confidences(self, predictions: Sequence[Ranking], targets: Sequence[int]) -> list[tuple[float, bool]]:
+        """The probability of the most likely class of each image, and whether it is the target."""
+        pairs = zip(predictions, targets, strict=True)
+        return [(prediction.probabilities[0], prediction.classes[0] == target) for prediction, target in pairs]
+
     def flaw(self, evaluation: Mapping[str, Any]) -> str | None:
         """A classifier that answers one class for all images, or no better than by chance.
 

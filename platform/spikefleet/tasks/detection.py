@@ -18,6 +18,7 @@ from spikefleet.tasks.coco_metrics import (
     FoundBoxes,
     box_confusion,
     evaluate_boxes,
+    found_objects,
     ground_truth,
     metric_names,
     results,
@@ -156,6 +157,14 @@ class Detection(Task[FoundBoxes, Annotations]):
         from spikefleet.tasks.per_image import Boxes  # here, because a served detector does without it
 
         return Boxes(predictions, targets, self._max_detections)
+
+    def confidences(
+        self, predictions: Sequence[FoundBoxes], targets: Sequence[Annotations]
+    ) -> list[tuple[float, bool]]:
+        """Scores of at least 0.3, and whether the box has an object of its class, at an IoU of at least 0.5."""
+        shown = [one.at_least(SHOWN_SCORE) for one in predictions]
+        annotations = ground_truth(targets, self.class_names, self.category_ids)
+        return found_objects(annotations, results(shown, targets, self.category_ids), self._max_detections)
 
     def flaw(self, evaluation: Mapping[str, Any]) -> str | None:
         """A detector that finds nothing: its mAP50 is below 0.01 %."""

@@ -142,6 +142,10 @@ class Task(ABC, Generic[Prediction, Target]):
         """
         return None
 
+    def confidences(self, predictions: Sequence[Prediction], targets: Sequence[Target]) -> list[tuple[float, bool]]:
+        """How sure each answer is, in [0, 1], and whether it is right; by default none."""
+        return []
+
     def confident(self, prediction: Prediction, score: float) -> Prediction:
         """A prediction without the parts whose score in [0, 1] is smaller; by default all of it."""
         return prediction
