@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spikefleet.audit.paired_results import PairedResult, compare_paired, unpaired
+from spikefleet.audit.paired_results import RESAMPLES, PairedResult, compare_paired, unpaired
 from spikefleet.config.recipes import parse_model
 from spikefleet.config.schema import differing_fields
 from spikefleet.data_summary import DATA_SUMMARY, DataSummary
@@ -15,6 +15,7 @@ from spikefleet.errors import UserError
 from spikefleet.files import read_json_object
 from spikefleet.registry.package import Card, read_config, verify_package
 from spikefleet.registry.package_access import package_files
+from spikefleet.status import Count, uncounted
 from spikefleet.tasks.per_image import PER_IMAGE, PerImage
 from spikefleet.tasks.task import EVALUATION
 
@@ -106,13 +107,22 @@ class Comparison:
         }
 
 
-def compare(first: str | Path, second: str | Path, *, tracking_uri: str | None = None) -> Comparison:
+def compare(
+    first: str | Path,
+    second: str | Path,
+    *,
+    resamples: int = RESAMPLES,
+    tracking_uri: str | None = None,
+    progress: Count = uncounted,
+) -> Comparison:
     """Compares two versions; every file that is read is verified against its hash.
 
     Args:
         first: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, or a pulled directory.
         second: likewise.
+        resamples: of the paired bootstrap, for detectors.
         tracking_uri: of the registry; by default MLFLOW_TRACKING_URI, else SQLite in ./runs.
+        progress: called with (resamples done, in all).
 
     Raises:
         UserError: a version does not exist, its files have changed, or the two solve different tasks.
@@ -129,7 +139,7 @@ def compare(first: str | Path, second: str | Path, *, tracking_uri: str | None =
         return Comparison(left, right, None, why)
     if (reason := unpaired(left.results, right.results)) is not None:
         return Comparison(left, right, None, reason)
-    return Comparison(left, right, compare_paired(left.results, right.results, left.data), None)
+    return Comparison(left, right, compare_paired(left.results, right.results, left.data, resamples, progress), None)
 
 
 def _described(reference: str | Path, tracking_uri: str | None) -> Described:

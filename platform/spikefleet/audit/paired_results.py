@@ -14,8 +14,9 @@ import numpy as np
 
 from spikefleet.data_summary import DataSummary
 from spikefleet.gates.paired import ALPHA, PairedCounts, worse_classes
+from spikefleet.status import Count, uncounted
 from spikefleet.tasks.per_image import Answers, Boxes, PerImage
-from spikefleet.tasks.resampled_map import Matches, resampled_gain
+from spikefleet.tasks.resampled_map import Matches, resampled_gains
 
 RESAMPLES = 1_000
 
@@ -112,7 +113,13 @@ def unpaired(first: PerImage, second: PerImage) -> str | None:
     return None
 
 
-def compare_paired(first: PerImage, second: PerImage, data: DataSummary, resamples: int = RESAMPLES) -> PairedResult:
+def compare_paired(
+    first: PerImage,
+    second: PerImage,
+    data: DataSummary,
+    resamples: int = RESAMPLES,
+    progress: Count = uncounted,
+) -> PairedResult:
     """Compares two results of which `unpaired` has nothing to say.
 
     Args:
@@ -120,13 +127,14 @@ def compare_paired(first: PerImage, second: PerImage, data: DataSummary, resampl
         second: results of the second, on the same images.
         data: summary of the data, for the names of the classes.
         resamples: of the paired bootstrap.
+        progress: called with (resamples done, in all).
     """
     left, right = first.results, second.results
     if isinstance(left, Answers) and isinstance(right, Answers):
         return _answers(first.split, left, right, data.class_names)
     assert isinstance(left, Boxes)
     assert isinstance(right, Boxes)
-    return _boxes(first.split, left, right, data, resamples)
+    return _boxes(first.split, left, right, data, resamples, progress)
 
 
 def _answers(split: str, first: Answers, second: Answers, names: Sequence[str]) -> PairedResult:
@@ -150,10 +158,10 @@ def _answers(split: str, first: Answers, second: Answers, names: Sequence[str]) 
     )
 
 
-def _boxes(split: str, first: Boxes, second: Boxes, data: DataSummary, resamples: int) -> PairedResult:
+def _boxes(split: str, first: Boxes, second: Boxes, data: DataSummary, resamples: int, progress: Count) -> PairedResult:
     named = data.class_names, data.category_ids
     before, after = (Matches(*one.coco(*named), one.max_detections) for one in (first, second))
-    gains = resampled_gain(after, before, resamples)
+    gains, _ = resampled_gains(after, before, resamples, progress=progress)
     gains = gains[~np.isnan(gains)]
     low, high = np.quantile(gains, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
     # Of equal detections every gain is 0, which is no evidence in either direction.
