@@ -20,7 +20,8 @@ from spikefleet.cli import app
 from spikefleet.config.recipes import load_config, parse_overrides
 from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
-from spikefleet.registry.api import RegisteredVersion, pull
+from spikefleet.registry.api import RegisteredVersion, promote, pull
+from spikefleet.registry.history import HEAD
 from spikefleet.registry.package import CARD, CODE, CONFIG, WEIGHTS
 from spikefleet.registry.verification import Verification, verify
 from spikefleet_models.families import build_model
@@ -194,6 +195,24 @@ def test_a_version_of_an_earlier_release_says_what_no_hash_covers(intact: Target
     (note,) = found.notes
     assert note.startswith("no hash covers MLmodel, conda.yaml, ")
     assert "`spikefleet registry renew verified/1`" in note
+
+
+def test_a_history_that_was_edited_and_an_alias_that_was_moved_by_hand_are_said(
+    first: Trained, uri: str, tmp_path: Path
+) -> None:
+    version = first.again(82, tmp_path).register("verified_history")
+    promote(version.name, version.version, "val/top1", tracking_uri=uri)
+    champion = "models:/verified_history@champion"
+    found = verify(champion, tracking_uri=uri)
+    assert found.intact
+    assert "history" in [finding.subject for finding in found.findings]
+    client = MlflowClient(uri, registry_uri=uri)
+    client.set_registered_model_alias(version.name, "blessed", "1")
+    (note,) = verify(champion, tracking_uri=uri).notes
+    assert note.startswith("alias blessed was given to version 1 by hand")
+    client.set_registered_model_tag(version.name, HEAD, f"1 {'0' * 64}")
+    (problem,) = verify(champion, tracking_uri=uri).problems
+    assert problem.startswith("the history of the aliases of verified_history is damaged: ")
 
 
 # ------------------------------------------------------------------------------------------------ --prove
