@@ -13,10 +13,12 @@ from spikefleet_models.sg_resnet import SGResNet
 def refuse_what_nir_lacks(network: nn.Module) -> None:
     """Raises UserError with the first layer of each kind that NIR cannot express, and the reason."""
     reasons: dict[str, str] = {}
+    refused = "."
     for name, module in network.named_modules():
         reason = _reason(module)
-        if reason is not None:
+        if reason is not None and not name.startswith(refused):  # what it is made of needs no reason of its own
             reasons.setdefault(reason, name)
+            refused = f"{name}."
     if not spiking_nodes(network):
         reasons.setdefault("it has no spiking neuron", "the network")
     if not reasons and not isinstance(network, SGResNet):

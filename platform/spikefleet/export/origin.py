@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spikefleet import registry
-from spikefleet.inference.trained_network import TrainedNetwork, open_trained_network
+from spikefleet.inference.trained_network import TrainedNetwork, open_package, open_trained_network
 from spikefleet.registry.package import CARD, read_card
 from spikefleet.registry.version import SPIKE_DRIVEN
 from spikefleet.tracking.mlflow_client import resolve_tracking_uri
@@ -84,7 +84,7 @@ def open_origin(reference: str, runs_dir: Path) -> Origin:
     uri = registry.describe(reference, tracking_uri=tracking_uri)["uri"]
     with tempfile.TemporaryDirectory(prefix="spikefleet-") as scratch:
         folder = registry.pull(uri, Path(scratch) / "package", tracking_uri=tracking_uri)
-        trained = replace(open_trained_network(str(folder), runs_dir), reference=uri, folders=())
+        trained = replace(open_package(uri, folder), folders=())
         return _of_package(trained, uri, folder)
 
 

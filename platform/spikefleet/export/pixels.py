@@ -119,7 +119,7 @@ class ImagesToCompare:
             "channels": {1: ["grey"], 3: ["red", "green", "blue"]}.get(channels, channels),
             "height": height,
             "width": width,
-            "resize": getattr(trained.config.data.transform, "resize", "stretch"),
+            "resize": getattr(trained.config.data.transform, "resize", None) or "stretch",
             "pixel_range": [0, 255],
             "mean": list(normalise.mean),
             "std": list(normalise.std),

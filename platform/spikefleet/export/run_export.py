@@ -179,8 +179,6 @@ class _Writer:
         return self._compare_spikes(file, folded)
 
     def _spikes(self, path: Path) -> Comparison:
-        import torch
-
         from spikefleet.export.spikes_file import SEMANTICS, SpikesFile, binary_network, write_spikes
 
         self.semantics = {"spikes": dict(SEMANTICS)}
@@ -191,7 +189,7 @@ class _Writer:
                 raise UserError(f"the network has no spike-driven form: {error}") from error
             file = SpikesFile(path, self._scaling)
             file.check_test_vector()
-            binary = binary_network(self._network, self._scaling, torch.float64)
+            binary = binary_network(self._network, self._scaling)
         return self._compare_spikes(file, binary)
 
     def _compare_spikes(self, file: Any, folded: RecordedNetwork) -> Comparison:

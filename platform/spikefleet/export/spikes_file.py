@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from spikefleet.errors import RunError
+from spikefleet.export.comparison import FP64_LIMIT, differences
 from spikefleet.export.pixels import Scaling
 from spikefleet.export.recorded import Recorded, RecordedNetwork
 from spikefleet_models.binary_program import BinaryProgram, ProgramRunner, trace
@@ -31,16 +32,16 @@ _TEST = "test/"
 SEMANTICS: Mapping[str, Any] = {
     "input": "the normalised image [1, C, H, W]; a layer that is fed with it alone runs once, its result is repeated "
     "over T where the program says so (expand)",
-    "slots": "a neuron with D slots writes its integer n of step t as D spikes at t * D + d: spike d, from 0, is n > d; a "
-    "layer weighs each slot, sums over the D slots of a step and adds its bias once per step",
-    "if": "h = v + x; fires where h >= v_threshold, then v = v_reset, or h - v_threshold where v_reset is null; else v = h",
+    "slots": "a neuron with D slots writes its integer n of step t as spikes at t * D + d: spike d, from 0, is n > d. "
+    "A layer weighs each slot, sums over the D slots of a step and adds its bias once per step",
+    "if": "h = v + x; where h >= v_threshold it fires and v = v_reset, or h - v_threshold without v_reset; else v = h",
     "lif": "as if, with h = v + (x - (v - v_reset)) / tau where decay_input, else h = v - (v - v_reset) / tau + x",
     "plif": "as lif; w is the learned parameter, 1 / tau = 1 / (1 + exp(-w))",
     "ilif": "u = leak * (u - n) + input_scale * x; n = round(clip(u, 0, slots)), halves to the even integer",
     "gates": "bsg H or X; and H and X; iand X and not H; bsg_star H where the gate of that channel opens, else X",
     "initial_state": "v = v_reset (u - n = 0) before each image",
     "test_vector": "test/pixels uint8, test/input, test/output.N, test/spikes/NEURON: bits of [T * D, 1, ...], packed "
-    "eight to a byte, the first in the lowest bit; in fp32",
+    "eight to a byte, the first in the lowest bit; computed in fp64",
 }
 
 
@@ -62,7 +63,7 @@ def write_spikes(network: nn.Module, scaling: Scaling, pixels: NDArray[np.uint8]
     from safetensors.torch import save
 
     program = trace(deploy(network), scaling(torch.from_numpy(pixels)))
-    outputs, spikes = binary_network(network, scaling, torch.float32).run(pixels)
+    outputs, spikes = binary_network(network, scaling).run(pixels)
     tensors = {name: tensor.contiguous() for name, tensor in program.tensors.items()}
     tensors[f"{_TEST}pixels"] = torch.from_numpy(pixels).contiguous()
     tensors[f"{_TEST}input"] = scaling(torch.from_numpy(pixels))
@@ -74,15 +75,14 @@ def write_spikes(network: nn.Module, scaling: Scaling, pixels: NDArray[np.uint8]
 
 
 class SpikesFile:
-    """A file of `write_spikes`, read and run. Raises UserError-family ValueError if it is damaged.
+    """A file of `write_spikes`, read and run in fp64.
 
     Args:
         path: of the file.
         scaling: of pixels to the input.
-        dtype: fp32 as stored, or fp64.
     """
 
-    def __init__(self, path: Path, scaling: Scaling, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(self, path: Path, scaling: Scaling) -> None:
         from safetensors import safe_open
 
         with safe_open(path, framework="pt") as file:
@@ -91,7 +91,7 @@ class SpikesFile:
         self._test = {name.removeprefix(_TEST): one for name, one in tensors.items() if name.startswith(_TEST)}
         weights = {name: one for name, one in tensors.items() if not name.startswith(_TEST)}
         self.program = BinaryProgram(self.description["program"], weights)
-        self._runner = ProgramRunner(self.program, dtype)
+        self._runner = ProgramRunner(self.program, torch.float64)
         self._scaling = scaling
 
     def run(self, pixels: NDArray[np.uint8]) -> Recorded:
@@ -102,11 +102,11 @@ class SpikesFile:
         return outputs, spikes
 
     def check_test_vector(self) -> None:
-        """Raises RunError unless the program gives the spikes and outputs of the test vector, in fp32, to the bit."""
-        outputs, spikes = ProgramRunner(self.program).run(self._test["input"])
-        for index, output in enumerate(outputs):
-            if not torch.equal(output, self._test[f"output.{index}"]):
-                raise RunError(f"the file does not compute output {index} of its test vector; nothing is written")
+        """Raises RunError unless the program gives the spikes and outputs of the test vector."""
+        outputs, spikes = self._runner.run(self._test["input"])
+        expected = [self._test[f"output.{index}"] for index in range(len(outputs))]
+        if not differences(outputs, expected).max().item() <= FP64_LIMIT:
+            raise RunError("the file does not compute the outputs of its test vector; nothing is written")
         for name, fired in spikes.items():
             if not torch.equal(fired.bool(), self.test_spikes(name)):
                 raise RunError(f"the file does not fire neuron {name} as its test vector; nothing is written")
@@ -118,10 +118,10 @@ class SpikesFile:
         return torch.from_numpy(bits).bool().view(shape)
 
 
-def binary_network(network: nn.Module, scaling: Scaling, dtype: torch.dtype) -> RecordedNetwork:
-    """The binary form of the deployed network, in memory."""
+def binary_network(network: nn.Module, scaling: Scaling) -> RecordedNetwork:
+    """The binary form of the deployed network, in memory and in fp64."""
     deployed = deploy(network)
-    return RecordedNetwork(spike_driven(deployed), scaling, spiking_nodes(deployed), dtype)
+    return RecordedNetwork(spike_driven(deployed), scaling, spiking_nodes(deployed), torch.float64)
 
 
 def _packed(spikes: Tensor) -> Tensor:
