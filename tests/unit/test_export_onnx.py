@@ -18,6 +18,7 @@ from spikefleet.export.comparison import LIMIT, compare_outputs  # noqa: E402
 from spikefleet.export.onnx_file import Fp64File, OnnxFile, onnx_of, read_metadata  # noqa: E402
 from spikefleet.export.pixels import Scaling  # noqa: E402
 from spikefleet_models.families import build_model, list_models, model_config  # noqa: E402
+from spikefleet_models.neurons import spiking_nodes  # noqa: E402
 from spikefleet_pipelines.transforms.normalise_config import NORMALISATIONS  # noqa: E402
 from support.exported import Pixels, lively  # noqa: E402
 
@@ -131,16 +132,15 @@ def test_in_fp64_a_file_is_the_network_to_the_last_bits(small: tuple[nn.Module, 
 def test_a_spike_that_rounding_flips_is_counted_and_compared_in_fp64(small: tuple[nn.Module, Path]) -> None:
     network, path = small
     threshold = narrow_iand()
-    for node in threshold.modules():
-        if hasattr(node, "v_threshold"):
-            node.v_threshold *= 1.02  # as if membranes were rounded coarsely
+    for node in spiking_nodes(threshold).values():
+        node.v_threshold *= 1.02  # as if membranes were rounded coarsely
     coarse, exact_network = run_of(threshold), run_of(narrow_iand().double())
     found = compare_outputs(coarse, run_of(network), Pixels(20), lambda: (Fp64File(path).run, exact_network))
     assert found.flipped_images > 0
     assert 0 < found.flipped_in_fp64 <= found.flipped_images
     assert found.max_difference_of_flipped > LIMIT >= found.max_difference
     assert found.max_difference_in_fp64 < 1e-9
-    assert f"rounding flips a spike on {found.flipped_images} more" in found.sentence
+    assert f"rounding flips a spike on {found.flipped_images} of them" in found.sentence
 
 
 def test_what_is_no_number_is_refused() -> None:

@@ -69,7 +69,7 @@ class Comparison:
             says += f", same class on {self.same_class}"
         if self.flipped_images:
             says += (
-                f"; rounding flips a spike on {self.flipped_images} more (difference up to "
+                f"; rounding flips a spike on {self.flipped_images} of them (difference up to "
                 f"{self.max_difference_of_flipped:.2g} in fp32; {self.flipped_in_fp64} compared in fp64, up to "
                 f"{self.max_difference_in_fp64:.2g})"
             )

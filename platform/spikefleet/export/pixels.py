@@ -80,6 +80,8 @@ class ImagesToCompare:
         """
         transform = trained.config.data.transform
         rows = open_split(trained, split, stores_dir, console, data=data)
+        if not len(rows):
+            raise UserError(f"split {rows.name} has no image to compare on; give another one by --split")
         loader = BatchLoader(rows, transform, train=False)
         one = next(iter(loader.epoch(EvaluationPlan(samples=len(rows), global_batch=1), epoch=0))).images
         scaling = Scaling(transform.normalise)

@@ -20,7 +20,7 @@ for library in ("onnx", "onnxruntime", "onnxscript", "nir"):
 
 from spikefleet.cli import app  # noqa: E402
 from spikefleet.config.recipes import load_config  # noqa: E402
-from spikefleet.export import onnx_file  # noqa: E402
+from spikefleet.export import nir_graph  # noqa: E402
 from spikefleet.export.extras import NEEDED  # noqa: E402
 from spikefleet.export.origin import full_reference  # noqa: E402
 from spikefleet.files import sha256_of  # noqa: E402
@@ -98,20 +98,20 @@ def test_a_file_that_is_another_network_is_refused_and_leaves_nothing(
     export: Export, first: Trained, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     version = narrow(first, 7, tmp_path, decoder="rate").register("refused")
-    real = onnx_file.onnx_of
+    real = nir_graph.nir_graph
 
-    def broken(network: nn.Module, *rest: Any) -> bytes:
+    def broken(network: nn.Module, *rest: Any) -> Any:
         other = copy.deepcopy(network)
         nn.init.ones_(other.get_parameter("classifier.bias"))
         return real(other, *rest)
 
-    monkeypatch.setattr(onnx_file, "onnx_of", broken)
+    monkeypatch.setattr(nir_graph, "nir_graph", broken)
     folder = tmp_path / "out"
-    done = export("refused/1", "onnx", folder / "a.onnx", "--images", "20")
+    done = export("refused/1", "nir", folder / "a.nir", "--images", "20")
     assert done.exit_code == 1
-    assert "the file does not compute what the network does: outputs differ by" in done.output
+    assert "outputs differ from the network's by" in done.output
     assert list(folder.iterdir()) == []
-    assert recorded(first, version, "onnx") is None
+    assert recorded(first, version, "nir") is None
 
 
 def test_a_pulled_directory_is_exported_without_a_registry(
