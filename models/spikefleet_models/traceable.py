@@ -57,8 +57,8 @@ def traceable(network: nn.Module) -> nn.Module:
 
 def _replace(module: nn.Module, done: dict[nn.Module, nn.Module]) -> None:
     for name, child in list(module._modules.items()):
-        if child is None:
-            continue
+        if child is None or isinstance(child, PlainNode | PlainBatchNormAndPad):
+            continue  # a module that the network holds in two places was here before
         if isinstance(child, SpikingNode):
             # A unit in its reference form asks its node for the step equations itself.
             if not isinstance(module, SpikingUnit):

@@ -43,6 +43,16 @@ def test_no_custom_function_is_left() -> None:
     assert BatchNormAndPad not in kinds
 
 
+def test_a_module_in_two_places_is_replaced_once() -> None:
+    torch.manual_seed(0)
+    block = build_model(model_config("spike_yolo_n", depth=0.1, width=0.0625)).stages[0]
+    twice = nn.Sequential(block, block).eval()
+    plain, x = traceable(twice), torch.rand(2, 1, 8, 8).expand(2, block[0].sep_conv.expand.conv.in_channels, 8, 8)
+    assert plain[0] is plain[1]
+    with torch.no_grad():
+        assert torch.equal(plain(x), twice(x))
+
+
 def test_a_border_of_another_value_is_noticed() -> None:
     torch.manual_seed(0)
     padded = BatchNormAndPad(3).eval()

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from spikefleet import registry
+from spikefleet.certificates.spike_check import PROOF
+from spikefleet.files import read_json_object
 from spikefleet.inference.trained_network import TrainedNetwork, open_package, open_trained_network
 from spikefleet.registry.package import CARD, read_card
 from spikefleet.registry.version import SPIKE_DRIVEN
@@ -79,7 +81,9 @@ def open_origin(reference: str, runs_dir: Path) -> Origin:
     if not reference.startswith("models:"):
         trained = open_trained_network(reference, runs_dir)
         folder = Path(reference)
-        return _of_package(trained, reference, folder) if (folder / CARD).is_file() else Origin(trained, reference)
+        if (folder / CARD).is_file():
+            return _of_package(trained, reference, folder)
+        return Origin(trained, reference, spike_driven=_verdict_of_run(trained))
     tracking_uri = resolve_tracking_uri(runs_dir)
     # An alias may move meanwhile: the version that it names now is the one that is opened and recorded.
     uri = registry.describe(reference, tracking_uri=tracking_uri)["uri"]
@@ -87,6 +91,11 @@ def open_origin(reference: str, runs_dir: Path) -> Origin:
         folder = registry.pull(uri, Path(scratch) / "package", tracking_uri=tracking_uri)
         trained = replace(open_package(uri, folder), folders=())
         return _of_package(trained, uri, folder)
+
+
+def _verdict_of_run(trained: TrainedNetwork) -> str:
+    path = None if trained.report is None else trained.report / PROOF
+    return "unknown" if path is None or not path.is_file() else str(read_json_object(path).get("verdict", "unknown"))
 
 
 def _of_package(trained: TrainedNetwork, uri: str, folder: Path) -> Origin:
