@@ -31,6 +31,12 @@ from spikefleet.versions import code_version
 ENVIRONMENT = "environment.json"
 """Artifact of a run with what its workers ran on: device, form of the spiking unit, threads, library versions."""
 
+LAYERS = "layers.json"
+"""Artifact: firing rates and silent channels of each layer after the last epoch, as a table."""
+
+LAYER_ENERGY = "layer_energy.json"
+"""Artifact: energy and operations of each layer, as a table."""
+
 log = logging.getLogger(__name__)
 
 
@@ -103,7 +109,7 @@ class RunObserver:
             if rows:
                 self._tracker.log_table(rows, f"{table}/epoch-{event.epoch:04d}.parquet")
         if event.layers and event.epoch == self._epochs:
-            self._tracker.show_table(event.layers, "layers.json")
+            self._tracker.show_table(event.layers, LAYERS)
 
     def finish(self, outcome: Outcome, certificates: Certificates, config: Config) -> None:
         """Logs the final metrics, the files of the run's report, and the description with the results."""
@@ -113,7 +119,8 @@ class RunObserver:
             if path.is_file() and not path.name.startswith("."):
                 self._tracker.log_artifact(path, "report")
         if rows := read_card(report / ENERGY).rows():
-            self._tracker.show_table(rows, "layer_energy.json")
+            first = [{key: row[key] for key in ("layer", "energy_mj")} for row in rows]
+            self._tracker.show_table([{**shown, **row} for shown, row in zip(first, rows, strict=True)], LAYER_ENERGY)
         self._tracker.set_tags({SPIKE_DRIVEN: certificates.verdict})
         self._tracker.describe(finished_description(config, self._run, certificates, outcome.validation, outcome.test))
 

@@ -51,7 +51,8 @@ def source_tags(command: str, code: str) -> dict[str, str]:
 def training_experiment(config: Config) -> dict[str, str]:
     """Tags of the experiment that holds the trainings of a recipe."""
     metric = config.checkpoint.metric
-    view = RunListView(f"Results: {metric}", (f"best/val/{metric}", f"test/{metric}", "energy_mj"), ("T", "D"))
+    metrics = (f"best/val/{metric}", f"test/{metric}", "energy_mj")
+    view = RunListView(f"Results: {metric}", "Runs with metric, energy, T, D and data set", metrics, ("T", "D"))
     return experiment_page(f"Trainings of recipe {config.recipe}.", view)
 
 
@@ -91,28 +92,41 @@ def run_description(config: Config, data: DataSummary, results: Results | None =
     """
     shown = ", ".join(f"{name} = {value}" for name, value in shown_params(config.model).items())
     lines = [f"Training of recipe {config.recipe} on data set {data.dataset}, {shown}.", ""]
+    if results is not None:
+        lines += [_summary(config.checkpoint.metric, results), ""]
+    if registered:
+        lines += [registered, ""]
     lines.extend(_setting(config, data))
     if results is not None:
-        lines.extend(_results(results))
-    if registered:
-        lines.append(f"* {registered}")
-    if results is not None:
-        lines.append("* Artifacts: `report/` has plots, `layers.json` and `layer_energy.json` are tables by layer.")
+        lines.append(f"* The network {_which(results)}; spike-driven inference is {results.verdict}.")
+        lines.append("* Artifacts: `report/` has plots; `layers.json` and `layer_energy.json` are tables by layer.")
+        lines.extend(_table(results))
     return "\n".join(lines) + "\n"
 
 
 def _setting(config: Config, data: DataSummary) -> Iterator[str]:
-    words = [str(value) for key, value in config.model.tags().items() if key not in ("task", "timesteps", "bound")]
+    plain = ("task", "timesteps", "bound")
+    words = [f"{key} {value}" for key, value in config.model.tags().items() if key not in plain]
     yield f"* Network: {', '.join(words)}."
     yield f"* Data: {counted(len(data.class_names), 'class', 'classes')}, content `{data.content_hash[:_HASH]}`."
     train = config.train
     yield f"* Training: {counted(train.epochs, 'epoch')}, global batch {train.global_batch}, seed {train.seed}."
 
 
-def _results(results: Results) -> Iterator[str]:
-    of = "of the last epoch" if results.epoch is None else f"of epoch {results.epoch}, the best on val"
-    yield f"* Result: the network {of}; spike-driven inference is {results.verdict}."
-    yield f"* Energy: {results.energy_mj:.4g} mJ for an image, estimated."
+def _summary(metric: str, results: Results) -> str:
+    found = [
+        f"{name} {_shown(results.metrics[name])}"
+        for name in (f"val/{metric}", f"test/{metric}")
+        if name in results.metrics
+    ]
+    return f"**{', '.join([*found, f'{results.energy_mj:.4g} mJ for an image'])}**"
+
+
+def _which(results: Results) -> str:
+    return "of the last epoch" if results.epoch is None else f"of epoch {results.epoch}, the best on val"
+
+
+def _table(results: Results) -> Iterator[str]:
     found = [name.partition("/") for name in results.metrics]
     splits, names = (list(dict.fromkeys(one[place] for one in found)) for place in (0, 2))
     if not names:
@@ -123,7 +137,6 @@ def _results(results: Results) -> Iterator[str]:
     for name in names:
         cells = [_shown(results.metrics.get(f"{split}/{name}")) for split in splits]
         yield f"| {name} | {' | '.join(cells)} |"
-    yield ""
 
 
 def _shown(value: float | None) -> str:
@@ -134,5 +147,5 @@ def _shown(value: float | None) -> str:
 
 def registration_sentence(name: str, version: int, alias: str | None, reason: str) -> str:
     """What became of a run's best checkpoint in the registry, in Markdown."""
-    rank = f"as {alias}" if alias else "without alias"
-    return f"Registered {rank}: {model_version_link(name, version)}; {without_link_targets(reason)}."
+    rank = f"became {alias}" if alias else "got no alias"
+    return f"{model_version_link(name, version)} {rank}: {without_link_targets(reason)}."

@@ -97,7 +97,8 @@ class SearchTracker:
         tracker.log_dataset(self._dataset)
         shown = {**shown_params(config.model), **dict(leaves(config.dump()))}
         tracker.log_params(shown)  # a later change by pbt becomes a tag
-        tracker.set_tags({"trial": trial.number, "attempt": trial.attempt, "search": self._name})
+        attempt = trial.attempt if trial.attempt > 1 else ""
+        tracker.set_tags({"trial": trial.number, "attempt": attempt, "search": self._name})
         tracker.set_tags({"recipe": config.recipe, "task": config.task, "dataset": self._data.dataset})
         tracker.set_tags({"code_version": code_version()})
         tracker.describe(trial_description(self._name, trial))

@@ -19,35 +19,44 @@ _MOST_ROWS = 30
 def search_experiment(name: str, search: Search) -> dict[str, str]:
     """Tags of the experiment that holds the trials of a search."""
     varied = [key for key in search.space if key not in _SHORT][:_MOST_COLUMNS]
-    objectives = dict.fromkeys([*search.objectives, "energy_mj"])
-    view = RunListView("Trials", tuple(objectives), ("T", "D", *varied))
+    first, direction = next(iter(search.objectives.items()))
+    view = RunListView(
+        "Trials",
+        "Trials with objectives, T, D, parameters and data set",
+        tuple(dict.fromkeys([*search.objectives, "energy_mj"])),
+        ("T", "D", *varied),
+        only=f"tags.search = '{name}'",
+        order_by=first,
+        ascending=direction == "min",
+    )
     return experiment_page(f"Trials of search {name} over recipe {search.recipe}.", view)
 
 
 def search_description(name: str, search: Search, result: SearchResult | None = None) -> str:
     """The description of a search; its first line is the same before and after it."""
     goals = ", ".join(f"{key} ({direction})" for key, direction in search.objectives.items())
-    lines = [f"Search {name} over recipe {search.recipe}.", "", f"* Objectives: {goals}."]
+    lines = [f"Search {name} over recipe {search.recipe}.", ""]
+    if result is not None:
+        ended = "" if result.complete else "; not complete, the same command resumes it"
+        knee = "" if result.knee is None else f"; the knee is {result.knee.name}"
+        front = f"**Pareto front: {counted(len(result.front), 'trial')} of {len(result.records)}{knee}{ended}**"
+        lines += [front, *_front(search, result), ""]
+    lines.append(f"* Objectives: {goals}.")
     lines.append(f"* Space: {', '.join(f'`{key}`' for key in search.space) or 'listed points'}.")
     lines.append(f"* Sampler {search.sampler.kind}, scheduler {search.scheduler.kind}.")
-    if result is not None:
-        ended = counted(len(result.records), "trial")
-        lines.append(f"* {ended}; {'complete' if result.complete else 'not complete, the same command resumes it'}.")
-        lines.extend(_front(search, result))
     return "\n".join(lines) + "\n"
 
 
 def _front(search: Search, result: SearchResult) -> Iterator[str]:
-    keys = [*search.objectives, *search.space]
-    knee = result.knee
-    yield f"* Pareto front: {counted(len(result.front), 'trial')}{f'; the knee is {knee.name}' if knee else ''}."
     if not result.front:
         return
     yield ""
-    yield f"| trial | {' | '.join(keys)} |"
-    yield f"|---|{'---|' * len(keys)}"
+    yield f"| trial | {' | '.join(search.objectives)} | point |"
+    yield f"|---|{'---|' * len(search.objectives)}---|"
     for record in result.front[:_MOST_ROWS]:
-        yield f"| {record.name} | {' | '.join(_plain({**record.point, **record.metrics}.get(key)) for key in keys)} |"
+        values = [_plain(record.metrics.get(key)) for key in search.objectives]
+        point = ", ".join(f"{key}={_plain(value)}" for key, value in record.point.items())
+        yield f"| {record.name} | {' | '.join(values)} | {point} |"
 
 
 def trial_description(search_name: str, trial: TrialStart | TrialRecord) -> str:
@@ -71,4 +80,6 @@ def _table(what: str, values: Mapping[str, object]) -> Iterator[str]:
 def _plain(value: object) -> str:
     if value is None:
         return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
+    if isinstance(value, float):
+        return f"{value:.0f}" if value.is_integer() else f"{value:.4g}"
+    return str(value).replace("|", "\\|")

@@ -30,8 +30,8 @@ EXPERIMENT_ID: Final = "{experiment_id}"
 """Stands for the id in the tags of an experiment, which has none before it is created."""
 
 _VIEW = "mlflow.sharedViewState."
-_VIEW_TIME_MS = 1_767_225_600_000  # a view that is stored again is the same text
-_NARROW, _NAME_OF_RUN, _WIDE = 110, 190, 200
+_VIEW_TIME_MS = 1_767_225_600_000  # a constant, so that a view that is stored again is the same text
+_RUN_NAME, _DATASET, _MODELS = 150, 250, 180  # widths in pixels
 
 
 @dataclass(frozen=True)
@@ -40,57 +40,63 @@ class RunListView:
 
     Attributes:
         name: in MLflow's menu of views.
+        link_text: of the link to it.
         metrics: names of metrics.
         params: names of parameters.
+        only: MLflow's filter for the runs to show; empty for all.
+        order_by: name of the metric by which runs are sorted; None is by time, the newest first.
+        ascending: whether the smallest metric comes first.
     """
 
     name: str
+    link_text: str
     metrics: tuple[str, ...] = ()
     params: tuple[str, ...] = ()
+    only: str = ""
+    order_by: str | None = None
+    ascending: bool = False
 
     @property
     def key(self) -> str:
         """Identifies the view in its experiment and in addresses."""
-        return hashlib.sha256(repr((self.name, self.metrics, self.params)).encode()).hexdigest()[:12]
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:12]
 
     @property
     def tag(self) -> tuple[str, str]:
         """The tag of an experiment that holds the view, with its value."""
         widths = {f"metrics.`{name}`": _width(name) for name in self.metrics}
         widths |= {f"params.`{name}`": _width(name) for name in self.params}
-        widths |= {"attributes.`Dataset`": _WIDE, "attributes.`Models`": _WIDE}
+        widths |= {"attributes.`Dataset`": _DATASET, "attributes.`Models`": _MODELS}
         columns = list(widths)
         state = {
-            "searchFilter": "",
-            "orderByKey": "attributes.start_time",
-            "orderByAsc": False,
+            "searchFilter": self.only,
+            "orderByKey": "attributes.start_time" if self.order_by is None else f"metrics.`{self.order_by}`",
+            "orderByAsc": self.ascending,
             "startTime": "ALL",
             "lifecycleFilter": "Active",
             "datasetsFilter": [],
             "modelVersionFilter": "All Runs",
             "selectedColumns": columns,
             "columnOrder": ["attributes.`Run Name`", *columns],
-            "columnWidths": {"attributes.`Run Name`": _NAME_OF_RUN, **widths},
+            "columnWidths": {"attributes.`Run Name`": _RUN_NAME, **widths},
         }
         envelope = {"name": self.name, "createdAt": _VIEW_TIME_MS, "state": json.dumps(state)}
         return f"{_VIEW}{self.key}", json.dumps(envelope)
 
-    def link(self, text: str) -> str:
+    @property
+    def link(self) -> str:
         """A Markdown link to the run list in this view, for a tag of its experiment."""
-        return f"[{text}](#/experiments/{EXPERIMENT_ID}/runs?{TRAINING_PAGES}&viewStateShareKey={self.key})"
+        address = f"#/experiments/{EXPERIMENT_ID}/runs?{TRAINING_PAGES}&viewStateShareKey={self.key}"
+        return f"[{self.link_text}]({address})"
 
 
 def _width(name: str) -> int:
-    return max(50, min(_WIDE, 9 * len(name) + 26)) if len(name) < 5 else max(_NARROW, min(_WIDE, 9 * len(name)))
+    return 44 if len(name) < 3 else max(100, min(190, 9 * len(name)))
 
 
 def experiment_page(description: str, view: RunListView) -> dict[str, str]:
     """Tags of an experiment: its kind, its description with a link to a view of its runs, and the view."""
-    return {
-        KIND: MODEL_TRAINING,
-        NOTE: f"{description} {view.link(f'Runs with {_listed(view)}')}",
-        **dict((view.tag,)),
-    }
+    return {KIND: MODEL_TRAINING, NOTE: f"{description} {view.link}", **dict((view.tag,))}
 
 
 def table_text(rows: Sequence[Mapping[str, object]]) -> str:
@@ -112,8 +118,3 @@ def model_version_link(name: str, version: int) -> str:
 def without_link_targets(text: str) -> str:
     """A text in which Markdown finds no link and no HTML, for words that others wrote."""
     return text.replace("<", "&lt;").replace("[", "\\[")
-
-
-def _listed(view: RunListView) -> str:
-    names = [*view.metrics, *view.params, "data set"]
-    return ", ".join(names[:-1]) + f" and {names[-1]}"
