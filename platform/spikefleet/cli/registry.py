@@ -55,7 +55,7 @@ def list_registered(as_json: AsJson = False, runs_dir: RunsDir = Path("runs")) -
     """All registered models with their champions."""
     from spikefleet import registry
 
-    with _asking(runs_dir) as uri:
+    with asking(runs_dir) as uri:
         models = registry.list_models(tracking_uri=uri)
     if as_json:
         print_json([{"name": m.name, "versions": [_plain(v) for v in m.versions]} for m in models])
@@ -90,7 +90,7 @@ def show_registered(
     """All versions of a registered model, or the model card of one."""
     from spikefleet import registry
 
-    with _asking(runs_dir) as uri:
+    with asking(runs_dir) as uri:
         if card:
             reference = _full(name if "@" in name or "/" in name else f"{name}@champion")
             text = registry.card_text(reference, tracking_uri=uri)
@@ -118,7 +118,7 @@ def best_registered(
     """The best version of all registered models."""
     from spikefleet import registry
 
-    with _asking(runs_dir) as uri:
+    with asking(runs_dir) as uri:
         version = registry.best(task, metric, dataset=dataset, where=where, mode=mode, tracking_uri=uri)
     _print_versions([version], as_json)
 
@@ -133,7 +133,7 @@ def pull_registered(
     from spikefleet import registry
 
     check_place(out, "--out")
-    with _asking(runs_dir) as tracking_uri:
+    with asking(runs_dir) as tracking_uri:
         folder = registry.pull(_full(uri), out, tracking_uri=tracking_uri)
     for path in sorted(folder.iterdir()):
         say(str(path))
@@ -148,7 +148,7 @@ def renew_registered(uri: Reference, runs_dir: RunsDir = Path("runs")) -> None:
     from spikefleet import registry
     from spikefleet.registry.version import CHAMPION
 
-    with _asking(runs_dir) as tracking_uri:
+    with asking(runs_dir) as tracking_uri:
         before = registry.describe(_full(uri), tracking_uri=tracking_uri)["uri"]
         version = registry.renew(_full(uri), tracking_uri=tracking_uri)
     aliases = f" ({', '.join(version.aliases)})" if version.aliases else ""
@@ -161,7 +161,7 @@ def renew_registered(uri: Reference, runs_dir: RunsDir = Path("runs")) -> None:
 
 
 @contextmanager
-def _asking(runs_dir: Path) -> Iterator[str]:
+def asking(runs_dir: Path) -> Iterator[str]:
     """The registry's URI, for a question that imports MLflow, which takes most of its time."""
     from spikefleet.tracking.mlflow_client import resolve_tracking_uri
 

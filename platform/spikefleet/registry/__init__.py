@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from spikefleet.registry.api import (
+        Change,
+        History,
         Promotion,
         RegisteredModel,
         RegisteredVersion,
@@ -20,13 +22,18 @@ if TYPE_CHECKING:
         load,
         promote,
         pull,
+        read_history,
         refused_alias,
         register,
         renew,
+        rollback,
+        settle,
         show,
     )
 
 __all__ = [
+    "Change",
+    "History",
     "Promotion",
     "RegisteredModel",
     "RegisteredVersion",
@@ -38,9 +45,12 @@ __all__ = [
     "load",
     "promote",
     "pull",
+    "read_history",
     "refused_alias",
     "register",
     "renew",
+    "rollback",
+    "settle",
     "show",
 ]
 
