@@ -83,6 +83,7 @@ def test_the_columns_of_a_detector_are_its_own_metric() -> None:
     (state,) = (json.loads(text) for key, text in training_experiment(config).items() if "sharedView" in key)
     assert f"metrics.`test/{config.checkpoint.metric}`" in state["state"]
     assert "top1" not in state["state"]
+    assert json.loads(state["state"])["searchFilter"] == "tags.recipe = 'scenes_spike_yolo'"
 
 
 def test_a_search_is_told_in_words() -> None:

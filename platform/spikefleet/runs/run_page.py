@@ -52,7 +52,10 @@ def training_experiment(config: Config) -> dict[str, str]:
     """Tags of the experiment that holds the trainings of a recipe."""
     metric = config.checkpoint.metric
     metrics = (f"best/val/{metric}", f"test/{metric}", "energy_mj")
-    view = RunListView(f"Results: {metric}", "Runs with metric, energy, T, D and data set", metrics, ("T", "D"))
+    # Without the filter, MLflow folds trainings under their retraining.
+    only = "" if "'" in config.recipe else f"tags.recipe = '{config.recipe}'"
+    words = "Trainings with metric, energy, T, D and data set"
+    view = RunListView(f"Results of {config.recipe}: {metric}", words, metrics, ("T", "D"), only=only)
     return experiment_page(f"Trainings of recipe {config.recipe}.", view)
 
 
