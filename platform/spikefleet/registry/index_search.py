@@ -26,7 +26,7 @@ _LEAST = -1.7976931348623157e308
 
 
 class IndexUnusableError(Exception):
-    """The index cannot answer; the message says why, and is empty where there may be no answer."""
+    """The index cannot answer; the message says why."""
 
 
 def search_index(client: MlflowClient, question: Question) -> list[RegisteredVersion]:
@@ -55,7 +55,7 @@ def search_index(client: MlflowClient, question: Question) -> list[RegisteredVer
         if sum(stream.read for stream in streams) + size > _MOST_READ:
             raise IndexUnusableError("few of those that the index proposes satisfy the condition")
     if not sure:
-        raise IndexUnusableError
+        raise IndexUnusableError("the index has no version that answers")
     search.check_keys()
     return sure
 

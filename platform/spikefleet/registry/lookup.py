@@ -41,8 +41,8 @@ def find_best(
     try:
         matching = _with_aliases(client, search_index(client, question), question)
     except IndexUnusableError as reason:
-        if announce is not None and str(reason):
-            announce(f"all versions are read, for {reason}")
+        if announce is not None:
+            announce(f"reading all versions: {reason}")
         words = {key: value for key, value in question.narrowed().items() if plain_word(value)}
         versions = find_versions(client, tags=words) or find_versions(client)  # all of them, for the message
         matching = _matching(versions, question)

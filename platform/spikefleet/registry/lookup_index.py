@@ -125,7 +125,7 @@ def is_complete(client: MlflowClient) -> bool:
 
 def _hint(client: MlflowClient) -> int:
     """The number of versions when the newest indexed one was registered."""
-    newest = client.search_model_versions(_LISTED, max_results=1, order_by=["creation_timestamp DESC"])
+    newest = client.search_model_versions(f"tags.`{INDEXED}` != ''", max_results=1, order_by=["creation_timestamp DESC"])
     value = newest[0].tags[INDEXED] if newest else ""
     return int(value) if re.fullmatch(r"[0-9]{1,9}", value) else 0
 

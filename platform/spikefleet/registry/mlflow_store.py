@@ -171,14 +171,18 @@ def versions_of_runs(client: "MlflowClient", runs: Sequence[str]) -> list[Regist
 
 
 def aliases_of(client: "MlflowClient", names: Collection[str]) -> dict[tuple[str, int], tuple[str, ...]]:
-    """The aliases of versions of some models, by name and number, which MLflow's search for versions leaves out."""
+    """The aliases of the versions of some models, perhaps of others too, by name and number.
+
+    MLflow's search for versions leaves them out.
+    """
+    # Not by get_registered_model, which reads all versions of a model.
+    few = len(names) <= _MODELS_ASKED and not any("'" in name for name in names)
+    conditions = [f"name = '{name}'" for name in sorted(names)] if few else [None]
     models: list[Any] = []
-    if len(names) <= _MODELS_ASKED:
-        models = [client.get_registered_model(name) for name in names]
-    else:
+    for condition in conditions:
         token = None
         while True:
-            page = client.search_registered_models(max_results=1000, page_token=token)
+            page = client.search_registered_models(condition, max_results=1000, page_token=token)
             models += page
             if not (token := page.token):
                 break
