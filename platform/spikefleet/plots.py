@@ -6,6 +6,7 @@ import functools
 import logging
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
 
@@ -33,6 +34,12 @@ _INPUTS = (
     ("real", "real in: MACs", "#e76f51"),
 )
 """What feeds a layer in a plot of energy, its label and colour."""
+
+_SIDES = (("before", "#6c757d"), ("after", "#2a9d8f"))
+"""Label and colour of what is compared."""
+
+_UPRIGHT = 6
+"""Characters of a name that has room below a bar."""
 
 _READABLE_SIDE = 384
 """Images are enlarged by an integer factor to about this side in pixels before boxes are drawn on them."""
@@ -77,6 +84,8 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for inside in value:
             yield from _texts(inside)
+    elif isinstance(value, BeforeAfter):
+        yield from (value.title, *(place for place in value.places if isinstance(place, str)))
 
 
 def _save_message(text: str, path: Path) -> None:
@@ -334,6 +343,60 @@ def paper_and_ours(
         axis.legend(fontsize=7)
     figure.suptitle(drawable(title), fontsize=10)
     _save(figure, path)
+
+
+@dataclass(frozen=True)
+class BeforeAfter:
+    """One panel of `before_and_after`; without places it says that there is nothing to compare."""
+
+    title: str
+    label: str
+    """Of the values."""
+    places: tuple[str, ...] | tuple[float, ...]
+    """A name for each value: bars; or the edges of the bins of the values: histograms."""
+    before: tuple[float, ...]
+    after: tuple[float, ...]
+
+
+@_never_fatal
+def before_and_after(panels: Sequence[BeforeAfter], title: str, path: Path) -> None:
+    """Plots values before and after, one panel each, two in a row.
+
+    Args:
+        panels: what to compare.
+        title: of the figure.
+        path: the PNG.
+    """
+    rows = -(-len(panels) // 2)
+    figure, axes = _subplots(rows, 2, figsize=(13, 3.8 * rows), layout="constrained", squeeze=False)
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        axis.set_title(drawable(panel.title), fontsize=9)
+        if panel.places:
+            _draw_both(axis, panel)
+        else:
+            axis.text(0.5, 0.5, "not measured on both", ha="center", transform=axis.transAxes)
+            axis.set(xticks=[], yticks=[])
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    figure.suptitle(drawable(title), fontsize=10)
+    keys = [axes[0, 0].fill_between([], [], color=colour, label=label) for label, colour in _SIDES]
+    figure.legend(handles=keys, loc="outside upper right", ncols=2, fontsize=8)
+    _save(figure, path)
+
+
+def _draw_both(axis: Any, panel: BeforeAfter) -> None:
+    """Bars side by side, or histograms over one another."""
+    names = [drawable(place) for place in panel.places if isinstance(place, str)]
+    for values, (_, colour), shift in zip((panel.before, panel.after), _SIDES, (-0.2, 0.2), strict=True):
+        if names:
+            axis.bar(np.arange(len(values)) + shift, values, 0.4, color=colour)
+        else:
+            axis.stairs(values, panel.places, color=colour, fill=True, alpha=0.5)
+    if names and len(names) <= _NAMED_CLASSES:
+        turned = {"rotation": 45, "ha": "right"} if max(map(len, names)) > _UPRIGHT else {}
+        axis.set_xticks(range(len(names)), names, fontsize=7, **turned)
+    axis.set_ylabel(panel.label, fontsize=8)
+    axis.grid(axis="y", alpha=0.3)
 
 
 def _subplots(rows: int = 1, columns: int = 1, **settings: Any) -> tuple[Figure, Any]:

@@ -48,7 +48,7 @@ class ManyVersions:
     def add(
         self, name: str, tags: Mapping[str, str], metrics: Mapping[str, float], *, indexed: bool = True
     ) -> tuple[str, int]:
-        """Registers a version with `tags` beside the usual ones, as `publish` or, not indexed, as an earlier release."""
+        """Registers a version with `tags` beside the usual ones; not indexed, as an earlier release did."""
         given = {**USUAL, **tags, CONTENT_HASH: f"{self.made:064x}"}
         run = self.client.create_run(self._experiment).info.run_id
         entry = entry_of(RegisteredVersion(name, 0, run, datetime.now(UTC), given, metrics)) if indexed else None
@@ -77,7 +77,10 @@ class ManyVersions:
         schema = sqlalchemy.MetaData()
         schema.reflect(engine, only=TABLES)
         with engine.begin() as connection:
-            rows = {name: [dict(row._mapping) for row in connection.execute(schema.tables[name].select())] for name in TABLES}
+            rows = {
+                name: [dict(row._mapping) for row in connection.execute(schema.tables[name].select())]
+                for name in TABLES
+            }
             templates = sorted({(row["name"], row["version"]) for row in rows["model_versions"]})
             last = {name: max(version for other, version in templates if other == name) for name, _ in templates}
             copies: dict[str, list[dict[str, Any]]] = {name: [] for name in TABLES}

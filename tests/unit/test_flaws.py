@@ -13,7 +13,7 @@ import torch
 
 from spikefleet.certificates.verdict import NOT_SHOWN, NOT_SPIKING, PROVED, REFUTED
 from spikefleet.registry.flaws import find_flaw
-from spikefleet.registry.promotion import Candidate, Mode, barred, decide, winner_of
+from spikefleet.registry.promotion import Candidate, Mode, barred, decide
 from spikefleet.tasks.classification import Classification, Ranking
 from spikefleet.tasks.detection import Detection
 from spikefleet_models.energy import energy_card
@@ -185,8 +185,6 @@ def test_a_flaw_forbids_every_alias(verdict: str | None) -> None:
     flawed = replace(SOUND, verdict=verdict, flaw="it is silent")
     decision = decide(None, flawed, "val/top1", "max")
     assert (decision.alias, decision.reason) == (None, "version 2 must not be used: it is silent")
-    assert winner_of(None, [flawed], "val/top1", "max") is None
-    assert winner_of(None, [flawed, SOUND], "val/top1", "max") == SOUND
 
 
 @pytest.mark.parametrize(("mode", "alias"), [("max", None), ("min", "champion")])

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spikefleet.errors import UserError
-from spikefleet.registry.promotion import Candidate, decide, winner_of
+from spikefleet.registry.promotion import Candidate, decide
 from spikefleet.registry.query import parse_where
 
 KEYS = ["timesteps", "energy_mj", "connection", "val/top1", "a-b.c"]
@@ -184,8 +184,6 @@ def test_a_version_that_is_refuted_or_shows_nothing_is_never_champion(
         assert sentence in decision.reason
     for harmless in ("proved", "not spiking"):
         assert decide(None, Candidate(2, 0.9, verdict=harmless), "val/top1", "max").alias == "champion"
-    field = [Candidate(2, 0.9, verdict=verdict), Candidate(3, 0.8, verdict="proved")]
-    assert winner_of(None, field, "val/top1", "max") == field[1]
 
 
 @given(
@@ -194,13 +192,16 @@ def test_a_version_that_is_refuted_or_shows_nothing_is_never_champion(
     st.sampled_from(["max", "min"]),
     st.randoms(use_true_random=False),
 )
-def test_the_winner_is_the_best_and_does_not_depend_on_the_order(
+def test_of_jobs_that_take_turns_the_best_is_champion_in_the_end(
     champion: float | None, values: list[float], mode: Any, random: Any
 ) -> None:
     present = None if champion is None else Candidate(1, champion)
     candidates = [Candidate(version, value, verdict="proved") for version, value in enumerate(values, start=2)]
     random.shuffle(candidates)
-    winner = winner_of(present, candidates, "m", mode)
-    field = sorted([*([present] if present else []), *candidates], key=lambda candidate: candidate.version)
+    winner = present
+    for candidate in candidates:
+        if decide(winner, candidate, "m", mode).alias == "champion":
+            winner = candidate
+    field = [*([present] if present else []), *candidates]
     extreme = (max if mode == "max" else min)((s.value for s in field if s.value is not None), default=None)
     assert winner == next((candidate for candidate in field if candidate.value == extreme), None)

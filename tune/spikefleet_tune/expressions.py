@@ -211,11 +211,6 @@ def spelled_number(text: str) -> float | None:
     return float(text) if _SPELLED_NUMBER.fullmatch(text) else None
 
 
-def is_name(text: str) -> bool:
-    """Whether a text can be a name in an expression."""
-    return _NAME.fullmatch(text) is not None and text not in _KEYWORDS
-
-
 def required(expression: Expression) -> Iterator[tuple[str, str, float | str]]:
     """What must hold wherever the expression holds: name, operator and value of comparisons joined by `and`.
 

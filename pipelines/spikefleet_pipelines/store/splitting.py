@@ -62,7 +62,7 @@ def take_split(
     if not 0.0 < fraction < 1.0:
         raise StoreError(f"the fraction of split {name!r} is {fraction}, expected more than 0 and less than 1")
     train = store.split(_TRAIN)
-    chosen = _choose(_digests(train), _strata(train), fraction, seed)
+    chosen = _choose(image_digests(train), _strata(train), fraction, seed)
     if not chosen.any():
         raise StoreError(
             f"{fraction:g} of the {len(train):,} training images of {store.location} is no image of any class; set a "
@@ -90,7 +90,8 @@ def take_split(
         return writer.commit()
 
 
-def _digests(split: Split) -> list[bytes]:
+def image_digests(split: Split) -> list[bytes]:
+    """A hash of the stored bytes of each image: those of equal images are equal, where both are stored alike."""
     if split.image_shape is None:
         return content_digests(split.encoded_image(row) for row in range(len(split)))
     return [digest for rows in _pieces(np.arange(len(split)), 1024) for digest in content_digests(split.gather(rows))]

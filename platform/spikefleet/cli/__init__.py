@@ -10,7 +10,17 @@ import os
 import sys
 from functools import partial
 
-from spikefleet.cli import completion, gradients, inference, inspection, reproduction, training, tuning
+from spikefleet.cli import (
+    completion,
+    gradients,
+    inference,
+    inspection,
+    registry_changes,
+    reproduction,
+    retraining,
+    training,
+    tuning,
+)
 from spikefleet.cli.app import app
 from spikefleet.cli.data import data_app
 from spikefleet.cli.registry import registry_app
@@ -23,7 +33,18 @@ app.add_typer(registry_app, name="registry")
 app.add_typer(tracking_app, name="tracking")
 
 
-__all__ = ["app", "gradients", "inference", "inspection", "main", "reproduction", "training", "tuning"]
+__all__ = [
+    "app",
+    "gradients",
+    "inference",
+    "inspection",
+    "main",
+    "registry_changes",
+    "reproduction",
+    "retraining",
+    "training",
+    "tuning",
+]
 
 
 def main() -> None:

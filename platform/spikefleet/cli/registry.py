@@ -56,7 +56,7 @@ def list_registered(as_json: AsJson = False, runs_dir: RunsDir = Path("runs")) -
     """All registered models with their champions."""
     from spikefleet import registry
 
-    with _asking(runs_dir) as uri:
+    with asking(runs_dir) as uri:
         models = registry.list_models(tracking_uri=uri)
     if as_json:
         print_json([{"name": m.name, "versions": [_plain(v) for v in m.versions]} for m in models])
@@ -91,7 +91,7 @@ def show_registered(
     """All versions of a registered model, or the model card of one."""
     from spikefleet import registry
 
-    with _asking(runs_dir) as uri:
+    with asking(runs_dir) as uri:
         if card:
             reference = _full(name if "@" in name or "/" in name else f"{name}@champion")
             text = registry.card_text(reference, tracking_uri=uri)
@@ -120,7 +120,8 @@ def best_registered(
     any_proof: Annotated[
         bool,
         typer.Option(
-            "--any-proof", help="Also spiking networks of which the spike check has not proved that they are spike-driven."
+            "--any-proof",
+            help="Also spiking networks of which the spike check has not proved that they are spike-driven.",
         ),
     ] = False,
     as_json: AsJson = False,
@@ -129,7 +130,7 @@ def best_registered(
     """The best versions of all registered models."""
     from spikefleet import registry
 
-    with _asking(runs_dir) as uri:
+    with asking(runs_dir) as uri:
         versions = registry.ranked(
             task,
             metric,
@@ -145,7 +146,14 @@ def best_registered(
         _print_versions(versions, as_json)
         return
     name = metric.removeprefix("val/").removeprefix("test/")
-    columns = ["version", text("aliases"), number(f"val/{name}"), number(f"test/{name}"), number("T"), number("D")]
+    columns: list[Column | str] = [
+        "version",
+        text("aliases"),
+        number(f"val/{name}"),
+        number(f"test/{name}"),
+        number("T"),
+        number("D"),
+    ]
     columns += [number("energy_mj"), number("parameters"), "data_hash", "registered"]
     print_table(console, columns, [_row(version, metric, name) for version in versions])
 
@@ -155,7 +163,7 @@ def reindex_registered(runs_dir: RunsDir = Path("runs")) -> None:
     """Index the versions of an earlier spikefleet, and edited ones, so that `registry best` finds them fast."""
     from spikefleet import registry
 
-    with _asking(runs_dir) as uri:
+    with asking(runs_dir) as uri:
         done = registry.reindex(
             tracking_uri=uri,
             progress=lambda at, of: print_line(stderr, f"{at} of {of} versions") if at % 100 == 0 and at < of else None,
@@ -176,7 +184,7 @@ def pull_registered(
     from spikefleet import registry
 
     check_place(out, "--out")
-    with _asking(runs_dir) as tracking_uri:
+    with asking(runs_dir) as tracking_uri:
         folder = registry.pull(_full(uri), out, tracking_uri=tracking_uri)
     for path in sorted(folder.iterdir()):
         say(str(path))
@@ -191,7 +199,7 @@ def renew_registered(uri: Reference, runs_dir: RunsDir = Path("runs")) -> None:
     from spikefleet import registry
     from spikefleet.registry.version import CHAMPION
 
-    with _asking(runs_dir) as tracking_uri:
+    with asking(runs_dir) as tracking_uri:
         before = registry.describe(_full(uri), tracking_uri=tracking_uri)["uri"]
         version = registry.renew(_full(uri), tracking_uri=tracking_uri)
     aliases = f" ({', '.join(version.aliases)})" if version.aliases else ""
@@ -204,7 +212,7 @@ def renew_registered(uri: Reference, runs_dir: RunsDir = Path("runs")) -> None:
 
 
 @contextmanager
-def _asking(runs_dir: Path) -> Iterator[str]:
+def asking(runs_dir: Path) -> Iterator[str]:
     """The registry's URI, for a question that imports MLflow, which takes most of its time."""
     from spikefleet.tracking.mlflow_client import resolve_tracking_uri
 

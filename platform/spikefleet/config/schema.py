@@ -10,21 +10,17 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from spikefleet.config.messages import PLAIN_NAME
 from spikefleet.config.renamed import with_current_keys
+from spikefleet.config.retrain_config import RetrainConfig
+from spikefleet.config.section import Section
 from spikefleet.config.task_table import find_task
 from spikefleet_models.families import AnyModelConfig
 from spikefleet_models.shortcut_config import ShortcutConfig
 from spikefleet_pipelines.data_config import DataConfig
 from spikefleet_tune.messages import counted
-
-
-class Section(BaseModel):
-    """A frozen section of a configuration that rejects unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class TrainConfig(Section):
@@ -41,6 +37,12 @@ class TrainConfig(Section):
     eval_batch: int = Field(256, ge=1, le=1_000_000, description="samples per evaluation batch and worker")
     evaluate_every: int = Field(1, ge=1, description="epochs between evaluations on the validation split")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of initialisation, sample order and augmentation")
+    initial_weights: str | None = Field(
+        None,
+        pattern="^[0-9a-f]{64}$",
+        description="SHA-256 of initial.safetensors in the run's directory, whose weights the training starts from; "
+        "`retrain --from champion` sets it",
+    )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast type; membranes stay fp32")
     channels_last: bool = Field(False, description="NHWC memory layout")
     compile: bool = Field(False, description="compile the network with torch.compile")
@@ -209,6 +211,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     registry: RegistryConfig = RegistryConfig()
+    retrain: RetrainConfig = RetrainConfig()
 
     @field_validator("task")
     @classmethod
@@ -321,6 +324,7 @@ _NOT_IDENTITY = (
     "tracking.experiment",
     "tracking.every_steps",
     "registry",
+    "retrain",
     "cluster.max_failures",
     "cluster.grace_s",
     "checkpoint.every_epochs",

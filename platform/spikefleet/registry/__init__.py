@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from spikefleet.registry.api import (
+        Change,
+        History,
         Promotion,
         RegisteredModel,
         RegisteredVersion,
@@ -22,14 +24,19 @@ if TYPE_CHECKING:
         promote,
         pull,
         ranked,
+        read_history,
         refused_alias,
         register,
         reindex,
         renew,
+        rollback,
+        settle,
         show,
     )
 
 __all__ = [
+    "Change",
+    "History",
     "Promotion",
     "RegisteredModel",
     "RegisteredVersion",
@@ -43,10 +50,13 @@ __all__ = [
     "promote",
     "pull",
     "ranked",
+    "read_history",
     "refused_alias",
     "register",
     "reindex",
     "renew",
+    "rollback",
+    "settle",
     "show",
 ]
 

@@ -17,8 +17,9 @@ from spikefleet.data_summary import DATA_SUMMARY, DataSummary
 from spikefleet.disks import disk_problem
 from spikefleet.errors import UserError
 from spikefleet.plugins import loaded_plugins
-from spikefleet.registry.aliases import Promotion, keep_as_challenger, promote, refused_alias
+from spikefleet.registry.aliases import Promotion, keep_as_challenger, promote, refused_alias, rollback, settle
 from spikefleet.registry.flaws import flaw_tag
+from spikefleet.registry.history import Change, History, read_history
 from spikefleet.registry.lookup import find_best
 from spikefleet.registry.mlflow_model import save_for_mlflow
 from spikefleet.registry.mlflow_store import (
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "Change",
+    "History",
     "Promotion",
     "RegisteredModel",
     "RegisteredVersion",
@@ -66,10 +69,13 @@ __all__ = [
     "promote",
     "pull",
     "ranked",
+    "read_history",
     "refused_alias",
     "register",
     "reindex",
     "renew",
+    "rollback",
+    "settle",
     "show",
 ]
 

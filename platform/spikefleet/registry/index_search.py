@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from spikefleet.registry.lookup_index import EXPERIMENT, VERSION, entry_of, is_complete
+from spikefleet.registry.lookup_index import EXPERIMENT, FIXED, VERSION, entry_of, is_complete
 from spikefleet.registry.mlflow_store import versions_of_runs
 from spikefleet.registry.query import Pushed, parse_where, plain_word, pushed_terms
 from spikefleet.registry.question import TRUSTED, Question
@@ -89,7 +89,9 @@ class _Search:
     def check_keys(self) -> None:
         """Raises IndexUnusableError where a name of the condition may be none, or be a division or a difference."""
         if self._query is not None:
-            known = {key for version in filter(self.question.takes, self._versions.values()) for key in version.metadata()}
+            known = {
+                key for version in filter(self.question.takes, self._versions.values()) for key in version.metadata()
+            }
             if unknown := [name for name in self._query.names if name not in known]:
                 raise IndexUnusableError(f"none of those that the index proposes has the key {unknown[0]!r}")
 
@@ -108,10 +110,16 @@ class _Search:
                 )
 
     def _located(self, term: Pushed) -> Pushed | None:
-        """A term by the key in the index, where a validation metric has its full name; None if versions differ in it."""
-        if isinstance(term.value, str) or not self._exists(f"val/{term.key}"):
-            return term
-        return None if self._exists(term.key) else replace(term, key=f"val/{term.key}")
+        """A term by the key that the index has for all versions; None if it has none, or if versions differ in it.
+
+        A validation metric stands there by its full name.
+        """
+        if isinstance(term.value, str):
+            return term if term.key in FIXED else None
+        short, full = self._exists(f"val/{term.key}"), term.key in FIXED or self._exists(term.key)
+        if short == full:
+            return None
+        return term if full else replace(term, key=f"val/{term.key}")
 
     def _exists(self, metric: str) -> bool:
         condition = Pushed(metric, ">=", _LEAST).filter

@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from spikefleet.registry.version import CONTENT_HASH, RegisteredVersion
-from spikefleet_tune.expressions import is_name, spelled_number
+from spikefleet.registry.version import CONTENT_HASH, PARAMS_M, T_X_D, RegisteredVersion
+from spikefleet_tune.expressions import spelled_number
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -34,6 +34,15 @@ EXPERIMENT: Final = "spikefleet"
 
 LONGEST_WORD: Final = 250
 """Longer texts are not indexed, and not searched for in the index."""
+
+FIXED: Final = frozenset(
+    {
+        *("task", "dataset", "data_hash", "recipe", "family", "connection", "decoder", "neuron", "activation"),
+        *("timesteps", "bound", "parameters", "size_mb", "spike_driven", "metric", "seed", "run_name", "code_version"),
+        *("proof_deployed", "proof_binary", "proof_metric", "proof_alone", PARAMS_M, T_X_D),
+    }
+)
+"""Tags that registration sets, and what follows from them: others may be set later, and are not in the index."""
 
 _OURS = f"tags.`{CONTENT_HASH}` != ''"
 _LISTED = f"{_OURS} AND tags.`{INDEXED}` != ''"
@@ -53,7 +62,7 @@ def entry_of(version: RegisteredVersion) -> Entry | None:
     words, numbers = {}, {name: value for name, value in version.metrics.items() if not math.isnan(value)}
     for key, value in version.metadata().items():
         number = spelled_number(value) if isinstance(value, str) else value
-        if not is_name(key) or (key not in version.tags and key not in version.derived()):
+        if key not in FIXED:
             continue  # metrics are in, and validation metrics by their full names
         if number is not None and math.isfinite(number):
             if numbers.setdefault(key, number) != number:
@@ -125,7 +134,9 @@ def is_complete(client: MlflowClient) -> bool:
 
 def _hint(client: MlflowClient) -> int:
     """The number of versions when the newest indexed one was registered."""
-    newest = client.search_model_versions(f"tags.`{INDEXED}` != ''", max_results=1, order_by=["creation_timestamp DESC"])
+    newest = client.search_model_versions(
+        f"tags.`{INDEXED}` != ''", max_results=1, order_by=["creation_timestamp DESC"]
+    )
     value = newest[0].tags[INDEXED] if newest else ""
     return int(value) if re.fullmatch(r"[0-9]{1,9}", value) else 0
 

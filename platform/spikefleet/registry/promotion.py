@@ -1,6 +1,5 @@
 """The rule that decides which version of a registered model gets the alias `champion`."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from math import isnan
 from typing import Literal
@@ -32,6 +31,8 @@ class Candidate:
     """Of the spike check; None for versions without one."""
     flaw: str | None = None
     """Why it must not be used, in words; None if nothing speaks against it."""
+    rolled_back: str | None = None
+    """Why it is champion no more, in words; None if it was not rolled back."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,12 @@ def barred(candidate: Candidate) -> Decision | None:
             "challenger",
             f"version {version} was registered {what} (tag spike_driven), so it cannot become champion; register it "
             "from its run",
+        )
+    if candidate.rolled_back is not None:
+        return Decision(
+            "challenger",
+            f"version {version} was rolled back: {candidate.rolled_back}; `spikefleet registry rollback MODEL --to "
+            f"{version}` makes it champion again",
         )
     return None
 
@@ -91,11 +98,3 @@ def decide(champion: Candidate | None, candidate: Candidate, metric: str, mode: 
         f"{champion.value:.6g} of champion version {champion.version} ({mode})"
     )
     return Decision("champion" if better else "challenger", compared)
-
-
-def winner_of(champion: Candidate | None, candidates: Iterable[Candidate], metric: str, mode: Mode) -> Candidate | None:
-    """The champion after `decide` on all candidates, in the order of their versions."""
-    for candidate in sorted(candidates, key=lambda candidate: candidate.version):
-        if decide(champion, candidate, metric, mode).alias == "champion":
-            champion = candidate
-    return champion

@@ -39,9 +39,7 @@ class Reindexed:
     """URI, and why it cannot be indexed."""
 
 
-def reindex(
-    *, tracking_uri: str | None = None, progress: Callable[[int, int], None] | None = None
-) -> Reindexed:
+def reindex(*, tracking_uri: str | None = None, progress: Callable[[int, int], None] | None = None) -> Reindexed:
     """Indexes the versions that are not indexed, or whose tags were edited since. A second call finds nothing to do.
 
     Args:

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spikefleet.data_summary import DataSummary
-from spikefleet.registry.aliases import refused_alias
+from spikefleet.registry.aliases import changing_aliases, refused_alias
 from spikefleet.registry.flaws import flaw_tag
 from spikefleet.registry.mlflow_model import save_for_mlflow
-from spikefleet.registry.mlflow_store import METRIC_PREFIX, connect, download, find_model, publish, resolve, set_alias
+from spikefleet.registry.mlflow_store import METRIC_PREFIX, connect, download, find_model, publish, resolve
 from spikefleet.registry.model_card import description_of
 from spikefleet.registry.package import load_network, read_card, read_config, with_code
 from spikefleet.registry.package_access import package_files, registry_uri, scratch_directory
@@ -54,9 +54,10 @@ def renew(uri: str, *, tracking_uri: str | None = None) -> RegisteredVersion:
             tags = {**old.tags, **flaw, **measured, CONTENT_HASH: card.content_hash}
             text = description_of(old.name, package, card)
             new = publish(client, old.name, scratch / "model", old.run_id, tags, text, place)
-        for alias in old.aliases:
-            if refused_alias(new, alias) is None:
-                set_alias(client, old.name, alias, new.version)
+        with changing_aliases(client, old.name, f"the renewal of version {old.version}") as aliases:
+            for alias in aliases.model.pick(old.version).aliases:
+                if refused_alias(new, alias) is None:
+                    aliases.move(alias, new.version, "renewed", f"version {old.version} with today's serving code")
         return find_model(client, old.name).pick(new.version)
 
 

@@ -26,6 +26,7 @@ _SERVED_NETWORK = "spikefleet.registry.served_network"
 _LEFT_OUT = (
     "spikefleet.plot_text",
     "spikefleet.plots",
+    "spikefleet.tasks.per_image",
     "spikefleet_pipelines.sources",
     "spikefleet_pipelines.store",
     "spikefleet_pipelines.transforms.auto_augment",

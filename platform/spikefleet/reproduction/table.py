@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from spikefleet.config.messages import did_you_mean, error_messages
-from spikefleet.config.schema import Section
+from spikefleet.config.section import Section
 from spikefleet.config.strict_yaml import read_mapping
 from spikefleet.errors import UserError
 from spikefleet.reproduction.scales import Scale

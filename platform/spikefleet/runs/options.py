@@ -22,6 +22,10 @@ class Options:
     """Show the logs of Ray and of its workers."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """Overrides with the location of a search's data, such as `{"data.root": "/data/cifar"}`."""
+    promote: bool = True
+    """Compare the registered version with the champion; if not, it stays challenger."""
+    parent_run: str | None = None
+    """MLflow's id of the run that a training is a part of."""
 
     @property
     def searches_dir(self) -> Path:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from spikefleet import registry
 from spikefleet.certificates.certify import Certificates
 from spikefleet.config.schema import Config
+from spikefleet.gates.promoting import promote_through_gates
 from spikefleet.registry.api import Promotion
-from spikefleet.registry.version import SPIKE_DRIVEN
+from spikefleet.registry.version import SPIKE_DRIVEN, RegisteredVersion
 from spikefleet.runs.run_dir import Run
+from spikefleet.status import Announce
 from spikefleet.training.checkpoints import best_weights
 from spikefleet.versions import code_version
+from spikefleet_pipelines.store.reader import Store
 
 
 def register_run(
@@ -25,12 +29,8 @@ def register_run(
     evaluation: Path,
     validation: Mapping[str, float],
     test: Mapping[str, float],
-) -> Promotion:
+) -> RegisteredVersion:
     """Registers the best checkpoint of a run with its spike check and its energy card.
-
-    It becomes champion if its validation metric is better than the champion's and the spike check neither refuted it
-    nor shows nothing. Without a validation split it stays challenger: to compare test metrics would be to select by
-    them.
 
     Args:
         config: of the run.
@@ -43,14 +43,13 @@ def register_run(
         test: its metrics on the test split, by name; empty where it has only the validation images.
 
     Returns:
-        The alias of the new version, and why.
+        The new version.
 
     Raises:
         UserError: the checkpoint is damaged, or the registry fails.
     """
     data = run.data()
-    metric = config.checkpoint.metric
-    version = registry.register(
+    return registry.register(
         config.registered_name(data.dataset),
         weights=best_weights(run.best_checkpoint()),
         config=config.dump(),
@@ -58,7 +57,7 @@ def register_run(
         tags={
             "recipe": config.recipe,
             "run_name": run.name,
-            "metric": metric,
+            "metric": config.checkpoint.metric,
             "code_version": code_version(),
             "seed": config.train.seed,
             SPIKE_DRIVEN: certificates.verdict,
@@ -76,14 +75,69 @@ def register_run(
             **{path.name: path for path in certificates.files},
         },
     )
+
+
+def promote_version(
+    config: Config,
+    version: RegisteredVersion,
+    store: Store,
+    stores_dir: Path,
+    tracking_uri: str,
+    announce: Announce,
+    *,
+    validation: bool,
+) -> Promotion:
+    """Promotes a run's version: through the gates where a gate store is configured, else by the plain metric.
+
+    By the plain metric it becomes champion if its validation metric is better than the champion's and the spike check
+    neither refuted it nor shows nothing. Without a validation split it stays challenger: to compare test metrics would
+    be to select by them.
+
+    Args:
+        config: of the run.
+        version: its registered version.
+        store: its data.
+        stores_dir: directory of prepared stores, for the gate store.
+        tracking_uri: of the registry.
+        announce: called with what begins.
+        validation: whether the run has a validation split.
+
+    Returns:
+        The alias of the version, and why.
+
+    Raises:
+        UserError: the gate store cannot be used, or the registry fails.
+    """
+    name, number, metric = version.name, version.version, config.checkpoint.metric
+    if config.retrain.gate_store is not None:
+        gated = promote_through_gates(
+            name,
+            number,
+            config.retrain,
+            stores_dir,
+            tracking_uri,
+            used=store,
+            gpu=config.cluster.gpu,
+            announce=announce,
+        )
+        return gated.promotion
     if not validation:
         return registry.keep_as_challenger(
-            version.name,
-            version.version,
+            name,
+            number,
             f"it was trained without a validation split, so there is no val/{metric} to compare; to compare test "
-            f"metrics, call spikefleet.registry.promote({version.name!r}, {version.version}, 'test/{metric}')",
+            f"metrics, call spikefleet.registry.promote({name!r}, {number}, 'test/{metric}')",
             tracking_uri=tracking_uri,
+            announce=announce,
         )
-    return registry.promote(
-        version.name, version.version, f"val/{metric}", mode=config.checkpoint.mode, tracking_uri=tracking_uri
+    promotion = registry.promote(
+        name, number, f"val/{metric}", mode=config.checkpoint.mode, tracking_uri=tracking_uri, announce=announce
+    )
+    return replace(promotion, reason=f"{promotion.reason}; by the plain metric, without gates (retrain.gate_store)")
+
+
+def keep_back(version: RegisteredVersion, tracking_uri: str, announce: Announce) -> Promotion:
+    """Leaves the promotion of a run's version to the caller: it is challenger until then."""
+    return registry.keep_as_challenger(
+        version.name, version.version, "it is compared later", tracking_uri=tracking_uri, announce=announce
     )

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
-_RESERVED = frozenset({ARTIFACTS, "searches", "reproductions", "stores"})
+_RESERVED = frozenset({ARTIFACTS, "searches", "reproductions", "retrainings", "stores"})
 """Names in a runs directory that are not those of runs."""
 
 

@@ -24,7 +24,7 @@ from spikefleet.registry.version import check_model_name
 from spikefleet.runs.observer import RunObserver
 from spikefleet.runs.options import Options
 from spikefleet.runs.progress import build_display
-from spikefleet.runs.registration import register_run
+from spikefleet.runs.registration import keep_back, promote_version, register_run
 from spikefleet.runs.report import complete_report
 from spikefleet.runs.run_dir import Run, check_run_name, default_run_name
 from spikefleet.status import Announce, print_line, waiting
@@ -125,7 +125,7 @@ def _run(
             look_at = _train_tracked(config, options, console, run, store, tracking_uri, before_step, signals)
         record = run.record()
         with waiting(console, "registering the best checkpoint") as announce:
-            promotion = _register_once(config, run, store, tracking_uri, announce)
+            promotion = _register_once(config, run, store, tracking_uri, options, announce)
         last = record.get("last", {})
         return FinishedRun(run, record["validation"], record["test"], last, promotion, look_at)
 
@@ -170,7 +170,8 @@ def _train_tracked(
     """Trains with tracking, saves the result in run.json, and returns where to look at it."""
     run.note(status="running", signal=None)
     print_line(console, f"run {run.name}: {_scale(config)}")
-    tracker = Tracker.open(run.path, run.name, config.tracking.experiment or config.recipe, tracking_uri)
+    experiment = config.tracking.experiment or config.recipe
+    tracker = Tracker.open(run.path, run.name, experiment, tracking_uri, options.parent_run)
     display = build_display(console)
     observer = RunObserver(run, tracker, display)
     data = DataSummary.of(store.manifest)
@@ -207,8 +208,10 @@ def _train_tracked(
     return tracker.run_url
 
 
-def _register_once(config: Config, run: Run, store: Store, tracking_uri: str, announce: Announce) -> Promotion | None:
-    """Registers a finished run once, if `registry.register_best` says so.
+def _register_once(
+    config: Config, run: Run, store: Store, tracking_uri: str, options: Options, announce: Announce
+) -> Promotion | None:
+    """Registers a finished run once, if `registry.register_best` says so, and promotes it.
 
     Raises:
         RunError: the tracking server does not answer; the run is complete, and the same command registers it later.
@@ -224,7 +227,7 @@ def _register_once(config: Config, run: Run, store: Store, tracking_uri: str, an
         certificates = _certified(config, run, store, announce)
         evaluation = complete_report(config, run.best_checkpoint(), run.path / "report", store, announce)
         announce("registering the best checkpoint")
-        promotion = register_run(
+        version = register_run(
             config,
             run,
             run_id,
@@ -234,6 +237,19 @@ def _register_once(config: Config, run: Run, store: Store, tracking_uri: str, an
             validation=record["validation"],
             test=record["test"],
         )
+        announce("promoting")
+        if options.promote:
+            promotion = promote_version(
+                config,
+                version,
+                store,
+                options.stores_dir,
+                tracking_uri,
+                announce,
+                validation=bool(record["validation"]),
+            )
+        else:
+            promotion = keep_back(version, tracking_uri, announce)
     except UserError as error:
         raise RunError(
             f"run {run.name} is trained, but its registration failed: {error}; "

@@ -27,7 +27,7 @@ from spikefleet.outputs import check_place
 from spikefleet.plugins import loaded_plugins
 from spikefleet.registry.api import Promotion
 from spikefleet.runs.options import Options
-from spikefleet.runs.registration import register_run
+from spikefleet.runs.registration import promote_version, register_run
 from spikefleet.runs.report import complete_report
 from spikefleet.runs.run_dir import Run
 from spikefleet.search.display import SearchDisplay
@@ -343,7 +343,7 @@ def register_trial(result: SearchResult, chosen: str, options: Options, console:
         certificates = certify(config, best, report, store, announce)
         evaluation = complete_report(config, best, report, store, announce)
         announce(f"registering trial {record.name}")
-        return register_run(
+        version = register_run(
             config,
             run,
             tracker.run_id,
@@ -353,6 +353,8 @@ def register_trial(result: SearchResult, chosen: str, options: Options, console:
             validation=done["validation"],
             test=done["test"],
         )
+        validated = bool(done["validation"])
+        return promote_version(config, version, store, options.stores_dir, tracking_uri, announce, validation=validated)
 
 
 def _chosen(result: SearchResult, chosen: str) -> TrialRecord:

@@ -23,6 +23,8 @@ from spikefleet_pipelines.loading import Batch
 if TYPE_CHECKING:
     import pandas as pd
 
+    from spikefleet.tasks.per_image import Answers
+
 _KEPT = 5
 
 
@@ -104,6 +106,21 @@ class Classification(Task[Ranking, int]):
             ],
             "confusion": confusion.tolist(),
         }
+
+    def per_image(self, predictions: Sequence[Ranking], targets: Sequence[int]) -> Answers:
+        """The most likely class of each image with its probability, and the true class."""
+        from spikefleet.tasks.per_image import Answers  # here, because a served classifier does without it
+
+        return Answers(
+            np.array([one.classes[0] for one in predictions], np.int32),
+            np.array(targets, np.int32),
+            np.array([one.probabilities[0] for one in predictions], np.float32),
+        )
+
+    def confidences(self, predictions: Sequence[Ranking], targets: Sequence[int]) -> list[tuple[float, bool]]:
+        """The probability of the most likely class of each image, and whether it is the target."""
+        pairs = zip(predictions, targets, strict=True)
+        return [(prediction.probabilities[0], prediction.classes[0] == target) for prediction, target in pairs]
 
     def flaw(self, evaluation: Mapping[str, Any]) -> str | None:
         """A classifier that answers one class for all images, or no better than by chance.

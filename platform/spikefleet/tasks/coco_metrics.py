@@ -187,6 +187,26 @@ def match_boxes(annotations: Any, found: Sequence[Any], max_detections: int = CO
     return evaluation
 
 
+def found_objects(
+    annotations: Any, found: Sequence[Any], max_detections: int = COCO_MAX_DETECTIONS
+) -> list[tuple[float, bool]]:
+    """The score of each box, and whether it has found an object at an IoU of 0.5; without boxes on crowds.
+
+    Arguments as of `evaluate_boxes`.
+    """
+    evaluation = match_boxes(annotations, found, max_detections)
+    all_areas = evaluation.params.areaRng[0]
+    return [
+        (float(score), bool(matched))
+        for image in evaluation.evalImgs
+        if image is not None and image["aRng"] == all_areas
+        for score, matched, ignored in zip(
+            image["dtScores"], image["dtMatches"][_IOU_50], image["dtIgnore"][_IOU_50], strict=True
+        )
+        if not ignored
+    ]
+
+
 def box_confusion(
     found: Sequence[FoundBoxes], targets: Sequence[Annotations], classes: int, iou: float = 0.5
 ) -> NDArray[np.int64]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from spikefleet.tasks.coco_metrics import (
     FoundBoxes,
     box_confusion,
     evaluate_boxes,
+    found_objects,
     ground_truth,
     metric_names,
     results,
@@ -28,6 +29,9 @@ from spikefleet_models.family import ModelConfig
 from spikefleet_pipelines.loading import Batch
 from spikefleet_pipelines.store.annotations import Annotations, Placement, Target
 from spikefleet_tune.messages import counted
+
+if TYPE_CHECKING:
+    from spikefleet.tasks.per_image import Boxes
 
 SHOWN_SCORE = 0.3
 """Boxes below this score are not drawn."""
@@ -147,6 +151,20 @@ class Detection(Task[FoundBoxes, Annotations]):
                 for one in measured.classes
             ],
         }
+
+    def per_image(self, predictions: Sequence[FoundBoxes], targets: Sequence[Annotations]) -> Boxes:
+        """Boxes and objects of each image."""
+        from spikefleet.tasks.per_image import Boxes  # here, because a served detector does without it
+
+        return Boxes(predictions, targets, self._max_detections)
+
+    def confidences(
+        self, predictions: Sequence[FoundBoxes], targets: Sequence[Annotations]
+    ) -> list[tuple[float, bool]]:
+        """Scores of at least 0.3, and whether the box has an object of its class, at an IoU of at least 0.5."""
+        shown = [one.at_least(SHOWN_SCORE) for one in predictions]
+        annotations = ground_truth(targets, self.class_names, self.category_ids)
+        return found_objects(annotations, results(shown, targets, self.category_ids), self._max_detections)
 
     def flaw(self, evaluation: Mapping[str, Any]) -> str | None:
         """A detector that finds nothing: its mAP50 is below 0.01 %."""

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from spikefleet.status import Count, uncounted
 from spikefleet.tasks.coco_metrics import COCO_MAX_DETECTIONS, match_boxes
 
 _RECALLS = np.linspace(0, 1, 101)
@@ -61,11 +62,26 @@ class Matches:
         Returns:
             mAP in [0, 1], [resamples]; NaN where no object is drawn.
         """
+        return mean_over_classes(self.average_precisions(weights))
+
+    def average_precisions(self, weights: NDArray[np.int64] | None = None) -> NDArray[np.float64]:
+        """Compute the AP at IoU 0.5 to 0.95 of each class in each resample.
+
+        Args:
+            weights: as for `mean_average_precision`.
+
+        Returns:
+            AP in [0, 1], [classes, resamples]; NaN where no object of the class is drawn.
+        """
         drawn = np.ones((1, self.images), np.int64) if weights is None else weights
-        by_class = np.stack([_average_precision(one, drawn) for one in self._classes])
-        known = ~np.isnan(by_class)
-        sums = np.where(known, by_class, 0.0).sum(0)
-        return np.divide(sums, known.sum(0), out=np.full(len(drawn), np.nan), where=known.any(0))
+        return np.stack([_average_precision(one, drawn) for one in self._classes])
+
+
+def mean_over_classes(by_class: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The mAP `[resamples]` of the AP of each class `[classes, resamples]`, without those that are NaN."""
+    known = ~np.isnan(by_class)
+    sums = np.where(known, by_class, 0.0).sum(0)
+    return np.divide(sums, known.sum(0), out=np.full(by_class.shape[1], np.nan), where=known.any(0))
 
 
 def resampled_gain(
@@ -73,12 +89,31 @@ def resampled_gain(
 ) -> NDArray[np.float64]:
     """Paired bootstrap: mAP of the candidate minus that of the champion on the same resampled images, [resamples].
 
+    Args and Raises as for `resampled_gains`.
+    """
+    return resampled_gains(candidate, champion, resamples, seed, at_a_time)[0]
+
+
+def resampled_gains(
+    candidate: Matches,
+    champion: Matches,
+    resamples: int = 2_000,
+    seed: int = 0,
+    at_a_time: int = 50,
+    progress: Count = uncounted,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Paired bootstrap: what the candidate gains over the champion on the same resampled images.
+
     Args:
         candidate: matches on the images.
         champion: matches on the same images.
         resamples: number of resamples.
         seed: of the resamples.
         at_a_time: resamples that are computed together, for the memory of counts.
+        progress: called with (resamples done, in all).
+
+    Returns:
+        The gain in mAP, [resamples], and in the AP of each class, [classes, resamples]; NaN where nothing is drawn.
 
     Raises:
         ValueError: the two have different numbers of images.
@@ -87,11 +122,14 @@ def resampled_gain(
         raise ValueError(f"found matches on {candidate.images} and {champion.images} images, expected the same images")
     generator = np.random.default_rng(seed)
     share = np.full(candidate.images, 1 / candidate.images)
-    parts = []
+    totals, by_class = [], []
     for start in range(0, resamples, at_a_time):
         weights = generator.multinomial(candidate.images, share, min(at_a_time, resamples - start))
-        parts.append(candidate.mean_average_precision(weights) - champion.mean_average_precision(weights))
-    return np.concatenate(parts)
+        of_candidate, of_champion = candidate.average_precisions(weights), champion.average_precisions(weights)
+        totals.append(mean_over_classes(of_candidate) - mean_over_classes(of_champion))
+        by_class.append(of_candidate - of_champion)
+        progress(min(start + at_a_time, resamples), resamples)
+    return np.concatenate(totals), np.concatenate(by_class, axis=1)
 
 
 def _class_matches(images: Sequence[Any], most: int) -> _ClassMatches:

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 import torch
 from torch import nn
@@ -26,6 +26,9 @@ from spikefleet_models.shortcut import ShortcutConfig
 from spikefleet_pipelines.loading import Batch
 from spikefleet_pipelines.transforms.batch_transform import Targets
 from spikefleet_tune.messages import counted
+
+if TYPE_CHECKING:
+    from spikefleet.tasks.per_image import Results
 
 EVALUATION = "evaluation.json"
 """File name of the evaluation of a split, in a report and in a registered version."""
@@ -127,6 +130,10 @@ class Task(ABC, Generic[Prediction, Target]):
         metrics: dict[str, float] = self.details(predictions, targets)["metrics"]
         return metrics
 
+    def per_image(self, predictions: Sequence[Prediction], targets: Sequence[Target]) -> Results | None:
+        """The results of single images, by which two networks are compared; None for a task that has none."""
+        return None
+
     def flaw(self, evaluation: Mapping[str, Any]) -> str | None:
         """Why a network with such an evaluation must not be used, in words; None if nothing speaks against it.
 
@@ -134,6 +141,10 @@ class Task(ABC, Generic[Prediction, Target]):
             evaluation: as `details` returned it, maybe for an earlier version, or `metrics` alone.
         """
         return None
+
+    def confidences(self, predictions: Sequence[Prediction], targets: Sequence[Target]) -> list[tuple[float, bool]]:
+        """How sure each answer is, in [0, 1], and whether it is right; by default none."""
+        return []
 
     def confident(self, prediction: Prediction, score: float) -> Prediction:
         """A prediction without the parts whose score in [0, 1] is smaller; by default all of it."""

@@ -31,6 +31,9 @@ from spikefleet_models.families import build_model
 from spikefleet_models.family import ModelConfig
 from spikefleet_tune.atomic import sync
 
+INITIAL_WEIGHTS = "initial.safetensors"
+"""File name in a run's directory of the weights that it starts from."""
+
 _MANIFEST = "checkpoint.json"
 _STATE = "state.json"
 _REPLACED = "replaced-"
@@ -240,6 +243,29 @@ def best_network(snapshot: Snapshot, config: ModelConfig) -> nn.Module:
     with fitting_tensors():
         network.load_state_dict(dict(snapshot.tensors.get("average", snapshot.tensors["model"])))
     return network.eval()
+
+
+def load_initial_weights(path: Path, sha256: str) -> dict[str, torch.Tensor]:
+    """Reads the weights that a training starts from.
+
+    Args:
+        path: a safetensors file with the state dict of a network.
+        sha256: of the file.
+
+    Raises:
+        UserError: the file is missing, or another one.
+    """
+    try:
+        found = sha256_of(path)
+        tensors: dict[str, torch.Tensor] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"train.initial_weights: {path} cannot be read: {error}; start the run anew") from None
+    if found != sha256:
+        raise UserError(
+            f"train.initial_weights={sha256[:12]}..., but {path} has SHA-256 {found[:12]}...; restore it, or start "
+            "the run anew under another --name"
+        )
+    return tensors
 
 
 @contextmanager

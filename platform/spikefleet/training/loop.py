@@ -23,7 +23,12 @@ from spikefleet.config.schema import CheckpointConfig, Config
 from spikefleet.disks import disk_problem
 from spikefleet.errors import RunError, UserError
 from spikefleet.tasks import AnyTask
-from spikefleet.training.checkpoints import CheckpointFolder, load_checkpoint
+from spikefleet.training.checkpoints import (
+    INITIAL_WEIGHTS,
+    CheckpointFolder,
+    load_checkpoint,
+    load_initial_weights,
+)
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.evaluation import Evaluation, EvaluationStopped, evaluate
 from spikefleet.training.events import CheckpointSaved, EpochDone, EventSink, Note, Phase, Started
@@ -182,6 +187,9 @@ def _resume(state: TrainingState, task: AnyTask, folder: CheckpointFolder, sink:
         if threads is not None:
             sink.emit(Note(threads))
         _forget_lost_best(state, folder, sink)
+    elif (digest := state.config.train.initial_weights) is not None:
+        state.start_from(load_initial_weights(folder.folder.parent / INITIAL_WEIGHTS, digest))
+        sink.emit(Note(f"starting from the weights in {INITIAL_WEIGHTS}"))
     metadata = {
         "parameters": sum(p.numel() for p in state.network.parameters()),
         "device": str(state.group.device),

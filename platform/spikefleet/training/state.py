@@ -189,6 +189,13 @@ class TrainingState:
         state = CheckpointState.of(snapshot.state, "that was loaded")
         self.epoch, self.step_in_epoch = state.epoch, state.step_in_epoch
 
+    def start_from(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Sets the initial weights, and with them their EMA. Raises UserError if they are those of another network."""
+        with fitting_tensors():
+            self.network.load_state_dict(dict(weights))
+            if self.ema is not None:
+                self.ema.module.load_state_dict(dict(weights))
+
     def load_weights(self, snapshot: Snapshot) -> None:
         """Restores only the weights and their EMA."""
         with fitting_tensors():

@@ -19,8 +19,12 @@ from spikefleet.registry.mlflow_store import find_versions
 from support.made_versions import ManyVersions, counted_statements, database_in, without_fsync
 
 OPERATORS = {
-    **{"<=": operator.le, ">=": operator.ge, "<": operator.lt},
-    **{">": operator.gt, "==": operator.eq, "!=": operator.ne},
+    "<=": operator.le,
+    ">=": operator.ge,
+    "<": operator.lt,
+    ">": operator.gt,
+    "==": operator.eq,
+    "!=": operator.ne,
 }
 NAMES = ["plain", "with.dots-and_more", "Model9", "like"]
 WORDS = ["bsg", "add", "a+b:c", "1e5x", "nan", "it's", "x y", "and", "größe"]
@@ -102,11 +106,11 @@ def asked(dice: random.Random) -> Asked:
     terms = []
     for _ in range(dice.choice([0, 1, 1, 2, 3])):
         if dice.random() < 0.6:
-            key = dice.choice(["timesteps", "energy_mj", "top1", "val/top1", "mixed", "params_m", "a-b.c"])
+            key = dice.choice(["timesteps", "energy_mj", "top1", "val/top1", "recipe", "mixed", "params_m", "a-b.c"])
             written = dice.choice(["2", "0.5", "1e-3", "-1", "40", "7", "0.308074"])
             terms.append((key, dice.choice(list(OPERATORS)), written, float(written)))
         else:
-            key, word = dice.choice(["connection", "mixed", "timesteps"]), dice.choice([*WORDS, "2"])
+            key, word = dice.choice(["connection", "recipe", "mixed", "timesteps"]), dice.choice([*WORDS, "2"])
             written = f'"{word}"'
             terms.append((key, dice.choice(["==", "==", "!="]), written, word))
     return Asked(
@@ -128,16 +132,16 @@ def random_version(dice: random.Random) -> tuple[dict[str, str], dict[str, float
         "timesteps": dice.choice([*NUMBERS, "many"]),
         "bound": dice.choice(["1", "4"]),
         "connection": dice.choice(WORDS),
-        "mixed": dice.choice([*WORDS, *NUMBERS]),
-        "a-b.c": dice.choice(NUMBERS),
+        "recipe": dice.choice([*WORDS, *NUMBERS]),
+        "mixed": dice.choice([*WORDS, *NUMBERS]),  # a tag that registration does not set
     }
     metrics = {"val/top1": dice.choice([0.1, 0.5, 0.9, 0.95]), "energy_mj": dice.choice([0.001, 2.0, 39.9, 60.0])}
-    metrics["test/top1"] = dice.random()
+    metrics |= {"test/top1": dice.random(), "a-b.c": dice.choice([-1.0, 1e-3, 7.0])}
     if dice.random() < 0.1:
         metrics["top1"] = dice.random()  # a metric of its own beside the validation metric
     if dice.random() < 0.1:
         tags["flaw"] = "it finds nothing"
-    for key in dice.sample(["timesteps", "mixed", "connection", "a-b.c"], dice.choice([0, 0, 1, 2])):
+    for key in dice.sample(["timesteps", "mixed", "connection", "recipe"], dice.choice([0, 0, 1, 2])):
         del tags[key]
     if dice.random() < 0.1:
         del metrics["val/top1"]
@@ -203,7 +207,7 @@ def compare(many: ManyVersions, dice: random.Random, questions: int) -> list[str
         assert [v.uri for v in found] == [v.uri for v in expected], question
         assert found == expected
         answered += bool(found)
-    assert answered > questions / 4
+    assert answered > questions / 8
     return reasons
 
 
@@ -218,7 +222,7 @@ def test_the_answer_is_that_of_brute_force(many: ManyVersions, seed: int, monkey
     assert len(reasons) < 20, "most answers come from the index"
 
     for place in dice.sample(places, 3):  # somebody edits by hand what makes a version worse, or drops a key
-        many.edit(place, *dice.choice([("metric.val/top1", "0.01"), ("mixed", None), ("flaw", "seen by a person")]))
+        many.edit(place, *dice.choice([("metric.val/top1", "0.01"), ("recipe", None), ("flaw", "seen by a person")]))
     versions = find_versions(many.client)
     for top in (1, 4, 9):
         question = Asked([], "top1", "max", top, dice.choice([None, "digits"]), True, dice.choice([None, 8]))

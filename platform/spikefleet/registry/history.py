@@ -1,0 +1,231 @@
+"""What happened to the aliases of a registered model, which MLflow itself does not keep.
+
+Each change is an artifact `history/000007.json` of the MLflow run `registry-NAME`, with the SHA-256 of the one before;
+a tag of the model holds number and hash of the last one. So an entry that is edited, missing or cut off is noticed,
+unless someone rewrites all of them and the tag. Entries are written under the lease of promotion, one after another.
+"""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import json
+import socket
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal
+
+from spikefleet.errors import UserError
+from spikefleet.registry.package_access import registry_uri, scratch_directory
+from spikefleet.registry.version import check_model_name
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+Action = Literal["promoted", "kept as challenger", "alias removed", "rolled back", "renewed", "found"]
+"""What was done; `found` is an alias that was moved otherwise, by hand or by a job that was killed."""
+
+HEAD: Final = "spikefleet.history"
+"""Tag of a registered model: number and hash of the last entry."""
+
+RUN: Final = "spikefleet.history_run"
+"""Tag of a registered model: the run that has the entries."""
+
+_FOLDER = "history"
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change of an alias."""
+
+    number: int
+    """From 1."""
+    at: str
+    """Time in UTC, ISO 8601."""
+    action: Action
+    alias: str
+    before: int | None
+    """The version that had the alias."""
+    after: int | None
+    """The version that has it now."""
+    why: str
+    by: str
+    """User and host."""
+    retraining: str | None
+    """Id of the retraining that decided it."""
+    previous: str
+    """SHA-256 of the entry before; empty for the first one."""
+
+    @property
+    def text(self) -> str:
+        """The entry as it is stored."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the stored entry."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class History:
+    """The changes of a model's aliases, the oldest first, and what is wrong with the records."""
+
+    name: str
+    changes: tuple[Change, ...]
+    damage: str | None = None
+    """Where the chain is broken, in words; `changes` ends before it."""
+
+    def aliases(self) -> dict[str, int]:
+        """The versions of the aliases after the last change."""
+        found: dict[str, int] = {}
+        for change in self.changes:
+            if change.after is None:
+                found.pop(change.alias, None)
+            else:
+                found[change.alias] = change.after
+        return found
+
+
+def read_history(name: str, *, tracking_uri: str | None = None) -> History:
+    """The changes of a model's aliases since its history is kept.
+
+    Args:
+        name: of the registered model.
+        tracking_uri: of the registry; by default MLFLOW_TRACKING_URI, else SQLite in ./runs.
+
+    Raises:
+        UserError: the model does not exist, or the registry fails.
+    """
+    from spikefleet.registry.mlflow_store import connect, find_model
+
+    with connect(registry_uri(tracking_uri)) as client:
+        find_model(client, check_model_name(name))
+        return load_history(client, name)
+
+
+def load_history(client: MlflowClient, name: str) -> History:
+    """The history of a model; without changes where none is kept. Raises MlflowException."""
+    tags = client.get_registered_model(name).tags
+    texts = _entries(client, tags[RUN]) if RUN in tags else {}
+    return _checked(name, texts, tags.get(HEAD, ""))
+
+
+def append_change(
+    client: MlflowClient,
+    history: History,
+    action: Action,
+    alias: str,
+    before: int | None,
+    after: int | None,
+    why: str,
+    retraining: str | None = None,
+) -> History:
+    """Adds a change; the caller holds the lease of promotion.
+
+    Args:
+        client: of the registry.
+        history: so far, as it was read under the lease.
+        action: what was done.
+        alias: the alias.
+        before: the version that had it.
+        after: the version that has it now.
+        why: in words.
+        retraining: id of the retraining that decided it.
+
+    Raises:
+        UserError: the history is damaged, so nothing can follow it.
+        MlflowException: the registry fails.
+    """
+    if history.damage is not None:
+        raise UserError(
+            f"the history of model {history.name} is damaged: {history.damage}; restore its artifacts in the MLflow "
+            f"run registry-{history.name}, or delete the model's tags {HEAD} and {RUN} to begin a new history"
+        )
+    last = history.changes[-1] if history.changes else None
+    change = Change(
+        1 if last is None else last.number + 1,
+        datetime.now(UTC).isoformat(timespec="seconds"),
+        action,
+        alias,
+        before,
+        after,
+        why,
+        _user(),
+        retraining,
+        "" if last is None else last.sha256,
+    )
+    tags = client.get_registered_model(history.name).tags
+    run_id = tags.get(RUN) or _create_run(client, history.name)
+    client.log_text(run_id, change.text, f"{_FOLDER}/{_file_name(change.number)}")
+    client.set_registered_model_tag(history.name, HEAD, f"{change.number} {change.sha256}")
+    return History(history.name, (*history.changes, change))
+
+
+def _checked(name: str, texts: dict[str, str], head: str) -> History:
+    """Follows the chain. An entry after the head is of a job that was killed before it wrote the head."""
+    changes: list[Change] = []
+    number, _, digest = head.partition(" ")
+    pinned = int(number) if number.isdecimal() else 0
+    damage: str | None = None
+    for position in range(1, max(pinned, len(texts)) + 1):
+        file = _file_name(position)
+        previous = changes[-1].sha256 if changes else ""
+        change = _parse(texts.get(file))
+        if change is None and position > pinned:
+            break  # cut short by a kill, and written again by the next change
+        if change is None:
+            damage = f"{file} is {'missing' if file not in texts else 'no entry'}"
+        elif change.number != position or change.previous != previous or change.text != texts[file]:
+            damage = f"{file} does not continue the entry before it"
+        elif position == pinned and change.sha256 != digest:
+            damage = f"{file} is not the entry that the model's tag {HEAD} names"
+        if damage is not None or change is None:
+            break
+        changes.append(change)
+    return History(name, tuple(changes), damage)
+
+
+def _parse(text: str | None) -> Change | None:
+    with suppress(ValueError, TypeError):
+        plain = json.loads(text or "")
+        return Change(**plain)
+    return None
+
+
+def _file_name(number: int) -> str:
+    return f"{number:06}.json"
+
+
+def _entries(client: MlflowClient, run_id: str) -> dict[str, str]:
+    """The stored entries by file name."""
+    import mlflow.artifacts
+
+    if not client.list_artifacts(run_id, _FOLDER):
+        return {}
+    with scratch_directory() as scratch:
+        place = f"{client.get_run(run_id).info.artifact_uri}/{_FOLDER}"
+        found = Path(
+            mlflow.artifacts.download_artifacts(place, dst_path=str(scratch), tracking_uri=client.tracking_uri)
+        )
+        return {file.name: file.read_text(encoding="utf-8", errors="replace") for file in sorted(found.iterdir())}
+
+
+def _create_run(client: MlflowClient, name: str) -> str:
+    """Makes the run `registry-NAME` in the experiment of the model's first version."""
+    versions = client.search_model_versions(f"name = '{name}'", order_by=["version_number ASC"], max_results=1)
+    experiment = client.get_run(versions[0].run_id).info.experiment_id
+    note = f"The history of the aliases of registered model {name}, in its artifacts."
+    run = client.create_run(experiment, run_name=f"registry-{name}", tags={"mlflow.note.content": note})
+    client.set_terminated(run.info.run_id)
+    client.set_registered_model_tag(name, RUN, run.info.run_id)
+    return str(run.info.run_id)
+
+
+def _user() -> str:
+    try:
+        return f"{getpass.getuser()} on {socket.gethostname()}"
+    except (OSError, KeyError, ImportError):  # a container's user without a name
+        return socket.gethostname()

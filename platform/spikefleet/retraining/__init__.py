@@ -1,0 +1,1 @@
+"""Scheduled retraining: the schedule, and how new data differs from what the champion was trained on."""

@@ -1,0 +1,142 @@
+"""The directory of a retraining: `retrain.json` says how far it is, so that the same command resumes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from spikefleet.errors import UserError
+from spikefleet.files import read_json_object, write_json
+from spikefleet_tune.lock import Lock, LockedError, hold
+
+Word = Literal["promoted", "kept", "skipped", "nothing new", "failed"]
+"""How a retraining ended."""
+
+RETRAININGS = "retrainings"
+"""Directory of all retrainings in a runs directory."""
+
+_RECORD = "retrain.json"
+
+
+class Record(BaseModel):
+    """The content of retrain.json. A field is written once the step that it names is done."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    id: str
+    model: str
+    identity: str
+    """Hash of everything that decides the result: configuration, data, code, champion, gates."""
+    champion: int | None
+    """The champion when it began."""
+    base: int
+    """The version whose configuration is trained."""
+    reasons: list[str]
+    begun: str
+    runs: list[str] = Field(default_factory=list)
+    """Names of the finished trainings, in the order of their seeds."""
+    scores: list[float | None] = Field(default_factory=list)
+    """Their validation metrics."""
+    candidate: int | None = None
+    """The registered version."""
+    verdict: dict[str, Any] | None = None
+    """What the gates said, before the alias was moved."""
+    word: Word | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class RetrainingFolder:
+    """The directory of one retraining."""
+
+    path: Path
+
+    @property
+    def id(self) -> str:
+        """Identifies the retraining."""
+        return self.path.name
+
+    def read(self) -> Record | None:
+        """What was recorded; None if it has not begun. Raises UserError if the file is damaged."""
+        path = self.path / _RECORD
+        if not path.is_file():
+            return None
+        try:
+            return Record.model_validate(read_json_object(path))
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"])) or "it"
+            raise UserError(
+                f"{path} is damaged: {field}: {first['msg']}; restore it, or remove the directory to retrain anew"
+            ) from None
+
+    def write(self, record: Record) -> Record:
+        """Records a step, atomically, and returns the record. Raises OSError."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / _RECORD, record.model_dump(mode="json"))
+        return record
+
+
+class Retrainings:
+    """All retrainings of a runs directory.
+
+    Args:
+        runs_dir: the runs directory.
+    """
+
+    def __init__(self, runs_dir: Path) -> None:
+        self.path = runs_dir.resolve() / RETRAININGS
+
+    def lock(self, model: str) -> Lock:
+        """Locks the retraining of a model on this file system. Raises LockedError if another process has it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        return hold(self.path / f".{model}.lock")
+
+    def of(self, model: str) -> list[RetrainingFolder]:
+        """The retrainings of a model, the latest last."""
+        folders = [RetrainingFolder(path.parent) for path in self.path.glob(f"*/{_RECORD}")]
+        known = [(record.begun, folder) for folder in folders if (record := folder.read()) is not None]
+        ours = [(begun, folder) for begun, folder in known if _model_of(folder) == model]
+        return [folder for _, folder in sorted(ours, key=lambda pair: (pair[0], pair[1].id))]
+
+    def unfinished(self, model: str, identity: str) -> RetrainingFolder | None:
+        """A retraining of the same that has not ended, or has failed."""
+        same = [folder for folder in self.of(model) if _is(folder, identity)]
+        return next((folder for folder in reversed(same) if _word(folder) in (None, "failed")), None)
+
+    def finished(self, model: str, identity: str) -> Record | None:
+        """The last retraining of the same that ended, and did not fail."""
+        for folder in reversed(self.of(model)):
+            if _is(folder, identity) and _word(folder) in ("promoted", "kept"):
+                return folder.read()
+        return None
+
+    def new(self, model: str, day: str, identity: str) -> RetrainingFolder:
+        """A directory that does not exist yet: `MODEL-retrain-DAY-HASH`, with a number where that is taken."""
+        name = f"{model[:60]}-retrain-{day}-{identity[:8]}"
+        path, number = self.path / name, 1
+        while path.exists():
+            number += 1
+            path = self.path / f"{name}-{number}"
+        return RetrainingFolder(path)
+
+
+def _model_of(folder: RetrainingFolder) -> str | None:
+    record = folder.read()
+    return None if record is None else record.model
+
+
+def _is(folder: RetrainingFolder, identity: str) -> bool:
+    record = folder.read()
+    return record is not None and record.identity == identity
+
+
+def _word(folder: RetrainingFolder) -> Word | None:
+    record = folder.read()
+    return None if record is None else record.word
+
+
+__all__ = ["RETRAININGS", "LockedError", "Record", "RetrainingFolder", "Retrainings", "Word"]
