@@ -39,14 +39,16 @@ def find_best(
         MlflowException: the registry fails.
     """
     try:
-        matching = _with_aliases(client, search_index(client, question), question)
-    except IndexUnusableError as reason:
-        if announce is not None:
-            announce(f"reading all versions: {reason}")
-        words = {key: value for key, value in question.narrowed().items() if plain_word(value)}
-        versions = find_versions(client, tags=words) or find_versions(client)  # all of them, for the message
-        matching = _matching(versions, question)
-    return sorted(matching, key=question.order)[: question.top]
+        return sorted(_with_aliases(client, search_index(client, question), question), key=question.order)[
+            : question.top
+        ]
+    except IndexUnusableError as error:
+        reason = str(error)
+    if announce is not None:
+        announce(f"reading all versions: {reason}")
+    words = {key: value for key, value in question.narrowed().items() if plain_word(value)}
+    versions = find_versions(client, tags=words) or find_versions(client)  # all of them, for the message
+    return sorted(_matching(versions, question), key=question.order)[: question.top]
 
 
 def _with_aliases(

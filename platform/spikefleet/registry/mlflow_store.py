@@ -15,7 +15,7 @@ from spikefleet.registry.lookup_index import INDEXED, entry_of, mark, mark_exper
 from spikefleet.registry.model_card import card_heading
 from spikefleet.registry.version import CHAMPION, CONTENT_HASH, RegisteredModel, RegisteredVersion, check_model_name
 from spikefleet.tracking.database import database_path
-from spikefleet.tracking.mlflow_client import check_tracking_uri, public_uri, quiet_mlflow
+from spikefleet.tracking.mlflow_client import EXTRA, check_tracking_uri, public_uri, quiet_mlflow
 from spikefleet.tracking.relocation import ready_database
 from spikefleet.tracking.server_problems import server_problem
 from spikefleet_tune.messages import one_of
@@ -55,7 +55,7 @@ def connect(tracking_uri: str) -> "Iterator[MlflowClient]":
             raise
         raise UserError(
             f"MLFLOW_TRACKING_URI={public_uri(tracking_uri)!r} needs the Python package {error.name!r}, which is not "
-            "installed; install it"
+            f"installed; install it, or {EXTRA}, which has what PostgreSQL and S3 need"
         ) from error
     except (MlflowException, OSError) as error:  # an artifact store raises errors of requests, which are OSErrors
         if isinstance(error, OSError) and (error.filename is not None or disk_problem(error) is not None):
