@@ -85,7 +85,7 @@ def _texts(value: Any) -> Iterator[str]:
         for inside in value:
             yield from _texts(inside)
     elif isinstance(value, BeforeAfter):
-        yield from (value.title, *(place for place in value.places if isinstance(place, str)))
+        yield from (value.title, value.label, *(place for place in value.places if isinstance(place, str)))
 
 
 def _save_message(text: str, path: Path) -> None:
@@ -395,7 +395,7 @@ def _draw_both(axis: Any, panel: BeforeAfter) -> None:
     if names and len(names) <= _NAMED_CLASSES:
         turned = {"rotation": 45, "ha": "right"} if max(map(len, names)) > _UPRIGHT else {}
         axis.set_xticks(range(len(names)), names, fontsize=7, **turned)
-    axis.set_ylabel(panel.label, fontsize=8)
+    axis.set_ylabel(drawable(panel.label), fontsize=8)
     axis.grid(axis="y", alpha=0.3)
 
 

@@ -35,9 +35,9 @@ def measured(number: int, results: Any, energy_mj: float = 1.0, **tags: str) -> 
     evaluation: Any = SimpleNamespace(predictions=[None] * count, targets=[None] * count)
     config: Any = SimpleNamespace(task="classification")
     nothing = cast(Any, None)
-    return Measured(
-        version(number, **tags), config, DATA, nothing, nothing, nothing, evaluation, results, {}, energy_mj
-    )
+    one = Measured(version(number, **tags), config, DATA, nothing, nothing, nothing, evaluation, results, {})
+    one.__dict__["energy_mj"] = energy_mj  # as if it had been measured
+    return one
 
 
 def answers(right: Sequence[bool], classes: Sequence[int] | None = None) -> Answers:

@@ -110,12 +110,14 @@ def draw_all(folder: Path, names: tuple[str, ...]) -> list[Path]:
     plots.energy_bars(
         [{"layer": name, "input": "real", "energy_mj": 1.0} for name in names], names[0], folder / "e.png"
     )
+    values = tuple(range(count))
+    plots.before_and_after([plots.BeforeAfter(names[0], names[0], names, values, values)], names[0], folder / "b.png")
     return sorted(folder.glob("*.png"))
 
 
 def test_every_plot_is_drawn_whatever_the_names_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     found = draw_all(tmp_path, NAMES)
-    assert len(found) == 6
+    assert len(found) == 7
     for path in found:
         with PIL.Image.open(path) as image:
             assert image.size != (900, 120), path  # the image of a plot that cannot be drawn

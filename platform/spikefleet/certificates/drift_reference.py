@@ -90,8 +90,8 @@ class Calibration(_Record):
 
     @classmethod
     def of(cls, answers: Iterable[tuple[float, bool]]) -> Self:
-        """Counts (confidence in [0, 1], whether it is right) of each answer."""
-        pairs = np.array(list(answers), np.float64).reshape(-1, 2)
+        """Counts (confidence in [0, 1], whether it is right) of each answer; NaN counts as no confidence."""
+        pairs = np.nan_to_num(np.array(list(answers), np.float64).reshape(-1, 2))
         bins = np.minimum((pairs[:, 0] * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
         counts, confidence, right = (
             np.bincount(bins, weights, CALIBRATION_BINS) for weights in (None, pairs[:, 0], pairs[:, 1])

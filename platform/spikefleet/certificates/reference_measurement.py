@@ -35,6 +35,7 @@ from spikefleet.training.evaluation import ChosenPlan
 from spikefleet.training.precision import autocast
 from spikefleet_models.energy import energy_card
 from spikefleet_models.neurons import spiking_nodes
+from spikefleet_models.reparam import deploy
 from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.loading import BatchLoader
 from spikefleet_pipelines.store.annotations import AnnotationColumns
@@ -260,9 +261,11 @@ def _rates_by_image(network: nn.Module) -> Iterator[dict[str, list[torch.Tensor]
 
 def _energies(network: nn.Module, loader: BatchLoader, rows: NDArray[np.int64], count: _Progress) -> Iterator[float]:
     """The energy of each image in mJ, counted as in energy cards of registered versions."""
-    device = next(network.parameters()).device
+    device, deployed = next(network.parameters()).device, network
     for row in rows.tolist():
         (batch,) = loader.epoch(ChosenPlan(len(loader.split), (row,)), epoch=0)
-        card = energy_card(network, [batch.images.to(device)], REGISTERED_CONSTANTS, twin_form=None)
+        card = energy_card(deployed, [batch.images.to(device)], REGISTERED_CONSTANTS, twin_form=None)
+        if card.form == "merged":
+            deployed = deploy(network)  # which counts the same, and need not be done for each image
         count(1)
         yield card.energy_mj

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -44,8 +45,11 @@ class Measured:
     """By image; None for a task whose answers are not compared by image."""
     details: Mapping[str, Any]
     """The evaluation as plain data, as `Task.details` returns it."""
-    energy_mj: float
-    """Per image, on gate images."""
+
+    @cached_property
+    def energy_mj(self) -> float:
+        """Energy per image in mJ, on gate images; measured when it is first asked for."""
+        return measure_energy(self.network, self.config.data.transform, self.gate, images=_ENERGY_IMAGES).energy_mj
 
     @property
     def metrics(self) -> Mapping[str, float]:
@@ -93,9 +97,7 @@ def measure(
     evaluation = evaluate(network.to(group.device), task, loader, config.train, group, progress)
     assert evaluation is not None, "rank 0 gets the predictions"
     network.to(torch.device("cpu"))
-    announce(f"measuring the energy of version {version.version}")
-    card = measure_energy(network, config.data.transform, gate, images=_ENERGY_IMAGES)
     predictions, targets = evaluation.predictions, evaluation.targets
     details = task.details(predictions, targets)
     results = task.per_image(predictions, targets)
-    return Measured(version, config, data, network, task, gate, evaluation, results, details, card.energy_mj)
+    return Measured(version, config, data, network, task, gate, evaluation, results, details)

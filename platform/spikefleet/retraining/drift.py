@@ -311,12 +311,13 @@ def _by_name(reference: DriftReference, names: list[str]) -> Counts:
 
 def _images(before: DriftReference, after: DriftReference) -> Iterator[Measure]:
     """Properties of images and objects."""
-    for name in (name for name in before.distributions if name in after.distributions):
+    for name, shown in _SHOWN.items():
+        if name not in before.distributions or name not in after.distributions:
+            continue
         one, other = before.distributions[name], after.distributions[name]
         counts = np.array(one.counts, np.int64), np.array(other.counts, np.int64)
         groups = grouped(*counts)
         distance, p = kolmogorov_smirnov(*counts)
-        shown = _SHOWN[name]
         yield Measure(
             name,
             "PSI",

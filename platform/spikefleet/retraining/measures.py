@@ -79,7 +79,8 @@ def chance_of_index(before: Counts, after: Counts) -> float:
     from scipy.special import chdtri
 
     freedom = int(((before + after) > 0).sum()) - 1
-    return 0.0 if freedom < 1 else float(chdtri(freedom, RARE)) * (1 / before.sum() + 1 / after.sum())
+    sizes = 1 / int(before.sum()) + 1 / int(after.sum())
+    return 0.0 if freedom < 1 else float(chdtri(freedom, RARE)) * sizes
 
 
 def kolmogorov_smirnov(before: Counts, after: Counts) -> tuple[float, float]:

@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from spikefleet import registry
+from spikefleet.certificates.drift_reference import REFERENCE, DriftReference
 from spikefleet.config.recipes import override_config, parse_config
 from spikefleet.config.renamed import with_current_keys
 from spikefleet.config.schema import Config
@@ -275,9 +276,10 @@ class _Retraining:
             with package_files(base.uri, self._uri) as (directory, content_hash):
                 network, _ = load_network(directory, content_hash)
                 config = parse_config(with_current_keys(read_config(directory)), origin=base.uri)
+                held = DriftReference.read(directory) if (directory / REFERENCE).is_file() else None
                 summary = DataSummary.read(directory)
             before = _store_of(summary.content_hash, config, self._options.stores_dir)
-            report = measure_drift(before or summary, store, "train", network, config, progress=progress)
+            report = measure_drift(before or held or summary, store, "train", network, config, progress=progress)
         write_json(folder / DRIFT, report.to_json())
         draw_drift(report, folder / DRIFT_PLOT)
         return report

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from spikefleet import registry
 from spikefleet.certificates.certify import Certificates
+from spikefleet.certificates.drift_reference import REFERENCE
+from spikefleet.certificates.reference_measurement import reference_of
 from spikefleet.config.schema import Config
 from spikefleet.gates.promoting import promote_through_gates
 from spikefleet.registry.api import Promotion
@@ -25,6 +27,7 @@ def register_run(
     run_id: str,
     tracking_uri: str,
     *,
+    store: Store,
     certificates: Certificates,
     evaluation: Path,
     validation: Mapping[str, float],
@@ -37,6 +40,7 @@ def register_run(
         run: its directory.
         run_id: MLflow's id of the run.
         tracking_uri: of the registry.
+        store: its data.
         certificates: of the best checkpoint.
         evaluation: file of its evaluation on the test split.
         validation: its metrics on the validation split, by name; empty without one.
@@ -48,7 +52,8 @@ def register_run(
     Raises:
         UserError: the checkpoint is damaged, or the registry fails.
     """
-    data = run.data()
+    data, report = run.data(), run.path / "report"
+    reference_of(store).write(report)  # what a drift report compares with, when the data have changed
     return registry.register(
         config.registered_name(data.dataset),
         weights=best_weights(run.best_checkpoint()),
@@ -72,6 +77,7 @@ def register_run(
         tracking_uri=tracking_uri,
         extra_files={
             evaluation.name: evaluation,
+            REFERENCE: report / REFERENCE,
             **{path.name: path for path in certificates.files},
         },
     )

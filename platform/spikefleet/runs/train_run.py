@@ -232,6 +232,7 @@ def _register_once(
             run,
             run_id,
             tracking_uri,
+            store=store,
             certificates=certificates,
             evaluation=evaluation,
             validation=record["validation"],

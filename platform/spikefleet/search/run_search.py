@@ -348,6 +348,7 @@ def register_trial(result: SearchResult, chosen: str, options: Options, console:
             run,
             tracker.run_id,
             tracking_uri,
+            store=store,
             certificates=certificates,
             evaluation=evaluation,
             validation=done["validation"],
