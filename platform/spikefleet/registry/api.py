@@ -45,7 +45,7 @@ from spikefleet.registry.package import (
 from spikefleet.registry.package_access import is_registered, package_files, registry_uri, scratch_directory
 from spikefleet.registry.promotion import Mode
 from spikefleet.registry.question import Question
-from spikefleet.registry.reindex import Reindexed, reindex
+from spikefleet.registry.reindexing import Reindexed, reindex
 from spikefleet.registry.renewal import renew
 from spikefleet.registry.serving_code import serving_code
 from spikefleet.registry.version import CONTENT_HASH, RegisteredModel, RegisteredVersion, check_model_name

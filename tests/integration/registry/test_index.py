@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import operator
 import random
 import shutil
@@ -11,10 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from typer.testing import CliRunner
 
+from spikefleet.cli import app
 from spikefleet.errors import UserError
 from spikefleet.registry.api import RegisteredVersion, ranked, reindex
-from spikefleet.registry.lookup_index import INDEXED, is_complete
+from spikefleet.registry.lookup_index import EXPERIMENT, INDEXED, VERSION, is_complete
 from spikefleet.registry.mlflow_store import find_versions
 from support.made_versions import ManyVersions, counted_statements, database_in, without_fsync
 
@@ -311,6 +314,23 @@ def test_a_copy_and_a_version_without_its_logged_model_are_found(many: ManyVersi
     assert best_of(many)[0] == [place]
 
 
+def test_what_was_deleted_beside_a_version_is_made_again_by_reindex(many: ManyVersions) -> None:
+    places = [add_usual(many, value / 10) for value in range(1, 4)]
+    client = many.client
+    (experiment,) = client.search_experiments(filter_string=f"tags.{EXPERIMENT} = '1'")
+    logged = {m.tags[VERSION]: m.model_id for m in client.search_logged_models([experiment.experiment_id])}
+    client.delete_logged_model(logged["plain/3"])
+    assert best_of(many) == ([places[1]], [])  # nothing tells that
+    assert reindex(tracking_uri=many.uri).indexed == 1
+    assert best_of(many) == ([places[2]], [])
+    assert reindex(tracking_uri=many.uri).indexed == 0
+    client.delete_experiment_tag(experiment.experiment_id, EXPERIMENT)
+    found, (said,) = best_of(many)
+    assert (found, "no experiment has the tag" in said) == ([places[2]], True)
+    assert reindex(tracking_uri=many.uri).indexed == 0
+    assert best_of(many) == ([places[2]], [])
+
+
 def test_a_deleted_experiment_hides_no_version(many: ManyVersions) -> None:
     place = add_usual(many, 0.9)
     many.client.delete_experiment(many.client.get_experiment_by_name("many").experiment_id)
@@ -342,3 +362,34 @@ def test_the_number_of_statements_does_not_grow_with_the_number_of_versions(many
     eligible = [v for v in versions if v.metrics["energy_mj"] < 60 and v.tags["timesteps"] in ("1", "2")]
     expected = sorted(eligible, key=lambda v: -v.metrics["val/top1"])[:5]
     assert best_of(many, wheres[1], top=5) == ([(v.name, v.version) for v in expected], [])
+
+
+def test_the_commands_print_a_table_json_and_what_was_indexed(
+    many: ManyVersions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", many.uri)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*words: str) -> tuple[str, str]:
+        done = CliRunner().invoke(app, ["registry", *words])
+        assert done.exit_code == 0, done.output
+        return done.stdout, done.stderr
+
+    facts = {"bound": "4", "data_hash": "abcdef" * 10}
+    many.add("plain", {"timesteps": "2", **facts}, {"val/top1": 0.8, "test/top1": 0.7, "energy_mj": 3.5})
+    many.add("plain", {"timesteps": "4", **facts}, {"val/top1": 0.9, "energy_mj": 2.5}, indexed=False)
+    many.add("plain", {"timesteps": "4", "spike_driven": "refuted"}, {"val/top1": 0.99})
+    many.client.set_registered_model_alias("plain", "champion", "1")
+    asked = ("best", "--task", "classification", "--dataset", "digits", "--metric", "top1", "--where", "params_m<25")
+    table, said = call(*asked, "--top", "5")
+    assert "reading all versions: some are not indexed; `spikefleet registry reindex`" in " ".join(said.split())
+    lines = [line.split() for line in table.splitlines() if "plain/" in line]
+    assert [[cell for cell in line if cell not in "│┃"][:9] for line in lines] == [
+        ["plain/2", "-", "90.00%", "-", "4", "4", "2.5", "308074", "abcdefabcdef"],
+        ["plain/1", "champion", "80.00%", "70.00%", "2", "4", "3.5", "308074", "abcdefabcdef"],
+    ]
+    assert call("reindex")[0] == "1 of 3 versions indexed; 2 were indexed before\n"
+    assert call("reindex")[0] == "0 of 3 versions indexed; 3 were indexed before\n"
+    answer, said = call(*asked, "--top", "2", "--any-proof", "--json")
+    assert [version["uri"] for version in json.loads(answer)] == ["models:/plain/3", "models:/plain/2"]
+    assert "reading" not in said

@@ -82,9 +82,9 @@ def _index(client: MlflowClient, version: RegisteredVersion, versions: int) -> b
         raise _CannotBeIndexedError("a tag and a metric of one name are different numbers")
     run = client.get_run(version.run_id).info
     model = _own_model(client, version) or _found_model(client, version, run.experiment_id)
+    mark_experiment(client, run.experiment_id)
     if model is not None and INDEXED in version.tags and _says(model, version, entry):
         return False
-    mark_experiment(client, run.experiment_id)
     if model is None:
         model = client.create_logged_model(
             run.experiment_id, name="index", source_run_id=version.run_id, model_type="spikefleet-index"
