@@ -314,6 +314,15 @@ def test_a_copy_and_a_version_without_its_logged_model_are_found(many: ManyVersi
     assert best_of(many)[0] == [place]
 
 
+def test_a_name_that_is_a_validation_metric_of_some_and_a_metric_of_others(many: ManyVersions) -> None:
+    usual = {"timesteps": "2"}
+    first = many.add("plain", usual, {"val/top1": 0.9, "energy_mj": 3.0})
+    second = many.add("plain", usual, {"val/top1": 0.1, "top1": 0.85, "energy_mj": 2.0})
+    many.add("plain", usual, {"val/top1": 0.95, "top1": 0.2, "energy_mj": 1.0})
+    assert best_of(many, "top1>0.8", top=3) == ([first, second], [])
+    assert best_of(many, "val/top1>0.8", top=3)[0] == [first, ("plain", 3)]
+
+
 def test_what_was_deleted_beside_a_version_is_made_again_by_reindex(many: ManyVersions) -> None:
     places = [add_usual(many, value / 10) for value in range(1, 4)]
     client = many.client
