@@ -18,10 +18,10 @@ from spikefleet.disks import disk_problem
 from spikefleet.errors import UserError
 from spikefleet.plugins import loaded_plugins
 from spikefleet.registry.aliases import Promotion, keep_as_challenger, promote, refused_alias, rollback, settle
-from spikefleet.registry.flaws import flaw_tag
-from spikefleet.registry.history import Change, History, read_history
+from spikefleet.registry.flaws import FLAW, flaw_tag
+from spikefleet.registry.history import Change, History, load_history, read_history
 from spikefleet.registry.lookup import find_best
-from spikefleet.registry.mlflow_model import save_for_mlflow
+from spikefleet.registry.mlflow_model import save_for_mlflow, serving_files_tag
 from spikefleet.registry.mlflow_store import (
     METRIC_PREFIX,
     connect,
@@ -36,6 +36,8 @@ from spikefleet.registry.package import (
     CARD,
     CODE,
     CONFIG,
+    Card,
+    check_sections,
     load_network,
     read_card,
     read_config,
@@ -52,6 +54,7 @@ from spikefleet.registry.version import CONTENT_HASH, RegisteredModel, Registere
 
 if TYPE_CHECKING:
     import torch
+    from mlflow import MlflowClient
 
 __all__ = [
     "Change",
@@ -122,9 +125,11 @@ def register(
         origin = {"dataset": data.dataset, "data_hash": data.content_hash}
         given = {key: str(value) for key, value in {**origin, **tags}.items()}
         data.write(scratch)
-        metadata = {"run_id": run_id, "tags": given, "metrics": dict(metrics), "plugins": list(loaded_plugins())}
         (scratch / CODE).write_bytes(serving_code().archive())
         files = {DATA_SUMMARY: scratch / DATA_SUMMARY, **(extra_files or {}), CODE: scratch / CODE}
+        check_sections(config, "the configuration of a registered model")
+        given |= flaw_tag(config, data, metrics, files)
+        metadata = {"run_id": run_id, "tags": given, "metrics": dict(metrics), "plugins": list(loaded_plugins())}
         card = write_package(package, weights, config, files, metadata)
         network, _ = load_network(package)
         model = parse_model(config["model"], "the configuration of a registered model")
@@ -136,10 +141,10 @@ def register(
         derived = {
             key: str(value) for key, value in {**model.tags(), "task": config["task"], "parameters": parameters}.items()
         }
-        flaw = flaw_tag(config, data, metrics, files)
-        all_tags = {**derived, **given, **flaw, **measured, CONTENT_HASH: card.content_hash}
+        all_tags = {**derived, **given, **measured, CONTENT_HASH: card.content_hash}
         save_for_mlflow(package, scratch / "model", config, data, card)
-        text = description_of(name, package, card)
+        all_tags |= serving_files_tag(scratch / "model")
+        text = description_of(name, package, card, given.get(FLAW))
         return publish(client, name, scratch / "model", run_id, all_tags, text, tracking_uri)
 
 
@@ -205,7 +210,8 @@ def card_text(uri: str | Path, *, tracking_uri: str | None = None) -> str:
         UserError: the version does not exist, or its files have changed.
     """
     if not is_registered(uri):
-        return model_card(Path(uri).name, Path(uri), verify_package(Path(uri)))
+        card = verify_package(Path(uri))
+        return model_card(Path(uri).name, Path(uri), card, _flaw_of(Path(uri), card))
     with connect(registry_uri(tracking_uri)) as client, scratch_directory() as scratch:
         version = resolve(client, str(uri))
         download(client, version, CARD, scratch)
@@ -213,7 +219,28 @@ def card_text(uri: str | Path, *, tracking_uri: str | None = None) -> str:
         for name in (CONFIG, DATA_SUMMARY, *CARD_SOURCES):
             if name in listed:
                 download(client, version, name, scratch)
-        return model_card(version.uri, scratch, read_card(scratch, version.content_hash))
+        read = read_card(scratch, version.content_hash)
+        return model_card(version.uri, scratch, read, version.tags.get(FLAW), _standing(client, version))
+
+
+def _flaw_of(package: Path, card: Card) -> str | None:
+    """The flaw of a pulled package, by the rules of its registration."""
+    files = {name: package / name for name in card.sha256}
+    return flaw_tag(read_config(package), DataSummary.read(package), card.metadata["metrics"], files).get(FLAW)
+
+
+def _standing(client: "MlflowClient", version: RegisteredVersion) -> list[str]:
+    """What the registry says of a version, in sentences: its aliases, since when, and why."""
+    if not version.aliases:
+        return []
+    history = load_history(client, version.name)
+    said = []
+    for alias in version.aliases:
+        moves = [change for change in history.changes if change.alias == alias]
+        known = bool(moves) and moves[-1].after == version.version
+        why = f" since {moves[-1].at} ({moves[-1].action}): {moves[-1].why}" if known else ""
+        said.append(f"It is the {alias} of {version.name}{why}")
+    return said if history.damage is None else [*said, f"The history of its model is damaged: {history.damage}"]
 
 
 def pull(uri: str, out: Path, *, tracking_uri: str | None = None) -> Path:

@@ -119,9 +119,13 @@ def download(
         if isinstance(error, MlflowException):
             raise
         raise UserError(f"the files of {version.uri} cannot be downloaded: {error}") from error
-    for file in found.iterdir() if found.is_dir() else [found]:
-        if file.parent != directory:
+    if not found.is_dir():
+        found.replace(directory / found.name)
+    elif found != directory:
+        inside = found.replace(directory / ".downloaded")  # it may hold a directory of its own name
+        for file in inside.iterdir():
             file.replace(directory / file.name)
+        inside.rmdir()
 
 
 def resolve(client: "MlflowClient", uri: str) -> RegisteredVersion:

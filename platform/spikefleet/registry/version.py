@@ -15,6 +15,9 @@ CHAMPION: Final = "champion"
 CHALLENGER: Final = "challenger"
 CONTENT_HASH = "spikefleet.content_hash"
 
+SERVING_FILES = "spikefleet.serving_files"
+"""Tag with the SHA-256 of each file of MLflow's model directory beside the package: MLmodel, loader, requirements."""
+
 SPIKE_DRIVEN = "spike_driven"
 """Tag with the verdict of `certificates.spike_check`."""
 

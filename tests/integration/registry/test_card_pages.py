@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import mlflow
@@ -61,3 +62,18 @@ def test_show_card_prints_it(first: Trained, runs: Path, tmp_path: Path, monkeyp
     assert "no alias 'champion'; none of its versions has one; name the version, for example models:/card_shown/1" in (
         refused
     )
+
+
+def test_the_card_says_what_is_wrong_with_a_version_and_why_it_is_champion(first: Trained, tmp_path: Path) -> None:
+    flawed = first.again(60, tmp_path).register("card_flawed", 0.05)
+    sentence = f"**Must not be used: {flawed.tags['flaw']}.**"
+    assert sentence in card_text(flawed.uri, tracking_uri=first.uri)
+    assert sentence in mlflow.MlflowClient(first.uri).get_model_version("card_flawed", "1").description
+    assert sentence in card_text(pull(flawed.uri, tmp_path / "card_flawed", tracking_uri=first.uri))
+    sound = first.again(61, tmp_path).register("card_flawed", 0.9)
+    assert "It is the champion" not in card_text(sound.uri, tracking_uri=first.uri)
+    outcome = promote("card_flawed", sound.version, "val/top1", tracking_uri=first.uri)
+    text = card_text("models:/card_flawed@champion", tracking_uri=first.uri)
+    assert re.search(r"\* It is the champion of card_flawed since 20\S+ \(promoted\): ", text)
+    assert outcome.reason in text
+    assert "Must not be used" not in text
