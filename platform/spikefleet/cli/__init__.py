@@ -12,6 +12,7 @@ from functools import partial
 
 from spikefleet.cli import (
     completion,
+    export,
     gradients,
     inference,
     inspection,
@@ -36,6 +37,7 @@ app.add_typer(tracking_app, name="tracking")
 
 __all__ = [
     "app",
+    "export",
     "gradients",
     "inference",
     "inspection",

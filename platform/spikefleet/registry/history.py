@@ -34,6 +34,9 @@ HEAD: Final = "spikefleet.history"
 RUN: Final = "spikefleet.history_run"
 """Tag of a registered model: the run that has the entries."""
 
+EXPERIMENT: Final = "spikefleet-registry"
+"""MLflow experiment of the histories of all models."""
+
 _FOLDER = "history"
 
 
@@ -223,14 +226,30 @@ def _artifacts(client: MlflowClient, run_id: str) -> ArtifactRepository:
 
 
 def _create_run(client: MlflowClient, name: str) -> str:
-    """Makes the run `registry-NAME` in the experiment of the model's first version."""
-    versions = client.search_model_versions(f"name = '{name}'", order_by=["version_number ASC"], max_results=1)
-    experiment = client.get_run(versions[0].run_id).info.experiment_id
+    """Makes the run `registry-NAME` in an experiment of its own, so that it is not listed among trainings."""
     note = f"The history of the aliases of registered model {name}, in its artifacts."
-    run = client.create_run(experiment, run_name=f"registry-{name}", tags={"mlflow.note.content": note})
+    run = client.create_run(_experiment(client, name), run_name=f"registry-{name}", tags={"mlflow.note.content": note})
     client.set_terminated(run.info.run_id)
     client.set_registered_model_tag(name, RUN, run.info.run_id)
     return str(run.info.run_id)
+
+
+def _experiment(client: MlflowClient, name: str) -> str:
+    """The experiment of histories, whose artifacts lie where those of the model's trainings do."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(EXPERIMENT)
+    if found is None:
+        version = client.search_model_versions(f"name = '{name}'", max_results=1)[0]
+        trained = client.get_experiment(client.get_run(version.run_id).info.experiment_id)
+        place = None if client.tracking_uri.startswith("http") else trained.artifact_location  # a server decides itself
+        try:
+            return str(client.create_experiment(EXPERIMENT, artifact_location=place))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            found = client.get_experiment_by_name(EXPERIMENT)
+    return str(found.experiment_id)
 
 
 def _user() -> str:
