@@ -12,8 +12,8 @@ from spikefleet.config.messages import did_you_mean
 from spikefleet.disks import disk_problem
 from spikefleet.errors import UserError
 from spikefleet.registry.lookup_index import INDEXED, entry_of, mark, mark_experiment, write_numbers
-from spikefleet.registry.model_card import card_heading
 from spikefleet.registry.version import CHAMPION, CONTENT_HASH, RegisteredModel, RegisteredVersion, check_model_name
+from spikefleet.registry.version_page import champion_version, describe_champion
 from spikefleet.tracking.database import database_path
 from spikefleet.tracking.mlflow_client import EXTRA, check_tracking_uri, public_uri, quiet_mlflow
 from spikefleet.tracking.relocation import ready_database
@@ -75,20 +75,13 @@ def set_alias(client: "MlflowClient", name: str, alias: str, version: int) -> No
     """
     from mlflow.exceptions import MlflowException
 
+    before = champion_version(client, name) if alias == CHAMPION else None
     try:
         client.set_registered_model_alias(name, alias, str(version))
     except MlflowException:
         client.set_registered_model_alias(name, alias, str(version))
     if alias == CHAMPION:
-        _describe_model(client, name, version)
-
-
-def _describe_model(client: "MlflowClient", name: str, version: int) -> None:
-    """Shows the card of the champion as the description of its model, unless somebody wrote another one."""
-    text, heading = client.get_model_version(name, str(version)).description, card_heading(name)
-    shown = client.get_registered_model(name).description
-    if text and text.startswith(heading) and (not shown or shown.startswith(heading)):
-        client.update_registered_model(name, description=text)
+        describe_champion(client, name, version, before)
 
 
 def download(

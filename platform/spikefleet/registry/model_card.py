@@ -101,7 +101,11 @@ def _sections(package: Path, metadata: Mapping[str, Any]) -> dict[str, Iterator[
 
 def description_of(name: str, package: Path, card: Card, flaw: str | None = None) -> str:
     """The card as a description for MLflow, whose database keeps 5,000 characters."""
-    text = model_card(name, package, card, flaw)
+    return fitted_description(model_card(name, package, card, flaw))
+
+
+def fitted_description(text: str) -> str:
+    """A description cut at a line to what MLflow's database keeps."""
     if len(text) <= MOST_CHARACTERS:
         return text
     rest = "\n\nMore: `spikefleet registry show --card`\n"

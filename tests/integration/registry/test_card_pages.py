@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from spikefleet.cli import app
 from spikefleet.registry.api import card_text, promote, pull
+from spikefleet.registry.mlflow_store import set_alias
 from support.registered import Trained
 
 
@@ -42,6 +43,32 @@ def test_a_new_champion_is_described_and_what_a_person_wrote_stays(
         assert (text == "Ask Ada before you deploy it.") == (number == 3)
         if number < 3:
             assert text == client.get_model_version("described", str(number)).description
+
+
+def test_a_champion_says_why_on_its_page_and_on_that_of_its_model(
+    first: Trained, client: mlflow.MlflowClient, tmp_path: Path
+) -> None:
+    for number in (1, 2):
+        first.again(number, tmp_path).register("explained", 0.5 + number / 10)
+    card = client.get_model_version("explained", "2").description
+    set_alias(client, "explained", "champion", 1)
+    client.set_model_version_tag("explained", "1", "rolled_back", "reads 7 as 1")
+    client.set_model_version_tag("explained", "2", "promoted_because", "better by 2 points")
+    client.set_model_version_tag("explained", "2", "previous_champion", "1")
+    set_alias(client, "explained", "champion", 2)
+    shown = client.get_model_version("explained", "2").description
+    assert shown != card
+    assert "**Became champion**, in place of [explained version 1](" in shown
+    assert "better by 2 points." in shown
+    assert client.get_registered_model("explained").description == shown
+    assert (
+        "**Rolled back**, and no more champion: reads 7 as 1." in client.get_model_version("explained", "1").description
+    )
+    client.update_model_version("explained", "1", description="Ada knows")
+    set_alias(client, "explained", "champion", 1)
+    assert client.get_model_version("explained", "1").description == "Ada knows"
+    set_alias(client, "explained", "challenger", 2)
+    assert client.get_model_version("explained", "2").description == shown
 
 
 def test_show_card_prints_it(first: Trained, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
