@@ -8,8 +8,7 @@ Python file of the version, so anyone with write access to the registry can run 
 import math
 import shutil
 import tempfile
-from collections.abc import Mapping
-from datetime import datetime
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from spikefleet.plugins import loaded_plugins
 from spikefleet.registry.aliases import Promotion, keep_as_challenger, promote, refused_alias, rollback, settle
 from spikefleet.registry.flaws import FLAW, flaw_tag
 from spikefleet.registry.history import Change, History, load_history, read_history
+from spikefleet.registry.lookup import find_best
 from spikefleet.registry.mlflow_model import save_for_mlflow, serving_files_tag
 from spikefleet.registry.mlflow_store import (
     METRIC_PREFIX,
@@ -46,11 +46,11 @@ from spikefleet.registry.package import (
 )
 from spikefleet.registry.package_access import is_registered, package_files, registry_uri, scratch_directory
 from spikefleet.registry.promotion import Mode
-from spikefleet.registry.query import parse_where
+from spikefleet.registry.question import Question
+from spikefleet.registry.reindexing import Reindexed, reindex
 from spikefleet.registry.renewal import renew
 from spikefleet.registry.serving_code import serving_code
 from spikefleet.registry.version import CONTENT_HASH, RegisteredModel, RegisteredVersion, check_model_name
-from spikefleet_tune.messages import one_of
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +62,7 @@ __all__ = [
     "Promotion",
     "RegisteredModel",
     "RegisteredVersion",
+    "Reindexed",
     "best",
     "card_text",
     "describe",
@@ -70,9 +71,11 @@ __all__ = [
     "load",
     "promote",
     "pull",
+    "ranked",
     "read_history",
     "refused_alias",
     "register",
+    "reindex",
     "renew",
     "rollback",
     "settle",
@@ -312,11 +315,32 @@ def best(
     where: str | None = None,
     mode: Mode = "max",
     *,
+    any_proof: bool = False,
     tracking_uri: str | None = None,
 ) -> RegisteredVersion:
-    """The version with the best metric; of equal ones a champion (a renewed copy is one), else the oldest.
+    """The version with the best metric: the first of `ranked`, whose arguments these are.
 
-    Versions with a flaw (`flaws`) are left out.
+    Raises:
+        UserError: `where` is not a condition or names an unknown key, or no version matches.
+    """
+    return ranked(task, metric, dataset, where, mode, top=1, any_proof=any_proof, tracking_uri=tracking_uri)[0]
+
+
+def ranked(
+    task: str,
+    metric: str,
+    dataset: str | None = None,
+    where: str | None = None,
+    mode: Mode = "max",
+    *,
+    top: int,
+    any_proof: bool = False,
+    tracking_uri: str | None = None,
+    announce: Callable[[str], None] | None = None,
+) -> list[RegisteredVersion]:
+    """The versions with the best metric, the best first; of equal ones a champion, else the oldest.
+
+    A renewed copy of a champion is one. Versions with a flaw (`flaws`) are left out.
 
     Args:
         task: only versions of this task.
@@ -324,47 +348,15 @@ def best(
         dataset: only versions trained on this data set.
         where: only versions that satisfy this condition on tags and metrics; see `query.parse_where`.
         mode: `max` or `min`.
+        top: how many versions, at most.
+        any_proof: also versions whose spike-driven form is not proved; else only those that are proved, and networks
+            without spikes.
         tracking_uri: of the registry; by default MLFLOW_TRACKING_URI, else SQLite in ./runs.
+        announce: is told in one line why all versions are read, where the index of the registry cannot answer.
 
     Raises:
-        UserError: `where` is not a condition or names an unknown key, or no version matches.
+        UserError: `where` is not a condition or names an unknown key, no version matches, or `top` is below 1.
     """
-    if where is not None:
-        parse_where(where)  # check the syntax before the first request
+    question = Question(task, metric, dataset, where, mode, top, any_proof)
     with connect(registry_uri(tracking_uri)) as client:
-        versions = find_versions(client)
-    versions = _narrow(versions, "task", task)
-    if dataset is not None:
-        versions = _narrow(versions, "dataset", dataset)
-    versions = _without_flaws(versions)
-    if where is not None:
-        query = parse_where(where, {key for version in versions for key in version.metadata()})
-        versions = [version for version in versions if query.holds(version.metadata())]
-        if not versions:
-            raise UserError(f"no version for task {task!r} satisfies where {where!r}")
-    values = [(version, value) for version in versions if (value := version.metric(metric)) is not None]
-    if not values:
-        known = sorted({name for version in versions for name in version.metrics})
-        raise UserError(f"no matching version has the metric {metric!r}; {one_of(known)}")
-    sign = -1 if mode == "max" else 1
-
-    def rank(pair: tuple[RegisteredVersion, float]) -> tuple[float, bool, datetime, str, int]:
-        version, value = pair
-        return sign * value, "champion" not in version.aliases, version.created, version.name, version.version
-
-    return min(values, key=rank)[0]
-
-
-def _without_flaws(versions: list[RegisteredVersion]) -> list[RegisteredVersion]:
-    kept = [version for version in versions if FLAW not in version.tags]
-    if not kept:
-        raise UserError(f"every matching version has a flaw; of {versions[0].uri}: {versions[0].tags[FLAW]}")
-    return kept
-
-
-def _narrow(versions: list[RegisteredVersion], key: str, wanted: str) -> list[RegisteredVersion]:
-    kept = [version for version in versions if version.tags.get(key) == wanted]
-    if not kept:
-        known = sorted({version.tags[key] for version in versions if key in version.tags})
-        raise UserError(f"no version is registered for {key} {wanted!r}; {one_of(known)}")
-    return kept
+        return find_best(client, question, announce)
