@@ -227,8 +227,7 @@ def test_killed_after_each_step_it_resumes_and_ends_the_same(desk: Desk, monkeyp
     steps_recorded = [sorted(after - before) for before, after in pairwise(written)]
     assert steps_recorded == [["runs", "scores"], ["candidate"], ["verdict"], ["reason", "word"]]
     assert deaths == 5
-    assert len(trainings) == 2, "the run is opened once more after the kill between training and its record"
-    assert len(set(trainings)) == 1
+    assert len(trainings) == 1
     assert desk.aliases() == ({"champion": 2} if outcome.word == "promoted" else {"champion": 1, "challenger": 2})
     assert len(list((desk.options.runs_dir / "retrainings").glob("*/retrain.json"))) == 1
     assert len(registry.show(MODEL, tracking_uri=desk.uri).versions) == 2
