@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from spikefleet.cli import app
 from spikefleet.cli.app import _ORDER
@@ -59,3 +60,9 @@ def test_the_help_has_the_commands_in_the_order_of_use_and_its_paragraphs_in_one
     assert set(names) == set(_ORDER)
     spike_check = command.get_command(context, "spike-check")
     assert [part.count("\n") for part in spike_check.help.split("\n\n")] == [0, 0]
+
+
+def test_the_help_of_an_export_names_the_extra_that_it_needs() -> None:
+    """Square brackets are markup of the help, which leaves unknown ones out."""
+    shown = CliRunner().invoke(app, ["registry", "export", "--help"]).output
+    assert "spikefleet[export]" in shown.replace("\n", "")

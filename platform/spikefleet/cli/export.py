@@ -38,10 +38,10 @@ def export_registered(
     runs_dir: RunsDir = Path("runs"),
     stores_dir: StoresDir = Path("stores"),
 ) -> None:
-    """Write a network for other programs, and compare the file with it on real images.
+    r"""Write a network for other programs, and compare the file with it on real images.
 
     A file that differs is refused, and nothing is left. Hash and comparison are kept with a registered version. ONNX
-    and NIR need spikefleet[export].
+    and NIR need spikefleet\[export].
     """
     from spikefleet.export.extras import check_extras
 
