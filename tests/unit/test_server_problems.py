@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import http.server
+import re
+import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,10 @@ from typer.testing import CliRunner
 from spikefleet.cli import app
 from spikefleet.errors import UserError
 from spikefleet.registry import list_models
+from spikefleet.registry.mlflow_store import connect
 from spikefleet.tracking.mlflow_client import check_tracking_uri, public_uri
-from spikefleet.tracking.server_problems import server_cause, server_problem
+from spikefleet.tracking.relocation import ready_database
+from spikefleet.tracking.server_problems import database_problem, server_cause, server_problem
 
 
 @contextmanager
@@ -113,3 +117,37 @@ def test_an_address_without_a_host_is_refused(uri: str) -> None:
     with pytest.raises(UserError, match="names no host"):
         check_tracking_uri(uri)
     check_tracking_uri("http://[::1]:5000")
+
+
+@pytest.mark.parametrize(
+    ("pragma", "says"),
+    [
+        ("max_page_count = 1", r"mlflow\.db cannot be written: the disk at .* is full .* free space there"),
+        ("query_only = 1", r"mlflow\.db cannot be written: it, or its disk, is read-only; make it writable"),
+    ],
+)
+def test_a_database_that_cannot_be_written_is_named_with_its_remedy(pragma: str, says: str, tmp_path: Path) -> None:
+    """SQLite's own limit of pages stands for a full disk, and its read-only mode for a disk that is mounted so."""
+    database = tmp_path / "mlflow.db"
+    with closing(sqlite3.connect(database)) as connection:
+        connection.execute(f"PRAGMA {pragma}")
+        with pytest.raises(sqlite3.OperationalError) as refused:
+            connection.execute("CREATE TABLE runs (name TEXT)")
+    sentence = database_problem(OSError(f"(sqlite3.OperationalError) {refused.value}"), database)
+    assert sentence is not None
+    assert re.search(says, sentence), sentence
+    assert database_problem(OSError(str(refused.value)), database) is None  # of another library
+    assert database_problem(OSError("(sqlite3.OperationalError) no such table: runs"), database) is None
+
+
+def test_an_error_of_the_database_is_one_sentence_without_mlflows_stack(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    ready_database(uri)
+    with pytest.raises(UserError, match="no such table: registered_models"), connect(uri) as client:
+        client.search_registered_models()  # opens the database
+        with closing(sqlite3.connect(tmp_path / "mlflow.db")) as connection:
+            connection.execute("DROP TABLE registered_models")
+        client.create_registered_model("x")
+    assert "Traceback" not in capfd.readouterr().err

@@ -17,7 +17,7 @@ from spikefleet.registry.version_page import champion_version, describe_champion
 from spikefleet.tracking.database import database_path
 from spikefleet.tracking.mlflow_client import EXTRA, check_tracking_uri, public_uri, quiet_mlflow
 from spikefleet.tracking.relocation import ready_database
-from spikefleet.tracking.server_problems import server_problem
+from spikefleet.tracking.server_problems import database_problem, server_problem
 from spikefleet_tune.messages import one_of
 
 if TYPE_CHECKING:
@@ -61,6 +61,8 @@ def connect(tracking_uri: str) -> "Iterator[MlflowClient]":
         if isinstance(error, OSError) and (error.filename is not None or disk_problem(error) is not None):
             raise  # of a file of ours, which the command line names
         if (sentence := server_problem(error, tracking_uri)) is not None:
+            raise UserError(sentence) from error
+        if database is not None and (sentence := database_problem(error, database)) is not None:
             raise UserError(sentence) from error
         reason = str(error).splitlines()[0][:300]
         shown = public_uri(tracking_uri)

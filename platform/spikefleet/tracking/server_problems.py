@@ -1,9 +1,12 @@
-"""Why a tracking server cannot be used, in a few words: MLflow quotes the whole stack of its HTTP client."""
+"""Why a tracking server or database cannot be used, in a few words: MLflow quotes whole stacks of its libraries."""
 
 from __future__ import annotations
 
+import errno
 import re
+from pathlib import Path
 
+from spikefleet.disks import disk_problem
 from spikefleet.tracking.mlflow_client import public_uri
 
 _START = "start it, or check MLFLOW_TRACKING_URI"
@@ -40,6 +43,26 @@ def server_cause(error: BaseException) -> tuple[str, str] | None:
     for pattern, cause, remedy in _CAUSES:
         if found := re.search(pattern, text, re.DOTALL):
             return cause.format(next(filter(None, found.groups()), "")), remedy
+    return None
+
+
+def database_problem(error: BaseException, database: Path) -> str | None:
+    """The sentence for an error of an SQLite database that its disk is the cause of; None for any other error.
+
+    Args:
+        error: of MLflow.
+        database: its file.
+    """
+    if "sqlite3." not in (text := str(error)):
+        return None
+    if "database or disk is full" in text:
+        return disk_problem(OSError(errno.ENOSPC, ""), database)
+    if "readonly database" in text:
+        return (
+            f"{database} cannot be written: it, or its disk, is read-only; make it writable, or set MLFLOW_TRACKING_URI"
+        )
+    if "database is locked" in text:
+        return f"{database} is being written by another process; run the same command again"
     return None
 
 
