@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from spikefleet.errors import UserError
 from spikefleet.registry.flaws import FLAW
-from spikefleet.registry.history import Action, append_change, load_history
+from spikefleet.registry.history import Action, append_change, check_whole, load_history
 from spikefleet.registry.lease import PATIENCE_S, Lease, lease
 from spikefleet.registry.mlflow_store import connect, find_model, set_alias
 from spikefleet.registry.package import verify_package
@@ -56,12 +56,16 @@ class AliasChanges:
         held: the lease.
         model: as it is under the lease.
         retraining: id of the retraining that asks for them.
+
+    Raises:
+        UserError: the history of the aliases is damaged.
     """
 
     def __init__(self, client: MlflowClient, held: Lease, model: RegisteredModel, retraining: str | None) -> None:
         self._client, self._lease, self._retraining = client, held, retraining
         self.model = model
         self._history = load_history(client, model.name)
+        check_whole(self._history)  # before an alias is moved, and not when the change is recorded
         self._there = {alias: version.version for version in model.versions for alias in version.aliases}
         recorded = self._history.aliases()
         for alias in sorted(recorded.keys() | self._there.keys()):
@@ -106,8 +110,16 @@ class AliasChanges:
             if self._there.get(CHALLENGER) == version:
                 self.remove(CHALLENGER, f"version {version} is champion")
         elif decision.alias == CHALLENGER and self._there.get(CHAMPION) != version:
-            self.move(CHALLENGER, version, "kept as challenger", decision.reason)
+            self._keep(version, decision.reason)
         return Promotion(self.model.name, version, decision.alias, decision.reason, self._there.get(CHAMPION))
+
+    def _keep(self, version: int, why: str) -> None:
+        """Makes a version challenger; one that is it already gets the new reason, so that the history says why."""
+        if self._there.get(CHALLENGER) != version:
+            self.move(CHALLENGER, version, "kept as challenger", why)
+        elif why != next((one.why for one in reversed(self._history.changes) if one.alias == CHALLENGER), None):
+            self._lease.check()
+            self._record("kept as challenger", CHALLENGER, version, version, why)
 
     def _explain(self, version: int, before: int | None, why: str) -> None:
         """Tags a version that becomes champion with who, when and why."""

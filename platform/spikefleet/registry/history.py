@@ -117,6 +117,15 @@ def load_history(client: MlflowClient, name: str) -> History:
     return _checked(name, texts, tags.get(HEAD, ""))
 
 
+def check_whole(history: History) -> None:
+    """Raises UserError if the history is damaged, so that nothing can follow it."""
+    if history.damage is not None:
+        raise UserError(
+            f"the history of model {history.name} is damaged: {history.damage}; restore its artifacts in the MLflow "
+            f"run registry-{history.name}, or delete the model's tags {HEAD} and {RUN} to begin a new history"
+        )
+
+
 def append_change(
     client: MlflowClient,
     history: History,
@@ -143,11 +152,7 @@ def append_change(
         UserError: the history is damaged, so nothing can follow it.
         MlflowException: the registry fails.
     """
-    if history.damage is not None:
-        raise UserError(
-            f"the history of model {history.name} is damaged: {history.damage}; restore its artifacts in the MLflow "
-            f"run registry-{history.name}, or delete the model's tags {HEAD} and {RUN} to begin a new history"
-        )
+    check_whole(history)
     last = history.changes[-1] if history.changes else None
     change = Change(
         1 if last is None else last.number + 1,

@@ -150,7 +150,10 @@ def read_card(directory: Path, expected_content_hash: str | None = None) -> Card
     for name, expected in card.sha256.items():
         file = directory / name
         if file.is_file() and (found := sha256_of(file)) != expected:
-            raise UserError(f"{file} is not the registered file: expected SHA-256 {expected}, found {found}")
+            raise UserError(
+                f"{file} is not the registered file: expected SHA-256 {expected}, found {found}; the stored "
+                "files were modified; restore them, or use another version"
+            )
     return card
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from spikefleet.errors import UserError
 from spikefleet.registry.mlflow_store import connect, download, resolve
 from spikefleet.tracking.mlflow_client import resolve_tracking_uri
 
@@ -43,4 +44,10 @@ def package_files(uri: str | Path, tracking_uri: str | None) -> Iterator[tuple[P
     with connect(registry_uri(tracking_uri)) as client, scratch_directory() as scratch:
         version = resolve(client, str(uri))
         download(client, version, "", scratch)
-        yield scratch, version.content_hash
+        try:
+            yield scratch, version.content_hash
+        except UserError as error:
+            if str(scratch) not in str(error):
+                raise
+            # The directory is gone when the message is read, and is nothing that a user could mend.
+            raise UserError(f"{version.uri}: {str(error).replace(f'{scratch}/', '')}") from error

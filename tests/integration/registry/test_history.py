@@ -61,6 +61,21 @@ def test_every_change_is_recorded_with_its_reason(first: Trained, client: Mlflow
     assert len(read_history("told", tracking_uri=first.uri).changes) == 4
 
 
+def test_a_challenger_that_is_judged_later_has_the_verdict_in_its_history(first: Trained, tmp_path: Path) -> None:
+    versions(first, tmp_path, "later", [0.9, 0.7])
+    promote("later", 1, "top1", tracking_uri=first.uri)
+    keep_as_challenger("later", 2, "it is compared later", tracking_uri=first.uri)
+    for _ in range(2):  # the second time nothing is new
+        promote("later", 2, "top1", tracking_uri=first.uri)
+    history = read_history("later", tracking_uri=first.uri)
+    assert summary(history)[1:] == [
+        ("kept as challenger", "challenger", None, 2),
+        ("kept as challenger", "challenger", 2, 2),
+    ]
+    assert history.changes[-1].why == "top1 0.7 of version 2 is not better than 0.9 of champion version 1 (max)"
+    assert history.aliases() == {"champion": 1, "challenger": 2}
+
+
 def test_what_was_moved_by_hand_or_by_a_killed_job_is_recorded_by_the_next_one(
     first: Trained, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,6 +141,31 @@ def test_a_history_that_was_tampered_with_is_noticed_and_nothing_follows_it(
     assert show(name, tracking_uri=first.uri).pick(3).aliases == ("champion",)
 
 
+def test_nothing_moves_where_the_last_entry_alone_is_damaged(
+    first: Trained, client: MlflowClient, tmp_path: Path
+) -> None:
+    """The entries before it agree with the aliases, so that only the record of the next change would fail."""
+    versions(first, tmp_path, "last", [0.9, 0.8])
+    promote("last", 1, "top1", tracking_uri=first.uri)
+    keep_as_challenger("last", 2, "it is compared later", tracking_uri=first.uri)
+    keep_as_challenger("last", 2, "by hand", tracking_uri=first.uri)
+    file = entry_file(client, "last", 3)
+    kept = file.read_text()
+    file.write_text(kept.replace("by hand", "by nobody"))
+    for change in (lambda: rollback("last", "x", 2, tracking_uri=first.uri), lambda: promote_better(first)):
+        with pytest.raises(UserError, match=r"the history of model last is damaged: 000003\.json"):
+            change()
+    model = show("last", tracking_uri=first.uri)
+    assert (model.pick(1).aliases, model.pick(2).aliases) == (("champion",), ("challenger",))
+    assert "rolled_back" not in model.pick(1).tags
+    file.write_text(kept)
+    assert rollback("last", "x", 2, tracking_uri=first.uri).champion == 2
+
+
+def promote_better(first: Trained) -> None:
+    promote("last", 2, "top1", "min", tracking_uri=first.uri)
+
+
 def test_an_entry_cut_short_by_a_kill_is_written_again(first: Trained, client: MlflowClient, tmp_path: Path) -> None:
     versions(first, tmp_path, "short", [0.7, 0.8])
     promote("short", 1, "top1", tracking_uri=first.uri)
@@ -180,7 +220,9 @@ def test_a_version_without_proof_or_with_changed_files_is_not_rolled_back_to(
     weights = next(place.rglob("*.safetensors"))
     kept = weights.read_bytes()
     weights.write_bytes(kept[:-1] + b"\x00")
-    with pytest.raises(UserError, match="safetensors"):
+    with pytest.raises(
+        UserError, match=r"^models:/sound/1: weights\.safetensors is not the registered file: .*; restore them"
+    ):
         rollback("sound", "x", tracking_uri=first.uri)
     weights.write_bytes(kept)
     client.set_model_version_tag("sound", "1", "spike_driven", "refuted")
