@@ -333,17 +333,45 @@ def test_a_retraining_can_start_from_the_champions_weights(desk: Desk) -> None:
 @pytest.mark.parametrize(
     ("changes", "error"),
     [
-        ({"retrain.gate_store": "nowhere"}, "is not a store"),
-        ({"retrain.gate_split": "train"}, "of its .* different images are also in the split"),
+        (
+            {"retrain.gate_store": "nowhere"},
+            r"retrain\.gate_store=nowhere is neither the path of a store nor a name in",
+        ),
+        ({"retrain.gate_store": " "}, r"retrain\.gate_store=' ': it is empty; name a store, or set null"),
+        ({"retrain.gate_store": "cut"}, r"retrain\.gate_store=cut: shard .* is corrupt"),
+        (
+            {"retrain.gate_store": "digits", "retrain.gate_split": "train"},
+            "of its .* different images are also in the split",
+        ),
         ({"retrain.gate_split": "gates"}, r"has no split 'gates'; expected one of"),
+        ({"model.num_classes": 7}, r"model\.num_classes=7, but the data has 10 classes"),
+        ({"registry.name": "other"}, r"registry\.name=other has no effect in a retraining: .*argument; leave it out"),
+        ({"registry.register_best": False}, r"registry\.register_best=False has no effect"),
+        ({"train.initial_weights": "a" * 64}, r"train\.initial_weights=a+ has no effect .*--from champion"),
     ],
 )
-def test_a_gate_store_that_cannot_judge_is_refused(desk: Desk, changes: dict[str, Any], error: str) -> None:
-    if "retrain.gate_split" in changes and changes["retrain.gate_split"] == "train":
-        changes = {**changes, "retrain.gate_store": "digits"}
-    with pytest.raises((UserError, RunError, ValueError), match=error):
+def test_what_cannot_be_trained_or_judged_is_refused_before_anything_is_written(
+    desk: Desk, changes: dict[str, Any], error: str
+) -> None:
+    shutil.copytree(desk.options.stores_dir / "split", desk.options.stores_dir / "cut")
+    shard = next((desk.options.stores_dir / "cut").rglob("*.arrow"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    desk.aliases()  # whose first call after the copy writes a copy of the database
+    before = {path.name for path in desk.options.runs_dir.iterdir()}
+    with pytest.raises(UserError, match=error):
         retrain(Request(MODEL, {"train.epochs": 1, **changes}), desk.options, Console(file=StringIO()))
-    assert desk.aliases()["champion"] == 1
+    assert {path.name for path in desk.options.runs_dir.iterdir()} - before <= {"retrainings"}
+    assert not list(desk.options.runs_dir.glob("retrainings/*/*"))
+    assert desk.aliases() == {"champion": 1}
+
+
+@pytest.mark.parametrize("text", ["{", '{"id": 3}', "[]"])
+def test_a_damaged_record_is_named_with_its_remedy(text: str, tmp_path: Path) -> None:
+    """`ValidationError` is a ValueError as UserError is: each has its own sentence."""
+    (tmp_path / "retrain.json").write_text(text)
+    with pytest.raises(UserError, match=r"retrain\.json .*; restore it, or remove the directory to retrain anew$"):
+        RetrainingFolder(tmp_path).read()
+    assert RetrainingFolder(tmp_path / "none").read() is None
 
 
 def test_an_unknown_model_is_named_before_anything_is_locked(desk: Desk) -> None:

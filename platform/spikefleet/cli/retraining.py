@@ -14,7 +14,7 @@ from spikefleet.cli.completion import model_names
 from spikefleet.cli.output import loading, messages, print_json, print_json_line, say, stderr
 from spikefleet.cli.parameters import Address, AsJson, OtherData, Overrides, RunsDir, StoresDir, Verbose
 from spikefleet.errors import UserError
-from spikefleet.status import print_line
+from spikefleet.status import print_line, waiting
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -90,7 +90,7 @@ def _print_plan(
     request: Request, options: Options, where: Console, as_json: bool, schedule: str | None, timezone: str
 ) -> None:
     from spikefleet.gates.gate_store import MAKE_ONE
-    from spikefleet.retraining.plan import plan_retraining
+    from spikefleet.retraining.plan import check_plan, plan_retraining
     from spikefleet.retraining.schedule import next_time, shown
     from spikefleet.tracking.mlflow_client import resolve_tracking_uri
 
@@ -123,10 +123,14 @@ def _print_plan(
     say(f"would retrain {plan.base.uri} on {plan.store.location}")
     for reason in plan.reasons:
         say(f"because {reason}")
-    compared = (
-        f"compare it with the champion on {gates}" if gates else f"keep it as challenger: no gate store ({MAKE_ONE})"
-    )
-    say(f"would {compared}")
+    with waiting(where, "checking the configuration against the data") as announce:
+        check_plan(plan, options, announce)
+    if not gates:
+        say(f"would keep it as challenger: no gate store ({MAKE_ONE})")
+    elif plan.champion is None:
+        say("would make it champion if its spike check proves it: there is none to compare it with")
+    else:
+        say(f"would compare it with the champion on {gates}")
 
 
 def _print_outcome(outcome: Retrained, as_json: bool, *, line: bool) -> None:

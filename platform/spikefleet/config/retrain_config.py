@@ -39,6 +39,8 @@ class RetrainConfig(Section):
     @field_validator("gate_store")
     @classmethod
     def _no_credentials(cls, store: str | None) -> str | None:
+        if store is not None and not store.strip():
+            raise ValueError("it is empty; name a store, or set null for none")
         # The config is logged and part of every registered model.
         if store is not None and "://" in store and "@" in urlsplit(store).netloc:
             raise ValueError("the URI contains credentials, which would be logged; set them in the environment instead")

@@ -11,6 +11,7 @@ from spikefleet.data_access import store_at
 from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
 from spikefleet.status import Announce, silent
+from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.store.reader import Split, Store
 from spikefleet_pipelines.store.splitting import image_digests
 from spikefleet_tune.messages import counted, one_of
@@ -43,11 +44,19 @@ def open_gate_store(settings: RetrainConfig, stores_dir: Path) -> GateStore:
         stores_dir: directory of prepared stores.
 
     Raises:
-        UserError: it has no such split, or that is a second name of another split.
-        StoreError: there is no store, or it is damaged.
+        UserError: there is no store, or it is damaged; it has no such split, or that is a second name of another split.
     """
     assert settings.gate_store is not None, "the caller asks for one"
-    store = Store.open(store_at(settings.gate_store, stores_dir))
+    place = store_at(settings.gate_store, stores_dir)
+    if "://" not in place and not (Path(place) / "manifest.json").is_file():
+        raise UserError(
+            f"retrain.gate_store={settings.gate_store} is neither the path of a store nor a name in {stores_dir}; "
+            f"{MAKE_ONE}"
+        )
+    try:
+        store = Store.open(place)
+    except StoreError as error:
+        raise UserError(f"retrain.gate_store={settings.gate_store}: {error}") from error
     name, there = settings.gate_split, store.manifest.splits
     if name not in there:
         raise UserError(

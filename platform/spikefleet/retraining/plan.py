@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from rich.console import Console
 
 from spikefleet import registry
@@ -15,15 +16,19 @@ from spikefleet.config.recipes import override_config, parse_config
 from spikefleet.config.renamed import with_current_keys
 from spikefleet.config.schema import Config
 from spikefleet.data_access import open_data, store_at
+from spikefleet.data_summary import DataSummary
+from spikefleet.errors import UserError
 from spikefleet.files import sha256_of
-from spikefleet.gates.gate_store import open_gate_store
+from spikefleet.gates.gate_store import check_gate_store, open_gate_store
 from spikefleet.registry.package import WEIGHTS, load_network, read_config
 from spikefleet.registry.package_access import package_files
 from spikefleet.registry.version import RegisteredVersion
 from spikefleet.retraining.reasons import reasons_to_train
 from spikefleet.retraining.record import Record, Retrainings
 from spikefleet.runs.options import Options
-from spikefleet.status import waiting
+from spikefleet.status import Announce, silent, waiting
+from spikefleet.training.distributed import ProcessGroup
+from spikefleet.training.splits import prepare_parts
 from spikefleet.versions import code_version
 from spikefleet_pipelines.store.reader import Store
 
@@ -82,14 +87,15 @@ def plan_retraining(request: Request, options: Options, console: Console, tracki
             dumped = with_current_keys(read_config(directory))
             weights = sha256_of(directory / WEIGHTS)
     before = parse_config(dumped, origin=base.uri)
-    overrides: dict[str, Any] = {
-        **request.overrides,
+    decided: dict[str, Any] = {
         "registry.name": request.model,
         "registry.register_best": True,
         "train.initial_weights": weights if request.start == "champion" else None,
     }
     if request.data is not None:
-        overrides["data.store"] = store_at(request.data, options.stores_dir)
+        decided["data.store"] = store_at(request.data, options.stores_dir)
+    _refuse_what_has_no_effect(request.overrides, decided)
+    overrides = {**request.overrides, **decided}
     config = override_config(before, overrides, origin=f"retrain {request.model}")
     store = open_data(config.data, options.stores_dir, console)
     # From which weights it starts is a choice of the retraining, no news.
@@ -115,6 +121,39 @@ def plan_retraining(request: Request, options: Options, console: Console, tracki
         identity,
         Retrainings(options.runs_dir).finished(request.model, identity),
     )
+
+
+def check_plan(plan: Plan, options: Options, announce: Announce = silent) -> None:
+    """Checks before a training of hours what would end it, or its comparison with the champion.
+
+    Args:
+        plan: of the retraining.
+        options: directories.
+        announce: called with what begins.
+
+    Raises:
+        UserError: the configuration does not fit the data, or the gate store cannot judge what is trained on them.
+    """
+    workers = max(1, plan.config.cluster.workers)
+    prepare_parts(plan.config, plan.store, ProcessGroup(0, workers, torch.device("cpu")))
+    if plan.config.retrain.gate_store is not None:
+        gate = open_gate_store(plan.config.retrain, options.stores_dir)
+        check_gate_store(gate, DataSummary.of(plan.store.manifest), plan.store, announce)
+
+
+_DECIDED_BY = {
+    "registry.name": "the name of the model is the argument",
+    "registry.register_best": "what a retraining trains is registered",
+    "train.initial_weights": "--from champion starts from the champion's weights",
+    "data.store": "--data names the store",
+}
+"""What a retraining decides itself, and how it is told."""
+
+
+def _refuse_what_has_no_effect(overrides: Mapping[str, Any], decided: Mapping[str, Any]) -> None:
+    for key, value in decided.items():
+        if key in overrides and overrides[key] != value:
+            raise UserError(f"{key}={overrides[key]} has no effect in a retraining: {_DECIDED_BY[key]}; leave it out")
 
 
 def _identity(config: Config, store: Store, base: RegisteredVersion, options: Options) -> str:

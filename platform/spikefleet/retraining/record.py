@@ -64,14 +64,15 @@ class RetrainingFolder:
         path = self.path / _RECORD
         if not path.is_file():
             return None
+        remedy = "restore it, or remove the directory to retrain anew"
         try:
             return Record.model_validate(read_json_object(path))
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"])) or "it"
-            raise UserError(
-                f"{path} is damaged: {field}: {first['msg']}; restore it, or remove the directory to retrain anew"
-            ) from None
+            raise UserError(f"{path} is damaged: {field}: {first['msg']}; {remedy}") from None
+        except UserError as error:
+            raise UserError(f"{error}; {remedy}") from None
 
     def write(self, record: Record) -> Record:
         """Records a step, atomically, and returns the record. Raises OSError."""

@@ -33,7 +33,7 @@ from spikefleet.registry.package import WEIGHTS, load_network, read_config
 from spikefleet.registry.package_access import package_files
 from spikefleet.retraining.drift import DriftReport, measure_drift
 from spikefleet.retraining.drift_plots import draw_drift
-from spikefleet.retraining.plan import Plan, Request, plan_retraining
+from spikefleet.retraining.plan import Plan, Request, check_plan, plan_retraining
 from spikefleet.retraining.record import LockedError, Record, Retrainings, Word
 from spikefleet.retraining.report import DRIFT, DRIFT_PLOT, write_comparison, write_report
 from spikefleet.runs.options import Options
@@ -98,6 +98,8 @@ def retrain(request: Request, options: Options, console: Console) -> Retrained:
         if plan.before is not None and not request.force:
             says = f"the same was retrained before: {plan.before.id} {plan.before.word}: {plan.before.reason}"
             return Retrained("nothing new", says, plan.before.id, plan.before.candidate)
+        with waiting(console, "checking the configuration against the data") as announce:
+            check_plan(plan, options, announce)
         return _Retraining(plan, options, console, tracking_uri, retrainings).run()
 
 
