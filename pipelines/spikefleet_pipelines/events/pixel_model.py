@@ -27,6 +27,9 @@ from spikefleet_pipelines.counter_random import Draw, normal, uniform
 from spikefleet_pipelines.events.recording import EventArrays, Sensor
 
 _LEAST_THRESHOLD = 0.1  # of the nominal threshold
+# A pixel that comes back to where it started reaches its last threshold exactly; without this allowance, in units of log
+# intensity and above what float32 rounds off, rounding decides whether it sends an event.
+_TIE = 2e-6
 _NUMBERS_PER_NOISE = 4
 
 Reflectance = Callable[[int], NDArray[np.float32]]
@@ -193,7 +196,7 @@ class _Pixels:
         before, self._voltage = self._voltage, self._filtered(reflectance)
         self._reference -= self._leak
         difference = self._voltage - self._reference
-        concerned = (difference >= self._theta_on) | (difference <= -self._theta_off)
+        concerned = (difference >= self._theta_on - _TIE) | (difference <= _TIE - self._theta_off)
         noise = noise.select(noise.keep < self._noise_share(reflectance.reshape(-1)[noise.cell]))
         flat = concerned.reshape(-1)
         flat[self._closed] = True
@@ -230,7 +233,7 @@ class _Pixels:
             return level
         scale = 2 * np.pi * model.bandwidth_hz * model.step_us * 1e-6
         floor = model.bandwidth_floor
-        weight = reflectance * np.float32(scale * (1 - floor)) + np.float32(scale * model.bandwidth_floor)
+        weight = reflectance * np.float32(scale * (1 - floor)) + np.float32(scale * floor)
         weight /= weight + 1
         level -= self._voltage
         level *= weight
@@ -269,7 +272,7 @@ class _Pixels:
             live = live[~stays]
             course.open(live[is_closed[live]])
             is_closed[live] = False
-            crossing, rising = course.crossing(live)
+            crossing, rising = course.crossing(live, step)
             from_noise, noise_on = queue.first(live)
             # Noise while the reset switch is closed has no effect.
             lost = from_noise < course.open_at[live]
@@ -303,14 +306,15 @@ class _Course(NamedTuple):
         """Open the reset switch of the chosen: they memorise the voltage of that time."""
         self.reference[chosen] = self.base[chosen] + self.slope[chosen] * self.open_at[chosen]
 
-    def crossing(self, chosen: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """Solve for the time of the next crossing, infinite if there is none, and whether it is of ON."""
+    def crossing(self, chosen: NDArray[np.int64], step: int) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """Solve for the time of the next crossing, beyond the step if there is none, and whether it is of ON."""
         slope = self.slope[chosen]
         rising = slope > 0
         threshold = np.where(rising, self.theta_on[chosen], -self.theta_off[chosen])
         way = self.reference[chosen] + threshold - self.base[chosen]
         time = np.divide(way, slope, out=np.full(len(chosen), np.inf), where=slope != 0)
-        return np.maximum(time, self.open_at[chosen]), rising
+        just = np.abs(way - slope * step) <= _TIE
+        return np.maximum(np.where(just, np.minimum(time, step), time), self.open_at[chosen]), rising
 
 
 class _Queue(NamedTuple):
