@@ -102,7 +102,7 @@ def test_ages_follow_their_law() -> None:
 
 
 def test_twice_the_threshold_gives_less_than_half_of_the_events(digit: NDArray[np.float32]) -> None:
-    low, high = (len(recorded(digit, IDEAL.model_copy(update=dict(theta_on=t, theta_off=t)))) for t in (0.3, 0.6))
+    low, high = (len(recorded(digit, IDEAL.model_copy(update={"theta_on": t, "theta_off": t}))) for t in (0.3, 0.6))
     assert 0.3 * low < high < 0.5 * low
 
 
@@ -181,9 +181,7 @@ def test_less_bandwidth_gives_fewer_and_later_events(digit: NDArray[np.float32])
 
 def test_the_photoreceptor_has_its_time_constant() -> None:
     """A step of light at full reflectance reaches 1 - 1 / e of it after 1 / (2 pi f), in the dark ten times as late."""
-    model = PixelModel(
-        theta_on=0.01, theta_off=0.01, theta_sigma=0, refractory_us=0, leak_hz=0, noise_hz=0, bandwidth_hz=30, step_us=100
-    )  # fmt: skip
+    model = IDEAL.model_copy(update={"theta_on": 0.01, "theta_off": 0.01, "bandwidth_hz": 30.0, "step_us": 100})
     for reflectance, before, hz in ((1.0, 0.9, 30), (0.0, 0.1, 3)):
         tau = 1 / (2 * np.pi * hz)
         images = [np.full((1, 1, 1), value, np.float32) for value in (before, reflectance)]

@@ -27,8 +27,8 @@ from spikefleet_pipelines.counter_random import Draw, normal, uniform
 from spikefleet_pipelines.events.recording import EventArrays, Sensor
 
 _LEAST_THRESHOLD = 0.1  # of the nominal threshold
-# A pixel that comes back to where it started reaches its last threshold exactly; without this allowance, in units of log
-# intensity and above what float32 rounds off, rounding decides whether it sends an event.
+# A pixel that comes back to where it started reaches its last threshold exactly. Without this allowance, in units of
+# log intensity and above what float32 rounds off, rounding would decide whether it sends an event.
 _TIE = 2e-6
 _NUMBERS_PER_NOISE = 4
 
