@@ -48,7 +48,7 @@ def unordered(slices: NDArray[np.int64]) -> list[bytes]:
 
 @pytest.mark.parametrize(("kind", "good"), [(ApparentMotion, (1, 3, 6, 12)), (FirstDigit, (1, 2, 4, 8, 16))])
 def test_twins_have_the_same_slices(
-    kind: type, good: tuple[int, ...], motion: list[Sample], first: list[Sample]
+    kind: type[ApparentMotion | FirstDigit], good: tuple[int, ...], motion: list[Sample], first: list[Sample]
 ) -> None:
     """So a mean over slices of anything that is computed from a slice alone is right for at most one of two twins."""
     samples = motion if kind is ApparentMotion else first
@@ -63,11 +63,13 @@ def test_twins_have_the_same_slices(
 
 
 @pytest.mark.parametrize("kind", [ApparentMotion, FirstDigit])
-def test_parts_of_twins_are_equal(kind: type, motion: list[Sample], first: list[Sample]) -> None:
+def test_parts_of_twins_are_equal(
+    kind: type[ApparentMotion | FirstDigit], motion: list[Sample], first: list[Sample]
+) -> None:
     samples = motion if kind is ApparentMotion else first
 
     def parts(events: EventArrays) -> list[tuple[bytes, ...]]:
-        found = []
+        found: list[tuple[bytes, ...]] = []
         for start in range(0, kind.duration_us, kind.part_us):
             part = events.select((events.t >= start) & (events.t < start + kind.part_us))
             found.append(((part.t - start).tobytes(), part.x.tobytes(), part.y.tobytes(), part.p.tobytes()))
@@ -166,7 +168,8 @@ def flashes(digits: Digits, apart: float, dark: tuple[int, int], count: int = 96
     period = FLASH + dark[0]
 
     def scene(time: int) -> NDArray[np.float32]:
-        return sum(np.float32(0.35) * flash(time - k * period) * spot for k, spot in enumerate(spots))
+        lit = [np.float32(0.35) * flash(time - k * period) * spot for k, spot in enumerate(spots)]
+        return lit[0] + lit[1] + lit[2]
 
     return Shown(record(scene, 2 * period + FLASH + dark[1], DEFAULT, 5, np.arange(count), **age), way)
 
