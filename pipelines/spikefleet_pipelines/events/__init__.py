@@ -1,0 +1,1 @@
+"""Event cameras: recordings, their formats, and what is made of them."""
