@@ -1,8 +1,8 @@
 """EVT3: words of 16 bits that change what holds for the events after them.
 
 Type = bits 12 to 15. 0 ADDR_Y: y = bits 0 to 10. 2 ADDR_X: one event, x = bits 0 to 10, p = bit 11. 3 VECT_BASE_X: x
-and p of the vectors that follow. 4 VECT_12 and 5 VECT_8: which of the next 12 or 8 pixels have an event; the base moves on
-by as many. 6 TIME_LOW: bits 0 to 11 of the time, 8 TIME_HIGH: bits 12 to 23. 7, 0xA, 0xE and 0xF are no events of
+and p of the vectors that follow. 4 VECT_12 and 5 VECT_8: which of the next 12 or 8 pixels have an event; the base moves
+on by as many. 6 TIME_LOW: bits 0 to 11 of the time, 8 TIME_HIGH: bits 12 to 23. 7, 0xA, 0xE and 0xF are no events of
 pixels. The time wraps every 16.78 s.
 
 Until its TIME_LOW comes, a new TIME_HIGH has 0 there: the old low bits belong to an earlier time.

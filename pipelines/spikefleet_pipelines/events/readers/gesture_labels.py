@@ -50,7 +50,7 @@ def _gesture(path: Path, number: int, row: list[str]) -> Gesture:
     label, start, end = map(int, cells)
     if not 1 <= label <= CLASSES or start >= end:
         raise SourceError(
-            f"{path}: line {number} has class {label} from {start} to {end} us, expected a class from 1 to {CLASSES} and "
-            "a start before its end; correct it"
+            f"{path}: line {number} has class {label} from {start} to {end} us, expected 1 to {CLASSES} and a "
+            "start before its end; correct it"
         )
     return Gesture(label - 1, start, end)

@@ -89,8 +89,8 @@ def count_late(path: Path, t: NDArray[np.int64], last_event: int) -> int:
     late = int(np.count_nonzero(t > last_event))
     if late and t.max() > last_event + _LATE_US:
         raise SourceError(
-            f"{path} has a label at {t.max():,} us, more than 1 s after the recording's last event at {last_event:,} us; "
-            "give the recording that belongs to it"
+            f"{path} has a label at {t.max():,} us, more than 1 s after the recording's last event at {last_event:,} "
+            "us; give the recording that belongs to it"
         )
     return late
 

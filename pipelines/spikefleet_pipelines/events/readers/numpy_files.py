@@ -114,8 +114,8 @@ def _places(path: Path, header: _Header, options: ReadOptions) -> Places:
         return choose_fields(path, header.dtype.names, options)
     if header.dtype.names is not None or len(header.shape) != 2:
         raise SourceError(
-            f"{path} holds {header.dtype} {list(header.shape)}, expected a structured array [N] with fields t, x, y and "
-            "p, or columns [N, 4] with the option columns=..."
+            f"{path} holds {header.dtype} {list(header.shape)}, expected a structured array [N] with fields t, x, y "
+            "and p, or columns [N, 4] with the option columns=..."
         )
     return place_columns(path, header.shape[1], options)
 
