@@ -1,10 +1,11 @@
-"""Writes recordings of all formats from arrays, byte by byte where the format is binary; shares nothing with the readers.
+"""Writes recordings of all formats from arrays, binary ones byte by byte; shares no code with the readers.
 
 Each writer is checked by an independent reader: tests/unit/test_event_writers.py.
 """
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,9 +59,7 @@ def raw_header(encoding: str, version: str, sensor: Sensor | None, more: str = "
     """The header of a Prophesee RAW file."""
     size = f";height={sensor[0]};width={sensor[1]}" if sensor else ""
     geometry = f"% geometry {sensor[1]}x{sensor[0]}\n" if sensor else ""
-    return (
-        f"% camera_integrator_name made\n% evt {version}\n% format {encoding}{size}{more}\n{geometry}% end\n".encode()
-    )
+    return f"% camera made\n% evt {version}\n% format {encoding}{size}{more}\n{geometry}% end\n".encode()
 
 
 def write_evt2(path: Path, events: EventArrays, sensor: Sensor | None = None) -> None:
@@ -165,7 +164,7 @@ def write_aedat3(path: Path, events: EventArrays, packet: int = 100) -> None:
     """AEDAT 3.1, with a packet of another kind among those of polarity."""
     parts = [AEDAT3_HEADER]
     borders = sorted({0, len(events.t), *range(0, len(events.t), packet), *np.flatnonzero(np.diff(events.t >> 31)) + 1})
-    for number, (start, end) in enumerate(zip(borders, borders[1:], strict=False)):
+    for number, (start, end) in enumerate(itertools.pairwise(borders)):
         parts.append(aedat3_packet(part(events, start, end)))
         if number == 0:
             parts.append(struct.pack("<HHIIIIII", 0, 1, 8, 4, 0, 1, 1, 1) + bytes(8))
@@ -214,7 +213,7 @@ def write_hdf5(path: Path, events: EventArrays, sensor: Sensor | None = None, gr
     with h5py.File(path, "w") as file:
         place = file.require_group(group) if group else file
         for name in ("t", "x", "y", "p"):
-            place.create_dataset(name, data=getattr(events, name), compression="gzip", chunks=(1024,))
+            place.create_dataset(name, data=getattr(events, name), maxshape=(None,), compression="gzip")
         for name, side in zip(("height", "width"), sensor or (), strict=False):
             place[name] = side
 
@@ -249,3 +248,11 @@ def _continues(row: tuple[int, int, int, int], last: tuple[int, int, int, int], 
 
 def _rows(events: EventArrays) -> Iterator[tuple[int, int, int, int]]:
     return zip(events.t.tolist(), events.x.tolist(), events.y.tolist(), events.p.tolist(), strict=True)
+
+
+def joined(chunks: list[EventArrays]) -> EventArrays:
+    """Chunks one after another; no events where there are no chunks."""
+    empty = EventArrays(np.empty(0, np.int64), np.empty(0, np.uint16), np.empty(0, np.uint16), np.empty(0, np.uint8))
+    return EventArrays(
+        *(np.concatenate([getattr(chunk, name) for chunk in [empty, *chunks]]) for name in ("t", "x", "y", "p"))
+    )

@@ -22,7 +22,7 @@ from spikefleet_pipelines.events.recording import Sensor
 _MARK = b"% "
 _CD, _EVENT2D, _TRIGGER = 0x0C, 0x00, 0x0E
 _BYTES = 8
-_BLOCK = 1 << 16  # events; block and results stay in the processor's cache
+_BLOCK = 1 << 17  # events; block and results stay in the processor's cache
 _BITS = 14  # of a coordinate
 _POLARITY = 28
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from spikefleet_pipelines.errors import SourceError
 from spikefleet_pipelines.events.readers.fields import BLOCK, FieldValues, choose_fields
 from spikefleet_pipelines.events.readers.options import DEFAULT_OPTIONS, FIELDS, ReadOptions
-from spikefleet_pipelines.events.readers.reader import Decoded, EventReader, ReadAudit, damaged, reading
+from spikefleet_pipelines.events.readers.reader import Decoded, EventReader, damaged, reading
 from spikefleet_pipelines.events.recording import Sensor
 
 _ECF = 0x8ECF
@@ -25,11 +26,9 @@ def read_hdf5(path: Path, options: ReadOptions = DEFAULT_OPTIONS) -> EventReader
             the vendor's ECF), or its fields are not clear.
     """
     with _opened(path) as file:
-        columns = _columns(path, file, options)
-        for name, column in columns.items():
-            _check(path, name, column)
+        _find_fields(path, file, options)
         sensor = _sensor(path, file)
-    return EventReader(path, sensor, lambda audit: _decode(path, options, audit), options)
+    return EventReader(path, sensor, lambda audit: _decode(path, options), options)
 
 
 @contextmanager
@@ -53,32 +52,49 @@ def _opened(path: Path) -> Iterator[Any]:
         raise damaged(path, str(error)[:200] or type(error).__name__) from error
 
 
-def _columns(path: Path, file: Any, options: ReadOptions) -> dict[str, Any]:
-    """Return the data set of each field; of a compound one, its fields."""
+@dataclass(frozen=True)
+class _Fields:
+    """Where the fields of a file are: data sets by field, or one compound data set and the names in it."""
+
+    sets: Mapping[str, Any]
+    compound: Any = None
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def events(self) -> int:
+        return len(self.compound) if self.compound is not None else max(map(len, self.sets.values()))
+
+    def block(self, start: int) -> dict[str, Any]:
+        if self.compound is None:
+            return {name: self.sets[name][start : start + BLOCK] for name in FIELDS}
+        rows = self.compound[start : start + BLOCK]
+        return {name: rows[self.names[name]] for name in FIELDS}
+
+
+def _find_fields(path: Path, file: Any, options: ReadOptions) -> _Fields:
+    """Find the fields, and refuse what cannot be decoded or states more values than its bytes can hold."""
     place = _ECF_PLACE if _ECF_PLACE in file else _GROUP if _GROUP in file else "/"
     found = file[place]
     if hasattr(found, "dtype"):  # a data set
-        _refuse_filters(path, place, found)
-        if found.dtype.names is None or len(found.shape) != 1:
+        if found.dtype.names is None:
             raise SourceError(f"{path}: {place} is {found.dtype} {list(found.shape)}, expected fields t, x, y and p")
-        return {
-            field: found.fields(name) for field, name in choose_fields(path, found.dtype.names, options).items()
-        } | {"": found}
+        _check(path, place, found)
+        return _Fields({}, found, choose_fields(path, found.dtype.names, options))
     names = [name for name in found if hasattr(found[name], "dtype")]
-    return {field: found[name] for field, name in choose_fields(path, names, options).items()}
+    sets = {name: found[chosen] for name, chosen in choose_fields(path, names, options).items()}
+    for name, data_set in sets.items():
+        _check(path, name, data_set)
+    return _Fields(sets)
 
 
-def _check(path: Path, name: str, column: Any) -> None:
-    """Refuse what cannot be decoded, or states more values than its bytes can hold."""
-    if not hasattr(column, "shape"):
-        return  # a field of a compound data set, which is checked as a whole
-    _refuse_filters(path, name, column)
+def _check(path: Path, name: str, data_set: Any) -> None:
+    _refuse_filters(path, name, data_set)
     items = 1
-    for side in column.shape:
+    for side in data_set.shape:
         items *= int(side)
-    stored = int(column.id.get_storage_size())
-    if len(column.shape) != 1 or items * column.dtype.itemsize > stored * _MOST_EXPANSION:
-        raise damaged(path, f"{name} states {list(column.shape)} {column.dtype} in {stored:,} bytes")
+    stored = int(data_set.id.get_storage_size())
+    if len(data_set.shape) != 1 or items * data_set.dtype.itemsize > stored * _MOST_EXPANSION:
+        raise damaged(path, f"{name} states {list(data_set.shape)} {data_set.dtype} in {stored:,} bytes")
 
 
 def _refuse_filters(path: Path, name: str, data_set: Any) -> None:
@@ -117,10 +133,9 @@ def _sensor(path: Path, file: Any) -> Sensor | None:
     return None
 
 
-def _decode(path: Path, options: ReadOptions, audit: ReadAudit) -> Iterator[Decoded]:
+def _decode(path: Path, options: ReadOptions) -> Iterator[Decoded]:
     convert = FieldValues(path, options)
     with _opened(path) as file:
-        columns = _columns(path, file, options)
-        lengths = {len(columns[field]) for field in FIELDS}
-        for start in range(0, max(lengths), BLOCK):
-            yield convert({field: columns[field][start : start + BLOCK] for field in FIELDS})
+        fields = _find_fields(path, file, options)
+        for start in range(0, fields.events, BLOCK):
+            yield convert(fields.block(start))

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spikefleet_pipelines.errors import SourceError
+from spikefleet_pipelines.events.readers.npy_header import map_npy
 from spikefleet_pipelines.events.readers.reader import damaged, reading
 
 BOXES_SUFFIX = "_bbox.npy"
@@ -114,11 +115,8 @@ def pair_recordings(folder: Path) -> list[tuple[Path, Path]]:
 
 def _load(path: Path) -> NDArray[Any]:
     with reading(path):
-        try:
-            rows = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError, SyntaxError, TypeError, OverflowError) as error:
-            raise damaged(path, str(error)[:200] or type(error).__name__) from error
-    if not isinstance(rows, np.ndarray) or rows.ndim != 1 or rows.dtype.names is None:
+        rows = map_npy(path)
+    if rows.ndim != 1 or rows.dtype.names is None:
         raise damaged(path, "it does not hold a structured array with one row a box")
     return rows
 

@@ -41,7 +41,7 @@ def read_mat(path: Path, options: ReadOptions = DEFAULT_OPTIONS) -> EventReader:
         items = 1
         for side in shape:
             items *= int(side)
-        if kind not in _NUMERIC or items != max(shape, default=0):
+        if kind not in _NUMERIC or items not in (0, max(shape, default=0)):
             raise SourceError(f"{path}: variable {name} is {kind} {list(shape)}, expected one number an event")
         if items > size * _MOST_EXPANSION:
             raise damaged(path, f"variable {name} states {items:,} values, which are more than its {size:,} bytes")

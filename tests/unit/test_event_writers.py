@@ -1,0 +1,72 @@
+"""What tests write is read alike by libraries that share no code with it, and what is damaged is not.
+
+Most libraries are not installed with the project (two are GPL): set EVENT_READERS_PYTHON to an interpreter that has
+them. SpikingJelly is installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spikefleet_pipelines.events.recording import EventArrays
+from support import event_files as files
+from support.event_files import same_events, swapped
+from support.recordings import OTHER_PYTHON, other_reader, run_independent
+
+SENSOR = (128, 128)
+Write = Callable[[Path, EventArrays], None]
+
+WRITERS: dict[str, tuple[str, Write]] = {
+    "dat": ("a.dat", lambda path, events: files.write_dat(path, events, SENSOR)),
+    "dat of old cameras": ("a.dat", lambda path, events: files.write_dat(path, events, SENSOR, kind=0)),
+    "evt2": ("a.raw", lambda path, events: files.write_evt2(path, events, SENSOR)),
+    "evt21": ("a.raw", lambda path, events: files.write_evt21(path, events, SENSOR)),
+    "evt3": ("a.raw", lambda path, events: files.write_evt3(path, events, SENSOR)),
+    "bin": ("a.bin", files.write_atis_bin),
+    "aedat2": ("a.aedat", files.write_aedat2),
+    "aedat3": ("a.aedat", files.write_aedat3),
+}
+READ_BY = [
+    ("dat", "expelliarmus"), ("dat", "faery"), ("dat of old cameras", "expelliarmus"), ("dat of old cameras", "faery"),
+    ("evt2", "expelliarmus"), ("evt2", "faery"), ("evt2", "evlib"), ("evt21", "evlib"), ("evt3", "faery"),
+    ("evt3", "evlib"), ("bin", "tonic"),
+]  # fmt: skip
+
+
+def check_alike(library: str, kinds: list[str], folder: Path) -> None:
+    events = files.made_events(600, SENSOR)
+    paths = {}
+    for kind in kinds:
+        name, write = WRITERS[kind]
+        paths[kind.split()[0]] = path = folder / kind / name
+        path.parent.mkdir()
+        write(path, events)
+    for found in other_reader(library, paths).values():
+        assert same_events(found, events)
+        assert not same_events(found, swapped(events))
+
+
+@pytest.mark.parametrize(("kind", "library"), READ_BY)
+def test_a_library_reads_what_we_write(kind: str, library: str, tmp_path: Path) -> None:
+    check_alike(library, [kind], tmp_path)
+
+
+def test_spikingjelly_reads_what_we_write(tmp_path: Path) -> None:
+    check_alike("spikingjelly", ["aedat2", "aedat3"], tmp_path)
+
+
+@pytest.mark.parametrize("library", ["tonic", "aedat", "faery", "ours"])
+def test_aedat4_of_the_vendors_library_is_read(library: str, tmp_path: Path) -> None:
+    events = files.made_events(3000, SENSOR)
+    source, path = tmp_path / "source.npz", tmp_path / "a.aedat4"
+    np.savez(source, t=events.t, x=events.x, y=events.y, p=events.p)
+    if not OTHER_PYTHON:
+        pytest.skip("set EVENT_READERS_PYTHON to an interpreter that has dv-processing and aedat")
+    run_independent(OTHER_PYTHON, ["dv_processing", str(source), str(path), str(tmp_path / "out.npz")])
+    found = other_reader(library, {"aedat4": path})["aedat4"]
+    assert same_events(found, events)
+    assert not same_events(found, swapped(events))
