@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from spikefleet_pipelines.events.recording import EventArrays, Sensor
@@ -169,6 +170,57 @@ def write_aedat3(path: Path, events: EventArrays, packet: int = 100) -> None:
         if number == 0:
             parts.append(struct.pack("<HHIIIIII", 0, 1, 8, 4, 0, 1, 1, 1) + bytes(8))
     path.write_bytes(b"".join(parts))
+
+
+def write_aedat4(
+    path: Path,
+    events: EventArrays,
+    sensor: Sensor = (128, 128),
+    codec: str | None = "lz4",
+    closed: bool = True,
+    others: bool = False,
+) -> None:
+    """AEDAT 4 with 100 events a packet.
+
+    Not closed: without the list of packets at its end, as a recording that was stopped. Others: with packets of another
+    stream, whose content is none.
+    """
+    size = f'<attr key="sizeX" type="int">{sensor[1]}</attr><attr key="sizeY" type="int">{sensor[0]}</attr>'
+    kinds = [f'<attr key="typeIdentifier" type="string">{kind}</attr>' for kind in ("IMUS", "EVTS")]
+    nodes = f'<node name="0">{kinds[0]}</node><node name="1">{kinds[1]}<node name="info">{size}</node></node>'
+    text = f'<dv version="2.0"><node name="outInfo" path="/outInfo/">{nodes}</node></dv>'.encode()
+    packets = b""
+    for start in range(0, len(events.t), 100):
+        table = compressed(_aedat4_table(part(events, start, start + 100)), codec)
+        packets += struct.pack("<ii", 0, 4) + b"none" if others else b""
+        packets += struct.pack("<ii", 1, len(table)) + table
+    # After the size: place of the root table, identifier; places of the table's fields; the table: place of that list,
+    # compression, end of the packets, place of the text.
+    rest = struct.pack("<I4s5H2x", 20, b"IOHE", 10, 20, 4, 8, 16)
+    end = 14 + 4 + len(rest) + 20 + 4 + len(text) + 1 + len(packets) if closed else -1
+    rest += struct.pack("<iiqII", 12, {None: 0, "lz4": 1, "zstd": 3}[codec], end, 4, len(text)) + text + b"\0"
+    path.write_bytes(
+        b"#!AER-DAT4.0\r\n"
+        + struct.pack("<I", len(rest))
+        + rest
+        + packets
+        + (compressed(struct.pack("<II4s2x3HiII", 28, 16, b"FTAB", 6, 8, 4, 6, 4, 0), codec) if closed else b"")
+    )
+
+
+def compressed(raw: bytes, codec: str | None) -> bytes:
+    """An LZ4 frame or Zstandard."""
+    return raw if codec is None else pa.Codec(codec).compress(raw, asbytes=True)
+
+
+def _aedat4_table(events: EventArrays) -> bytes:
+    """A flatbuffer with one field, the list of events."""
+    rows = np.zeros(len(events.t), "V16")
+    fields = rows.view(np.dtype([("t", "<i8"), ("x", "<i2"), ("y", "<i2"), ("p", "u1"), ("", "V3")]))
+    for name in ("t", "x", "y", "p"):
+        fields[name] = getattr(events, name)
+    rest = struct.pack("<I4s2x3HiII", 16, b"EVTS", 6, 8, 4, 6, 4, len(rows)) + rows.tobytes()
+    return struct.pack("<I", len(rest)) + rest
 
 
 def write_npy(path: Path, events: EventArrays, names: str = "txyp") -> None:

@@ -2,7 +2,7 @@
 
     python independent_readers.py LIBRARY FORMAT FILE OUT.npz [LIBRARY FORMAT FILE OUT.npz ...]
 
-It imports nothing of the project but where "ours" is asked for, so that any interpreter runs it.
+It imports nothing of the project, so that any interpreter runs it.
 """
 
 from __future__ import annotations
@@ -90,14 +90,6 @@ class _Stub(types.ModuleType):
         return self
 
 
-def _ours(kind: str, path: str) -> Any:
-    """Our reader of AEDAT 4, in an interpreter that has the library it needs."""
-    pathlib = importlib.import_module("pathlib")
-    finding = importlib.import_module("spikefleet_pipelines.events.readers.finding")
-    chunks = list(finding.read_recording(pathlib.Path(path)))
-    return {name: np.concatenate([getattr(chunk, name) for chunk in chunks]) for name in ("t", "x", "y", "p")}
-
-
 def _spikingjelly(kind: str, path: str) -> Any:
     """Its data sets import torchaudio, whose build may not fit torch's; the two functions here do not use it."""
     for name in ("torchaudio", "torchaudio.transforms", "torchaudio.datasets"):
@@ -115,7 +107,6 @@ READERS: dict[str, Callable[[str, str], Any]] = {
     "aedat": _aedat,
     "spikingjelly": _spikingjelly,
     "dv_processing": _write_aedat4,
-    "ours": _ours,
 }
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -29,9 +30,9 @@ def read(path: Path, options: ReadOptions = ReadOptions()) -> tuple[EventArrays,
 
 def other_reader(library: str, files: dict[str, Path]) -> dict[str, EventArrays]:
     """What a library reads of files of some kinds; skips where there is no interpreter that has it."""
-    python = sys.executable if library == "spikingjelly" else OTHER_PYTHON
+    python = sys.executable if importlib.util.find_spec(library) else OTHER_PYTHON
     if not python:
-        pytest.skip(f"set EVENT_READERS_PYTHON to an interpreter that has {library}")
+        pytest.skip(f"{library} is not installed; set EVENT_READERS_PYTHON to an interpreter that has it")
     out = {kind: path.with_name(path.name + ".read.npz") for kind, path in files.items()}
     run_independent(python, [word for kind in files for word in (library, kind, str(files[kind]), str(out[kind]))])
     return {kind: _loaded(path) for kind, path in out.items()}

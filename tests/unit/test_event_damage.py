@@ -127,6 +127,26 @@ def test_a_file_cut_inside_a_packet(tmp_path: Path) -> None:
     assert read(path)[1].cut_bytes == 60 * 8 - 9
 
 
+@pytest.mark.parametrize("name", ["lz4.aedat4", "zstd.aedat4", "plain.aedat4"])
+def test_an_aedat4_file_that_was_cut_is_refused(name: str, tmp_path: Path) -> None:
+    path = write(tmp_path, name, files.made_events(300, SENSOR))
+    raw = path.read_bytes()
+    for kept in (15, 17, 60, 400, len(raw) - 700, len(raw) - 150):
+        path.write_bytes(raw[:kept])
+        with pytest.raises(SourceError, match="is damaged"):
+            read(path)
+
+
+def test_a_packet_that_expands_without_end_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.aedat4"
+    files.write_aedat4(path, files.made_events(10, SENSOR), codec="zstd", closed=False)
+    bomb = files.compressed(bytes(1 << 27), "zstd")
+    with path.open("ab") as stream:
+        stream.write((1).to_bytes(4, "little") + len(bomb).to_bytes(4, "little") + bomb)
+    with pytest.raises(SourceError, match="has more than 67,108,864 bytes"):
+        read(path)
+
+
 def test_a_csv_cut_inside_its_last_line(tmp_path: Path) -> None:
     events = files.made_events(30, SENSOR)
     files.write_csv(tmp_path / "a.csv", events)

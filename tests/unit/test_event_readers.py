@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +33,9 @@ WRITERS: dict[str, Write] = {
     "a.bin": files.write_atis_bin,
     "two.aedat": files.write_aedat2,
     "three.aedat": files.write_aedat3,
+    "lz4.aedat4": lambda path, events: files.write_aedat4(path, events, SENSOR, others=True),
+    "zstd.aedat4": lambda path, events: files.write_aedat4(path, events, SENSOR, "zstd", closed=False),
+    "plain.aedat4": lambda path, events: files.write_aedat4(path, events, SENSOR, None),
     "a.npy": files.write_npy,
     "a.npz": files.write_npz,
     "packed.npz": lambda path, events: files.write_npz(path, events, packed=True),
@@ -123,6 +127,13 @@ def test_one_flipped_bit_and_wrong_byte_order_are_found(name: str, tmp_path: Pat
         ("a.bin", bytes([5, 3, 0x81, 2, 3]), one(0x010203, 5, 3, 1)),
         ("a.bin", bytes([0, 240, 0, 0, 0, 5, 3, 0, 0, 9]), one(8192 + 9, 5, 3, 0)),
         ("a.aedat", b"#!AER-DAT2.0\r\n" + bytes([0, 0, 127 - 5, 2 * (127 - 3), 0, 0, 0, 7]), one(7, 5, 3, 1)),
+        (
+            "a.aedat",
+            b"#!AER-DAT3.1\r\n#!END-HEADER\r\n"
+            + bytes([1, 0, 0, 0, 8, 0, 0, 0, 4, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0])
+            + bytes([15, 0, 10, 0, 7, 0, 0, 0]),
+            one(2**31 + 7, 5, 3, 1),
+        ),
         (
             "a.raw",
             b"% evt 2.1\n% format EVT21;endianness=little\n% end\n"
@@ -218,7 +229,7 @@ def test_chunks_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_formats_are_found_by_suffix_and_content(tmp_path: Path) -> None:
     events = files.made_events(20, SENSOR)
     found = {name: find_reader(write(tmp_path, name, events)).name for name in WRITERS}
-    assert set(found.values()) == {format_.name for format_ in FORMATS} - {"AEDAT 4"}
+    assert set(found.values()) == {format_.name for format_ in FORMATS}
     assert found["two.aedat"] == "AEDAT 2.0"
     assert found["three.aedat"] == "AEDAT 3.1"
     (tmp_path / "UPPER.DAT").write_bytes((tmp_path / "sized.dat").read_bytes())
@@ -262,12 +273,28 @@ def test_what_is_no_recording_is_refused(name: str, content: bytes, message: str
 
 
 def test_a_missing_extra_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "aedat", None)
-    monkeypatch.setitem(__import__("sys").modules, "h5py", None)
-    for name, content, extra in (("a.aedat4", b"#!AER-DAT4.0\r\n", "tonic"), ("a.h5", b"\x89HDF\r\n\x1a\n", "hdf5")):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(SourceError, match=rf"install the extra: pip install 'spikefleet\[{extra}\]'"):
-            read(tmp_path / name)
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    (tmp_path / "a.h5").write_bytes(b"\x89HDF\r\n\x1a\n")
+    with pytest.raises(SourceError, match=r"needs h5py; install the extra: pip install 'spikefleet\[hdf5\]'"):
+        read(tmp_path / "a.h5")
+
+
+def test_streams_of_aedat4(tmp_path: Path) -> None:
+    path = tmp_path / "a.aedat4"
+    files.write_aedat4(path, files.made_events(250, SENSOR), others=True)
+    assert read(path)[1].other_words == 3
+    raw = path.read_bytes()
+    for old, new, message in (
+        (b"EVTS</attr>", b"EVTX</attr>", "has 0 streams of events, expected 1"),
+        (b"IMUS</attr>", b"EVTS</attr>", "has 2 streams of events, expected 1"),
+        (b'"int">128<', b'"int">-28<', "has height 128 and width -28"),
+        (b'name="1"', b'name="x"', "has the name 'x'"),
+        (b"</dv>", b"</dw>", "header cannot be read"),
+        (b"IOHE", b"IOHX", "header cannot be read"),
+    ):
+        path.write_bytes(raw.replace(old, new, 1))
+        with pytest.raises(SourceError, match=message):
+            read(path)
 
 
 def test_evt21_without_order_of_halves_is_read_by_the_option(tmp_path: Path) -> None:

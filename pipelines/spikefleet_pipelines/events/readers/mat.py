@@ -57,9 +57,10 @@ def read_mat(path: Path, options: ReadOptions = DEFAULT_OPTIONS) -> EventReader:
 
 
 def _call(path: Path, function: Any, *arguments: Any, **named: Any) -> Any:
-    try:
-        return function(*arguments, **named)
-    except OSError:
-        raise
-    except Exception as error:  # scipy fails in any way on a damaged file
-        raise damaged(path, str(error)[:200] or type(error).__name__) from error
+    with reading(path):
+        try:
+            return function(*arguments, **named)
+        except Exception as error:  # scipy fails in any way on a damaged file, also with an OSError that no system made
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise damaged(path, str(error)[:200] or type(error).__name__) from error
