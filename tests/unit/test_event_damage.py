@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import resource
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +168,21 @@ def test_invalid_events_of_aedat3_are_left_out_and_counted(tmp_path: Path) -> No
     assert audit.invalid == 10
     with pytest.raises(SourceError, match="has 10 invalid events"):
         read(path, ReadOptions(strict=True))
+
+
+def test_memory_does_not_grow_with_the_recording(tmp_path: Path) -> None:
+    peaks = []
+    for number in (400_000, 1_600_000):
+        t = 10 + 2 * np.arange(number)
+        t[500::500] -= 5
+        zeros = np.zeros(number, np.uint16)
+        files.write_dat(tmp_path / "a.dat", EventArrays(t, zeros, zeros, zeros.astype(np.uint8)), SENSOR)
+        tracemalloc.start()
+        assert sum(len(chunk.t) for chunk in in_time_order(read_recording(tmp_path / "a.dat"))) == number
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0] < 20e6
+    assert peaks[1] < 13 * 1_600_000  # less than the events
 
 
 @pytest.mark.parametrize("name", ["evt2.raw", "evt3.raw", "evt21.raw"])

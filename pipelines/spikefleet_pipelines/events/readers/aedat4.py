@@ -129,14 +129,19 @@ def _decompress(path: Path, raw: bytes, codec: str | None, at: int) -> bytes:
         return raw
     import pyarrow as pa
 
+    parts: list[bytes] = []
+    whole = 0
     try:
         with pa.CompressedInputStream(pa.BufferReader(raw), codec) as stream:
-            whole: bytes = stream.read(_MOST_PACKET + 1)
+            # pyarrow allocates what it is asked for, so it is asked for what a packet usually has.
+            while whole <= _MOST_PACKET and (part := stream.read(4 * len(raw) + 64)):
+                parts.append(part)
+                whole += len(part)
     except (OSError, ValueError, MemoryError) as error:  # of pyarrow
         raise damaged(path, f"the packet at byte {at:,} cannot be decompressed ({str(error)[:100]})") from error
-    if len(whole) > _MOST_PACKET:
+    if whole > _MOST_PACKET:
         raise damaged(path, f"the packet at byte {at:,} has more than {_MOST_PACKET:,} bytes")
-    return whole
+    return b"".join(parts)
 
 
 def _events(path: Path, raw: bytes, at: int) -> np.ndarray[tuple[int], np.dtype[np.void]]:
