@@ -74,3 +74,29 @@ def test_aedat4_of_the_vendors_library_is_read(tmp_path: Path) -> None:
     found, _ = read(path)
     assert same_events(found, events)
     assert not same_events(found, swapped(events))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", ["f8", "i4", "u2", ">f4"])
+def test_mat_of_scipy_is_read_and_scipy_reads_ours(dtype: str, packed: bool, tmp_path: Path) -> None:
+    from scipy import io
+
+    events = files.made_events(900, SENSOR, step_us=20)
+    fields: dict[str, np.ndarray] = {"ts": events.t, "x": events.x, "y": events.y, "pol": events.p}
+    others: dict[str, object] = {
+        "note": "text",
+        "nested": {"a": 1},
+        "cells": np.array(["a", 1], object),
+        "z": 1j,
+        "pad": np.int8(3),
+    }
+    columns = {name: values.astype(dtype)[:, None] for name, values in fields.items()}
+    io.savemat(tmp_path / "a.mat", {**others, **columns}, do_compression=packed)
+    assert same_events(read(tmp_path / "a.mat")[0], events)
+    files.write_mat(tmp_path / "b.mat", events)
+    loaded = io.loadmat(tmp_path / "b.mat")
+    assert all(np.array_equal(np.ravel(loaded[name]), values) for name, values in fields.items())
+    for one in (1, 3):  # numbers in the tags of their elements
+        short = files.part(events, 0, one)
+        io.savemat(tmp_path / "c.mat", {name: values[:one].astype("u1") for name, values in fields.items()})
+        assert len(read(tmp_path / "c.mat")[0].t) == len(short.t)
