@@ -1,1 +1,1 @@
-"""Event cameras: recordings, their formats, and what is made of them."""
+"""Event cameras: recordings as arrays and as words of four bytes, and their frames."""

@@ -28,10 +28,10 @@ def in_time_order(reader: EventReader) -> Iterator[EventArrays]:
     waiting: EventArrays | None = None
     for chunk in reader:
         waiting = chunk if waiting is None else _joined(waiting, chunk)
-        waiting = _taken(waiting, np.argsort(waiting.t, kind="stable"))
+        waiting = waiting.select(np.argsort(waiting.t, kind="stable"))
         safe = int(np.searchsorted(waiting.t, waiting.t[-1] - found.largest_step_back))
-        yield from _chunks(_part(waiting, 0, safe))
-        waiting = _part(waiting, safe, len(waiting.t))
+        yield from _chunks(waiting.select(slice(safe)))
+        waiting = waiting.select(slice(safe, None))
     if waiting is not None:
         yield from _chunks(waiting)
 
@@ -64,14 +64,6 @@ def _joined(first: EventArrays, second: EventArrays) -> EventArrays:
     )
 
 
-def _taken(events: EventArrays, order: np.ndarray[tuple[int], np.dtype[np.intp]]) -> EventArrays:
-    return EventArrays(events.t[order], events.x[order], events.y[order], events.p[order])
-
-
-def _part(events: EventArrays, start: int, end: int) -> EventArrays:
-    return EventArrays(events.t[start:end], events.x[start:end], events.y[start:end], events.p[start:end])
-
-
 def _chunks(events: EventArrays) -> Iterator[EventArrays]:
     for start in range(0, len(events.t), MOST_EVENTS):
-        yield _part(events, start, start + MOST_EVENTS)
+        yield events.select(slice(start, start + MOST_EVENTS))
