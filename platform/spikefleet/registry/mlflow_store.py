@@ -12,8 +12,7 @@ from spikefleet.config.messages import did_you_mean
 from spikefleet.disks import disk_problem
 from spikefleet.errors import UserError
 from spikefleet.registry.lookup_index import INDEXED, entry_of, mark, mark_experiment, write_numbers
-from spikefleet.registry.version import CHAMPION, CONTENT_HASH, RegisteredModel, RegisteredVersion, check_model_name
-from spikefleet.registry.version_page import champion_version, describe_champion
+from spikefleet.registry.version import CONTENT_HASH, RegisteredModel, RegisteredVersion, check_model_name
 from spikefleet.tracking.database import database_path
 from spikefleet.tracking.mlflow_client import EXTRA, check_tracking_uri, public_uri, quiet_mlflow
 from spikefleet.tracking.relocation import ready_database
@@ -75,13 +74,10 @@ def set_alias(client: "MlflowClient", name: str, alias: str, version: int) -> No
     """
     from mlflow.exceptions import MlflowException
 
-    before = champion_version(client, name) if alias == CHAMPION else None
     try:
         client.set_registered_model_alias(name, alias, str(version))
     except MlflowException:
         client.set_registered_model_alias(name, alias, str(version))
-    if alias == CHAMPION:
-        describe_champion(client, name, version, before)
 
 
 def download(
