@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 METRIC_PREFIX = "metric."
 """Prefix of the version tags that hold metrics."""
 
+MODEL_TYPE = "spikefleet"
+"""Of the LoggedModels that `publish` creates."""
+
 _RUNS_ASKED = 100  # in one request, whose length is limited
 _MODELS_ASKED = 8  # one by one; more are read with all others, 1,000 a page
 _ARTIFACTS = "artifacts"  # where MLflow keeps a pyfunc model's files
@@ -248,9 +251,7 @@ def publish(
     experiment = client.get_run(run_id).info.experiment_id
     plain = name.replace(".", "-")  # MLflow allows fewer characters here than in the registry
     words = {} if entry is None else dict(entry.words)
-    logged = client.create_logged_model(
-        experiment, name=plain, source_run_id=run_id, model_type="spikefleet", tags=words
-    )
+    logged = client.create_logged_model(experiment, name=plain, source_run_id=run_id, model_type=MODEL_TYPE, tags=words)
     client.log_model_artifacts(logged.model_id, str(model))
     client.finalize_logged_model(logged.model_id, "READY")
     if entry is not None:

@@ -80,7 +80,7 @@ def retrain(request: Request, options: Options, console: Console) -> Retrained:
 
     Raises:
         UserError: an error that the user can fix, before anything starts.
-        RunError: the retraining failed; no alias was changed.
+        RunError: the retraining failed; the message says whether the champion has changed.
         Interrupted: SIGINT or SIGTERM; the same call resumes it.
     """
     tracking_uri = resolve_tracking_uri(options.runs_dir)
