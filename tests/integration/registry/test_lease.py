@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -271,5 +272,5 @@ def test_a_process_that_proc_hides_is_not_gone(monkeypatch: pytest.MonkeyPatch) 
     def refused(process: int, signal: int) -> None:
         raise PermissionError
 
-    monkeypatch.setattr(leases.os, "kill", refused)
+    monkeypatch.setattr(os, "kill", refused)
     assert not record.is_free

@@ -13,6 +13,7 @@ from mlflow import MlflowClient
 from spikefleet import registry
 from spikefleet.errors import RunError
 from spikefleet.registry import aliases as alias_changes
+from spikefleet.registry.history import append_change
 from spikefleet.registry.lease import lease_key
 from spikefleet.retraining import retrain as steps
 from spikefleet.retraining.record import Record, RetrainingFolder, Retrainings
@@ -72,7 +73,9 @@ def undecided(better: tuple[Desk, Retrained], tmp_path: Path) -> Desk:
     """The better network is registered, and nothing else of its retraining is there."""
     desk = better[0].copy(tmp_path / "undecided")
     shutil.rmtree(desk.options.runs_dir / "retrainings")
-    MlflowClient(desk.uri, registry_uri=desk.uri).set_registered_model_alias(MODEL, "champion", "1")
+    client = MlflowClient(desk.uri, registry_uri=desk.uri)
+    client.set_registered_model_alias(MODEL, "champion", "1")
+    client.set_registered_model_alias(MODEL, "challenger", "2")
     return desk
 
 
@@ -87,12 +90,11 @@ def test_killed_right_after_the_alias_was_moved_it_is_completed(
     undecided: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     desk = undecided
-    real = alias_changes.append_change
 
     def die(client: Any, history: Any, action: str, *rest: Any) -> Any:
         if action == "promoted":
             raise KilledError
-        return real(client, history, action, *rest)
+        return append_change(client, history, action, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(alias_changes, "append_change", die)
