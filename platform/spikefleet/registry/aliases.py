@@ -83,6 +83,7 @@ class AliasChanges:
         before = self._there.get(alias)
         if before == version:
             return
+        self._refuse_foreign(alias)
         self._lease.check()
         if alias == CHAMPION:
             self._explain(version, before if action == "promoted" else None, why)
@@ -117,6 +118,15 @@ class AliasChanges:
                 self._restate(version, decision.reason)
             self.move(CHALLENGER, version, "kept as challenger", decision.reason)
         return Promotion(self.model.name, version, decision.alias, decision.reason, self._there.get(CHAMPION))
+
+    def _refuse_foreign(self, alias: str) -> None:
+        """Raises UserError if a version that spikefleet did not register has the alias: nothing compares with it."""
+        target = self._client.get_registered_model(self.model.name).aliases.get(alias)
+        if target is not None and int(target) not in {version.version for version in self.model.versions}:
+            raise UserError(
+                f"version {target} of model {self.model.name} has the alias {alias}, but spikefleet did not register "
+                "it, so no version can be compared with it; remove the alias in MLflow, or set another registry.name"
+            )
 
     def _explain(self, version: int, before: int | None, why: str) -> None:
         """Tags a version that becomes champion with who, when and why."""

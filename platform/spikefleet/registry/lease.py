@@ -198,7 +198,7 @@ def lease(
 
 @contextmanager
 def registry_lease(
-    uri: str, name: str, purpose: Purpose, label: str, patience_s: float = PATIENCE_S
+    uri: str, name: str, purpose: Purpose, label: str, patience_s: float = PATIENCE_S, announce: Announce = silent
 ) -> Iterator[Lease]:
     """As `lease`, for a block whose errors are not the registry's.
 
@@ -208,13 +208,14 @@ def registry_lease(
         purpose: what it is held for.
         label: what holds it, in words.
         patience_s: seconds to wait for another holder.
+        announce: called with what is waited for.
 
     Raises:
         UserError: another job still holds it after `patience_s`, or the registry fails.
     """
     with ExitStack() as held:
         with connect(uri) as client:
-            mine = held.enter_context(lease(client, name, purpose, label, patience_s=patience_s))
+            mine = held.enter_context(lease(client, name, purpose, label, patience_s=patience_s, announce=announce))
         yield mine
 
 

@@ -42,6 +42,8 @@ class Request:
     """Another store than the champion's."""
     force: bool = False
     """Retrain although nothing changed."""
+    patience_s: float = 0.0
+    """Seconds to wait for a retraining of the model that runs elsewhere; then this one is skipped."""
 
 
 @dataclass(frozen=True)

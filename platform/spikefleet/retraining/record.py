@@ -103,10 +103,18 @@ class Retrainings:
     def __init__(self, runs_dir: Path) -> None:
         self.path = runs_dir.resolve() / RETRAININGS
 
-    def lock(self, model: str) -> Lock:
-        """Locks the retraining of a model on this file system. Raises LockedError if another process has it."""
+    def lock(self, model: str, patience_s: float = 0.0) -> Lock:
+        """Locks the retraining of a model on this file system.
+
+        Args:
+            model: name of the registered model.
+            patience_s: seconds to wait for another process.
+
+        Raises:
+            LockedError: another process still has it.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
-        return hold(self.path / f".{model}.lock")
+        return hold(self.path / f".{model}.lock", patience_s)
 
     def _latest(self, model: str, wanted: Callable[[Record], bool]) -> RetrainingFolder | None:
         for folder in reversed(self.of(model)):
@@ -116,7 +124,8 @@ class Retrainings:
 
     def of(self, model: str) -> list[RetrainingFolder]:
         """The retrainings of a model, the latest last."""
-        folders = [RetrainingFolder(path.parent) for path in self.path.glob(f"*/{_RECORD}")]
+        named = self.path.glob(f"{_stem(model)}*/{_RECORD}")  # a damaged one of another model is none of its business
+        folders = [RetrainingFolder(path.parent) for path in named]
         known = [(record.begun, folder) for folder in folders if (record := folder.read()) is not None]
         ours = [(begun, folder) for begun, folder in known if _model_of(folder) == model]
         return [folder for _, folder in sorted(ours, key=lambda pair: (pair[0], pair[1].id))]
@@ -139,12 +148,16 @@ class Retrainings:
 
     def new(self, model: str, day: str, identity: str) -> RetrainingFolder:
         """A directory that does not exist yet: `MODEL-retrain-DAY-HASH`, with a number where that is taken."""
-        name = f"{model[:60]}-retrain-{day}-{identity[:8]}"
+        name = f"{_stem(model)}{day}-{identity[:8]}"
         path, number = self.path / name, 1
         while path.exists():
             number += 1
             path = self.path / f"{name}-{number}"
         return RetrainingFolder(path)
+
+
+def _stem(model: str) -> str:
+    return f"{model[:60]}-retrain-"
 
 
 def _model_of(folder: RetrainingFolder) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -89,9 +90,13 @@ def retrain(request: Request, options: Options, console: Console) -> Retrained:
         with waiting(console, "asking the registry"):
             registry.show(request.model, tracking_uri=tracking_uri)  # no lock for a model that does not exist
         try:
-            held.enter_context(retrainings.lock(request.model))
-            label = f"a retraining of {request.model}"
-            mine = held.enter_context(registry_lease(tracking_uri, request.model, "retraining", label, patience_s=0))
+            with waiting(console, f"waiting for other retrainings of {request.model}") as announce:
+                began = time.monotonic()
+                held.enter_context(retrainings.lock(request.model, request.patience_s))
+                left_s = max(0.0, request.patience_s - (time.monotonic() - began))
+                label = f"a retraining of {request.model}"
+                lease = registry_lease(tracking_uri, request.model, "retraining", label, left_s, announce)
+                mine = held.enter_context(lease)
         except LockedError as error:
             return Retrained("skipped", f"model {request.model} is being retrained ({error.holder})")
         except LeaseHeldError as error:

@@ -233,3 +233,17 @@ def test_a_version_without_proof_or_with_changed_files_is_not_rolled_back_to(
     assert champion is not None
     assert champion.version == 2
     assert "rolled_back" not in champion.tags
+
+
+def test_the_alias_of_a_version_that_others_registered_is_not_taken_from_it(
+    first: Trained, client: MlflowClient, tmp_path: Path
+) -> None:
+    versions(first, tmp_path, "foreign", [0.7])
+    source = client.get_model_version_download_uri("foreign", "1")
+    other = client.create_model_version("foreign", source)
+    client.set_registered_model_alias("foreign", "champion", other.version)
+    with pytest.raises(UserError, match=r"version 2 of model foreign has the alias champion, but spikefleet did not"):
+        promote("foreign", 1, "top1", tracking_uri=first.uri)
+    assert int(client.get_registered_model("foreign").aliases["champion"]) == 2
+    client.delete_registered_model_alias("foreign", "champion")
+    assert promote("foreign", 1, "top1", tracking_uri=first.uri).champion == 1
