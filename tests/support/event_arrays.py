@@ -49,7 +49,8 @@ def recordings(draw: st.DrawFn, most: int = 60) -> tuple[EventArrays, Sensor]:
     at_edges = st.builds(lambda k, d: max(0, k * tick + d), st.integers(0, 40), st.integers(-1, 1))
     any_time = st.one_of(st.integers(0, 50), st.integers(0, few_ticks), at_edges)
     times = draw(st.lists(any_time, max_size=most))
-    if times and draw(st.booleans()):
+    far = draw(st.booleans())
+    if times and far:
         times.append((1 << 32) + draw(st.integers(0, 1000)) if (1 << 32) // tick < 1 << 20 else max(times))
     return at_times(sorted(times), sensor, draw(st.integers(0, 99))), sensor
 

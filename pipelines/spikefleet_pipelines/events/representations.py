@@ -6,7 +6,6 @@
 """
 
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -200,9 +199,14 @@ def _finish(frames: Frames, config: BinningConfig) -> Frames:
     if config.normalise != "none":
         frames = normalised(frames, config.normalise)
     if config.clip is not None:
-        limit = config.clip if frames.dtype == np.float32 else int(config.clip)
-        frames = np.clip(frames, -limit if frames.dtype == np.float32 else 0, limit)
+        frames = _clipped(frames, config.clip)
     return _as_dtype(frames, config.dtype)
+
+
+def _clipped(frames: Frames, limit: float) -> Frames:
+    if frames.dtype == np.float32:
+        return np.clip(frames.astype(np.float32, copy=False), np.float32(-limit), np.float32(limit))
+    return np.minimum(frames.astype(np.int32, copy=False), np.int32(limit))
 
 
 def resized(frames: Frames, size: tuple[int, int], how: str) -> Frames:
@@ -263,14 +267,13 @@ def normalised(frames: Frames, how: str) -> NDArray[np.float32]:
 
 def _as_dtype(frames: Frames, dtype: str) -> Frames:
     """Raises StoreError where the type does not hold the values; no value wraps or is rounded."""
-    if dtype == "float32":
-        return frames.astype(np.float32)
     is_whole = frames.dtype != np.float32
     largest = int(frames.max(initial=0)) if is_whole else 0
     if dtype == "smallest":
-        small: dict[bool, Any] = {True: np.uint8, False: np.int32}
-        return frames.astype(small[largest <= 255], copy=False) if is_whole else frames
+        dtype = ("uint8" if largest <= 255 else "int32") if is_whole else "float32"
+    if dtype == "float32":
+        return frames.astype(np.float32, copy=False)
     if not is_whole or (dtype == "uint8" and largest > 255):
         found = f"values up to {largest}" if is_whole else "values that are no integers"
         raise StoreError(f"dtype {dtype!r} does not hold {found}; use dtype 'smallest' or 'float32'")
-    return frames.astype(np.uint8 if dtype == "uint8" else np.int32, copy=False)
+    return frames.astype(np.uint8, copy=False) if dtype == "uint8" else frames.astype(np.int32, copy=False)
