@@ -213,12 +213,14 @@ def resident(field):
 TOTAL, CHUNK = 50_000_000, 1 << 22
 
 def chunks():
+    x = np.resize(np.arange(304, dtype=np.uint16), CHUNK)
+    y = np.resize(np.arange(240, dtype=np.uint16), CHUNK)
+    p = np.resize(np.arange(2, dtype=np.uint8), CHUNK)
     for start in range(0, TOTAL, CHUNK):
-        number = np.arange(start, min(start + CHUNK, TOTAL), dtype=np.int64)
-        x, y, p = (number * 7919 % 304), (number * 104729 % 240), number & 1
-        time = number // 25
-        time[::1000] = np.maximum(time[::1000] - 300, 0)  # 2 s, some of them late, also over the edge of a chunk
-        yield EventArrays(time, x.astype(np.uint16), y.astype(np.uint16), p.astype(np.uint8))
+        time = np.arange(start, min(start + CHUNK, TOTAL), dtype=np.int64)
+        time //= 25  # 2 s
+        time[::1000] = np.maximum(time[::1000] - 300, 0)  # late, also over the edge of a chunk
+        yield EventArrays(time, x[: len(time)], y[: len(time)], p[: len(time)])
 
 out = Path(sys.argv[1])
 fields = {"source": "test", "class_names": "a", "events": EventFormat.of((240, 304)), "options": {}}
