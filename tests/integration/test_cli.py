@@ -159,19 +159,25 @@ def test_what_mlflow_holds(desk: Desk) -> None:
     assert run.info.run_name == "main"
     assert run.data.params["model.timesteps"] == "4"
     assert run.data.params["cluster.max_failures"] == "3"
-    assert {
-        "code_version",
-        "data_hash",
-        "fact.torch",
-        "fact.parameters",
-        "fact.threads",
-        "fact.kernels",
-        "recipe",
-    } <= run.data.tags.keys()
+    assert {"code_version", "dataset", "recipe", "spike_driven", "task"} <= run.data.tags.keys()
+    assert all(run.data.tags.values()), "a tag is empty"
+    assert {key: run.data.params[key] for key in ("T", "D")} == {"T": "4", "D": "1"}
+    (data,) = run.inputs.dataset_inputs
+    assert data.dataset.name == "digits"
+    note = run.data.tags["mlflow.note.content"]
+    assert note.startswith("Training of recipe digits on data set digits, T = 4, D = 1.\n\n**val/top1 ")
+    assert "[sg_resnet_digits version 1](" in note
+    assert "became champion: version 1 is the first" in note
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
     for key in ("train/loss", "images_per_second", "gradient/first_layer_norm", "epoch/val/top1", "best/val/top1"):
         assert key in run.data.metrics, key
     assert run.data.metrics["test/top1"] > 0.5
     artifacts = {item.path for item in client.list_artifacts(run.info.run_id, "report")}
+    assert {item.path for item in client.list_artifacts(run.info.run_id)} >= {
+        "environment.json",
+        "layers.json",
+        "layer_energy.json",
+    }
     wanted = ("confusion.png", "predictions.png", "learning_curve.png", "evaluation.json")
     assert {f"report/{name}" for name in wanted} <= artifacts
     assert client.list_artifacts(run.info.run_id, "layers")

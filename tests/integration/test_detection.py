@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 
 from spikefleet.cli import app
 from spikefleet.config.recipes import load_config, parse_overrides
-from spikefleet.tasks.coco_metrics import COCO_METRICS
+from spikefleet.data_summary import DataSummary
+from spikefleet.tasks.coco_metrics import COCO_METRICS, evaluate_boxes
+from spikefleet.tasks.per_image import Boxes, PerImage
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.events import NullSink
 from spikefleet.training.loop import train
@@ -97,6 +99,14 @@ def test_evaluation_gives_cocos_figures_by_class(desk: Desk, tmp_path: Path) -> 
     assert written == files | {"precision_recall.png", "confusion.png"}
     report = desk.folder / "runs" / "small" / "report"
     assert {"training_batch.png", "learning_curve.png", "energy.png"} <= {path.name for path in report.iterdir()}
+    results = PerImage.read(report / "evaluation.npz").results
+    assert isinstance(results, Boxes)
+    data = DataSummary.read(desk.folder / "runs" / "small")
+    again = evaluate_boxes(*results.coco(data.class_names, data.category_ids), results.max_detections)
+    assert again.twelve == json.loads((report / "evaluation.json").read_text())["metrics"]
+    compared = desk.run("registry", "compare", NETWORK.removeprefix("models:/"), NETWORK)
+    assert "the images do not show which one is better: test/map50_95" in compared
+    assert "on the same 16 images" in compared
     assert json.loads((tmp_path / "report" / "evaluation.json").read_text())["metrics"].keys() <= set(COCO_METRICS)
 
 

@@ -24,6 +24,7 @@ from spikefleet.runs.options import Options
 from spikefleet.runs.train_run import FinishedRun, run_training
 from spikefleet.search.run_search import run_tracked_search
 from spikefleet.tasks import build_task
+from spikefleet.tasks.per_image import PER_IMAGE, Answers, PerImage
 from spikefleet.tracking.mlflow_client import resolve_tracking_uri
 from spikefleet.training.checkpoints import best_network, load_checkpoint
 from spikefleet.training.distributed import ProcessGroup
@@ -149,6 +150,10 @@ def test_such_a_version_is_certified_on_training_images_and_stays_challenger(fin
     certificate = json.loads((finished.run.path / "report" / "certificate.json").read_text())
     assert certificate["split"] == "train"
     assert json.loads((finished.run.path / "report" / "evaluation.json").read_text())["split"] == "test"
+    by_image = PerImage.read(finished.run.path / "report" / PER_IMAGE)
+    assert (by_image.split, by_image.data_hash) == ("test", finished.run.data().content_hash)
+    assert isinstance(by_image.results, Answers)
+    assert by_image.results.right.mean() == finished.test["top1"]
     assert finished.promotion is not None
     assert finished.promotion.alias == "challenger"
     assert finished.promotion.champion is None
@@ -228,6 +233,7 @@ def test_imagenets_validation_images_are_called_val(imagenet: Path, runs: Path, 
     assert record["last"].keys() == {"val/top1"}
     evaluation = json.loads((runs / "small" / "report" / "evaluation.json").read_text())
     assert (evaluation["split"], evaluation["samples"]) == ("val", 6)
+    assert PerImage.read(runs / "small" / "report" / PER_IMAGE).split == "val"
     assert evaluation["metrics"]["top1"] == record["validation"]["top1"]
     uri = resolve_tracking_uri(runs)
     keys = logged(uri, "imagenet_sg_resnet18")

@@ -109,7 +109,9 @@ def test_a_run_that_is_opened_again_goes_on_and_repeats_no_step(runs: Path, uri:
     assert history(client, first.run_id, "train/loss") == losses(80)
 
 
-def test_restarts_and_what_an_earlier_driver_missed_are_tracked(runs: Path, uri: str, client: MlflowClient) -> None:
+def test_restarts_and_what_an_earlier_driver_missed_are_tracked(
+    runs: Path, uri: str, client: MlflowClient, tmp_path: Path
+) -> None:
     run = Run(runs / "restarted")
     run.path.mkdir()
     run.note(status="running", restarts=0)
@@ -126,8 +128,10 @@ def test_restarts_and_what_an_earlier_driver_missed_are_tracked(runs: Path, uri:
     ):
         observer.emit(event)
     assert tracker.finish("FINISHED", wait_s=30) == 0
-    tags = client.get_run(tracker.run_id).data.tags
-    assert (tags["restarts"], tags["fact.threads"], tags["fact.parameters"]) == ("1", "2,1", "7")
+    found = client.get_run(tracker.run_id).data
+    assert (found.tags["restarts"], found.params["parameters"]) == ("1", "7")
+    environment = Path(client.download_artifacts(tracker.run_id, "environment.json", str(tmp_path)))
+    assert json.loads(environment.read_text()) == {"threads": [2, 1], "parameters": 7}
     assert run.record()["restarts"] == 1
     assert run.record()["threads"] == [2, 1]
     assert history(client, tracker.run_id, "train/loss") == losses(4)[1:]

@@ -11,7 +11,8 @@ from mlflow import MlflowClient
 
 from spikefleet.errors import UserError
 from spikefleet.tracking.journal import DELIVERED
-from spikefleet.tracking.tracker import Tracker, sync
+from spikefleet.tracking.mlflow_pages import KIND, MODEL_TRAINING, NOTE
+from spikefleet.tracking.tracker import TrackedDataset, Tracker, sync
 from support.mlflow_server import Server
 from support.tracked import BLOCKED_S, history, log_losses, losses
 
@@ -40,7 +41,7 @@ def test_a_server_that_is_away_killed_and_restarted_gets_everything_once(
     assert tracker.flush(wait_s=20) == 0
     client = MlflowClient(tracking_uri=server.uri)
     assert history(client, tracker.run_id, "train/loss") == losses(100)
-    assert tracker.run_url.endswith(f"/runs/{tracker.run_id}")
+    assert tracker.run_url.endswith(f"/runs/{tracker.run_id}?workflowType=machine_learning")
 
     # It hangs, then it is killed while records stream; an artifact and tags meet the outage, too.
     server.send(signal.SIGSTOP)
@@ -51,7 +52,11 @@ def test_a_server_that_is_away_killed_and_restarted_gets_everything_once(
     server.stop(signal.SIGKILL)
     begin = time.perf_counter()
     tracker.log_dict({"T": 4}, "config.json")
-    tracker.set_tags({"state": "the server is away"})
+    tracker.set_tags({"state": "the server is away", "failure": "cable pulled"})
+    tracker.set_tags({"failure": ""})
+    tracker.log_dataset(TrackedDataset("digits", "f438ba1aaf09", "{}", "{}", "{}"))
+    tracker.describe_experiment({KIND: MODEL_TRAINING})
+    tracker.describe("Training.")
     longest = max(longest, time.perf_counter() - begin, log_losses(tracker, range(3000, 3500)))
     undelivered = tracker.finish("FINISHED", wait_s=1)
     assert undelivered > 500
@@ -73,6 +78,10 @@ def test_a_server_that_is_away_killed_and_restarted_gets_everything_once(
     assert sync(run_dir, server.uri) > 3500
     assert history(client, tracker.run_id, "train/loss") == losses(3500)
     assert len(client.search_runs([run.info.experiment_id])) == 1
+    run = client.get_run(tracker.run_id)
+    assert [data.dataset.digest for data in run.inputs.dataset_inputs] == ["f438ba1aaf09"]
+    assert (run.data.tags[NOTE], run.data.tags.get("failure")) == ("Training.", None)
+    assert client.get_experiment(run.info.experiment_id).tags[KIND] == MODEL_TRAINING
 
     assert longest < BLOCKED_S
     assert "s3cret" not in caplog.text

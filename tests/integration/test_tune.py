@@ -71,9 +71,17 @@ def test_each_trial_is_a_nested_run_with_its_figures(folder: Path) -> None:
         assert trial.info.status == "FINISHED"
         assert trial.data.metrics["energy_mj"] > 0
         assert trial.data.params["optim.momentum"] == "0.9"  # also what no override says
-        assert trial.data.tags.keys() >= {"code_version", "data_hash", "dataset", "recipe", "fact.torch"}
+        assert trial.data.tags.keys() >= {"code_version", "dataset", "recipe", "search", "status", "task", "trial"}
+        assert all(trial.data.tags.values()), "a tag is empty"
+        assert [data.dataset.name for data in trial.inputs.dataset_inputs] == ["digits"]
+        assert "* Status: finished." in trial.data.tags["mlflow.note.content"]
         assert {one.path for one in client.list_artifacts(trial.info.run_id, "report")} >= {"report/energy.json"}
     assert {run.data.params.get("model.timesteps") for run in runs.values()} == {None, "1", "2"}
+    assert {run.data.params.get("T") for run in runs.values()} == {None, "1", "2"}
+    assert "**Pareto front: " in parent.data.tags["mlflow.note.content"]
+    assert "environment.json" in {one.path for one in client.list_artifacts(parent.info.run_id)}
+    trials = client.search_runs([experiment.experiment_id], "tags.search = 'small'")  # the filter of the view
+    assert {run.info.run_name for run in trials} == {"small-0000", "small-0001"}
 
 
 def test_the_report_has_front_and_plots(folder: Path) -> None:

@@ -118,3 +118,18 @@ def test_a_missing_configuration_is_named(tmp_path: Path) -> None:
     (package / CONFIG).unlink()
     with pytest.raises(UserError, match=CONFIG):
         text_of(package)
+
+
+def test_a_flaw_and_the_standing_are_said_first() -> None:
+    card = read_card(PACKAGE)
+    text = model_card(
+        "a model", PACKAGE, card, "it answers '0'\nfor all images", ["It is the champion since today: better"]
+    )
+    lines = text.splitlines()
+    assert lines[2] == r"**Must not be used: it answers '0'\nfor all images.**"
+    assert lines[4] == "* It is the champion since today: better."
+    assert (
+        description_of("a model", PACKAGE, card, "it is silent").splitlines()[2]
+        == "**Must not be used: it is silent.**"
+    )
+    assert "Must not be used" not in text_of(PACKAGE)

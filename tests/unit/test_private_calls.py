@@ -66,6 +66,12 @@ PRIVATE = [
         )
     ),
     (
+        "mlflow.utils.search_utils:SearchUtils.create_page_token",
+        ["offset"],
+        "platform/spikefleet/registry/lookup_index.py",
+        "asks whether there are so many versions; MLflow has no count",
+    ),
+    (
         "os:_exit",
         ["status"],
         "pipelines/spikefleet_pipelines/loading.py",

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from spikefleet.errors import UserError
 from spikefleet.registry.promotion import Candidate, decide
-from spikefleet.registry.query import parse_where
+from spikefleet.registry.query import parse_where, pushed_terms
 
 KEYS = ["timesteps", "energy_mj", "connection", "val/top1", "a-b.c"]
 WORDS = ["bsg", "bsg_star", "cifar10", "1e5x", "and", "v1.2-3"]
@@ -205,3 +205,24 @@ def test_of_jobs_that_take_turns_the_best_is_champion_in_the_end(
     field = [*([present] if present else []), *candidates]
     extreme = (max if mode == "max" else min)((s.value for s in field if s.value is not None), default=None)
     assert winner == next((candidate for candidate in field if candidate.value == extreme), None)
+
+
+@pytest.mark.parametrize(
+    ("text", "filters"),
+    [
+        ("timesteps<=2 and energy_mj<40", ["metrics.`timesteps` <= 2.0", "metrics.`energy_mj` < 40.0"]),
+        ("1 <= timesteps < 4", ["metrics.`timesteps` >= 1.0", "metrics.`timesteps` < 4.0"]),
+        ("val/top1 == -1e-3 and (connection==bsg)", ["metrics.`val/top1` = -0.001", "tags.`connection` = 'bsg'"]),
+        ("-5 > (a-b.c)", ["metrics.`a-b.c` < -5.0"]),
+        ("a > -1e300", ["metrics.`a` > -1e300"]),
+        ("a==2 or b==3", []),
+        ("a==2 and (b==3 or c==4) and timesteps * bound <= 8", ["metrics.`a` = 2.0"]),
+        ("a != 2 and b != bsg", []),  # which also hold for words and for numbers
+        ("a == '2' and b == nan and c == '1e5' and d == ' x' and e == \"it's\" and f == ''", []),
+        ("a == 'x y' and b == 'x OR 1=1' and c == 'x`y'", ["tags.`a` = 'x y'"]),
+        ("a < 9007199254740993", []),  # no float
+        ("a < (b)", []),
+    ],
+)
+def test_what_must_hold_is_pushed_down_and_the_rest_is_left(text: str, filters: list[str]) -> None:
+    assert [term.filter for term in pushed_terms(parse_where(text))] == filters

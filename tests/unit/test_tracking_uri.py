@@ -1,5 +1,6 @@
 """Tracking URIs that name nothing, or need a driver that is missing, are refused before anything starts."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,18 @@ def test_a_missing_driver_is_named_without_the_password(scheme: str) -> None:
     with pytest.raises(UserError, match=r"cannot be used: .*nothing; install the driver") as caught:
         check_tracking_uri(uri)
     assert "secret" not in str(caught.value)
+
+
+def test_the_extra_is_named_where_the_driver_of_postgresql_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = "postgresql://user:secret@host/db"
+    monkeypatch.setitem(sys.modules, "psycopg", None)  # as if it were not installed
+    with pytest.raises(UserError, match=r"cannot be used: .*; install the extra spikefleet\[server\] into") as caught:
+        check_tracking_uri(uri)
+    assert "secret" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    monkeypatch.delitem(sys.modules, "psycopg")
+    pytest.importorskip("psycopg")
+    check_tracking_uri(uri)
 
 
 def test_doctor_names_them_and_runs_that_are_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,7 @@ _ARITHMETIC: Mapping[str, Callable[[Any, Any], Any]] = {
     "*": operator.mul,
     "/": operator.truediv,
 }
+_MIRRORED = {"<=": ">=", ">=": "<=", "<": ">", ">": "<"}
 _COMPARISON = re.compile(r"\s*(<=|>=|==|!=|<|>)")
 _SUM, _PRODUCT = re.compile(r"\s*([+-])"), re.compile(r"\s*([*/])")
 _SIGN, _OPEN, _CLOSE = re.compile(r"\s*([+-])"), re.compile(r"\s*(\()"), re.compile(r"\s*(\))")
@@ -186,7 +187,8 @@ class Expression:
 
     def _number(self, value: Any) -> Any:
         if self.dialect.spelled_numbers and isinstance(value, str):
-            return float(value) if _SPELLED_NUMBER.fullmatch(value) else math.nan
+            number = spelled_number(value)
+            return math.nan if number is None else number
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise NotANumberError(f"{value!r} is not a number")
         return value
@@ -202,6 +204,41 @@ class Expression:
         if op not in ("==", "!="):
             left, right = self._number(left), self._number(right)
         return bool(_COMPARISONS[op](left, right))
+
+
+def spelled_number(text: str) -> float | None:
+    """The number that a text spells; None for another text, such as `nan`."""
+    return float(text) if _SPELLED_NUMBER.fullmatch(text) else None
+
+
+def required(expression: Expression) -> Iterator[tuple[str, str, float | str]]:
+    """What must hold wherever the expression holds: name, operator and value of comparisons joined by `and`.
+
+    A chain is two comparisons, and `2 > T` is `T < 2`. What is joined by `or`, and comparisons between names, are left
+    out. A value is text where it stands in quotes or is a bare word.
+    """
+    root = expression.root
+    for part in root.parts if isinstance(root, Joined) and root.word == "and" else (root,):
+        if isinstance(part, Joined):
+            if part.word == "and":
+                yield from required(Expression(part, expression.dialect))
+            continue
+        terms = [part.first, *(term for _, term in part.rest)]
+        for (op, right), left in zip(part.rest, terms, strict=False):
+            if isinstance(left, Name) and (value := _literal(right)) is not None:
+                yield left.name, op, value
+            elif isinstance(right, Name) and (value := _literal(left)) is not None:
+                yield right.name, _MIRRORED.get(op, op), value
+
+
+def _literal(term: Term) -> float | str | None:
+    """A number, also with a sign, or a text; None for anything else."""
+    match term:
+        case Text(value) | Constant(value):
+            return value
+        case Arithmetic(Constant(0), ((("+" | "-") as sign, Constant(value)),)):
+            return -value if sign == "-" else value
+    return None
 
 
 def parse(text: str, dialect: Dialect, known: Collection[str] | None = None) -> Expression:

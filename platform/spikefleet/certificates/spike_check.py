@@ -210,6 +210,26 @@ def check_spikes(
     return SpikeCheck(proof, None, flips, metrics, chosen, remark)
 
 
+def check_images(network: nn.Module, images: Tensor) -> SpikeCheck:
+    """Makes the first two legs of the proof on given images; they hold for any image, and the metric needs targets.
+
+    Args:
+        network: on the CPU, in evaluation mode, as it was trained; not changed.
+        images: as the network takes them, at least two.
+
+    Raises:
+        Exception: as for `check_spikes`.
+    """
+    if not spiking_nodes(network):
+        return SpikeCheck(None, None)
+    try:
+        check_finite(network)
+        exact = copy.deepcopy(network).double()
+        return SpikeCheck(check_equivalence(deploy(exact), images, trained=exact), None)
+    except NotSpikeDrivenError as error:
+        return SpikeCheck(None, str(error))
+
+
 def _images(deployed: nn.Module, loader: BatchLoader, most: int) -> tuple[Chosen, Tensor]:
     """Images on which every layer fires, as far as the first ones of the split have such."""
     most = min(most, len(loader.split))

@@ -12,9 +12,11 @@ from functools import partial
 
 from spikefleet.cli import (
     completion,
+    export,
     gradients,
     inference,
     inspection,
+    registry_audit,
     registry_changes,
     reproduction,
     retraining,
@@ -35,10 +37,12 @@ app.add_typer(tracking_app, name="tracking")
 
 __all__ = [
     "app",
+    "export",
     "gradients",
     "inference",
     "inspection",
     "main",
+    "registry_audit",
     "registry_changes",
     "reproduction",
     "retraining",

@@ -1,4 +1,4 @@
-"""registry list, show, best, pull, renew."""
+"""registry list, show, best, pull, renew, reindex."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from spikefleet.cli.output import console, loading, print_json, say, stderr
 from spikefleet.cli.parameters import AsJson, RunsDir
 from spikefleet.cli.tables import Column, number, print_record, print_table, text
 from spikefleet.outputs import check_place
+from spikefleet.status import print_line
 
 if TYPE_CHECKING:
     from spikefleet.registry import RegisteredVersion
@@ -109,18 +110,68 @@ def best_registered(
     dataset: Annotated[str | None, typer.Option(help="Only networks trained on this data set.")] = None,
     where: Annotated[
         str | None,
-        typer.Option(help='Conditions, for example "timesteps * bound <= 8 and (connection==bsg or decoder==rate)".'),
+        typer.Option(
+            help='Conditions, for example "timesteps<=2 and energy_mj<40 and params_m<25" or "timesteps * bound <= 8 '
+            'and (connection==bsg or decoder==rate)".'
+        ),
     ] = None,
     mode: Annotated[Literal["max", "min"], typer.Option(help="Which end of the metric is the best.")] = "max",
+    top: Annotated[int, typer.Option(help="So many versions, the best first, as a table.", min=1)] = 1,
+    any_proof: Annotated[
+        bool,
+        typer.Option(
+            "--any-proof",
+            help="Also spiking networks of which the spike check has not proved that they are spike-driven.",
+        ),
+    ] = False,
     as_json: AsJson = False,
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
-    """The best version of all registered models."""
+    """The best versions of all registered models."""
     from spikefleet import registry
 
     with asking(runs_dir) as uri:
-        version = registry.best(task, metric, dataset=dataset, where=where, mode=mode, tracking_uri=uri)
-    _print_versions([version], as_json)
+        versions = registry.ranked(
+            task,
+            metric,
+            dataset=dataset,
+            where=where,
+            mode=mode,
+            top=top,
+            any_proof=any_proof,
+            tracking_uri=uri,
+            announce=lambda line: print_line(stderr, line),
+        )
+    if as_json or top == 1:
+        _print_versions(versions, as_json)
+        return
+    name = metric.removeprefix("val/").removeprefix("test/")
+    columns: list[Column | str] = [
+        "version",
+        text("aliases"),
+        number(f"val/{name}"),
+        number(f"test/{name}"),
+        number("T"),
+        number("D"),
+    ]
+    columns += [number("energy_mj"), number("parameters"), "data_hash", "registered"]
+    print_table(console, columns, [_row(version, metric, name) for version in versions])
+
+
+@registry_app.command("reindex")
+def reindex_registered(runs_dir: RunsDir = Path("runs")) -> None:
+    """Index the versions of an earlier spikefleet, and edited ones, so that `registry best` finds them fast."""
+    from spikefleet import registry
+
+    with asking(runs_dir) as uri:
+        done = registry.reindex(
+            tracking_uri=uri,
+            progress=lambda at, of: print_line(stderr, f"{at} of {of} versions") if at % 100 == 0 and at < of else None,
+        )
+    for version, reason in done.failed:
+        say(f"{version} cannot be indexed: {reason}")
+    before = done.versions - done.indexed - len(done.failed)
+    say(f"{done.indexed} of {done.versions} versions indexed; {before} were indexed before")
 
 
 @registry_app.command("pull")
@@ -186,6 +237,27 @@ def _print_versions(versions: Sequence[RegisteredVersion], as_json: bool) -> Non
         items += [(key, version.tags[key]) for key in _SHOWN_TAGS if key in version.tags]
         items += [("run", version.run_id), ("registered", f"{version.created:%Y-%m-%d %H:%M} UTC")]
         print_record(console, items, title=title)
+
+
+def _row(version: RegisteredVersion, metric: str, name: str) -> list[str]:
+    """A version in the table of the best; a metric that belongs to no split stands in the first column of both."""
+    measured = version.metrics
+    shown = [_measured(key, measured[key]) if key in measured else "-" for key in (f"val/{name}", f"test/{name}")]
+    if shown == ["-", "-"] and (value := version.metric(metric)) is not None:
+        shown[0] = _measured(metric, value)
+    tags = version.tags
+    energy = f"{measured['energy_mj']:.4g}" if "energy_mj" in measured else "-"
+    return [
+        version.uri.removeprefix("models:/"),
+        ", ".join(version.aliases) or "-",
+        *shown,
+        tags.get("timesteps", "-"),
+        tags.get("bound", "-"),
+        energy,
+        tags.get("parameters", "-"),
+        tags.get("data_hash", "-")[:12],
+        f"{version.created:%Y-%m-%d %H:%M}",
+    ]
 
 
 def _metrics(version: RegisteredVersion) -> str:

@@ -58,6 +58,7 @@ def ui(
 ) -> None:
     """Serve MLflow's pages over the local tracking database, on this machine only."""
     from spikefleet.tracking.mlflow_client import public_uri, quiet_mlflow, resolve_tracking_uri
+    from spikefleet.tracking.mlflow_pages import TRAINING_PAGES
     from spikefleet.tracking.relocation import ready_database
 
     quiet_mlflow()
@@ -80,7 +81,8 @@ def ui(
                 f"the server of MLflow ended with exit code {server.returncode} before it answered at port {port}; its "
                 "messages are above; if another program has taken the port, give another one by --port"
             )
-        say(f"http://{_LOCALHOST}:{port}  (Ctrl-C ends it)")
+        say(f"http://{_LOCALHOST}:{port}/#/experiments?{TRAINING_PAGES}  (Ctrl-C ends it)")
+        say('MLflow opens its pages for GenAI unless "Model training" is chosen once, at the top left')
         if server.wait():
             raise RunError(f"the server of MLflow ended with exit code {server.returncode}; its messages are above")
     except KeyboardInterrupt as error:

@@ -357,12 +357,24 @@ def differences(saved: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]
     Returns:
         For each field that differs `PATH: expected SAVED, found GIVEN`.
     """
-    left, right = (dict(leaves(_identity(without_unused_branches(tree)))) for tree in (_completed(saved), given))
     return [
-        f"{path}: expected {left.get(path, 'no value')!s}, found {right.get(path, 'no value')!s}"
-        for path in sorted(left.keys() | right.keys())
-        if left.get(path, "no value") != right.get(path, "no value")
+        f"{path}: expected {before!s}, found {now!s}" for path, (before, now) in differing_fields(saved, given).items()
     ]
+
+
+def differing_fields(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The fields that affect the result of training in which two dumped configurations differ, with both values.
+
+    Args:
+        saved: of a run, maybe written by an earlier version.
+        given: likewise.
+
+    Returns:
+        Both values by dotted path, in the order of the paths; "no value" where one has no such field.
+    """
+    left, right = (dict(leaves(_identity(without_unused_branches(_completed(tree))))) for tree in (saved, given))
+    pairs = {path: (left.get(path, "no value"), right.get(path, "no value")) for path in sorted({*left, *right})}
+    return {path: pair for path, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def without_unused_branches(tree: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -73,10 +73,10 @@ def open_trained_network(reference: str, runs_dir: Path) -> TrainedNetwork:
         with tempfile.TemporaryDirectory(prefix="spikefleet-") as scratch:
             folder = Path(scratch) / "package"
             registry.pull(reference, folder, tracking_uri=resolve_tracking_uri(runs_dir))
-            return replace(_from_package(reference, folder), folders=())
+            return replace(open_package(reference, folder), folders=())
     path = Path(reference)
     if (path / CARD).is_file():
-        return _from_package(reference, path)
+        return open_package(reference, path)
     if path.is_dir() and path.parent.name == "checkpoints":
         return _from_checkpoint(reference, path, Run(path.parent.parent))
     if path.is_dir():
@@ -85,7 +85,8 @@ def open_trained_network(reference: str, runs_dir: Path) -> TrainedNetwork:
     return replace(_from_checkpoint(reference, run.best_checkpoint(), run), report=run.path / "report")
 
 
-def _from_package(reference: str, folder: Path) -> TrainedNetwork:
+def open_package(reference: str, folder: Path) -> TrainedNetwork:
+    """Loads the network of a package, as `open_trained_network`; messages name it by `reference`."""
     network, plain = load_network(folder)
     metadata = read_package_card(folder).metadata
     with missing_plugins_named(metadata.get("plugins", ()), reference):

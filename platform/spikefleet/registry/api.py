@@ -8,8 +8,7 @@ Python file of the version, so anyone with write access to the registry can run 
 import math
 import shutil
 import tempfile
-from collections.abc import Mapping
-from datetime import datetime
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +19,9 @@ from spikefleet.errors import UserError
 from spikefleet.plugins import loaded_plugins
 from spikefleet.registry.aliases import Promotion, keep_as_challenger, promote, refused_alias, rollback, settle
 from spikefleet.registry.flaws import FLAW, flaw_tag
-from spikefleet.registry.history import Change, History, read_history
-from spikefleet.registry.mlflow_model import save_for_mlflow
+from spikefleet.registry.history import Change, History, load_history, read_history
+from spikefleet.registry.lookup import find_best
+from spikefleet.registry.mlflow_model import save_for_mlflow, serving_files_tag
 from spikefleet.registry.mlflow_store import (
     METRIC_PREFIX,
     connect,
@@ -36,6 +36,8 @@ from spikefleet.registry.package import (
     CARD,
     CODE,
     CONFIG,
+    Card,
+    check_sections,
     load_network,
     read_card,
     read_config,
@@ -44,14 +46,15 @@ from spikefleet.registry.package import (
 )
 from spikefleet.registry.package_access import is_registered, package_files, registry_uri, scratch_directory
 from spikefleet.registry.promotion import Mode
-from spikefleet.registry.query import parse_where
+from spikefleet.registry.question import Question
+from spikefleet.registry.reindexing import Reindexed, reindex
 from spikefleet.registry.renewal import renew
 from spikefleet.registry.serving_code import serving_code
 from spikefleet.registry.version import CONTENT_HASH, RegisteredModel, RegisteredVersion, check_model_name
-from spikefleet_tune.messages import one_of
 
 if TYPE_CHECKING:
     import torch
+    from mlflow import MlflowClient
 
 __all__ = [
     "Change",
@@ -59,6 +62,7 @@ __all__ = [
     "Promotion",
     "RegisteredModel",
     "RegisteredVersion",
+    "Reindexed",
     "best",
     "card_text",
     "describe",
@@ -67,9 +71,11 @@ __all__ = [
     "load",
     "promote",
     "pull",
+    "ranked",
     "read_history",
     "refused_alias",
     "register",
+    "reindex",
     "renew",
     "rollback",
     "settle",
@@ -119,9 +125,11 @@ def register(
         origin = {"dataset": data.dataset, "data_hash": data.content_hash}
         given = {key: str(value) for key, value in {**origin, **tags}.items()}
         data.write(scratch)
-        metadata = {"run_id": run_id, "tags": given, "metrics": dict(metrics), "plugins": list(loaded_plugins())}
         (scratch / CODE).write_bytes(serving_code().archive())
         files = {DATA_SUMMARY: scratch / DATA_SUMMARY, **(extra_files or {}), CODE: scratch / CODE}
+        check_sections(config, "the configuration of a registered model")
+        given |= flaw_tag(config, data, metrics, files)
+        metadata = {"run_id": run_id, "tags": given, "metrics": dict(metrics), "plugins": list(loaded_plugins())}
         card = write_package(package, weights, config, files, metadata)
         network, _ = load_network(package)
         model = parse_model(config["model"], "the configuration of a registered model")
@@ -133,10 +141,10 @@ def register(
         derived = {
             key: str(value) for key, value in {**model.tags(), "task": config["task"], "parameters": parameters}.items()
         }
-        flaw = flaw_tag(config, data, metrics, files)
-        all_tags = {**derived, **given, **flaw, **measured, CONTENT_HASH: card.content_hash}
+        all_tags = {**derived, **given, **measured, CONTENT_HASH: card.content_hash}
         save_for_mlflow(package, scratch / "model", config, data, card)
-        text = description_of(name, package, card)
+        all_tags |= serving_files_tag(scratch / "model")
+        text = description_of(name, package, card, given.get(FLAW))
         return publish(client, name, scratch / "model", run_id, all_tags, text, tracking_uri)
 
 
@@ -202,7 +210,8 @@ def card_text(uri: str | Path, *, tracking_uri: str | None = None) -> str:
         UserError: the version does not exist, or its files have changed.
     """
     if not is_registered(uri):
-        return model_card(Path(uri).name, Path(uri), verify_package(Path(uri)))
+        card = verify_package(Path(uri))
+        return model_card(Path(uri).name, Path(uri), card, _flaw_of(Path(uri), card))
     with connect(registry_uri(tracking_uri)) as client, scratch_directory() as scratch:
         version = resolve(client, str(uri))
         download(client, version, CARD, scratch)
@@ -210,7 +219,28 @@ def card_text(uri: str | Path, *, tracking_uri: str | None = None) -> str:
         for name in (CONFIG, DATA_SUMMARY, *CARD_SOURCES):
             if name in listed:
                 download(client, version, name, scratch)
-        return model_card(version.uri, scratch, read_card(scratch, version.content_hash))
+        read = read_card(scratch, version.content_hash)
+        return model_card(version.uri, scratch, read, version.tags.get(FLAW), _standing(client, version))
+
+
+def _flaw_of(package: Path, card: Card) -> str | None:
+    """The flaw of a pulled package, by the rules of its registration."""
+    files = {name: package / name for name in card.sha256}
+    return flaw_tag(read_config(package), DataSummary.read(package), card.metadata["metrics"], files).get(FLAW)
+
+
+def _standing(client: "MlflowClient", version: RegisteredVersion) -> list[str]:
+    """What the registry says of a version, in sentences: its aliases, since when, and why."""
+    if not version.aliases:
+        return []
+    history = load_history(client, version.name)
+    said = []
+    for alias in version.aliases:
+        moves = [change for change in history.changes if change.alias == alias]
+        known = bool(moves) and moves[-1].after == version.version
+        why = f" since {moves[-1].at} ({moves[-1].action}): {moves[-1].why}" if known else ""
+        said.append(f"It is the {alias} of {version.name}{why}")
+    return said if history.damage is None else [*said, f"The history of its model is damaged: {history.damage}"]
 
 
 def pull(uri: str, out: Path, *, tracking_uri: str | None = None) -> Path:
@@ -285,11 +315,32 @@ def best(
     where: str | None = None,
     mode: Mode = "max",
     *,
+    any_proof: bool = False,
     tracking_uri: str | None = None,
 ) -> RegisteredVersion:
-    """The version with the best metric; of equal ones a champion (a renewed copy is one), else the oldest.
+    """The version with the best metric: the first of `ranked`, whose arguments these are.
 
-    Versions with a flaw (`flaws`) are left out.
+    Raises:
+        UserError: `where` is not a condition or names an unknown key, or no version matches.
+    """
+    return ranked(task, metric, dataset, where, mode, top=1, any_proof=any_proof, tracking_uri=tracking_uri)[0]
+
+
+def ranked(
+    task: str,
+    metric: str,
+    dataset: str | None = None,
+    where: str | None = None,
+    mode: Mode = "max",
+    *,
+    top: int,
+    any_proof: bool = False,
+    tracking_uri: str | None = None,
+    announce: Callable[[str], None] | None = None,
+) -> list[RegisteredVersion]:
+    """The versions with the best metric, the best first; of equal ones a champion, else the oldest.
+
+    A renewed copy of a champion is one. Versions with a flaw (`flaws`) are left out.
 
     Args:
         task: only versions of this task.
@@ -297,47 +348,15 @@ def best(
         dataset: only versions trained on this data set.
         where: only versions that satisfy this condition on tags and metrics; see `query.parse_where`.
         mode: `max` or `min`.
+        top: how many versions, at most.
+        any_proof: also versions whose spike-driven form is not proved; else only those that are proved, and networks
+            without spikes.
         tracking_uri: of the registry; by default MLFLOW_TRACKING_URI, else SQLite in ./runs.
+        announce: is told in one line why all versions are read, where the index of the registry cannot answer.
 
     Raises:
-        UserError: `where` is not a condition or names an unknown key, or no version matches.
+        UserError: `where` is not a condition or names an unknown key, no version matches, or `top` is below 1.
     """
-    if where is not None:
-        parse_where(where)  # check the syntax before the first request
+    question = Question(task, metric, dataset, where, mode, top, any_proof)
     with connect(registry_uri(tracking_uri)) as client:
-        versions = find_versions(client)
-    versions = _narrow(versions, "task", task)
-    if dataset is not None:
-        versions = _narrow(versions, "dataset", dataset)
-    versions = _without_flaws(versions)
-    if where is not None:
-        query = parse_where(where, {key for version in versions for key in version.metadata()})
-        versions = [version for version in versions if query.holds(version.metadata())]
-        if not versions:
-            raise UserError(f"no version for task {task!r} satisfies where {where!r}")
-    values = [(version, value) for version in versions if (value := version.metric(metric)) is not None]
-    if not values:
-        known = sorted({name for version in versions for name in version.metrics})
-        raise UserError(f"no matching version has the metric {metric!r}; {one_of(known)}")
-    sign = -1 if mode == "max" else 1
-
-    def rank(pair: tuple[RegisteredVersion, float]) -> tuple[float, bool, datetime, str, int]:
-        version, value = pair
-        return sign * value, "champion" not in version.aliases, version.created, version.name, version.version
-
-    return min(values, key=rank)[0]
-
-
-def _without_flaws(versions: list[RegisteredVersion]) -> list[RegisteredVersion]:
-    kept = [version for version in versions if FLAW not in version.tags]
-    if not kept:
-        raise UserError(f"every matching version has a flaw; of {versions[0].uri}: {versions[0].tags[FLAW]}")
-    return kept
-
-
-def _narrow(versions: list[RegisteredVersion], key: str, wanted: str) -> list[RegisteredVersion]:
-    kept = [version for version in versions if version.tags.get(key) == wanted]
-    if not kept:
-        known = sorted({version.tags[key] for version in versions if key in version.tags})
-        raise UserError(f"no version is registered for {key} {wanted!r}; {one_of(known)}")
-    return kept
+        return find_best(client, question, announce)

@@ -23,6 +23,7 @@ from spikefleet.registry.version import check_model_name
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
 Action = Literal["promoted", "kept as challenger", "alias removed", "rolled back", "renewed", "found"]
 """What was done; `found` is an alias that was moved otherwise, by hand or by a job that was killed."""
@@ -32,6 +33,9 @@ HEAD: Final = "spikefleet.history"
 
 RUN: Final = "spikefleet.history_run"
 """Tag of a registered model: the run that has the entries."""
+
+EXPERIMENT: Final = "spikefleet-registry"
+"""MLflow experiment of the histories of all models."""
 
 _FOLDER = "history"
 
@@ -159,7 +163,10 @@ def append_change(
     )
     tags = client.get_registered_model(history.name).tags
     run_id = tags.get(RUN) or _create_run(client, history.name)
-    client.log_text(run_id, change.text, f"{_FOLDER}/{_file_name(change.number)}")
+    with scratch_directory() as scratch:
+        file = scratch / _file_name(change.number)
+        file.write_text(change.text, encoding="utf-8")
+        _artifacts(client, run_id).log_artifact(str(file), _FOLDER)
     client.set_registered_model_tag(history.name, HEAD, f"{change.number} {change.sha256}")
     return History(history.name, (*history.changes, change))
 
@@ -201,27 +208,48 @@ def _file_name(number: int) -> str:
 
 def _entries(client: MlflowClient, run_id: str) -> dict[str, str]:
     """The stored entries by file name."""
-    import mlflow.artifacts
-
-    if not client.list_artifacts(run_id, _FOLDER):
+    artifacts = _artifacts(client, run_id)
+    if not artifacts.list_artifacts(_FOLDER):
         return {}
     with scratch_directory() as scratch:
-        place = f"{client.get_run(run_id).info.artifact_uri}/{_FOLDER}"
-        found = Path(
-            mlflow.artifacts.download_artifacts(place, dst_path=str(scratch), tracking_uri=client.tracking_uri)
-        )
+        found = Path(artifacts.download_artifacts(_FOLDER, str(scratch)))
         return {file.name: file.read_text(encoding="utf-8", errors="replace") for file in sorted(found.iterdir())}
 
 
+def _artifacts(client: MlflowClient, run_id: str) -> ArtifactRepository:
+    """Where a run keeps its artifacts. Not by the client, which remembers it for runs of databases that moved."""
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    place = client.get_run(run_id).info.artifact_uri
+    repository: ArtifactRepository = get_artifact_repository(place, tracking_uri=client.tracking_uri)
+    return repository
+
+
 def _create_run(client: MlflowClient, name: str) -> str:
-    """Makes the run `registry-NAME` in the experiment of the model's first version."""
-    versions = client.search_model_versions(f"name = '{name}'", order_by=["version_number ASC"], max_results=1)
-    experiment = client.get_run(versions[0].run_id).info.experiment_id
+    """Makes the run `registry-NAME` in an experiment of its own, so that it is not listed among trainings."""
     note = f"The history of the aliases of registered model {name}, in its artifacts."
-    run = client.create_run(experiment, run_name=f"registry-{name}", tags={"mlflow.note.content": note})
+    run = client.create_run(_experiment(client, name), run_name=f"registry-{name}", tags={"mlflow.note.content": note})
     client.set_terminated(run.info.run_id)
     client.set_registered_model_tag(name, RUN, run.info.run_id)
     return str(run.info.run_id)
+
+
+def _experiment(client: MlflowClient, name: str) -> str:
+    """The experiment of histories, whose artifacts lie where those of the model's trainings do."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(EXPERIMENT)
+    if found is None:
+        version = client.search_model_versions(f"name = '{name}'", max_results=1)[0]
+        trained = client.get_experiment(client.get_run(version.run_id).info.experiment_id)
+        place = None if client.tracking_uri.startswith("http") else trained.artifact_location  # a server decides itself
+        try:
+            return str(client.create_experiment(EXPERIMENT, artifact_location=place))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            found = client.get_experiment_by_name(EXPERIMENT)
+    return str(found.experiment_id)
 
 
 def _user() -> str:

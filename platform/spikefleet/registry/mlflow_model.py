@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,14 +14,19 @@ from numpy.typing import NDArray
 from spikefleet.config.recipes import parse_model
 from spikefleet.config.task_table import find_task
 from spikefleet.data_summary import DataSummary
+from spikefleet.files import sha256_of
 from spikefleet.registry.package import CODE, Card
 from spikefleet.registry.served_input import EXPECTED
 from spikefleet.registry.serving_code import serving_code
+from spikefleet.registry.version import SERVING_FILES
 from spikefleet.versions import code_version
 from spikefleet_models.family import ModelConfig
 
 if TYPE_CHECKING:
     from spikefleet.tasks import AnyTask
+
+ARTIFACTS = "artifacts"
+"""Where MLflow keeps the files of the package, in a model directory."""
 
 _LOADER = Path(__file__).with_name("pyfunc_model.py")
 
@@ -76,6 +82,21 @@ def save_for_mlflow(package: Path, model: Path, config: Mapping[str, Any], data:
     for entry in flavor["artifacts"].values():
         entry["uri"] = entry["path"]
     written.save(str(model / "MLmodel"))
+
+
+def serving_files(model: Path) -> dict[str, str]:
+    """The SHA-256 of every file of a model directory beside the package, by its path in it.
+
+    MLflow runs or obeys them (MLmodel, the loader, the requirements), and the content hash is of the package alone.
+    """
+    found = (path for path in model.rglob("*") if path.is_file())
+    named = {path.relative_to(model).as_posix(): path for path in found}
+    return {name: sha256_of(named[name]) for name in sorted(named) if not name.startswith(f"{ARTIFACTS}/")}
+
+
+def serving_files_tag(model: Path) -> dict[str, str]:
+    """`serving_files` as a tag of the version."""
+    return {SERVING_FILES: json.dumps(serving_files(model))}
 
 
 def example_images(channels: int, size: tuple[int, ...] | None) -> NDArray[np.uint8]:

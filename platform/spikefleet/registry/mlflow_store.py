@@ -1,8 +1,9 @@
 """Calls to MLflow's model registry: connect, search, download, publish."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from spikefleet.config.messages import did_you_mean
 from spikefleet.disks import disk_problem
 from spikefleet.errors import UserError
-from spikefleet.registry.model_card import card_heading
+from spikefleet.registry.lookup_index import INDEXED, entry_of, mark, mark_experiment, write_numbers
 from spikefleet.registry.version import CHAMPION, CONTENT_HASH, RegisteredModel, RegisteredVersion, check_model_name
+from spikefleet.registry.version_page import champion_version, describe_champion
 from spikefleet.tracking.database import database_path
-from spikefleet.tracking.mlflow_client import check_tracking_uri, public_uri, quiet_mlflow
+from spikefleet.tracking.mlflow_client import EXTRA, check_tracking_uri, public_uri, quiet_mlflow
 from spikefleet.tracking.relocation import ready_database
 from spikefleet.tracking.server_problems import server_problem
 from spikefleet_tune.messages import one_of
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 METRIC_PREFIX = "metric."
 """Prefix of the version tags that hold metrics."""
 
+_RUNS_ASKED = 100  # in one request, whose length is limited
+_MODELS_ASKED = 8  # one by one; more are read with all others, 1,000 a page
 _ARTIFACTS = "artifacts"  # where MLflow keeps a pyfunc model's files
 _URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[A-Za-z0-9_-]{1,100})|/(?P<version>[0-9]{1,9}))")
 
@@ -51,7 +55,7 @@ def connect(tracking_uri: str) -> "Iterator[MlflowClient]":
             raise
         raise UserError(
             f"MLFLOW_TRACKING_URI={public_uri(tracking_uri)!r} needs the Python package {error.name!r}, which is not "
-            "installed; install it"
+            f"installed; install it, or {EXTRA}, which has what PostgreSQL and S3 need"
         ) from error
     except (MlflowException, OSError) as error:  # an artifact store raises errors of requests, which are OSErrors
         if isinstance(error, OSError) and (error.filename is not None or disk_problem(error) is not None):
@@ -71,20 +75,13 @@ def set_alias(client: "MlflowClient", name: str, alias: str, version: int) -> No
     """
     from mlflow.exceptions import MlflowException
 
+    before = champion_version(client, name) if alias == CHAMPION else None
     try:
         client.set_registered_model_alias(name, alias, str(version))
     except MlflowException:
         client.set_registered_model_alias(name, alias, str(version))
     if alias == CHAMPION:
-        _describe_model(client, name, version)
-
-
-def _describe_model(client: "MlflowClient", name: str, version: int) -> None:
-    """Shows the card of the champion as the description of its model, unless somebody wrote another one."""
-    text, heading = client.get_model_version(name, str(version)).description, card_heading(name)
-    shown = client.get_registered_model(name).description
-    if text and text.startswith(heading) and (not shown or shown.startswith(heading)):
-        client.update_registered_model(name, description=text)
+        describe_champion(client, name, version, before)
 
 
 def download(
@@ -115,9 +112,13 @@ def download(
         if isinstance(error, MlflowException):
             raise
         raise UserError(f"the files of {version.uri} cannot be downloaded: {error}") from error
-    for file in found.iterdir() if found.is_dir() else [found]:
-        if file.parent != directory:
+    if not found.is_dir():
+        found.replace(directory / found.name)
+    elif found != directory:
+        inside = found.replace(directory / ".downloaded")  # it may hold a directory of its own name
+        for file in inside.iterdir():
             file.replace(directory / file.name)
+        inside.rmdir()
 
 
 def resolve(client: "MlflowClient", uri: str) -> RegisteredVersion:
@@ -139,43 +140,84 @@ def find_model(client: "MlflowClient", name: str) -> RegisteredModel:
     return RegisteredModel(name, tuple(versions))
 
 
-def find_versions(client: "MlflowClient", name: str | None = None) -> list[RegisteredVersion]:
-    """The versions that spikefleet registered, of one model or of all, by name and newest first."""
-    found: list[Any] = []
-    token = None
-    while True:
-        page = client.search_model_versions(f"name = '{name}'" if name else None, page_token=token)
-        found += page
-        if not (token := page.token):
-            break
-    ours = [version for version in found if CONTENT_HASH in version.tags]
-    # MLflow's search returns no aliases.
-    aliases = {model: client.get_registered_model(model).aliases for model in {version.name for version in ours}}
-    read = [_read_version(version, aliases[version.name]) for version in ours]
+def find_versions(
+    client: "MlflowClient", name: str | None = None, tags: Mapping[str, str] | None = None
+) -> list[RegisteredVersion]:
+    """The versions that spikefleet registered, by name and newest first.
+
+    Args:
+        client: of the registry.
+        name: only versions of this model.
+        tags: only versions with these tags; keys and values must be plain words (`query.plain_word`).
+    """
+    conditions = [f"name = '{name}'"] if name else []
+    conditions += [f"tags.`{key}` = '{value}'" for key, value in (tags or {}).items()]
+    read = _search(client, " AND ".join(conditions))
+    aliases = aliases_of(client, {version.name for version in read}) if read else {}
+    read = [replace(version, aliases=aliases.get((version.name, version.version), ())) for version in read]
     return sorted(read, key=lambda version: (version.name, -version.version))
 
 
-def _read_version(version: Any, aliases: Mapping[str, str | int]) -> RegisteredVersion:
-    number = int(version.version)
-    return RegisteredVersion(
-        name=version.name,
-        version=number,
-        run_id=version.run_id,
-        created=datetime.fromtimestamp(version.creation_timestamp / 1000, UTC),
-        tags={key: value for key, value in version.tags.items() if not key.startswith(METRIC_PREFIX)},
-        metrics=_metrics(version.tags),
-        # SQLite returns numbers, a server returns strings.
-        aliases=tuple(sorted(alias for alias, target in aliases.items() if int(target) == number)),
-    )
+def versions_of_runs(client: "MlflowClient", runs: Sequence[str]) -> list[RegisteredVersion]:
+    """The versions that spikefleet registered of runs, without their aliases."""
+    found: list[RegisteredVersion] = []
+    for start in range(0, len(runs), _RUNS_ASKED):
+        listed = ", ".join(f"'{run}'" for run in runs[start : start + _RUNS_ASKED])
+        found += _search(client, f"run_id IN ({listed})")
+    return found
 
 
-def _metrics(tags: Mapping[str, str]) -> dict[str, float]:
-    metrics = {}
-    for key, value in tags.items():
-        if key.startswith(METRIC_PREFIX):
-            with suppress(ValueError):  # a tag edited by hand
-                metrics[key.removeprefix(METRIC_PREFIX)] = float(value)
-    return metrics
+def aliases_of(client: "MlflowClient", names: Collection[str]) -> dict[tuple[str, int], tuple[str, ...]]:
+    """The aliases of the versions of some models, perhaps of others too, by name and number.
+
+    MLflow's search for versions leaves them out.
+    """
+    # Not by get_registered_model, which reads all versions of a model.
+    few = len(names) <= _MODELS_ASKED and not any("'" in name for name in names)
+    conditions = [f"name = '{name}'" for name in sorted(names)] if few else [None]
+    models: list[Any] = []
+    for condition in conditions:
+        token = None
+        while True:
+            page = client.search_registered_models(condition, max_results=1000, page_token=token)
+            models += page
+            if not (token := page.token):
+                break
+    found: dict[tuple[str, int], tuple[str, ...]] = {}
+    for model in models:
+        for alias, number in sorted(model.aliases.items()):  # SQLite returns numbers, a server returns strings
+            found[model.name, int(number)] = (*found.get((model.name, int(number)), ()), alias)
+    return found
+
+
+def _search(client: "MlflowClient", condition: str) -> list[RegisteredVersion]:
+    """The versions that spikefleet registered and for which a condition of MLflow's search holds, without aliases."""
+    found: list[Any] = []
+    token = None
+    while True:
+        page = client.search_model_versions(condition or None, page_token=token)
+        found += page
+        if not (token := page.token):
+            break
+    return [_read_version(version) for version in found if CONTENT_HASH in version.tags]
+
+
+def _read_version(version: Any) -> RegisteredVersion:
+    tags, metrics = _without_metrics(version.tags)
+    created = datetime.fromtimestamp(version.creation_timestamp / 1000, UTC)
+    return RegisteredVersion(version.name, int(version.version), version.run_id, created, tags, metrics)
+
+
+def _without_metrics(stored: Mapping[str, str]) -> tuple[dict[str, str], dict[str, float]]:
+    """Tags and metrics of a version from its tags in MLflow."""
+    tags, metrics = {}, {}
+    for key, value in stored.items():
+        if not key.startswith(METRIC_PREFIX):
+            tags[key] = value
+            continue
+        with suppress(ValueError):  # a tag edited by hand
+            metrics[key.removeprefix(METRIC_PREFIX)] = float(value)
+    return tags, metrics
 
 
 def publish(
@@ -203,11 +245,21 @@ def publish(
     """
     from mlflow.exceptions import MlflowException
 
+    tags = {key: value for key, value in tags.items() if key != INDEXED}  # a renewed version's
+    tags["size_mb"] = f"{_size_mb(model):.3g}"
+    plain_tags, metrics = _without_metrics(tags)
+    entry = entry_of(RegisteredVersion(name, 0, run_id, datetime.now(UTC), plain_tags, metrics))
     experiment = client.get_run(run_id).info.experiment_id
     plain = name.replace(".", "-")  # MLflow allows fewer characters here than in the registry
-    logged = client.create_logged_model(experiment, name=plain, source_run_id=run_id, model_type="spikefleet")
+    words = {} if entry is None else dict(entry.words)
+    logged = client.create_logged_model(
+        experiment, name=plain, source_run_id=run_id, model_type="spikefleet", tags=words
+    )
     client.log_model_artifacts(logged.model_id, str(model))
     client.finalize_logged_model(logged.model_id, "READY")
+    if entry is not None:
+        mark_experiment(client, experiment)
+        write_numbers(client, logged.model_id, run_id, entry.numbers)
     try:
         client.create_registered_model(name, description=description)
     except MlflowException as error:
@@ -215,7 +267,17 @@ def publish(
             raise
     # Without a server, MLflow resolves models:/m-... at its global tracking URI instead of the client's.
     source = f"models:/{logged.model_id}" if tracking_uri.startswith("http") else logged.artifact_location
-    version = client.create_model_version(
-        name, source, run_id=run_id, tags=dict(tags), description=description, model_id=logged.model_id
+    version = _read_version(
+        client.create_model_version(
+            name, source, run_id=run_id, tags=dict(tags), description=description, model_id=logged.model_id
+        )
     )
-    return _read_version(version, {})
+    if entry is not None:  # last: a version that has no such tag is looked for without the index
+        value = mark(client, version, logged.model_id)
+        version = replace(version, tags={**version.tags, INDEXED: value})
+    return version
+
+
+def _size_mb(model: Path) -> float:
+    """Size of the files of a model directory, in MB (10^6 bytes)."""
+    return sum(file.stat().st_size for file in model.rglob("*") if file.is_file()) / 1e6

@@ -56,19 +56,25 @@ def card_heading(name: str) -> str:
     return f"# {one_line(name)}\n"
 
 
-def model_card(title: str, package: Path, card: Card) -> str:
+def model_card(title: str, package: Path, card: Card, flaw: str | None = None, standing: Sequence[str] = ()) -> str:
     """The card of a version: use, data, metrics, energy, proof, configuration, lineage, limits.
 
     Args:
         title: name of the model, or reference of the version.
         package: directory of its verified package; the JSON files are read.
         card: of the package.
+        flaw: why it must not be used, in words.
+        standing: what the registry says of the version, in sentences: its aliases, and since when and why.
 
     Raises:
         UserError: a file of the package is damaged.
     """
     try:
         lines = [card_heading(title).rstrip()]
+        if flaw is not None:
+            lines += ["", f"**Must not be used: {one_line(flaw)}.**"]
+        if standing:
+            lines += ["", *(f"* {one_line(sentence)}." for sentence in standing)]
         for heading, content in _sections(package, card.metadata).items():
             lines += ["", f"## {heading}", "", *content]
     except (TypeError, ValueError, KeyError) as error:
@@ -89,13 +95,17 @@ def _sections(package: Path, metadata: Mapping[str, Any]) -> dict[str, Iterator[
         "Proof": _proof(tags),
         "Configuration": _configuration(config),
         "Lineage": _lineage(metadata, tags),
-        "Limits": _limits(metadata, tags),
+        "Limits": _limits(metadata),
     }
 
 
-def description_of(name: str, package: Path, card: Card) -> str:
+def description_of(name: str, package: Path, card: Card, flaw: str | None = None) -> str:
     """The card as a description for MLflow, whose database keeps 5,000 characters."""
-    text = model_card(name, package, card)
+    return fitted_description(model_card(name, package, card, flaw))
+
+
+def fitted_description(text: str) -> str:
+    """A description cut at a line to what MLflow's database keeps."""
     if len(text) <= MOST_CHARACTERS:
         return text
     rest = "\n\nMore: `spikefleet registry show --card`\n"
@@ -180,14 +190,12 @@ def _lineage(metadata: Mapping[str, Any], tags: Mapping[str, str]) -> Iterator[s
             yield f"* {key}: {one_line(tags[key])}."
 
 
-def _limits(metadata: Mapping[str, Any], tags: Mapping[str, str]) -> Iterator[str]:
+def _limits(metadata: Mapping[str, Any]) -> Iterator[str]:
     yield "* It knows these classes alone, and was tried on no other kind of images."
     splits = {name.partition("/")[0] for name in _mapping(metadata.get("metrics"))}
     if "val" in splits:
         instead = "; those on test are to be quoted" if "test" in splits else ""
         yield f"* The metrics on val chose the checkpoint and are optimistic{instead}."
-    if flaw := tags.get("flaw"):
-        yield f"* Flaw: {one_line(flaw)}."
     plugins = metadata.get("plugins")
     if isinstance(plugins, Sequence) and plugins:
         names = one_line(", ".join(map(str, plugins)))

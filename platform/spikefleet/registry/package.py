@@ -74,7 +74,7 @@ def write_package(
         UserError: a file is missing, the name of an extra file is a path or reserved, or the configuration lacks a
             section.
     """
-    _check_sections(config, "the configuration of a registered model")
+    check_sections(config, "the configuration of a registered model")
     for name, source in {WEIGHTS: weights, **extra_files}.items():
         if not _FILE_NAME.fullmatch(name) or name in (CONFIG, CARD) or (name == WEIGHTS and source is not weights):
             raise UserError(
@@ -202,11 +202,12 @@ def read_config(directory: Path) -> dict[str, Any]:
         UserError: the file is missing, or lacks a section that a network needs.
     """
     config = read_json_object(directory / CONFIG)
-    _check_sections(config, str(directory / CONFIG))
+    check_sections(config, str(directory / CONFIG))
     return with_current_keys(config)
 
 
-def _check_sections(config: Any, where: str) -> None:
+def check_sections(config: Any, where: str) -> None:
+    """Raises UserError unless a configuration has the sections that a network needs."""
     if not isinstance(config, Mapping) or not {"model", "data", "task"} <= config.keys():
         raise UserError(f"{where} must have the keys model, data and task")
 

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 from spikefleet.data_summary import DataSummary
 from spikefleet.registry.aliases import changing_aliases, refused_alias
-from spikefleet.registry.flaws import flaw_tag
-from spikefleet.registry.mlflow_model import save_for_mlflow
+from spikefleet.registry.flaws import FLAW, flaw_tag
+from spikefleet.registry.mlflow_model import save_for_mlflow, serving_files_tag
 from spikefleet.registry.mlflow_store import METRIC_PREFIX, connect, download, find_model, publish, resolve
 from spikefleet.registry.model_card import description_of
 from spikefleet.registry.package import load_network, read_card, read_config, with_code
@@ -48,11 +48,12 @@ def renew(uri: str, *, tracking_uri: str | None = None) -> RegisteredVersion:
             save_for_mlflow(package, scratch / "model", config, data, card)
             flaw = flaw_tag(config, data, old.metrics, {name: package / name for name in card.sha256})
             same = card.content_hash == old.content_hash and flaw.items() <= old.tags.items()
-            if same and _is_loaded_as_now(client, old, scratch / "model"):
+            hashed = serving_files_tag(scratch / "model")
+            if same and hashed.keys() <= old.tags.keys() and _is_loaded_as_now(client, old, scratch / "model"):
                 return old
             measured = {f"{METRIC_PREFIX}{metric}": repr(value) for metric, value in old.metrics.items()}
-            tags = {**old.tags, **flaw, **measured, CONTENT_HASH: card.content_hash}
-            text = description_of(old.name, package, card)
+            tags = {**old.tags, **flaw, **measured, **hashed, CONTENT_HASH: card.content_hash}
+            text = description_of(old.name, package, card, tags.get(FLAW))
             new = publish(client, old.name, scratch / "model", old.run_id, tags, text, place)
         with changing_aliases(client, old.name, f"the renewal of version {old.version}") as aliases:
             for alias in aliases.model.pick(old.version).aliases:

@@ -8,14 +8,24 @@ from typing import Final
 
 from spikefleet.errors import UserError
 from spikefleet.registry.query import MetadataValue
+from spikefleet_tune.expressions import spelled_number
 from spikefleet_tune.messages import one_of
 
 CHAMPION: Final = "champion"
 CHALLENGER: Final = "challenger"
 CONTENT_HASH = "spikefleet.content_hash"
 
+SERVING_FILES = "spikefleet.serving_files"
+"""Tag with the SHA-256 of each file of MLflow's model directory beside the package: MLmodel, loader, requirements."""
+
 SPIKE_DRIVEN = "spike_driven"
 """Tag with the verdict of `certificates.spike_check`."""
+
+PARAMS_M: Final = "params_m"
+"""Unit alias in `where`: the tag `parameters` in millions."""
+
+T_X_D: Final = "t_x_d"
+"""Key of `where`: time steps times the bound of an I-LIF neuron, the binary steps of the spike-driven form."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -47,10 +57,23 @@ class RegisteredVersion:
         return self.metrics.get(name, self.metrics.get(f"val/{name}"))
 
     def metadata(self) -> dict[str, MetadataValue]:
-        """The keys of `where`: tags, and metrics by full name and, on the validation split, by short name."""
+        """The keys of `where`: tags, and metrics by full name and, on the validation split, by short name.
+
+        `params_m` is the tag `parameters` in millions, and `t_x_d` the product of `timesteps` and `bound`.
+        """
         short = {name.removeprefix("val/"): value for name, value in self.metrics.items() if name.startswith("val/")}
         tags = {key: value for key, value in self.tags.items() if not key.startswith(("spikefleet.", "mlflow."))}
-        return {**short, **self.metrics, **tags}
+        return {**self.derived(), **short, **self.metrics, **tags}
+
+    def derived(self) -> dict[str, float]:
+        """Keys of `where` that follow from tags; a tag or a metric of the same name takes precedence."""
+        parameters, timesteps, bound = (
+            spelled_number(self.tags.get(key, "")) for key in ("parameters", "timesteps", "bound")
+        )
+        found = {} if parameters is None else {PARAMS_M: parameters / 1e6}
+        if timesteps is not None and bound is not None:
+            found[T_X_D] = timesteps * bound
+        return found
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from spikefleet.search.run_search import read_tracked_search, run_tracked_search
 from spikefleet.search.trial import chooses_data
 from spikefleet.status import print_line
 from spikefleet.tracking.mlflow_client import resolve_tracking_uri
+from spikefleet.tracking.mlflow_pages import KIND, MODEL_TRAINING, NOTE
 from spikefleet.tracking.tracker import Tracker
 from spikefleet.versions import code_version
 from spikefleet_models.energy import EnergyCard, energy_at_rates
@@ -268,6 +269,7 @@ def _distinct(plan: ReproductionPlan, rows: Sequence[Entry]) -> Iterator[dict[st
 def track_reproduction(found: Reproduction, report: Sequence[Path], folder: Path, runs_dir: Path) -> None:
     """Logs the report to MLflow, in the experiment `reproductions`; the trainings are runs of their searches."""
     tracker = Tracker.open(folder, found.name, "reproductions", resolve_tracking_uri(runs_dir))
+    tracker.describe_experiment({KIND: MODEL_TRAINING, NOTE: "Reports of reproduced tables of the papers."})
     tracker.set_tags({"paper": found.plan.table.paper, "scale": found.plan.scale, "code_version": code_version()})
     for path in report:
         tracker.log_artifact(path)

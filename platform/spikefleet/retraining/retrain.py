@@ -255,12 +255,9 @@ class _Retraining:
         folder.mkdir(parents=True, exist_ok=True)
         drift = self._drift(folder)
         report = write_report(folder, self._record, drift)
-        outcome = {
-            "outcome": self._record.word,
-            "reason": self._record.reason,
-            "mlflow.note.content": report.read_text(),
-        }
-        tracker.set_tags({**outcome, "candidate": self._record.candidate})
+        tracker.describe(report.read_text(encoding="utf-8"))
+        candidate = self._record.candidate
+        tracker.set_tags({"outcome": self._record.word, "reason": self._record.reason, "candidate": candidate})
         for path in sorted(folder.rglob("*")):
             if path.is_file():
                 inside = path.parent.relative_to(folder)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
+from spikefleet.certificates.certify import Certificates
+from spikefleet.certificates.energy_card import ENERGY, read_card
 from spikefleet.config.schema import Config, leaves
 from spikefleet.plugins import loaded_plugins
+from spikefleet.registry.version import SPIKE_DRIVEN
 from spikefleet.runs.progress import Display
 from spikefleet.runs.run_dir import Run
-from spikefleet.tracking.tracker import Tracker
+from spikefleet.runs.run_page import Results, run_description, shown_params, source_tags, training_experiment
+from spikefleet.tracking.tracker import TrackedDataset, Tracker
 from spikefleet.training.events import (
     CheckpointSaved,
     EpochDone,
@@ -23,7 +25,17 @@ from spikefleet.training.events import (
     StepDone,
     WorkerFailed,
 )
+from spikefleet.training.loop import Outcome
 from spikefleet.versions import code_version
+
+ENVIRONMENT = "environment.json"
+"""Artifact of a run with what its workers ran on: device, form of the spiking unit, threads, library versions."""
+
+LAYERS = "layers.json"
+"""Artifact: firing rates and silent channels of each layer after the last epoch, as a table."""
+
+LAYER_ENERGY = "layer_energy.json"
+"""Artifact: energy and operations of each layer, as a table."""
 
 log = logging.getLogger(__name__)
 
@@ -34,16 +46,24 @@ class RunObserver:
     def __init__(self, run: Run, tracker: Tracker, display: Display) -> None:
         self._run, self._tracker, self._display = run, tracker, display
         self._started = False
+        self._epochs = 0
 
-    def begin(self, config: Config, data: Mapping[str, Any]) -> None:
-        """Logs the configuration, the code version and tags of the data, before the first step."""
+    def begin(self, config: Config, data: TrackedDataset) -> None:
+        """Logs the configuration, the code version and the data, before the first step."""
         dump = config.dump()
-        self._tracker.log_params(dict(leaves(dump)))
+        self._tracker.describe_experiment(training_experiment(config))
+        self._tracker.log_dataset(data)
+        self._tracker.log_params({**shown_params(config.model), **dict(leaves(dump))})
         self._tracker.log_dict(dump, "config.json")
-        self._tracker.set_tags({"recipe": config.recipe, "task": config.task, "code_version": code_version(), **data})
-        if plugins := loaded_plugins():
-            self._tracker.set_tags({"plugins": ",".join(plugins)})
-        self._tracker.set_tags({"restarts": self._run.record().get("restarts", 0), "failure": ""})
+        code = code_version()
+        tags = {"recipe": config.recipe, "task": config.task, "dataset": data.name, "code_version": code}
+        self._tracker.set_tags({**tags, "plugins": ",".join(loaded_plugins()), "failure": ""})
+        self._tracker.set_tags(source_tags(f"spikefleet train {config.recipe}", code))
+        self._note_restarts(self._run.record().get("restarts", 0))
+        self._tracker.describe(run_description(config, self._run.data()))
+
+    def _note_restarts(self, restarts: int) -> None:
+        self._tracker.set_tags({"restarts": restarts or ""})
 
     def emit(self, event: Event) -> None:
         """Shows and tracks an event; a full disk is logged, not raised, so that training continues."""
@@ -56,13 +76,17 @@ class RunObserver:
     def _track(self, event: Event) -> None:
         match event:
             case Started():
-                self._tracker.set_tags({f"fact.{name}": _as_tag(value) for name, value in event.metadata.items()})
+                self._epochs = event.epochs
+                if event.metadata:
+                    self._tracker.log_dict(dict(event.metadata), ENVIRONMENT)
+                if "parameters" in event.metadata:
+                    self._tracker.log_params({"parameters": event.metadata["parameters"]})
                 if "threads" in event.metadata:
                     self._run.note(threads=event.metadata["threads"])
                 if self._started:
                     restarts = self._run.record().get("restarts", 0) + 1
                     self._run.note(restarts=restarts)
-                    self._tracker.set_tags({"restarts": restarts})
+                    self._note_restarts(restarts)
                 self._started = True
             case StepDone():
                 self._tracker.log_metrics(event.metrics, step=event.step)
@@ -84,14 +108,50 @@ class RunObserver:
         for table, rows in (("layers", event.layers), ("gradients", event.gradients)):
             if rows:
                 self._tracker.log_table(rows, f"{table}/epoch-{event.epoch:04d}.parquet")
+        if event.layers and event.epoch == self._epochs:
+            self._tracker.show_table(event.layers, LAYERS)
 
-    def finish(self, metrics: Mapping[str, float], step: int, report: Path) -> None:
-        """Logs the final metrics, and the files of the run's report."""
-        self._tracker.log_metrics(metrics, step=step)
+    def finish(self, outcome: Outcome, certificates: Certificates, config: Config) -> None:
+        """Logs the final metrics, the files of the run's report, and the description with the results."""
+        self._tracker.log_metrics({**outcome.reported, "energy_mj": certificates.energy_mj}, step=outcome.steps)
+        report = self._run.path / "report"
         for path in sorted(report.iterdir()):
             if path.is_file() and not path.name.startswith("."):
                 self._tracker.log_artifact(path, "report")
+        if rows := read_card(report / ENERGY).rows():
+            first = [{key: row[key] for key in ("layer", "energy_mj")} for row in rows]
+            self._tracker.show_table([{**shown, **row} for shown, row in zip(first, rows, strict=True)], LAYER_ENERGY)
+        self._tracker.set_tags({SPIKE_DRIVEN: certificates.verdict})
+        self._tracker.describe(finished_description(config, self._run, certificates, outcome.validation, outcome.test))
 
 
-def _as_tag(value: object) -> object:
-    return ",".join(map(str, value)) if isinstance(value, list) else value
+def finished_description(
+    config: Config,
+    run: Run,
+    certificates: Certificates,
+    validation: Mapping[str, float],
+    test: Mapping[str, float],
+    registered: str = "",
+) -> str:
+    """The description of a finished run.
+
+    Args:
+        config: of the run.
+        run: its directory.
+        certificates: of its best checkpoint.
+        validation: metrics of the best checkpoint on the validation split; empty without one.
+        test: its metrics on the test split; empty without one.
+        registered: what became of it in the registry.
+    """
+    state = run.checkpoints.newest_state()
+    best = None if state is None or not validation else state.best
+    results = Results(
+        {
+            **{f"val/{name}": value for name, value in validation.items()},
+            **{f"test/{name}": value for name, value in test.items()},
+        },
+        None if best is None else best.epoch,
+        certificates.energy_mj,
+        certificates.verdict,
+    )
+    return run_description(config, run.data(), results, registered)

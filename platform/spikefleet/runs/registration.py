@@ -16,6 +16,7 @@ from spikefleet.registry.api import Promotion
 from spikefleet.registry.version import SPIKE_DRIVEN, RegisteredVersion
 from spikefleet.runs.run_dir import Run
 from spikefleet.status import Announce
+from spikefleet.tasks.per_image import PER_IMAGE
 from spikefleet.training.checkpoints import best_weights
 from spikefleet.versions import code_version
 from spikefleet_pipelines.store.reader import Store
@@ -78,6 +79,7 @@ def register_run(
         extra_files={
             evaluation.name: evaluation,
             REFERENCE: report / REFERENCE,
+            **({PER_IMAGE: results} if (results := evaluation.with_name(PER_IMAGE)).is_file() else {}),
             **{path.name: path for path in certificates.files},
         },
     )

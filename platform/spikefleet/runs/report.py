@@ -12,6 +12,7 @@ from spikefleet.errors import UserError
 from spikefleet.files import read_json_object
 from spikefleet.status import Announce
 from spikefleet.tasks import build_task
+from spikefleet.tasks.per_image import save_per_image
 from spikefleet.tasks.task import EVALUATION
 from spikefleet.training.checkpoints import best_network, load_checkpoint
 from spikefleet.training.distributed import ProcessGroup
@@ -46,5 +47,8 @@ def complete_report(config: Config, checkpoint: Path, report: Path, store: Store
         evaluation = evaluate(network, task, loader, config.train, ProcessGroup(0, 1, torch.device("cpu")))
         assert evaluation is not None, "rank 0 gets the predictions"
         details = {**task.details(evaluation.predictions, evaluation.targets), "split": evaluation.split}
-        task.report.write(details, evaluation.predictions, evaluation.targets, report)
+        found = evaluation.predictions, evaluation.targets
+        if (reason := save_per_image(task, *found, loader.split, report)) is not None:
+            announce(reason)
+        task.report.write(details, *found, report)
     return report / EVALUATION

@@ -21,17 +21,19 @@ from spikefleet.errors import RunError, UserError
 from spikefleet.outputs import check_place
 from spikefleet.registry.api import Promotion
 from spikefleet.registry.version import check_model_name
-from spikefleet.runs.observer import RunObserver
+from spikefleet.runs.observer import RunObserver, finished_description
 from spikefleet.runs.options import Options
 from spikefleet.runs.progress import build_display
 from spikefleet.runs.registration import keep_back, promote_version, register_run
 from spikefleet.runs.report import complete_report
 from spikefleet.runs.run_dir import Run, check_run_name, default_run_name
+from spikefleet.runs.run_page import dataset_of, registration_sentence, split_sizes
 from spikefleet.status import Announce, print_line, waiting
 from spikefleet.stop_signals import StopSignals
 from spikefleet.tracking.journal import Journal
 from spikefleet.tracking.mlflow_client import page_of, resolve_tracking_uri
-from spikefleet.tracking.tracker import Tracker, sync
+from spikefleet.tracking.mlflow_pages import NOTE
+from spikefleet.tracking.tracker import Tracker, annotate, sync
 from spikefleet.training.distributed import ProcessGroup, pick_device
 from spikefleet.training.event_log import ResumedRunSink
 from spikefleet.training.events import EventSink
@@ -175,15 +177,13 @@ def _train_tracked(
     display = build_display(console)
     observer = RunObserver(run, tracker, display)
     data = DataSummary.of(store.manifest)
-    observer.begin(config, {"dataset": data.dataset, "data_hash": data.content_hash})
-    tracker.set_tags({"store": store.absolute_location})
+    observer.begin(config, dataset_of(data, store.absolute_location, split_sizes(store.manifest)))
     display.announce("starting Ray workers" if config.cluster.workers else "starting")
     try:
         outcome = _train(config, store, run, ResumedRunSink(run.path, observer), options, before_step, signals)
         certificates = _certified(config, run, store, display.announce)
         display.announce("tracking the report")
-        metrics = {**outcome.reported, "energy_mj": certificates.energy_mj}
-        observer.finish(metrics, outcome.steps, run.path / "report")
+        observer.finish(outcome, certificates, config)
     except KeyboardInterrupt as error:
         run.note(status="interrupted", signal=interruption(error).name)
         tracker.finish("KILLED", wait_s=_INTERRUPTED_FLUSH_S)
@@ -251,6 +251,10 @@ def _register_once(
             )
         else:
             promotion = keep_back(version, tracking_uri, announce)
+        sentence = registration_sentence(promotion.name, promotion.version, promotion.alias, promotion.reason)
+        text = finished_description(config, run, certificates, record["validation"], record["test"], sentence)
+        annotate(run.path, {NOTE: text})
+        sync(run.path, tracking_uri)
     except UserError as error:
         raise RunError(
             f"run {run.name} is trained, but its registration failed: {error}; "

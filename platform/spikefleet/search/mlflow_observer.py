@@ -10,10 +10,13 @@ from spikefleet.config.schema import Config, leaves
 from spikefleet.data_summary import DATA_SUMMARY, DataSummary
 from spikefleet.errors import UserError
 from spikefleet.files import read_json_object
+from spikefleet.runs.observer import ENVIRONMENT
 from spikefleet.runs.options import Options
+from spikefleet.runs.run_page import shown_params, source_tags
 from spikefleet.search.display import SearchDisplay
+from spikefleet.search.search_page import search_description, search_experiment, trial_description
 from spikefleet.tracking.mlflow_client import resolve_tracking_uri
-from spikefleet.tracking.tracker import Tracker
+from spikefleet.tracking.tracker import TrackedDataset, Tracker
 from spikefleet.versions import code_version, library_versions
 from spikefleet_tune.journal import TrialRecord
 from spikefleet_tune.ledger import Counts, TrialStart
@@ -45,6 +48,7 @@ class SearchTracker:
         search: the search.
         display: shows the progress.
         data: summary of the data of all trials.
+        dataset: the same data as MLflow shows them.
         resolve: gives the configuration of a trial's overrides.
     """
 
@@ -55,11 +59,12 @@ class SearchTracker:
         search: Search,
         display: SearchDisplay,
         data: DataSummary,
+        dataset: TrackedDataset,
         resolve: Callable[[Mapping[str, Any]], Config],
     ) -> None:
         self._name, self._search, self._display, self._data = name, search, display, data
         self._folder, self._trials_dir = options.searches_dir / name, options.trials_dir(name)
-        self._resolve = resolve
+        self._dataset, self._resolve = dataset, resolve
         self._uri = resolve_tracking_uri(options.runs_dir)
         self._experiment = f"search-{name}"
         self._parent: Tracker | None = None
@@ -70,8 +75,13 @@ class SearchTracker:
         if self._parent is None:
             self._data.write(self._folder)
             self._parent = Tracker.open(self._folder, self._name, self._experiment, self._uri)
+            self._parent.describe_experiment(search_experiment(self._name, self._search))
+            self._parent.log_dataset(self._dataset)
             self._parent.log_params(dict(leaves(self._search.dump())))
             self._parent.set_tags({"recipe": self._search.recipe, "code_version": code_version(), "kind": "search"})
+            self._parent.set_tags(source_tags(f"spikefleet tune {self._name}", code_version()))
+            self._parent.log_dict(library_versions(), ENVIRONMENT)
+            self._parent.describe(search_description(self._name, self._search))
             self._parent.flush(FLUSH_S)  # trials need its id as their parent
         return self._parent
 
@@ -84,11 +94,14 @@ class SearchTracker:
             tracker = Tracker.open(run_dir, trial.name, self._experiment, self._uri, self._parent_run().run_id)
             self._trials[trial.name] = tracker
         config = self._resolve(trial.overrides)
-        tracker.log_params(dict(leaves(config.dump())))  # a later change by pbt becomes a tag
-        tracker.set_tags({"trial": trial.number, "attempt": trial.attempt, "search": self._name})
-        tracker.set_tags({"recipe": config.recipe, "task": config.task, "code_version": code_version()})
-        tracker.set_tags({"dataset": self._data.dataset, "data_hash": self._data.content_hash})
-        tracker.set_tags({f"fact.{name}": version for name, version in library_versions().items()})
+        tracker.log_dataset(self._dataset)
+        shown = {**shown_params(config.model), **dict(leaves(config.dump()))}
+        tracker.log_params(shown)  # a later change by pbt becomes a tag
+        attempt = trial.attempt if trial.attempt > 1 else ""
+        tracker.set_tags({"trial": trial.number, "attempt": attempt, "search": self._name})
+        tracker.set_tags({"recipe": config.recipe, "task": config.task, "dataset": self._data.dataset})
+        tracker.set_tags({"code_version": code_version()})
+        tracker.describe(trial_description(self._name, trial))
 
     def on_trial_reported(self, trial: TrialStart, metrics: Mapping[str, float]) -> None:
         """Logs the metrics of an epoch."""
@@ -122,6 +135,7 @@ class SearchTracker:
             return
         tracker.log_metrics(record.metrics, step=0)
         tracker.set_tags({"status": record.status, "reason": record.reason})
+        tracker.describe(trial_description(self._name, record))
         report = self._trials_dir / record.name / "report"
         for path in sorted(report.iterdir()) if report.is_dir() else ():
             if path.is_file() and not path.name.startswith("."):
@@ -140,6 +154,7 @@ class SearchTracker:
         self._parent.log_metrics(metrics, step=len(result.records))
         for path in report:
             self._parent.log_artifact(path, "report")
+        self._parent.describe(search_description(self._name, self._search, result))
         self._parent.finish("FINISHED" if result.complete else "KILLED", wait_s=FLUSH_S)
 
     def abandon(self) -> None:

@@ -30,6 +30,7 @@ from spikefleet.runs.options import Options
 from spikefleet.runs.registration import promote_version, register_run
 from spikefleet.runs.report import complete_report
 from spikefleet.runs.run_dir import Run
+from spikefleet.runs.run_page import dataset_of, split_sizes
 from spikefleet.search.display import SearchDisplay
 from spikefleet.search.mlflow_observer import FLUSH_S, SearchTracker, check_same_data
 from spikefleet.search.trial import TrialSetting, as_trial, mutable_keys, refusal_of, reportable, reported_by_epoch
@@ -102,7 +103,8 @@ def run_tracked_search(
             with waiting(console, "starting Ray"):
                 held.enter_context(_session(search, options))
             display = held.enter_context(SearchDisplay(console, search))
-            tracker = SearchTracker(name, options, search, display, data, setting.config)
+            dataset = dataset_of(data, store.absolute_location, split_sizes(store.manifest))
+            tracker = SearchTracker(name, options, search, display, data, dataset, setting.config)
             try:
                 result = run_search(
                     search,

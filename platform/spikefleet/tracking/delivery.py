@@ -3,22 +3,29 @@
 * The run is looked up by the tag `spikefleet.run_uid` before it is created.
 * MLflow's metric table has the primary key (run, key, timestamp, step, value), and a record keeps its first timestamp.
 * Parameters, tags, artifacts and the status are overwritten with the same content, in order.
+* A data set is one input of its run, however often it is logged. A tag that is gone is removed without complaint.
+* An experiment gets the tags that it lacks, and a run keeps a description that a person wrote.
 """
 
 import getpass
 import logging
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spikefleet.errors import UserError
 from spikefleet.tracking.database import database_path
 from spikefleet.tracking.journal import Delivered, Journal
 from spikefleet.tracking.mlflow_client import public_uri, without_credentials
+from spikefleet.tracking.mlflow_pages import EXPERIMENT_ID, NOTE
 from spikefleet.tracking.relocation import ARTIFACTS, RUN_UID_TAG, ready_database
 from spikefleet.tracking.server_problems import server_cause
 from spikefleet_tune.jsonl_log import Entry, Record
+
+if TYPE_CHECKING:
+    from mlflow.entities import DatasetInput
 
 SPOOL = "tracking-artifacts"
 """Folder in the run's directory with the files of artifact records."""
@@ -124,6 +131,13 @@ class Delivery:
                 if not file.is_file():
                     raise UserError(f"artifact {file} was removed before its upload")
                 self._client.log_artifact(delivered.run_id, str(file), first["folder"] or None)
+            case "dataset":
+                self._client.log_inputs(delivered.run_id, datasets=[_dataset_input(first)])
+            case "experiment":
+                self._complete_experiment(str(delivered.experiment_id), first["values"])
+            case "drop_tags":
+                for key in first["values"]:
+                    self._drop_tag(str(delivered.run_id), key)
             case _:
                 metrics: list[Metric] = []
                 params: dict[str, str] = {}
@@ -137,6 +151,8 @@ class Delivery:
                             params |= record["values"]
                         case "tags":
                             tags |= record["values"]
+                if NOTE in tags and self._is_foreign_note(str(delivered.run_id), tags[NOTE]):
+                    del tags[NOTE]
                 self._client.log_batch(
                     delivered.run_id,
                     metrics=metrics,
@@ -159,6 +175,28 @@ class Delivery:
         if experiment.lifecycle_stage != "active":
             raise RunGoneError(f"experiment {name} was deleted in MLflow; restore it there, or set tracking.experiment")
         return experiment.experiment_id
+
+    def _complete_experiment(self, experiment_id: str, tags: Mapping[str, str]) -> None:
+        """Sets tags that the experiment lacks; those of a person, or of an earlier run, stay."""
+        held = self._client.get_experiment(experiment_id).tags
+        for key, value in tags.items():
+            if key not in held:
+                self._client.set_experiment_tag(experiment_id, key, value.replace(EXPERIMENT_ID, experiment_id))
+
+    def _drop_tag(self, run_id: str, key: str) -> None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.delete_tag(run_id, key)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            self._check_run(replace(self.journal.delivered, run_id=run_id))  # else it is the run that is gone
+
+    def _is_foreign_note(self, run_id: str, note: str) -> bool:
+        """Whether the run has a description that begins otherwise than ours, so that a person wrote it."""
+        held = self._client.get_run(run_id).data.tags.get(NOTE, "")
+        return bool(held.strip()) and held.partition("\n")[0] != note.partition("\n")[0]
 
     def _artifact_location(self) -> str | None:
         """None for a server, which decides itself; MLflow's default for a database is the current directory."""
@@ -204,6 +242,14 @@ class Delivery:
             return found[0]
         text = (str(error) or type(error).__name__).splitlines()[0]
         return without_credentials(text, self._uri)[:300]
+
+
+def _dataset_input(record: Record) -> "DatasetInput":
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    fields = ("name", "digest", "source_type", "source", "schema", "profile")
+    dataset = Dataset(**{field: record[field] for field in fields})
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", record["context"])])
 
 
 class RunGoneError(Exception):

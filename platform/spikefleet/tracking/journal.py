@@ -131,17 +131,21 @@ _TEXTS = {
     "create": ("uid", "run_name", "experiment"),
     "artifact": ("digest", "name", "folder"),
     "status": ("status",),
+    "dataset": ("name", "digest", "source_type", "source", "schema", "profile", "context"),
 }
 """Keys of a record with text, by kind."""
+
+_WITH_VALUES = ("metrics", "params", "tags", "experiment", "drop_tags")
+_KINDS = ("create", "metrics", "params", "tags", "artifact", "status", "dataset", "experiment", "drop_tags")
 
 
 def check_record(record: Record) -> None:
     """Raises KeyError, TypeError or ValueError unless a record has the fields of its kind."""
     kind = record["kind"]
-    if kind not in ("create", "metrics", "params", "tags", "artifact", "status"):
+    if kind not in _KINDS:
         raise ValueError(f"unknown kind {str(kind)[:40]!r}")
     numbers = [record["time"], *([record["step"]] if kind == "metrics" else [])]
-    values = record["values"] if kind in ("metrics", "params", "tags") else {}
+    values = record["values"] if kind in _WITH_VALUES else {}
     texts = [record[key] for key in _TEXTS.get(kind, ())]
     if not isinstance(values, dict):
         raise TypeError("values must be an object")

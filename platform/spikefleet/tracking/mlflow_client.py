@@ -16,6 +16,9 @@ DATABASE = "mlflow.db"
 SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks", "databricks-uc")
 """Schemes of a tracking URI."""
 
+EXTRA = "the extra spikefleet[server]"
+"""What has the packages for PostgreSQL, artifacts in S3, and MLflow's login."""
+
 _SERVERS_OF_SQL = ("postgresql", "mysql", "mssql")
 
 
@@ -97,8 +100,10 @@ def _check_driver(uri: str) -> None:
         make_url(uri).get_dialect().import_dbapi()
     except (ArgumentError, ImportError) as error:
         reason = without_credentials(str(error).partition("\n")[0], uri)
+        own = isinstance(error, ImportError) and error.name == "psycopg"
+        remedy = f"install {EXTRA}" if own else "install the driver of that database"
         raise UserError(
-            f"MLFLOW_TRACKING_URI={public_uri(uri)!r} cannot be used: {reason}; install the driver of that database "
+            f"MLFLOW_TRACKING_URI={public_uri(uri)!r} cannot be used: {reason}; {remedy} "
             "into this environment, or name the one that is installed as SCHEME+DRIVER://"
         ) from None
 

@@ -16,6 +16,8 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +28,7 @@ from spikefleet.tracking.database import database_path, database_uri
 from spikefleet.tracking.delivery import MAX_METRICS, MAX_PARAMS_OR_TAGS, SPOOL, Delivery, Sender
 from spikefleet.tracking.journal import JOURNAL, Journal, check_record
 from spikefleet.tracking.mlflow_client import DATABASE, check_tracking_uri, page_of, public_uri, quiet_mlflow
+from spikefleet.tracking.mlflow_pages import NOTE, TABLES, TRAINING_PAGES, table_text, tables_tag
 from spikefleet_tune.atomic import replacing
 from spikefleet_tune.jsonl_log import Record
 from spikefleet_tune.messages import counted
@@ -39,6 +42,20 @@ MAX_TAG_LENGTH = 8000
 MAX_KEY_LENGTH = 250
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrackedDataset:
+    """A data set as MLflow shows it; `schema`, `profile` and `source` are JSON."""
+
+    name: str
+    digest: str
+    """At most 36 characters."""
+    source: str
+    schema: str
+    profile: str
+    source_type: str = "local"
+    context: str = "training"
 
 
 class Tracker:
@@ -60,6 +77,9 @@ class Tracker:
         self._params: dict[str, str] = {}
         self._changed: set[str] = set()
         """Tags of parameters that were logged again with another value."""
+        self._tags: set[str] = set()
+        self._tables: list[str] = []
+        self._datasets: set[tuple[str, str]] = set()
         self._status = "RUNNING"
         self._lossy = False
         self._guard = threading.RLock()
@@ -130,13 +150,37 @@ class Tracker:
                 self._append("params", values=part)
 
     def set_tags(self, tags: Mapping[str, object]) -> None:
-        """Sets tags; a later value replaces an earlier one. A value of more than 8,000 characters is truncated."""
+        """Sets tags; a later value replaces an earlier one, and an empty one removes it.
+
+        A value of more than 8,000 characters is truncated, and stored whole as an artifact.
+        """
         with self._guard:
             texts = {_key(key): str(value) for key, value in tags.items()}
+            if gone := {key: "" for key, text in texts.items() if not text and key in self._tags}:
+                self._append("drop_tags", values=gone)
+            texts = {key: text for key, text in texts.items() if text}
             self._keep_whole("tags", texts, MAX_TAG_LENGTH)
             for part in _parts(texts, MAX_PARAMS_OR_TAGS):
                 fitted = {key: _fit("tags", key, text, MAX_TAG_LENGTH) for key, text in part.items()}
                 self._append("tags", values=fitted)
+
+    def describe(self, text: str) -> None:
+        """Sets the description on the run's page, Markdown, unless a person wrote one.
+
+        A text of ours is known by its first line: it must be the same in all descriptions of a run.
+        """
+        self.set_tags({NOTE: text})
+
+    def describe_experiment(self, tags: Mapping[str, str]) -> None:
+        """Sets tags that the run's experiment lacks, such as those of `mlflow_pages.experiment_page`."""
+        with self._guard:
+            self._append("experiment", values={_key(key): str(value) for key, value in tags.items()})
+
+    def log_dataset(self, dataset: TrackedDataset) -> None:
+        """Logs the data of the run, which MLflow shows in its list of runs; once for each content."""
+        with self._guard:
+            if (dataset.name, dataset.digest) not in self._datasets:
+                self._append("dataset", **asdict(dataset))
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
         """Uploads the current content of a file under its own name into a folder of the run's artifacts.
@@ -151,6 +195,19 @@ class Tracker:
     def log_dict(self, content: object, artifact: str) -> None:
         """Uploads plain data as a JSON artifact, for example `config.json`."""
         self._log_bytes(json.dumps(content, indent=2, ensure_ascii=False).encode(), artifact)
+
+    def show_table(self, rows: Sequence[Mapping[str, object]], artifact: str) -> None:
+        """Uploads rows with the same columns as a JSON artifact, such as `layers.json`, which MLflow shows as a table.
+
+        Raises:
+            UserError: there are no rows.
+        """
+        if not rows:
+            raise UserError(f"artifact {artifact} needs at least one row")
+        with self._guard:
+            self._log_bytes(table_text(rows).encode(), artifact)
+            if artifact not in self._tables:
+                self.set_tags({TABLES: tables_tag([*self._tables, artifact])})
 
     def log_table(self, rows: Sequence[Mapping[str, object]], artifact: str) -> None:
         """Uploads rows with the same columns as a Parquet artifact, for example `layers/epoch-0001.parquet`.
@@ -209,7 +266,8 @@ class Tracker:
         delivered = self._journal.delivered
         if not self._uri.startswith("http") or delivered.run_id is None:
             return page_of(self._uri)
-        return f"{public_uri(self._uri).rstrip('/')}/#/experiments/{delivered.experiment_id}/runs/{delivered.run_id}"
+        page = f"#/experiments/{delivered.experiment_id}/runs/{delivered.run_id}"
+        return f"{public_uri(self._uri).rstrip('/')}/{page}?{TRAINING_PAGES}"
 
     def _append(self, kind: str, **content: Any) -> None:
         record = {"kind": kind, "time": int(time.time() * 1000), **content}
@@ -234,6 +292,13 @@ class Tracker:
                 self._params |= record["values"]
             case "tags":
                 self._changed |= {key for key in record["values"] if key.startswith(_CHANGED)}
+                self._tags |= record["values"].keys()
+                if TABLES in record["values"]:
+                    self._tables = [table["path"] for table in json.loads(record["values"][TABLES])]
+            case "drop_tags":
+                self._tags -= record["values"].keys()
+            case "dataset":
+                self._datasets.add((record["name"], record["digest"]))
             case "status":
                 self._status = record["status"]
 
@@ -254,6 +319,17 @@ class Tracker:
             with replacing(directory / name) as partial:
                 write(partial)
         self._append("artifact", digest=digest[:16], name=name, folder=folder)
+
+
+def annotate(run_dir: Path, tags: Mapping[str, str]) -> None:
+    """Adds tags to the journal of a run that has ended; `sync` delivers them.
+
+    Raises:
+        UserError: a process tracks the run, its journal is damaged or cannot be written, or a key is invalid.
+    """
+    with closing(_open_journal(run_dir)) as journal:
+        values = {_key(key): _fit("tags", key, text, MAX_TAG_LENGTH) for key, text in tags.items()}
+        journal.append({"kind": "tags", "time": int(time.time() * 1000), "values": values})
 
 
 def sync(run_dir: Path, tracking_uri: str | None = None) -> int:

@@ -23,6 +23,7 @@ from spikefleet.config.schema import CheckpointConfig, Config
 from spikefleet.disks import disk_problem
 from spikefleet.errors import RunError, UserError
 from spikefleet.tasks import AnyTask
+from spikefleet.tasks.per_image import save_per_image
 from spikefleet.training.checkpoints import (
     INITIAL_WEIGHTS,
     CheckpointFolder,
@@ -376,14 +377,17 @@ def _test_best(
         sink.emit(Note(f"testing {path.name}, the {chosen}"))
         details = {**task.details(evaluation.predictions, evaluation.targets), "split": evaluation.split}
         metrics = details["metrics"]
+        found, report = (evaluation.predictions, evaluation.targets), run_dir / "report"
+        if (reason := save_per_image(task, *found, splits.test.split, report)) is not None:
+            sink.emit(Note(reason))
         sink.emit(Phase("drawing plots"))
-        task.report.write(details, evaluation.predictions, evaluation.targets, run_dir / "report")
+        task.report.write(details, *found, report)
         shown = min(_IMAGES_OF_REPORT, len(evaluation.targets))
         images = [splits.test.split.image(row) for row in range(shown)]
-        plot = run_dir / "report" / "predictions.png"
+        plot = report / "predictions.png"
         with _plot_that_may_fail(plot, sink):
             task.report.draw(images, evaluation.predictions[:shown], evaluation.targets[:shown], plot)
-        curve = run_dir / "report" / "learning_curve.png"
+        curve = report / "learning_curve.png"
         with _plot_that_may_fail(curve, sink):
             plots.learning_curve(state.history, state.config.checkpoint.metric, curve)
     metrics = state.group.broadcast(metrics)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import mlflow
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 from spikefleet.cli import app
 from spikefleet.registry.api import card_text, promote, pull
+from spikefleet.registry.mlflow_store import set_alias
 from support.registered import Trained
 
 
@@ -43,6 +45,32 @@ def test_a_new_champion_is_described_and_what_a_person_wrote_stays(
             assert text == client.get_model_version("described", str(number)).description
 
 
+def test_a_champion_says_why_on_its_page_and_on_that_of_its_model(
+    first: Trained, client: mlflow.MlflowClient, tmp_path: Path
+) -> None:
+    for number in (1, 2):
+        first.again(number, tmp_path).register("explained", 0.5 + number / 10)
+    card = client.get_model_version("explained", "2").description
+    set_alias(client, "explained", "champion", 1)
+    client.set_model_version_tag("explained", "1", "rolled_back", "reads 7 as 1")
+    client.set_model_version_tag("explained", "2", "promoted_because", "better by 2 points")
+    client.set_model_version_tag("explained", "2", "previous_champion", "1")
+    set_alias(client, "explained", "champion", 2)
+    shown = client.get_model_version("explained", "2").description
+    assert shown != card
+    assert "**Became champion**, in place of [explained version 1](" in shown
+    assert "better by 2 points." in shown
+    assert client.get_registered_model("explained").description == shown
+    assert (
+        "**Rolled back**, and no more champion: reads 7 as 1." in client.get_model_version("explained", "1").description
+    )
+    client.update_model_version("explained", "1", description="Ada knows")
+    set_alias(client, "explained", "champion", 1)
+    assert client.get_model_version("explained", "1").description == "Ada knows"
+    set_alias(client, "explained", "challenger", 2)
+    assert client.get_model_version("explained", "2").description == shown
+
+
 def test_show_card_prints_it(first: Trained, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     version = first.register("card_shown")
@@ -61,3 +89,18 @@ def test_show_card_prints_it(first: Trained, runs: Path, tmp_path: Path, monkeyp
     assert "no alias 'champion'; none of its versions has one; name the version, for example models:/card_shown/1" in (
         refused
     )
+
+
+def test_the_card_says_what_is_wrong_with_a_version_and_why_it_is_champion(first: Trained, tmp_path: Path) -> None:
+    flawed = first.again(60, tmp_path).register("card_flawed", 0.05)
+    sentence = f"**Must not be used: {flawed.tags['flaw']}.**"
+    assert sentence in card_text(flawed.uri, tracking_uri=first.uri)
+    assert sentence in mlflow.MlflowClient(first.uri).get_model_version("card_flawed", "1").description
+    assert sentence in card_text(pull(flawed.uri, tmp_path / "card_flawed", tracking_uri=first.uri))
+    sound = first.again(61, tmp_path).register("card_flawed", 0.9)
+    assert "It is the champion" not in card_text(sound.uri, tracking_uri=first.uri)
+    outcome = promote("card_flawed", sound.version, "val/top1", tracking_uri=first.uri)
+    text = card_text("models:/card_flawed@champion", tracking_uri=first.uri)
+    assert re.search(r"\* It is the champion of card_flawed since 20\S+ \(promoted\): ", text)
+    assert outcome.reason in text
+    assert "Must not be used" not in text

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from spikefleet.registry.api import best, describe, list_models, load, promote, pull
+from spikefleet.registry.api import best, describe, list_models, load, promote, pull, ranked, reindex
 from support.mlflow_server import Server
 from support.registered import load_network_of, trained
 
@@ -29,6 +29,11 @@ def test_the_registry_behind_a_server(server: str, tmp_path: Path, images: np.nd
     better = origin.again(1, tmp_path).register("digits", 0.99)
     assert promote("digits", better.version, "top1", tracking_uri=server).champion == 2
     assert best("classification", "top1", where="timesteps==4", tracking_uri=server).version == 2
+    said: list[str] = []
+    where = "timesteps==4 and params_m<1 and recipe==digits"
+    (found,) = ranked("classification", "top1", where=where, top=1, tracking_uri=server, announce=said.append)
+    assert (found.uri, found.aliases, said) == ("models:/digits/2", ("champion",), [])
+    assert reindex(tracking_uri=server).indexed == 0
     assert [model.name for model in list_models(tracking_uri=server)] == ["digits"]
 
     batch = torch.rand(2, 1, 8, 8)

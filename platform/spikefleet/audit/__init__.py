@@ -1,0 +1,1 @@
+"""What is found out about registered versions: two compared, one proved again."""
