@@ -36,7 +36,7 @@ def write(path: Path, *given: SourceRecording, sensor: Sensor = SENSOR, **how: s
 
 
 def read(path: Path, written: WrittenEventShard, sensor: Sensor = SENSOR) -> list[StoredRecording]:
-    found = open_event_shard(path / "a.arrow", written.shard, 2, detection=False)
+    found = open_event_shard(path / "a.arrow", written.shard, WordLayout(*sensor), classes=2)
     return [
         StoredRecording(
             WordLayout(*sensor),

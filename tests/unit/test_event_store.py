@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from spikefleet_pipelines.errors import StoreError
+from spikefleet_pipelines.errors import SourceError, StoreError
 from spikefleet_pipelines.events.label_frames import LabelFrames
 from spikefleet_pipelines.events.recording import EventArrays
 from spikefleet_pipelines.store.event_format import EventFormat
@@ -242,6 +243,54 @@ def test_shards_that_do_not_fit_are_refused(out: Path, column: str, values: obje
         return
     with pytest.raises(StoreError, match=message):
         store.recordings("train")
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("category_id", [[3, 7, 7, 7, 3, 4]] * 4, "image 2, annotation 5: category id is 4"),
+        ("frame_t", [[1, 2, 2]] * 4, "row 0: its label times do not fit its objects"),
+        ("frame_offsets", [[0, 1, 3, 6]] * 3 + [[0, 1, 6]], "row 3: its label times do not fit its objects"),
+        ("track_id", [[1] * 6, [1] * 6, [1] * 6, [1] * 5], "the numbers of boxes and of their fields differ"),
+        ("frame_t", [[1, 2, 3]] * 4, None),
+    ],
+)
+def test_frames_that_do_not_fit_are_refused(tmp_path: Path, column: str, values: object, message: str | None) -> None:
+    write_boxes(tmp_path / "s")
+    kind = pa.int32() if column == "frame_offsets" else pa.int64()
+    rewrite(tmp_path / "s", column, pa.array(values, pa.list_(pa.field("item", kind, nullable=False))))
+    store = Store.open(tmp_path / "s", verify=False)
+    if message is None:
+        assert store.recordings("train").frames(0).times.tolist() == [1, 2, 3]
+        return
+    with pytest.raises(StoreError, match=message):
+        store.recordings("train")
+
+
+def test_bad_recordings_are_skipped_if_asked(tmp_path: Path) -> None:
+    def chunks() -> Iterator[EventArrays]:
+        yield recording(1)
+        raise SourceError("b.dat is damaged")
+
+    given = [SourceRecording([recording(n)], label=n, name=f"{n}.dat") for n in range(2)]
+    given.insert(1, SourceRecording(chunks(), label=0, name="b.dat"))
+    fields = {"source": "test", "class_names": "ab", "events": EventFormat.of(SENSOR), "options": {}}
+    with EventStoreWriter(tmp_path / "s", skip_bad=True, **fields) as writer:  # type: ignore[arg-type]
+        writer.write_recordings("train", given)
+        manifest = writer.commit()
+    assert [(one.file, one.reason) for one in manifest.audit.skipped or ()] == [("b.dat", "b.dat is damaged")]
+    train = Store.open(tmp_path / "s").recordings("train")
+    assert len(train) == 2
+    for row in (0, 1):
+        stored = train.recording(row)
+        assert equal(moved(stored.events(), stored.t0), recording(row))
+    given[1] = SourceRecording(chunks(), label=0, name="b.dat")
+    with (
+        pytest.raises(SourceError, match=r"b\.dat is damaged"),
+        EventStoreWriter(tmp_path / "t", **fields) as writer,  # type: ignore[arg-type]
+    ):
+        writer.write_recordings("train", given)
+    assert not (tmp_path / "t").exists()
 
 
 def test_images_and_events_are_not_confused(out: Path, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ class EventSplit:
         self._files = tuple(files)
         shards = manifest.shards[name]
         self._shards = [
-            open_event_shard(file, shard, len(manifest.class_names), self.is_detection)
+            open_event_shard(file, shard, self.layout, len(manifest.class_names), manifest.category_ids)
             for file, shard in zip(files, shards, strict=True)
         ]
         self._starts = np.cumsum([0, *(shard.rows for shard in shards)])

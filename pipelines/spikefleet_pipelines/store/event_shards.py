@@ -6,6 +6,7 @@ recording: the lists `frame_t` (int64, label times from t0) and `frame_offsets` 
 the lists of its objects as in a shard of images, with `track_id`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from numpy.typing import NDArray
 
 from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.events.label_frames import LabelFrames
-from spikefleet_pipelines.events.words import Ticks
+from spikefleet_pipelines.events.words import Ticks, WordLayout
+from spikefleet_pipelines.store.annotations import AnnotationColumns
 from spikefleet_pipelines.store.manifest import Shard
+from spikefleet_pipelines.store.shards import check_annotations
 
 
 def _list(values: pa.DataType, large: bool = False) -> pa.DataType:
@@ -74,18 +77,37 @@ class EventShardColumns:
     """Of each recording; None for classification."""
 
 
-def open_event_shard(path: Path, shard: Shard, classes: int, detection: bool) -> EventShardColumns:
+def frame_columns(frames: Sequence[LabelFrames], layout: WordLayout) -> AnnotationColumns:
+    """The frames of several recordings as images of the sensor's size, numbered from 0."""
+    count = sum(map(len, frames))
+    return AnnotationColumns(
+        np.arange(count),
+        np.full(count, layout.height, np.int32),
+        np.full(count, layout.width, np.int32),
+        np.concatenate([[0], *(np.diff(one.offsets) for one in frames)]).cumsum().astype(np.int32),
+        *(
+            np.concatenate([getattr(one, name) for one in frames])
+            for name in ("boxes", "category_ids", "crowd", "areas", "ids")
+        ),
+    )
+
+
+def open_event_shard(
+    path: Path, shard: Shard, layout: WordLayout, classes: int, category_ids: Sequence[int] | None = None
+) -> EventShardColumns:
     """Map a shard into memory.
 
     Args:
         path: of the file.
         shard: its entry in the manifest.
+        layout: the bits of a word.
         classes: number of classes.
-        detection: whether recordings have frames instead of a label.
+        category_ids: the manifest's category id of each class; None for classification.
 
     Raises:
         StoreError: its columns, rows, index, labels or frames do not match the manifest.
     """
+    detection = category_ids is not None
     try:
         with pa.ipc.open_file(pa.memory_map(str(path))) as reader:
             schema, batches = reader.schema, reader.num_record_batches
@@ -94,7 +116,7 @@ def open_event_shard(path: Path, shard: Shard, classes: int, detection: bool) ->
     except (pa.ArrowException, OSError, IndexError) as error:
         raise StoreError(f"shard {path} cannot be read: {error}; prepare the store again") from error
     known = any(schema.equals(event_schema(detection, wide)) for wide in (False, True))
-    if not known or batches != 1 or batch.num_rows != shard.rows or any(each.null_count for each in batch.columns):
+    if not known or batches != 1 or batch.num_rows != shard.rows or any(map(_has_null, batch.columns)):
         raise StoreError(
             f"shard {path} holds {batch.num_rows} rows of ({', '.join(schema.names)}) in {batches} record batches, "
             f"expected {shard.rows} rows of ({', '.join(event_schema(detection).names)}) in one; prepare the store "
@@ -112,7 +134,16 @@ def open_event_shard(path: Path, shard: Shard, classes: int, detection: bool) ->
         _read_frames(path, batch) if detection else None,
     )
     _check(path, columns, classes)
+    if category_ids is not None and columns.frames:
+        check_annotations(f"shard {path}", frame_columns(columns.frames, layout), category_ids)
     return columns
+
+
+def _has_null(column: Any) -> bool:
+    """Whether a column, or a list in it, lacks a value."""
+    kind = column.type
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return bool(column.null_count) or (is_list and _has_null(column.values))
 
 
 def _check(path: Path, columns: EventShardColumns, classes: int) -> None:

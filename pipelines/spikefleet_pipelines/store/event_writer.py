@@ -3,14 +3,14 @@
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 from pydantic import JsonValue
 
-from spikefleet_pipelines.events.label_frames import LabelFrames
-from spikefleet_pipelines.store.annotations import AnnotationColumns
+from spikefleet_pipelines.errors import SourceError, StoreError
 from spikefleet_pipelines.store.event_format import EventAudit, EventFormat
 from spikefleet_pipelines.store.event_shard_writer import EventShardWriter, SourceRecording, WrittenEventShard
+from spikefleet_pipelines.store.event_shards import frame_columns
 from spikefleet_pipelines.store.event_statistics import EventStatistics
+from spikefleet_pipelines.store.manifest import SkippedFile
 from spikefleet_pipelines.store.writer import StoreWriter
 
 EVENT_SHARD_BYTES = 2 << 30
@@ -91,14 +91,15 @@ class EventStoreWriter(StoreWriter):
             recordings: to write.
 
         Raises:
-            StoreError: events, a label or boxes are invalid; the message names the recording.
+            StoreError: events, a label or boxes are invalid; the message names the recording. With `skip_bad` it is
+                left out instead, as one whose reader raises SourceError.
         """
         left = iter(recordings)
         recording = next(left, None)
         while recording is not None:
             with self.open_shard(split, len(self._shards.get(split, ()))) as shard:
                 while recording is not None and (not len(shard) or shard.bytes < self.shard_bytes):
-                    shard.add(recording)
+                    self._add(split, shard, recording)
                     recording = next(left, None)
                 written = shard.finish() if len(shard) else None
                 if written is None:
@@ -114,28 +115,21 @@ class EventStoreWriter(StoreWriter):
         """
         targets = written.labels
         if written.frames is not None:
-            self.add_shard(split, written.shard, self._columns(written.frames), written.digests)
+            self.add_shard(split, written.shard, frame_columns(written.frames, self.layout), written.digests)
         elif targets is not None:
             self.add_shard(split, written.shard, targets, written.digests)
         self._merge(split, written.statistics)
 
+    def _add(self, split: str, shard: EventShardWriter, recording: SourceRecording) -> None:
+        try:
+            shard.add(recording)
+        except (SourceError, StoreError) as error:
+            if not self.skip_bad:
+                raise
+            self.skipped.append(SkippedFile(split=split, file=recording.name, reason=str(error)))
+
     def _merge(self, split: str, statistics: EventStatistics) -> None:
         self._statistics.setdefault(split, EventStatistics.of(self.layout)).merge(statistics)
-
-    def _columns(self, frames: Sequence[LabelFrames]) -> AnnotationColumns:
-        """The frames of recordings as images of the sensor's size, for checks and audit."""
-        count = sum(map(len, frames))
-        offsets = np.concatenate([[0], *(np.diff(one.offsets) for one in frames)]).cumsum().astype(np.int32)
-        return AnnotationColumns(
-            np.arange(count),
-            np.full(count, self.layout.height, np.int32),
-            np.full(count, self.layout.width, np.int32),
-            offsets,
-            *(
-                np.concatenate([getattr(one, name) for one in frames])
-                for name in ("boxes", "category_ids", "crowd", "areas", "ids")
-            ),
-        )
 
     def _event_audit(self) -> dict[str, EventAudit]:
         return {split: self._statistics[split].audit(self.layout) for split in self._shards}
