@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.events.recording import EventArrays, Sensor
 from spikefleet_pipelines.events.windows import StoredRecording
-from spikefleet_pipelines.events.words import WordLayout
+from spikefleet_pipelines.events.words import WordLayout, index_of_counts
 from spikefleet_pipelines.store import event_spill
 from spikefleet_pipelines.store.event_shard_writer import EventShardWriter, SourceRecording, WrittenEventShard
 from spikefleet_pipelines.store.event_shards import open_event_shard
@@ -167,6 +167,18 @@ def test_empty_recordings_are_kept_or_dropped(tmp_path: Path) -> None:
     dropped = write(tmp_path, empty, full, empty="drop")
     assert [len(stored) for stored in read(tmp_path, dropped)] == [1]
     assert (kept.statistics.dropped_recordings, dropped.statistics.dropped_recordings) == (0, 1)
+
+
+def test_a_wide_index_is_stored_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = random_events(500, SENSOR, 5_000_000)
+    narrow = write(tmp_path, SourceRecording([events], label=0, t0=0))
+    monkeypatch.setattr(event_spill, "index_of_counts", lambda counts: index_of_counts(counts).astype(np.uint64))
+    wide = write(tmp_path, SourceRecording([events], label=0, t0=0))  # as from 2^32 events on
+    (stored,) = read(tmp_path, wide)
+    assert stored.ticks.dtype == np.uint64
+    assert equal(stored.events(), events)
+    assert equal(stored.window(1_000_000, 9).events(), events.select((events.t >= 1_000_000) & (events.t < 1_000_009)))
+    assert wide.digests == narrow.digests
 
 
 def test_starts_and_durations(tmp_path: Path) -> None:

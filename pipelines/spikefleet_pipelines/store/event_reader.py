@@ -26,7 +26,7 @@ class EventSplit:
 
     def __init__(self, name: str, location: str, manifest: Manifest, files: Sequence[Path]) -> None:
         if manifest.events is None:
-            raise StoreError(f"{location} holds images, not recordings of events; read them with Store.split(SPLIT)")
+            raise StoreError(f"{location} holds images, not recordings of events; read it with Store.split({name!r})")
         self.name = name
         self.location = location
         self.manifest = manifest

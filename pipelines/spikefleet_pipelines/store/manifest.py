@@ -210,7 +210,9 @@ class Manifest(_Record):
             StoreError: the store holds events.
         """
         if self.image is None:
-            raise StoreError("the store holds recordings of events, not images; read them with Store.recordings(SPLIT)")
+            raise StoreError(
+                f"the store of {self.source} holds recordings of events, not images; choose a store of images"
+            )
         return self.image
 
     def original(self, split: str) -> str:

@@ -108,6 +108,11 @@ class Store:
             StoreError: the store has no such split or holds events, or a shard does not match the manifest.
         """
         self._check_split(name)
+        if self.manifest.events is not None:
+            raise StoreError(
+                f"{self.location} holds recordings of events, not images; choose a store of images, or read it with "
+                f"Store.recordings({name!r})"
+            )
         if name not in self._splits:
             self._splits[name] = Split(name, self.location, self.manifest, self._files[name])
         return self._splits[name]
