@@ -98,7 +98,7 @@ def test_chunks_and_large_grids_count_the_same(sensor: Sensor, slices: int, monk
 
 
 def test_as_tonic_counts() -> None:
-    tonic = pytest.importorskip("tonic", reason="tonic (GPL) is not a dependency; install it by hand to compare")
+    tonic = pytest.importorskip("tonic", reason="tonic is not installed (the extra spikefleet[tonic], GPL-3.0)")
     for sensor, slices in (((34, 34), 8), ((128, 128), 16), ((240, 304), 5)):
         events = random_events(slices * 2000, sensor, 1_000_000)
         kinds = np.dtype([("x", np.int16), ("y", np.int16), ("t", np.int64), ("p", bool)])

@@ -13,6 +13,7 @@ import pytest
 
 from spikefleet_pipelines.errors import SourceError, StoreError
 from spikefleet_pipelines.events.label_frames import LabelFrames
+from spikefleet_pipelines.events.readers.finding import read_recording
 from spikefleet_pipelines.events.recording import EventArrays
 from spikefleet_pipelines.store.event_format import EventFormat
 from spikefleet_pipelines.store.event_shard_writer import SourceRecording
@@ -23,6 +24,7 @@ from spikefleet_pipelines.store.reader import Store
 from spikefleet_pipelines.store.splitting import take_split
 from spikefleet_pipelines.store.writer import StoreWriter
 from support.event_arrays import equal, random_events
+from support.event_files import write_dat
 
 SENSOR = (34, 34)
 
@@ -291,6 +293,22 @@ def test_bad_recordings_are_skipped_if_asked(tmp_path: Path) -> None:
     ):
         writer.write_recordings("train", given)
     assert not (tmp_path / "t").exists()
+
+
+def test_a_recording_goes_from_its_file_into_the_store(tmp_path: Path) -> None:
+    events = random_events(3000, SENSOR, 300_000)
+    late = np.arange(3000)
+    late[[100, 2000]] += 4  # two events come later than those that follow them
+    given = events.select(np.argsort(late, kind="stable"))
+    write_dat(tmp_path / "a.dat", given, SENSOR)
+    fields = {"source": "test", "class_names": "a", "events": EventFormat.of(SENSOR), "options": {}}
+    with EventStoreWriter(tmp_path / "s", **fields) as writer:  # type: ignore[arg-type]
+        reader = read_recording(tmp_path / "a.dat")
+        writer.write_recordings("train", [SourceRecording(reader, label=0, name="a.dat", t0=0)])
+        audit = (writer.commit().audit.events or {})["train"]
+    stored = Store.open(tmp_path / "s").recordings("train").recording(0)
+    assert equal(stored.events(), given.select(np.argsort(given.t, kind="stable")))
+    assert audit.out_of_order == (np.maximum.accumulate(given.t) > given.t).sum() > 0
 
 
 def test_images_and_events_are_not_confused(out: Path, tmp_path: Path) -> None:
