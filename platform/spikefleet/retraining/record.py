@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -46,6 +47,18 @@ class Record(BaseModel):
     """What the gates said, before the alias was moved."""
     word: Word | None = None
     reason: str | None = None
+    reported: bool = False
+    """The report is written, and the run in MLflow ended."""
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether the alias is decided, so that only the report may be missing."""
+        return self.word in ("promoted", "kept")
+
+    def has_promoted(self, version: int | None) -> bool:
+        """Whether its gates made a version champion, perhaps right before it was killed."""
+        passed = self.verdict is not None and bool(self.verdict["passed"])
+        return version is not None and self.candidate == version and passed
 
 
 @dataclass(frozen=True)
@@ -95,6 +108,12 @@ class Retrainings:
         self.path.mkdir(parents=True, exist_ok=True)
         return hold(self.path / f".{model}.lock")
 
+    def _latest(self, model: str, wanted: Callable[[Record], bool]) -> RetrainingFolder | None:
+        for folder in reversed(self.of(model)):
+            if (record := folder.read()) is not None and wanted(record):
+                return folder
+        return None
+
     def of(self, model: str) -> list[RetrainingFolder]:
         """The retrainings of a model, the latest last."""
         folders = [RetrainingFolder(path.parent) for path in self.path.glob(f"*/{_RECORD}")]
@@ -104,15 +123,19 @@ class Retrainings:
 
     def unfinished(self, model: str, identity: str) -> RetrainingFolder | None:
         """A retraining of the same that has not ended, or has failed."""
-        same = [folder for folder in self.of(model) if _is(folder, identity)]
-        return next((folder for folder in reversed(same) if _word(folder) in (None, "failed")), None)
+        return self._latest(model, lambda record: record.identity == identity and not _has_ended(record))
+
+    def promoted_without_report(self, model: str, champion: int | None) -> RetrainingFolder | None:
+        """The retraining that made the present champion, if it has not ended.
+
+        `unfinished` does not find it, for its identity names the champion that it has replaced.
+        """
+        return self._latest(model, lambda record: record.has_promoted(champion) and not _has_ended(record))
 
     def finished(self, model: str, identity: str) -> Record | None:
         """The last retraining of the same that ended, and did not fail."""
-        for folder in reversed(self.of(model)):
-            if _is(folder, identity) and _word(folder) in ("promoted", "kept"):
-                return folder.read()
-        return None
+        found = self._latest(model, lambda record: record.identity == identity and _has_ended(record))
+        return None if found is None else found.read()
 
     def new(self, model: str, day: str, identity: str) -> RetrainingFolder:
         """A directory that does not exist yet: `MODEL-retrain-DAY-HASH`, with a number where that is taken."""
@@ -129,14 +152,8 @@ def _model_of(folder: RetrainingFolder) -> str | None:
     return None if record is None else record.model
 
 
-def _is(folder: RetrainingFolder, identity: str) -> bool:
-    record = folder.read()
-    return record is not None and record.identity == identity
-
-
-def _word(folder: RetrainingFolder) -> Word | None:
-    record = folder.read()
-    return None if record is None else record.word
+def _has_ended(record: Record) -> bool:
+    return record.is_decided and record.reported
 
 
 __all__ = ["RETRAININGS", "LockedError", "Record", "RetrainingFolder", "Retrainings", "Word"]
