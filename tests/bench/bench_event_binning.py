@@ -2,8 +2,8 @@
 
 All in one process, round by round, in processor time of this thread; equal counts are asserted. The plain ToFrame is
 written from the description of tonic's: events are divided by number, and each slice is counted by `numpy.add.at`.
-tonic is measured if it is installed (the extra spikefleet[tonic], GPL-3.0, or another folder on PYTHONPATH). The exit code is 1
-if the words are less than ten times as fast as another way.
+tonic is measured if it is installed (the extra spikefleet[tonic], GPL-3.0, or another folder on PYTHONPATH). The exit
+code is 1 if the words are less than ten times as fast as another way.
 
     python tests/bench/bench_event_binning.py [EVENTS]
 """
