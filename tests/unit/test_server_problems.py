@@ -145,9 +145,10 @@ def test_an_error_of_the_database_is_one_sentence_without_mlflows_stack(
 ) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     ready_database(uri)
-    with pytest.raises(UserError, match="no such table: registered_models"), connect(uri) as client:
+    with connect(uri) as client:
         client.search_registered_models()  # opens the database
-        with closing(sqlite3.connect(tmp_path / "mlflow.db")) as connection:
-            connection.execute("DROP TABLE registered_models")
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as connection:
+        connection.execute("DROP TABLE registered_models")
+    with pytest.raises(UserError, match="no such table: registered_models"), connect(uri):
         client.create_registered_model("x")
     assert "Traceback" not in capfd.readouterr().err

@@ -61,21 +61,6 @@ def test_every_change_is_recorded_with_its_reason(first: Trained, client: Mlflow
     assert len(read_history("told", tracking_uri=first.uri).changes) == 4
 
 
-def test_a_challenger_that_is_judged_later_has_the_verdict_in_its_history(first: Trained, tmp_path: Path) -> None:
-    versions(first, tmp_path, "later", [0.9, 0.7])
-    promote("later", 1, "top1", tracking_uri=first.uri)
-    keep_as_challenger("later", 2, "it is compared later", tracking_uri=first.uri)
-    for _ in range(2):  # the second time nothing is new
-        promote("later", 2, "top1", tracking_uri=first.uri)
-    history = read_history("later", tracking_uri=first.uri)
-    assert summary(history)[1:] == [
-        ("kept as challenger", "challenger", None, 2),
-        ("kept as challenger", "challenger", 2, 2),
-    ]
-    assert history.changes[-1].why == "top1 0.7 of version 2 is not better than 0.9 of champion version 1 (max)"
-    assert history.aliases() == {"champion": 1, "challenger": 2}
-
-
 def test_what_was_moved_by_hand_or_by_a_killed_job_is_recorded_by_the_next_one(
     first: Trained, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,29 +126,47 @@ def test_a_history_that_was_tampered_with_is_noticed_and_nothing_follows_it(
     assert show(name, tracking_uri=first.uri).pick(3).aliases == ("champion",)
 
 
-def test_nothing_moves_where_the_last_entry_alone_is_damaged(
+def test_no_alias_moves_that_a_damaged_history_cannot_record(
     first: Trained, client: MlflowClient, tmp_path: Path
 ) -> None:
-    """The entries before it agree with the aliases, so that only the record of the next change would fail."""
-    versions(first, tmp_path, "last", [0.9, 0.8])
-    promote("last", 1, "top1", tracking_uri=first.uri)
-    keep_as_challenger("last", 2, "it is compared later", tracking_uri=first.uri)
-    keep_as_challenger("last", 2, "by hand", tracking_uri=first.uri)
-    file = entry_file(client, "last", 3)
-    kept = file.read_text()
-    file.write_text(kept.replace("by hand", "by nobody"))
-    for change in (lambda: rollback("last", "x", 2, tracking_uri=first.uri), lambda: promote_better(first)):
-        with pytest.raises(UserError, match=r"the history of model last is damaged: 000003\.json"):
-            change()
-    model = show("last", tracking_uri=first.uri)
-    assert (model.pick(1).aliases, model.pick(2).aliases) == (("champion",), ("challenger",))
-    assert "rolled_back" not in model.pick(1).tags
-    file.write_text(kept)
-    assert rollback("last", "x", 2, tracking_uri=first.uri).champion == 2
+    """What is left of the history agrees with the aliases, so only its damage can stop the change."""
+    versions(first, tmp_path, "stopped", [0.7, 0.8])
+    for number in (1, 2):
+        promote("stopped", number, "top1", tracking_uri=first.uri)
+    rollback("stopped", "x", tracking_uri=first.uri)
+    entry_file(client, "stopped", 2).write_text("{")
+    assert read_history("stopped", tracking_uri=first.uri).aliases() == {"champion": 1}
+    with pytest.raises(UserError, match="the history of model stopped is damaged"):
+        keep_as_challenger("stopped", 2, "x", tracking_uri=first.uri)
+    assert show("stopped", tracking_uri=first.uri).pick(2).aliases == ()
 
 
-def promote_better(first: Trained) -> None:
-    promote("last", 2, "top1", "min", tracking_uri=first.uri)
+def test_a_head_that_was_removed_or_set_back_is_noticed(first: Trained, client: MlflowClient, tmp_path: Path) -> None:
+    versions(first, tmp_path, "headless", [0.7, 0.8, 0.9])
+    heads = []
+    for number in (1, 2, 3):
+        promote("headless", number, "top1", tracking_uri=first.uri)
+        heads.append(client.get_registered_model("headless").tags[HEAD])
+    client.set_registered_model_tag("headless", HEAD, heads[1])  # as a job leaves it that is killed before the tag
+    assert read_history("headless", tracking_uri=first.uri).damage is None
+    client.set_registered_model_tag("headless", HEAD, heads[0])
+    damage = read_history("headless", tracking_uri=first.uri).damage or ""
+    assert re.match(r"000003\.json is there, but the model's tag .* names entry 1", damage), damage
+    client.delete_registered_model_tag("headless", HEAD)
+    damage = read_history("headless", tracking_uri=first.uri).damage or ""
+    assert re.match(r"000002\.json is there, but the model's tag .* names none", damage), damage
+
+
+def test_another_reason_to_keep_a_challenger_is_recorded_once(first: Trained, tmp_path: Path) -> None:
+    versions(first, tmp_path, "kept", [0.9, 0.8])
+    promote("kept", 1, "top1", tracking_uri=first.uri)
+    for why in ("it is compared later", "version 2 is not better", "version 2 is not better"):
+        keep_as_challenger("kept", 2, why, tracking_uri=first.uri)
+    changes = read_history("kept", tracking_uri=first.uri).changes
+    assert [(change.before, change.after, change.why) for change in changes if change.alias == "challenger"] == [
+        (None, 2, "it is compared later"),
+        (2, 2, "version 2 is not better"),
+    ]
 
 
 def test_an_entry_cut_short_by_a_kill_is_written_again(first: Trained, client: MlflowClient, tmp_path: Path) -> None:
@@ -232,3 +235,17 @@ def test_a_version_without_proof_or_with_changed_files_is_not_rolled_back_to(
     assert champion is not None
     assert champion.version == 2
     assert "rolled_back" not in champion.tags
+
+
+def test_the_alias_of_a_version_that_others_registered_is_not_taken_from_it(
+    first: Trained, client: MlflowClient, tmp_path: Path
+) -> None:
+    versions(first, tmp_path, "foreign", [0.7])
+    source = client.get_model_version_download_uri("foreign", "1")
+    other = client.create_model_version("foreign", source)
+    client.set_registered_model_alias("foreign", "champion", other.version)
+    with pytest.raises(UserError, match=r"version 2 of model foreign has the alias champion, but spikefleet did not"):
+        promote("foreign", 1, "top1", tracking_uri=first.uri)
+    assert int(client.get_registered_model("foreign").aliases["champion"]) == 2
+    client.delete_registered_model_alias("foreign", "champion")
+    assert promote("foreign", 1, "top1", tracking_uri=first.uri).champion == 1
