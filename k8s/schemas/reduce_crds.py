@@ -2,7 +2,8 @@
 
 Strict means that a field which the CRD does not know is refused, as `kubectl apply --validate=strict` does. Schemas of
 the built-in kinds that the manifests use are put together from the Kubernetes types inside the CRDs. Rules in CEL
-(`x-kubernetes-validations`) are listed beside it by where they hold; what the operator's own code checks was never in a CRD.
+(`x-kubernetes-validations`) are listed beside it by where they hold. What the operator's own code checks was never in
+a CRD.
 """
 
 from __future__ import annotations
