@@ -98,8 +98,10 @@ WORKER = "spec.workerGroupSpecs.0.template.spec"
 SUBMITTER = "spec.submitterPodTemplate.spec"
 
 
-RETRAINER = ("CronJob", "Role", "RoleBinding", "ServiceAccount", "ValidatingAdmissionPolicy")
-RETRAINER += ("ValidatingAdmissionPolicyBinding",)
+RETRAINER = {
+    *("CronJob", "Role", "RoleBinding", "ServiceAccount"),
+    *("ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"),
+}
 
 
 @pytest.mark.parametrize(
