@@ -38,7 +38,17 @@ class Draw(IntEnum):
     HSV = 137  # hue, saturation, value: 137 to 139
     KEEP = 140
     SCENE = 1024  # layout of a scene: 1024 to 2047
-    SCENE_NOISE = 1 << 20  # each value of a scene's background, from here on
+    EVENT_SCENE = 2048  # what moves in front of the simulated event camera, and how: 2048 to 3071
+    EVENT_PARTNERS = 3072  # recordings that a sample is made of, one number for each pair of classes: to 4095
+    EVENT_AUGMENT = 4096  # which augmentations of events apply, and their sizes: 4096 to 4159
+    SLICE_ORDER = 4160  # each time slice of a sample: 4160 to 5183
+    SLICE_DELETION = 5184  # each time slice of a sample: 5184 to 6207
+    SCENE_NOISE = 1 << 20  # each value of a scene's background, below 1 << 21
+    PIXEL_THRESHOLD = 1 << 24  # two for each pixel of the simulated event camera
+    PIXEL_AGE = 1 << 26  # one for each pixel
+    PIXEL_NOISE = 1 << 28  # four for each event of noise, below 1 << 32
+    EVENT_DROP = 1 << 32  # one for each event, below 1 << 33
+    EVENT_JITTER = 1 << 33  # two for each event, from here on
 
 
 def random_bits(seed: int, epoch: int, index: ArrayLike, draw: ArrayLike) -> NDArray[np.uint64]:
@@ -66,6 +76,18 @@ def uniform(seed: int, epoch: int, index: ArrayLike, draw: ArrayLike) -> NDArray
 def integers(seed: int, epoch: int, index: ArrayLike, draw: ArrayLike, bound: int) -> NDArray[np.int64]:
     """Draw integers in [0, bound) for each (index, draw); arguments as for `random_bits`."""
     return (uniform(seed, epoch, index, draw) * bound).astype(np.int64)
+
+
+def normal(seed: int, epoch: int, index: ArrayLike, draw: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Draw two independent standard normal numbers for each (index, draw), from the numbers `draw` and `draw` + 1.
+
+    The method is that of Box and Muller, "A note on the generation of random normal deviates", 1958. Arguments as for
+    `random_bits`.
+    """
+    first = np.asarray(draw, dtype=np.int64)
+    radius = np.sqrt(-2 * np.log1p(-uniform(seed, epoch, index, first)))
+    angle = 2 * np.pi * uniform(seed, epoch, index, first + 1)
+    return radius * np.cos(angle), radius * np.sin(angle)
 
 
 def _mix(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -227,3 +227,12 @@ def test_detectors_are_compared_by_resampled_images() -> None:
     same = verdict_of(good, good, settings)
     assert not same.passed
     assert "is not better" in same.reason
+
+
+def test_a_guarded_comparison_of_detectors_draws_enough_resamples_to_pass() -> None:
+    labels = [k % 5 for k in range(100)]
+    good = measured(2, boxes([False] * 100, labels))
+    bad = measured(1, boxes([k % 2 == 0 for k in range(100)], labels))
+    verdict = verdict_of(good, bad, RetrainConfig(resamples=200, guard=True), comparisons=10)
+    assert gate(verdict, "better").passed, "1 / 201 is above alpha / 10"
+    assert "paired bootstrap, 2,000 resamples" in verdict.reason

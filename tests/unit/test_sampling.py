@@ -195,6 +195,7 @@ def test_draws_do_not_collide_and_old_ones_keep_their_numbers() -> None:
     assert [Draw[name] for name in old] == list(range(9))
     assert (Draw.POLICY_SIGN, Draw.RESIZED_CROP) == (10, 64)
     taken = {"POLICY_APPLY": 2, "POLICY_SIGN": 2, "RESIZED_CROP": 40, "MOSAIC_CENTRE": 2, "MOSAIC_PARTNER": 3}
-    taken |= {"TRANSLATE": 2, "HSV": 3, "SCENE": 1024}
+    taken |= {"TRANSLATE": 2, "HSV": 3, "SCENE": 1024, "EVENT_SCENE": 1024, "EVENT_PARTNERS": 1024}
+    taken |= {"EVENT_AUGMENT": 64, "SLICE_ORDER": 1024, "SLICE_DELETION": 1024}
     numbers = [draw + k for draw in Draw for k in range(taken.get(draw.name, 1))]
     assert len(numbers) == len(set(numbers))

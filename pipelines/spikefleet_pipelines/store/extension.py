@@ -50,7 +50,7 @@ class StoreExtension(StoreWriter):
             out,
             source=there.source,
             class_names=there.class_names,
-            image=there.image,
+            image=there.image_format,
             options=dict(options),
             shard_bytes=shard_bytes,
             category_ids=there.category_ids,

@@ -1,6 +1,7 @@
 """The manifest of a store: its contents, and the SHA-256 of each shard.
 
-Text and hash of a classification store are those of the first version: the fields of detection are absent there.
+Text and hash of a classification store are those of the first version: the fields of detection and of events are absent
+there.
 """
 
 import hashlib
@@ -21,6 +22,7 @@ from pydantic import (
 
 from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.store.data_set_name import is_data_set_name
+from spikefleet_pipelines.store.event_format import EventAudit, EventFormat
 
 SCHEMA_VERSION = 1
 _MOST = 1 << 62
@@ -100,6 +102,7 @@ class SkippedFile(_Record):
 class Audit(_Record):
     """Statistics of the store when it was written; duplicates are images with equal stored bytes."""
 
+    # A store of events counts recordings as a store of images counts images; with boxes, the frames that show a class.
     duplicates: int = Field(ge=0, description="images that equal an earlier one, in any split")
     cross_split_duplicates: int = Field(ge=0, description="different images that occur in more than one split")
     images_per_class: dict[str, tuple[int, ...]] = Field(description="for each split, in the order of class_names")
@@ -107,6 +110,9 @@ class Audit(_Record):
     # Left out of the text where they are absent, so that a classification store keeps its hash.
     boxes: dict[str, BoxAudit] | None = Field(
         default=None, exclude_if=_is_absent, description="detection: for each split that has its own shards"
+    )
+    events: dict[str, EventAudit] | None = Field(
+        default=None, exclude_if=_is_absent, description="events: for each split that has its own shards"
     )
     same_as: dict[str, str] | None = Field(
         default=None, exclude_if=_is_absent, description="splits that are aliases of another split"
@@ -135,7 +141,14 @@ class Manifest(_Record):
         validate_default=True,
         description="detection: the id that annotations have for each of class_names; gaps are usual (COCO: 1 to 90)",
     )
-    image: ImageFormat
+    image: ImageFormat | None = Field(
+        default=None, exclude_if=_is_absent, description="format of the images; absent in a store of events"
+    )
+    events: EventFormat | None = Field(
+        default=None,
+        exclude_if=_is_absent,
+        description="format of the events; a row is then a recording, with a label or with frames of boxes",
+    )
     options: dict[str, JsonValue] = Field(description="options that the source was prepared with, and its seed")
     shards: dict[str, tuple[Shard, ...]]
     audit: Audit
@@ -156,12 +169,20 @@ class Manifest(_Record):
         return names
 
     @model_validator(mode="after")
+    def _images_or_events(self) -> Self:
+        if (self.image is None) == (self.events is None):
+            raise ValueError("a store has either the field image or the field events")
+        return self
+
+    @model_validator(mode="after")
     def _audit_of_each_split(self) -> Self:
         for split in set(self.shards) - set(self.audit.same_as or ()):
             if split not in self.audit.images_per_class:
                 raise ValueError(f"audit.images_per_class lacks split {split!r}")
             if self.task == "detection" and split not in (self.audit.boxes or {}):
                 raise ValueError(f"audit.boxes lacks split {split!r}")
+            if self.events is not None and split not in (self.audit.events or {}):
+                raise ValueError(f"audit.events lacks split {split!r}")
         return self
 
     @field_validator("category_ids")
@@ -178,8 +199,21 @@ class Manifest(_Record):
 
     @property
     def image_shape(self) -> tuple[int, int, int] | None:
-        """[C, H, W], or None where it varies."""
-        return self.image.shape
+        """[C, H, W], or None where it varies, and in a store of events."""
+        return None if self.image is None else self.image.shape
+
+    @property
+    def image_format(self) -> ImageFormat:
+        """Format of the images.
+
+        Raises:
+            StoreError: the store holds events.
+        """
+        if self.image is None:
+            raise StoreError(
+                f"the store of {self.source} holds recordings of events, not images; choose a store of images"
+            )
+        return self.image
 
     def original(self, split: str) -> str:
         """The split whose images a split has: itself, or the one that it is an alias of."""

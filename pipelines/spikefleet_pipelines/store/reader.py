@@ -17,6 +17,7 @@ from torch import Tensor
 from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.store.annotations import AnnotationColumns, Annotations
 from spikefleet_pipelines.store.data_set_name import name_after, published_name, without_digests
+from spikefleet_pipelines.store.event_reader import EventSplit
 from spikefleet_pipelines.store.manifest import MANIFEST_NAME, Manifest, parse_manifest
 from spikefleet_pipelines.store.origin import Origin
 from spikefleet_pipelines.store.remote import RemoteStore, default_cache_dir, locate
@@ -48,6 +49,7 @@ class Store:
         self.manifest = manifest
         self._files = files
         self._splits: dict[str, Split] = {}
+        self._recordings: dict[str, EventSplit] = {}
 
     @classmethod
     def open(
@@ -100,18 +102,37 @@ class Store:
         return (Path(path) / MANIFEST_NAME).is_file()
 
     def split(self, name: str) -> "Split":
-        """Return the rows of a split, for example "train", "val" or "test".
+        """Return the images of a split, for example "train", "val" or "test".
 
         Raises:
-            StoreError: the store has no such split, or a shard does not match the manifest.
+            StoreError: the store has no such split or holds events, or a shard does not match the manifest.
         """
-        if name not in self._files:
+        self._check_split(name)
+        if self.manifest.events is not None:
             raise StoreError(
-                f"{self.location} has no split {name!r}, expected one of {', '.join(map(repr, self._files))}"
+                f"{self.location} holds recordings of events, not images; choose a store of images, or read it with "
+                f"Store.recordings({name!r})"
             )
         if name not in self._splits:
             self._splits[name] = Split(name, self.location, self.manifest, self._files[name])
         return self._splits[name]
+
+    def recordings(self, name: str) -> EventSplit:
+        """Return the recordings of a split of a store of events.
+
+        Raises:
+            StoreError: the store has no such split or holds images, or a shard does not match the manifest.
+        """
+        self._check_split(name)
+        if name not in self._recordings:
+            self._recordings[name] = EventSplit(name, self.location, self.manifest, self._files[name])
+        return self._recordings[name]
+
+    def _check_split(self, name: str) -> None:
+        if name not in self._files:
+            raise StoreError(
+                f"{self.location} has no split {name!r}, expected one of {', '.join(map(repr, self._files))}"
+            )
 
 
 class Split:
@@ -136,7 +157,7 @@ class Split:
             self._decode = decode_rgb
         shards = manifest.shards[name]
         self._shards = [
-            open_shard(file, shard, manifest.image, len(manifest.class_names), manifest.category_ids)
+            open_shard(file, shard, manifest.image_format, len(manifest.class_names), manifest.category_ids)
             for file, shard in zip(files, shards, strict=True)
         ]
         self._starts = np.cumsum([0, *(shard.rows for shard in shards)])

@@ -73,7 +73,7 @@ def take_split(
         out,
         source=manifest.source,
         class_names=manifest.class_names,
-        image=manifest.image,
+        image=manifest.image_format,
         options={**manifest.options, f"taken_{name}": recorded},
         overwrite=overwrite,
         shard_bytes=shard_bytes,
@@ -139,7 +139,9 @@ def _copy(source: Split, name: str, rows: NDArray[np.int64], writer: StoreWriter
     for number, part in enumerate(_by_bytes(source, rows, writer.shard_bytes)):
         images = [source.encoded_image(int(row)).tobytes() for row in part]
         targets = _targets(source, part)
-        shard = write_shard(writer.directory / writer.shard_name(name, number), images, targets, writer.image)
+        shard = write_shard(
+            writer.directory / writer.shard_name(name, number), images, targets, source.manifest.image_format
+        )
         writer.add_shard(name, shard, targets, content_digests(images))
 
 

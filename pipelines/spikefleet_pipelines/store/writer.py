@@ -19,6 +19,7 @@ from pydantic import JsonValue
 from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.store.annotations import AnnotationColumns
 from spikefleet_pipelines.store.data_set_name import published_name
+from spikefleet_pipelines.store.event_format import EventAudit, EventFormat
 from spikefleet_pipelines.store.manifest import (
     MANIFEST_NAME,
     Audit,
@@ -51,7 +52,7 @@ class StoreWriter:
         out: directory of the store. Concurrent writers may create it first; see `commit`.
         source: name of the source.
         class_names: in the order of the class indices.
-        image: format of the images.
+        image: format of the images; None where `events` is given.
         options: recorded in the manifest.
         overwrite: replace an existing store.
         shard_bytes: approximate maximum size of a shard of raw images.
@@ -60,6 +61,7 @@ class StoreWriter:
         name: of the data set; None: that of its published set, see `data_set_name`.
         otherwise: its name where it is no published set; None: the source's.
         skip_bad: whether the source may leave out files that it cannot read; it adds them to `skipped`.
+        events: format of the events, for `EventStoreWriter`.
 
     Attributes:
         unused: number of what the source has and does not use, by reason; set by the source.
@@ -72,7 +74,7 @@ class StoreWriter:
         *,
         source: str,
         class_names: Sequence[str],
-        image: ImageFormat,
+        image: ImageFormat | None,
         options: dict[str, JsonValue],
         overwrite: bool = False,
         shard_bytes: int = SHARD_BYTES,
@@ -81,12 +83,13 @@ class StoreWriter:
         name: str | None = None,
         otherwise: str | None = None,
         skip_bad: bool = False,
+        events: EventFormat | None = None,
     ) -> None:
         self.out = out
         self.source = source
         self.name, self.otherwise = name, otherwise
         self.class_names = tuple(class_names)
-        self.image = image
+        self.image, self.events = image, events
         self.options = options
         self.overwrite = overwrite
         self.shard_bytes = shard_bytes
@@ -159,6 +162,8 @@ class StoreWriter:
         Raises:
             StoreError: type, shape or number of the images is wrong, or a label, box or category is invalid.
         """
+        if self.image is None:
+            raise StoreError(f"source {self.source!r}: a store of events takes recordings, not images")
         if images.dtype != np.uint8 or images.shape[1:] != self.image.shape or len(images) != len(targets):
             raise StoreError(
                 f"split {split!r}: images are {images.dtype} {list(images.shape)} with {len(targets)} labels, expected "
@@ -241,6 +246,7 @@ class StoreWriter:
             class_names=self.class_names,
             category_ids=self.category_ids,
             image=self.image,
+            events=self.events,
             options=self.options,
             shards={**shards, **{name: shards[original] for name, original in stand_ins.items()}},
             audit=self._audit(stand_ins or None),
@@ -287,6 +293,10 @@ class StoreWriter:
             if lock is not None:
                 os.close(lock)
 
+    def _event_audit(self) -> dict[str, EventAudit] | None:
+        """The audit of the events of each split; None for images."""
+        return None
+
     def _audit(self, same_as: dict[str, str] | None) -> Audit:
         empty = {
             split: tuple(name for name, count in zip(self.class_names, counts, strict=True) if count == 0)
@@ -305,6 +315,7 @@ class StoreWriter:
             images_per_class={split: tuple(map(int, counts)) for split, counts in self._counts.items()},
             empty_classes={split: names for split, names in empty.items() if names},
             boxes={split: _sum(parts) for split, parts in self._boxes.items()} or None,
+            events=self._event_audit(),
             same_as=same_as,
             unused=self.unused or None,
             skipped=tuple(self.skipped) or None,

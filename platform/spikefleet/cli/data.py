@@ -9,14 +9,16 @@ import typer
 
 from spikefleet.cli.completion import source_names, store_names
 from spikefleet.cli.output import console, loading, messages, print_json, stderr
-from spikefleet.cli.parameters import Address, AsJson, StoresDir
+from spikefleet.cli.parameters import Address, AsJson, Force, StoresDir
 from spikefleet.cli.tables import print_record, print_table, text
 from spikefleet.errors import UserError
-from spikefleet.status import one_line, waiting
+from spikefleet.outputs import check_outputs
+from spikefleet.status import one_line, print_line, waiting
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from spikefleet_pipelines.store.event_format import EventAudit, EventFormat
     from spikefleet_pipelines.store.manifest import BoxAudit, Manifest
 
 data_app = typer.Typer(help="Prepare and look at data sets.", no_args_is_help=True)
@@ -35,6 +37,7 @@ _OTHER_FORMATS = {
 }
 """Formats that people have, and what to do with each."""
 _SHOWN_SKIPPED = 20
+_SHOWN_ROWS = 8
 _OTHER_NAMES = {
     "yolov5": "yolo",
     "yolov8": "yolo",
@@ -130,18 +133,35 @@ def show_store(
         str,
         typer.Argument(help="Directory or URI of a store, or its name in --stores-dir.", autocompletion=store_names),
     ],
+    out: Annotated[
+        Path | None, typer.Option(help="File for a grid of rows, a PNG: images with boxes, or events over time.")
+    ] = None,
+    rows: Annotated[int | None, typer.Option("--n", min=1, max=64, help="Rows in the grid; 8 if not given.")] = None,
+    force: Force = False,
     as_json: AsJson = False,
     stores_dir: StoresDir = Path("stores"),
 ) -> None:
-    """Verify every shard of a store and print what it holds."""
+    """Verify every shard of a store and print what it holds; draw some of it."""
+    if rows is not None and out is None:
+        raise UserError(f"--n {rows} is the number of rows in a grid; name its file with --out FILE.png")
+    if out is not None and out.suffix.lower() != ".png":
+        raise UserError(f"--out {out} must end in .png")
     with loading("torch", stderr):
         from spikefleet.data_access import store_at
         from spikefleet_pipelines.store.reader import Store
 
     place = store_at(store, stores_dir)
+    if out is not None:
+        check_outputs([out], inputs=[Path(place)], force=force)
     with waiting(stderr, f"verifying {place}"):
-        manifest = Store.open(place, verify=True).manifest
-    _print_store(manifest, place, as_json)
+        opened = Store.open(place, verify=True)
+    _print_store(opened.manifest, place, as_json)
+    if out is not None:
+        from spikefleet.data_grid import draw_rows
+
+        with waiting(stderr, f"drawing {out}"):
+            split = draw_rows(opened, rows or _SHOWN_ROWS, out)
+        print_line(stderr, f"rows of {split}: {out}")
 
 
 @data_app.command("split")
@@ -256,6 +276,47 @@ def _findings(boxes: BoxAudit) -> str:
     return f"{', '.join([str(boxes.objects), *parts])}{empty}"
 
 
+def _content_format(manifest: Manifest) -> tuple[str, str]:
+    """What a row is: a label, and the size of its image or sensor."""
+    if manifest.events is not None:
+        return "events", _event_format(manifest.events)
+    shape = manifest.image_shape
+    return "image", f"{'x'.join(map(str, shape))} (CxHxW)" if shape else "encoded, varying size"
+
+
+def _event_format(events: EventFormat) -> str:
+    height, width = events.sensor
+    return (
+        f"{width} x {height} pixels (width x height), words of {events.address_bits} bits of address and "
+        f"{events.tick_bits} of time (ticks of {2**events.tick_bits / 1000:,.4g} ms), orientation {events.orientation}"
+    )
+
+
+def _event_findings(events: EventAudit) -> str:
+    """Numbers, rates, and what is unusual about the recordings of a split."""
+    usual = (
+        f"{events.events:,} in {events.duration_us / 1e6:,.4g} s ({events.shortest_us / 1e6:,.4g} to "
+        f"{events.longest_us / 1e6:,.4g} s each), {events.on_share:.1%} ON\n"
+        f"events per second: {events.rate_min:,.0f} to {events.rate_max:,.0f}, median {events.rate_median:,.0f}"
+    )
+    unusual = {
+        "out of order (sorted)": events.out_of_order,
+        "outside the sensor (dropped)": events.dropped,
+        "recordings without events": events.empty_recordings,
+        "recordings without events (dropped)": events.dropped_recordings,
+        "boxes in the first 0.5 s": events.early_labels,
+        "boxes after the last event": events.late_labels,
+        "boxes that repeat the one before": events.repeated_boxes,
+        f"hot pixels with {events.hot_share:.1%} of the events": events.hot_pixels,
+    }
+    lines = [f"{number:,} {what}" for what, number in unusual.items() if number]
+    if events.hottest:
+        lines[-1] += f": {', '.join(f'({one.x}, {one.y})' for one in events.hottest[:5])}" + (
+            ", ..." if events.hot_pixels > 5 else ""
+        )
+    return "\n".join([usual, *lines])
+
+
 def _print_store(manifest: Manifest, where: str, as_json: bool) -> None:
     from spikefleet_pipelines.store.image_files import counted_reasons
 
@@ -269,6 +330,7 @@ def _print_store(manifest: Manifest, where: str, as_json: bool) -> None:
                 "options": dict(manifest.options),
                 "task": manifest.task,
                 "image_shape": manifest.image_shape,
+                **({} if manifest.events is None else {"events": manifest.events.model_dump(mode="json")}),
                 "class_names": list(manifest.class_names),
                 "category_ids": None if manifest.category_ids is None else list(manifest.category_ids),
                 "splits": manifest.splits,
@@ -277,13 +339,12 @@ def _print_store(manifest: Manifest, where: str, as_json: bool) -> None:
             }
         )
         return
-    image = f"{'x'.join(map(str, manifest.image_shape))} (CxHxW)" if manifest.image_shape else "encoded, varying size"
-    names = manifest.class_names
+    names, what = manifest.class_names, "images" if manifest.events is None else "recordings"
     items = [
         ("name", manifest.name or manifest.source),
         ("source", manifest.source),
         ("task", manifest.task),
-        ("image", image),
+        _content_format(manifest),
         ("classes", f"{len(names)}: {', '.join(map(one_line, names[:10]))}{', ...' if len(names) > 10 else ''}"),
     ]
     if manifest.category_ids is not None:
@@ -291,9 +352,10 @@ def _print_store(manifest: Manifest, where: str, as_json: bool) -> None:
         items.append(("category ids", f"{ids}{', ...' if len(manifest.category_ids) > 10 else ''}"))
     same_as = audit.same_as or {}
     for split, count in manifest.splits.items():
-        same = f", the same images as {same_as[split]}" if split in same_as else ""
-        items.append((split, f"{count} images{same}"))
+        same = f", the same {what} as {same_as[split]}" if split in same_as else ""
+        items.append((split, f"{count} {what}{same}"))
     items += [(f"boxes of {split}", _findings(boxes)) for split, boxes in (audit.boxes or {}).items()]
+    items += [(f"events of {split}", _event_findings(events)) for split, events in (audit.events or {}).items()]
     items.append(("duplicates", f"{audit.duplicates}, of which in two splits {audit.cross_split_duplicates}"))
     items += [(f"missing in {split}", ", ".join(names)) for split, names in audit.empty_classes.items()]
     if audit.unused:

@@ -153,7 +153,7 @@ def notify_of_changes(
     ] = "SPIKEFLEET_WEBHOOK_SECRET",
     test: Annotated[bool, typer.Option("--test", help="Have the server send an example message at once.")] = False,
     remove: Annotated[bool, typer.Option("--remove", help="Stop telling this address (or webhook id).")] = False,
-    show: Annotated[bool, typer.Option("--list", help="List the addresses that are told.")] = False,
+    show: Annotated[bool, typer.Option("--list", help="List the addresses that are notified.")] = False,
     as_json: AsJson = False,
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
@@ -193,7 +193,7 @@ def _print_notifications(found: Iterable[Notification], what: str) -> None:
         for one in found
     ]
     if not rows:
-        say("no address is told")
+        say("no address is notified")
         return
     columns: list[Column | str] = ["address", text("events"), "status", "since", "id"]
     print_table(console, columns, rows)

@@ -38,6 +38,12 @@ def retrain(
     ] = "scratch",
     data: OtherData = None,
     force: Annotated[bool, typer.Option("--force", help="Retrain although nothing changed.")] = False,
+    wait: Annotated[
+        float,
+        typer.Option(
+            min=0, help="Minutes to wait for a retraining of the model that runs elsewhere, before this one is skipped."
+        ),
+    ] = 0.0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, and why; train and register nothing.")
     ] = False,
@@ -67,7 +73,7 @@ def retrain(
         from spikefleet.retraining.retrain import retrain as retrain_model
         from spikefleet.retraining.schedule import run_on_schedule
         from spikefleet.runs.options import Options
-    request = Request(model, wanted, start, data, force)
+    request = Request(model, wanted, start, data, force, wait * 60)
     options = Options(runs_dir, stores_dir, address, verbose)
     if dry_run:
         _print_plan(request, options, where, as_json, schedule, timezone)

@@ -6,6 +6,7 @@ against the network; better than the champion by more than chance; no class much
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -29,6 +30,7 @@ WORN_OUT = 50
 
 _NAMED = 5
 _BETTER = "better"
+_RESAMPLES_BY_ALPHA = 10
 
 
 @dataclass(frozen=True)
@@ -228,7 +230,8 @@ def _compare_boxes(
 ) -> _Compared:
     named = candidate.data.class_names, candidate.data.category_ids
     matches = [Matches(*one.coco(*named), one.max_detections) for one in (ours, theirs)]
-    totals, by_class = resampled_gains(matches[0], matches[1], settings.resamples, progress=progress)
+    resamples = max(settings.resamples, math.ceil(_RESAMPLES_BY_ALPHA / alpha))  # a smaller p than 1 / n is not seen
+    totals, by_class = resampled_gains(matches[0], matches[1], resamples, progress=progress)
     totals = totals[~np.isnan(totals)]
     measured = [one.mean_average_precision()[0] for one in matches]
     gain = float(measured[0] - measured[1])

@@ -20,10 +20,10 @@ from spikefleet.errors import RunError
 from spikefleet.gates.gate_store import GateStore, check_gate_store, open_gate_store
 from spikefleet.gates.judging import Verdict, decision_of, judge, uncompared
 from spikefleet.gates.measuring import Measured, measure
-from spikefleet.registry.aliases import Promotion
+from spikefleet.registry.aliases import Promotion, candidate_of
 from spikefleet.registry.mlflow_store import connect
-from spikefleet.registry.promotion import Decision
-from spikefleet.registry.version import RegisteredModel
+from spikefleet.registry.promotion import Decision, barred
+from spikefleet.registry.version import CHAMPION, RegisteredModel
 from spikefleet.status import Announce, Count, silent, uncounted
 from spikefleet_pipelines.store.reader import Store
 
@@ -144,6 +144,9 @@ class _Rule:
             return None
         if self.verdict.champion is not None:
             _count(self.name, self.verdict.gate_store, self.tracking_uri)
+        if self.decision.alias == CHAMPION:
+            # It may have been rolled back since it was measured.
+            return barred(candidate_of(model.pick(self.verdict.candidate), "")) or self.decision
         return self.decision
 
 

@@ -6,20 +6,21 @@ Aliases change under the lease of promotion alone (`lease.py`), and each change 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 from spikefleet.errors import UserError
 from spikefleet.registry.flaws import FLAW
-from spikefleet.registry.history import Action, append_change, load_history
+from spikefleet.registry.history import Action, append_change, load_history, prepare_history
 from spikefleet.registry.lease import PATIENCE_S, Lease, lease
 from spikefleet.registry.mlflow_store import connect, find_model, set_alias
 from spikefleet.registry.package import verify_package
 from spikefleet.registry.package_access import package_files, registry_uri
 from spikefleet.registry.promotion import Alias, Candidate, Decision, Mode, barred, decide
 from spikefleet.registry.version import CHALLENGER, CHAMPION, SPIKE_DRIVEN, RegisteredModel, RegisteredVersion
+from spikefleet.registry.version_page import describe_champion
 from spikefleet.status import Announce, silent
 from spikefleet_tune.messages import one_of
 
@@ -56,12 +57,16 @@ class AliasChanges:
         held: the lease.
         model: as it is under the lease.
         retraining: id of the retraining that asks for them.
+
+    Raises:
+        UserError: the history of the model is damaged.
     """
 
     def __init__(self, client: MlflowClient, held: Lease, model: RegisteredModel, retraining: str | None) -> None:
         self._client, self._lease, self._retraining = client, held, retraining
         self.model = model
         self._history = load_history(client, model.name)
+        prepare_history(client, self._history)
         self._there = {alias: version.version for version in model.versions for alias in version.aliases}
         recorded = self._history.aliases()
         for alias in sorted(recorded.keys() | self._there.keys()):
@@ -78,12 +83,15 @@ class AliasChanges:
         before = self._there.get(alias)
         if before == version:
             return
+        self._refuse_foreign(alias)
         self._lease.check()
         if alias == CHAMPION:
             self._explain(version, before if action == "promoted" else None, why)
         set_alias(self._client, self.model.name, alias, version)
         self._there[alias] = version
         self._record(action, alias, before, version, why)
+        if alias == CHAMPION:
+            self._show_champion(version, before)
 
     def remove(self, alias: str, why: str) -> None:
         """Removes an alias from the version that has it. Raises LeaseLostError as `move`."""
@@ -106,8 +114,19 @@ class AliasChanges:
             if self._there.get(CHALLENGER) == version:
                 self.remove(CHALLENGER, f"version {version} is champion")
         elif decision.alias == CHALLENGER and self._there.get(CHAMPION) != version:
+            if self._there.get(CHALLENGER) == version:
+                self._restate(version, decision.reason)
             self.move(CHALLENGER, version, "kept as challenger", decision.reason)
         return Promotion(self.model.name, version, decision.alias, decision.reason, self._there.get(CHAMPION))
+
+    def _refuse_foreign(self, alias: str) -> None:
+        """Raises UserError if a version that spikefleet did not register has the alias: nothing compares with it."""
+        target = self._client.get_registered_model(self.model.name).aliases.get(alias)
+        if target is not None and int(target) not in {version.version for version in self.model.versions}:
+            raise UserError(
+                f"version {target} of model {self.model.name} has the alias {alias}, but spikefleet did not register "
+                "it, so no version can be compared with it; remove the alias in MLflow, or set another registry.name"
+            )
 
     def _explain(self, version: int, before: int | None, why: str) -> None:
         """Tags a version that becomes champion with who, when and why."""
@@ -122,6 +141,19 @@ class AliasChanges:
             texts["retraining"] = self._retraining
         for key, text in texts.items():
             self.tag(version, key, text)
+
+    def _restate(self, version: int, why: str) -> None:
+        """Records another reason for which a challenger is kept, such as what the gates say of it."""
+        last = next((change for change in reversed(self._history.changes) if change.alias == CHALLENGER), None)
+        if last is not None and last.why != why:
+            self._lease.check()
+            self._record("kept as challenger", CHALLENGER, version, version, why)
+
+    def _show_champion(self, version: int, before: int | None) -> None:
+        from mlflow.exceptions import MlflowException
+
+        with suppress(MlflowException):  # a page alone: the alias is moved, and the change of it recorded
+            describe_champion(self._client, self.model.name, version, before)
 
     def _record(self, action: Action, alias: str, before: int | None, after: int | None, why: str) -> None:
         self._history = append_change(self._client, self._history, action, alias, before, after, why, self._retraining)

@@ -220,7 +220,7 @@ def card_text(uri: str | Path, *, tracking_uri: str | None = None) -> str:
             if name in listed:
                 download(client, version, name, scratch)
         read = read_card(scratch, version.content_hash)
-        return model_card(version.uri, scratch, read, version.tags.get(FLAW), _standing(client, version))
+        return model_card(version.uri, scratch, read, version.tags.get(FLAW), _status(client, version))
 
 
 def _flaw_of(package: Path, card: Card) -> str | None:
@@ -229,7 +229,7 @@ def _flaw_of(package: Path, card: Card) -> str | None:
     return flaw_tag(read_config(package), DataSummary.read(package), card.metadata["metrics"], files).get(FLAW)
 
 
-def _standing(client: "MlflowClient", version: RegisteredVersion) -> list[str]:
+def _status(client: "MlflowClient", version: RegisteredVersion) -> list[str]:
     """What the registry says of a version, in sentences: its aliases, since when, and why."""
     if not version.aliases:
         return []
@@ -352,7 +352,7 @@ def ranked(
         any_proof: also versions whose spike-driven form is not proved; else only those that are proved, and networks
             without spikes.
         tracking_uri: of the registry; by default MLFLOW_TRACKING_URI, else SQLite in ./runs.
-        announce: is told in one line why all versions are read, where the index of the registry cannot answer.
+        announce: called with the reason, in one line, where the index cannot answer and all versions are read.
 
     Raises:
         UserError: `where` is not a condition or names an unknown key, no version matches, or `top` is below 1.

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from spikefleet.errors import UserError
 from spikefleet.registry.package_access import registry_uri, scratch_directory
-from spikefleet.registry.version import check_model_name
+from spikefleet.registry.version import CONTENT_HASH, check_model_name
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -113,8 +113,28 @@ def read_history(name: str, *, tracking_uri: str | None = None) -> History:
 def load_history(client: MlflowClient, name: str) -> History:
     """The history of a model; without changes where none is kept. Raises MlflowException."""
     tags = client.get_registered_model(name).tags
-    texts = _entries(client, tags[RUN]) if RUN in tags else {}
-    return _checked(name, texts, tags.get(HEAD, ""))
+    while True:
+        texts = _entries(client, tags[RUN]) if RUN in tags else {}
+        history = _checked(name, texts, tags.get(HEAD, ""))
+        now = client.get_registered_model(name).tags if history.damage is not None else tags
+        if now.get(HEAD) == tags.get(HEAD):
+            return history
+        tags = now  # another job has written entries since their head was read
+
+
+def prepare_history(client: MlflowClient, history: History) -> None:
+    """Call before an alias is moved, so that what cannot be recorded is not done either.
+
+    Raises:
+        UserError: the history is damaged, so nothing can follow it.
+        MlflowException: the registry fails.
+    """
+    if history.damage is not None:
+        raise UserError(
+            f"the history of model {history.name} is damaged: {history.damage}; restore its artifacts in the MLflow "
+            f"run registry-{history.name}, or delete the model's tags {HEAD} and {RUN} to begin a new history"
+        )
+    _run_of(client, history.name)
 
 
 def append_change(
@@ -127,7 +147,7 @@ def append_change(
     why: str,
     retraining: str | None = None,
 ) -> History:
-    """Adds a change; the caller holds the lease of promotion.
+    """Adds a change; the caller holds the lease of promotion, and has called `prepare_history`.
 
     Args:
         client: of the registry.
@@ -140,14 +160,8 @@ def append_change(
         retraining: id of the retraining that decided it.
 
     Raises:
-        UserError: the history is damaged, so nothing can follow it.
         MlflowException: the registry fails.
     """
-    if history.damage is not None:
-        raise UserError(
-            f"the history of model {history.name} is damaged: {history.damage}; restore its artifacts in the MLflow "
-            f"run registry-{history.name}, or delete the model's tags {HEAD} and {RUN} to begin a new history"
-        )
     last = history.changes[-1] if history.changes else None
     change = Change(
         1 if last is None else last.number + 1,
@@ -161,8 +175,7 @@ def append_change(
         retraining,
         "" if last is None else last.sha256,
     )
-    tags = client.get_registered_model(history.name).tags
-    run_id = tags.get(RUN) or _create_run(client, history.name)
+    run_id = _run_of(client, history.name)
     with scratch_directory() as scratch:
         file = scratch / _file_name(change.number)
         file.write_text(change.text, encoding="utf-8")
@@ -172,7 +185,7 @@ def append_change(
 
 
 def _checked(name: str, texts: dict[str, str], head: str) -> History:
-    """Follows the chain. An entry after the head is of a job that was killed before it wrote the head."""
+    """Follows the chain. One entry after the head is of a job that was killed before it wrote the head."""
     changes: list[Change] = []
     number, _, digest = head.partition(" ")
     pinned = int(number) if number.isdecimal() else 0
@@ -182,11 +195,13 @@ def _checked(name: str, texts: dict[str, str], head: str) -> History:
         previous = changes[-1].sha256 if changes else ""
         change = _parse(texts.get(file))
         if change is None and position > pinned:
-            break  # cut short by a kill, and written again by the next change
+            break  # incomplete by a kill, and written again by the next change
         if change is None:
             damage = f"{file} is {'missing' if file not in texts else 'no entry'}"
         elif change.number != position or change.previous != previous or change.text != texts[file]:
             damage = f"{file} does not continue the entry before it"
+        elif position > pinned + 1:
+            damage = f"{file} is there, but the model's tag {HEAD} names {f'entry {pinned}' if pinned else 'none'}"
         elif position == pinned and change.sha256 != digest:
             damage = f"{file} is not the entry that the model's tag {HEAD} names"
         if damage is not None or change is None:
@@ -225,8 +240,10 @@ def _artifacts(client: MlflowClient, run_id: str) -> ArtifactRepository:
     return repository
 
 
-def _create_run(client: MlflowClient, name: str) -> str:
-    """Makes the run `registry-NAME` in an experiment of its own, so that it is not listed among trainings."""
+def _run_of(client: MlflowClient, name: str) -> str:
+    """The run `registry-NAME`; it is in an experiment of its own, so that it is not listed among trainings."""
+    if held := client.get_registered_model(name).tags.get(RUN):
+        return str(held)
     note = f"The history of the aliases of registered model {name}, in its artifacts."
     run = client.create_run(_experiment(client, name), run_name=f"registry-{name}", tags={"mlflow.note.content": note})
     client.set_terminated(run.info.run_id)
@@ -240,7 +257,8 @@ def _experiment(client: MlflowClient, name: str) -> str:
 
     found = client.get_experiment_by_name(EXPERIMENT)
     if found is None:
-        version = client.search_model_versions(f"name = '{name}'", max_results=1)[0]
+        ours = f"name = '{name}' AND tags.`{CONTENT_HASH}` != ''"  # those of others may have no run
+        version = client.search_model_versions(ours, max_results=1)[0]
         trained = client.get_experiment(client.get_run(version.run_id).info.experiment_id)
         place = None if client.tracking_uri.startswith("http") else trained.artifact_location  # a server decides itself
         try:

@@ -132,6 +132,9 @@ class Lease:
     def check(self) -> None:
         """Call right before a change that needs the lease. Raises LeaseLostError if another job has taken it over."""
         found = _read(self._client, self._key)
+        if found is not None and found.id == self.id and time.time() > found.expires:
+            self._renew()  # the process was suspended, or the server away: others may be about to take it over
+            found = _read(self._client, self._key)
         if found is None or found.id != self.id:
             raise LeaseLostError(
                 f"the lease {self._key} was lost: this process did not renew it in time, and "
@@ -195,7 +198,7 @@ def lease(
 
 @contextmanager
 def registry_lease(
-    uri: str, name: str, purpose: Purpose, label: str, patience_s: float = PATIENCE_S
+    uri: str, name: str, purpose: Purpose, label: str, patience_s: float = PATIENCE_S, announce: Announce = silent
 ) -> Iterator[Lease]:
     """As `lease`, for a block whose errors are not the registry's.
 
@@ -205,13 +208,14 @@ def registry_lease(
         purpose: what it is held for.
         label: what holds it, in words.
         patience_s: seconds to wait for another holder.
+        announce: called with what is waited for.
 
     Raises:
         UserError: another job still holds it after `patience_s`, or the registry fails.
     """
     with ExitStack() as held:
         with connect(uri) as client:
-            mine = held.enter_context(lease(client, name, purpose, label, patience_s=patience_s))
+            mine = held.enter_context(lease(client, name, purpose, label, patience_s=patience_s, announce=announce))
         yield mine
 
 
@@ -249,6 +253,8 @@ def _attempt(client: MlflowClient, name: str, purpose: Purpose, label: str) -> _
     if _create(client, key, mine):
         return mine
     found = _read(client, key)
+    if found is None and _create(client, key, mine):  # it was released just then
+        return mine
     if found is None or not found.is_free:
         raise LeaseHeldError(name, purpose, found)
     made: list[str] = []
@@ -263,7 +269,7 @@ def _attempt(client: MlflowClient, name: str, purpose: Purpose, label: str) -> _
                 made.clear()
                 raise LeaseHeldError(name, purpose, other)
         current = _read(client, key)
-        if current is None or current.id != found.id:  # another job was faster
+        if current is None or current.id != found.id or not current.is_free:  # another job was faster, or it is back
             del made[:-1]
             raise LeaseHeldError(name, purpose, current)
         client.set_registered_model_tag(key, _TAG, json.dumps(asdict(mine)))
@@ -313,7 +319,20 @@ def _is_gone(record: _Record) -> bool:
     here_boot, here_namespace, _ = _parts(_place())
     if not boot or record.host != socket.gethostname() or (boot, namespace) != (here_boot, here_namespace):
         return False
-    return _start_of(record.process) != _parts(record.place)[2]
+    return _start_of(record.process) != _parts(record.place)[2] and not _is_hidden(record.process)
+
+
+def _is_hidden(process: int) -> bool:
+    """Whether a process exists of which /proc shows nothing, as with the mount option hidepid."""
+    if _start_of(process):
+        return False
+    try:
+        os.kill(process, 0)
+    except PermissionError:  # of another user
+        return True
+    except (OSError, OverflowError):
+        pass
+    return False
 
 
 def _place() -> str:

@@ -6,27 +6,23 @@ the two, it leaves a logged model that nothing refers to; the next attempt uploa
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from spikefleet.registry.mlflow_store import connect
+from spikefleet.registry.lookup_index import MODEL_ID
+from spikefleet.registry.mlflow_store import MODEL_TYPE, connect
 from spikefleet.registry.package_access import registry_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel
 
-MODEL_TYPE = "spikefleet"
-"""Of the logged models that `mlflow_store.publish` creates."""
-
 LEAST_AGE_S = 24 * 3600.0
 """A registration that still runs is younger."""
 
-_MODEL_ID = re.compile(r"m-[0-9a-f]{32}")
 _PAGE = 1000
 
 
@@ -159,7 +155,7 @@ def _named(client: MlflowClient) -> set[str]:
     """Ids of the logged models that a version names, of any model in the registry, also of other programs."""
     named: set[str] = set()
     for version in _all(client.search_model_versions):
-        named.update(_MODEL_ID.findall(f"{version.model_id or ''} {version.source or ''}"))
+        named.update(MODEL_ID.findall(f"{version.model_id or ''} {version.source or ''}"))
     return named
 
 

@@ -32,7 +32,7 @@ def find_best(
     Args:
         client: of the registry.
         question: what is asked.
-        announce: is told in one line why all versions are read, where they are.
+        announce: called with the reason, in one line, where all versions are read.
 
     Raises:
         UserError: the condition names an unknown key, or no version matches.

@@ -46,7 +46,8 @@ FIXED: Final = frozenset(
 
 _OURS = f"tags.`{CONTENT_HASH}` != ''"
 _LISTED = f"{_OURS} AND tags.`{INDEXED}` != ''"
-_MODEL_ID = re.compile(r"\bm-[0-9a-f]{32}\b")
+MODEL_ID: Final = re.compile(r"\bm-[0-9a-f]{32}\b")
+"""Id of a LoggedModel."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def entry_of(version: RegisteredVersion) -> Entry | None:
 
 def model_id_of(source: str) -> str | None:
     """Id of the LoggedModel in the source of a version."""
-    found = _MODEL_ID.search(source)
+    found = MODEL_ID.search(source)
     return None if found is None else found[0]
 
 

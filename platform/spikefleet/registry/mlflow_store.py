@@ -12,8 +12,7 @@ from spikefleet.config.messages import did_you_mean
 from spikefleet.disks import disk_problem
 from spikefleet.errors import UserError
 from spikefleet.registry.lookup_index import INDEXED, entry_of, mark, mark_experiment, write_numbers
-from spikefleet.registry.version import CHAMPION, CONTENT_HASH, RegisteredModel, RegisteredVersion, check_model_name
-from spikefleet.registry.version_page import champion_version, describe_champion
+from spikefleet.registry.version import CONTENT_HASH, RegisteredModel, RegisteredVersion, check_model_name
 from spikefleet.tracking.database import database_path
 from spikefleet.tracking.mlflow_client import EXTRA, check_tracking_uri, public_uri, quiet_mlflow
 from spikefleet.tracking.relocation import ready_database
@@ -25,6 +24,9 @@ if TYPE_CHECKING:
 
 METRIC_PREFIX = "metric."
 """Prefix of the version tags that hold metrics."""
+
+MODEL_TYPE = "spikefleet"
+"""Of the LoggedModels that `publish` creates."""
 
 _RUNS_ASKED = 100  # in one request, whose length is limited
 _MODELS_ASKED = 8  # one by one; more are read with all others, 1,000 a page
@@ -75,13 +77,10 @@ def set_alias(client: "MlflowClient", name: str, alias: str, version: int) -> No
     """
     from mlflow.exceptions import MlflowException
 
-    before = champion_version(client, name) if alias == CHAMPION else None
     try:
         client.set_registered_model_alias(name, alias, str(version))
     except MlflowException:
         client.set_registered_model_alias(name, alias, str(version))
-    if alias == CHAMPION:
-        describe_champion(client, name, version, before)
 
 
 def download(
@@ -252,9 +251,7 @@ def publish(
     experiment = client.get_run(run_id).info.experiment_id
     plain = name.replace(".", "-")  # MLflow allows fewer characters here than in the registry
     words = {} if entry is None else dict(entry.words)
-    logged = client.create_logged_model(
-        experiment, name=plain, source_run_id=run_id, model_type="spikefleet", tags=words
-    )
+    logged = client.create_logged_model(experiment, name=plain, source_run_id=run_id, model_type=MODEL_TYPE, tags=words)
     client.log_model_artifacts(logged.model_id, str(model))
     client.finalize_logged_model(logged.model_id, "READY")
     if entry is not None:

@@ -56,7 +56,7 @@ def card_heading(name: str) -> str:
     return f"# {one_line(name)}\n"
 
 
-def model_card(title: str, package: Path, card: Card, flaw: str | None = None, standing: Sequence[str] = ()) -> str:
+def model_card(title: str, package: Path, card: Card, flaw: str | None = None, status: Sequence[str] = ()) -> str:
     """The card of a version: use, data, metrics, energy, proof, configuration, lineage, limits.
 
     Args:
@@ -64,7 +64,7 @@ def model_card(title: str, package: Path, card: Card, flaw: str | None = None, s
         package: directory of its verified package; the JSON files are read.
         card: of the package.
         flaw: why it must not be used, in words.
-        standing: what the registry says of the version, in sentences: its aliases, and since when and why.
+        status: what the registry says of the version, in sentences: its aliases, and since when and why.
 
     Raises:
         UserError: a file of the package is damaged.
@@ -73,8 +73,8 @@ def model_card(title: str, package: Path, card: Card, flaw: str | None = None, s
         lines = [card_heading(title).rstrip()]
         if flaw is not None:
             lines += ["", f"**Must not be used: {one_line(flaw)}.**"]
-        if standing:
-            lines += ["", *(f"* {one_line(sentence)}." for sentence in standing)]
+        if status:
+            lines += ["", *(f"* {one_line(sentence)}." for sentence in status)]
         for heading, content in _sections(package, card.metadata).items():
             lines += ["", f"## {heading}", "", *content]
     except (TypeError, ValueError, KeyError) as error:

@@ -44,7 +44,7 @@ def reindex(*, tracking_uri: str | None = None, progress: Callable[[int, int], N
 
     Args:
         tracking_uri: of the registry; by default MLFLOW_TRACKING_URI, else SQLite in ./runs.
-        progress: is told how many versions of how many are done, after each.
+        progress: called with (versions done, versions in all), after each.
 
     Returns:
         How many were indexed.

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from spikefleet.registry.model_card import card_heading, fitted_description
-from spikefleet.registry.version import CHAMPION
 from spikefleet.status import one_line
 from spikefleet.tracking.mlflow_pages import model_version_link, without_link_targets
 
@@ -14,12 +13,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _FIRST_SECTION = "## "
-
-
-def champion_version(client: MlflowClient, name: str) -> int | None:
-    """The version with the alias `champion`; None if there is none. Raises MlflowException."""
-    found = client.get_registered_model(name).aliases.get(CHAMPION)
-    return None if found is None else int(found)  # SQLite returns numbers, a server returns strings
 
 
 def describe_champion(client: MlflowClient, name: str, version: int, before: int | None = None) -> None:

@@ -29,7 +29,7 @@ EVENTS: tuple[Literal["model_version_alias.created", "model_version.created"], .
     "model_version_alias.created",
     "model_version.created",
 )
-"""What is told: a version got an alias (MLflow sends it when one moves too), and a version was registered."""
+"""What is reported: a version got an alias (MLflow sends it when one moves too), and a version was registered."""
 
 _NAME = "spikefleet"
 _LEAST_SECRET = 16
@@ -82,7 +82,7 @@ class Notification:
 
 
 def notify(url: str, secret: str, *, tracking_uri: str | None = None) -> Notification:
-    """Has the server tell `url` of new versions and aliases; an address that is told already gets the new secret.
+    """Has the server tell `url` of new versions and aliases; an address that has a webhook gets the new secret.
 
     Args:
         url: where the server posts to.

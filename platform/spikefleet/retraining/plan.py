@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from rich.console import Console
@@ -42,6 +42,8 @@ class Request:
     """Another store than the champion's."""
     force: bool = False
     """Retrain although nothing changed."""
+    patience_s: float = 0.0
+    """Seconds to wait for a retraining of the model that runs elsewhere; then this one is skipped."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,19 @@ def plan_retraining(request: Request, options: Options, console: Console, tracki
         identity,
         Retrainings(options.runs_dir).finished(request.model, identity),
     )
+
+
+def plan_of(record: Record, plan: Plan, tracking_uri: str) -> Plan:
+    """The plan of a retraining that has made the present champion, for what it has not done yet.
+
+    Args:
+        record: of the retraining.
+        plan: of the same request now.
+        tracking_uri: of the registry.
+    """
+    versions = registry.show(record.model, tracking_uri=tracking_uri).versions
+    base = next((version for version in versions if version.version == record.base), plan.base)
+    return replace(plan, base=base, champion=record.champion, reasons=tuple(record.reasons), identity=record.identity)
 
 
 def _identity(config: Config, store: Store, base: RegisteredVersion, options: Options) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -46,6 +47,18 @@ class Record(BaseModel):
     """What the gates said, before the alias was moved."""
     word: Word | None = None
     reason: str | None = None
+    reported: bool = False
+    """The report is written, and the run in MLflow ended."""
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether the alias is decided, so that only the report may be missing."""
+        return self.word in ("promoted", "kept")
+
+    def has_promoted(self, version: int | None) -> bool:
+        """Whether its gates made a version champion, perhaps right before it was killed."""
+        passed = self.verdict is not None and bool(self.verdict["passed"])
+        return version is not None and self.candidate == version and passed
 
 
 @dataclass(frozen=True)
@@ -90,33 +103,52 @@ class Retrainings:
     def __init__(self, runs_dir: Path) -> None:
         self.path = runs_dir.resolve() / RETRAININGS
 
-    def lock(self, model: str) -> Lock:
-        """Locks the retraining of a model on this file system. Raises LockedError if another process has it."""
+    def lock(self, model: str, patience_s: float = 0.0) -> Lock:
+        """Locks the retraining of a model on this file system.
+
+        Args:
+            model: name of the registered model.
+            patience_s: seconds to wait for another process.
+
+        Raises:
+            LockedError: another process still has it.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
-        return hold(self.path / f".{model}.lock")
+        return hold(self.path / f".{model}.lock", patience_s)
+
+    def _latest(self, model: str, wanted: Callable[[Record], bool]) -> RetrainingFolder | None:
+        for folder in reversed(self.of(model)):
+            if (record := folder.read()) is not None and wanted(record):
+                return folder
+        return None
 
     def of(self, model: str) -> list[RetrainingFolder]:
         """The retrainings of a model, the latest last."""
-        folders = [RetrainingFolder(path.parent) for path in self.path.glob(f"*/{_RECORD}")]
+        named = self.path.glob(f"{_stem(model)}*/{_RECORD}")  # a damaged one of another model is none of its business
+        folders = [RetrainingFolder(path.parent) for path in named]
         known = [(record.begun, folder) for folder in folders if (record := folder.read()) is not None]
         ours = [(begun, folder) for begun, folder in known if _model_of(folder) == model]
         return [folder for _, folder in sorted(ours, key=lambda pair: (pair[0], pair[1].id))]
 
     def unfinished(self, model: str, identity: str) -> RetrainingFolder | None:
         """A retraining of the same that has not ended, or has failed."""
-        same = [folder for folder in self.of(model) if _is(folder, identity)]
-        return next((folder for folder in reversed(same) if _word(folder) in (None, "failed")), None)
+        return self._latest(model, lambda record: record.identity == identity and not _has_ended(record))
+
+    def promoted_without_report(self, model: str, champion: int | None) -> RetrainingFolder | None:
+        """The retraining that made the present champion, if it has not ended.
+
+        `unfinished` does not find it, for its identity names the champion that it has replaced.
+        """
+        return self._latest(model, lambda record: record.has_promoted(champion) and not _has_ended(record))
 
     def finished(self, model: str, identity: str) -> Record | None:
         """The last retraining of the same that ended, and did not fail."""
-        for folder in reversed(self.of(model)):
-            if _is(folder, identity) and _word(folder) in ("promoted", "kept"):
-                return folder.read()
-        return None
+        found = self._latest(model, lambda record: record.identity == identity and _has_ended(record))
+        return None if found is None else found.read()
 
     def new(self, model: str, day: str, identity: str) -> RetrainingFolder:
         """A directory that does not exist yet: `MODEL-retrain-DAY-HASH`, with a number where that is taken."""
-        name = f"{model[:60]}-retrain-{day}-{identity[:8]}"
+        name = f"{_stem(model)}{day}-{identity[:8]}"
         path, number = self.path / name, 1
         while path.exists():
             number += 1
@@ -124,19 +156,17 @@ class Retrainings:
         return RetrainingFolder(path)
 
 
+def _stem(model: str) -> str:
+    return f"{model[:60]}-retrain-"
+
+
 def _model_of(folder: RetrainingFolder) -> str | None:
     record = folder.read()
     return None if record is None else record.model
 
 
-def _is(folder: RetrainingFolder, identity: str) -> bool:
-    record = folder.read()
-    return record is not None and record.identity == identity
-
-
-def _word(folder: RetrainingFolder) -> Word | None:
-    record = folder.read()
-    return None if record is None else record.word
+def _has_ended(record: Record) -> bool:
+    return record.is_decided and record.reported
 
 
 __all__ = ["RETRAININGS", "LockedError", "Record", "RetrainingFolder", "Retrainings", "Word"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -28,13 +29,16 @@ from spikefleet.gates.gate_store import MAKE_ONE
 from spikefleet.gates.judging import Verdict
 from spikefleet.gates.measuring import Measured
 from spikefleet.gates.promoting import promote_through_gates
-from spikefleet.registry.lease import LeaseHeldError, registry_lease
+from spikefleet.registry.lease import Lease, LeaseHeldError, registry_lease
+from spikefleet.registry.mlflow_store import connect
 from spikefleet.registry.package import WEIGHTS, load_network, read_config
 from spikefleet.registry.package_access import package_files
+from spikefleet.registry.promotion import Decision
+from spikefleet.registry.version import RegisteredModel
 from spikefleet.retraining.drift import DriftReport, measure_drift
 from spikefleet.retraining.drift_plots import draw_drift
-from spikefleet.retraining.plan import Plan, Request, plan_retraining
-from spikefleet.retraining.record import LockedError, Record, Retrainings, Word
+from spikefleet.retraining.plan import Plan, Request, plan_of, plan_retraining
+from spikefleet.retraining.record import LockedError, Record, RetrainingFolder, Retrainings, Word
 from spikefleet.retraining.report import DRIFT, DRIFT_PLOT, write_comparison, write_report
 from spikefleet.runs.options import Options
 from spikefleet.runs.run_dir import Run
@@ -47,6 +51,7 @@ from spikefleet.versions import code_version
 from spikefleet_pipelines.errors import SourceError, StoreError
 from spikefleet_pipelines.store.reader import Store
 
+_AGAIN = "the same command completes it"
 _FLUSH_S = 30.0
 _PARENT_S = 10.0
 _INTERRUPTED_FLUSH_S = 3.0
@@ -76,7 +81,7 @@ def retrain(request: Request, options: Options, console: Console) -> Retrained:
 
     Raises:
         UserError: an error that the user can fix, before anything starts.
-        RunError: the retraining failed; no alias was changed.
+        RunError: the retraining failed; the message says whether the champion has changed.
         Interrupted: SIGINT or SIGTERM; the same call resumes it.
     """
     tracking_uri = resolve_tracking_uri(options.runs_dir)
@@ -85,20 +90,30 @@ def retrain(request: Request, options: Options, console: Console) -> Retrained:
         with waiting(console, "asking the registry"):
             registry.show(request.model, tracking_uri=tracking_uri)  # no lock for a model that does not exist
         try:
-            held.enter_context(retrainings.lock(request.model))
-            label = f"a retraining of {request.model}"
-            held.enter_context(registry_lease(tracking_uri, request.model, "retraining", label, patience_s=0))
+            with waiting(console, f"waiting for other retrainings of {request.model}") as announce:
+                began = time.monotonic()
+                held.enter_context(retrainings.lock(request.model, request.patience_s))
+                left_s = max(0.0, request.patience_s - (time.monotonic() - began))
+                label = f"a retraining of {request.model}"
+                lease = registry_lease(tracking_uri, request.model, "retraining", label, left_s, announce)
+                mine = held.enter_context(lease)
         except LockedError as error:
             return Retrained("skipped", f"model {request.model} is being retrained ({error.holder})")
         except LeaseHeldError as error:
             return Retrained("skipped", f"model {request.model} is being retrained: {error.who}")
         plan = plan_retraining(request, options, console, tracking_uri)
+        left = retrainings.promoted_without_report(request.model, plan.champion)
+        if left is not None and (record := left.read()) is not None:
+            plan = plan_of(record, plan, tracking_uri)
+            return _Retraining(plan, options, console, tracking_uri, left, mine).run()
         if not plan.reasons:
             return Retrained("nothing new", f"data, configuration and code are those of version {plan.base.version}")
         if plan.before is not None and not request.force:
             says = f"the same was retrained before: {plan.before.id} {plan.before.word}: {plan.before.reason}"
             return Retrained("nothing new", says, plan.before.id, plan.before.candidate)
-        return _Retraining(plan, options, console, tracking_uri, retrainings).run()
+        there = retrainings.unfinished(request.model, plan.identity)
+        folder = there or retrainings.new(request.model, f"{datetime.now(UTC):%Y%m%d}", plan.identity)
+        return _Retraining(plan, options, console, tracking_uri, folder, mine).run()
 
 
 class _Retraining:
@@ -109,28 +124,35 @@ class _Retraining:
         options: directories and cluster.
         console: for progress.
         tracking_uri: of the registry.
-        retrainings: of the runs directory.
+        folder: its directory; a new one, or that of a retraining to resume.
+        lease: of the retraining.
     """
 
     def __init__(
-        self, plan: Plan, options: Options, console: Console, tracking_uri: str, retrainings: Retrainings
+        self,
+        plan: Plan,
+        options: Options,
+        console: Console,
+        tracking_uri: str,
+        folder: RetrainingFolder,
+        lease: Lease,
     ) -> None:
         self._plan, self._options, self._console, self._uri = plan, options, console, tracking_uri
-        now, model = datetime.now(UTC), plan.request.model
-        there = retrainings.unfinished(model, plan.identity)
-        self._folder = there or retrainings.new(model, f"{now:%Y%m%d}", plan.identity)
+        self._folder, self._lease = folder, lease
         fresh = Record(
-            id=self._folder.id,
-            model=model,
+            id=folder.id,
+            model=plan.request.model,
             identity=plan.identity,
             champion=plan.champion,
             base=plan.base.version,
             reasons=list(plan.reasons),
-            begun=now.isoformat(timespec="seconds"),
+            begun=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        held = None if there is None else there.read()
+        held = folder.read()
         self._resumed = held is not None
-        self._record = fresh if held is None else held.model_copy(update={"word": None, "reason": None})
+        self._record = held or fresh
+        if not self._record.is_decided:
+            self._record = self._record.model_copy(update={"word": None, "reason": None})
 
     def run(self) -> Retrained:
         """All steps that are not done yet."""
@@ -141,28 +163,53 @@ class _Retraining:
         experiment = config.tracking.experiment or config.recipe
         tracker = Tracker.open(self._folder.path, self._folder.id, experiment, self._uri)
         tracker.set_tags(
-            {"kind": "retraining", "model": self._record.model, "because": "; ".join(self._record.reasons)}
+            {
+                "kind": "retraining",
+                "model": self._record.model,
+                "because": "; ".join(self._record.reasons),
+                "failure": "",
+            }
         )
         try:
             tracker.flush(_PARENT_S)
-            self._train(tracker.run_id)
-            word, reason = self._promote()
-            self._note(word=word, reason=reason)
+            if not self._record.is_decided:
+                self._train(tracker.run_id)
+                word, reason = self._promote()
+                self._note(word=word, reason=reason)
             report = self._report(tracker)
         except KeyboardInterrupt:
             tracker.finish("KILLED", wait_s=_INTERRUPTED_FLUSH_S)
             raise
         except Exception as error:
-            with suppress(OSError):  # a full disk may be the reason
-                self._note(word="failed", reason=str(error))
+            sentence = self._failure(error)
+            if not self._record.is_decided:
+                with suppress(OSError):  # a full disk may be the reason
+                    self._note(word="failed", reason=str(error))
             tracker.set_tags({"failure": str(error)})
             tracker.finish("FAILED", wait_s=_FLUSH_S)
             if isinstance(error, UserError | RunError | SourceError | StoreError):
-                raise RunError(f"retraining {self._folder.id} failed, and no alias was changed: {error}") from error
+                raise RunError(sentence) from error
             raise
         with waiting(self._console, "delivering records to MLflow"):
             tracker.finish("FINISHED", wait_s=_FLUSH_S)
-        return Retrained(word, reason, self._folder.id, self._record.candidate, report)
+        self._note(reported=True)
+        outcome = self._record
+        assert outcome.word is not None, "it was decided"
+        return Retrained(outcome.word, outcome.reason or "", self._folder.id, outcome.candidate, report)
+
+    def _failure(self, error: Exception) -> str:
+        """What an error leaves, in words."""
+        record, begin = self._record, f"retraining {self._folder.id}"
+        if record.is_decided:
+            return f"{begin} has {record.word} version {record.candidate}, but has no report: {error}; {_AGAIN}"
+        champion: int | None = None
+        if record.verdict is not None:
+            with suppress(UserError):
+                champion = _champion_of(registry.show(record.model, tracking_uri=self._uri))
+        if record.has_promoted(champion):
+            return f"{begin} failed when version {champion} was champion already: {error}; {_AGAIN}"
+        kept = "no alias was changed" if record.candidate is None else "the champion was not changed"
+        return f"{begin} failed, and {kept}: {error}"
 
     def _note(self, **fields: Any) -> None:
         self._record = self._folder.write(self._record.model_copy(update=fields))
@@ -200,7 +247,7 @@ class _Retraining:
     def _run_name(self, seed: int) -> str:
         """Name of a training: that of an earlier retraining with the same training, if there is one."""
         config, hashed = self._plan.config, hashlib.sha256()
-        for part in (config.digest(), self._plan.store.manifest.content_hash, code_version()):
+        for part in (self._record.model, config.digest(), self._plan.store.manifest.content_hash, code_version()):
             hashed.update(part.encode())
         digest, day = hashed.hexdigest()[:8], self._folder.id.rpartition("-retrain-")[2][:8]
         stem = self._record.model[:60]
@@ -221,9 +268,11 @@ class _Retraining:
         """Compares the candidate with the champion, and moves the alias if all gates pass."""
         candidate, settings, model = self._record.candidate, self._plan.config.retrain, self._record.model
         assert candidate is not None, "it was registered"
-        there = registry.show(model, tracking_uri=self._uri)
-        if there.champion is not None and there.champion.version == candidate and self._record.verdict is not None:
-            return "promoted", str(self._record.verdict["reason"])  # the alias was moved before a kill
+        with connect(self._uri):
+            self._lease.check()
+        if self._is_promoted():
+            assert self._record.verdict is not None, "its gates passed"
+            return "promoted", str(self._record.verdict["reason"])
         if settings.gate_store is None:
             reason = f"there is no gate store, so version {candidate} is challenger and nothing is promoted: {MAKE_ONE}"
             with waiting(self._console, "keeping the candidate as challenger") as announce:
@@ -245,6 +294,22 @@ class _Retraining:
                 progress=progress,
             )
         return ("promoted" if gated.promotion.alias == "champion" else "kept"), gated.promotion.reason
+
+    def _is_promoted(self) -> bool:
+        """Whether the candidate was made champion before a kill; what followed that is then done now."""
+        record, model = self._record, self._record.model
+        if not record.has_promoted(_champion_of(registry.show(model, tracking_uri=self._uri))):
+            return False
+        assert record.candidate is not None
+        assert record.verdict is not None
+        reason = str(record.verdict["reason"])
+
+        def still(now: RegisteredModel) -> Decision | None:
+            return Decision("champion", reason) if record.has_promoted(_champion_of(now)) else None
+
+        label = self._folder.id
+        done = registry.settle(model, record.candidate, still, retraining=label, tracking_uri=self._uri)
+        return done is not None
 
     def _judged(self, verdict: Verdict, candidate: Measured, champion: Measured | None) -> None:
         write_comparison(self._folder.path / "report", verdict, candidate, champion)
@@ -280,6 +345,10 @@ class _Retraining:
         write_json(folder / DRIFT, report.to_json())
         draw_drift(report, folder / DRIFT_PLOT)
         return report
+
+
+def _champion_of(model: RegisteredModel) -> int | None:
+    return None if model.champion is None else model.champion.version
 
 
 def _best(scores: list[float | None], mode: str) -> int:

@@ -11,6 +11,8 @@ from spikefleet.certificates.certify import Certificates
 from spikefleet.certificates.drift_reference import REFERENCE
 from spikefleet.certificates.reference_measurement import reference_of
 from spikefleet.config.schema import Config
+from spikefleet.data_summary import DataSummary
+from spikefleet.gates.gate_store import check_gate_store, open_gate_store
 from spikefleet.gates.promoting import promote_through_gates
 from spikefleet.registry.api import Promotion
 from spikefleet.registry.version import SPIKE_DRIVEN, RegisteredVersion
@@ -83,6 +85,23 @@ def register_run(
             **{path.name: path for path in certificates.files},
         },
     )
+
+
+def check_gates(config: Config, store: Store, stores_dir: Path) -> None:
+    """Looks before the training for what a promotion would find after it.
+
+    Args:
+        config: of the run.
+        store: its data.
+        stores_dir: directory of prepared stores, for the gate store.
+
+    Raises:
+        UserError: there is a gate store, and it lacks the split or has other classes than the data.
+        StoreError: there is no store, or it is damaged.
+    """
+    if config.registry.register_best and config.retrain.gate_store is not None:
+        gate = open_gate_store(config.retrain, stores_dir)
+        check_gate_store(gate, DataSummary.of(store.manifest), None)  # images are compared when it is promoted
 
 
 def promote_version(

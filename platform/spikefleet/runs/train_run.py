@@ -24,7 +24,7 @@ from spikefleet.registry.version import check_model_name
 from spikefleet.runs.observer import RunObserver, finished_description
 from spikefleet.runs.options import Options
 from spikefleet.runs.progress import build_display
-from spikefleet.runs.registration import keep_back, promote_version, register_run
+from spikefleet.runs.registration import check_gates, keep_back, promote_version, register_run
 from spikefleet.runs.report import complete_report
 from spikefleet.runs.run_dir import Run, check_run_name, default_run_name
 from spikefleet.runs.run_page import dataset_of, registration_sentence, split_sizes
@@ -113,6 +113,8 @@ def _run(
     with waiting(console, "checking the configuration against the data"):
         check_memory(config, store.manifest.image_shape, local=options.address is None)
         prepare_parts(config, store, ProcessGroup(0, max(1, config.cluster.workers), torch.device("cpu")))
+        if options.promote and "registered" not in run.record():
+            check_gates(config, store, options.stores_dir)
     _check_registered_name(config, DataSummary.of(store.manifest), console)
     with ExitStack() as held:
         with waiting(console, "starting Ray"):

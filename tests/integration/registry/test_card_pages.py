@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from spikefleet.cli import app
 from spikefleet.registry.api import card_text, promote, pull
-from spikefleet.registry.mlflow_store import set_alias
+from spikefleet.registry.version_page import describe_champion
 from support.registered import Trained
 
 
@@ -51,11 +51,11 @@ def test_a_champion_says_why_on_its_page_and_on_that_of_its_model(
     for number in (1, 2):
         first.again(number, tmp_path).register("explained", 0.5 + number / 10)
     card = client.get_model_version("explained", "2").description
-    set_alias(client, "explained", "champion", 1)
+    describe_champion(client, "explained", 1)
     client.set_model_version_tag("explained", "1", "rolled_back", "reads 7 as 1")
     client.set_model_version_tag("explained", "2", "promoted_because", "better by 2 points")
     client.set_model_version_tag("explained", "2", "previous_champion", "1")
-    set_alias(client, "explained", "champion", 2)
+    describe_champion(client, "explained", 2, before=1)
     shown = client.get_model_version("explained", "2").description
     assert shown != card
     assert "**Became champion**, in place of [explained version 1](" in shown
@@ -65,9 +65,8 @@ def test_a_champion_says_why_on_its_page_and_on_that_of_its_model(
         "**Rolled back**, and no more champion: reads 7 as 1." in client.get_model_version("explained", "1").description
     )
     client.update_model_version("explained", "1", description="Ada knows")
-    set_alias(client, "explained", "champion", 1)
+    describe_champion(client, "explained", 1, before=2)
     assert client.get_model_version("explained", "1").description == "Ada knows"
-    set_alias(client, "explained", "challenger", 2)
     assert client.get_model_version("explained", "2").description == shown
 
 

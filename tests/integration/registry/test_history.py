@@ -126,6 +126,49 @@ def test_a_history_that_was_tampered_with_is_noticed_and_nothing_follows_it(
     assert show(name, tracking_uri=first.uri).pick(3).aliases == ("champion",)
 
 
+def test_no_alias_moves_that_a_damaged_history_cannot_record(
+    first: Trained, client: MlflowClient, tmp_path: Path
+) -> None:
+    """What is left of the history agrees with the aliases, so only its damage can stop the change."""
+    versions(first, tmp_path, "stopped", [0.7, 0.8])
+    for number in (1, 2):
+        promote("stopped", number, "top1", tracking_uri=first.uri)
+    rollback("stopped", "x", tracking_uri=first.uri)
+    entry_file(client, "stopped", 2).write_text("{")
+    assert read_history("stopped", tracking_uri=first.uri).aliases() == {"champion": 1}
+    with pytest.raises(UserError, match="the history of model stopped is damaged"):
+        keep_as_challenger("stopped", 2, "x", tracking_uri=first.uri)
+    assert show("stopped", tracking_uri=first.uri).pick(2).aliases == ()
+
+
+def test_a_head_that_was_removed_or_set_back_is_noticed(first: Trained, client: MlflowClient, tmp_path: Path) -> None:
+    versions(first, tmp_path, "headless", [0.7, 0.8, 0.9])
+    heads = []
+    for number in (1, 2, 3):
+        promote("headless", number, "top1", tracking_uri=first.uri)
+        heads.append(client.get_registered_model("headless").tags[HEAD])
+    client.set_registered_model_tag("headless", HEAD, heads[1])  # as a job leaves it that is killed before the tag
+    assert read_history("headless", tracking_uri=first.uri).damage is None
+    client.set_registered_model_tag("headless", HEAD, heads[0])
+    damage = read_history("headless", tracking_uri=first.uri).damage or ""
+    assert re.match(r"000003\.json is there, but the model's tag .* names entry 1", damage), damage
+    client.delete_registered_model_tag("headless", HEAD)
+    damage = read_history("headless", tracking_uri=first.uri).damage or ""
+    assert re.match(r"000002\.json is there, but the model's tag .* names none", damage), damage
+
+
+def test_another_reason_to_keep_a_challenger_is_recorded_once(first: Trained, tmp_path: Path) -> None:
+    versions(first, tmp_path, "kept", [0.9, 0.8])
+    promote("kept", 1, "top1", tracking_uri=first.uri)
+    for why in ("it is compared later", "version 2 is not better", "version 2 is not better"):
+        keep_as_challenger("kept", 2, why, tracking_uri=first.uri)
+    changes = read_history("kept", tracking_uri=first.uri).changes
+    assert [(change.before, change.after, change.why) for change in changes if change.alias == "challenger"] == [
+        (None, 2, "it is compared later"),
+        (2, 2, "version 2 is not better"),
+    ]
+
+
 def test_an_entry_cut_short_by_a_kill_is_written_again(first: Trained, client: MlflowClient, tmp_path: Path) -> None:
     versions(first, tmp_path, "short", [0.7, 0.8])
     promote("short", 1, "top1", tracking_uri=first.uri)
@@ -190,3 +233,17 @@ def test_a_version_without_proof_or_with_changed_files_is_not_rolled_back_to(
     assert champion is not None
     assert champion.version == 2
     assert "rolled_back" not in champion.tags
+
+
+def test_the_alias_of_a_version_that_others_registered_is_not_taken_from_it(
+    first: Trained, client: MlflowClient, tmp_path: Path
+) -> None:
+    versions(first, tmp_path, "foreign", [0.7])
+    source = client.get_model_version_download_uri("foreign", "1")
+    other = client.create_model_version("foreign", source)
+    client.set_registered_model_alias("foreign", "champion", other.version)
+    with pytest.raises(UserError, match=r"version 2 of model foreign has the alias champion, but spikefleet did not"):
+        promote("foreign", 1, "top1", tracking_uri=first.uri)
+    assert int(client.get_registered_model("foreign").aliases["champion"]) == 2
+    client.delete_registered_model_alias("foreign", "champion")
+    assert promote("foreign", 1, "top1", tracking_uri=first.uri).champion == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -211,3 +212,65 @@ def test_a_model_of_that_name_without_a_holder_is_named(client: MlflowClient, tm
         lease(client, "m9", "promotion", "x", patience_s=0),
     ):
         pass
+
+
+def test_a_lease_that_its_holder_renews_just_then_is_not_taken_over(
+    client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The holder was suspended, and wakes up between the look at its record and the claim."""
+    plant(client, "m10", expires=time.time() - 700)
+    real = leases._create
+
+    def awake(of: MlflowClient, key: str, record: leases._Record) -> bool:
+        if ".after-" in key:
+            tag = f"{leases._RENEWED}{'a' * 32}"
+            client.set_registered_model_tag(lease_key("m10", "promotion"), tag, str(time.time() + 100))
+        return real(of, key, record)
+
+    monkeypatch.setattr(leases, "_create", awake)
+    with (
+        pytest.raises(LeaseHeldError, match="retraining of before"),
+        lease(client, "m10", "promotion", "x", patience_s=0),
+    ):
+        pass
+    assert left(client, "m10") == [lease_key("m10", "promotion")]
+
+
+def test_a_holder_that_was_suspended_renews_before_it_changes_anything(client: MlflowClient) -> None:
+    key = lease_key("m11", "promotion")
+    with lease(client, "m11", "promotion", "sleeper") as held:
+        client.set_registered_model_tag(key, f"{leases._RENEWED}{held.id}", str(time.time() - 700))
+        found = leases._read(client, key)
+        assert found is not None
+        assert replace(found, host="elsewhere").is_free
+        held.check()
+        found = leases._read(client, key)
+        assert found is not None
+        assert found.expires > time.time()
+
+
+def test_a_lease_that_is_released_between_two_looks_is_free(
+    client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(client, "m12")
+
+    def released(of: MlflowClient, key: str) -> None:
+        of.delete_registered_model(key)
+        monkeypatch.undo()
+
+    monkeypatch.setattr(leases, "_read", released)
+    with lease(client, "m12", "promotion", "x", patience_s=0):
+        pass
+
+
+def test_a_process_that_proc_hides_is_not_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    boot, namespace, _ = leases._parts(leases._place())
+    now = time.time()
+    record = leases._Record("c", "of another user", socket.gethostname(), 2**22, f"{boot} {namespace} 7", now, now + 9)
+    assert record.is_free  # there is no such process
+
+    def refused(process: int, signal: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", refused)
+    assert not record.is_free

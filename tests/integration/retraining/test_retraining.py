@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from io import StringIO
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,97 +14,19 @@ from mlflow import MlflowClient
 from rich.console import Console
 
 from spikefleet import registry
-from spikefleet.config.recipes import load_config
 from spikefleet.errors import RunError, UserError
 from spikefleet.registry import lease as leases
 from spikefleet.registry.lease import lease, lease_key
 from spikefleet.retraining import retrain as steps
 from spikefleet.retraining.plan import Request
-from spikefleet.retraining.record import Record, RetrainingFolder, Retrainings
+from spikefleet.retraining.record import Retrainings
 from spikefleet.retraining.retrain import Retrained, retrain
-from spikefleet.runs.options import Options
-from spikefleet.runs.train_run import FinishedRun, run_training
-from spikefleet.tracking.mlflow_client import resolve_tracking_uri
-from spikefleet_pipelines.sources import prepare
 from spikefleet_pipelines.store.reader import Store
 from spikefleet_pipelines.store.splitting import take_split
 from support.commands import give, run_commands
+from support.retrained import MODEL, Desk, record_of
 
-MODEL = "sg_resnet_digits"
-SMALL: dict[str, Any] = {
-    "model.width": 0.125,
-    "cluster.workers": 0,
-    "train.global_batch": 32,
-    "train.epochs": 2,
-}
-
-
-@dataclass(frozen=True)
-class Desk:
-    """A runs directory with a champion of two epochs, and the data it was trained on, with a gate split."""
-
-    root: Path
-
-    @property
-    def options(self) -> Options:
-        return Options(self.root / "runs", self.root / "stores")
-
-    @property
-    def uri(self) -> str:
-        return resolve_tracking_uri(self.options.runs_dir)
-
-    def train(self, name: str, **overrides: Any) -> FinishedRun:
-        console = Console(file=StringIO())
-        given = {**SMALL, "data.store": str(self.root / "stores" / "split"), "retrain.gate_store": "split", **overrides}
-        return run_training(load_config("digits", given), self.options, console, name)
-
-    def retrain(
-        self, force: bool = False, start: Any = "scratch", data: str | None = None, **overrides: Any
-    ) -> Retrained:
-        dotted = {key.replace("__", "."): value for key, value in overrides.items()}
-        return retrain(Request(MODEL, dotted, start, data, force), self.options, Console(file=StringIO()))
-
-    def aliases(self) -> dict[str, int]:
-        versions = registry.show(MODEL, tracking_uri=self.uri).versions
-        return {alias: version.version for version in versions for alias in version.aliases}
-
-    def copy(self, to: Path) -> Desk:
-        """The same runs directory in another place; its database follows."""
-        shutil.copytree(self.root, to, symlinks=True)
-        return Desk(to)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        desk = Desk(tmp_path_factory.mktemp("desk"))
-        whole = prepare("digits", None, desk.root / "stores" / "digits")
-        take_split(whole, desk.root / "stores" / "split", "gate", 0.3)
-        promotion = desk.train("first").promotion
-        assert promotion is not None
-        assert (promotion.alias, promotion.reason) == ("champion", "version 1 is the first champion")
-        yield desk
-
-
-@pytest.fixture
-def desk(trained: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return trained.copy(tmp_path / "desk")
-
-
-@pytest.fixture(scope="module")
-def better(trained: Desk, tmp_path_factory: pytest.TempPathFactory) -> tuple[Desk, Retrained]:
-    """The champion after a retraining of eight epochs, which is better."""
-    desk = trained.copy(tmp_path_factory.mktemp("better") / "desk")
-    return desk, desk.retrain(train__epochs=8)
-
-
-def record_of(desk: Desk, outcome: Retrained) -> Record:
-    assert outcome.id is not None
-    record = RetrainingFolder(Retrainings(desk.options.runs_dir).path / outcome.id).read()
-    assert record is not None
-    return record
+pytestmark = pytest.mark.xdist_group("retraining")
 
 
 def test_nothing_is_done_where_nothing_changed(desk: Desk) -> None:
@@ -190,48 +109,10 @@ def test_the_same_again_is_nothing_new_and_a_network_that_is_not_better_is_kept_
     assert json.loads(model.tags["spikefleet.gate_comparisons"])["count"] == 3
 
 
-class KilledError(KeyboardInterrupt):
-    """Ends the retraining between two steps."""
-
-
-def test_killed_after_each_step_it_resumes_and_ends_the_same(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each attempt ends at its next record."""
-    written: list[set[str]] = []
-    real = RetrainingFolder.write
-
-    def write_and_die(self: RetrainingFolder, record: Record) -> Record:
-        done = real(self, record)
-        state = {name for name, value in record.model_dump().items() if value not in (None, [], "")}
-        if state not in written:
-            written.append(state)
-            raise KilledError
-        return done
-
-    trainings: list[str] = []
-    train = run_training
-
-    def counted_training(config: Any, options: Any, console: Any, name: str) -> FinishedRun:
-        trainings.append(name)
-        return train(config, options, console, name)
-
-    monkeypatch.setattr(RetrainingFolder, "write", write_and_die)
-    monkeypatch.setattr(steps, "run_training", counted_training)
-    deaths = 0
-    while True:
-        try:
-            outcome = desk.retrain(train__epochs=4)
-            break
-        except KilledError:
-            deaths += 1
-            assert deaths < 10
-    steps_recorded = [sorted(after - before) for before, after in pairwise(written)]
-    assert steps_recorded == [["runs", "scores"], ["candidate"], ["verdict"], ["reason", "word"]]
-    assert deaths == 5
-    assert len(trainings) == 1
-    assert desk.aliases() == ({"champion": 2} if outcome.word == "promoted" else {"champion": 1, "challenger": 2})
-    assert len(list((desk.options.runs_dir / "retrainings").glob("*/retrain.json"))) == 1
-    assert len(registry.show(MODEL, tracking_uri=desk.uri).versions) == 2
-    assert not [one.name for one in MlflowClient(desk.uri).search_registered_models() if "lease" in one.name]
+def test_a_training_with_a_wrong_gate_store_does_not_begin(desk: Desk) -> None:
+    with pytest.raises((UserError, ValueError), match="is not a store"):
+        desk.train("second", **{"retrain.gate_store": "nowhere"})
+    assert not (desk.options.runs_dir / "second").exists()
 
 
 def test_a_retraining_that_fails_leaves_all_aliases_alone_and_can_be_repeated(

@@ -1,0 +1,79 @@
+"""Boxes of objects at the label times of a recording."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class LabelFrames:
+    """Objects of one recording, grouped by the F different times at which they were labelled."""
+
+    times: NDArray[np.int64]
+    """[F], us, strictly increasing; of the raw clock before writing, from the recording's start in the store."""
+    offsets: NDArray[np.int32]
+    """First object of each time, and the end of the last one's, [F + 1]."""
+    boxes: NDArray[np.float64]
+    """[M, 4] x y width height in pixels of the sensor; may extend beyond it."""
+    category_ids: NDArray[np.int64]
+    """[M]."""
+    crowd: NDArray[np.bool_]
+    """[M], not a target, and not an error when detected."""
+    areas: NDArray[np.float64]
+    """[M], in pixels."""
+    ids: NDArray[np.int64]
+    """[M], annotation ids."""
+    track_ids: NDArray[np.int64]
+    """[M], the same for an object at all times; -1 where it is not known."""
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    @classmethod
+    def of_objects(
+        cls,
+        times: NDArray[np.int64],
+        boxes: NDArray[np.float64],
+        category_ids: NDArray[np.int64],
+        track_ids: NDArray[np.int64] | None = None,
+    ) -> "LabelFrames":
+        """Group objects by their time, in the order given within one time; areas are width x height.
+
+        Args:
+            times: of each object in us, in any order, [M].
+            boxes: [M, 4] x y width height.
+            category_ids: [M].
+            track_ids: [M]; None: not known.
+        """
+        order = np.argsort(times, kind="stable")
+        different, starts = np.unique(times[order], return_index=True)
+        boxes = np.asarray(boxes, np.float64).reshape(-1, 4)[order]
+        count = len(order)
+        return cls(
+            different.astype(np.int64),
+            np.append(starts, count).astype(np.int32),
+            boxes,
+            category_ids[order].astype(np.int64),
+            np.zeros(count, np.bool_),
+            boxes[:, 2] * boxes[:, 3],
+            np.arange(count, dtype=np.int64),
+            np.full(count, -1, np.int64) if track_ids is None else track_ids[order].astype(np.int64),
+        )
+
+    def until(self, time: int) -> "LabelFrames":
+        """Return the frames up to a time, that one included."""
+        frames = int(np.searchsorted(self.times, time, side="right"))
+        objects = int(self.offsets[frames])
+        return LabelFrames(
+            self.times[:frames], self.offsets[: frames + 1], *(getattr(self, name)[:objects] for name in OBJECT_FIELDS)
+        )
+
+    def from_start(self, t0: int) -> "LabelFrames":
+        """Return the same frames with times from a start."""
+        return replace(self, times=self.times - t0)
+
+
+OBJECT_FIELDS: Sequence[str] = ("boxes", "category_ids", "crowd", "areas", "ids", "track_ids")
+"""Fields with one entry for each object."""

@@ -1,0 +1,166 @@
+"""Scenes of digits that move in front of a simulated event camera, with boxes over time: detection without download."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spikefleet_pipelines.counter_random import Draw, uniform
+from spikefleet_pipelines.events.label_effects import LabelEffects
+from spikefleet_pipelines.events.moving_images import enlarge, shifted
+from spikefleet_pipelines.events.pixel_model import DEFAULT, PixelModel, record
+from spikefleet_pipelines.events.recording import EventArrays, Sensor
+from spikefleet_pipelines.events.saccades import SPLITS, Digits, checked
+
+SIDE = 96
+_OBJECTS = 3
+_LEAST_SIDE, _LARGEST_SIDE = 14, 32
+_LEAST_SPEED, _HIGHEST_SPEED = 20.0, 70.0  # pixels a second
+_LEAST_BRIGHTNESS = 0.5
+_ATTEMPTS = 8
+# Maximum overlap of the areas that two digits pass over, as a fraction of the smaller one.
+_OVERLAP = 0.2
+# Strokes fade at their edges; a box encloses the pixels of at least this reflectance, relative to the brightest.
+_VISIBLE = 0.3
+_PAD = 4  # around a digit: the blur
+_NUMBERS_PER_OBJECT = 8 + 2 * _ATTEMPTS
+
+
+@dataclass(frozen=True)
+class BoxFrame:
+    """Objects at one time of a recording.
+
+    Attributes:
+        t: the time in microseconds.
+        boxes: x, y (top left), width and height in pixels, float64 [n, 4].
+        labels: class of each, [n].
+    """
+
+    t: int
+    boxes: NDArray[np.float64]
+    labels: NDArray[np.int64]
+
+
+class _Object(NamedTuple):
+    patch: NDArray[np.float32]  # [1, side + 2 * pad + 2, the same]: one more row and column all round for the motion
+    start: NDArray[np.float64]  # top and left of the digit at 0
+    velocity: NDArray[np.float64]  # down and right, pixels a microsecond
+    box: NDArray[np.float64]  # x, y, width and height when its top left corner is at (0, 0)
+    label: int
+
+
+@dataclass(frozen=True)
+class SaccadeScenes:
+    """One to three digits that move in straight lines; a sample is a pure function of (seed, split, index)."""
+
+    digits: Digits
+    seed: int = 0
+    model: PixelModel = DEFAULT
+    counts: Mapping[str, int] = field(default_factory=lambda: {"train": 2000, "val": 200, "test": 200})
+    sensor: ClassVar[Sensor] = (SIDE, SIDE)
+    duration_us: ClassVar[int] = 200_000
+    frame_us: ClassVar[int] = 50_000
+    class_names: ClassVar[tuple[str, ...]] = tuple(map(str, range(10)))
+    effects: ClassVar[LabelEffects] = LabelEffects(mirror="forbidden", reversal="forbidden")
+
+    def sample(self, split: str, index: int) -> tuple[EventArrays, list[BoxFrame]]:
+        """Record one scene: its events, and its objects after every `frame_us`."""
+        return self.samples(split, [index])[0]
+
+    def samples(self, split: str, indices: Sequence[int]) -> list[tuple[EventArrays, list[BoxFrame]]]:
+        """Record several scenes at once, which is faster; each is the same as alone."""
+        chosen = checked(indices, self.counts[split])
+        stream = SPLITS.index(split)
+        scenes = [self._objects(split, index) for index in chosen.tolist()]
+        recorded = record(
+            lambda time: _drawn(scenes, time), self.duration_us, self.model, self.seed, chosen, stream=stream
+        )
+        times = range(self.frame_us, self.duration_us + 1, self.frame_us)
+        frames = [[_frame(scene, time) for time in times] for scene in scenes]
+        return list(zip(recorded, frames, strict=True))
+
+    def _objects(self, split: str, index: int) -> list[_Object]:
+        images, labels = self.digits[split]
+        draws = uniform(
+            self.seed, SPLITS.index(split), index, Draw.EVENT_SCENE + np.arange(1 + _OBJECTS * _NUMBERS_PER_OBJECT)
+        )
+        objects: list[_Object] = []
+        passed: list[NDArray[np.float64]] = []
+        for own in draws[1:].reshape(_OBJECTS, -1)[: 1 + int(draws[0] * _OBJECTS)]:
+            number = int(own[0] * len(labels))
+            # Sizes are uniform on a logarithmic scale: as many small digits as large ones.
+            side = round(_LEAST_SIDE * (_LARGEST_SIDE / _LEAST_SIDE) ** float(own[1]))
+            speed = (_LEAST_SPEED + (_HIGHEST_SPEED - _LEAST_SPEED) * own[2]) * 1e-6
+            angle = 2 * np.pi * own[3]
+            velocity = speed * np.array([np.sin(angle), np.cos(angle)])
+            start = _free_start(own[8:].reshape(_ATTEMPTS, 2), side, velocity * self.duration_us, passed)
+            if start is None:
+                continue
+            brightness = np.float32(_LEAST_BRIGHTNESS + (1 - _LEAST_BRIGHTNESS) * own[4])
+            length = side + 2 * _PAD + 2
+            patch = enlarge(images[number], np.array([float(side)]), np.full((1, 2), _PAD + 1.0), (length, length))
+            objects.append(_Object(brightness * patch, start, velocity, _tight_box(patch[0]), int(labels[number])))
+        return objects
+
+
+def _free_start(
+    draws: NDArray[np.float64], side: int, way: NDArray[np.float64], passed: list[NDArray[np.float64]]
+) -> NDArray[np.float64] | None:
+    """Find where a digit can start without leaving the sensor or passing over another one's area, which it adds.
+
+    Args:
+        draws: numbers in [0, 1), [attempts, 2].
+        side: of the digit.
+        way: how far it moves down and right.
+        passed: areas of the others: top, left, bottom, right.
+
+    Returns:
+        Its top and left, or None if nothing is free.
+    """
+    low = np.maximum(0, -way)
+    room = SIDE - side - np.abs(way)
+    for draw in draws:
+        start = low + draw * room
+        area = np.concatenate([np.minimum(start, start + way), np.maximum(start, start + way) + side])
+        if all(_overlap(area, other) <= _OVERLAP for other in passed):
+            passed.append(area)
+            return start
+    return None
+
+
+def _overlap(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
+    """Intersection of two areas as a fraction of the smaller one."""
+    sides = np.maximum(0, np.minimum(one[2:], other[2:]) - np.maximum(one[:2], other[:2]))
+    return float(np.prod(sides) / min(np.prod(one[2:] - one[:2]), np.prod(other[2:] - other[:2])))
+
+
+def _tight_box(patch: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Box around the visible pixels of a digit, relative to its top left corner."""
+    seen = patch >= _VISIBLE * patch.max()
+    rows, columns = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
+    first = np.array([columns[0], rows[0]]) - (_PAD + 1)
+    return np.concatenate([first, [columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1]]).astype(np.float64)
+
+
+def _drawn(scenes: list[list[_Object]], time: int) -> NDArray[np.float32]:
+    """Draw all scenes at a time, float32 [B, H, W]; where digits overlap, the brighter one is seen."""
+    canvas = np.zeros((len(scenes), SIDE + 2 * _PAD + 2, SIDE + 2 * _PAD + 2), np.float32)
+    for image, scene in zip(canvas, scenes, strict=True):
+        for item in scene:
+            length = item.patch.shape[1] - 2
+            place = np.maximum(item.start + item.velocity * time, 0)  # rounding may leave it just below
+            whole = np.floor(place).astype(np.int64)
+            down, right = (place - whole).tolist()
+            moved = shifted(item.patch, 1, (down, right), (length + 1, length + 1))[0]
+            window = image[whole[0] : whole[0] + length + 1, whole[1] : whole[1] + length + 1]
+            np.maximum(window, moved, out=window)
+    return canvas[:, _PAD : _PAD + SIDE, _PAD : _PAD + SIDE]
+
+
+def _frame(scene: list[_Object], time: int) -> BoxFrame:
+    boxes = np.array([item.box for item in scene]).reshape(-1, 4)
+    places = np.array([item.start + item.velocity * time for item in scene]).reshape(-1, 2)
+    boxes[:, :2] += places[:, ::-1]
+    return BoxFrame(time, boxes, np.array([item.label for item in scene], np.int64))
