@@ -48,7 +48,7 @@ def kubectl_options(subcommand: tuple[str, ...]) -> frozenset[str]:
 def check_kubectl(words: list[str]) -> None:
     """Raises ValueError for a subcommand or an option that kubectl does not have, or a folder that is not there."""
     words = words[2:] if words[0] == "-n" else words
-    subcommand = ("create", words[1]) if words[0] == "create" else (words[0],)
+    subcommand: tuple[str, ...] = ("create", words[1]) if words[0] == "create" else (words[0],)
     subcommand += ("generic",) if subcommand[1:] == ("secret",) else ()
     own = words[: words.index("--")] if "--" in words else words
     known = kubectl_options(subcommand)
