@@ -152,7 +152,8 @@ class RayJobs:
         if status == 429 or status >= 500:
             raise NoAnswerError(f"HTTP {status}{why}")
         if status >= 300:
-            raise UserError(f"{self.server} refused to {verb} the RayJob (HTTP {status}){why}; correct --template")
+            mend = "correct --template" if verb == "create" else "correct --api-server"
+            raise UserError(f"{self.server} refused to {verb} the RayJob (HTTP {status}){why}; {mend}")
         if not isinstance(answer, dict):
             raise NoAnswerError(f"HTTP {status} with an answer that is no JSON object")
         return answer
@@ -198,10 +199,6 @@ def _own_namespace(account: Path) -> str:
 def _reason(error: Exception) -> str:
     """The innermost reason: what requests and urllib3 put around it repeats the address."""
     inner: BaseException = error
-    while isinstance(inner.args[0] if inner.args else None, BaseException) or getattr(inner, "reason", None):
-        following = getattr(inner, "reason", None)
-        following = following if isinstance(following, BaseException) else inner.args[0] if inner.args else None
-        if not isinstance(following, BaseException):
-            break
-        inner = following
+    while isinstance(cause := getattr(inner, "reason", None) or next(iter(inner.args), None), BaseException):
+        inner = cause
     return f"{type(inner).__name__}: {str(inner)[:200]}"
