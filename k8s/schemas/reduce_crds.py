@@ -1,8 +1,9 @@
 """Reduces KubeRay's CustomResourceDefinitions to one strict JSON schema: python reduce_crds.py OUT CRD.yaml[.gz] ...
 
 Strict means that a field which the CRD does not know is refused, as `kubectl apply --validate=strict` does. Schemas of
-the built-in kinds that the manifests use are put together from the Kubernetes types inside the CRDs. Left out
-are rules in CEL (`x-kubernetes-validations`); what the operator's own code checks was never in a CRD.
+the built-in kinds that the manifests use are put together from the Kubernetes types inside the CRDs. Rules in CEL
+(`x-kubernetes-validations`) are listed beside it by where they hold. What the operator's own code checks was never in
+a CRD.
 """
 
 from __future__ import annotations
@@ -40,6 +41,17 @@ def strict(openapi: Schema) -> Schema:
     elif isinstance(openapi.get("additionalProperties"), dict):
         schema["additionalProperties"] = strict(openapi["additionalProperties"])
     return schema
+
+
+def rules(openapi: Schema, where: list[str]) -> list[dict[str, str]]:
+    """The rules in CEL below a schema: the path that each holds for (`[]` for every item), the rule, its message."""
+    path = ".".join(where)
+    found = [{"path": path, **rule} for rule in openapi.get("x-kubernetes-validations", [])]
+    for name, field in openapi.get("properties", {}).items():
+        found += rules(field, [*where, name])
+    if "items" in openapi:
+        found += rules(openapi["items"], [*where, "[]"])
+    return found
 
 
 def resource(api_version: str, kind: str, parts: Schema) -> Schema:
@@ -132,15 +144,18 @@ def share(kinds: dict[str, Schema]) -> Schema:
 
 def main(out: Path, crds: list[Path]) -> None:
     kinds: dict[str, Schema] = {}
+    cel: dict[str, list[dict[str, str]]] = {}
     for path in crds:
         text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         crd = yaml.safe_load(text)
         stored = next(version for version in crd["spec"]["versions"] if version["storage"])
-        spec = strict(stored["schema"]["openAPIV3Schema"]["properties"]["spec"])
+        openapi = stored["schema"]["openAPIV3Schema"]["properties"]["spec"]
+        spec = strict(openapi)
         kind = crd["spec"]["names"]["kind"]
+        cel[kind] = rules(openapi, ["spec"])
         kinds[kind] = resource(f"{crd['spec']['group']}/{stored['name']}", kind, {"spec": spec})
     kinds |= built_in(kinds["RayCluster"]["properties"]["spec"]["properties"])
-    out.write_text(json.dumps(share(kinds), indent=1) + "\n", encoding="utf-8")
+    out.write_text(json.dumps({**share(kinds), "rules": cel}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

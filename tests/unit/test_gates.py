@@ -1,238 +1,211 @@
-"""The gates of a candidate, each passed and failed, on answers and on boxes."""
+"""Gates: values, exact gradients and those of the formulas as written, and what BSG* can become."""
 
-from __future__ import annotations
+from collections.abc import Callable
 
-from collections.abc import Sequence
-from dataclasses import replace
-from datetime import UTC, datetime
-from types import SimpleNamespace
-from typing import Any, cast
-
-import numpy as np
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from spikingjelly.activation_based import surrogate
+from torch import Tensor
 
-from spikefleet.config.retrain_config import RetrainConfig
-from spikefleet.data_summary import DataSummary
-from spikefleet.gates.judging import Gate, Verdict, decision_of, judge, uncompared
-from spikefleet.gates.measuring import Measured
-from spikefleet.registry.version import CONTENT_HASH, RegisteredVersion
-from spikefleet.tasks.coco_metrics import FoundBoxes
-from spikefleet.tasks.per_image import Answers, Boxes
-from spikefleet_pipelines.store.annotations import Annotations
+from spikefleet_models.gates import Gate, GateGradient, LearnedGate, build_gate
 
-SETTINGS = RetrainConfig()
-DATA = DataSummary("s", "d" * 64, tuple("abcde"), (1, 2, 3, 4, 5))
+H = torch.tensor([0.0, 0, 1, 1]).view(4, 1, 1, 1, 1)
+X = torch.tensor([0.0, 1, 0, 1]).view(4, 1, 1, 1, 1)
 
-
-def version(number: int, **tags: str) -> RegisteredVersion:
-    given = {"spike_driven": "proved", CONTENT_HASH: "c" * 64, **tags}
-    return RegisteredVersion("m", number, "r", datetime.now(UTC), given, {})
-
-
-def measured(number: int, results: Any, energy_mj: float = 1.0, **tags: str) -> Measured:
-    """A version with given results; networks and evaluations are not looked at."""
-    count = len(results.target) if isinstance(results, Answers) else len(results.targets)
-    evaluation: Any = SimpleNamespace(predictions=[None] * count, targets=[None] * count)
-    config: Any = SimpleNamespace(task="classification")
-    nothing = cast(Any, None)
-    one = Measured(version(number, **tags), config, DATA, nothing, nothing, nothing, evaluation, results, {})
-    one.__dict__["energy_mj"] = energy_mj  # as if it had been measured
-    return one
+FORMS = ["forward", "reference_forward"]
+GRADIENTS = ["literal", "exact"]
+TRUTH = {"bsg": [0, 1, 1, 1], "add": [0, 1, 1, 2], "and": [0, 0, 0, 1], "iand": [0, 1, 0, 0]}
+TO_H = {"bsg": [0, -1, 2, 1], "add": [1, 1, 1, 1], "and": [0, 1, 0, 1], "iand": [0, -1, 0, -1]}
+TO_X = {"bsg": [1, 1, 0, 0], "add": [1, 1, 1, 1], "and": [0, 0, 1, 1], "iand": [1, 1, 0, 0]}
 
 
-def answers(right: Sequence[bool], classes: Sequence[int] | None = None) -> Answers:
-    target = np.array(classes if classes is not None else np.arange(len(right)) % 5, np.int32)
-    predicted = np.where(np.array(right), target, (target + 1) % 5).astype(np.int32)
-    return Answers(predicted, target, np.ones(len(right), np.float32))
+def gradients(
+    function: Callable[[Tensor, Tensor], Tensor], h: Tensor, x: Tensor, upstream: Tensor | float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    h, x = h.clone().requires_grad_(), x.clone().requires_grad_()
+    y = function(h, x)
+    (y * upstream).sum().backward()
+    assert h.grad is not None
+    assert x.grad is not None
+    return y.detach(), h.grad, x.grad
 
 
-def paired(both: int, gained: int, lost: int, neither: int = 0) -> tuple[Answers, Answers]:
-    """Candidate and champion with these counts, spread over the classes."""
-    counts = (both, gained, lost, neither)
-    ours = np.repeat([True, True, False, False], counts)
-    theirs = np.repeat([True, False, True, False], counts)
-    return answers(ours.tolist()), answers(theirs.tolist())
+@pytest.mark.parametrize("name", list(TRUTH))
+@pytest.mark.parametrize("form", FORMS)
+def test_four_value_pairs_as_the_formula_is_written(name: str, form: str) -> None:
+    y, grad_h, grad_x = gradients(getattr(Gate(name, "literal"), form), H, X)
+    assert y.flatten().tolist() == TRUTH[name]
+    assert grad_h.flatten().tolist() == TO_H[name]
+    assert grad_x.flatten().tolist() == TO_X[name]
 
 
-def verdict_of(candidate: Measured, champion: Measured, settings: RetrainConfig = SETTINGS, **how: Any) -> Verdict:
-    return judge(candidate, champion, settings, **({"gate_store": "g" * 64, "comparisons": 1} | how))
+def discrete_derivatives(gate: Gate | LearnedGate, form: str) -> tuple[list[float], list[float]]:
+    """Y(H=1) - Y(H=0) and Y(X=1) - Y(X=0) at the four pairs, from the forward alone."""
+    function = getattr(gate, form)
+    with torch.no_grad():
+        to_h = function(torch.ones_like(H), X) - function(torch.zeros_like(H), X)
+        to_x = function(H, torch.ones_like(X)) - function(H, torch.zeros_like(X))
+    return to_h.flatten().tolist(), to_x.flatten().tolist()
 
 
-def gate(verdict: Verdict, name: str) -> Gate:
-    return next(one for one in verdict.gates if one.name == name)
+def assert_discrete_derivatives(gate: Gate | LearnedGate, form: str) -> None:
+    _, grad_h, grad_x = gradients(getattr(gate, form), H, X)
+    to_h, to_x = discrete_derivatives(gate, form)
+    assert grad_h.flatten().tolist() == to_h
+    assert grad_x.flatten().tolist() == to_x
 
 
-def test_a_candidate_that_is_better_by_more_than_chance_passes_all_gates() -> None:
-    ours, theirs = paired(both=900, gained=60, lost=20, neither=20)
-    verdict = verdict_of(measured(2, ours), measured(1, theirs))
-    assert [one.name for one in verdict.gates] == ["proof and flaws", "content hash", "better", "classes", "energy"]
-    assert verdict.passed
-    assert verdict.reason == (
-        "version 2 is better (top-1 96.00% against 92.00% on 1,000 gate images; 60 right by it alone, 20 by the "
-        "champion alone; gain +4.00%, p = 4.3e-06, limit 0.05, exact McNemar test)"
-    )
-    assert decision_of(verdict, version(2)).alias == "champion"
-    low, high = verdict.interval or (0, 0)
-    assert 0 < low < 0.04 < high
+@pytest.mark.parametrize("name", list(TRUTH))
+@pytest.mark.parametrize("form", FORMS)
+def test_exact_gradients_are_discrete_derivatives(name: str, form: str) -> None:
+    assert_discrete_derivatives(Gate(name, "exact"), form)
 
 
-@pytest.mark.parametrize(
-    ("gained", "lost", "says"),
-    [
-        (20, 20, "version 2 is not better (top-1"),
-        (10, 60, "version 2 is not better (top-1"),
-        (26, 20, "version 2 is not shown to be better: such a gain may be chance"),
-    ],
-)
-def test_a_candidate_that_is_only_as_good_is_kept_as_challenger(gained: int, lost: int, says: str) -> None:
-    ours, theirs = paired(900, gained, lost)
-    verdict = verdict_of(measured(2, ours), measured(1, theirs))
-    assert not verdict.passed
-    assert verdict.reason.startswith(says)
-    assert decision_of(verdict, version(2)).alias == "challenger"
+@pytest.mark.parametrize("form", FORMS)
+def test_the_literal_gradient_of_bsg_is_no_discrete_derivative(form: str) -> None:
+    with pytest.raises(AssertionError):
+        assert_discrete_derivatives(Gate("bsg", "literal"), form)
+    with pytest.raises(AssertionError):
+        assert_discrete_derivatives(learned(1.0, 0.0), form)
 
 
-def test_a_gain_below_the_margin_is_not_enough_though_it_is_no_chance() -> None:
-    ours, theirs = paired(99_900, 90, 10)
-    verdict = verdict_of(measured(2, ours), measured(1, theirs))
-    assert verdict.reason.startswith("version 2 gains less than retrain.margin=0.20%")
-    assert verdict_of(measured(2, ours), measured(1, theirs), RetrainConfig(margin=0.0005)).passed
-
-
-def test_energy_may_exceed_the_champions_by_the_slack() -> None:
-    ours, theirs = paired(900, 60, 20)
-    assert verdict_of(measured(2, ours, 1.09), measured(1, theirs)).passed
-    verdict = verdict_of(measured(2, ours, 1.11), measured(1, theirs))
-    assert not verdict.passed
-    assert verdict.reason == (
-        "energy 1.11 mJ per image is above the limit of 1.1 mJ (champion 1 mJ, retrain.energy_slack=0.1)"
-    )
-
-
-def test_a_class_that_becomes_much_worse_keeps_the_candidate_back() -> None:
-    classes = np.repeat(np.arange(5), 200)
-    theirs = np.ones(1000, bool)
-    theirs[200:400] = False  # class b is never right: the candidate gains 200 there
-    ours = np.ones(1000, bool)
-    ours[:30] = False  # and loses 30 of 200 of class a
-    pair = (
-        measured(2, answers(ours.tolist(), classes.tolist())),
-        measured(1, answers(theirs.tolist(), classes.tolist())),
-    )
-    verdict = verdict_of(*pair)
-    assert gate(verdict, "better").passed
-    assert not verdict.passed
-    assert verdict.reason == "1 class worse by more than 5% and more than chance: a by 15.0%"
-    assert verdict_of(*pair, RetrainConfig(class_drop=0.2)).passed
-    few = np.ones(1000, bool)
-    few[:2] = False  # 2 of 4 images of a class: no more than chance
-    rare = np.concatenate([np.zeros(4, int), np.repeat(np.arange(1, 5), 249)])
-    few_theirs = np.ones(1000, bool)
-    few_theirs[10:80] = False
-    rare_pair = (
-        measured(2, answers(few.tolist(), rare.tolist())),
-        measured(1, answers(few_theirs.tolist(), rare.tolist())),
-    )
-    assert gate(verdict_of(*rare_pair), "classes").passed
-
-
-@pytest.mark.parametrize(
-    ("tags", "says", "alias"),
-    [
-        ({"spike_driven": "refuted"}, "the binary form of version 2 differs from it", "challenger"),
-        ({"spike_driven": "not shown"}, "the spike check of version 2 shows nothing", None),
-        ({"flaw": "it is silent"}, "version 2 must not be used: it is silent", None),
-        ({"rolled_back": "reads 7 as 1"}, "version 2 was rolled back: reads 7 as 1", "challenger"),
-    ],
-)
-def test_a_better_network_without_proof_or_with_a_flaw_is_not_promoted(
-    tags: dict[str, str], says: str, alias: str | None
+@settings(deadline=None)
+@given(weight=st.floats(-4, 4, width=32), bias=st.floats(-4, 4, width=32), threshold=st.floats(0.0625, 1, width=32))
+def test_exact_gradients_of_the_learned_gate_are_discrete_derivatives(
+    weight: float, bias: float, threshold: float
 ) -> None:
-    ours, theirs = paired(900, 60, 20)
-    verdict = verdict_of(measured(2, ours, **tags), measured(1, theirs))
-    assert not verdict.passed
-    assert says in verdict.reason
-    assert decision_of(verdict, version(2, **tags)).alias == alias
-    first = uncompared(version(2, **tags), 1000, "g" * 64)
-    assert not first.passed
+    for form in FORMS:
+        assert_discrete_derivatives(learned(weight, bias, threshold, "exact"), form)
 
 
-def test_the_first_champion_needs_no_comparison() -> None:
-    verdict = uncompared(version(1), 1000, "g" * 64)
-    assert verdict.passed
-    assert verdict.reason == "version 1 is the first champion"
-    again = uncompared(replace(version(1), aliases=("champion",)), 1000, "g" * 64)
-    assert again.reason == "version 1 is already the champion"
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("name", list(TRUTH))
+def test_lean_equals_formula_on_random_spikes(name: str, gradient: GateGradient) -> None:
+    gate = Gate(name, gradient)
+    h, x = (torch.rand(4, 2, 3, 5, 5) < 0.5).float(), (torch.rand(4, 2, 3, 5, 5) < 0.5).float()
+    upstream = torch.randn_like(h)
+    for ours, formula in zip(
+        gradients(gate, h, x, upstream), gradients(gate.reference_forward, h, x, upstream), strict=True
+    ):
+        assert torch.equal(ours, formula)
 
 
-def test_a_guard_divides_the_level_by_the_comparisons_and_many_of_them_are_a_warning() -> None:
-    ours, theirs = paired(900, 34, 20)
-    pair = measured(2, ours), measured(1, theirs)
-    assert gate(verdict_of(*pair, comparisons=60), "better").passed
-    guarded = verdict_of(*pair, RetrainConfig(guard=True), comparisons=60)
-    assert not guarded.passed
-    assert guarded.alpha == pytest.approx(0.05 / 60)
-    assert any("60 comparisons were made on these gate images" in warning for warning in guarded.warnings)
-    assert not any("comparisons were made" in warning for warning in verdict_of(*pair, comparisons=49).warnings)
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("name", ["bsg", "bsg_star", "iand", "add"])
+def test_silence_of_the_residual_is_identity(name: str, gradient: GateGradient) -> None:
+    gate = build_gate(name, 1, 0.5, surrogate.ATan(), gradient)
+    x = (torch.rand(4, 2, 1, 3, 3) < 0.5).float()
+    y, _, grad_x = gradients(gate, torch.zeros_like(x), x)
+    assert torch.equal(y, x)
+    assert torch.equal(grad_x, torch.ones_like(x))
 
 
-def test_too_small_a_gate_store_is_a_warning_with_the_gain_that_it_can_see() -> None:
-    ours, theirs = paired(130, 8, 5)
-    verdict = verdict_of(measured(2, ours), measured(1, theirs))
-    assert verdict.detectable_gain == pytest.approx(2.5 * np.sqrt(13) / 143)
-    assert verdict.warnings[0].startswith("143 gate images can show a gain of 6.30% about four times in five")
-    ours, theirs = paired(10_000_000, 300, 5)
-    assert verdict_of(measured(2, ours), measured(1, theirs)).warnings == ()
+def test_and_passes_the_shortcut_when_the_residual_always_fires() -> None:
+    x = (torch.rand(4, 2, 1, 3, 3) < 0.5).float()
+    assert torch.equal(Gate("and")(torch.ones_like(x), x), x)
 
 
-def boxes(miss: Sequence[bool], labels: Sequence[int]) -> Boxes:
-    """A detector that finds the one object of each image, except where it misses."""
-    targets, found = [], []
-    for k, label in enumerate(labels):
-        box = np.array([[10.0, 10.0, 20.0, 20.0]])
-        one = np.array([label])
-        targets.append(
-            Annotations(
-                k,
-                64,
-                64,
-                boxes=box,
-                category_ids=one + 1,
-                labels=one,
-                crowd=np.array([False]),
-                areas=np.array([400.0]),
-                ids=np.array([k + 1]),
-            )
-        )
-        corners = np.zeros((0, 4)) if miss[k] else np.array([[10.0, 10.0, 30.0, 30.0]])
-        found.append(FoundBoxes(corners, np.full(len(corners), 0.9), np.full(len(corners), label)))
-    return Boxes(found, targets)
+def learned(weight: float, bias: float, threshold: float = 0.5, gradient: GateGradient = "literal") -> LearnedGate:
+    gate = LearnedGate(1, threshold, surrogate.ATan(alpha=2.0), gradient)
+    torch.nn.init.constant_(gate.weight, weight)
+    torch.nn.init.constant_(gate.bias, bias)
+    return gate
 
 
-def test_detectors_are_compared_by_resampled_images() -> None:
-    labels = [k % 5 for k in range(100)]
-    good = measured(2, boxes([k < 5 for k in range(100)], labels))
-    bad = measured(1, boxes([k < 40 for k in range(100)], labels))
-    settings = RetrainConfig(resamples=300)
-    better = verdict_of(good, bad, settings)
-    assert better.passed
-    assert "version 2 is better (mAP50-95 94.06% against 60.40%" in better.reason
-    assert "paired bootstrap, 300 resamples" in better.reason
-    low, high = better.interval or (0, 0)
-    assert 0.2 < low < 0.35 < high < 0.5
-    worse = verdict_of(bad, good, settings)
-    assert not worse.passed
-    assert worse.reason.startswith("version 1 is not better (mAP50-95")
-    assert "; 5 classes worse by more than 5% and more than chance" in worse.reason
-    same = verdict_of(good, good, settings)
-    assert not same.passed
-    assert "is not better" in same.reason
+FUNCTIONS = {"or": [0, 1, 1, 1], "and": [0, 0, 0, 1], "x": [0, 1, 0, 1], "h": [0, 0, 1, 1]}
 
 
-def test_a_guarded_comparison_of_detectors_draws_enough_resamples_to_pass() -> None:
-    labels = [k % 5 for k in range(100)]
-    good = measured(2, boxes([False] * 100, labels))
-    bad = measured(1, boxes([k % 2 == 0 for k in range(100)], labels))
-    verdict = verdict_of(good, bad, RetrainConfig(resamples=200, guard=True), comparisons=10)
-    assert gate(verdict, "better").passed, "1 / 201 is above alpha / 10"
-    assert "paired bootstrap, 2,000 resamples" in verdict.reason
+@settings(deadline=None)
+@given(weight=st.floats(-4, 4, width=32), bias=st.floats(-4, 4, width=32), threshold=st.floats(0.0625, 1, width=32))
+def test_learned_gate_is_always_one_of_four_functions(weight: float, bias: float, threshold: float) -> None:
+    y = learned(weight, bias, threshold)(H, X)
+    assert sum(y.flatten().tolist() == table for table in FUNCTIONS.values()) == 1
+
+
+@pytest.mark.parametrize(
+    ("weight", "bias", "function"), [(1.0, 0.0, "or"), (-1.0, 1.0, "and"), (0.0, 0.0, "x"), (0.0, 1.0, "h")]
+)
+def test_learned_gate_reaches_all_four(weight: float, bias: float, function: str) -> None:
+    assert learned(weight, bias)(H, X).flatten().tolist() == FUNCTIONS[function]
+
+
+def test_learned_gate_starts_as_bsg() -> None:
+    gate = build_gate("bsg_star", 3, 0.5, surrogate.ATan())
+    assert gate.weight.tolist() == [1.0] * 3
+    assert gate.bias.tolist() == [0.0] * 3
+    assert gate(H.expand(4, 1, 3, 1, 1), X.expand(4, 1, 3, 1, 1))[:, 0, 0].flatten().tolist() == TRUTH["bsg"]
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("threshold", [0.5, 1.0])
+def test_learned_gate_gradients_equal_the_formula(threshold: float, gradient: GateGradient) -> None:
+    torch.manual_seed(0)
+    h, x = (torch.rand(4, 2, 6, 5, 5) < 0.5).float(), (torch.rand(4, 2, 6, 5, 5) < 0.5).float()
+    upstream = torch.randn_like(h)
+    gate = LearnedGate(6, threshold, surrogate.ATan(), gradient)
+    torch.nn.init.normal_(gate.weight)
+    torch.nn.init.normal_(gate.bias)
+    lean = [*gradients(gate, h, x, upstream), gate.weight.grad, gate.bias.grad]
+    gate.zero_grad()
+    formula = [*gradients(gate.reference_forward, h, x, upstream), gate.weight.grad, gate.bias.grad]
+    assert torch.equal(lean[0], formula[0])
+    for ours, theirs in zip(lean, formula, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_learned_gate_slope_at_the_start() -> None:
+    # dY/dH = G + (H - X) W surrogate'(W H + B - thr); the ATan slope at +-0.5 is 0.288
+    _, grad_h, _ = gradients(learned(1.0, 0.0), H, X)
+    assert grad_h.flatten().tolist() == pytest.approx([0, -0.288, 1 + 0.288, 1], abs=1e-3)
+
+
+def test_parameters_of_the_learned_gate_get_the_same_gradient_in_both_forms() -> None:
+    """W and B keep the surrogate; only dY/dH differs."""
+    torch.manual_seed(0)
+    h, x = (torch.rand(4, 2, 1, 5, 5) < 0.5).float(), (torch.rand(4, 2, 1, 5, 5) < 0.5).float()
+    upstream = torch.randn_like(h)
+    literal, exact = learned(0.9, 0.1), learned(0.9, 0.1, gradient="exact")
+    (_, literal_h, literal_x), (_, exact_h, exact_x) = (gradients(gate, h, x, upstream) for gate in (literal, exact))
+    assert torch.equal(literal.weight.grad, exact.weight.grad)  # type: ignore[arg-type]
+    assert torch.equal(literal.bias.grad, exact.bias.grad)  # type: ignore[arg-type]
+    assert torch.equal(literal_x, exact_x)
+    assert not torch.equal(literal_h, exact_h)
+
+
+def saved_by(function: Callable[[Tensor, Tensor], Tensor], h: Tensor, x: Tensor) -> set[int]:
+    """Addresses of the distinct activations that autograd keeps."""
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        function(h, x)
+    return {t.data_ptr() for t in saved if t.numel() == h.numel()}
+
+
+@pytest.mark.parametrize("name", [*TRUTH, "bsg_star"])
+def test_gates_save_no_more_than_their_inputs_and_no_more_for_exact_gradients(name: str) -> None:
+    h, x = torch.ones(4, 2, 3, 5, 5, requires_grad=True), torch.ones(4, 2, 3, 5, 5, requires_grad=True)
+    kept = set() if name == "add" else {h.data_ptr(), x.data_ptr()}
+    literal, exact = (build_gate(name, 3, 0.5, surrogate.ATan(), gradient) for gradient in ("literal", "exact"))
+    assert saved_by(literal, h, x) == saved_by(exact, h, x) == kept
+    in_reference = len(saved_by(literal.reference_forward, h, x))
+    assert len(saved_by(exact.reference_forward, h, x)) <= in_reference
+    assert name == "add" or in_reference >= 2
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_gradients_of_the_learned_gate_are_summed_in_fp64_where_the_network_is_fp64(gradient: GateGradient) -> None:
+    """A sum in fp32 would lose what a thousand small terms add up to."""
+    torch.manual_seed(0)
+    gate = build_gate("bsg_star", 2, 0.5, surrogate.ATan(), gradient).double()
+    h = (torch.rand(3, 8, 2, 20, 20) < 0.5).double()
+    x = (torch.rand_like(h) < 0.5).double()
+    weights = torch.rand_like(h)
+    gradients = []
+    for forward in (gate, gate.reference_forward):
+        gate.zero_grad()
+        (forward(h, x) * weights).sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in gate.parameters()])
+    for lean, reference in zip(*gradients, strict=True):
+        assert lean.dtype == torch.float64
+        torch.testing.assert_close(lean, reference, rtol=1e-13, atol=1e-13)

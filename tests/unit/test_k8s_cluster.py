@@ -10,16 +10,20 @@ import typer
 
 import spikefleet.cli
 from spikefleet.config.recipes import list_recipes
+from spikefleet.config.schema import ClusterConfig
+from spikefleet.search.search_files import list_searches
 from support.manifests import (
     LOCKED,
     PROJECT,
     built,
     cluster_spec,
     containers_in,
-    every_folder,
+    every_cluster,
+    every_job,
     manifest,
     pod_templates,
     ray_groups,
+    retraining,
 )
 
 
@@ -28,7 +32,7 @@ def gibibytes(quantity: str) -> float:
     return int(number) / (1024 if unit == "Mi" else 1)
 
 
-@every_folder
+@every_cluster
 def test_ray_asks_for_a_token_and_is_not_exposed(folder: str) -> None:
     spec = cluster_spec(folder)
     assert spec["authOptions"] == {"mode": "token"}
@@ -39,7 +43,7 @@ def test_ray_asks_for_a_token_and_is_not_exposed(folder: str) -> None:
     assert not variables & {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN"}  # KubeRay keeps what it finds there
 
 
-@every_folder
+@every_cluster
 def test_memory_is_bounded(folder: str) -> None:
     for group in ray_groups(folder):
         pod = group["template"]["spec"]
@@ -55,11 +59,11 @@ def test_memory_is_bounded(folder: str) -> None:
         assert "/tmp" in mounted
 
 
-@every_folder
+@every_cluster
 def test_runs_and_stores_are_on_one_claim(folder: str) -> None:
-    claim = manifest(folder, "PersistentVolumeClaim")
-    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
-    settings = manifest(folder, "ConfigMap")
+    claim = manifest(folder, "PersistentVolumeClaim", "spikefleet-data")
+    assert claim["spec"]["accessModes"] == ["ReadWriteOnce" if folder == "kind" else "ReadWriteMany"]
+    settings = manifest(folder, "ConfigMap", "spikefleet-settings")
     train = typer.main.get_command(spikefleet.cli.app).commands["train"]  # type: ignore[attr-defined]
     read = {option.envvar for option in train.params if option.envvar}
     assert read == {name for name in settings["data"] if name.startswith("SPIKEFLEET_")}
@@ -72,25 +76,40 @@ def test_runs_and_stores_are_on_one_claim(folder: str) -> None:
         assert {"configMapRef": {"name": settings["metadata"]["name"]}} in pod["containers"][0]["envFrom"]
 
 
-@every_folder
+@every_cluster
 def test_network_is_closed_but_for_ray(folder: str) -> None:
     policies = {m["metadata"]["name"]: m["spec"] for m in built(folder) if m["kind"] == "NetworkPolicy"}
     assert policies["default-deny"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
     among = policies["among-ray-pods"]
-    for template in pod_templates(built(folder)):
+    for template in pod_templates([retraining()] if folder == "retrain" else ray_objects(folder)):
         assert among["podSelector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
     assert among["ingress"] == [{"from": [{"podSelector": among["podSelector"]}]}]
     assert among["egress"] == [{"to": [{"podSelector": among["podSelector"]}]}]
-    from_outside = [spec for name, spec in policies.items() if name != "among-ray-pods" and "ingress" in spec]
-    assert [rule["ports"] for spec in from_outside for rule in spec["ingress"]] == [[{"protocol": "TCP", "port": 8265}]]
-    assert manifest(folder, "ConfigMap")["data"]["GLOO_SOCKET_IFNAME"] == "eth0"
+    reached = {name: spec["ingress"] for name, spec in policies.items() if "ingress" in spec}
+    del reached["among-ray-pods"]
+    outside = {
+        name: [rule["ports"][0]["port"] for rule in rules]
+        for name, rules in reached.items()
+        if any("namespaceSelector" in source for rule in rules for source in rule["from"])
+    }
+    # What answers without a token has one source each.
+    assert outside == {"operator-to-dashboard": [8265], "prometheus-to-metrics": [8080]}
+    for name in outside:
+        ((source,),) = [rule["from"] for rule in reached[name]]
+        assert set(source) == {"namespaceSelector", "podSelector"}
+    settings = manifest(folder, "ConfigMap", "spikefleet-settings")
+    assert settings["data"]["GLOO_SOCKET_IFNAME"] == "eth0"
 
 
-@pytest.mark.parametrize("folder", ["train", "gpu"])
+def ray_objects(folder: str) -> list[dict[str, Any]]:
+    return [document for document in built(folder) if document["apiVersion"].startswith("ray.io/")]
+
+
+@every_job
 def test_job_has_the_standing_cluster_s_spec_and_ends(folder: str) -> None:
     job = manifest(folder, "RayJob")["spec"]
     assert not [m for m in built(folder) if m["kind"] == "RayCluster"]
-    if folder == "train":
+    if folder in ("train", "tune"):
         assert job["rayClusterSpec"] == cluster_spec("base")
     assert job["shutdownAfterJobFinishes"] is True
     assert job["backoffLimit"] > 0
@@ -107,16 +126,40 @@ def parse(command: str) -> dict[str, Any]:
         return {"command": name, **subcommand.make_context(name, rest, parent=context).params}
 
 
-@pytest.mark.parametrize("folder", ["train", "gpu"])
+@every_job
 def test_entry_point_is_a_command_that_the_cluster_has_room_for(folder: str) -> None:
     given = parse(manifest(folder, "RayJob")["spec"]["entrypoint"])
+    (group,) = cluster_spec(folder)["workerGroupSpecs"]
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    if folder == "tune":
+        assert given["command"] == "tune"
+        assert given["search"] in list_searches()
+        return
     assert given["command"] == "train"
     assert given["recipe"] in list_recipes()
-    (group,) = cluster_spec(folder)["workerGroupSpecs"]
     assert given["workers"] == group["replicas"] * int(group["rayStartParams"]["num-cpus"])
-    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     assert limits.get("nvidia.com/gpu") == ("1" if given["gpu"] else None)
     assert given["gpu"] == (folder == "gpu")
+
+
+def test_the_retraining_has_the_standing_cluster_s_spec_and_is_a_command() -> None:
+    job = retraining()
+    assert job["spec"]["rayClusterSpec"] == cluster_spec("base")
+    trained = manifest("train", "RayJob")["spec"]
+    assert {**job["spec"], "entrypoint": ""} == {**trained, "entrypoint": ""}
+    given = parse(job["spec"]["entrypoint"])
+    assert given["command"] == "retrain"
+    assert job["metadata"]["name"] == "retrain-" + given["model"].replace("_", "-")
+
+
+@every_cluster
+def test_nodes_have_time_for_a_checkpoint_and_the_head_is_not_drained(folder: str) -> None:
+    grace = ClusterConfig().grace_s
+    for group in ray_groups(folder):
+        assert group["template"]["spec"]["terminationGracePeriodSeconds"] >= 2 * grace
+    budget = manifest(folder, "PodDisruptionBudget", "ray-head")["spec"]
+    assert (budget["maxUnavailable"], budget["unhealthyPodEvictionPolicy"]) == (0, "AlwaysAllow")
+    assert budget["selector"]["matchLabels"]["ray.io/node-type"] == "head"
 
 
 def test_a_wrong_option_is_noticed() -> None:

@@ -1,20 +1,20 @@
 """The manifests in k8s/, built by kubectl and checked without a cluster against a strict schema.
 
-The schema is derived from KubeRay's CRDs. Rules in CEL and the operator's own code are not covered.
+The schemas are KubeRay's, reduced from its CRDs, and Kubernetes' own, from the package kubernetes-validate.
 """
 
 import copy
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
+from support.kubernetes_rules import SCHEMA, complaints
 from support.manifests import (
+    COMPONENTS,
     FOLDERS,
     K8S,
-    Manifest,
     at,
     build,
     built,
@@ -25,38 +25,31 @@ from support.manifests import (
     one,
 )
 
-SCHEMA = json.loads((K8S / "schemas/kuberay-v1.7.0.json").read_text(encoding="utf-8"))
-
 
 def test_what_is_there_is_built() -> None:
-    assert FOLDERS == ["base", "gpu", "train"]
-    files = {path for folder in FOLDERS for path in (K8S / folder).iterdir()}
-    used = {K8S / folder / "kustomization.yaml" for folder in FOLDERS}
-    for folder in FOLDERS:
-        used |= {K8S / folder / name for name in kustomization(folder)["resources"]}
+    assert FOLDERS == ["base", "gpu", "kind", "mlflow", "retrain", "train", "tune"]
+    parts = [*FOLDERS, *COMPONENTS]
+    files = {path for part in parts for path in (K8S / part).iterdir() if path.is_file()}
+    used = {K8S / part / "kustomization.yaml" for part in parts}
+    for part in parts:
+        written = kustomization(part)
+        names = [*written.get("resources", []), *written.get("components", [])]
+        names += [name for made in written.get("configMapGenerator", []) for name in made["files"]]
+        used |= {(K8S / part / name).resolve() for name in names}
     assert files <= used
 
 
-@pytest.mark.parametrize("folder", ["train", "gpu"])
+@pytest.mark.parametrize("folder", ["gpu", "kind", "retrain"])
 def test_patches_and_replacements_meet_a_manifest(folder: str) -> None:
     """Kustomize passes over a target that selects nothing, without a word."""
     written = kustomization(folder)
-    selected = [patch["target"] for patch in written["patches"] if "target" in patch]
+    selected = [patch["target"] for patch in written["patches"] if "name" in patch.get("target", {})]
     selected += [target["select"] for entry in written.get("replacements", []) for target in entry["targets"]]
     assert selected
     for select in selected:
         one(built(folder), select)
         with pytest.raises(AssertionError, match="selects 0 manifests"):
             one(built(folder), {**select, "name": "spikefleet-trian"})
-
-
-def complaints(document: Manifest) -> list[str]:
-    """What the strict schema has against a manifest."""
-    kind = SCHEMA["kinds"].get(document.get("kind"))
-    if kind is None:
-        return [f"kind {document.get('kind')!r} is not one that is checked"]
-    validator = Draft202012Validator({**kind, "$defs": SCHEMA["$defs"]})
-    return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(document)]
 
 
 @every_folder
@@ -86,7 +79,7 @@ def gpu_overlay_with(right: str, wrong: str, tmp_path: Path) -> Path:
     [
         ("  - ../train", "  - ../trian", "trian"),
         ("patches:", "patchs:", "patchs"),
-        ("workerGroupSpecs/0/", "workerGroupSpecs/1/", "add operation does not apply"),
+        ("workerGroupSpecs/0/", "workerGroupSpecs/1/", "operation does not apply"),
     ],
 )
 def test_a_kustomization_that_cannot_be_built_is_refused(right: str, wrong: str, named: str, tmp_path: Path) -> None:
@@ -103,6 +96,12 @@ def test_a_patch_of_a_field_that_is_not_there_is_refused_by_the_schema(tmp_path:
 HEAD = "spec.headGroupSpec.template.spec"
 WORKER = "spec.workerGroupSpecs.0.template.spec"
 SUBMITTER = "spec.submitterPodTemplate.spec"
+
+
+RETRAINER = {
+    *("CronJob", "Role", "RoleBinding", "ServiceAccount"),
+    *("ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"),
+}
 
 
 @pytest.mark.parametrize(
@@ -125,10 +124,24 @@ SUBMITTER = "spec.submitterPodTemplate.spec"
         ("NetworkPolicy", "spec", "policyTypes", ["ingress"]),
         ("ConfigMap", "data", "NUMBER", 1),
         ("Namespace", "metadata", "lables", {}),
+        ("Deployment", "spec.template.spec.containers.0", "startupProb", {}),
+        ("Deployment", "spec", "replicas", "one"),
+        ("StatefulSet", "spec", "volumeClaimTemplate", []),
+        ("Job", "spec", "ttlSecondsAfterFinish", 1),
+        ("Service", "spec.ports.0", "port", "http"),
+        ("PodDisruptionBudget", "spec", "unhealthyPodEviction", "AlwaysAllow"),
+        ("CronJob", "spec", "concurrency", "Forbid"),
+        ("CronJob", "spec.jobTemplate.spec.podFailurePolicy.rules.0", "action", 3),
+        ("Role", "rules.0", "verb", ["get"]),
+        ("RoleBinding", "roleRef", "namespace", "x"),
+        ("ServiceAccount", "metadata", "lables", {}),
+        ("ValidatingAdmissionPolicy", "spec.validations.0", "messages", "no"),
+        ("ValidatingAdmissionPolicyBinding", "spec", "validationActions", "Deny"),
     ],
 )
 def test_mistakes_are_refused(kind: str, where: str, field: str, value: object) -> None:
-    folder = "train" if kind == "RayJob" else "base"
+    folder = {"RayCluster": "base", "RayJob": "train", "Namespace": "base"}.get(kind, "kind")
+    folder = "retrain" if kind in RETRAINER else folder
     document = copy.deepcopy(next(m for m in built(folder) if m["kind"] == kind))
     assert complaints(document) == []
     at(document, where.split("."))[field] = value
@@ -139,4 +152,6 @@ def test_missing_parts_and_unknown_kinds_are_refused() -> None:
     document = copy.deepcopy(manifest("base", "RayCluster"))
     del document["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["name"]
     assert any("'name' is a required property" in complaint for complaint in complaints(document))
-    assert complaints({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "x"}}) != []
+    assert complaints({"apiVersion": "v1", "kind": "Secrets", "metadata": {"name": "x"}}) != []
+    assert complaints({"apiVersion": "ray.io/v1", "kind": "RayService", "metadata": {"name": "x"}}) != []
+    assert complaints({"apiVersion": "kueue.x-k8s.io/v1", "kind": "LocalQueue", "metadata": {"name": "x"}}) != []

@@ -1,64 +1,53 @@
 """What the pods of k8s/ may do: Pod Security Standard "restricted", and no credentials or floating images."""
 
 import copy
+import hashlib
+import os
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from support.manifests import (
+    COMPONENTS,
+    FOLDERS,
+    K8S,
     PROJECT,
     Manifest,
     at,
+    build,
     built,
     cluster_spec,
     containers_in,
     every_folder,
+    kustomization,
     manifest,
     maps_in,
     pod_templates,
+    retraining,
 )
+from support.pod_security import violations
 
-VOLUMES = {"configMap", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
+
+def templates_of(folder: str) -> list[Manifest]:
+    documents = [*built(folder), *([retraining()] if folder == "retrain" else [])]
+    return pod_templates(documents)
 
 
-def violations(template: Manifest) -> list[str]:
-    """What the standard, and our additions to it, have against a pod template."""
-    spec = template["spec"]
-    pod = spec.get("securityContext", {})
-    found = [key for key in ("hostNetwork", "hostPID", "hostIPC", "hostUsers") if spec.get(key)]
-    found += ["automountServiceAccountToken"] if spec.get("automountServiceAccountToken") is not False else []
-    found += [f"pod {key}" for key in ("sysctls", "seLinuxOptions", "windowsOptions") if key in pod]
-    for volume in spec.get("volumes", []):
-        found += [f"volume {kind}" for kind in set(volume) - {"name"} - VOLUMES]
-        if "emptyDir" in volume and "sizeLimit" not in volume["emptyDir"]:
-            found.append("emptyDir sizeLimit")
-    for container in containers_in(spec):
-        own = container.get("securityContext", {})
-        effective = {**pod, **own}
-        wanted = {
-            "runAsNonRoot": effective.get("runAsNonRoot") is True,
-            "runAsUser": effective.get("runAsUser", 0) != 0,
-            "seccompProfile": effective.get("seccompProfile", {}).get("type") in ("RuntimeDefault", "Localhost"),
-            "allowPrivilegeEscalation": own.get("allowPrivilegeEscalation") is False,
-            "privileged": not own.get("privileged"),
-            "capabilities.drop": own.get("capabilities", {}).get("drop") == ["ALL"],
-            "capabilities.add": not own.get("capabilities", {}).get("add"),
-            "procMount": own.get("procMount", "Default") == "Default",
-            "hostPort": not any("hostPort" in port for port in container.get("ports", [])),
-            "readOnlyRootFilesystem": own.get("readOnlyRootFilesystem") is True,
-        }
-        found += [name for name, kept in wanted.items() if not kept]
-    return found
+# Head and worker; the submitter of a job; the pods of MLflow: server, upgrade, database, dump, bucket and its server.
+PODS = {"base": 2, "gpu": 3, "kind": 3 + 6, "mlflow": 2, "retrain": 1 + 3, "train": 3, "tune": 3}
 
 
 @every_folder
 def test_pods_are_restricted(folder: str) -> None:
-    templates = pod_templates(built(folder))
-    assert len(templates) == (2 if folder == "base" else 3)  # head, worker, and the submitter of a job
+    templates = templates_of(folder)
+    assert len(templates) == PODS[folder]
     assert [violations(template) for template in templates] == [[]] * len(templates)
-    labels = manifest(folder, "Namespace")["metadata"]["labels"]
-    assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
+    if folder != "mlflow":
+        labels = manifest(folder, "Namespace")["metadata"]["labels"]
+        assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
 
 
 @pytest.mark.parametrize(
@@ -80,6 +69,8 @@ def test_pods_are_restricted(folder: str) -> None:
         ("spec", "initContainers", [{"name": "bare", "image": "bare:1"}], "allowPrivilegeEscalation"),
         ("spec", "volumes", [{"name": "host", "hostPath": {"path": "/"}}], "volume hostPath"),
         ("spec", "volumes", [{"name": "tmp", "emptyDir": {}}], "emptyDir sizeLimit"),
+        ("spec.containers.0", "resources", {"limits": {"memory": "1Gi"}}, "requests and limits"),
+        ("metadata", "labels", {"app.kubernetes.io/component": "ray"}, "label part-of"),
     ],
 )
 def test_a_loosened_pod_is_noticed(where: str, field: str, value: object, named: str) -> None:
@@ -92,7 +83,9 @@ def careless(node: Any) -> list[str]:
     """Credentials that are written down, and images that may change under the same name."""
     found = []
     for part in maps_in(node):
-        if re.search(r"(?i)token|passw|secret|credential|api_?key", str(part.get("name", ""))) and part.get("value"):
+        secret = re.search(r"(?i)token|passw|secret|credential|api_?key", str(part.get("name", "")))
+        a_file = str(part.get("name")).endswith("_FILE") and str(part.get("value")).startswith("/run/secrets/")
+        if secret and part.get("value") and not a_file:
             found.append(f"literal value of {part['name']}")
         found += [
             f"credentials in {value!r}" for value in part.values() if re.search(r"://[^/\s]+:[^/\s]+@", str(value))
@@ -104,12 +97,51 @@ def careless(node: Any) -> list[str]:
     return found
 
 
+IMAGES = {f"registry.example.com/spikefleet:{PROJECT['project']['version']}"}
+"""Of all pods but the database's and the bucket's."""
+
+
 @every_folder
 def test_no_literal_secrets_and_no_floating_images(folder: str) -> None:
-    assert careless(built(folder)) == []
-    assert not any(document["kind"] == "Secret" for document in built(folder))
-    images = {container["image"] for container in containers_in(built(folder))}
-    assert images == {f"registry.example.com/spikefleet:{PROJECT['project']['version']}"}
+    documents = [*built(folder), *([retraining()] if folder == "retrain" else [])]
+    assert careless(documents) == []
+    assert not any(document["kind"] == "Secret" for document in documents)
+    images = {container["image"] for container in containers_in(documents)}
+    written = {image["newName"]: image["newTag"] for image in kustomization("image")["images"]}
+    assert images - IMAGES == (
+        {f"{name}:{tag}" for name, tag in written.items()} - IMAGES if folder == "kind" else set()
+    )
+    assert images >= IMAGES
+
+
+def test_only_image_names_images() -> None:
+    assert [name for name in (*FOLDERS, *COMPONENTS) if "images" in kustomization(name)] == ["image"]
+
+
+def undigested(overlay: list[Manifest], written: Manifest) -> list[str]:
+    """Images of an overlay that says that it has digests, but are named otherwise."""
+    if written.get("commonAnnotations", {}).get("spikefleet/images") != "digest":
+        return []
+    images = {container["image"] for container in containers_in(overlay)}
+    return sorted(image for image in images if not re.search(r"@sha256:[0-9a-f]{64}$", image))
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_an_overlay_that_says_digests_has_no_tag(pinned: bool, tmp_path: Path) -> None:
+    """The overlay of the README, with a digest that is made up here, and one that a tag was left in."""
+    for name in (*FOLDERS, *COMPONENTS):
+        assert undigested(built(name) if name in FOLDERS else [], kustomization(name)) == []
+    image: Manifest = {"name": IMAGES.copy().pop().rpartition(":")[0]}
+    image |= {"digest": f"sha256:{hashlib.sha256(b'image').hexdigest()}"} if pinned else {"newTag": "0.1.1"}
+    overlay = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "resources": [os.path.relpath(K8S / "train", tmp_path.resolve())],
+        "commonAnnotations": {"spikefleet/images": "digest"},
+        "images": [image],
+    }
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(overlay), encoding="utf-8")
+    assert bool(undigested(build(tmp_path.resolve()), overlay)) is not pinned
 
 
 @pytest.mark.parametrize(
@@ -119,6 +151,7 @@ def test_no_literal_secrets_and_no_floating_images(folder: str) -> None:
         {"image": "registry.example.com:5000/spikefleet"},
         {"image": "spikefleet:latest"},
         {"image": "spikefleet:1", "env": [{"name": "RAY_AUTH_TOKEN", "value": "0123"}]},
+        {"image": "postgres:17.6", "env": [{"name": "POSTGRES_PASSWORD_FILE", "value": "word"}]},
         {"image": "spikefleet:1", "env": [{"name": "MLFLOW_TRACKING_URI", "value": "http://me:word@mlflow"}]},
     ],
 )

@@ -11,6 +11,7 @@ import sys
 from functools import partial
 
 from spikefleet.cli import (
+    cluster_job,
     completion,
     export,
     gradients,
@@ -37,6 +38,7 @@ app.add_typer(tracking_app, name="tracking")
 
 __all__ = [
     "app",
+    "cluster_job",
     "export",
     "gradients",
     "inference",

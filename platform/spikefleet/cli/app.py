@@ -24,7 +24,7 @@ from spikefleet_tune.interruption import handling, interruption, raise_interrupt
 _SHOWN_VERSIONS = ("torch", "ray", "mlflow")
 _ORDER = (
     *("recipes", "config", "data", "train", "evaluate", "predict", "spike-check", "energy", "gradients"),
-    *("searches", "tune", "tables", "reproduce", "registry", "retrain", "tracking", "ui", "doctor"),
+    *("searches", "tune", "tables", "reproduce", "registry", "retrain", "retrain-job", "tracking", "ui", "doctor"),
 )
 """Of the commands, in the help."""
 

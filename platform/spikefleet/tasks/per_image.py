@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from spikefleet.errors import UserError
 from spikefleet.tasks.coco_metrics import COCO_MAX_DETECTIONS, FoundBoxes, ground_truth, results
 from spikefleet_pipelines.store.annotations import Annotations
-from spikefleet_pipelines.store.reader import Split
 from spikefleet_tune.atomic import write_atomically
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # pyarrow, which the training core does without
     from spikefleet.tasks.task import AnyTask
+    from spikefleet_pipelines.store.reader import Split
 
 PER_IMAGE = "evaluation.npz"
 """File name of the results in a report and in a registered version, beside `evaluation.json`."""

@@ -15,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from spikefleet.cli import app
+from spikefleet.cli.output import console
 from spikefleet.errors import UserError
 from spikefleet.registry.api import RegisteredVersion, ranked, reindex
 from spikefleet.registry.lookup_index import EXPERIMENT, INDEXED, VERSION, is_complete
@@ -377,7 +378,7 @@ def test_the_commands_print_a_table_json_and_what_was_indexed(
     many: ManyVersions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", many.uri)
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(console, "width", 200)
 
     def call(*words: str) -> tuple[str, str]:
         done = CliRunner().invoke(app, ["registry", *words])

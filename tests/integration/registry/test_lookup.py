@@ -69,7 +69,7 @@ def test_best_is_what_brute_force_finds(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"task": "detection"}, "for task 'detection'; expected one of classification"),
+        ({"task": "depth"}, "for task 'depth'; expected one of classification"),
         ({"dataset": "cow"}, "for dataset 'cow'; expected one of .*cat, .*dog"),
         ({"metric": "map50_95"}, "metric 'map50_95'; expected one of .*energy_mj"),
         ({"where": "timestep<=2"}, "no version has the key 'timestep'; did you mean 'timesteps'"),
