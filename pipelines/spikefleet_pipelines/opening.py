@@ -41,9 +41,11 @@ def open_or_prepare(
         say: called with a sentence where an earlier store is not used, or its files are gone.
 
     Raises:
-        StoreError: `config.store` is not a store or belongs to another source, or a shard is corrupt.
-        SourceError: there are no data; the message says where they were searched and how to prepare them.
+        StoreError: `config.store` is not a store, belongs to another source or holds events, or a shard is corrupt.
+        SourceError: there are no data (the message says where they were searched and how to prepare them), or the
+            source is one of events.
     """
+    _refuse_events(config.source)
     if config.store is not None:
         return _of_source(Store.open(config.store, verify=verify), config)
     if config.root is not None and Store.is_store(config.root):
@@ -110,7 +112,22 @@ def _silent(sentence: str) -> None:
     pass
 
 
+def _refuse_events(source: str) -> None:
+    """Raises SourceError for a source of events: there are no frames of them as a network's input yet."""
+    if find_source(source).events:
+        raise SourceError(
+            f"data.source is {source!r}, recordings of events, which training and evaluation cannot read yet: there is no "
+            "transform that makes frames of them; set data.source to a source of images"
+        )
+
+
 def _of_source(store: Store, config: DataConfig) -> Store:
+    if store.manifest.events is not None:
+        raise StoreError(
+            f"data.{'store' if config.store is not None else 'root'} is {store.location}, which holds recordings of "
+            "events, and training and evaluation cannot read them yet: there is no transform that makes frames of them; "
+            "choose a store of images"
+        )
     if store.manifest.source != config.source:
         raise StoreError(
             f"{store.location} is a store of source {store.manifest.source!r}, expected {config.source!r}; set "

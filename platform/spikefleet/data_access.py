@@ -15,7 +15,7 @@ from spikefleet.outputs import check_place
 from spikefleet.status import counting, print_line, waiting
 from spikefleet_pipelines.data_config import DataConfig
 from spikefleet_pipelines.opening import open_or_prepare
-from spikefleet_pipelines.sources import prepare
+from spikefleet_pipelines.sources import find_source, prepare
 from spikefleet_pipelines.store.image_files import counted_reasons
 from spikefleet_pipelines.store.reader import Store
 
@@ -85,23 +85,27 @@ def prepare_store(
             with waiting(console, "connecting to Ray"):
                 cluster.enter_context(ray_session(address))
         title = f"preparing {source}"
-        with _shown(console, title, otherwise=f"{out} was prepared before") as progress:
+        what = "recordings" if find_source(source).events else "images"
+        with _shown(console, title, f"{out} was prepared before", what) as progress:
             store = prepare(source, root, out, progress=progress, **how, **options)
     _say_splits_of_folders(console, root, store)
     return store
 
 
 @contextmanager
-def _shown(console: Console, title: str, otherwise: str = "") -> Iterator[Callable[[int, int], None]]:
+def _shown(
+    console: Console, title: str, otherwise: str = "", what: str = "images"
+) -> Iterator[Callable[[int, int], None]]:
     """Progress with rate and remaining time, and a line with the number of images when it is done.
 
     Args:
         console: where.
         title: what is done.
         otherwise: the line where nothing had to be done; an empty string: none.
+        what: is counted.
     """
     done_of = (0, 0)
-    with counting(console, title) as count:
+    with counting(console, title, what) as count:
 
         def progress(done: int, total: int) -> None:
             nonlocal done_of
@@ -110,6 +114,6 @@ def _shown(console: Console, title: str, otherwise: str = "") -> Iterator[Callab
 
         yield progress
     if done_of[1]:
-        print_line(console, f"{title}: {done_of[0]:,} images")
+        print_line(console, f"{title}: {done_of[0]:,} {what}")
     elif otherwise:
         print_line(console, otherwise)

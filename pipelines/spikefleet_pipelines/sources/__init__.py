@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from spikefleet_pipelines.errors import SourceError, StoreError
 from spikefleet_pipelines.sources.registry import check_options, find_source, list_sources, register_source
-from spikefleet_pipelines.sources.source import Progress, Source, SourceOptions
+from spikefleet_pipelines.sources.source import Contents, EventContents, Progress, Source, SourceOptions
 
 if TYPE_CHECKING:
     from spikefleet_pipelines.store.origin import Origin
@@ -61,7 +61,7 @@ def prepare(
             and with many images, of this machine. More than 1 starts a local Ray if none is running.
         seed: selects the samples held out of the training data for val (and for test where the source has none).
         overwrite: replace another store at `out`.
-        skip_bad: leave out image files that are missing or cannot be read, and list them in the manifest.
+        skip_bad: leave out images and recordings that are missing or cannot be read, and list them in the manifest.
         check_content: compare the raw files with those of a store at `out` by content, although names, sizes and times
             agree.
         dataset: name of the data set, which a store that is there gets too; None: the default of
@@ -79,7 +79,6 @@ def prepare(
     """
     from spikefleet_pipelines.store.data_set_name import check_data_set_name, name_after
     from spikefleet_pipelines.store.reader import Store
-    from spikefleet_pipelines.store.writer import StoreWriter
 
     source = find_source(name)
     if dataset is not None:
@@ -125,13 +124,15 @@ def prepare(
     with _reading(name, root):
         contents = reader(root or Path(), checked, seed)
     out = out.resolve()
-    with (
-        _writing(out),
-        StoreWriter(
+    with _writing(out):
+        _write(
+            contents,
             out,
+            origin,
+            progress or _quiet,
+            parallel,
             source=name,
             class_names=contents.class_names,
-            image=contents.image,
             options=recorded,
             overwrite=overwrite,
             category_ids=contents.category_ids,
@@ -139,13 +140,36 @@ def prepare(
             name=dataset,
             otherwise=None if root is None else name_after(root, name),
             skip_bad=skip_bad,
-        ) as writer,
-    ):
-        contents.write(writer, progress or _quiet, parallel)
-        if origin is not None:
-            _record_origin(origin, writer)
-        writer.commit()
+        )
     return _renamed(Store.open(out, verify=False), dataset)  # another process may have written it
+
+
+def _write(
+    contents: Contents | EventContents,
+    out: Path,
+    origin: "Origin | None",
+    progress: Progress,
+    parallel: int | None,
+    **how: Any,
+) -> None:
+    """Write a store; `how` are arguments of its writer."""
+    from spikefleet_pipelines.store.event_writer import EventStoreWriter
+    from spikefleet_pipelines.store.writer import StoreWriter
+
+    if isinstance(contents, EventContents):
+        with EventStoreWriter(out, events=contents.events, **how) as of_events:
+            contents.write(of_events, progress, parallel)
+            _commit(of_events, origin)
+        return
+    with StoreWriter(out, image=contents.image, **how) as of_images:
+        contents.write(of_images, progress, parallel)
+        _commit(of_images, origin)
+
+
+def _commit(writer: "StoreWriter", origin: "Origin | None") -> None:
+    if origin is not None:
+        _record_origin(origin, writer)
+    writer.commit()
 
 
 def _renamed(store: "Store", dataset: str | None) -> "Store":

@@ -35,15 +35,13 @@ def run_tasks(
     """
     if parallel is not None and parallel < 1:
         raise ValueError(f"parallel is {parallel}, expected at least 1")
-    # Importing Ray takes a second, and a Ray that is not imported is not running.
-    running_ray = "ray" in sys.modules and sys.modules["ray"].is_initialized()
-    little = images < _WORTH_RAY or os.cpu_count() == 1
-    if parallel == 1 or (parallel is None and not running_ray and little):
+    if runs_here(parallel, images):
         for job in jobs:
             yield function(job)
         return
     import ray
 
+    running_ray = _is_ray_running()
     if not running_ray:
         ray.init(
             address="local",
@@ -75,3 +73,14 @@ def run_tasks(
             # Not ray.cancel: if a task ends at that moment, it aborts the whole process (Ray 2.60 checks that the task
             # was pending).
             ray.wait(list(running), num_returns=len(running))
+
+
+def runs_here(parallel: int | None, images: int) -> bool:
+    """Whether `run_tasks` runs the jobs in this process; arguments as there."""
+    little = images < _WORTH_RAY or os.cpu_count() == 1
+    return parallel == 1 or (parallel is None and not _is_ray_running() and little)
+
+
+def _is_ray_running() -> bool:
+    # Importing Ray takes a second, and a Ray that is not imported is not running.
+    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())

@@ -11,11 +11,20 @@ from typing import Any
 from pydantic import ValidationError
 
 from spikefleet_pipelines.errors import SourceError
+from spikefleet_pipelines.sources.asl_dvs_config import ASL_DVS
 from spikefleet_pipelines.sources.cifar_config import CIFAR10, CIFAR100
 from spikefleet_pipelines.sources.coco_config import COCO
 from spikefleet_pipelines.sources.digits_config import DIGITS
+from spikefleet_pipelines.sources.dvs_cifar10_config import DVS_CIFAR10
+from spikefleet_pipelines.sources.dvs_gesture_config import DVS_GESTURE
+from spikefleet_pipelines.sources.event_folder_config import EVENT_FOLDER
+from spikefleet_pipelines.sources.event_sets_config import APPARENT_MOTION, FIRST_DIGIT, SACCADE_SCENES, SACCADES
 from spikefleet_pipelines.sources.fashion_mnist_config import FASHION_MNIST
+from spikefleet_pipelines.sources.gen1_config import GEN1
 from spikefleet_pipelines.sources.image_folder_config import IMAGE_FOLDER
+from spikefleet_pipelines.sources.ncaltech101_config import NCALTECH101
+from spikefleet_pipelines.sources.ncars_config import NCARS
+from spikefleet_pipelines.sources.nmnist_config import NMNIST
 from spikefleet_pipelines.sources.scenes_config import SCENES
 from spikefleet_pipelines.sources.source import Source, SourceOptions
 
@@ -27,6 +36,18 @@ _BUILT_IN = (
     IMAGE_FOLDER,
     SCENES,
     COCO,
+    SACCADES,
+    FIRST_DIGIT,
+    APPARENT_MOTION,
+    SACCADE_SCENES,
+    EVENT_FOLDER,
+    NMNIST,
+    NCARS,
+    ASL_DVS,
+    DVS_CIFAR10,
+    DVS_GESTURE,
+    NCALTECH101,
+    GEN1,
 )
 
 _SOURCES: dict[str, Source] = {}

@@ -9,18 +9,20 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from spikefleet_pipelines.errors import SourceError
 
 if TYPE_CHECKING:
+    from spikefleet_pipelines.store.event_format import EventFormat
+    from spikefleet_pipelines.store.event_writer import EventStoreWriter
     from spikefleet_pipelines.store.manifest import ImageFormat
     from spikefleet_pipelines.store.writer import StoreWriter
 
 Progress = Callable[[int, int], None]
-"""Called with (images done, images in all)."""
+"""Called with (images or recordings done, all of them)."""
 
 
 class SourceOptions(BaseModel):
@@ -41,6 +43,16 @@ def holdout_field(default: float) -> Any:
         lt=1.0,
         exclude_if=partial(_is, default),
         description="fraction of the training images of each class that becomes val; 0: train on all of them",
+    )
+
+
+def recordings_holdout_field(default: float) -> Any:
+    """Declare an option `holdout` of a source of recordings; stores record it always."""
+    return Field(
+        default=default,
+        ge=0.0,
+        lt=1.0,
+        description="fraction of the training recordings of each class that becomes val; 0: train on all of them",
     )
 
 
@@ -96,7 +108,36 @@ class Contents(Protocol):
         ...
 
 
-Reader = Callable[[Path, Any, int], Contents]
+@runtime_checkable
+class EventContents(Protocol):
+    """Recordings of an event camera that were found and checked, ready to be written to a store."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of their indices."""
+        ...
+
+    @property
+    def category_ids(self) -> tuple[int, ...] | None:
+        """The category id of each class of a detection data set; None for classification."""
+        ...
+
+    @property
+    def stand_ins(self) -> Mapping[str, str]:
+        """Aliases of splits; see `StoreWriter`."""
+        ...
+
+    @property
+    def events(self) -> "EventFormat":
+        """Format of the events."""
+        ...
+
+    def write(self, writer: "EventStoreWriter", progress: Progress, parallel: int | None) -> None:
+        """Write all splits, as `Contents.write`; progress counts recordings."""
+        ...
+
+
+Reader = Callable[[Path, Any, int], Contents | EventContents]
 """Finds and checks the raw data: (root, options, seed of the held-out samples) -> contents."""
 
 SplitWriter = Callable[[Any, Path, Progress, int | None, int, bool, bool], None]
@@ -116,6 +157,7 @@ class Source:
         default_root: directory of the files when no root is given.
         split_writer: import path of its `SplitWriter`; None where splits cannot be prepared one by one.
         split_options: config class of the options of a single split; None without `split_writer`.
+        events: whether its contents are recordings of events (`EventContents`) instead of images.
     """
 
     name: str
@@ -126,6 +168,7 @@ class Source:
     default_root: Path | None = None
     split_writer: str | None = None
     split_options: type[SourceOptions] | None = None
+    events: bool = False
 
     def load_reader(self) -> Reader:
         """Import the reader.

@@ -54,7 +54,16 @@ _FORMATS = {
 """Sources that read anybody's data, with the published data set of each."""
 
 
-PUBLISHED = frozenset({"cifar10", "cifar100", "coco", "digits", "fashion_mnist", "imagenet", "scenes"})
+_UNPUBLISHED = frozenset({"event_folder"})
+"""Sources that read anybody's data in a format without a published data set."""
+
+PUBLISHED = frozenset(
+    {
+        "apparent_motion", "asl_dvs", "cifar10", "cifar100", "coco", "digits", "dvs_cifar10", "dvs_gesture",
+        "fashion_mnist", "first_digit", "gen1", "imagenet", "ncaltech101", "ncars", "nmnist", "saccade_scenes",
+        "saccades", "scenes",
+    }
+)  # fmt: skip
 """Names that stand for one data set, which anybody's data do not get from their folder."""
 
 
@@ -92,7 +101,7 @@ def published_name(
     """
     known = _FORMATS.get(source)
     if known is None:
-        return source
+        return None if source in _UNPUBLISHED else source
     lines = class_names if category_ids is None else map("{} {}".format, category_ids, class_names)
     same = images in known.images and hashlib.sha256("\n".join(lines).encode()).hexdigest() == known.classes
     return known.name if same else None

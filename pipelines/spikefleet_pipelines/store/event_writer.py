@@ -103,7 +103,7 @@ class EventStoreWriter(StoreWriter):
                     recording = next(left, None)
                 written = shard.finish() if len(shard) else None
                 if written is None:
-                    self._merge(split, shard.statistics)
+                    self.add_statistics(split, shard.statistics)
             if written is not None:
                 self.add_event_shard(split, written)
 
@@ -118,7 +118,7 @@ class EventStoreWriter(StoreWriter):
             self.add_shard(split, written.shard, frame_columns(written.frames, self.layout), written.digests)
         elif targets is not None:
             self.add_shard(split, written.shard, targets, written.digests)
-        self._merge(split, written.statistics)
+        self.add_statistics(split, written.statistics)
 
     def _add(self, split: str, shard: EventShardWriter, recording: SourceRecording) -> None:
         try:
@@ -128,7 +128,8 @@ class EventStoreWriter(StoreWriter):
                 raise
             self.skipped.append(SkippedFile(split=split, file=recording.name, reason=str(error)))
 
-    def _merge(self, split: str, statistics: EventStatistics) -> None:
+    def add_statistics(self, split: str, statistics: EventStatistics) -> None:
+        """Add what was counted for a shard of which no recording is left; `add_event_shard` does it for others."""
         self._statistics.setdefault(split, EventStatistics.of(self.layout)).merge(statistics)
 
     def _event_audit(self) -> dict[str, EventAudit]:

@@ -303,9 +303,10 @@ class StoreWriter:
             for split, counts in self._counts.items()
         }
         if empty.get("train") and self.category_ids is None:
+            what = "image" if self.events is None else "recording"
             raise StoreError(
-                f"source {self.source!r}: no training image of class {', '.join(map(repr, empty['train']))}; add "
-                "images or remove the class"
+                f"source {self.source!r}: no training {what} of class {', '.join(map(repr, empty['train']))}; add "
+                f"{what}s or remove the class"
             )
         unique = {split: set(digests) for split, digests in self._digests.items()}
         occurrences = Counter(digest for digests in unique.values() for digest in digests)

@@ -62,8 +62,8 @@ def prepare_data(
     name: Annotated[
         str | None,
         typer.Option(
-            help="Name of the data set; if not given, SOURCE, or the folder's name for image_folder and for boxes that "
-            "are not COCO's. A store that is there is renamed."
+            help="Name of the data set; if not given, SOURCE, or the folder's name for image_folder, event_folder and for "
+            "boxes that are not COCO's. A store that is there is renamed."
         ),
     ] = None,
     images: Annotated[
@@ -80,7 +80,9 @@ def prepare_data(
     parallel: Annotated[
         int | None,
         typer.Option(
-            min=1, max=100_000, help="Ray tasks at a time, for encoded images; all CPUs, where there are many images."
+            min=1,
+            max=100_000,
+            help="Ray tasks at a time, for image files and recordings; all CPUs, where there are many.",
         ),
     ] = None,
     address: Address = None,
@@ -88,7 +90,10 @@ def prepare_data(
         bool, typer.Option("--overwrite", help="Replace a store that is there (with --split: only that split).")
     ] = False,
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out image files that cannot be read; the manifest lists them.")
+        bool,
+        typer.Option(
+            "--skip-bad", help="Leave out images and recordings that cannot be read; the manifest lists them."
+        ),
     ] = False,
     check_content: Annotated[
         bool,
