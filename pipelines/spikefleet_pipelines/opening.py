@@ -116,8 +116,8 @@ def _refuse_events(source: str) -> None:
     """Raises SourceError for a source of events: there are no frames of them as a network's input yet."""
     if find_source(source).events:
         raise SourceError(
-            f"data.source is {source!r}, recordings of events, which training and evaluation cannot read yet: there is no "
-            "transform that makes frames of them; set data.source to a source of images"
+            f"data.source is {source!r}, recordings of events, which training and evaluation cannot read yet: there is "
+            "no transform that makes frames of them; set data.source to a source of images"
         )
 
 
@@ -125,7 +125,7 @@ def _of_source(store: Store, config: DataConfig) -> Store:
     if store.manifest.events is not None:
         raise StoreError(
             f"data.{'store' if config.store is not None else 'root'} is {store.location}, which holds recordings of "
-            "events, and training and evaluation cannot read them yet: there is no transform that makes frames of them; "
+            "events, which training and evaluation cannot read yet: there is no transform that makes frames of them; "
             "choose a store of images"
         )
     if store.manifest.source != config.source:

@@ -84,7 +84,7 @@ def _orientation(files: Sequence[RecordingFile]) -> str:
         first = first or (file.path, found)
         if found not in _ORIENTATIONS or found != first[1]:
             raise SourceError(
-                f"{first[0]} is {first[1]} and {file.path} is {found}, expected all of AEDAT 2.0 or all of AEDAT 4, which "
+                f"{first[0]} is {first[1]} and {file.path} is {found}, expected all AEDAT 2.0 or all AEDAT 4, which "
                 "differ in orientation; give files of one release"
             )
     return _ORIENTATIONS["AEDAT 2.0" if first is None else first[1]]

@@ -12,8 +12,8 @@ class DvsCifar10Options(SourceOptions):
 
     split_rule: Literal["sew", "first_hundred", "random"] = Field(
         default="sew",
-        description="test is: sew: the last tenth of each class by file name as text (SEW ResNet); first_hundred: numbers "
-        "0 to 99 of each class; random: a tenth of each class, chosen by the seed",
+        description="test is: sew: the last tenth of each class by file name as text (SEW ResNet); first_hundred: "
+        "numbers 0 to 99 of each class; random: a tenth of each class, chosen by the seed",
     )
     holdout: float = recordings_holdout_field(0.1)
 

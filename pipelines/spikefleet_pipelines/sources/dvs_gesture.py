@@ -7,12 +7,15 @@ Tonic's files have times in ms as floats, so a store of them has other events.
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
+
 from spikefleet_pipelines.errors import SourceError
 from spikefleet_pipelines.events.readers.gesture_labels import read_gesture_labels
 from spikefleet_pipelines.events.readers.options import ReadOptions
 from spikefleet_pipelines.events.readers.reader import reading
+from spikefleet_pipelines.sources.contents import held_out
 from spikefleet_pipelines.sources.dvs_gesture_config import DVS_GESTURE, DvsGestureOptions
-from spikefleet_pipelines.sources.recording_files import hold_out, root_with, without_empty
+from spikefleet_pipelines.sources.recording_files import root_with, without_empty
 from spikefleet_pipelines.sources.recordings import RecordingContents, RecordingFile
 from spikefleet_pipelines.store.event_format import EventFormat
 
@@ -43,7 +46,7 @@ def read_dvs_gesture(root: Path, options: DvsGestureOptions, seed: int) -> Recor
             raise DVS_GESTURE.missing(root)
         read_options = ReadOptions(sensor=_SENSOR, columns=("x", "y", "p", "t"), time="ms")
         given, test = (_of_tonic(folder / name, unused) for name in _TONIC)
-    train, val = hold_out(given, options.holdout, seed)
+    train, val = _hold_out_people(given, options.holdout, seed)
     return RecordingContents(
         _CLASSES,
         without_empty(train=train, val=val, test=test),
@@ -51,6 +54,22 @@ def read_dvs_gesture(root: Path, options: DvsGestureOptions, seed: int) -> Recor
         read_options,
         unused=unused,
     )
+
+
+def _hold_out_people(
+    files: list[RecordingFile], fraction: float, seed: int
+) -> tuple[list[RecordingFile], list[RecordingFile]]:
+    """Divide by people, as train and test are: gestures of one recording share events where they overlap."""
+    people = sorted(set(map(_person, files)))
+    chosen = held_out(np.zeros(len(people), np.int64), lambda count: round(count * fraction), seed).tolist()
+    held = {person for person, one in zip(people, chosen, strict=True) if one}
+    return [file for file in files if _person(file) not in held], [file for file in files if _person(file) in held]
+
+
+def _person(file: RecordingFile) -> str:
+    """Such as user07, of user07_led.aedat or user07_led/3.npy."""
+    name = file.path.parent.name if file.between is None else file.path.stem
+    return name.partition("_")[0]
 
 
 def _listed(folder: Path, name: str) -> list[RecordingFile]:

@@ -104,21 +104,19 @@ def without_empty(**splits: Sequence[RecordingFile]) -> dict[str, Sequence[Recor
 
 
 def common_sensor(files: Sequence[RecordingFile], options: ReadOptions) -> Sensor:
-    """Return the size of the sensor of all recordings; those that cannot be opened are left to the conversion.
+    """Return the size of the sensor of all recordings; the conversion refuses those that do not state it.
 
     Raises:
-        SourceError: two have different sizes, one does not state its size and the options do not, or none can be
-            opened.
+        SourceError: two have different sizes, or none has a size, from its file or the options.
     """
     first: tuple[Path, Sensor] | None = None
     failed: SourceError | None = None
     for file in files:
         try:
-            reader = read_recording(file.path, options)
+            sensor = read_recording(file.path, options).require_sensor()
         except SourceError as error:
             failed = failed or error
             continue
-        sensor = reader.require_sensor()
         first = first or (file.path, sensor)
         if sensor != first[1]:
             raise SourceError(

@@ -176,6 +176,7 @@ def _convert(job: _Job, report: Callable[[], None] | None = None) -> _Written:
 def _add(job: _Job, file: RecordingFile, shard: EventShardWriter) -> ReadAudit:
     """Read a recording into a shard; return what was left out of the whole file."""
     reader = read_recording(file.path, job.read_options)
+    reader.require_sensor()
     name = shown_path(file.path)
     if file.between is not None:
         start, end = file.between

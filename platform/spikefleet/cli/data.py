@@ -62,8 +62,8 @@ def prepare_data(
     name: Annotated[
         str | None,
         typer.Option(
-            help="Name of the data set; if not given, SOURCE, or the folder's name for image_folder, event_folder and for "
-            "boxes that are not COCO's. A store that is there is renamed."
+            help="Name of the data set; if not given, SOURCE, or the folder's name for image_folder, event_folder and "
+            "for boxes that are not COCO's. A store that is there is renamed."
         ),
     ] = None,
     images: Annotated[
