@@ -124,9 +124,9 @@ def _refuse_events(source: str) -> None:
 def _of_source(store: Store, config: DataConfig) -> Store:
     if store.manifest.events is not None:
         raise StoreError(
-            f"data.{'store' if config.store is not None else 'root'} is {store.location}, which holds recordings of "
-            "events, which training and evaluation cannot read yet: there is no transform that makes frames of them; "
-            "choose a store of images"
+            f"data.{'store' if config.store is not None else 'root'} is {store.location}, a store of events, "
+            "which training and evaluation cannot read yet: there is no transform that makes frames of them; choose a "
+            "store of images"
         )
     if store.manifest.source != config.source:
         raise StoreError(

@@ -11,7 +11,7 @@ import pytest
 import ray
 
 from spikefleet_pipelines.errors import SourceError
-from spikefleet_pipelines.sources import prepare
+from spikefleet_pipelines.sources import prepare, recordings
 from spikefleet_pipelines.sources.coco import read_coco
 from spikefleet_pipelines.sources.coco_config import CocoOptions
 from spikefleet_pipelines.sources.image_folder import FolderContents, read_image_folder
@@ -19,6 +19,8 @@ from spikefleet_pipelines.sources.image_folder_config import ImageFolderOptions
 from spikefleet_pipelines.sources.ray_tasks import run_tasks
 from spikefleet_pipelines.store.reader import Store
 from spikefleet_pipelines.store.writer import StoreWriter
+from support.event_files import made_events, write_dat
+from support.event_sources import fill
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.filterwarnings("ignore:The image decoding")]
 
@@ -120,6 +122,28 @@ def test_tasks_write_the_same_detection_store(ray_on_two_cpus: None, coco: Path,
     with pytest.raises(SourceError, match=rf"^{broken} \(image \d+\): the JPEG is truncated or damaged") as caught:
         prepare("coco", coco, tmp_path / "broken", parallel=2)
     assert "\n" not in str(caught.value)
+
+
+def test_tasks_write_the_same_store_of_events(
+    ray_on_two_cpus: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recordings, "SHARD_FILE_BYTES", 1000)
+    root = tmp_path / "raw"
+    for number, split in enumerate(("train", "val")):
+        names = [f"{k}.dat" for k in range(6)]
+        fill(root / split / "a", names, lambda path, events: write_dat(path, events, (34, 40)), (34, 40), 10 * number)
+    told: list[tuple[int, int]] = []
+    here = prepare("event_folder", root, tmp_path / "here", parallel=1)
+    there = prepare("event_folder", root, tmp_path / "there", parallel=2, progress=lambda *both: told.append(both))
+    assert len(here.manifest.shards["train"]) > 2
+    assert there.manifest == here.manifest
+    assert told[-1] == (12, 12)
+    write_dat(root / "train" / "a" / "3.dat", made_events(40, (50, 60)), (34, 40))
+    with pytest.raises(SourceError, match=rf"^{root}/train/a/3\.dat: event \d+ is at") as caught:
+        prepare("event_folder", root, tmp_path / "broken", parallel=2)
+    assert "\n" not in str(caught.value)
+    skipped = prepare("event_folder", root, tmp_path / "skipped", parallel=2, skip_bad=True).manifest
+    assert (skipped.splits["train"], len(skipped.audit.skipped or ())) == (5, 1)
 
 
 def test_a_running_ray_is_used_and_left_running(ray_on_two_cpus: None) -> None:

@@ -1,5 +1,6 @@
 """Anybody's recordings in class folders: splits are what the folders say, and nothing is guessed."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,17 @@ def test_a_damaged_recording_is_refused_by_name_or_listed(tmp_path: Path) -> Non
         path.unlink()
     without = prepare("event_folder", root, tmp_path / "without").manifest
     assert without.content_hash == manifest.content_hash
+
+
+def test_what_is_no_file_is_refused_by_name(tmp_path: Path) -> None:
+    root = folders(tmp_path / "raw")
+    (root / "train" / "cat" / "link.dat").symlink_to(tmp_path / "nowhere.dat")
+    with pytest.raises(SourceError, match=r"cat/link\.dat cannot be read"):
+        prepare("event_folder", root, tmp_path / "store")
+    (root / "train" / "cat" / "link.dat").unlink()
+    os.mkfifo(root / "val" / "dog" / "pipe.dat")
+    with pytest.raises(SourceError, match=r"dog/pipe\.dat is not a regular file"):
+        prepare("event_folder", root, tmp_path / "store")
 
 
 def test_what_is_left_out_is_counted(tmp_path: Path) -> None:

@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from spikefleet_pipelines.errors import SourceError
-from spikefleet_pipelines.events.readers.finding import read_recording
 from spikefleet_pipelines.events.readers.labelled_boxes import BOXES_SUFFIX
 from spikefleet_pipelines.events.readers.options import ReadOptions
 from spikefleet_pipelines.events.recording import Sensor
 from spikefleet_pipelines.sources.contents import held_out
-from spikefleet_pipelines.sources.recordings import RecordingFile
+from spikefleet_pipelines.sources.recordings import RecordingFile, open_recording
 from spikefleet_pipelines.store.manifest import is_text
 
 _HIDDEN = "hidden files (names that start with a dot)"
@@ -113,7 +112,7 @@ def common_sensor(files: Sequence[RecordingFile], options: ReadOptions) -> Senso
     failed: SourceError | None = None
     for file in files:
         try:
-            sensor = read_recording(file.path, options).require_sensor()
+            sensor = open_recording(file.path, options).require_sensor()
         except SourceError as error:
             failed = failed or error
             continue

@@ -117,6 +117,19 @@ class RecordingContents:
         writer.unused = dict(unused)
 
 
+def open_recording(path: Path, options: ReadOptions) -> EventReader:
+    """Open a recording whose size is known.
+
+    Raises:
+        SourceError: it cannot be read, is no regular file (which could wait forever), or has no size.
+    """
+    if path.exists() and not path.is_file():
+        raise SourceError(f"{path} is not a regular file; replace or remove it")
+    reader = read_recording(path, options)
+    reader.require_sensor()
+    return reader
+
+
 @dataclass(frozen=True)
 class _Job:
     """The recordings of one shard."""
@@ -175,8 +188,7 @@ def _convert(job: _Job, report: Callable[[], None] | None = None) -> _Written:
 
 def _add(job: _Job, file: RecordingFile, shard: EventShardWriter) -> ReadAudit:
     """Read a recording into a shard; return what was left out of the whole file."""
-    reader = read_recording(file.path, job.read_options)
-    reader.require_sensor()
+    reader = open_recording(file.path, job.read_options)
     name = shown_path(file.path)
     if file.between is not None:
         start, end = file.between
