@@ -324,6 +324,11 @@ def rollback(
         if champion is None:
             raise UserError(f"model {name} has no champion to roll back")
         target = aliases.model.pick(_before(champion) if to is None else to)
+        if to is None and ROLLED_BACK in target.tags:
+            raise UserError(
+                f"{champion.uri} replaced version {target.version}, which was rolled back itself: "
+                f"{target.tags[ROLLED_BACK]}; name the version with --to"
+            )
         if target.version == champion.version:
             raise UserError(f"version {target.version} of model {name} is the champion already; set another --to")
         refusal = barred(candidate_of(target, "", rolled_back=False))
