@@ -127,7 +127,7 @@ def test_tasks_write_the_same_detection_store(ray_on_two_cpus: None, coco: Path,
 def test_tasks_write_the_same_store_of_events(
     ray_on_two_cpus: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recordings, "SHARD_FILE_BYTES", 1000)
+    monkeypatch.setattr(recordings, "SHARD_FILE_BYTES", 500)
     root = tmp_path / "raw"
     for number, split in enumerate(("train", "val")):
         names = [f"{k}.dat" for k in range(6)]
