@@ -54,6 +54,23 @@ def outside(monkeypatch: pytest.MonkeyPatch) -> Source:
     return STRIPES
 
 
+def test_sources_of_images_and_of_events() -> None:
+    images = ["digits", "fashion_mnist", "cifar10", "cifar100", "image_folder", "scenes", "coco"]
+    events = [
+        "saccades",
+        "first_digit",
+        "apparent_motion",
+        "saccade_scenes",
+        "event_folder",
+        "nmnist",
+        "ncars",
+        "asl_dvs",
+    ]
+    events += ["dvs_cifar10", "dvs_gesture", "ncaltech101", "gen1"]
+    assert list(list_sources()) == images + events
+    assert [name for name in list_sources() if find_source(name).events] == events
+
+
 def test_every_built_in_source_says_what_it_is_and_can_be_read() -> None:
     for name, description in list_sources().items():
         source = find_source(name)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
 from spikefleet_pipelines.errors import SourceError, StoreError
-from spikefleet_pipelines.sources import find_source, list_sources, prepare
+from spikefleet_pipelines.sources import prepare
 from spikefleet_pipelines.sources.fashion_mnist import read_idx
 from spikefleet_pipelines.sources.python2_pickle import ForbiddenPickleError, read_plain_pickle
 from spikefleet_pipelines.store.reader import Store
@@ -31,23 +31,6 @@ LABELS = np.arange(600) % 10
 
 def snapshot(store: Store) -> tuple[str, dict[str, int]]:
     return store.manifest.content_hash, store.manifest.splits
-
-
-def test_names() -> None:
-    images = ["digits", "fashion_mnist", "cifar10", "cifar100", "image_folder", "scenes", "coco"]
-    events = [
-        "saccades",
-        "first_digit",
-        "apparent_motion",
-        "saccade_scenes",
-        "event_folder",
-        "nmnist",
-        "ncars",
-        "asl_dvs",
-    ]
-    events += ["dvs_cifar10", "dvs_gesture", "ncaltech101", "gen1"]
-    assert list(list_sources()) == images + events
-    assert [name for name in list_sources() if find_source(name).events] == events
 
 
 # ---------------------------------------------------------------- digits
