@@ -211,7 +211,7 @@ def compare(many: ManyVersions, dice: random.Random, questions: int) -> list[str
         assert [v.uri for v in found] == [v.uri for v in expected], question
         assert found == expected
         answered += bool(found)
-    assert answered > questions / 8
+    assert answered, "each seed has a question with an answer"
     return reasons
 
 
