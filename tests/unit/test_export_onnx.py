@@ -155,7 +155,10 @@ def test_what_is_no_number_is_refused() -> None:
 @pytest.mark.parametrize("name", [name for name in list_models() if model_config(name).task == "classification"])
 def test_full_size_classifiers(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    network = lively(build_model(model_config(name)))
+    network = build_model(model_config(name))
+    if not name.startswith("resnet"):  # without spikes the drawn weights would let values grow beyond any logit
+        network = lively(network)
+    network.eval()
     channels = model_config(name).in_channels
     scaling_of = run_of(network)
     file = OnnxFile(exported(network, tmp_path / "a.onnx", (channels, 32, 32)))
