@@ -171,7 +171,9 @@ def test_a_create_whose_answer_is_lost_is_followed(server: RayJobServer, followe
 def test_an_api_server_that_stays_away_ends_it(server: RayJobServer, account: Path, template: Path) -> None:
     followed = Followed(server, account, template, patience_s=0.2)
     server.faults = {("GET", number): 503 for number in range(2, 1000)}
-    with pytest.raises(RunError, match=rf"did not answer for 0 s \(HTTP 503: planted 503\); RayJob {NAME} goes on"):
+    with pytest.raises(
+        RunError, match=rf"did not answer for 0 s \(HTTP 503: planted 503\); RayJob {NAME} keeps running"
+    ):
         followed.run()
     assert sum("does not answer" in line for line in followed.lines) == 1
 
@@ -345,7 +347,7 @@ def test_sigterm_ends_the_following_and_not_the_job(server: RayJobServer, accoun
     run.send_signal(signal.SIGTERM)
     out, err = run.communicate(timeout=30)
     assert run.returncode == 143
-    assert err == f"interrupted: no longer following; RayJob {NAME} goes on\n"
+    assert err == f"interrupted: no longer following; RayJob {NAME} keeps running\n"
     assert NAME in server.jobs
     assert server.count("DELETE") == 0
     assert TOKEN not in out + err

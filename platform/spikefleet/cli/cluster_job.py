@@ -23,7 +23,7 @@ def retrain_job(
     """Create the RayJob of a retraining on Kubernetes and follow it to its end; for the pod of a CronJob.
 
     Skipped, with exit code 0, if one of its name has not ended; one that has is deleted first. The exit code is that of
-    the job: 0 if it succeeded, 1 if it failed. When this command is stopped, the job goes on.
+    the job: 0 if it succeeded, 1 if it failed. When this command is stopped, the job keeps running.
     """
     from spikefleet.retraining import rayjob
     from spikefleet.retraining.kubernetes_api import in_this_pod
@@ -37,6 +37,8 @@ def retrain_job(
     try:
         say(retrainer.run())
     except KeyboardInterrupt:
-        left = f"RayJob {retrainer.name} goes on" if retrainer.created else "nothing was created that it knows of"
+        left = (
+            f"RayJob {retrainer.name} keeps running" if retrainer.created else "no RayJob is known to have been created"
+        )
         print_line(stderr, f"interrupted: no longer following; {left}")
         raise

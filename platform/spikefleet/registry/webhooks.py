@@ -51,7 +51,7 @@ _REFUSED = (
         "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS=true",
     ),
     (
-        re.compile(r"not (?:supported|implemented)|FileStore|ENDPOINT_NOT_FOUND|404|NotImplementedError"),
+        re.compile(r"not (?:supported|implemented)|FileStore|ENDPOINT_NOT_FOUND|error code 404|NotImplementedError"),
         "this server has no webhooks: it needs MLflow 3.3 or later and a database (--backend-store-uri sqlite or "
         "postgresql)",
     ),

@@ -85,7 +85,7 @@ class Retrainer:
     ) -> None:
         self.name: str = template["metadata"]["name"]
         self.created = False
-        """Whether the job that is followed was created, so that it goes on when this command stops."""
+        """Whether the job that is followed was created, so that it keeps running when this command stops."""
         self._jobs, self._template, self._say = jobs, template, say
         self._poll_s, self._patience_s = poll_s, patience_s
         self._mark = uuid.uuid4().hex
@@ -166,9 +166,9 @@ class Retrainer:
                 answer = ask()
             except NoAnswerError as error:
                 if time.monotonic() > until:
-                    goes_on = f"; RayJob {self.name} goes on" if self.created else ""
+                    left = f"; RayJob {self.name} keeps running" if self.created else ""
                     raise RunError(
-                        f"{self._jobs.server} did not answer for {self._patience_s:.0f} s ({error}){goes_on}"
+                        f"{self._jobs.server} did not answer for {self._patience_s:.0f} s ({error}){left}"
                     ) from None
                 if str(error) != told:
                     told = str(error)

@@ -36,7 +36,7 @@ class Record(BaseModel):
     base: int
     """The version whose configuration is trained."""
     reasons: list[str]
-    begun: str
+    started: str
     runs: list[str] = Field(default_factory=list)
     """Names of the finished trainings, in the order of their seeds."""
     scores: list[float | None] = Field(default_factory=list)
@@ -73,7 +73,7 @@ class RetrainingFolder:
         return self.path.name
 
     def read(self) -> Record | None:
-        """What was recorded; None if it has not begun. Raises UserError if the file is damaged."""
+        """What was recorded; None if it was not started. Raises UserError if the file is damaged."""
         path = self.path / _RECORD
         if not path.is_file():
             return None
@@ -127,8 +127,8 @@ class Retrainings:
         """The retrainings of a model, the latest last."""
         named = self.path.glob(f"{_stem(model)}*/{_RECORD}")  # a damaged one of another model is none of its business
         folders = [RetrainingFolder(path.parent) for path in named]
-        known = [(record.begun, folder) for folder in folders if (record := folder.read()) is not None]
-        ours = [(begun, folder) for begun, folder in known if _model_of(folder) == model]
+        known = [(record.started, folder) for folder in folders if (record := folder.read()) is not None]
+        ours = [(started, folder) for started, folder in known if _model_of(folder) == model]
         return [folder for _, folder in sorted(ours, key=lambda pair: (pair[0], pair[1].id))]
 
     def unfinished(self, model: str, identity: str) -> RetrainingFolder | None:

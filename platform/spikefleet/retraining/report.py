@@ -103,7 +103,7 @@ def write_report(folder: Path, record: Record, drift: DriftReport | None) -> Pat
         The file.
     """
     lines = [f"# Retraining {record.id}", "", f"**{record.word}**: {record.reason}", ""]
-    lines += ["| | |", "|---|---|", f"| model | {record.model} |", f"| begun | {record.begun} |"]
+    lines += ["| | |", "|---|---|", f"| model | {record.model} |", f"| started | {record.started} |"]
     lines += [f"| because | {_cell(reason)} |" for reason in record.reasons]
     lines += [
         f"| champion before | {'none' if record.champion is None else f'version {record.champion}'} |",

@@ -119,7 +119,7 @@ def retrain(request: Request, options: Options, console: Console) -> Retrained:
 
 
 class _Retraining:
-    """One retraining, begun or resumed.
+    """One retraining, started or resumed.
 
     Args:
         plan: of it.
@@ -148,7 +148,7 @@ class _Retraining:
             champion=plan.champion,
             base=plan.base.version,
             reasons=list(plan.reasons),
-            begun=datetime.now(UTC).isoformat(timespec="seconds"),
+            started=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         held = folder.read()
         self._resumed = held is not None
@@ -159,7 +159,7 @@ class _Retraining:
     def run(self) -> Retrained:
         """All steps that are not done yet."""
         self._note()
-        what = "resuming" if self._resumed else "beginning"
+        what = "resuming" if self._resumed else "starting"
         print_line(self._console, f"{what} retraining {self._folder.id}: {'; '.join(self._record.reasons)}")
         config = self._plan.config
         experiment = config.tracking.experiment or config.recipe
