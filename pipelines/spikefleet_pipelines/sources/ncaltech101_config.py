@@ -27,7 +27,7 @@ class NCaltech101Options(SourceOptions):
 
 NCALTECH101 = Source(
     name="ncaltech101",
-    description="N-Caltech101: Caltech101's images before a camera that makes three saccades, 240x180; classes or boxes",
+    description="N-Caltech101: Caltech101's images before a camera that makes three saccades, 240x180, with boxes",
     reader="spikefleet_pipelines.sources.ncaltech101:read_ncaltech101",
     options=NCaltech101Options,
     files="Caltech101/<class>/*.bin (or NCALTECH101/Caltech101/, as tonic has it); for task=detection also "
