@@ -253,7 +253,8 @@ def test_gradients_reach_the_first_layer_of_the_published_network() -> None:
     torch.manual_seed(0)
     config = model_config("seven_b_net_wide", timesteps=4)
     network = build_model(config)
-    frames = torch.poisson(torch.full((4, 8, 2, 34, 34), 0.1), torch.Generator().manual_seed(0))
+    # Few events: of many, max-pools and BSG make ones everywhere, which the last blocks' batch norms silence.
+    frames = torch.poisson(torch.full((4, 8, 2, 34, 34), 0.02), torch.Generator().manual_seed(0))
     with GradientFlow(network) as flow, SpikeMonitor(network) as monitor:
         F.cross_entropy(network(frames), torch.arange(8)).backward()
     layers = flow.layers(0.1)
