@@ -23,7 +23,7 @@ from spikefleet_tune.atomic import write_atomically
 
 if TYPE_CHECKING:  # pyarrow, which the training core does without
     from spikefleet.tasks.task import AnyTask
-    from spikefleet_pipelines.store.reader import Split
+    from spikefleet_pipelines.store.reader import Samples
 
 PER_IMAGE = "evaluation.npz"
 """File name of the results in a report and in a registered version, beside `evaluation.json`."""
@@ -105,20 +105,15 @@ class Boxes:
         scores = _parts(_shaped(arrays["scores"], (there,)).astype(np.float64), counts)
         labels = _parts(_whole(_shaped(arrays["labels"], (there,))), counts)
         ids, sizes = _whole(_shaped(arrays["image_ids"], (images,))), _whole(_shaped(arrays["sizes"], (images, 2)))
-        columns = {
-            "boxes": _shaped(arrays["object_boxes"], (truth, 4)).astype(np.float64),
-            "category_ids": _whole(_shaped(arrays["object_categories"], (truth,))),
-            "labels": _whole(_shaped(arrays["object_labels"], (truth,))),
-            "crowd": _shaped(arrays["object_crowds"], (truth,)).astype(bool),
-            "areas": _shaped(arrays["object_areas"], (truth,)).astype(np.float64),
-            "ids": np.arange(truth),
-        }
-        parts = {name: _parts(column, objects) for name, column in columns.items()}
+        corners = _parts(_shaped(arrays["object_boxes"], (truth, 4)).astype(np.float64), objects)
+        categories = _parts(_whole(_shaped(arrays["object_categories"], (truth,))), objects)
+        classes = _parts(_whole(_shaped(arrays["object_labels"], (truth,))), objects)
+        crowds = _parts(_shaped(arrays["object_crowds"], (truth,)).astype(bool), objects)
+        areas = _parts(_shaped(arrays["object_areas"], (truth,)).astype(np.float64), objects)
+        numbers = _parts(np.arange(truth), objects)
         targets = [
-            Annotations(
-                int(ids[k]), int(sizes[k, 0]), int(sizes[k, 1]), **{name: part[k] for name, part in parts.items()}
-            )
-            for k in range(images)
+            Annotations(int(ids[k]), int(sizes[k, 0]), int(sizes[k, 1]), *columns)
+            for k, columns in enumerate(zip(corners, categories, classes, crowds, areas, numbers, strict=True))
         ]
         return cls(
             [FoundBoxes(*one) for one in zip(boxes, scores, labels, strict=True)],
@@ -185,7 +180,7 @@ class PerImage:
 
 
 def save_per_image(
-    task: AnyTask, predictions: Sequence[Any], targets: Sequence[Any], split: Split, folder: Path
+    task: AnyTask, predictions: Sequence[Any], targets: Sequence[Any], split: Samples, folder: Path
 ) -> str | None:
     """Writes `evaluation.npz` for a whole split, if the task has results for single images.
 
