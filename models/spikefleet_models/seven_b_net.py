@@ -100,7 +100,7 @@ class SevenBNet(nn.Module):
         Raises:
             ValueError: the shape or type of `frames` does not fit the configuration.
         """
-        check_images(frames, self.config.in_channels, self.timesteps if self.config.uses_asd else None)
+        check_images(frames, self.config.in_channels, self.timesteps if self.config.needs_all_timesteps else None)
         return list(self._run(frames))
 
     def _run(self, x: Tensor) -> Iterator[Tensor]:

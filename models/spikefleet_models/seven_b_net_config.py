@@ -90,6 +90,11 @@ class SevenBNetConfig(ModelConfig):
         """Channels of each stage: the blocks of one width after another."""
         return tuple(channels for channels, _ in groupby(self.channels))
 
+    @property
+    def needs_all_timesteps(self) -> bool:
+        """True with weights over T in the decoder."""
+        return self.uses_asd
+
     def build(self) -> "nn.Module":
         """Build the `SevenBNet`."""
         from spikefleet_models.seven_b_net import SevenBNet

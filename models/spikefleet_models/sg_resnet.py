@@ -101,7 +101,7 @@ class SGResNetBackbone(nn.Module):
         return outputs
 
     def _check(self, images: Tensor) -> None:
-        check_images(images, self.config.in_channels, self.timesteps if self.config.uses_asd else None)
+        check_images(images, self.config.in_channels, self.timesteps if self.config.needs_all_timesteps else None)
 
     def initialise(self) -> None:
         """Initialise the weights; the owner of the backbone calls this last, so the random numbers keep their order."""

@@ -123,6 +123,11 @@ class SGResNetConfig(ModelConfig):
         """Whether the network has an attention spike decoder; the ANN twin never has."""
         return self.decoder == "asd" and self.is_spiking
 
+    @property
+    def needs_all_timesteps(self) -> bool:
+        """True with weights over T in the decoder."""
+        return self.uses_asd
+
     def build(self) -> "nn.Module":
         """Build the `SGResNet`."""
         from spikefleet_models.sg_resnet import SGResNet

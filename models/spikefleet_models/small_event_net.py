@@ -71,7 +71,7 @@ class SmallEventNet(nn.Module):
             ValueError: the shape or type of `frames` does not fit the configuration.
         """
         config = self.config
-        check_images(frames, config.in_channels, self.timesteps if config.uses_step_weights else None)
+        check_images(frames, config.in_channels, self.timesteps if config.needs_all_timesteps else None)
         spikes: Tensor = self.layers(frames)
         return spikes
 

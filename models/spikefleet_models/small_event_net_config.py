@@ -45,6 +45,11 @@ class SmallEventNetConfig(ModelConfig):
         """Whether the decoder has weights for exactly T steps; the ANN twin never has."""
         return self.decoder == "weighted" and self.is_spiking
 
+    @property
+    def needs_all_timesteps(self) -> bool:
+        """True with weights over T in the decoder."""
+        return self.uses_step_weights
+
     def build(self) -> "nn.Module":
         """Build the `SmallEventNet`."""
         from spikefleet_models.small_event_net import SmallEventNet
