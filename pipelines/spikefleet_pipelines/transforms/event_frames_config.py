@@ -6,7 +6,7 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from spikefleet_pipelines.events.binning_config import BinningConfig, RepresentationConfig
 from spikefleet_pipelines.transforms.batch_transform_config import BatchTransformConfig
-from spikefleet_pipelines.transforms.normalise_config import check_channels
+from spikefleet_pipelines.transforms.normalise_config import Normalisation, check_channels
 
 
 class EventFramesConfig(BatchTransformConfig):
@@ -66,6 +66,13 @@ class EventFramesConfig(BatchTransformConfig):
     def binning(self) -> BinningConfig:
         """Settings of binning with T slices. Raises ValueError as `timesteps`."""
         return self.representation.with_slices(self.timesteps)
+
+    @property
+    def binary_input(self) -> bool:
+        """Whether frames hold nothing but 0 and 1: binary ones that neither a resize nor a scale has changed."""
+        chosen = self.representation
+        scaled = chosen.normalise == "std" or (chosen.clip or 1.0) < 1.0 or self.normalise != Normalisation()
+        return chosen.kind == "binary" and not scaled and (chosen.size is None or chosen.resize == "nearest")
 
     def input_shape(
         self, image_shape: tuple[int, int, int] | None, sensor: tuple[int, int] | None

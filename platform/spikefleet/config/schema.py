@@ -237,6 +237,11 @@ class Config(Section):
                 f"data.source={source.name} has {'recordings of events' if source.events else 'images'}, but "
                 f"data.transform.kind is {self.data.transform.kind}; set data.transform.kind={kind}"
             )
+        if self.data.transform.drops_steps and self.model.needs_all_timesteps:
+            raise ValueError(
+                "data.transform.keep_fill=drop leaves slices out in training, but the network has weights for each of "
+                f"model.timesteps={self.model.timesteps}; set data.transform.keep_fill=zero, or model.decoder=rate"
+            )
         needed, sides = self.model.input_multiple, self.data.transform.side_multiple
         if sides % needed:
             raise ValueError(
