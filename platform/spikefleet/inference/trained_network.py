@@ -189,7 +189,8 @@ def evaluate_on_split(
         Predictions and targets in the order of the split; with the accuracy over time, unless the order is another.
 
     Raises:
-        UserError: another order is asked for of other data; the classes or category ids of the store are not those of the training data.
+        UserError: another order is asked for of other data; the classes or category ids of the store are not those of
+            the training data.
         SourceError: the data is missing and cannot be prepared.
         StoreError: the store is damaged.
     """
