@@ -42,7 +42,10 @@ def load_native_unit() -> ModuleType:
 @cache
 def native_flaw() -> str | None:
     """Why this machine cannot use the native form, compiled and checked by the first call; None where it can."""
-    library = import_module("spikefleet_models.kernels.native_library")
+    try:
+        library = import_module("spikefleet_models.kernels.native_library")
+    except ImportError:  # the code of a registered version holds none of it
+        return "its source is not installed"
     try:
         library.load_library()
     except library.NativeUnavailableError as error:
