@@ -20,11 +20,13 @@ spikes are used as binary events (`spike_edges.py`) and step by step (`causality
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from spikefleet_models.carried_state import with_state
 from spikefleet_models.causality import acausal_neuron
 from spikefleet_models.comparison import Comparison
 from spikefleet_models.deployment import check_deployment
@@ -131,6 +133,38 @@ def check_equivalence(deployed: nn.Module, images: Tensor, trained: nn.Module | 
         deployment=deployment,
         outputs_vary=comparison.outputs_vary,
     )
+
+
+@torch.no_grad()
+def check_carried(deployed: nn.Module, windows: Sequence[Tensor]) -> str | None:
+    """Run both forms in fp64 over the windows of a stream with the membrane state carried from each to the next.
+
+    An I-LIF membrane is the same number in both forms, as its D slots carry no dynamics; so its integers are equal in
+    every window.
+
+    Args:
+        deployed: a network after `reparam.deploy`; not changed.
+        windows: consecutive frames [T, B, C, H, W] of the same B recordings.
+
+    Returns:
+        The first difference in words, None where membranes and outputs are equal to the last bit.
+
+    Raises:
+        NotSpikeDrivenError: as `check_equivalence`.
+    """
+    integer, _ = on_grid(deployed, layer_inputs(copy.deepcopy(deployed).eval().double(), windows[0].double()))
+    binary = spike_driven(integer, layer_inputs(integer, windows[0].double()))
+    expected_state = found_state = None
+    for number, window in enumerate(windows):
+        expected, expected_state = with_state(integer, window.double(), expected_state)
+        found, found_state = with_state(binary, window.double(), found_state)
+        for name, v in expected_state.membranes.items():
+            if not torch.equal(v, found_state.membranes[name]):
+                return f"window {number}: the membrane of {name} differs"
+        for one, other in zip(tree_leaves(expected), tree_leaves(found), strict=True):
+            if not torch.equal(one, other):
+                return f"window {number}: an output differs"
+    return None
 
 
 def _mixed_batch(

@@ -184,18 +184,27 @@ class _LeanNode(neuron.BaseNode):
         if self.store_v_seq:
             recorded: Tensor = super().multi_step_forward(x_seq)
             return recorded.to(x_seq.dtype)
-        (v,) = self.materialize_states((x_seq,), tuple(self._memories.values()), "m")
-        emitted, self.v = self._run(x_seq, v)
+        emitted, self.v = self._run(x_seq, self.kept_voltage(x_seq))
         return emitted
 
+    def kept_voltage(self, x_seq: Tensor) -> Tensor:
+        """The voltage v[0] [B, ...] that a call on [T, B, ...] starts from where the node keeps its state."""
+        v: Tensor = self.materialize_states((x_seq,), (self.v,), "m")[0]
+        return v
+
     def reference_forward(self, x_seq: Tensor) -> Tensor:
-        """Run all steps from the reset state by SpikingJelly's step equations (I-LIF: eqs 8 to 11), plain autograd."""
-        states = self.materialize_states((x_seq,), (self.get_reset_value("v"),), "m")
+        """Run all steps by SpikingJelly's step equations (I-LIF: eqs 8 to 11) with plain autograd.
+
+        They start from the kept state where the node keeps it, else from the reset state.
+        """
+        states = self.materialize_states((x_seq,), (self.v if self.keep_state else self.get_reset_value("v"),), "m")
         currents = x_seq.to(membrane_dtype(x_seq.dtype))
         steps = []
         for x in currents:
             (spike,), states = self.single_step_functional_forward((x,), states)
             steps.append(spike)
+        if self.keep_state:
+            (self.v,) = states
         return torch.stack(steps).to(x_seq.dtype)
 
 

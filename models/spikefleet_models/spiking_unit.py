@@ -10,12 +10,13 @@ The convolution is not part of the unit:
 change to a network or a state dict:
 
 * triton (on CUDA, where Triton is installed): kernels/triton_unit.py, which has the same contract in three launches;
-* native (on the CPU, where there is a C++ compiler): kernels/native_unit.py, which has it in one call;
+  not for a neuron that keeps its state;
+* native (on the CPU, where there is a C++ compiler): kernels/native_unit.py, which has it in one call; not for a neuron
+  that keeps its state;
 * lean (elsewhere): one autograd Function that saves the convolution's output z, the batch statistics and (where its
   backward reads it) the shortcut, and recomputes normalisation, membrane and spikes tile by tile in backward;
 * modules: `bn`, `neuron` and `gate` called one after the other. Used where neither of these applies: another
-  kind of normalisation (SyncBatchNorm) or none, gradients in eval mode, I-LIF, a neuron that keeps its state, hooks on
-  one of the modules;
+  kind of normalisation (SyncBatchNorm) or none, gradients in eval mode, I-LIF, hooks on one of the modules;
 * reference: the formulas with plain autograd, torch's native batch norm and SpikingJelly's step equations, for tests
   and benchmarks.
 
@@ -120,9 +121,14 @@ class SpikingUnit(nn.Module):
         )
         fused_shortcut = None if isinstance(self.gate, LearnedGate) else shortcut
         w = getattr(self.neuron, "w", None)
-        unit = self._triton_unit(z, spec) or self._native_unit(z, fused_shortcut, spec)
-        fused = lean_unit if unit is None else unit.apply
-        spikes: Tensor = fused(z, self.bn.weight, self.bn.bias, fused_shortcut, w, spec)
+        arguments = (z, self.bn.weight, self.bn.bias, fused_shortcut, w, spec)
+        spikes: Tensor
+        if self.neuron.keep_state:
+            v_init = self.neuron.kept_voltage(spec.sequence(z))
+            spikes, self.neuron.v = _UnitFunction.apply(*arguments, v_init)
+        else:
+            unit = self._triton_unit(z, spec) or self._native_unit(z, fused_shortcut, spec)
+            spikes = (lean_unit if unit is None else unit.apply)(*arguments)
         if isinstance(self.gate, LearnedGate):
             assert shortcut is not None
             spikes = self.gate(spikes, shortcut)
@@ -166,7 +172,7 @@ class SpikingUnit(nn.Module):
             for module in (bn, node, self.gate)
         )
         frozen = not bn.training and torch.is_grad_enabled() and (z.requires_grad or _any_requires_grad(self))
-        return plain_bn and not observed and not frozen and not node.keep_state and not node.store_v_seq
+        return plain_bn and not observed and not frozen and not node.store_v_seq
 
     def _compose(self, z: Tensor, shortcut: Tensor | None, repeat: bool, reference: bool) -> Tensor:
         assert not isinstance(self.neuron, nn.ReLU)
@@ -221,12 +227,22 @@ def lean_unit(
 
 
 class _UnitFunction(torch.autograd.Function):
-    """(z, gamma, beta, shortcut, w) -> spikes; the module docstring lists what is saved."""
+    """(z, gamma, beta, shortcut, w) -> spikes; with v[0], which is saved too, -> (spikes, v[T]).
+
+    The module docstring lists what is saved.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, z: Tensor, gamma: Tensor, beta: Tensor, shortcut: Tensor | None, w: Tensor | None, spec: UnitSpec
-    ) -> Tensor:
+        ctx: Any,
+        z: Tensor,
+        gamma: Tensor,
+        beta: Tensor,
+        shortcut: Tensor | None,
+        w: Tensor | None,
+        spec: UnitSpec,
+        v_init: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         bn, dtype = spec.bn, membrane_dtype(z.dtype)
         x, mean, invstd = aten.native_batch_norm(
             z.to(dtype), gamma, beta, bn.running_mean, bn.running_var, bn.training, bn.momentum, bn.eps
@@ -236,6 +252,7 @@ class _UnitFunction(torch.autograd.Function):
         # Spikes take the place of the currents where they fit.
         in_place = not spec.repeat and z.dtype == dtype
         spikes = x_seq if in_place else spec.empty_spikes(z)
+        v_last = None if v_init is None else torch.empty_like(v_init)
         for part in tiles(spikes, axis=1):
             currents, out = x_seq[:, part], spikes[:, part]
             if spec.post_add:
@@ -243,23 +260,27 @@ class _UnitFunction(torch.autograd.Function):
                 currents = currents.add_(shortcut[:, part])
             direct = out.dtype == dtype
             fired = out if direct and spec.gate is None else torch.empty_like(out, dtype=dtype)
-            forward_steps(spec.dynamics, q, currents.unbind(), fired.unbind())
+            v_first, v_end = (None if v is None else v[part] for v in (v_init, v_last))
+            forward_steps(spec.dynamics, q, currents.unbind(), fired.unbind(), v_first, v_end)
             if spec.gate is not None:
                 assert shortcut is not None
                 joined = out if direct else torch.empty_like(fired)
                 fired = gate_forward(spec.gate, fired, shortcut[:, part].to(dtype), joined)
             if fired is not out:
                 out.copy_(fired)
-        ctx.save_for_backward(z, gamma, beta, mean, invstd, shortcut if spec.saves_shortcut else None, w)
+        ctx.save_for_backward(z, gamma, beta, mean, invstd, shortcut if spec.saves_shortcut else None, w, v_init)
+        ctx.set_materialize_grads(False)
         ctx.spec = spec
-        return spikes
+        return spikes if v_last is None else (spikes, v_last)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        (grad_spikes,) = grad_outputs
-        z, gamma, beta, mean, invstd, shortcut, w = ctx.saved_tensors
+        z, gamma, beta, mean, invstd, shortcut, w, v_init = ctx.saved_tensors
         spec: UnitSpec = ctx.spec
+        grad_spikes, grad_v = (*grad_outputs, None)[:2]
+        if grad_spikes is None:
+            grad_spikes = torch.zeros_like(spec.empty_spikes(z))
         dynamics, dtype = spec.dynamics, membrane_dtype(z.dtype)
         q = None if w is None else w.to(dtype).sigmoid()
         wide = z.to(dtype)
@@ -267,6 +288,7 @@ class _UnitFunction(torch.autograd.Function):
         grad_x = _normalise_again(wide, gamma, beta, mean, invstd)
         seq = spec.sequence(grad_x)
         grad_shortcut = None if shortcut is None else torch.empty_like(shortcut)
+        grad_v_init = None if v_init is None else torch.empty_like(v_init)
         grad_q: Tensor | None = None
         for part in tiles(grad_spikes, axis=1):
             h = seq[:, part]
@@ -275,7 +297,8 @@ class _UnitFunction(torch.autograd.Function):
             if spec.post_add:
                 h.add_(shortcut[:, part])
             currents = h if q is None else h.clone()
-            charge_steps(dynamics, q, h.unbind(), None)
+            v_first, grad_end = (None if v is None else v[part] for v in (v_init, grad_v))
+            charge_steps(dynamics, q, h.unbind(), v_first)
             grad_s = grad_spikes[:, part].to(dtype)
             if spec.gate is not None and grad_shortcut is not None:
                 fired = torch.ge(h, dynamics.v_threshold, out=torch.empty_like(h))
@@ -286,7 +309,11 @@ class _UnitFunction(torch.autograd.Function):
                     to_shortcut.copy_(gate_backward_shortcut(spec.gate, grad_s, fired, torch.empty_like(h)))
                 joined = shortcut[:, part].to(dtype)
                 grad_s = gate_backward_residual(spec.gate, grad_s, fired, joined, spec.gate_gradient)
-            _, tile_grad_q = backward_steps(dynamics, q, h.unbind(), grad_s.unbind(), currents=currents.unbind())
+            to_v_init, tile_grad_q = backward_steps(
+                dynamics, q, h.unbind(), grad_s.unbind(), grad_end, v_first, currents.unbind()
+            )
+            if grad_v_init is not None:
+                grad_v_init[part] = to_v_init
             if tile_grad_q is not None:
                 grad_q = tile_grad_q if grad_q is None else grad_q + tile_grad_q
             if spec.post_add and grad_shortcut is not None:
@@ -299,7 +326,7 @@ class _UnitFunction(torch.autograd.Function):
         grad_w = None if grad_q is None or q is None else grad_q * q * (1 - q)
         if spec.gate == "add":
             grad_shortcut = grad_spikes
-        return grad_z.to(z.dtype), grad_gamma, grad_beta, grad_shortcut, grad_w, None
+        return grad_z.to(z.dtype), grad_gamma, grad_beta, grad_shortcut, grad_w, None, grad_v_init
 
 
 def _normalise_again(z: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
