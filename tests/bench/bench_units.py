@@ -58,7 +58,7 @@ def recorded_calls(bf16: bool) -> list[Call]:
         calls.append(Call(copy.deepcopy(unit), z.detach().clone().requires_grad_(), joined, repeat))
         return forward(unit, z, shortcut, repeat)
 
-    SpikingUnit._forward = record  # type: ignore[method-assign]
+    SpikingUnit._forward = record  # type: ignore[method-assign, assignment]
     try:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             network(images)

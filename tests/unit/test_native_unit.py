@@ -366,7 +366,12 @@ def test_named_form_is_refused_where_the_machine_cannot_compile_it(monkeypatch: 
 def test_the_environment_chooses_the_form(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
     apply = native_unit.apply
-    monkeypatch.setattr(native_unit, "apply", lambda *arguments: ran.append("native") or apply(*arguments))
+
+    def counted(*arguments: Any) -> Tensor:
+        ran.append("native")
+        return apply(*arguments)
+
+    monkeypatch.setattr(native_unit, "apply", counted)
     unit, (z, _, _) = build_unit(T, 33), tensors("nchw")
     monkeypatch.setenv(kernels.CHOICE, "lean")
     assert kernels.unit_form(torch.device("cpu")) == "lean (SPIKEFLEET_KERNELS=lean)"

@@ -64,30 +64,28 @@ def _difference(
 
     dynamics = Dynamics(0.5, v_reset, False, True, tau, surrogate.ATan())
     bn = nn.BatchNorm2d(_SHAPE[1], device="cpu", dtype=torch.float32)
-    found = []
+    found: list[tuple[list[Tensor], list[Tensor]]] = []
     for compute in (native_unit.apply, lean_unit):
         spec = UnitSpec(copy.deepcopy(bn), dynamics, gate, "exact", False, _T, False)
         z, shortcut, weights = (
             tensor.to(dtype).contiguous(memory_format=layout).requires_grad_(index < 2)
             for index, tensor in enumerate(_tensors())
         )
-        if gate is None:
-            joined = None
-        else:
-            joined = shortcut.unflatten(0, (_T, -1))
-        if compute is native_unit.apply and (flaw := native_unit.problem(z, joined, spec)) is not None:
+        joined = None if gate is None else shortcut.unflatten(0, (_T, -1))
+        if (flaw := native_unit.problem(z, joined, spec)) is not None:
             return flaw
         spikes = compute(z, spec.bn.weight, spec.bn.bias, joined, None, spec)
         (spikes * weights.unflatten(0, (_T, -1))).sum().backward()
-        gradients = [z.grad, spec.bn.weight.grad, spec.bn.bias.grad, shortcut.grad]
-        found.append((spikes.detach(), spec.bn.running_mean, spec.bn.running_var, gradients))
-    ours, theirs = found
-    for what, mine, other in zip(("spikes", "running mean", "running variance"), ours, theirs, strict=False):
+        gradients = (z.grad, spec.bn.weight.grad, spec.bn.bias.grad, shortcut.grad)
+        exact = (spikes.detach(), spec.bn.running_mean, spec.bn.running_var)
+        found.append(([t for t in exact if t is not None], [t for t in gradients if t is not None]))
+    (ours, our_gradients), (theirs, their_gradients) = found
+    for what, mine, other in zip(("spikes", "running mean", "running variance"), ours, theirs, strict=True):
         if not torch.equal(mine, other):
-            return f"{what}: {int((mine != other).sum())} of {mine.numel()}"
+            return f"{what}: {int(mine.ne(other).sum())} of {mine.numel()}"
     tolerance = _GRADIENT if dtype == torch.float32 else _GRADIENT_BF16
-    for mine, other in zip(ours[3], theirs[3], strict=True):
-        if mine is not None and not _close(mine, other, tolerance):
+    for mine, other in zip(our_gradients, their_gradients, strict=True):
+        if not _close(mine, other, tolerance):
             return f"gradients by {float((mine.float() - other.float()).abs().max()):.2g}"
     return None
 
