@@ -99,7 +99,7 @@ def problem(z: Tensor, shortcut: Tensor | None, spec: UnitSpec) -> str | None:
         return f"z has shape {tuple(z.shape)} and strides {z.stride()}, expected elements in NCHW or NHWC"
     if z.numel() // z.shape[1] <= torch.get_num_threads():
         return f"{z.numel() // z.shape[1]} elements of a channel are no more than torch's threads"
-    if torch._C._get_tracing_state() is not None:
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return "torch.jit records operators of torch alone"
     return None
 
