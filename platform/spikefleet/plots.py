@@ -45,6 +45,12 @@ _READABLE_SIDE = 384
 """Images are enlarged by an integer factor to about this side in pixels before boxes are drawn on them."""
 
 
+_STRIP_ASPECT = 3.0
+"""Images so much wider than high are strips."""
+
+_STRIP_COLUMNS = 16
+"""Frames of strips side by side in a plot."""
+
 _Rest = ParamSpec("_Rest")
 
 
@@ -161,7 +167,7 @@ def image_grid(
     path: Path,
     names: Sequence[str] = (),
 ) -> None:
-    """Plots images under their captions.
+    """Plots images under their captions; wide ones, such as strips of events over time, in fewer columns.
 
     Args:
         images: uint8 `[C, H, W]` each.
@@ -170,11 +176,13 @@ def image_grid(
         path: the PNG.
         names: below the images, if there are any.
     """
-    columns = min(8, max(1, len(captions)))
+    aspect = max((image.shape[-1] / image.shape[-2] for image in images), default=1.0)
+    most, width_of_one = (8, 1.5) if aspect < _STRIP_ASPECT else (max(1, int(_STRIP_COLUMNS / aspect)), 1.5 * aspect)
+    columns = min(most, max(1, len(captions)))
     rows = -(-len(captions) // columns)
     below = [textwrap.fill(drawable(name), _NAME_WIDTH) for name in names]
     height = 1.85 + 0.12 * max((text.count("\n") + 1 for text in below), default=0)
-    width = max(1.5 * columns, 2.2)  # one image alone is narrower than its caption
+    width = max(width_of_one * columns, 2.2)  # one image alone is narrower than its caption
     figure, axes = _subplots(rows, columns, figsize=(width, height * rows), layout="constrained", squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
@@ -255,6 +263,23 @@ def precision_recall(curves: Mapping[str, Sequence[float]], path: Path) -> None:
     axis.set(xlabel="recall", ylabel="precision", title="IoU 0.5", xlim=(0, 1), ylim=(0, 1.02))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7, loc="lower left")
+    _save(figure, path)
+
+
+@_never_fatal
+def accuracy_over_time(accuracies: Sequence[float], step_ms: float | None, path: Path) -> None:
+    """Plots the accuracy of the answer after each time step: how long a network must see to be right.
+
+    Args:
+        accuracies: in [0, 1], after each step.
+        step_ms: length of a step; None where it is not the same for all samples.
+        path: the PNG.
+    """
+    figure, axis = _subplots(figsize=(5, 3.4), layout="constrained")
+    times = [(step + 1) * (step_ms or 1) for step in range(len(accuracies))]
+    axis.plot(times, accuracies, marker=".")
+    axis.set(xlabel="time steps seen" if step_ms is None else "time seen (ms)", ylabel="top1", ylim=(0, 1))
+    axis.grid(alpha=0.3)
     _save(figure, path)
 
 
@@ -342,6 +367,37 @@ def paper_and_ours(
         axis.grid(axis="x", alpha=0.3)
         axis.legend(fontsize=7)
     figure.suptitle(drawable(title), fontsize=10)
+    _save(figure, path)
+
+
+@_never_fatal
+def data_overview(
+    counts: Mapping[str, Sequence[int]], names: Sequence[str], sizes: Mapping[str, np.ndarray], path: Path
+) -> None:
+    """Plots class balance and sizes of a data set.
+
+    Args:
+        counts: for each split, the number of images or objects of each class.
+        names: of the classes.
+        sizes: under what they are sizes of, height and width in pixels, `[n, 2]`.
+        path: the PNG.
+    """
+    figure, axes = _subplots(
+        1, 1 + len(sizes), figsize=(4.6 * (1 + len(sizes)), 4), layout="constrained", squeeze=False
+    )
+    balance, *others = axes.flat
+    width = 0.8 / max(1, len(counts))
+    for number, (split, values) in enumerate(counts.items()):
+        balance.bar(np.arange(len(values)) + number * width, np.maximum(values, 0.5), width, label=split)
+    balance.set(title="class balance", yscale="log", ylabel="number")
+    if len(names) <= _NAMED_CLASSES:
+        balance.set_xticks(np.arange(len(names)), [drawable(name) for name in names], rotation=90, fontsize=7)
+    balance.legend(fontsize=8)
+    for axis, (title, pixels) in zip(others, sizes.items(), strict=True):
+        if len(pixels):
+            axis.scatter(pixels[:, 1], pixels[:, 0], s=4, alpha=0.3)
+        axis.set(title=title, xlabel="width (pixels)", ylabel="height (pixels)")
+        axis.grid(alpha=0.3)
     _save(figure, path)
 
 

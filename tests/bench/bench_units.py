@@ -51,14 +51,12 @@ def recorded_calls(bf16: bool) -> list[Call]:
     calls: list[Call] = []
     forward = SpikingUnit._forward
 
-    def record(unit: SpikingUnit, z: Tensor, shortcut: Tensor | None, repeat: bool) -> Tensor:
-        if isinstance(unit.neuron, nn.ReLU):
-            return forward(unit, z, shortcut, repeat)
+    def record(self: SpikingUnit, z: Tensor, shortcut: Tensor | None, timesteps: int, repeat: bool) -> Tensor:
         joined = None if shortcut is None else shortcut.detach().clone().requires_grad_()
-        calls.append(Call(copy.deepcopy(unit), z.detach().clone().requires_grad_(), joined, repeat))
-        return forward(unit, z, shortcut, repeat)
+        calls.append(Call(copy.deepcopy(self), z.detach().clone().requires_grad_(), joined, repeat))
+        return forward(self, z, shortcut, timesteps, repeat)
 
-    SpikingUnit._forward = record  # type: ignore[method-assign, assignment]
+    SpikingUnit._forward = record  # type: ignore[method-assign]
     try:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             network(images)

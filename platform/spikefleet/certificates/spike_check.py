@@ -32,7 +32,7 @@ from spikefleet_models.slots import NotSpikeDrivenError, reuse_equal_slots
 from spikefleet_models.spike_driven import spike_driven
 from spikefleet_models.spike_edges import check_finite, layer_inputs
 from spikefleet_pipelines.loading import BatchLoader
-from spikefleet_pipelines.store.reader import Split
+from spikefleet_pipelines.store.reader import Samples
 
 PROOF = "spike_check.json"
 """Name of the proof's file in a report and in a registered version."""
@@ -163,7 +163,7 @@ def check_spikes(
     network: nn.Module,
     task: AnyTask,
     config: Config,
-    split: Split,
+    split: Samples,
     *,
     images: int = MOST_IMAGES,
     measured: int = 0,
@@ -185,24 +185,24 @@ def check_spikes(
     """
     if not spiking_nodes(network):
         return SpikeCheck(None, None)
-    loader = BatchLoader(split, config.data.transform, train=False)
+    loader, spikes_in = BatchLoader(split, config.transform, train=False), config.transform.binary_input
     try:
         check_finite(network)  # an infinite variance is folded to weights of zero
         deployed = deploy(network)
-        chosen, shown = _images(deployed, loader, images)
+        chosen, shown = _images(deployed, loader, images, spikes_in)
         exact = copy.deepcopy(network).double()  # folded weights are not rounded to fp32 then
-        proof = check_equivalence(deploy(exact), shown, trained=exact)
+        proof = check_equivalence(deploy(exact), shown, trained=exact, binary_input=spikes_in)
     except NotSpikeDrivenError as error:
         return SpikeCheck(None, str(error))
     flips: tuple[FlipCount, ...] = ()
     remark = None
     try:
         few = shown.narrow(shown.ndim - 4, 0, min(_FLIP_IMAGES, len(chosen.positions)))
-        flips = tuple(count_flips(deployed, few, dtype) for dtype in _FLIP_TYPES)
+        flips = tuple(count_flips(deployed, few, dtype, spikes_in) for dtype in _FLIP_TYPES)
     except NotSpikeDrivenError as error:  # rounding can change what runs behind the last neuron
         remark = str(error)
     try:
-        binary = spike_driven(deployed, layer_inputs(deployed, shown))
+        binary = spike_driven(deployed, layer_inputs(deployed, shown, spikes_in))
     except NotSpikeDrivenError as error:
         return SpikeCheck(None, str(error), flips, chosen=chosen)
     reuse_equal_slots(binary)
@@ -210,12 +210,13 @@ def check_spikes(
     return SpikeCheck(proof, None, flips, metrics, chosen, remark)
 
 
-def check_images(network: nn.Module, images: Tensor) -> SpikeCheck:
+def check_images(network: nn.Module, images: Tensor, binary_input: bool = False) -> SpikeCheck:
     """Makes the first two legs of the proof on given images; they hold for any image, and the metric needs targets.
 
     Args:
         network: on the CPU, in evaluation mode, as it was trained; not changed.
         images: as the network takes them, at least two.
+        binary_input: whether they are event frames of 0 and 1.
 
     Raises:
         Exception: as for `check_spikes`.
@@ -225,25 +226,25 @@ def check_images(network: nn.Module, images: Tensor) -> SpikeCheck:
     try:
         check_finite(network)
         exact = copy.deepcopy(network).double()
-        return SpikeCheck(check_equivalence(deploy(exact), images, trained=exact), None)
+        return SpikeCheck(check_equivalence(deploy(exact), images, trained=exact, binary_input=binary_input), None)
     except NotSpikeDrivenError as error:
         return SpikeCheck(None, str(error))
 
 
-def _images(deployed: nn.Module, loader: BatchLoader, most: int) -> tuple[Chosen, Tensor]:
+def _images(deployed: nn.Module, loader: BatchLoader, most: int, binary_input: bool) -> tuple[Chosen, Tensor]:
     """Images on which every layer fires, as far as the first ones of the split have such."""
     most = min(most, len(loader.split))
 
     def batches() -> Iterator[Tensor]:
         left = most
         for batch in first_batches(loader, min(_LOOKED_AT_ONCE, most), most):
-            yield batch.images.narrow(batch.images.ndim - 4, 0, min(left, len(batch.indices)))
+            yield batch.network_input.narrow(batch.images.ndim - 4, 0, min(left, len(batch.indices)))
             left -= len(batch.indices)
 
-    first = next(first_batches(loader, 1, 1)).images
-    chosen = choose_images(deployed, layer_inputs(deployed, first), batches())
+    first = next(first_batches(loader, 1, 1)).network_input
+    chosen = choose_images(deployed, layer_inputs(deployed, first, binary_input), batches())
     plan = ChosenPlan(len(loader.split), tuple(chosen.positions))
-    return chosen, next(iter(loader.epoch(plan, epoch=0))).images
+    return chosen, next(iter(loader.epoch(plan, epoch=0))).network_input
 
 
 def _equal(passed: bool) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from torch import nn
@@ -31,7 +31,10 @@ from spikefleet.training.distributed import ProcessGroup, pick_device
 from spikefleet.training.evaluation import Evaluation, evaluate
 from spikefleet_models.energy import EnergyCard
 from spikefleet_pipelines.loading import BatchLoader
-from spikefleet_pipelines.store.reader import Split
+from spikefleet_pipelines.store.reader import Samples
+
+SliceOrder = Literal["shuffled", "reversed"]
+"""Another order of the time slices of recordings than the recorded one."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ def _energy_card(folder: Path) -> EnergyCard | None:
 
 def open_split(
     trained: TrainedNetwork, split: str, stores_dir: Path, console: Console, *, data: str | None = None
-) -> Split:
+) -> Samples:
     """Opens a split of the network's own data, or of another store.
 
     Args:
@@ -134,7 +137,7 @@ def open_split(
         data: location of another store, or its name in `stores_dir`; by default the network's own data.
 
     Raises:
-        UserError: the classes or category ids of the store are not those of the training data.
+        UserError: the classes, category ids or orientation of the store are not those of the training data.
         SourceError: the data is missing and cannot be prepared.
         StoreError: the store is damaged.
     """
@@ -152,7 +155,13 @@ def open_split(
             f"{store.location}: its category ids are not those of the data of {trained.reference}, so metrics by class "
             "would be wrong; use a store with the same categories"
         )
-    return store.split(store.manifest.original(split))
+    events = store.manifest.events
+    if events is not None and events.orientation != trained.data.orientation:
+        raise UserError(
+            f"{store.location}: x, y and polarity were read as {events.orientation}, but {trained.reference} was "
+            f"trained on events read as {trained.data.orientation or 'images'}; use a store with the same orientation"
+        )
+    return store.samples(store.manifest.original(split))
 
 
 def evaluate_on_split(
@@ -163,6 +172,7 @@ def evaluate_on_split(
     *,
     data: str | None = None,
     gpu: bool = False,
+    slice_order: SliceOrder | None = None,
 ) -> Evaluation[Any, Any]:
     """Evaluates a network on a split.
 
@@ -173,21 +183,34 @@ def evaluate_on_split(
         console: for progress.
         data: location of another store; by default the data of the network's configuration.
         gpu: run on the GPU.
+        slice_order: another order of the time slices, for networks on recordings of events with classes.
 
     Returns:
-        Predictions and targets in the order of the split.
+        Predictions and targets in the order of the split; with the accuracy over time, unless the order is another.
 
     Raises:
-        UserError: the classes or category ids of the store are not those of the training data.
+        UserError: another order is asked for of other data; the classes or category ids of the store are not those of
+            the training data.
         SourceError: the data is missing and cannot be prepared.
         StoreError: the store is damaged.
     """
-    config = trained.config.data
     rows = open_split(trained, split, stores_dir, console, data=data)
     group = ProcessGroup(0, 1, pick_device(gpu))
-    loader = BatchLoader(rows, config.transform, train=False, processes=config.loader_processes)
-    with counting(console, f"evaluating {rows.name}") as progress:
+    processes = trained.config.data.loader_processes
+    transform = trained.config.transform
+    if slice_order is not None:
+        if "slice_order" not in type(transform).model_fields:
+            raise UserError(
+                f"slice_order is {slice_order}, but {trained.reference} reads {transform.kind!r}, which has no time "
+                "slices to reorder; leave it out"
+            )
+        transform = transform.model_copy(update={"slice_order": slice_order})
+    loader = BatchLoader(rows, transform, train=False, processes=processes, device=group.device)
+    what = rows.name if slice_order is None else f"{rows.name}, slices {slice_order}"
+    with counting(console, f"evaluating {what}") as progress:
         network = trained.network.to(group.device)
-        evaluation = evaluate(network, trained.task, loader, trained.config.train, group, progress)
+        evaluation = evaluate(
+            network, trained.task, loader, trained.config.train, group, progress, over_time=slice_order is None
+        )
     assert evaluation is not None, "rank 0 gets the predictions"
     return evaluation
