@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,19 +20,19 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.sampling import Plan
-from spikefleet_pipelines.transforms.batch_transform import BatchTransform, Targets
+from spikefleet_pipelines.transforms.batch_transform import BatchTransform, BinsOnDevice, DrawsRows, Targets
 from spikefleet_pipelines.transforms.batch_transform_config import BatchTransformConfig
 from spikefleet_pipelines.transforms.kinds import transform_kinds
 
 if TYPE_CHECKING:  # `in_memory.py` makes batches without a store
-    from spikefleet_pipelines.store.reader import Split
+    from spikefleet_pipelines.store.reader import Samples
 
 
 class Batch(NamedTuple):
     """The samples of one rank in one step."""
 
     images: Tensor
-    """float32 [B, C, H, W], normalised."""
+    """float32 [B, C, H, W], or of events frames [B, T, C, H, W]; normalised."""
     targets: Targets
     """Targets of the transform kind: classes, int64 [B]; for detection one `Target` per image."""
     indices: Tensor
@@ -40,15 +40,24 @@ class Batch(NamedTuple):
     global_count: int
     """Samples of all ranks in this step."""
 
+    @property
+    def network_input(self) -> Tensor:
+        """What a network takes: images [B, C, H, W], or frames [T, B, C, H, W], a view with time first."""
+        return self.images if self.images.ndim == 4 else self.images.transpose(0, 1)
+
     def to(self, device: torch.device | str, channels_last: bool = False) -> "Batch":
         """Copy images and targets to a device; copies from page-locked memory are non-blocking.
 
         Args:
             device: to copy to.
-            channels_last: convert the images to the NHWC memory layout.
+            channels_last: convert the images to the NHWC memory layout; frames so that T and B of `network_input`
+                become one dimension of images in that layout without another copy.
         """
-        layout = torch.channels_last if channels_last else torch.contiguous_format
+        layout = torch.channels_last if channels_last and self.images.ndim == 4 else torch.contiguous_format
         images = self.images.to(device, non_blocking=True, memory_format=layout)
+        if channels_last and images.ndim == 5:
+            together = images.transpose(0, 1).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+            images = together.unflatten(0, (images.shape[1], images.shape[0])).transpose(0, 1)
         if isinstance(self.targets, Tensor):
             return self._replace(images=images, targets=self.targets.to(device, non_blocking=True))
         targets = tuple(target.to(device, non_blocking=True) for target in self.targets)
@@ -118,6 +127,7 @@ class BatchLoader:
             images in as many threads as torch has.
         pin_memory: put batches in page-locked memory, for non-blocking copies to a GPU.
         epochs: length of the run, so that mosaics can stop before its end; None if unknown.
+        device: where events are counted with `bin_on=device`.
 
     Raises:
         ValueError: the transform does not fit the images of the split, or its kind does not fit the task of the store.
@@ -125,19 +135,21 @@ class BatchLoader:
 
     def __init__(
         self,
-        split: "Split",
+        split: "Samples",
         transform: BatchTransformConfig,
         train: bool,
         seed: int = 0,
         processes: int = 0,
         pin_memory: bool = False,
         epochs: int | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         if processes < 0:
             raise ValueError(f"processes is {processes}, expected at least 0")
         self.split = split
         _check_store(split, transform)
         self._transform: BatchTransform[Any, Targets] = transform.build(split, train, seed, epochs)
+        self._device = device
         self._requests = _Requests()
         self._loader = DataLoader(
             _Batches(self._transform),
@@ -170,19 +182,28 @@ class BatchLoader:
                 "create the plan with samples=len(split)"
             )
         self._requests.start(plan, epoch, start_step)
-        return _read(iter(self._loader), self._transform)
+        return _read(iter(self._loader), self._transform, self._device)
+
+    def pictures(self, rows: Sequence[int]) -> list[Tensor]:
+        """Draw samples for reports, uint8 [C, H, W] each: stored images, or events as the transform sees them."""
+        if isinstance(self._transform, DrawsRows):
+            return self._transform.pictures(rows)
+        return [self.split.image(row) for row in rows]
 
 
-def _check_store(split: "Split", transform: BatchTransformConfig) -> None:
-    if split.is_detection != (transform.store_task == "detection"):
-        task = split.manifest.task
+def _check_store(split: "Samples", transform: BatchTransformConfig) -> None:
+    task, events = split.manifest.task, split.manifest.events is not None
+    if (task, events) != (transform.store_task, transform.reads_events):
+        what = f"{'events' if events else 'images'} for {task}"
         raise ValueError(
-            f"{split.location} is a store for {task}, but transform.kind is {transform.kind!r}; set transform.kind to "
-            f"{' or '.join(map(repr, transform_kinds(task)))}"
+            f"{split.location} is a store of {what}, but transform.kind is {transform.kind!r}; set transform.kind to "
+            f"{' or '.join(map(repr, transform_kinds(task, events)))}"
         )
 
 
-def _read(loaded: Iterator[_Item], transform: BatchTransform[Any, Targets]) -> Iterator[Batch]:
+def _read(
+    loaded: Iterator[_Item], transform: BatchTransform[Any, Targets], device: torch.device | str
+) -> Iterator[Batch]:
     while True:
         try:
             item = next(loaded)
@@ -200,7 +221,10 @@ def _read(loaded: Iterator[_Item], transform: BatchTransform[Any, Targets]) -> I
             ) from error
         if isinstance(item, ValueError):
             raise item
-        yield Batch(item.images, transform.unpack(item.packed), item.indices, item.global_count)
+        images = item.images
+        if isinstance(transform, BinsOnDevice):
+            images = transform.on_device(images, item.packed, device)
+        yield Batch(images, transform.unpack(item.packed), item.indices, item.global_count)
 
 
 def _outlive_signals(worker: int) -> None:

@@ -11,6 +11,7 @@ from spikefleet_pipelines.sources import Progress, find_source, prepare
 from spikefleet_pipelines.store.manifest import MANIFEST_NAME
 from spikefleet_pipelines.store.origin import Origin, is_built_from
 from spikefleet_pipelines.store.reader import Store
+from spikefleet_pipelines.transforms.kinds import transform_kinds
 
 _DIGEST = 8
 """Hexadecimal digits in the name of a store that was prepared beside an earlier one."""
@@ -41,11 +42,11 @@ def open_or_prepare(
         say: called with a sentence where an earlier store is not used, or its files are gone.
 
     Raises:
-        StoreError: `config.store` is not a store, belongs to another source or holds events, or a shard is corrupt.
+        StoreError: `config.store` is not a store or belongs to another source, or a shard is corrupt.
         SourceError: there are no data (the message says where they were searched and how to prepare them), or the
-            source is one of events.
+            kind of the transform does not read what the source has, events or images.
     """
-    _refuse_events(config.source)
+    _check_kind(config, find_source(config.source).events, f"data.source={config.source}")
     if config.store is not None:
         return _of_source(Store.open(config.store, verify=verify), config)
     if config.root is not None and Store.is_store(config.root):
@@ -112,25 +113,22 @@ def _silent(sentence: str) -> None:
     pass
 
 
-def _refuse_events(source: str) -> None:
-    """Raises SourceError for a source of events: there are no frames of them as a network's input yet."""
-    if find_source(source).events:
+def _check_kind(config: DataConfig, events: bool, what: str) -> None:
+    """Raises SourceError unless the transform reads what there is, events or images."""
+    transform = config.transform
+    if transform.reads_events != events:
+        there, kinds = ("recordings of events" if events else "images"), transform_kinds(transform.store_task, events)
         raise SourceError(
-            f"data.source is {source!r}, recordings of events, which training and evaluation cannot read yet: there is "
-            "no transform that makes frames of them; set data.source to a source of images"
+            f"{what} has {there}, but data.transform.kind is {transform.kind!r}; set data.transform.kind to "
+            f"{' or '.join(map(repr, kinds))}"
         )
 
 
 def _of_source(store: Store, config: DataConfig) -> Store:
-    if store.manifest.events is not None:
-        raise StoreError(
-            f"data.{'store' if config.store is not None else 'root'} is {store.location}, a store of events, "
-            "which training and evaluation cannot read yet: there is no transform that makes frames of them; choose a "
-            "store of images"
-        )
     if store.manifest.source != config.source:
         raise StoreError(
             f"{store.location} is a store of source {store.manifest.source!r}, expected {config.source!r}; set "
             "data.source or choose another store"
         )
+    _check_kind(config, store.manifest.events is not None, store.location)
     return store

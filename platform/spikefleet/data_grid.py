@@ -10,22 +10,16 @@ from numpy.typing import NDArray
 
 from spikefleet.plots import boxes_on_image, image_grid, image_sheet
 from spikefleet_pipelines.events.binning import count, slice_times, slices_by_time
-from spikefleet_pipelines.events.windows import EventWindow
+from spikefleet_pipelines.events.event_images import COLOURS, coloured, scale_of, whole_counts, window_image
 from spikefleet_pipelines.store.annotations import Annotations
 from spikefleet_pipelines.store.event_reader import EventSplit
+from spikefleet_pipelines.store.event_samples import SHOWN_US
 from spikefleet_pipelines.store.reader import Split, Store
 
 _STRIP = 7
 """Slices of a recording beside its events of all times: a line of eight."""
-_FRAME_US = 50_000
-"""Time before a label whose events are shown with its boxes."""
-_OFF, _ON = np.array([200.0, 50, 30]), np.array([25.0, 90, 200])
-_FAINTEST = 0.3
-_GROUND = 238.0
-"""Grey of a pixel without events: the border of the sensor shows on white paper."""
 _EVENT_PALETTE = 4
 """First colour of boxes on events: green, since blue and red are the polarities."""
-_COLOURS = "blue: ON, red: OFF"
 
 
 def draw_rows(store: Store, rows: int, path: Path) -> str:
@@ -56,7 +50,7 @@ def draw_rows(store: Store, rows: int, path: Path) -> str:
     lines = [_labelled_line(recordings, row) if recordings.is_detection else _line(recordings, row) for row in chosen]
     shown = [image for line in lines for image, _ in line]
     captions = [caption for line in lines for _, caption in line]
-    image_grid(shown, captions, [None] * len(shown), path, names=[_COLOURS])
+    image_grid(shown, captions, [None] * len(shown), path, names=[COLOURS])
     return split
 
 
@@ -93,44 +87,26 @@ def _line(split: EventSplit, row: int) -> list[tuple[torch.Tensor, str]]:
     whole, strip = (count(window, slices_by_time(window, slices)) for slices in (1, _STRIP))
     times = slice_times(window, _STRIP) / 1000
     name = split.class_names[split.label(row)]
-    line = [(_coloured(whole[0], _scale(whole)), f"{name}\n{len(window):,} events")]
-    scale = _scale(strip)
+    line = [(_drawn(whole[0], scale_of(whole)), f"{name}\n{len(window):,} events")]
+    scale = scale_of(strip)
     for number, frame in enumerate(strip):
-        line.append((_coloured(frame, scale), f"{times[number]:.0f} to {times[number + 1]:.0f} ms"))
+        line.append((_drawn(frame, scale), f"{times[number]:.0f} to {times[number + 1]:.0f} ms"))
     return line
 
 
 def _labelled_line(split: EventSplit, row: int) -> list[tuple[torch.Tensor, str]]:
     """All events of a recording, then those of the 50 ms before some label times with their boxes, with captions."""
     recording, frames = split.recording(row), split.frames(row)
-    whole = _frame(recording.whole())
-    line = [(_coloured(whole, _scale(whole)), f"recording {row}\n{len(recording):,} events")]
+    whole = whole_counts(recording.whole())
+    line = [(_drawn(whole, scale_of(whole)), f"recording {row}\n{len(recording):,} events")]
     for number in _spread(len(frames), _STRIP):
         time = int(frames.times[number])
-        image = _frame(recording.window(time - _FRAME_US, _FRAME_US))
-        drawn = _coloured(image, _scale(image))
+        drawn = torch.from_numpy(window_image(recording.window(time - SHOWN_US, SHOWN_US)))
         drawn = _boxes(drawn, split.annotations(row, number), split.class_names, _EVENT_PALETTE)
         line.append((drawn, f"{time / 1000:,.0f} ms"))
     blank = torch.full((3, *split.layout.sensor), 255, dtype=torch.uint8)
     return line + [(blank, "")] * (_STRIP + 1 - len(line))
 
 
-def _frame(window: EventWindow) -> NDArray[np.int32]:
-    """Counts of a whole window, [2, H, W]."""
-    return count(window, np.array([0, len(window)], np.int64))[0]
-
-
-def _scale(counts: NDArray[np.int32]) -> float:
-    """The count that is drawn in full colour: of the pixels with events, nearly the largest one."""
-    shown = counts[counts > 0]
-    return float(np.percentile(shown, 99)) if len(shown) else 1.0
-
-
-def _coloured(counts: NDArray[np.int32], scale: float) -> torch.Tensor:
-    """Counts [2, H, W] (OFF, ON) as uint8 [3, H, W]: grey without events, darker with more."""
-    total = counts.sum(0)
-    share_on = counts[1] / np.maximum(total, 1)
-    colour = _OFF + (_ON - _OFF) * share_on[..., None]
-    strength = np.where(total > 0, _FAINTEST + (1 - _FAINTEST) * np.minimum(counts.max(0) / scale, 1), 0)[..., None]
-    pixels = _GROUND * (1 - strength) + colour * strength
-    return torch.from_numpy(pixels.round().astype(np.uint8)).permute(2, 0, 1).contiguous()
+def _drawn(counts: NDArray[np.int32], scale: float) -> torch.Tensor:
+    return torch.from_numpy(coloured(counts, scale))

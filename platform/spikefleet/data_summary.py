@@ -9,6 +9,7 @@ from spikefleet.errors import UserError
 from spikefleet.files import read_json_object, write_json
 from spikefleet_pipelines.store.data_set_name import is_data_set_name
 from spikefleet_pipelines.store.manifest import Manifest
+from spikefleet_pipelines.transforms.batch_transform_config import BatchTransformConfig
 
 DATA_SUMMARY = "data.json"
 """File name of the summary in a run, a search and a registered version."""
@@ -29,11 +30,19 @@ class DataSummary:
     """`[C, H, W]` of the training images; None if their sizes vary."""
     name: str = ""
     """Name of the data set; empty in summaries of earlier versions."""
+    sensor: tuple[int, int] | None = None
+    """Height and width of an event camera; None for images."""
+    orientation: str = ""
+    """How x, y and polarity of events were read; empty for images."""
 
     @property
     def dataset(self) -> str:
         """Name of the data set; where it is not known, that of its source."""
         return self.name or self.source
+
+    def input_shape(self, transform: BatchTransformConfig) -> tuple[int, int, int] | None:
+        """`[C, H, W]` that a transform gives to a network, before images are cropped; None if sizes vary."""
+        return transform.input_shape(self.image_shape, self.sensor)
 
     @classmethod
     def of(cls, manifest: Manifest) -> DataSummary:
@@ -45,6 +54,8 @@ class DataSummary:
             tuple(manifest.category_ids or ()),
             manifest.image_shape,
             manifest.name or manifest.source,
+            None if manifest.events is None else manifest.events.sensor,
+            "" if manifest.events is None else manifest.events.orientation,
         )
 
     @classmethod
@@ -53,9 +64,10 @@ class DataSummary:
         path = folder / DATA_SUMMARY
         plain = read_json_object(path)
         try:
-            shape = plain["image_shape"]
-            if not isinstance(plain["class_names"], list) or not isinstance(shape, list | None):
-                raise TypeError("class_names and image_shape must be lists")
+            shape, sensor = plain["image_shape"], plain.get("sensor")
+            sizes_fit = isinstance(shape, list | None) and isinstance(sensor, list | None)
+            if not isinstance(plain["class_names"], list) or not sizes_fit:
+                raise TypeError("class_names, image_shape and sensor must be lists")
             return cls(
                 str(plain["source"]),
                 str(plain["content_hash"]),
@@ -63,13 +75,18 @@ class DataSummary:
                 tuple(map(int, plain.get("category_ids") or ())),  # missing in runs of the first releases
                 (int(shape[0]), int(shape[1]), int(shape[2])) if shape else None,
                 _name(plain.get("name", "")),
+                (int(sensor[0]), int(sensor[1])) if sensor else None,  # missing in runs of images of earlier versions
+                str(plain.get("orientation", "")),
             )
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
             raise UserError(f"{path} is damaged: expected the summary of a data set ({error!r})") from None
 
     def write(self, folder: Path) -> None:
         """Writes the summary into a folder, atomically. Raises OSError."""
-        write_json(folder / DATA_SUMMARY, asdict(self))
+        plain = asdict(self)
+        if self.sensor is None:  # a summary of images is the same file as in earlier versions
+            del plain["sensor"], plain["orientation"]
+        write_json(folder / DATA_SUMMARY, plain)
 
 
 def _name(name: object) -> str:

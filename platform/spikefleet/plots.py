@@ -45,6 +45,12 @@ _READABLE_SIDE = 384
 """Images are enlarged by an integer factor to about this side in pixels before boxes are drawn on them."""
 
 
+_STRIP_ASPECT = 3.0
+"""Images so much wider than high are strips."""
+
+_STRIP_COLUMNS = 16
+"""Frames of strips side by side in a plot."""
+
 _Rest = ParamSpec("_Rest")
 
 
@@ -161,7 +167,7 @@ def image_grid(
     path: Path,
     names: Sequence[str] = (),
 ) -> None:
-    """Plots images under their captions.
+    """Plots images under their captions; wide ones, such as strips of events over time, in fewer columns.
 
     Args:
         images: uint8 `[C, H, W]` each.
@@ -170,11 +176,13 @@ def image_grid(
         path: the PNG.
         names: below the images, if there are any.
     """
-    columns = min(8, max(1, len(captions)))
+    aspect = max((image.shape[-1] / image.shape[-2] for image in images), default=1.0)
+    most, width_of_one = (8, 1.5) if aspect < _STRIP_ASPECT else (max(1, int(_STRIP_COLUMNS / aspect)), 1.5 * aspect)
+    columns = min(most, max(1, len(captions)))
     rows = -(-len(captions) // columns)
     below = [textwrap.fill(drawable(name), _NAME_WIDTH) for name in names]
     height = 1.85 + 0.12 * max((text.count("\n") + 1 for text in below), default=0)
-    width = max(1.5 * columns, 2.2)  # one image alone is narrower than its caption
+    width = max(width_of_one * columns, 2.2)  # one image alone is narrower than its caption
     figure, axes = _subplots(rows, columns, figsize=(width, height * rows), layout="constrained", squeeze=False)
     for axis in axes.flat:
         axis.axis("off")

@@ -65,6 +65,8 @@ class MemoryStore:
     def split(self, name: str) -> MemorySplit:
         return self._splits[name]
 
+    samples = split
+
 
 def as_store(source: str, contents: ArrayContents) -> Any:
     """A store for `train`, which asks only for what is here."""

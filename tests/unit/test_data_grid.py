@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from spikefleet import data_grid
 from spikefleet.cli import app
 from spikefleet.errors import UserError
+from spikefleet_pipelines.events import event_images
 from spikefleet_pipelines.events.label_frames import LabelFrames
 from spikefleet_pipelines.sources import prepare
 from spikefleet_pipelines.store.event_format import EventFormat
@@ -59,7 +60,7 @@ def test_events_are_drawn_over_time(tmp_path: Path, boxes: bool) -> None:
 def test_polarity_has_its_colour() -> None:
     counts = np.zeros((2, 1, 3), np.int32)
     counts[1, 0, 0] = counts[0, 0, 1] = 5
-    red, _, blue = (channel[0].tolist() for channel in data_grid._coloured(counts, 5.0))
+    red, _, blue = (channel[0].tolist() for channel in event_images.coloured(counts, 5.0))
     assert red[0] < 50 < 150 < blue[0]
     assert blue[1] < 50 < 150 < red[1]
     assert red[2] == blue[2] == 238

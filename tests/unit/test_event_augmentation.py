@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from spikefleet_pipelines.errors import SourceError
 from spikefleet_pipelines.events import augmentation as aug
-from spikefleet_pipelines.events.augmentation import EventAugmentation, Sample, augment
+from spikefleet_pipelines.events.augmentation import Sample, augment
+from spikefleet_pipelines.events.augmentation_config import EventAugmentation
 from spikefleet_pipelines.events.label_effects import LabelEffects
 from spikefleet_pipelines.events.recording import EventArrays, Sensor
 from spikefleet_pipelines.events.saccade_scenes import SaccadeScenes

@@ -11,10 +11,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
 
 from spikefleet_pipelines.counter_random import Draw, normal, random_bits, uniform
-from spikefleet_pipelines.errors import SourceError
+from spikefleet_pipelines.events.augmentation_config import EventAugmentation
 from spikefleet_pipelines.events.label_effects import LabelEffects
 from spikefleet_pipelines.events.recording import EventArrays, Sensor
 
@@ -23,39 +22,6 @@ _DROP_SIDES = np.arange(1, 6) / 20
 # Numbers of one sample, from Draw.EVENT_AUGMENT on.
 _FLIP, _POLARITY, _REVERSAL, _SHIFT, _CROP, _DROP = 0, 1, 2, 3, 5, 6
 _NUMBERS = 10
-
-
-class EventAugmentation(BaseModel):
-    """Which augmentations of events a training uses; the default is none."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    horizontal_flip: float = Field(default=0.0, ge=0, le=1, description="probability of a horizontal flip")
-    polarity_swap: float = Field(default=0.0, ge=0, le=1, description="probability that ON and OFF are exchanged")
-    time_reversal: float = Field(
-        default=0.0, ge=0, le=1, description="probability that time runs backwards, with ON and OFF exchanged"
-    )
-    shift: float = Field(
-        default=0.0, ge=0, le=1, description="greatest shift in each direction, of the sensor's side; 5/48 in NDA"
-    )
-    shift_border: Literal["wrap", "drop"] = Field(
-        default="wrap", description="what becomes of events that a shift moves over the border"
-    )
-    time_crop: float = Field(default=1.0, gt=0, le=1, description="length of a random part that is kept, of the whole")
-    time_jitter_us: float = Field(default=0.0, ge=0, description="standard deviation of the jitter of times")
-    event_drop: bool = Field(default=False, description="drop nothing, a time, an area or random events, each of 1/4")
-
-    def refuse_forbidden(self, effects: LabelEffects) -> None:
-        """Refuse what the labels of a data set do not survive.
-
-        Raises:
-            SourceError: a forbidden augmentation has a probability above 0.
-        """
-        for name, effect in (("horizontal_flip", effects.mirror), ("time_reversal", effects.reversal)):
-            if getattr(self, name) > 0 and effect == "forbidden":
-                raise SourceError(
-                    f"{name} is {getattr(self, name)}: it changes what the labels of this data set mean; set it to 0"
-                )
 
 
 class Sample(NamedTuple):
@@ -85,7 +51,7 @@ def augment(
         sample: the numbers of the sample.
 
     Returns:
-        The events, in time order, and the class.
+        The events, in time order, 0 <= t < `config.kept_us(duration)`, and the class.
 
     Raises:
         SourceError: the data set forbids an augmentation that the configuration has.
@@ -106,13 +72,13 @@ def augment(
         )
         events = shift(events, sensor, (dy, dx), config.shift_border)
     if config.time_crop < 1:
-        kept = round(config.time_crop * duration_us)
+        kept = config.kept_us(duration_us)
         start = int(draws[_CROP] * (duration_us - kept + 1))
-        events = crop_time(events, start, start + kept)
+        events, duration_us = crop_time(events, start, start + kept), kept
     if config.time_jitter_us > 0:
         events = jitter_time(events, config.time_jitter_us, duration_us, sample)
     if config.event_drop:
-        events = drop_events(events, frame, sample)
+        events = drop_events(events, (sensor, duration_us), sample)
     return events, label
 
 

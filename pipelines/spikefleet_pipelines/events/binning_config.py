@@ -1,4 +1,7 @@
-"""Settings of binning: how a window of events becomes frames [T, C, H, W]."""
+"""Settings of binning: how a window of events becomes frames [T, C, H, W].
+
+A training chooses T with its network, so a transform has a representation, which is everything but the slices.
+"""
 
 from typing import Literal, Self
 
@@ -9,13 +12,12 @@ Kind = Literal["count", "binary", "last_polarity", "histogram", "voxel", "time_s
 _COUNTS = ("count", "binary")
 
 
-class BinningConfig(BaseModel):
+class RepresentationConfig(BaseModel):
     """Representation of a window of events, and what is done to its frames afterwards, in the order of the fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Kind = "count"
-    slices: int = Field(default=16, ge=1, le=4096, description="T, number of slices")
     by: Literal["number", "time"] = Field(
         default="time", description="slices of the same number of events, or of the same time"
     )
@@ -49,3 +51,26 @@ class BinningConfig(BaseModel):
         if self.size is not None and not all(1 <= side <= 4096 for side in self.size):
             raise ValueError(f"size is {self.size}, expected height and width of 1 to 4096")
         return self
+
+    @property
+    def channels(self) -> int:
+        """C of the frames."""
+        return {"last_polarity": 1, "histogram": 2 * self.bins, "voxel": self.bins}.get(self.kind, 2)
+
+    def frame_shape(self, sensor: tuple[int, int]) -> tuple[int, int, int]:
+        """Return [C, H, W] of the frames of a sensor (height, width)."""
+        return self.channels, *(self.size or sensor)
+
+    def with_slices(self, slices: int) -> "BinningConfig":
+        """Return the settings of binning with T slices.
+
+        Raises:
+            ValueError: not 1 <= slices <= 4096.
+        """
+        return BinningConfig(slices=slices, **self.model_dump())
+
+
+class BinningConfig(RepresentationConfig):
+    """A representation with the number of its slices."""
+
+    slices: int = Field(default=16, ge=1, le=4096, description="T, number of slices")

@@ -45,3 +45,37 @@ def changed(label: int, effect: Effect, what: str) -> int:
     if effect == "forbidden":
         raise SourceError(f"{what} changes what the labels of this data set mean; set its probability to 0")
     return label if isinstance(effect, str) else effect.get(label, label)
+
+
+FREE = LabelEffects(mirror="free", reversal="free")
+"""What is assumed of a source that declares nothing: labels do not depend on directions."""
+
+_DIGITS = LabelEffects(mirror="forbidden", reversal="free")
+
+_OF_SOURCES: dict[str, LabelEffects] = {
+    "saccades": _DIGITS,
+    "nmnist": _DIGITS,
+    "first_digit": LabelEffects(mirror="forbidden", reversal="forbidden"),
+    "saccade_scenes": LabelEffects(mirror="forbidden", reversal="forbidden"),
+    # Directions at k times 45 degrees from right towards down.
+    "apparent_motion": LabelEffects(
+        mirror={k: (4 - k) % 8 for k in range(8)}, reversal={k: (k + 4) % 8 for k in range(8)}
+    ),
+    # A mirror exchanges the right and the left arm (1, 2), and with them the sense of rotation (3 to 6).
+    "dvs_gesture": LabelEffects(mirror={1: 2, 2: 1, 3: 6, 6: 3, 4: 5, 5: 4}, reversal={3: 4, 4: 3, 5: 6, 6: 5}),
+}
+
+
+def declare_label_effects(source: str, effects: LabelEffects) -> None:
+    """Declare what augmentations do to the labels of a source of a plugin; the same again has no effect.
+
+    Raises:
+        SourceError: another one was declared for the source.
+    """
+    if _OF_SOURCES.setdefault(source, effects) != effects:
+        raise SourceError(f"data source {source!r} has declared other effects on labels; declare them once")
+
+
+def label_effects_of(source: str) -> LabelEffects:
+    """Return the effects on the labels of a source by its name; those of `FREE` where it declares none."""
+    return _OF_SOURCES.get(source, FREE)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spikefleet_pipelines.counter_random import Draw, uniform
-from spikefleet_pipelines.events.label_effects import LabelEffects
+from spikefleet_pipelines.events.label_effects import LabelEffects, label_effects_of
 from spikefleet_pipelines.events.moving_images import enlarge, shifted
 from spikefleet_pipelines.events.pixel_model import DEFAULT, PixelModel, record
 from spikefleet_pipelines.events.recording import EventArrays, Sensor
@@ -63,7 +63,7 @@ class SaccadeScenes:
     duration_us: ClassVar[int] = 200_000
     frame_us: ClassVar[int] = 50_000
     class_names: ClassVar[tuple[str, ...]] = tuple(map(str, range(10)))
-    effects: ClassVar[LabelEffects] = LabelEffects(mirror="forbidden", reversal="forbidden")
+    effects: ClassVar[LabelEffects] = label_effects_of("saccade_scenes")
 
     def sample(self, split: str, index: int) -> tuple[EventArrays, list[BoxFrame]]:
         """Record one scene: its events, and its objects after every `frame_us`."""

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spikefleet_pipelines.counter_random import Draw, uniform
-from spikefleet_pipelines.events.label_effects import LabelEffects
+from spikefleet_pipelines.events.label_effects import LabelEffects, label_effects_of
 from spikefleet_pipelines.events.moving_images import along, enlarge, shifted
 from spikefleet_pipelines.events.pixel_model import DEFAULT, PixelModel, record
 from spikefleet_pipelines.events.recording import EventArrays, Sensor
@@ -39,7 +39,7 @@ class Saccades:
     sensor: ClassVar[Sensor] = (SIDE, SIDE)
     duration_us: ClassVar[int] = 300_000
     class_names: ClassVar[tuple[str, ...]] = tuple(map(str, range(10)))
-    effects: ClassVar[LabelEffects] = LabelEffects(mirror="forbidden", reversal="free")
+    effects: ClassVar[LabelEffects] = label_effects_of("saccades")
 
     @property
     def counts(self) -> dict[str, int]:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spikefleet_pipelines.counter_random import Draw, random_bits, uniform
-from spikefleet_pipelines.events.label_effects import LabelEffects
+from spikefleet_pipelines.events.label_effects import LabelEffects, label_effects_of
 from spikefleet_pipelines.events.moving_images import enlarge
 from spikefleet_pipelines.events.pixel_model import DEFAULT, PixelModel, record
 from spikefleet_pipelines.events.recording import EventArrays, Sensor
@@ -49,7 +49,7 @@ class FirstDigit:
     part_us: ClassVar[int] = Saccades.duration_us
     duration_us: ClassVar[int] = 2 * part_us
     class_names: ClassVar[tuple[str, ...]] = Saccades.class_names
-    effects: ClassVar[LabelEffects] = LabelEffects(mirror="forbidden", reversal="forbidden")
+    effects: ClassVar[LabelEffects] = label_effects_of("first_digit")
 
     @property
     def counts(self) -> dict[str, int]:
@@ -99,9 +99,7 @@ class ApparentMotion:
     class_names: ClassVar[tuple[str, ...]] = (
         "right", "down right", "down", "down left", "left", "up left", "up", "up right",
     )  # fmt: skip
-    effects: ClassVar[LabelEffects] = LabelEffects(
-        mirror={k: (4 - k) % 8 for k in range(8)}, reversal={k: (k + 4) % 8 for k in range(8)}
-    )
+    effects: ClassVar[LabelEffects] = label_effects_of("apparent_motion")
 
     @property
     def counts(self) -> dict[str, int]:

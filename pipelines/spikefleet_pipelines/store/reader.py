@@ -18,6 +18,7 @@ from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.store.annotations import AnnotationColumns, Annotations
 from spikefleet_pipelines.store.data_set_name import name_after, published_name, without_digests
 from spikefleet_pipelines.store.event_reader import EventSplit
+from spikefleet_pipelines.store.event_samples import EventSamples
 from spikefleet_pipelines.store.manifest import MANIFEST_NAME, Manifest, parse_manifest
 from spikefleet_pipelines.store.origin import Origin
 from spikefleet_pipelines.store.remote import RemoteStore, default_cache_dir, locate
@@ -50,6 +51,7 @@ class Store:
         self._files = files
         self._splits: dict[str, Split] = {}
         self._recordings: dict[str, EventSplit] = {}
+        self._samples: dict[str, EventSamples] = {}
 
     @classmethod
     def open(
@@ -111,11 +113,23 @@ class Store:
         if self.manifest.events is not None:
             raise StoreError(
                 f"{self.location} holds recordings of events, not images; choose a store of images, or read it with "
-                f"Store.recordings({name!r})"
+                f"Store.samples({name!r}) or Store.recordings({name!r})"
             )
         if name not in self._splits:
             self._splits[name] = Split(name, self.location, self.manifest, self._files[name])
         return self._splits[name]
+
+    def samples(self, name: str) -> "Samples":
+        """Return the samples of a split, images or recordings of events: what loaders read.
+
+        Raises:
+            StoreError: the store has no such split, or a shard does not match the manifest.
+        """
+        if self.manifest.events is None:
+            return self.split(name)
+        if name not in self._samples:
+            self._samples[name] = EventSamples(self.recordings(name))
+        return self._samples[name]
 
     def recordings(self, name: str) -> EventSplit:
         """Return the recordings of a split of a store of events.
@@ -264,3 +278,7 @@ class Split:
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} is outside split {self.name!r}, expected 0 to {len(self) - 1}")
         return row
+
+
+Samples = Split | EventSamples
+"""What loaders, evaluations and reports read of a split, whatever its samples are."""

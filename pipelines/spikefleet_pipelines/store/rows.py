@@ -1,11 +1,12 @@
 """The interface that transforms read: rows of a split, or images in memory."""
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from spikefleet_pipelines.events.windows import StoredRecording
 from spikefleet_pipelines.store.annotations import Annotations
 
 
@@ -44,4 +45,37 @@ class Rows(Protocol):
 
     def annotations(self, row: int) -> Annotations:
         """Return the objects of one image."""
+        ...
+
+
+class LabelTime(NamedTuple):
+    """A sample of events for detection."""
+
+    recording: int
+    """Row of the recording."""
+    frame: int
+    """Number of the label time in the recording."""
+    time: int
+    """us from the start of the recording."""
+
+
+class EventRows(Rows, Protocol):
+    """The part of `EventSamples` that transforms use; samples in memory implement it too."""
+
+    @property
+    def source(self) -> str:
+        """Name of the source, which declares what augmentations do to labels."""
+        ...
+
+    @property
+    def sensor(self) -> tuple[int, int]:
+        """Height and width."""
+        ...
+
+    def recording(self, row: int) -> StoredRecording:
+        """Return the recording of a sample."""
+        ...
+
+    def label_time(self, row: int) -> LabelTime:
+        """Return recording and label time of a sample for detection."""
         ...

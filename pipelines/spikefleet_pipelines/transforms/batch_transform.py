@@ -1,8 +1,10 @@
 """The interface of transforms to the loader: rows become images and targets, which are sent between processes."""
 
-from typing import Any, Protocol, TypeAlias, TypeVar
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -31,7 +33,8 @@ class BatchTransform(Protocol[PackedT, TargetsT_co]):
             epoch: of training, for the random transforms.
 
         Returns:
-            Images float32 [B, C, H, W], normalised, and the packed targets.
+            Images float32 [B, C, H, W] or frames [B, T, C, H, W], normalised, and the packed targets. What
+            `BinsOnDevice` completes may have another shape.
 
         Raises:
             ValueError: a row cannot be loaded; the message is shown to the user unchanged.
@@ -40,4 +43,35 @@ class BatchTransform(Protocol[PackedT, TargetsT_co]):
 
     def unpack(self, packed: PackedT) -> TargetsT_co:
         """Unpack the targets of a batch, in the training process."""
+        ...
+
+
+@runtime_checkable
+class BinsOnDevice(Protocol):
+    """A transform that makes frames of events on the device that uses them."""
+
+    def on_device(self, images: Tensor, packed: Any, device: torch.device | str) -> Tensor:
+        """Complete a batch, in the training process.
+
+        Args:
+            images: as the transform returned them.
+            packed: likewise.
+            device: of the training.
+
+        Returns:
+            Frames float32 [B, T, C, H, W], normalised.
+        """
+        ...
+
+
+@runtime_checkable
+class DrawsRows(Protocol):
+    """A transform whose samples are drawn for reports as it sees them; others are drawn as they are stored."""
+
+    def pictures(self, rows: Sequence[int]) -> list[Tensor]:
+        """Draw samples, uint8 [C, H, W] each.
+
+        Args:
+            rows: positions in the split.
+        """
         ...

@@ -1,15 +1,17 @@
 """The base config of all kinds of transforms, with pydantic alone."""
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from spikefleet_pipelines.transforms.normalise_config import NamedNormalisation, Normalisation, check_channels
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from spikefleet_pipelines.sampling import TrainingRows
-    from spikefleet_pipelines.store.reader import Split
+    from spikefleet_pipelines.store.reader import Samples
     from spikefleet_pipelines.store.rows import Rows
     from spikefleet_pipelines.transforms.batch_transform import BatchTransform
 
@@ -19,11 +21,13 @@ class BatchTransformConfig(BaseModel, ABC):
 
     Attributes:
         store_task: task of the stores that this kind reads: classification (labels) or detection (annotations).
+        reads_events: whether it reads recordings of events, else images.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     store_task: ClassVar[Literal["classification", "detection"]]
+    reads_events: ClassVar[bool] = False
 
     kind: str = Field(description="kind of the transform")
     normalise: NamedNormalisation = Normalisation()
@@ -41,7 +45,39 @@ class BatchTransformConfig(BaseModel, ABC):
         """
         check_channels(self.normalise, 3 if image_shape is None else image_shape[0])
 
-    def training_rows(self, split: "Split") -> "TrainingRows":
+    def for_timesteps(self, timesteps: int) -> Self:
+        """Return the config for a network of T time steps; kinds that make one frame a time step keep T.
+
+        Args:
+            timesteps: T.
+        """
+        return self
+
+    def input_shape(
+        self, image_shape: tuple[int, int, int] | None, sensor: tuple[int, int] | None
+    ) -> tuple[int, int, int] | None:
+        """Return the shape [C, H, W] that the samples of a store have for the network, before they are cropped.
+
+        Args:
+            image_shape: of the stored images; None where sizes vary, and of events.
+            sensor: height and width, of events.
+
+        Returns:
+            The shape; None where sizes vary.
+        """
+        return image_shape
+
+    def pixels(self, images: "Tensor") -> "list[Tensor]":
+        """Return a batch of images as they were before normalisation, uint8 [C, H, W] each, for plots.
+
+        Args:
+            images: float32 [B, C, H, W] or frames [B, T, C, H, W], as a batch has them.
+        """
+        from spikefleet_pipelines.transforms.shown import shown_images
+
+        return shown_images(images, self.normalise)
+
+    def training_rows(self, split: "Samples") -> "TrainingRows":
         """Choose the rows of a split to train on, and those that should share a batch; all rows by default.
 
         Raises:

@@ -29,7 +29,7 @@ from spikefleet_pipelines.transforms.hsv import jitter_hsv
 from spikefleet_pipelines.transforms.normalise import FloatStage
 
 if TYPE_CHECKING:
-    from spikefleet_pipelines.store.reader import Split
+    from spikefleet_pipelines.store.reader import Samples
 
 _LEAST_SIDE = 2.0
 _LEAST_VISIBLE = 0.1
@@ -255,7 +255,7 @@ class DetectionBatchTransform:
             jitter_hsv(image, hue, 1 + saturation, 1 + value)
 
 
-def training_rows(split: "Split", config: DetectionTransformConfig) -> TrainingRows:
+def training_rows(split: "Samples", config: DetectionTransformConfig) -> TrainingRows:
     """Choose the rows of a split to train on; see `DetectionTransformConfig.training_rows`."""
     columns, rows, groups = split.annotation_columns, None, None
     if config.skip_empty:

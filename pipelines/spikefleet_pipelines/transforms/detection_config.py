@@ -12,7 +12,7 @@ from spikefleet_pipelines.transforms.batch_transform_config import BatchTransfor
 
 if TYPE_CHECKING:
     from spikefleet_pipelines.sampling import TrainingRows
-    from spikefleet_pipelines.store.reader import Split
+    from spikefleet_pipelines.store.reader import Samples
     from spikefleet_pipelines.store.rows import Rows
     from spikefleet_pipelines.transforms.detection import DetectionBatchTransform
 
@@ -108,7 +108,7 @@ class DetectionTransformConfig(BatchTransformConfig):
 
         return DetectionBatchTransform(split, self, train, seed, epochs)
 
-    def training_rows(self, split: "Split") -> "TrainingRows":
+    def training_rows(self, split: "Samples") -> "TrainingRows":
         """Choose the rows with objects (`skip_empty`), and group wide and tall images (`group_by_aspect`).
 
         Raises:

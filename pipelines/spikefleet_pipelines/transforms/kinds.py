@@ -13,10 +13,12 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from spikefleet_pipelines.transforms.batch_transform_config import BatchTransformConfig
 from spikefleet_pipelines.transforms.classification_config import TransformConfig
 from spikefleet_pipelines.transforms.detection_config import DetectionTransformConfig
+from spikefleet_pipelines.transforms.events_config import EventsTransformConfig
 
 _BUILT_IN = (
     TransformConfig,
     DetectionTransformConfig,
+    EventsTransformConfig,
 )
 DEFAULT_KIND = "image"
 
@@ -45,13 +47,18 @@ for _config in _BUILT_IN:
     register_transform_kind(_config)
 
 
-def transform_kinds(store_task: str | None = None) -> dict[str, type[BatchTransformConfig]]:
+def transform_kinds(store_task: str | None = None, events: bool | None = None) -> dict[str, type[BatchTransformConfig]]:
     """Return the config class of each kind.
 
     Args:
         store_task: only kinds that read stores of this task, "classification" or "detection"; None for all.
+        events: only kinds that read recordings of events, or only those that read images; None for all.
     """
-    return {kind: config for kind, config in _KINDS.items() if store_task in (None, config.store_task)}
+    return {
+        kind: config
+        for kind, config in _KINDS.items()
+        if store_task in (None, config.store_task) and events in (None, config.reads_events)
+    }
 
 
 def _by_kind(value: object) -> BatchTransformConfig:

@@ -25,7 +25,7 @@ class FloatStage:
 
     def __call__(self, images: NDArray[np.uint8]) -> Tensor:
         """Normalise a batch."""
-        tensor = _empty_batch(images.shape)
+        tensor = empty_batch(images.shape)
         batch = tensor.numpy()
         together = max(1, CACHED_VALUES // max(1, images[:1].size))
         for start in range(0, len(images), together):
@@ -35,7 +35,8 @@ class FloatStage:
         return tensor
 
 
-def _empty_batch(shape: tuple[int, ...]) -> Tensor:
+def empty_batch(shape: tuple[int, ...]) -> Tensor:
+    """Allocate a batch of float32, in shared memory in a loader process."""
     if get_worker_info() is None:
         return torch.empty(shape)
     # In a loader process: in shared memory, as torch's own collate function does, so that sending it copies nothing.

@@ -20,7 +20,7 @@ from spikefleet.tasks import build_task
 from spikefleet.training.checkpoints import best_network, checkpoint_hash, load_checkpoint, verify_checkpoint
 from spikefleet.training.evaluation import first_batches
 from spikefleet_pipelines.loading import BatchLoader
-from spikefleet_pipelines.store.reader import Split, Store
+from spikefleet_pipelines.store.reader import Samples, Store
 
 CERTIFICATE = "certificate.json"
 """Written last: the hash of the certified checkpoint, and the hashes of the certificate files."""
@@ -68,23 +68,23 @@ def certify(config: Config, checkpoint: Path, report: Path, store: Store, announ
         measured = measured_images(network, config, store)
         check_spikes(network, task, config, split, measured=measured).write(proof)
         announce("measuring energy")
-        write_card(measure_energy(network, config.data.transform, split), report)
+        write_card(measure_energy(network, config.transform, split), report)
         hashes = {file.name: sha256_of(file) for file in files}
         write_json(report / CERTIFICATE, {"checkpoint": certified, "split": split.name, "sha256": hashes})
     found = read_json_object(proof, "verdict")
     return Certificates(str(found["verdict"]), read_card(energy).energy_mj, files, _tags(found))
 
 
-def certified_split(store: Store) -> Split:
+def certified_split(store: Store) -> Samples:
     """The split on whose images certificates are made: val, or train without one, never test."""
-    return store.split("val" if "val" in store.manifest.splits else "train")
+    return store.samples("val" if "val" in store.manifest.splits else "train")
 
 
 def measured_images(network: nn.Module, config: Config, store: Store) -> int:
     """Images on which a certification compares metrics."""
-    loader = BatchLoader(certified_split(store), config.data.transform, train=False)
-    image = next(first_batches(loader, 1, 1)).images
-    return affordable_images(network, image, config, len(store.split("train")))
+    loader = BatchLoader(certified_split(store), config.transform, train=False)
+    image = next(first_batches(loader, 1, 1)).network_input
+    return affordable_images(network, image, config, len(store.samples("train")))
 
 
 def _tags(found: Mapping[str, Any]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from spikefleet.status import Count, uncounted
 from spikefleet.training.evaluation import SpreadPlan
 from spikefleet_models.energy import EnergyCard, Form, energy_card
 from spikefleet_pipelines.loading import BatchLoader
-from spikefleet_pipelines.store.reader import Split
+from spikefleet_pipelines.store.reader import Samples
 from spikefleet_pipelines.transforms.batch_transform_config import BatchTransformConfig
 
 ENERGY = "energy.json"
@@ -31,7 +31,7 @@ REGISTERED_CONSTANTS = "fp32-45nm"
 def measure_energy(
     network: nn.Module,
     transform: BatchTransformConfig,
-    split: Split,
+    split: Samples,
     *,
     images: int = 32,
     constants: str = REGISTERED_CONSTANTS,
@@ -61,7 +61,7 @@ def measure_energy(
 
     def shown() -> Iterator[Tensor]:
         for position, batch in enumerate(loader.epoch(plan, epoch=0)):
-            yield batch.images
+            yield batch.network_input
             progress(position + 1, plan.steps_per_epoch)
 
     batches = shown()

@@ -39,7 +39,7 @@ from spikefleet_models.reparam import deploy
 from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.loading import BatchLoader
 from spikefleet_pipelines.store.annotations import AnnotationColumns
-from spikefleet_pipelines.store.reader import Split, Store
+from spikefleet_pipelines.store.reader import Samples, Store
 from spikefleet_tune.messages import counted
 
 
@@ -72,7 +72,7 @@ def reference_of(
         StoreError: the store has no such split, or an image cannot be read.
     """
     manifest = store.manifest
-    rows = store.split(manifest.original(split))
+    rows = store.samples(manifest.original(split))
     order = np.random.default_rng(seed).permutation(len(rows))
     decoded = np.sort(order[:images])
     seen, counted_energy = (np.sort(order[:number]) for number in (network_images, energy_images))
@@ -125,7 +125,7 @@ class _Progress:
         self._progress(self._done, self._total)
 
 
-def _class_counts(store: Store, split: Split) -> tuple[int, ...]:
+def _class_counts(store: Store, split: Samples) -> tuple[int, ...]:
     audit = store.manifest.audit
     if not split.is_detection:
         return tuple(audit.images_per_class[split.name])
@@ -133,7 +133,7 @@ def _class_counts(store: Store, split: Split) -> tuple[int, ...]:
     return tuple(audit.boxes[split.name].objects_per_class)
 
 
-def _of_images(split: Split, rows: NDArray[np.int64], count: _Progress) -> Iterator[tuple[str, Distribution]]:
+def _of_images(split: Samples, rows: NDArray[np.int64], count: _Progress) -> Iterator[tuple[str, Distribution]]:
     """Brightness, contrast and size of images."""
     values = np.empty((len(rows), 4))
     for position, row in enumerate(rows):
@@ -146,7 +146,7 @@ def _of_images(split: Split, rows: NDArray[np.int64], count: _Progress) -> Itera
             yield name, Distribution.of(name, values[:, column])
 
 
-def _of_objects(split: Split) -> dict[str, Distribution]:
+def _of_objects(split: Samples) -> dict[str, Distribution]:
     """Number and areas of the objects of all images, without crowds."""
     columns = AnnotationColumns.joined(split.annotation_columns)
     image = columns.image_of_objects()[~columns.crowd]
@@ -158,7 +158,8 @@ def _of_objects(split: Split) -> dict[str, Distribution]:
 
 def _refusal(config: Config, store: Store) -> str | None:
     """Why a network cannot run on the images of a store; None if it can."""
-    shape = store.manifest.image_shape
+    manifest, events = store.manifest, store.manifest.events
+    shape = config.data.transform.input_shape(manifest.image_shape, None if events is None else events.sensor)
     channels = shape[0] if shape else 3
     if channels != config.model.in_channels:
         return f"it takes {counted(config.model.in_channels, 'channel')}, and the images have {channels}"
@@ -169,7 +170,7 @@ def _of_network(
     network: nn.Module,
     config: Config,
     store: Store,
-    split: Split,
+    split: Samples,
     rows: NDArray[np.int64],
     energy_rows: NDArray[np.int64],
     count: _Progress,
@@ -177,7 +178,7 @@ def _of_network(
     notes: list[str] = []
     task: AnyTask | None = None
     try:
-        loader = BatchLoader(split, config.data.transform, train=False)
+        loader = BatchLoader(split, config.transform, train=False)
     except ValueError as error:
         return None, [f"firing rates, energy and calibration cannot be measured: {error}"]
     try:
@@ -230,7 +231,7 @@ def _run(
         here = batch.to(device, config.train.channels_last)
         with autocast(config.train.precision, device), _rates_by_image(network) as seen:
             if task is None:
-                network(here.images)
+                network(here.network_input)
             else:
                 predictions += task.predict(network, here)
                 targets += task.targets(batch)
@@ -264,7 +265,7 @@ def _energies(network: nn.Module, loader: BatchLoader, rows: NDArray[np.int64], 
     device, deployed = next(network.parameters()).device, network
     for row in rows.tolist():
         (batch,) = loader.epoch(ChosenPlan(len(loader.split), (row,)), epoch=0)
-        card = energy_card(deployed, [batch.images.to(device)], REGISTERED_CONSTANTS, twin_form=None)
+        card = energy_card(deployed, [batch.network_input.to(device)], REGISTERED_CONSTANTS, twin_form=None)
         if card.form == "merged":
             deployed = deploy(network)  # which counts the same, and need not be done for each image
         count(1)

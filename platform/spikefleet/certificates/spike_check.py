@@ -32,7 +32,7 @@ from spikefleet_models.slots import NotSpikeDrivenError, reuse_equal_slots
 from spikefleet_models.spike_driven import spike_driven
 from spikefleet_models.spike_edges import check_finite, layer_inputs
 from spikefleet_pipelines.loading import BatchLoader
-from spikefleet_pipelines.store.reader import Split
+from spikefleet_pipelines.store.reader import Samples
 
 PROOF = "spike_check.json"
 """Name of the proof's file in a report and in a registered version."""
@@ -163,7 +163,7 @@ def check_spikes(
     network: nn.Module,
     task: AnyTask,
     config: Config,
-    split: Split,
+    split: Samples,
     *,
     images: int = MOST_IMAGES,
     measured: int = 0,
@@ -185,7 +185,7 @@ def check_spikes(
     """
     if not spiking_nodes(network):
         return SpikeCheck(None, None)
-    loader = BatchLoader(split, config.data.transform, train=False)
+    loader = BatchLoader(split, config.transform, train=False)
     try:
         check_finite(network)  # an infinite variance is folded to weights of zero
         deployed = deploy(network)
@@ -237,13 +237,13 @@ def _images(deployed: nn.Module, loader: BatchLoader, most: int) -> tuple[Chosen
     def batches() -> Iterator[Tensor]:
         left = most
         for batch in first_batches(loader, min(_LOOKED_AT_ONCE, most), most):
-            yield batch.images.narrow(batch.images.ndim - 4, 0, min(left, len(batch.indices)))
+            yield batch.network_input.narrow(batch.images.ndim - 4, 0, min(left, len(batch.indices)))
             left -= len(batch.indices)
 
-    first = next(first_batches(loader, 1, 1)).images
+    first = next(first_batches(loader, 1, 1)).network_input
     chosen = choose_images(deployed, layer_inputs(deployed, first), batches())
     plan = ChosenPlan(len(loader.split), tuple(chosen.positions))
-    return chosen, next(iter(loader.epoch(plan, epoch=0))).images
+    return chosen, next(iter(loader.epoch(plan, epoch=0))).network_input
 
 
 def _equal(passed: bool) -> str:

@@ -190,7 +190,7 @@ def energy(
             with counting(stderr, "measuring firing rates") as progress:
                 card = measure_energy(
                     trained.network,
-                    trained.config.data.transform,
+                    trained.config.transform,
                     rows,
                     images=images,
                     constants=constants,

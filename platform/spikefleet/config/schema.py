@@ -20,6 +20,8 @@ from spikefleet.config.task_table import find_task
 from spikefleet_models.families import AnyModelConfig
 from spikefleet_models.shortcut_config import ShortcutConfig
 from spikefleet_pipelines.data_config import DataConfig
+from spikefleet_pipelines.sources.registry import find_source
+from spikefleet_pipelines.transforms.batch_transform_config import BatchTransformConfig
 from spikefleet_tune.messages import counted
 
 
@@ -223,9 +225,17 @@ class Config(Section):
         task = find_task(self.task)
         if (can := self.model.task) != task.networks:
             raise ValueError(f"task={self.task}, but model.family={self.model.family} supports {can}; set task={can}")
-        if self.data.transform.kind != task.transform:
+        if self.data.transform.kind not in task.transforms:
             raise ValueError(
-                f"task={self.task}: expected data.transform.kind={task.transform}, found {self.data.transform.kind}"
+                f"task={self.task}: expected data.transform.kind={' or '.join(task.transforms)}, found "
+                f"{self.data.transform.kind}"
+            )
+        source = find_source(self.data.source)
+        if source.events != self.data.transform.reads_events and task.event_transform is not None:
+            kind = task.event_transform if source.events else task.transform
+            raise ValueError(
+                f"data.source={source.name} has {'recordings of events' if source.events else 'images'}, but "
+                f"data.transform.kind is {self.data.transform.kind}; set data.transform.kind={kind}"
             )
         needed, sides = self.model.input_multiple, self.data.transform.side_multiple
         if sides % needed:
@@ -299,6 +309,11 @@ class Config(Section):
             raise ValueError(f"train.cuda_graphs=true {reason}, or set train.cuda_graphs=false")
         return self
 
+    @property
+    def transform(self) -> BatchTransformConfig:
+        """`data.transform` for the time steps that the network runs."""
+        return self.data.transform.for_timesteps(self.model.simulated_timesteps)
+
     def registered_name(self, dataset: str) -> str:
         """Name of the registered model.
 
@@ -334,6 +349,7 @@ _NOT_IDENTITY = (
     "data.store",
     "data.check_content",
     "data.loader_processes",
+    "data.transform.bin_on",
 )
 
 

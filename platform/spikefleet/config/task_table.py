@@ -21,7 +21,9 @@ class TaskEntry:
     networks: str
     """The `task` of the model families that it trains."""
     transform: str
-    """The kind of `data.transform` that builds its batches."""
+    """The kind of `data.transform` that builds its batches from images."""
+    event_transform: str | None = None
+    """The kind of `data.transform` that builds its batches from recordings of events; None for a task of images."""
     label_smoothing: bool = False
     """Whether its loss supports `train.label_smoothing`."""
     side_branches: bool = False
@@ -30,6 +32,11 @@ class TaskEntry:
     """Whether its loss has the same tensors for each batch of a size and waits for none: what a CUDA graph needs."""
     answers: str = "plain data for each image"
     """What a served network of the task answers, in words."""
+
+    @property
+    def transforms(self) -> tuple[str, ...]:
+        """The kinds of `data.transform` that build its batches."""
+        return (self.transform,) if self.event_transform is None else (self.transform, self.event_transform)
 
 
 _TABLE: dict[str, TaskEntry] = {
@@ -40,6 +47,7 @@ _TABLE: dict[str, TaskEntry] = {
             "spikefleet.tasks.classification:Classification",
             networks="classification",
             transform="image",
+            event_transform="events",
             label_smoothing=True,
             side_branches=True,
             cuda_graphs=True,

@@ -78,7 +78,7 @@ class ImagesToCompare:
         Raises:
             UserError: the data does not fit the network, or its transform does not end in the normalisation.
         """
-        transform = trained.config.data.transform
+        transform = trained.config.transform
         rows = open_split(trained, split, stores_dir, console, data=data)
         if not len(rows):
             raise UserError(f"split {rows.name} has no image to compare on; give another one by --split")

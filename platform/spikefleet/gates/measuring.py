@@ -25,7 +25,7 @@ from spikefleet.tasks.per_image import Results
 from spikefleet.training.distributed import ProcessGroup, pick_device
 from spikefleet.training.evaluation import Evaluation, evaluate
 from spikefleet_pipelines.loading import BatchLoader
-from spikefleet_pipelines.store.reader import Split
+from spikefleet_pipelines.store.reader import Samples
 
 _ENERGY_IMAGES = 32
 
@@ -39,7 +39,7 @@ class Measured:
     data: DataSummary
     network: nn.Module
     task: AnyTask
-    gate: Split
+    gate: Samples
     evaluation: Evaluation[Any, Any]
     results: Results | None
     """By image; None for a task whose answers are not compared by image."""
@@ -49,7 +49,7 @@ class Measured:
     @cached_property
     def energy_mj(self) -> float:
         """Energy per image in mJ, on gate images; measured when it is first asked for."""
-        return measure_energy(self.network, self.config.data.transform, self.gate, images=_ENERGY_IMAGES).energy_mj
+        return measure_energy(self.network, self.config.transform, self.gate, images=_ENERGY_IMAGES).energy_mj
 
     @property
     def metrics(self) -> Mapping[str, float]:
@@ -65,7 +65,7 @@ class Measured:
 
 def measure(
     version: RegisteredVersion,
-    gate: Split,
+    gate: Samples,
     tracking_uri: str,
     *,
     gpu: bool = False,
@@ -92,7 +92,7 @@ def measure(
         data = DataSummary.read(directory)
     task = build_task(config, data)
     group = ProcessGroup(0, 1, pick_device(gpu))
-    loader = BatchLoader(gate, config.data.transform, train=False, processes=config.data.loader_processes)
+    loader = BatchLoader(gate, config.transform, train=False, processes=config.data.loader_processes)
     announce(f"measuring version {version.version} on {len(gate):,} gate images")
     evaluation = evaluate(network.to(group.device), task, loader, config.train, group, progress)
     assert evaluation is not None, "rank 0 gets the predictions"

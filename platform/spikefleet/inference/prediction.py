@@ -140,7 +140,7 @@ class _Predictor:
         self._task, self._score = trained.task, score
         self._device = pick_device(gpu)
         self._network = trained.network.to(self._device)
-        self._transform, self._precision = trained.config.data.transform, trained.config.train.precision
+        self._transform, self._precision = trained.config.transform, trained.config.train.precision
         self._channels = trained.config.model.in_channels
         self._size = self._task.input_size(trained.data)
 

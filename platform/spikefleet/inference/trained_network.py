@@ -31,7 +31,7 @@ from spikefleet.training.distributed import ProcessGroup, pick_device
 from spikefleet.training.evaluation import Evaluation, evaluate
 from spikefleet_models.energy import EnergyCard
 from spikefleet_pipelines.loading import BatchLoader
-from spikefleet_pipelines.store.reader import Split
+from spikefleet_pipelines.store.reader import Samples
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _energy_card(folder: Path) -> EnergyCard | None:
 
 def open_split(
     trained: TrainedNetwork, split: str, stores_dir: Path, console: Console, *, data: str | None = None
-) -> Split:
+) -> Samples:
     """Opens a split of the network's own data, or of another store.
 
     Args:
@@ -134,7 +134,7 @@ def open_split(
         data: location of another store, or its name in `stores_dir`; by default the network's own data.
 
     Raises:
-        UserError: the classes or category ids of the store are not those of the training data.
+        UserError: the classes, category ids or orientation of the store are not those of the training data.
         SourceError: the data is missing and cannot be prepared.
         StoreError: the store is damaged.
     """
@@ -152,7 +152,13 @@ def open_split(
             f"{store.location}: its category ids are not those of the data of {trained.reference}, so metrics by class "
             "would be wrong; use a store with the same categories"
         )
-    return store.split(store.manifest.original(split))
+    events = store.manifest.events
+    if events is not None and events.orientation != trained.data.orientation:
+        raise UserError(
+            f"{store.location}: x, y and polarity were read as {events.orientation}, but {trained.reference} was "
+            f"trained on events read as {trained.data.orientation or 'images'}; use a store with the same orientation"
+        )
+    return store.samples(store.manifest.original(split))
 
 
 def evaluate_on_split(
@@ -182,10 +188,10 @@ def evaluate_on_split(
         SourceError: the data is missing and cannot be prepared.
         StoreError: the store is damaged.
     """
-    config = trained.config.data
     rows = open_split(trained, split, stores_dir, console, data=data)
     group = ProcessGroup(0, 1, pick_device(gpu))
-    loader = BatchLoader(rows, config.transform, train=False, processes=config.loader_processes)
+    processes = trained.config.data.loader_processes
+    loader = BatchLoader(rows, trained.config.transform, train=False, processes=processes, device=group.device)
     with counting(console, f"evaluating {rows.name}") as progress:
         network = trained.network.to(group.device)
         evaluation = evaluate(network, trained.task, loader, trained.config.train, group, progress)

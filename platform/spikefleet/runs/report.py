@@ -43,7 +43,7 @@ def complete_report(config: Config, checkpoint: Path, report: Path, store: Store
         announce("testing again")
         task = build_task(config, DataSummary.of(store.manifest))
         network = best_network(load_checkpoint(checkpoint), config.model)
-        loader = BatchLoader(store.split(store.manifest.original("test")), config.data.transform, train=False)
+        loader = BatchLoader(store.samples(store.manifest.original("test")), config.transform, train=False)
         evaluation = evaluate(network, task, loader, config.train, ProcessGroup(0, 1, torch.device("cpu")))
         assert evaluation is not None, "rank 0 gets the predictions"
         details = {**task.details(evaluation.predictions, evaluation.targets), "split": evaluation.split}

@@ -67,14 +67,17 @@ def dataset_of(data: DataSummary, location: str, splits: Mapping[str, int] | Non
         location: path or address of the store.
         splits: number of images of each split.
     """
-    shape = [-1, *(data.image_shape or (-1, -1, -1))]
-    image = {"name": "image", "type": "tensor", "tensor-spec": {"dtype": "uint8", "shape": shape}}
+    if data.sensor is None:
+        name, of_type, shape = "image", "uint8", [-1, *(data.image_shape or (-1, -1, -1))]
+    else:
+        name, of_type, shape = "events", "uint32", [-1]
+    row = {"name": name, "type": "tensor", "tensor-spec": {"dtype": of_type, "shape": shape}}
     rows = {} if splits is None else {"num_rows": sum(splits.values()), **splits}
     return TrackedDataset(
         name=data.dataset,
         digest=data.content_hash[:_HASH],
         source=json.dumps({"uri": location}),
-        schema=json.dumps({"mlflow_tensorspec": {"features": [image], "targets": None}}),
+        schema=json.dumps({"mlflow_tensorspec": {"features": [row], "targets": None}}),
         profile=json.dumps({**rows, "classes": len(data.class_names), "content_hash": data.content_hash}),
     )
 

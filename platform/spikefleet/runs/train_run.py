@@ -111,7 +111,8 @@ def _run(
         refuse_missing_gpus(options.address, config.cluster.workers if config.cluster.gpu else 0)
     store = open_data(config.data, options.stores_dir, console)
     with waiting(console, "checking the configuration against the data"):
-        check_memory(config, store.manifest.image_shape, local=options.address is None)
+        shape = DataSummary.of(store.manifest).input_shape(config.data.transform)
+        check_memory(config, shape, local=options.address is None)
         prepare_parts(config, store, ProcessGroup(0, max(1, config.cluster.workers), torch.device("cpu")))
         if options.promote and "registered" not in run.record():
             check_gates(config, store, options.stores_dir)

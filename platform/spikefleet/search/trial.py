@@ -157,7 +157,7 @@ def as_trial(setting: TrialSetting) -> Callable[[Overrides, str, Report], dict[s
         def energy_of(checkpoint: Path) -> float:
             with torch.random.fork_rng(devices=[]):  # building a network must not advance the training's generator
                 network = best_network(load_checkpoint(checkpoint), config.model)
-            card = measure_energy(network, config.data.transform, store.split("val"))
+            card = measure_energy(network, config.transform, store.samples("val"))
             write_card(card, run.path / "report")
             return card.energy_mj
 

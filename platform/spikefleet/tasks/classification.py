@@ -60,7 +60,7 @@ class Classification(Task[Ranking, int]):
     def loss(self, network: nn.Module, batch: Batch, balance: float | torch.Tensor = 0.0) -> dict[str, torch.Tensor]:
         """`loss`, the mean over the batch, and `top1`, the accuracy of the network's own output."""
         assert isinstance(batch.targets, torch.Tensor)
-        output = network(batch.images)
+        output = network(batch.network_input)
         if isinstance(output, ShortcutLogits):
             logits = output.main.float()
             loss = shortcut_loss(output, batch.targets, balance, self._shortcut, self._label_smoothing)
@@ -181,7 +181,7 @@ def _confusion(evaluation: Mapping[str, Any], classes: int) -> NDArray[np.int64]
 
 
 def _probabilities(network: nn.Module, batch: Batch) -> torch.Tensor:
-    probabilities: torch.Tensor = network(batch.images).float().softmax(1)
+    probabilities: torch.Tensor = network(batch.network_input).float().softmax(1)
     return probabilities
 
 

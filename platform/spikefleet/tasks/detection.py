@@ -76,7 +76,7 @@ class Detection(Task[FoundBoxes, Annotations]):
         """`loss` and its parts, normalised as in the paper of the family, or as sums with their `divisor`."""
         objects = [Objects(target.boxes, target.labels) for target in batch.targets]
         divided = not self._global_divisor
-        return self._criterion.loss(network(batch.images), objects, _size(batch), divided=divided)
+        return self._criterion.loss(network(batch.network_input), objects, _size(batch), divided=divided)
 
     def random_targets(self, images: torch.Tensor, generator: torch.Generator) -> tuple[Target, ...]:
         """A few boxes of random classes in each image, a quarter to a half of its sides."""
@@ -94,7 +94,7 @@ class Detection(Task[FoundBoxes, Annotations]):
     @torch.no_grad()
     def predict(self, network: nn.Module, batch: Batch) -> list[FoundBoxes]:
         """The boxes of each image, in pixels of the stored image."""
-        found = self._criterion.detect(network(batch.images), _size(batch))
+        found = self._criterion.detect(network(batch.network_input), _size(batch))
         return [
             FoundBoxes(
                 target.placement.to_stored_image(one.boxes.float().cpu()).double().numpy(),

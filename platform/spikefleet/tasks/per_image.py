@@ -23,7 +23,7 @@ from spikefleet_tune.atomic import write_atomically
 
 if TYPE_CHECKING:  # pyarrow, which the training core does without
     from spikefleet.tasks.task import AnyTask
-    from spikefleet_pipelines.store.reader import Split
+    from spikefleet_pipelines.store.reader import Samples
 
 PER_IMAGE = "evaluation.npz"
 """File name of the results in a report and in a registered version, beside `evaluation.json`."""
@@ -185,7 +185,7 @@ class PerImage:
 
 
 def save_per_image(
-    task: AnyTask, predictions: Sequence[Any], targets: Sequence[Any], split: Split, folder: Path
+    task: AnyTask, predictions: Sequence[Any], targets: Sequence[Any], split: Samples, folder: Path
 ) -> str | None:
     """Writes `evaluation.npz` for a whole split, if the task has results for single images.
 

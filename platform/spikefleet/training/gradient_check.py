@@ -108,10 +108,10 @@ def training_batch(config: Config, store: Store, images: int, epoch: int = 0) ->
     Raises:
         UserError: the transform does not fit the images.
     """
-    split = store.split("train")
+    split = store.samples("train")
     seed, size = config.train.seed, min(images, len(split))
     try:
-        loader = BatchLoader(split, config.data.transform, train=True, seed=seed, epochs=config.train.epochs)
+        loader = BatchLoader(split, config.transform, train=True, seed=seed, epochs=config.train.epochs)
     except ValueError as error:
         raise UserError(f"the configuration does not fit the data: {error}") from error
     return next(loader.epoch(EpochPlan(samples=len(split), global_batch=size, seed=seed), epoch))

@@ -263,8 +263,8 @@ def _plot_that_may_fail(path: Path, sink: EventSink) -> Iterator[None]:
 
 def _first_batch(config: Config, store: Store, plan: EpochPlan) -> Batch:
     """The first micro-batch, from a separate loader, so that the loader of the training keeps its position."""
-    transform, seed, epochs = config.data.transform, config.train.seed, config.train.epochs
-    loader = BatchLoader(store.split("train"), transform, train=True, seed=seed, epochs=epochs)
+    seed, epochs = config.train.seed, config.train.epochs
+    loader = BatchLoader(store.samples("train"), config.transform, train=True, seed=seed, epochs=epochs)
     return next(micro_batches(next(loader.epoch(plan, epoch=0)), config.train.accumulate))
 
 
@@ -272,10 +272,7 @@ def _draw_first_batch(config: Config, task: AnyTask, store: Store, plan: EpochPl
     """Plots the first training images as the network sees them, without normalisation."""
     batch = _first_batch(config, store, plan)
     shown = min(_IMAGES_OF_BATCH, len(batch.indices))
-    normalise = config.data.transform.normalise
-    mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (normalise.mean, normalise.std))
-    pixels = ((batch.images[:shown] * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-    task.report.draw_batch(list(pixels), batch.targets[:shown], path)
+    task.report.draw_batch(config.transform.pixels(batch.images[:shown]), batch.targets[:shown], path)
 
 
 def _finish_epoch(
@@ -383,7 +380,7 @@ def _test_best(
         sink.emit(Phase("drawing plots"))
         task.report.write(details, *found, report)
         shown = min(_IMAGES_OF_REPORT, len(evaluation.targets))
-        images = [splits.test.split.image(row) for row in range(shown)]
+        images = splits.test.pictures(range(shown))
         plot = report / "predictions.png"
         with _plot_that_may_fail(plot, sink):
             task.report.draw(images, evaluation.predictions[:shown], evaluation.targets[:shown], plot)

@@ -61,7 +61,7 @@ def check_memory(config: Config, image_shape: tuple[int, int, int] | None, local
 
     Args:
         config: of the run.
-        image_shape: `[C, H, W]` of the stored images; None where it varies.
+        image_shape: `[C, H, W]` of the stored images or of the frames of events; None where it varies.
         local: whether the workers run on this machine.
 
     Raises:

@@ -35,13 +35,14 @@ class Splits:
 
         def loader(split: str) -> BatchLoader:
             return BatchLoader(
-                store.split(split),
-                config.data.transform,
+                store.samples(split),
+                config.transform,
                 train=split == "train",
                 seed=config.train.seed,
                 processes=config.data.loader_processes,
                 pin_memory=group.device.type == "cuda",
                 epochs=config.train.epochs,
+                device=group.device,
             )
 
         val = loader("val") if "val" in manifest.splits else None
@@ -50,13 +51,15 @@ class Splits:
 
 def prepare_parts(config: Config, store: Store, group: ProcessGroup) -> tuple[AnyTask, Splits, EpochPlan]:
     """Task, loaders and sampling plan of a training. Raises UserError if the configuration does not fit the data."""
-    task = build_task(config, DataSummary.of(store.manifest))
+    data = DataSummary.of(store.manifest)
+    task = build_task(config, data)
     _refuse_splits_without_objects(store)
-    shape = store.manifest.image_shape
+    shape = data.input_shape(config.data.transform)
     channels = shape[0] if shape else 3
     if config.model.in_channels != channels:
+        what = "frames of the events" if data.sensor else "images"
         raise UserError(
-            f"model.in_channels={config.model.in_channels}, but the images have {counted(channels, 'channel')}; "
+            f"model.in_channels={config.model.in_channels}, but the {what} have {counted(channels, 'channel')}; "
             f"set model.in_channels={channels}"
         )
     try:
@@ -69,7 +72,7 @@ def prepare_parts(config: Config, store: Store, group: ProcessGroup) -> tuple[An
             seed=config.train.seed,
             accumulate=config.train.accumulate,
             drop_partial=config.train.partial_batch == "drop",
-            training=config.data.transform.training_rows(splits.train.split),
+            training=config.transform.training_rows(splits.train.split),
         )
     except ValueError as error:
         raise UserError(f"the configuration does not fit the data: {error}") from error

@@ -1,0 +1,178 @@
+"""Windows of events as batches of frames [B, T, C, H, W], counted in the loader or, from words, on the device.
+
+What is sent to the device is a table of slices: where each begins and ends among the words of the batch. Counts are
+integers, and what follows them is one rounded operation for each value, so both ways give the same frames to the bit.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spikefleet_pipelines.errors import StoreError
+from spikefleet_pipelines.events.binning import Edges, slices_by_number, slices_by_time
+from spikefleet_pipelines.events.binning_config import BinningConfig
+from spikefleet_pipelines.events.representations import bin_events
+from spikefleet_pipelines.events.windows import EventWindow
+from spikefleet_pipelines.events.words import WordLayout
+from spikefleet_pipelines.store.rows import EventRows, Rows
+from spikefleet_pipelines.transforms.event_frames_config import EventFramesConfig
+from spikefleet_pipelines.transforms.normalise import empty_batch
+from spikefleet_pipelines.transforms.normalise_config import Normalisation
+
+NO_SLICE = -1
+"""In the place of a number of a slice: zeros."""
+
+
+class SliceTable(NamedTuple):
+    """Where the slices of a batch are among its words; sent beside the words of a batch."""
+
+    starts: NDArray[np.int64]
+    """[B, K]."""
+    stops: NDArray[np.int64]
+    """[B, K]."""
+
+
+def event_rows(split: Rows, kind: str) -> EventRows:
+    """Return a split as one of events.
+
+    Raises:
+        StoreError: it has images.
+    """
+    if not hasattr(split, "recording"):
+        raise StoreError(
+            f"split {split.name!r} of {split.location} has images, but transform.kind is {kind!r}, which reads "
+            "recordings of events; set another kind"
+        )
+    return split  # type: ignore[return-value]  # what has recordings has the rest
+
+
+@dataclass(frozen=True)
+class FrameMaker:
+    """Bins windows of one sensor.
+
+    Attributes:
+        layout: the bits of a word.
+        binning: T and the representation.
+        normalise: of the frames' values.
+        on_device: send words instead of frames.
+    """
+
+    layout: WordLayout
+    binning: BinningConfig
+    normalise: Normalisation
+    on_device: bool
+
+    @classmethod
+    def of(cls, config: EventFramesConfig, sensor: tuple[int, int]) -> "FrameMaker":
+        """The maker of a config. Raises ValueError if the config does not fit the sensor."""
+        config.check_frames(sensor)
+        return cls(WordLayout(*sensor), config.binning, config.normalise, config.bin_on == "device")
+
+    def batch(
+        self, windows: Sequence[EventWindow], slices: Sequence[NDArray[np.int64]]
+    ) -> tuple[Tensor, SliceTable | None]:
+        """Make a batch.
+
+        Args:
+            windows: of the samples.
+            slices: of each sample, the numbers of the slices to show, in order; all of one length K.
+
+        Returns:
+            Frames float32 [B, K, C, H, W], normalised; or, for the device, words int32 [N] with the table of slices.
+        """
+        if self.on_device:
+            return self._words(windows, slices)
+        height, width = self.binning.size or self.layout.sensor
+        frames = empty_batch((len(windows), len(slices[0]), self.binning.channels, height, width))
+        values = frames.numpy()
+        for sample, window, chosen in zip(values, windows, slices, strict=True):
+            binned = bin_events(window, self.binning)
+            sample[...] = binned[np.maximum(chosen, 0)]
+            sample[chosen == NO_SLICE] = 0
+        return self._normalised(frames), None
+
+    def on(self, words: Tensor, table: SliceTable, device: torch.device | str) -> Tensor:
+        """Count words on a device.
+
+        Args:
+            words: int32 [N], of `batch`.
+            table: of `batch`.
+            device: to count on.
+
+        Returns:
+            Frames float32 [B, K, C, H, W] on the device, normalised.
+        """
+        starts, stops = (torch.from_numpy(one).to(device) for one in table)
+        counts = _counted(words.to(device, non_blocking=True), starts, stops, self.layout)
+        return self._normalised(_finished(counts, self.binning))
+
+    def _words(self, windows: Sequence[EventWindow], slices: Sequence[NDArray[np.int64]]) -> tuple[Tensor, SliceTable]:
+        words = np.concatenate([np.empty(0, np.uint32), *(window.words for window in windows)])
+        starts, stops, before = [], [], 0
+        for window, chosen in zip(windows, slices, strict=True):
+            edges = _edges(window, self.binning) + before
+            shown = np.maximum(chosen, 0)
+            starts.append(edges[:-1][shown])
+            stops.append(np.where(chosen == NO_SLICE, edges[:-1][shown], edges[1:][shown]))
+            before += len(window)
+        return torch.from_numpy(words.view(np.int32)), SliceTable(np.stack(starts), np.stack(stops))
+
+    def _normalised(self, frames: Tensor) -> Tensor:
+        if self.normalise == Normalisation():
+            return frames
+        mean, std = (
+            torch.tensor(one, dtype=torch.float32, device=frames.device).reshape(-1, 1, 1)
+            for one in (self.normalise.mean, self.normalise.std)
+        )
+        return frames.sub_(mean).div_(std)
+
+
+def _edges(window: EventWindow, binning: BinningConfig) -> Edges:
+    if binning.by == "number":
+        return slices_by_number(window, binning.slices)
+    return slices_by_time(window, binning.slices, binning.compat)
+
+
+def _counted(words: Tensor, starts: Tensor, stops: Tensor, layout: WordLayout) -> Tensor:
+    """Count words int32 [N] by slice, polarity and pixel: int64 [B, K, 2, H, W]."""
+    lengths = (stops - starts).flatten()
+    slices = torch.repeat_interleave(torch.arange(lengths.numel(), device=words.device), lengths)
+    first = starts.flatten() - (lengths.cumsum(0) - lengths)
+    chosen = words[torch.arange(slices.numel(), device=words.device) + first[slices]].to(torch.int64)
+    column = chosen & ((1 << layout.x_bits) - 1)
+    row = (chosen >> layout.x_bits) & ((1 << layout.y_bits) - 1)
+    polarity = (chosen >> (layout.x_bits + layout.y_bits)) & 1
+    keys = ((slices * 2 + polarity) * layout.height + row) * layout.width + column
+    cells = lengths.numel() * 2 * layout.height * layout.width
+    return torch.bincount(keys, minlength=cells).reshape(*starts.shape, 2, layout.height, layout.width)
+
+
+def _finished(counts: Tensor, binning: BinningConfig) -> Tensor:
+    """What follows counting, as `representations.py` does it: [B, K, 2, H, W] -> float32 [B, K, 2, H', W']."""
+    if binning.kind == "binary":
+        counts = counts.clamp_max(1)
+    if binning.size is not None and binning.size != tuple(counts.shape[-2:]):
+        counts = _resized(counts, binning.size, binning.resize)
+    frames = counts.to(torch.float32)
+    if binning.normalise == "slice_max":
+        frames /= frames.amax((-3, -2, -1), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    if binning.clip is not None:
+        limit = binning.clip if binning.normalise != "none" else int(binning.clip)
+        frames = frames.clamp_max(limit)
+    return frames
+
+
+def _resized(counts: Tensor, size: tuple[int, int], how: str) -> Tensor:
+    height, width = counts.shape[-2:]
+    if how == "nearest":
+        rows, columns = (
+            torch.arange(new, device=counts.device) * old // new for new, old in zip(size, (height, width), strict=True)
+        )
+        return counts[..., rows[:, None], columns]
+    blocks = counts.reshape(*counts.shape[:-2], size[0], height // size[0], size[1], width // size[1])
+    return blocks.sum((-3, -1))

@@ -1,0 +1,90 @@
+"""The config that all transforms of recordings of events have in common: representation, slices, where it is binned."""
+
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, PrivateAttr, model_validator
+
+from spikefleet_pipelines.events.binning_config import BinningConfig, RepresentationConfig
+from spikefleet_pipelines.transforms.batch_transform_config import BatchTransformConfig
+from spikefleet_pipelines.transforms.normalise_config import check_channels
+
+
+class EventFramesConfig(BatchTransformConfig):
+    """Frames [T, C, H, W] of windows of events. T is no field: it is the network's, see `for_timesteps`.
+
+    `normalise` has means and standard deviations of the frames' own values: a value becomes (value - mean) / std.
+    """
+
+    reads_events: ClassVar[bool] = True
+
+    representation: RepresentationConfig = RepresentationConfig()
+    bin_on: Literal["loader", "device"] = Field(
+        default="loader",
+        description="where events are counted; device: loaders send four bytes an event, and the training's device "
+        "counts them; both give the same frames to the bit",
+    )
+
+    _timesteps: int | None = PrivateAttr(None)
+
+    @model_validator(mode="after")
+    def _device_counts(self) -> Self:
+        chosen = self.representation
+        wrong = {
+            "kind": chosen.kind not in ("count", "binary"),
+            "normalise": chosen.normalise == "std",
+            "resize": chosen.size is not None and chosen.resize == "bilinear",
+        }
+        if self.bin_on == "device" and any(wrong.values()):
+            name = next(name for name, refused in wrong.items() if refused)
+            raise ValueError(
+                f"representation.{name} is {getattr(chosen, name)!r}, which bin_on=device does not compute; set "
+                "bin_on=loader"
+            )
+        return self
+
+    def for_timesteps(self, timesteps: int) -> Self:
+        """Return the config for a network of T time steps: windows have T slices."""
+        bound = self.model_copy()
+        bound._timesteps = timesteps
+        return bound
+
+    @property
+    def timesteps(self) -> int:
+        """T.
+
+        Raises:
+            ValueError: the config is of no network yet.
+        """
+        if self._timesteps is None:
+            raise ValueError(
+                f"the transform of kind {self.kind!r} has no number of time slices; call for_timesteps(T) with the "
+                "time steps of the network"
+            )
+        return self._timesteps
+
+    @property
+    def binning(self) -> BinningConfig:
+        """Settings of binning with T slices. Raises ValueError as `timesteps`."""
+        return self.representation.with_slices(self.timesteps)
+
+    def input_shape(
+        self, image_shape: tuple[int, int, int] | None, sensor: tuple[int, int] | None
+    ) -> tuple[int, int, int] | None:
+        """Return the shape [C, H, W] of the frames of a sensor; see `BatchTransformConfig.input_shape`."""
+        return None if sensor is None else self.representation.frame_shape(sensor)
+
+    def check_frames(self, sensor: tuple[int, int]) -> None:
+        """Check the config against recordings of a sensor.
+
+        Raises:
+            ValueError: a field does not fit.
+        """
+        chosen = self.representation
+        check_channels(self.normalise, chosen.channels)
+        if chosen.size is not None and chosen.resize == "area":
+            for name, length, side in zip(("height", "width"), chosen.size, sensor, strict=True):
+                if side % length:
+                    raise ValueError(
+                        f"representation.size has {name} {length}, which does not divide the sensor's {side}; set a "
+                        "divisor, or representation.resize=nearest"
+                    )

@@ -1,0 +1,109 @@
+"""Transform of recordings of events with classes to a normalised batch of frames.
+
+Every random number is a function of (seed, epoch, row, purpose); see `counter_random.py`. Events are augmented one
+recording at a time, as arrays; without augmentation their words are counted as they are in the store.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spikefleet_pipelines.events.augmentation import Sample, augment, kept_slices, slice_order
+from spikefleet_pipelines.events.durations import duration_us
+from spikefleet_pipelines.events.label_effects import LabelEffects, label_effects_of
+from spikefleet_pipelines.events.recording import EventArrays
+from spikefleet_pipelines.events.windows import EventWindow, StoredRecording, recording_of
+from spikefleet_pipelines.store.rows import EventRows, Rows
+from spikefleet_pipelines.transforms.event_frames import NO_SLICE, FrameMaker, SliceTable, event_rows
+from spikefleet_pipelines.transforms.events_config import EventsTransformConfig
+
+Packed = tuple[Tensor, SliceTable | None]
+"""Classes int64 [B], and the table of slices where the frames are made on the device."""
+
+
+def window_of(recording: StoredRecording, window: str) -> EventWindow:
+    """Return a window of a recording as a config names it: recording, span, or the length of its last part."""
+    if window == "span":
+        return recording.span()
+    whole = recording.whole()
+    if window == "recording":
+        return whole
+    length = duration_us(window)
+    return recording.window(whole.length - length, length)
+
+
+@dataclass(frozen=True)
+class EventsTransform:
+    """Frames and classes of recordings: a `BatchTransform` whose targets are int64 [B]."""
+
+    split: EventRows
+    config: EventsTransformConfig
+    train: bool
+    seed: int
+    maker: FrameMaker
+    effects: LabelEffects
+
+    @classmethod
+    def of(cls, split: Rows, config: EventsTransformConfig, train: bool, seed: int) -> "EventsTransform":
+        """The transform of a split.
+
+        Raises:
+            ValueError: the config does not fit the recordings, or their labels do not survive an augmentation.
+        """
+        events = event_rows(split, config.kind)
+        effects = label_effects_of(events.source)
+        config.augmentation.refuse_forbidden(effects)
+        return cls(events, config, train, seed, FrameMaker.of(config, events.sensor), effects)
+
+    def __call__(self, rows: NDArray[np.int64], epoch: int) -> tuple[Tensor, Packed]:
+        """Load rows; see `BatchTransform`."""
+        labels = self.split.labels[rows]
+        windows = [window_of(self.split.recording(row), self.config.window) for row in rows.tolist()]
+        if self.train and not self.config.augmentation.is_none:
+            for place, row in enumerate(rows.tolist()):
+                sample = Sample(self.seed, epoch, row)
+                windows[place], labels[place] = self._augmented(windows[place], int(labels[place]), sample)
+        frames, table = self.maker.batch(windows, self._slices(rows.tolist(), epoch))
+        return frames, (torch.from_numpy(labels), table)
+
+    def unpack(self, packed: Packed) -> Tensor:
+        """Return the classes."""
+        return packed[0]
+
+    def on_device(self, images: Tensor, packed: Packed, device: torch.device | str) -> Tensor:
+        """Return the frames of a batch; see `BinsOnDevice`."""
+        return images if packed[1] is None else self.maker.on(images, packed[1], device)
+
+    def pictures(self, rows: Sequence[int]) -> list[Tensor]:
+        """Draw samples over time, uint8 [3, H, T W + gaps] each; see `DrawsRows`."""
+        if not rows:
+            return []
+        images, packed = self(np.array(rows, np.int64), 0)
+        return self.config.pixels(self.on_device(images, packed, "cpu"))
+
+    def _augmented(self, window: EventWindow, label: int, sample: Sample) -> tuple[EventWindow, int]:
+        config, sensor = self.config.augmentation, self.split.sensor
+        events = window.events()
+        relative = EventArrays(events.t - window.start, events.x, events.y, events.p)
+        changed, label = augment(relative, label, (sensor, window.length), config, self.effects, sample)
+        return recording_of(changed, sensor).window(0, config.kept_us(window.length)), label
+
+    def _slices(self, rows: list[int], epoch: int) -> list[NDArray[np.int64]]:
+        """Numbers of the slices of each sample that the network sees, in order."""
+        config, slices = self.config, self.config.timesteps
+        all_of_them = np.arange(slices)
+        if not self.train:
+            if config.slice_order == "recorded":
+                return [all_of_them] * len(rows)
+            return [slice_order(slices, config.slice_order, Sample(self.seed, 0, row)) for row in rows]
+        if config.keep_slices is None or config.keep_slices == slices:
+            return [all_of_them] * len(rows)
+        numbers = rows if config.keep_per == "sample" else [rows[0]] * len(rows)
+        kept = [kept_slices(slices, config.keep_slices, Sample(self.seed, epoch, number)) for number in numbers]
+        if config.keep_fill == "drop":
+            return kept
+        return [np.where(np.isin(all_of_them, one), all_of_them, NO_SLICE) for one in kept]
