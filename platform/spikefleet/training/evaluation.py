@@ -18,9 +18,11 @@ from spikefleet.tasks.task import Prediction, Target
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.precision import autocast
 from spikefleet.training.stopping import StopRequested
+from spikefleet.training.stream import Lanes, predict_window
 from spikefleet_models.health import SpikeMonitor
 from spikefleet_pipelines.loading import Batch, BatchLoader
 from spikefleet_pipelines.sampling import EvaluationPlan, StepBatch
+from spikefleet_pipelines.stream_plan import EventStreamPlan
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ def evaluate(
     Raises:
         EvaluationStopped: a rank was asked to stop; raised on all ranks.
     """
+    if config.stream is not None:
+        return _evaluate_streams(network, task, loader, config, group, progress, stop_requested)
     was_training = network.training
     network.eval()
     plan = EvaluationPlan(
@@ -92,12 +96,58 @@ def evaluate(
     # Ranks have different numbers of batches: that they stop is agreed once, after the loop.
     if stop_requested is not None and any(group.all_gather(stopped)):
         raise EvaluationStopped
+    return _gathered(rows, group, monitor, loader.split.name)
+
+
+def _evaluate_streams(
+    network: nn.Module,
+    task: Task[Prediction, Target],
+    loader: BatchLoader,
+    config: TrainConfig,
+    group: ProcessGroup,
+    progress: Count,
+    stop_requested: StopRequested | None,
+) -> Evaluation[Prediction, Target] | None:
+    """As `evaluate`, with every recording read window by window, and predictions for those with a label."""
+    from spikefleet_pipelines.streams import StreamLoader  # a store of events, with pyarrow
+
+    assert config.stream is not None
+    was_training = network.training
+    network.eval()
+    stream = StreamLoader.beside(loader)
+    recordings = len(stream.split.windows.counts)
+    lanes = min(config.eval_batch, -(-recordings // group.size)) * group.size
+    plan = EventStreamPlan(
+        windows=stream.split.windows, lanes=lanes, world_size=group.size, rank=group.rank, fill=False, shuffle=False
+    )
+    membranes, monitor = Lanes(carries=config.stream.state == "carried"), SpikeMonitor(network)
+    rows: list[tuple[int, Prediction, Target]] = []
+    stopped = False
+    for batch in stream.epoch(plan, epoch=0):
+        assert batch.stream is not None
+        here = batch.to(group.device, config.channels_last)
+        with autocast(config.precision, group.device), monitor if batch.stream.step == 0 else nullcontext():
+            rows += predict_window(task, network, membranes, here)
+        progress(min(len(rows) * group.size, len(loader.split)), len(loader.split))
+        if stop_requested is not None and stop_requested():
+            stopped = True
+            break
+    network.train(was_training)
+    if stop_requested is not None and any(group.all_gather(stopped)):
+        raise EvaluationStopped
+    return _gathered(rows, group, monitor, loader.split.name)
+
+
+def _gathered(
+    rows: list[tuple[int, Prediction, Target]], group: ProcessGroup, monitor: SpikeMonitor, split: str
+) -> Evaluation[Prediction, Target] | None:
+    """The rows of all ranks in the order of the split, on rank 0."""
     parts = group.gather(rows)
     if parts is None:
         return None
     merged = sorted((row for part in parts for row in part), key=lambda row: row[0])
     predictions, targets = [row[1] for row in merged], [row[2] for row in merged]
-    return Evaluation(predictions, targets, tuple(monitor.table()), monitor.summary(), loader.split.name)
+    return Evaluation(predictions, targets, tuple(monitor.table()), monitor.summary(), split)
 
 
 @dataclass(frozen=True)
