@@ -62,6 +62,27 @@ class LabelFrames:
             np.full(count, -1, np.int64) if track_ids is None else track_ids[order].astype(np.int64),
         )
 
+    def still_us(self, frame: int) -> int:
+        """Return for how long before a frame none of its objects has moved, as far as the labels tell.
+
+        It is the time from the first of the consecutive frames with the same tracks and equal boxes: 0 where an object
+        has moved, appeared or gone since the frame before, where there is none, and where tracks are not known.
+        """
+        first = frame
+        while first and self._equal(first - 1, frame):
+            first -= 1
+        return int(self.times[frame] - self.times[first])
+
+    def _equal(self, one: int, other: int) -> bool:
+        here, there = (slice(int(self.offsets[k]), int(self.offsets[k + 1])) for k in (one, other))
+        tracks = [self.track_ids[part] for part in (here, there)]
+        if len(tracks[0]) != len(tracks[1]) or (tracks[0] < 0).any():
+            return False
+        order, other_order = (np.argsort(each, kind="stable") for each in tracks)
+        return np.array_equal(tracks[0][order], tracks[1][other_order]) and np.array_equal(
+            self.boxes[here][order], self.boxes[there][other_order]
+        )
+
     def until(self, time: int) -> "LabelFrames":
         """Return the frames up to a time, that one included."""
         frames = int(np.searchsorted(self.times, time, side="right"))

@@ -1,4 +1,8 @@
-"""Scenes of digits that move in front of a simulated event camera, with boxes over time: detection without download."""
+"""Scenes of digits that move in front of a simulated event camera, with boxes over time: detection without download.
+
+With pauses, all digits of a scene stop twice for some time while their boxes stay: the camera sees nothing but noise
+then, so that only a detector with memory finds them.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +30,11 @@ _OVERLAP = 0.2
 _VISIBLE = 0.3
 _PAD = 4  # around a digit: the blur
 _NUMBERS_PER_OBJECT = 8 + 2 * _ATTEMPTS
+_DURATION_US, _PAUSED_DURATION_US = 200_000, 1_200_000
+_SHORTEST_PAUSE_US, _LONGEST_PAUSE_US = 200_000, 400_000
+# Before, between and after the two pauses, the digits move for at least this part of the time that is left.
+_LEAST_MOVE = 0.2
+_PAUSE_NUMBERS = 512  # of a scene's numbers, from Draw.EVENT_SCENE on
 
 
 @dataclass(frozen=True)
@@ -51,19 +60,41 @@ class _Object(NamedTuple):
     label: int
 
 
+class _Scene(NamedTuple):
+    objects: list[_Object]
+    pauses: tuple[tuple[int, int], ...]  # start and end of each in us
+
+    def moved_us(self, time: int) -> int:
+        """For how long the digits have moved until a time."""
+        return time - sum(min(max(time - start, 0), end - start) for start, end in self.pauses)
+
+
 @dataclass(frozen=True)
 class SaccadeScenes:
-    """One to three digits that move in straight lines; a sample is a pure function of (seed, split, index)."""
+    """One to three digits that move in straight lines; a sample is a pure function of (seed, split, index).
+
+    Attributes:
+        digits: images and labels.
+        seed: of the scenes and the camera.
+        model: constants of the pixels.
+        counts: number of scenes of each split.
+        pauses: whether the digits stop twice, for 200 to 400 ms each; recordings are then 1.2 s long instead of 0.2 s.
+    """
 
     digits: Digits
     seed: int = 0
     model: PixelModel = DEFAULT
     counts: Mapping[str, int] = field(default_factory=lambda: {"train": 2000, "val": 200, "test": 200})
+    pauses: bool = False
     sensor: ClassVar[Sensor] = (SIDE, SIDE)
-    duration_us: ClassVar[int] = 200_000
     frame_us: ClassVar[int] = 50_000
     class_names: ClassVar[tuple[str, ...]] = tuple(map(str, range(10)))
     effects: ClassVar[LabelEffects] = label_effects_of("saccade_scenes")
+
+    @property
+    def duration_us(self) -> int:
+        """Of each scene."""
+        return _PAUSED_DURATION_US if self.pauses else _DURATION_US
 
     def sample(self, split: str, index: int) -> tuple[EventArrays, list[BoxFrame]]:
         """Record one scene: its events, and its objects after every `frame_us`."""
@@ -73,7 +104,7 @@ class SaccadeScenes:
         """Record several scenes at once, which is faster; each is the same as alone."""
         chosen = checked(indices, self.counts[split])
         stream = SPLITS.index(split)
-        scenes = [self._objects(split, index) for index in chosen.tolist()]
+        scenes = [self._scene(split, index) for index in chosen.tolist()]
         recorded = record(
             lambda time: _drawn(scenes, time), self.duration_us, self.model, self.seed, chosen, stream=stream
         )
@@ -81,7 +112,22 @@ class SaccadeScenes:
         frames = [[_frame(scene, time) for time in times] for scene in scenes]
         return list(zip(recorded, frames, strict=True))
 
-    def _objects(self, split: str, index: int) -> list[_Object]:
+    def pauses_of(self, split: str, index: int) -> tuple[tuple[int, int], ...]:
+        """Return start and end of each pause of a scene in us; empty without pauses."""
+        if not self.pauses:
+            return ()
+        draws = uniform(self.seed, SPLITS.index(split), index, Draw.EVENT_SCENE + _PAUSE_NUMBERS + np.arange(4))
+        lengths = [int(_SHORTEST_PAUSE_US + part * (_LONGEST_PAUSE_US - _SHORTEST_PAUSE_US)) for part in draws[:2]]
+        moving = self.duration_us - sum(lengths)
+        before, between = (int(moving * _LEAST_MOVE * (1 + part)) for part in draws[2:])
+        second = before + lengths[0] + between
+        return (before, before + lengths[0]), (second, second + lengths[1])
+
+    def _scene(self, split: str, index: int) -> _Scene:
+        pauses = self.pauses_of(split, index)
+        return _Scene(self._objects(split, index, _Scene([], pauses).moved_us(self.duration_us)), pauses)
+
+    def _objects(self, split: str, index: int, moved_us: int) -> list[_Object]:
         images, labels = self.digits[split]
         draws = uniform(
             self.seed, SPLITS.index(split), index, Draw.EVENT_SCENE + np.arange(1 + _OBJECTS * _NUMBERS_PER_OBJECT)
@@ -95,7 +141,7 @@ class SaccadeScenes:
             speed = (_LEAST_SPEED + (_HIGHEST_SPEED - _LEAST_SPEED) * own[2]) * 1e-6
             angle = 2 * np.pi * own[3]
             velocity = speed * np.array([np.sin(angle), np.cos(angle)])
-            start = _free_start(own[8:].reshape(_ATTEMPTS, 2), side, velocity * self.duration_us, passed)
+            start = _free_start(own[8:].reshape(_ATTEMPTS, 2), side, velocity * moved_us, passed)
             if start is None:
                 continue
             brightness = np.float32(_LEAST_BRIGHTNESS + (1 - _LEAST_BRIGHTNESS) * own[4])
@@ -144,13 +190,14 @@ def _tight_box(patch: NDArray[np.float32]) -> NDArray[np.float64]:
     return np.concatenate([first, [columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1]]).astype(np.float64)
 
 
-def _drawn(scenes: list[list[_Object]], time: int) -> NDArray[np.float32]:
+def _drawn(scenes: list[_Scene], time: int) -> NDArray[np.float32]:
     """Draw all scenes at a time, float32 [B, H, W]; where digits overlap, the brighter one is seen."""
     canvas = np.zeros((len(scenes), SIDE + 2 * _PAD + 2, SIDE + 2 * _PAD + 2), np.float32)
     for image, scene in zip(canvas, scenes, strict=True):
-        for item in scene:
+        moved_us = scene.moved_us(time)
+        for item in scene.objects:
             length = item.patch.shape[1] - 2
-            place = np.maximum(item.start + item.velocity * time, 0)  # rounding may leave it just below
+            place = np.maximum(item.start + item.velocity * moved_us, 0)  # rounding may leave it just below
             whole = np.floor(place).astype(np.int64)
             down, right = (place - whole).tolist()
             moved = shifted(item.patch, 1, (down, right), (length + 1, length + 1))[0]
@@ -159,8 +206,9 @@ def _drawn(scenes: list[list[_Object]], time: int) -> NDArray[np.float32]:
     return canvas[:, _PAD : _PAD + SIDE, _PAD : _PAD + SIDE]
 
 
-def _frame(scene: list[_Object], time: int) -> BoxFrame:
-    boxes = np.array([item.box for item in scene]).reshape(-1, 4)
-    places = np.array([item.start + item.velocity * time for item in scene]).reshape(-1, 2)
+def _frame(scene: _Scene, time: int) -> BoxFrame:
+    moved_us = scene.moved_us(time)
+    boxes = np.array([item.box for item in scene.objects]).reshape(-1, 4)
+    places = np.array([item.start + item.velocity * moved_us for item in scene.objects]).reshape(-1, 2)
     boxes[:, :2] += places[:, ::-1]
-    return BoxFrame(time, boxes, np.array([item.label for item in scene], np.int64))
+    return BoxFrame(time, boxes, np.array([item.label for item in scene.objects], np.int64))

@@ -124,7 +124,7 @@ def read_apparent_motion(root: Path, options: SourceOptions, seed: int) -> Event
 def read_saccade_scenes(root: Path, options: SaccadeScenesOptions, seed: int) -> EventSetContents:
     """Prepare the set `SaccadeScenes`."""
     counts = {split: getattr(options, split) for split in SPLITS}
-    return EventSetContents(SaccadeScenes(_digits(seed), seed, counts=counts), CATEGORY_IDS)
+    return EventSetContents(SaccadeScenes(_digits(seed), seed, counts=counts, pauses=options.pauses), CATEGORY_IDS)
 
 
 def _digits(seed: int) -> Digits:

@@ -1,16 +1,24 @@
 """The built-in data sets of a simulated event camera; `event_sets.py` records them."""
 
+from functools import partial
+from operator import eq
+
 from pydantic import Field
 
 from spikefleet_pipelines.sources.source import Source, SourceOptions
 
 
 class SaccadeScenesOptions(SourceOptions):
-    """Number of the scenes."""
+    """Number of the scenes, and how their digits move."""
 
     train: int = Field(default=2000, ge=1, le=1_000_000, description="number of training scenes")
     val: int = Field(default=200, ge=1, le=1_000_000, description="number of scenes for validation")
     test: int = Field(default=200, ge=1, le=1_000_000, description="number of scenes for the test")
+    pauses: bool = Field(
+        default=False,
+        exclude_if=partial(eq, False),  # stores of versions without the option keep their hashes
+        description="true: recordings of 1.2 s, in which all digits stop twice for 200 to 400 ms while boxes go on",
+    )
 
 
 SACCADES = Source(

@@ -14,8 +14,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 
+class Moment(NamedTuple):
+    """Where the objects of a label time are in a store of recordings."""
+
+    recording: int
+    """Row of the recording in its split."""
+    time_us: int
+    """From the start of the recording."""
+    still_us: int
+    """For how long no object has moved; see `LabelFrames.still_us`."""
+
+
 class Annotations(NamedTuple):
-    """The objects of one stored image, as given; arrays may be read-only views into the store."""
+    """The objects of one stored image, or of one label time of a recording of events, as given.
+
+    Arrays may be read-only views into the store.
+    """
 
     image_id: int
     height: int
@@ -33,6 +47,8 @@ class Annotations(NamedTuple):
     """[N], pixels of the object, by which COCO separates small, medium and large."""
     ids: NDArray[np.int64]
     """[N], annotation ids."""
+    moment: Moment | None = None
+    """Of the label time of a recording; None of an image."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.events.label_frames import LabelFrames
 from spikefleet_pipelines.events.windows import StoredRecording
-from spikefleet_pipelines.store.annotations import Annotations, class_indices
+from spikefleet_pipelines.store.annotations import Annotations, Moment, class_indices
 from spikefleet_pipelines.store.event_shards import EventShardColumns, open_event_shard
 from spikefleet_pipelines.store.manifest import Manifest
 
@@ -120,6 +120,7 @@ class EventSplit:
             frames.crowd[objects],
             frames.areas[objects],
             frames.ids[objects],
+            Moment(row, int(frames.times[frame]), frames.still_us(frame)),
         )
 
     def _place(self, row: int) -> tuple[EventShardColumns, int]:

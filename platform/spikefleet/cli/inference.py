@@ -57,7 +57,7 @@ def evaluate(
     print_table(console, [header[0], *map(number, header[1:])], rows)
     for key, value in details["metrics"].items():
         say(f"{key} {value:.2%}")
-    for key in ("description", "remark"):
+    for key in ("description", "protocol_remark", "remark"):
         if key in details:
             say(details[key])
     if evaluation.health:

@@ -26,6 +26,8 @@ _SERVED_NETWORK = "spikefleet.registry.served_network"
 _LEFT_OUT = (
     "spikefleet.plot_text",
     "spikefleet.plots",
+    "spikefleet.tasks.event_details",
+    "spikefleet.tasks.event_metrics",
     "spikefleet.tasks.per_image",
     "spikefleet_pipelines.sources",
     "spikefleet_pipelines.store",

@@ -15,6 +15,7 @@ from spikefleet.errors import UserError
 from spikefleet.files import write_json
 from spikefleet.tasks.coco_metrics import (
     COCO_MAX_DETECTIONS,
+    CocoMetrics,
     FoundBoxes,
     box_confusion,
     evaluate_boxes,
@@ -116,18 +117,14 @@ class Detection(Task[FoundBoxes, Annotations]):
         Returns:
             `metrics` (COCO's twelve, in [0, 1]), `description` (of the metrics), `remark` (if more objects of a class
             are in an image than detections count), `samples` (images), and `classes`, a list of name, objects, ap50_95,
-            ap50 and precision50.
+            ap50 and precision50. Of recordings of events also what `event_details` returns, and the main metrics by
+            each protocol among the metrics: `map50_95_prophesee`.
 
         Raises:
             UserError: no image has an object.
         """
-        annotations = ground_truth(targets, self.class_names, self.category_ids)
-        if all(entry["iscrowd"] for entry in annotations["annotations"]):
-            raise UserError(
-                f"detection metrics need at least one object, found none in {counted(len(targets), 'image')}"
-            )
         most = self._max_detections
-        measured = evaluate_boxes(annotations, results(predictions, targets, self.category_ids), most)
+        measured = self._measured(predictions, targets)
         crowded = sum(_most_of_a_class(target) > most for target in targets)
         remark = (
             f"{counted(crowded, 'image')} of {len(targets)} {'has' if crowded == 1 else 'have'} more than {most} "
@@ -135,7 +132,8 @@ class Detection(Task[FoundBoxes, Annotations]):
             "criterion.max_detections) to more"
         )
         return {
-            "metrics": measured.twelve,
+            **self._of_recordings(predictions, targets),
+            "metrics": {**measured.twelve, **self._by_protocol(predictions, targets)},
             "description": f"COCO's metrics of at most {most} detections of a class in an image "
             "(evaluation.max_detections)",
             **({"remark": remark} if crowded else {}),
@@ -151,6 +149,33 @@ class Detection(Task[FoundBoxes, Annotations]):
                 for one in measured.classes
             ],
         }
+
+    def metrics(self, predictions: Sequence[FoundBoxes], targets: Sequence[Annotations]) -> dict[str, float]:
+        """Metrics of a whole split by name; see `details`. Raises UserError if no image has an object."""
+        twelve = self._measured(predictions, targets).twelve
+        return {**twelve, **self._by_protocol(predictions, targets)}
+
+    def _measured(self, predictions: Sequence[FoundBoxes], targets: Sequence[Annotations]) -> CocoMetrics:
+        annotations = ground_truth(targets, self.class_names, self.category_ids)
+        if all(entry["iscrowd"] for entry in annotations["annotations"]):
+            raise UserError(
+                f"detection metrics need at least one object, found none in {counted(len(targets), 'image')}"
+            )
+        return evaluate_boxes(annotations, results(predictions, targets, self.category_ids), self._max_detections)
+
+    def _by_protocol(self, predictions: Sequence[FoundBoxes], targets: Sequence[Annotations]) -> dict[str, float]:
+        from spikefleet.tasks import event_details  # here, because a served detector does without it
+
+        if not event_details.are_label_times(targets):
+            return {}
+        return event_details.protocol_metrics(predictions, targets, self.class_names, self._max_detections)
+
+    def _of_recordings(self, predictions: Sequence[FoundBoxes], targets: Sequence[Annotations]) -> dict[str, Any]:
+        from spikefleet.tasks import event_details  # here, because a served detector does without it
+
+        if not event_details.are_label_times(targets):
+            return {}
+        return event_details.event_details(predictions, targets, self.class_names, self._max_detections)
 
     def per_image(self, predictions: Sequence[FoundBoxes], targets: Sequence[Annotations]) -> Boxes:
         """Boxes and objects of each image."""
@@ -193,18 +218,21 @@ class DetectionReport(TaskReport[FoundBoxes, Annotations]):
         self.class_names, self.category_ids = class_names, category_ids
 
     def table(self, details: Mapping[str, Any]) -> list[tuple[str, ...]]:
-        """Objects and average precision by class."""
+        """Objects and average precision by class; of recordings also by each protocol that leaves boxes out."""
         from spikefleet.plot_text import in_table
 
-        return [
-            ("class", "objects", "AP50-95", "AP50"),
-            *(
-                (name, str(one["objects"]), _percent(one["ap50_95"]), _percent(one["ap50"]))
-                for name, one in zip(
-                    in_table([one["name"] for one in details["classes"]]), details["classes"], strict=True
-                )
-            ),
+        classes = details["classes"]
+        columns = [
+            in_table([one["name"] for one in classes]),
+            [str(one["objects"]) for one in classes],
+            *_precision_columns(classes),
         ]
+        header = ["class", "objects", "AP50-95", "AP50"]
+        for name, by in details.get("protocols", {}).items():
+            if name != "none" and by["classes"]:
+                header += [f"AP50-95 {name}", f"AP50 {name}"]
+                columns += _precision_columns(by["classes"])
+        return [tuple(header), *zip(*columns, strict=True)]
 
     def draw(
         self,
@@ -304,6 +332,10 @@ def _most_of_a_class(target: Annotations) -> int:
 
 def _size(batch: Batch) -> tuple[int, int]:
     return batch.images.shape[-2], batch.images.shape[-1]
+
+
+def _precision_columns(classes: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    return [[_percent(one[key]) for one in classes] for key in ("ap50_95", "ap50")]
 
 
 def _percent(value: float | None) -> str:

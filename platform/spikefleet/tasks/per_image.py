@@ -105,20 +105,15 @@ class Boxes:
         scores = _parts(_shaped(arrays["scores"], (there,)).astype(np.float64), counts)
         labels = _parts(_whole(_shaped(arrays["labels"], (there,))), counts)
         ids, sizes = _whole(_shaped(arrays["image_ids"], (images,))), _whole(_shaped(arrays["sizes"], (images, 2)))
-        columns = {
-            "boxes": _shaped(arrays["object_boxes"], (truth, 4)).astype(np.float64),
-            "category_ids": _whole(_shaped(arrays["object_categories"], (truth,))),
-            "labels": _whole(_shaped(arrays["object_labels"], (truth,))),
-            "crowd": _shaped(arrays["object_crowds"], (truth,)).astype(bool),
-            "areas": _shaped(arrays["object_areas"], (truth,)).astype(np.float64),
-            "ids": np.arange(truth),
-        }
-        parts = {name: _parts(column, objects) for name, column in columns.items()}
+        corners = _parts(_shaped(arrays["object_boxes"], (truth, 4)).astype(np.float64), objects)
+        categories = _parts(_whole(_shaped(arrays["object_categories"], (truth,))), objects)
+        classes = _parts(_whole(_shaped(arrays["object_labels"], (truth,))), objects)
+        crowds = _parts(_shaped(arrays["object_crowds"], (truth,)).astype(bool), objects)
+        areas = _parts(_shaped(arrays["object_areas"], (truth,)).astype(np.float64), objects)
+        numbers = _parts(np.arange(truth), objects)
         targets = [
-            Annotations(
-                int(ids[k]), int(sizes[k, 0]), int(sizes[k, 1]), **{name: part[k] for name, part in parts.items()}
-            )
-            for k in range(images)
+            Annotations(int(ids[k]), int(sizes[k, 0]), int(sizes[k, 1]), *columns)
+            for k, columns in enumerate(zip(corners, categories, classes, crowds, areas, numbers, strict=True))
         ]
         return cls(
             [FoundBoxes(*one) for one in zip(boxes, scores, labels, strict=True)],

@@ -122,7 +122,8 @@ class Task(ABC, Generic[Prediction, Target]):
     def details(self, predictions: Sequence[Prediction], targets: Sequence[Target]) -> dict[str, Any]:
         """The evaluation of a split as plain data: `metrics` by name, `samples`, and further keys of the task.
 
-        Among them may be `description`, of the metrics, and `remark`, which are shown beside them.
+        Among them may be `description`, of the metrics, `protocol_remark`, on the protocols that they are by, and
+        `remark`, which are shown beside them.
         """
 
     def metrics(self, predictions: Sequence[Prediction], targets: Sequence[Target]) -> dict[str, float]:
