@@ -19,6 +19,7 @@ from spikefleet_pipelines.loading import Batch, BatchLoader
 from spikefleet_pipelines.sampling import Plan
 from spikefleet_pipelines.store.annotations import Annotations
 from spikefleet_pipelines.store.event_samples import EventSamples
+from spikefleet_pipelines.store.reader import Samples
 from spikefleet_pipelines.store.rows import LabelTime
 from spikefleet_pipelines.stream_plan import (
     NO_FRAME,
@@ -29,8 +30,14 @@ from spikefleet_pipelines.stream_plan import (
     labelled_windows,
 )
 
-
 Labelled = Literal["last", "all"]
+
+
+def recordings_of(samples: Samples) -> EventSamples:
+    """Return samples that are recordings of events. Raises ValueError for images."""
+    if not isinstance(samples, EventSamples):
+        raise ValueError(f"split {samples.name!r} of {samples.location} has images, not recordings of events")
+    return samples
 
 
 class StreamSamples(EventSamples):
@@ -135,11 +142,7 @@ class StreamLoader(BatchLoader):
         Raises:
             ValueError: the split has no streams.
         """
-        if not isinstance(loader.split, EventSamples):
-            raise ValueError(
-                f"split {loader.split.name!r} of {loader.split.location} has images, not streams of events"
-            )
-        samples = StreamSamples(loader.split, loader.config.stream_window_us())
+        samples = StreamSamples(recordings_of(loader.split), loader.config.stream_window_us())
         return cls(samples, loader.config, train=False, processes=loader.processes, device=loader.device)
 
     def epoch(self, plan: Plan, epoch: int, start_step: int = 0) -> Iterator[Batch]:

@@ -1,7 +1,7 @@
 """A question in window 2 about window 1: what membrane state that is carried over windows is worth.
 
-`first_digit` shows one digit, then another; the label is the first one. Its recordings are cut in two windows of T=4, one
-for each digit, and the network answers from the second window alone. Three trainings and evaluations of the small network:
+`first_digit` shows one digit, then another; the label is the first one. Its recordings are cut in two windows of T=4,
+one for each digit, and the network answers from the second window alone. The small network is trained in three ways:
 
     carried     the state of window 1 is the initial state of window 2, gradients go through both windows
     detached    likewise, but the gradient ends between the windows (truncated back-propagation)

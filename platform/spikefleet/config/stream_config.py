@@ -12,8 +12,8 @@ class StreamConfig(Section):
 
     state: Literal["carried", "reset"] = Field(
         "carried",
-        description="membranes at the start of a window: those after the window before, without its gradient (truncated "
-        "back-propagation through time), and the reset state where a recording begins; or always the reset state",
+        description="membranes at the start of a window: those after the window before, without its gradient "
+        "(truncated back-propagation through time), and the reset state where a recording begins; or always the latter",
     )
     labelled: Literal["last", "all"] = Field(
         "last",

@@ -75,9 +75,10 @@ def training_loader(
     """
     samples, loader, stream = store.samples("train"), BatchLoader, config.train.stream
     if stream is not None:
-        from spikefleet_pipelines.streams import StreamLoader, StreamSamples  # a store of events, with pyarrow
+        from spikefleet_pipelines.streams import StreamLoader, StreamSamples, recordings_of  # with pyarrow
 
-        loader, samples = StreamLoader, StreamSamples(samples, config.transform.stream_window_us(), stream.labelled)
+        window_us = config.transform.stream_window_us()
+        loader, samples = StreamLoader, StreamSamples(recordings_of(samples), window_us, stream.labelled)
     return loader(
         samples,
         config.transform,

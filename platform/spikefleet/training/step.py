@@ -94,8 +94,8 @@ def training_step(
         counted = len(part.targets)
         replayed = None
         if state.graphed is not None and monitor is None:
-            weight = counted / batch.global_count * _batch_weight(config.train, batch)
-            replayed = state.graphed(task, here, balance, weight)
+            share = counted / batch.global_count
+            replayed = state.graphed(task, here, balance, share * _batch_weight(config.train, batch))
         if replayed is not None:
             values, count = replayed, None
         else:
