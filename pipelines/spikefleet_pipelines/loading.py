@@ -198,10 +198,10 @@ class BatchLoader:
 def _check_store(split: "Samples", transform: BatchTransformConfig) -> None:
     task, events = split.manifest.task, split.manifest.events is not None
     if (task, events) != (transform.store_task, transform.reads_events):
-        what = f"{'events' if events else 'images'} for {task}"
+        what, kinds = ("of events for" if events else "for"), transform_kinds(task, events)
         raise ValueError(
-            f"{split.location} is a store of {what}, but transform.kind is {transform.kind!r}; set transform.kind to "
-            f"{' or '.join(map(repr, transform_kinds(task, events)))}"
+            f"{split.location} is a store {what} {task}, but transform.kind is {transform.kind!r}; set "
+            f"transform.kind to {' or '.join(map(repr, kinds))}"
         )
 
 

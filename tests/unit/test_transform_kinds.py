@@ -99,7 +99,7 @@ def test_a_kind_that_does_not_suit_the_store_is_refused_with_all_that_do(scenes:
 @pytest.mark.usefixtures("outside")
 def test_registering_again_is_harmless_and_another_class_is_refused() -> None:
     before = transform_kinds()
-    assert list(before) == ["image", "detection", "count"]
+    assert list(before) == ["image", "detection", "events", "count"]
     register_transform_kind(CountConfig)
     register_transform_kind(TransformConfig)
 
@@ -121,7 +121,8 @@ def test_registering_again_is_harmless_and_another_class_is_refused() -> None:
     with pytest.raises(ValueError, match="Storeless has no store_task; set it to 'classification' or 'detection'"):
         register_transform_kind(Storeless)  # type: ignore[type-abstract]
     assert transform_kinds() == before
-    assert list(transform_kinds("classification")) == ["image"]
+    assert list(transform_kinds("classification")) == ["image", "events"]
+    assert list(transform_kinds("classification", events=False)) == ["image"]
 
 
 def test_without_registration_the_kind_is_unknown() -> None:
