@@ -11,6 +11,9 @@ al. 2018):
 
 The paper leaves open, and this file chooses: reduction 1 in TA, 16 in CA; no biases; ReLU inside both MLPs. These meet
 its parameter count (32,898 for C = 512, T = 4). "TA and SA use max-pooling" in its text means CA and SA.
+
+`decode_over_time` gives what each of them decodes from the first t of T steps, for the answer of a network before all
+steps have come.
 """
 
 import torch
@@ -80,3 +83,43 @@ class AttentionSpikeDecoder(nn.Module):
         maps = torch.stack((refined.mean(1), refined.amax(1)), dim=1)
         refined = refined * self.spatial(maps).sigmoid()
         return refined + spikes.mean(0)
+
+
+class StepWeights(nn.Module):
+    """One learned weight for each of a fixed number of steps: sum_t w_t X_t, with w_t = 1 / T at first.
+
+    Args:
+        timesteps: T.
+    """
+
+    def __init__(self, timesteps: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((timesteps,), 1.0 / timesteps))
+
+    def forward(self, spikes: Tensor) -> Tensor:
+        """Decode: [T, B, C, H, W] -> [B, C, H, W].
+
+        Raises:
+            ValueError: T differs from the number of weights.
+        """
+        if spikes.shape[0] != len(self.weight):
+            raise ValueError(
+                f"the decoder has weights for T={len(self.weight)}, found T={spikes.shape[0]}; give "
+                f"{len(self.weight)} time steps or set timesteps={spikes.shape[0]}"
+            )
+        return torch.einsum("tbchw,t->bchw", spikes, self.weight.to(spikes.dtype))
+
+
+def decode_over_time(decoder: nn.Module, spikes: Tensor) -> Tensor:
+    """Decode the first step, the first two, and so on: [T, B, C, H, W] -> [T, B, C, H, W].
+
+    Steps that have not come are silent, and those that have are scaled by T / t, so that a mean over T is their own
+    mean. The last row is what the decoder makes of all steps, to the bit.
+    """
+    steps = spikes.shape[0]
+    decoded = []
+    for t in range(1, steps):
+        seen = spikes * (steps / t)
+        seen[t:] = 0
+        decoded.append(decoder(seen))
+    return torch.stack([*decoded, decoder(spikes)])

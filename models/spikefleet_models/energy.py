@@ -5,10 +5,10 @@
 
 Zhang et al., Front. Neurosci. 2023, eqs 18, 19; Luo et al., ECCV 2024, eqs 16, 17. An I-LIF integer n counts as n
 spikes in D virtual steps, so fr * D is the mean integer. A layer on real values (the first one, whatever the images
-hold; a classifier on averages; attention of the ASD) costs multiplications. So does a layer on sums of spikes (behind
-SEW ResNet's ADD): no chip that adds up weights of single spikes runs it, and the proof refuses it. Batch norm,
-additions, pooling, neuron updates and all memory traffic count as free: published energies leave them out, so a card
-compares models, not chips.
+hold, but for event frames that are declared binary; a classifier on averages; attention of the ASD) costs
+multiplications. So does a layer on sums of spikes (behind SEW ResNet's ADD): no chip that adds up weights of single
+spikes runs it, and the proof refuses it. Batch norm, additions, pooling, neuron updates and all memory traffic count as
+free: published energies leave them out, so a card compares models, not chips.
 
 A card states what it counted:
 
@@ -41,7 +41,7 @@ Form = Literal["merged", "factored", "as_built"]
 
 CARD_VERSION = 2
 CONVENTIONS = (
-    "the first layer multiplies, whatever the images hold",
+    "the first layer multiplies, whatever the images hold, unless they are declared to be binary event frames",
     "an integer n from a neuron counts as n spikes in D virtual steps",
     "a layer that is fed by other integers, which are sums of spikes, multiplies",
     "additions are dense operations times the mean input of the layer",
@@ -85,6 +85,8 @@ class EnergyCard:
     layers: tuple[LayerCount, ...]
     twin: TwinEnergy | None = None
     """None for ANNs and for networks whose configuration has no twin."""
+    binary_input: bool = False
+    """Whether the input was declared to be event frames of 0 and 1, which the first layer adds up."""
 
     @property
     def macs(self) -> float:
@@ -232,6 +234,7 @@ def energy_card(
     form: Form = "merged",
     shortcuts: bool = True,
     twin_form: Form | None = "as_built",
+    binary_input: bool = False,
 ) -> EnergyCard:
     """Measure the card of a network in eval mode; the batch size changes nothing but rounding.
 
@@ -243,9 +246,11 @@ def energy_card(
         form: form to count; see the module docstring.
         shortcuts: count the 1x1 convolutions of shortcuts.
         twin_form: form of the ANN twin; None leaves the twin out.
+        binary_input: whether batches are event frames of 0 and 1: then the first layer adds up weights (AC) too.
 
     Raises:
-        ValueError: the constants are unknown, there are no images, or `reparam.deploy` cannot fold a batch norm.
+        ValueError: the constants are unknown, there are no images, `reparam.deploy` cannot fold a batch norm, or
+            `binary_input` and frames hold something else than 0 and 1.
     """
     chosen = energy_constants(constants)
     form, counted = _in_form(network, form)
@@ -256,8 +261,8 @@ def energy_card(
             sizes[(images.shape[-2], images.shape[-1])] += images.shape[-4]
             yield images
 
-    counts = count_operations(counted, seen())
-    return _card(network, counts, chosen, form, shortcuts, twin_form, sizes, counts.images)
+    counts = count_operations(counted, seen(), binary_input=binary_input)
+    return _card(network, counts, chosen, form, shortcuts, twin_form, sizes, counts.images, binary_input)
 
 
 def energy_at_rates(
@@ -268,17 +273,21 @@ def energy_at_rates(
     form: Form = "merged",
     shortcuts: bool = True,
     twin_form: Form | None = "as_built",
+    timesteps: int | None = None,
+    binary_input: bool = False,
 ) -> EnergyCard:
     """Compute the card of a network from given rates, without running it; trained weights are not needed.
 
     Args:
         network: any network of this package; may be on the meta device.
-        image_size: H, W of a static image.
+        image_size: H, W of a static image, or of event frames.
         rates: mean input of all layers that spikes feed, or of each by its name: a mean integer, so up to D for I-LIF.
         constants: as for `energy_card`.
         form: as for `energy_card`.
         shortcuts: as for `energy_card`.
         twin_form: as for `energy_card`.
+        timesteps: T of event frames; None for a static image, which the first layer sees once.
+        binary_input: as for `energy_card`; `rates` then name the first layer too.
 
     Raises:
         ValueError: a layer that spikes feed has no rate, a rate has no such layer, the constants are unknown, or
@@ -286,7 +295,7 @@ def energy_at_rates(
     """
     chosen = energy_constants(constants)
     form, counted = _in_form(_on_meta(network), form)
-    counts = _count_without_images(counted, image_size)
+    counts = _count_without_images(counted, image_size, timesteps, binary_input)
     names = {layer.layer for layer in counts.layers if layer.spike_fed}
     if isinstance(rates, Mapping):
         missing, unknown = sorted(names - rates.keys()), sorted(rates.keys() - names)
@@ -305,7 +314,7 @@ def energy_at_rates(
         for layer in counts.layers
     )
     counts = replace(counts, layers=layers)
-    return _card(network, counts, chosen, form, shortcuts, twin_form, {image_size: 1}, images=0)
+    return _card(network, counts, chosen, form, shortcuts, twin_form, {image_size: 1}, 0, binary_input)
 
 
 def _with_integers_marked(layer: LayerCount, largest_spike: int) -> LayerCount:
@@ -336,15 +345,18 @@ def _on_meta(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network, kept)
 
 
-def _count_without_images(network: nn.Module, image_size: tuple[int, int]) -> OperationCounts:
+def _count_without_images(
+    network: nn.Module, image_size: tuple[int, int], timesteps: int | None = None, binary_input: bool = False
+) -> OperationCounts:
     channels = getattr(getattr(network, "config", None), "in_channels", None)
     if channels is None:
         raise ValueError(
             "the network has no config.in_channels, so its input shape is unknown; measure it with energy_card instead"
         )
     dtype = next(network.parameters()).dtype
-    image = torch.empty((1, channels, *image_size), dtype=dtype, device="meta")
-    return count_operations(network, [image], measure=False)
+    leading = (1,) if timesteps is None else (timesteps, 1)
+    image = torch.empty((*leading, channels, *image_size), dtype=dtype, device="meta")
+    return count_operations(network, [image], measure=False, binary_input=binary_input)
 
 
 def _card(
@@ -356,8 +368,12 @@ def _card(
     twin_form: Form | None,
     sizes: Mapping[tuple[int, int], int],
     images: int,
+    binary_input: bool,
 ) -> EnergyCard:
-    """Build the card from counts; `sizes` maps (H, W) to the number of images, on which the twin is counted too."""
+    """Build the card from counts; `sizes` maps (H, W) to the number of images, on which the twin is counted too.
+
+    Of event frames the twin sees one, as their sum would be.
+    """
     nodes = spiking_nodes(network)
     twin = None
     config = getattr(network, "config", None)
@@ -382,6 +398,7 @@ def _card(
         constants=constants,
         layers=_chosen(network, counts.layers, shortcuts),
         twin=twin,
+        binary_input=binary_input,
     )
 
 

@@ -93,25 +93,28 @@ def _to_grid(layer: Layer, bound: int) -> int:
     return EXACT_BITS - most.bit_length()
 
 
-def check_equivalence(deployed: nn.Module, images: Tensor, trained: nn.Module | None = None) -> EquivalenceProof:
+def check_equivalence(
+    deployed: nn.Module, images: Tensor, trained: nn.Module | None = None, binary_input: bool = False
+) -> EquivalenceProof:
     """Run the integer and the binary form in fp64, one image at a time and two together, and compare every layer.
 
     Args:
         deployed: a network after `reparam.deploy`, of any floating-point type; not changed.
         images: images [B, C, H, W] or frames [T, B, C, H, W]. Memory is that of two images.
         trained: the network that was deployed, to compare with before weights are moved to the grid; not changed.
+        binary_input: whether `images` are event frames of 0 and 1: then what they feed is spike-fed too.
 
     Raises:
         NotSpikeDrivenError: the network has no spike-driven form, see `spike_edges.py`; a weight, bias or statistic is
             not finite; or as `on_grid`.
-        ValueError: there are no images, or they hold NaN or infinity.
+        ValueError: there are no images, or they hold NaN or infinity, or with `binary_input` anything but 0 and 1.
     """
     samples = _one_by_one(images.double())
     for network in (deployed, trained):
         if network is not None:
             check_finite(network)
     integer = copy.deepcopy(deployed).eval().double()
-    inputs = layer_inputs(integer, images.double())
+    inputs = layer_inputs(integer, images.double(), binary_input)
     check_hidden_values(integer, samples[0])
     deployment = None if trained is None else check_deployment(trained, deployed, samples)
     headroom = _put_on_grid(integer, inputs)
@@ -187,7 +190,9 @@ def _mixed_batch(
     )
 
 
-def count_flips(deployed: nn.Module, images: Tensor, dtype: torch.dtype = torch.float32) -> FlipCount:
+def count_flips(
+    deployed: nn.Module, images: Tensor, dtype: torch.dtype = torch.float32, binary_input: bool = False
+) -> FlipCount:
     """Run both forms in `dtype` on the weights as they are, and count emitted integers that differ.
 
     A rounding error of a current flips an integer where the membrane is within that error of x.5. Layers of the
@@ -197,6 +202,7 @@ def count_flips(deployed: nn.Module, images: Tensor, dtype: torch.dtype = torch.
         deployed: a network after `reparam.deploy`; not changed.
         images: as for `check_equivalence`.
         dtype: float32, bfloat16 or float16.
+        binary_input: as for `check_equivalence`.
 
     Raises:
         NotSpikeDrivenError: the forms cannot be compared, or as `layer_inputs`.
@@ -208,7 +214,7 @@ def count_flips(deployed: nn.Module, images: Tensor, dtype: torch.dtype = torch.
         if isinstance(module, nn.BatchNorm2d):
             module.float()  # as under autocast, where one is left
     samples = _one_by_one(images.to(dtype))
-    inputs = layer_inputs(integer, samples[0])
+    inputs = layer_inputs(integer, samples[0], binary_input)
     binary = spike_driven(integer, inputs)
     reuse_equal_slots(binary)
     comparison = Comparison(integer, binary, inputs)

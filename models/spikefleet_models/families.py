@@ -15,7 +15,9 @@ from pydantic_core import PydanticCustomError
 
 from spikefleet_models.family import ModelConfig
 from spikefleet_models.retinanet_config import RetinaNetConfig
+from spikefleet_models.seven_b_net_config import SevenBNetConfig
 from spikefleet_models.sg_resnet_config import SGResNetConfig
+from spikefleet_models.small_event_net_config import SmallEventNetConfig
 from spikefleet_models.spike_yolo.config import SpikeYoloConfig, SpikingYoloV8Config
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ _BUILT_IN: tuple[type[ModelConfig], ...] = (
     SpikeYoloConfig,
     SpikingYoloV8Config,
     RetinaNetConfig,
+    SevenBNetConfig,
+    SmallEventNetConfig,
 )
 DEFAULT_FAMILY = "sg_resnet"
 _ANSWERS = ("timesteps", "in_channels", "num_classes")

@@ -64,6 +64,11 @@ class ModelConfig(BaseModel):
         return self.timesteps if self.is_spiking else 1
 
     @property
+    def needs_all_timesteps(self) -> bool:
+        """Whether the network has weights over T, so that frames must be exactly `timesteps`; else any number runs."""
+        return False
+
+    @property
     def input_multiple(self) -> int:
         """The sides of an input image must be multiples of this many pixels."""
         return 1

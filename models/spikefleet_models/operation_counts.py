@@ -5,7 +5,7 @@
 * Spikes are what a neuron emits, 0 and 1 or an integer that D binary slots carry, and what gates and selections
   (max-pool, concatenation, copies) make of it. Sums of spikes (SEW ResNet's ADD) are integers that no slots carry.
   Everything else that depends on the image is real-valued: currents, averages of spikes, the image itself, be its
-  values integers or not.
+  values integers or not. Event frames that are declared binary are spikes.
 * An operation with spikes on one side adds weights up (AC); one on integers or real values multiplies (MAC).
 * Products that do not depend on the image can be computed once and are not counted. Neither are batch norms,
   additions, pooling, factors that are plain numbers, and what happens inside neurons and gates.
@@ -61,18 +61,21 @@ class OperationCounts:
 
 
 @torch.no_grad()
-def count_operations(network: nn.Module, batches: Iterable[Tensor], measure: bool = True) -> OperationCounts:
+def count_operations(
+    network: nn.Module, batches: Iterable[Tensor], measure: bool = True, binary_input: bool = False
+) -> OperationCounts:
     """Run a network once on each batch and count; the result does not depend on how images are batched.
 
     Args:
         network: in eval mode; not changed.
         batches: images [B, C, H, W] or frames [T, B, C, H, W].
         measure: false leaves spikes uncounted, which works on the meta device too.
+        binary_input: whether batches are event frames of 0 and 1, so that they are spikes.
 
     Raises:
-        ValueError: there are no images.
+        ValueError: there are no images; or `binary_input`, and frames hold something else.
     """
-    counter = _Counter(network, measure)
+    counter = _Counter(network, measure, binary_input)
     images = 0
     for batch in batches:
         counter.follow(batch)
@@ -110,8 +113,8 @@ class _Tally:
 
 
 class _Counter(SpikeFlow):
-    def __init__(self, network: nn.Module, measure: bool) -> None:
-        super().__init__(network)
+    def __init__(self, network: nn.Module, measure: bool, binary_input: bool) -> None:
+        super().__init__(network, binary_input)
         self.tallies: dict[tuple[str, Operation, FedBy, int], _Tally] = {}
         self._measure = measure
 

@@ -18,8 +18,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from spikefleet_models.residual_block import build_decoder
 from spikefleet_models.retinanet_config import RetinaNetConfig
-from spikefleet_models.sg_resnet import SGResNetBackbone, build_decoder
+from spikefleet_models.sg_resnet import SGResNetBackbone
 
 
 class RetinaNet(nn.Module):

@@ -146,6 +146,11 @@ class RetinaNetConfig(ModelConfig):
         """Whether the backbone is spiking; pyramid and heads never are."""
         return self.backbone.is_spiking
 
+    @property
+    def needs_all_timesteps(self) -> bool:
+        """True with weights over T in the decoder."""
+        return self.backbone.uses_asd
+
     def build(self) -> "nn.Module":
         """Build the `RetinaNet`."""
         from spikefleet_models.retinanet import RetinaNet

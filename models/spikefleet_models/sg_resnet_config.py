@@ -92,16 +92,9 @@ class SGResNetConfig(ModelConfig):
             channels = STEM_CHANNELS * self.width
             raise ValueError(f"width={self.width} gives {channels} channels; set a multiple of 1/64")
         if self.uses_asd:
-            if self.stage_channels[-1] % self.asd_channel_reduction:
-                raise ValueError(
-                    f"asd_channel_reduction={self.asd_channel_reduction} must divide the last stage's "
-                    f"{self.stage_channels[-1]} channels; set a divisor"
-                )
-            if self.timesteps % self.asd_temporal_reduction:
-                raise ValueError(
-                    f"asd_temporal_reduction={self.asd_temporal_reduction} must divide timesteps={self.timesteps}; "
-                    "set a divisor"
-                )
+            check_asd_reductions(
+                self.asd_channel_reduction, self.stage_channels[-1], self.asd_temporal_reduction, self.timesteps
+            )
         return self
 
     @property
@@ -130,6 +123,11 @@ class SGResNetConfig(ModelConfig):
         """Whether the network has an attention spike decoder; the ANN twin never has."""
         return self.decoder == "asd" and self.is_spiking
 
+    @property
+    def needs_all_timesteps(self) -> bool:
+        """True with weights over T in the decoder."""
+        return self.uses_asd
+
     def build(self) -> "nn.Module":
         """Build the `SGResNet`."""
         from spikefleet_models.sg_resnet import SGResNet
@@ -156,3 +154,19 @@ class SGResNetConfig(ModelConfig):
     def tags(self) -> dict[str, object]:
         """Tags of the base class, connection, decoder and neuron."""
         return {**super().tags(), "connection": self.connection, "decoder": self.decoder, **self.neuron.tags()}
+
+
+def check_asd_reductions(channel_reduction: int, channels: int, temporal_reduction: int, timesteps: int) -> None:
+    """Check that the attention spike decoder behind the last `channels` can be built.
+
+    Raises:
+        ValueError: a reduction does not divide what it reduces.
+    """
+    if channels % channel_reduction:
+        raise ValueError(
+            f"asd_channel_reduction={channel_reduction} must divide the last stage's {channels} channels; set a divisor"
+        )
+    if timesteps % temporal_reduction:
+        raise ValueError(
+            f"asd_temporal_reduction={temporal_reduction} must divide timesteps={timesteps}; set a divisor"
+        )

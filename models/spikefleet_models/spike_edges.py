@@ -1,8 +1,8 @@
 """Which layers of a network are fed with spikes, as `spike_flow.py` finds it.
 
 A convolution or linear layer is fed with spikes when its input is the output of a neuron, or what a gate or a selection
-(max-pool, upsampling, concatenation) made of such outputs. Every other one is analogue, with a reason: its input is the
-image, another layer's real-valued output, or an average of spikes.
+(max-pool, upsampling, concatenation) made of such outputs; or event frames that are declared binary. Every other one is
+analogue, with a reason: its input is the image, another layer's real-valued output, or an average of spikes.
 
 What no hardware of binary events could run is refused by name. On the way to a neuron, spikes may only
 
@@ -48,15 +48,17 @@ class Analogue:
 LayerInput = SpikeFed | Analogue
 
 
-def layer_inputs(network: nn.Module, images: Tensor | None = None) -> dict[str, LayerInput]:
+def layer_inputs(network: nn.Module, images: Tensor | None = None, binary_input: bool = False) -> dict[str, LayerInput]:
     """What feeds each convolution and linear layer, in the order in which they run.
 
     Args:
         network: in eval mode; not changed.
         images: images [B, C, H, W] or frames [T, B, C, H, W] to follow; by default a noise image of 64x64 pixels with
             the channels that `network.config` names.
+        binary_input: whether `images` are event frames of 0 and 1, which feed a layer with spikes.
 
     Raises:
+        ValueError: `binary_input`, and the frames hold something else.
         NotSpikeDrivenError: the network has no spiking neuron, or uses spikes as binary events cannot be used; the
             sentence names layer or operation, and neuron.
     """
@@ -74,7 +76,7 @@ def layer_inputs(network: nn.Module, images: Tensor | None = None) -> dict[str, 
             )
     followed = images if images is not None else noise_image(network)
     samples = followed.split(1, dim=followed.ndim - 4)
-    judge = _Judge(network)
+    judge = _Judge(network, binary_input)
     for sample in samples:
         judge.run(sample)
     if judge.keeps_state:
@@ -110,8 +112,8 @@ def noise_image(network: nn.Module) -> Tensor:
 class _Judge(SpikeFlow):
     """Finds what feeds each layer, and refuses spikes that are used as binary events cannot be used."""
 
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__(network)
+    def __init__(self, network: nn.Module, binary_input: bool) -> None:
+        super().__init__(network, binary_input)
         self.inputs: dict[str, LayerInput] = {}
         self._read = ""
 

@@ -40,6 +40,8 @@ from spikefleet_models.spike_origins import (
     weighted,
 )
 
+INPUT = "the input"
+"""Stands for a neuron layer where the input of a network is spikes."""
 NEURONS = frozenset({IF, LIF, PLIF, ILIF, ThermometerNode})
 GATES = frozenset({Gate, LearnedGate})
 LAYERS = frozenset({nn.Conv2d, nn.Linear})
@@ -91,11 +93,18 @@ class _Dispatching:
 
 
 class SpikeFlow(_Dispatching, TorchDispatchMode):
-    """Follows tensors through a network, in eval mode and not changed; subclasses override the `after_` methods."""
+    """Follows tensors through a network, in eval mode and not changed; subclasses override the `after_` methods.
 
-    def __init__(self, network: nn.Module) -> None:
+    Args:
+        network: to follow.
+        binary_input: whether the input is binary event frames, which are spikes of `INPUT`; else it is an image, whose
+            values are real, be they integers or not.
+    """
+
+    def __init__(self, network: nn.Module, binary_input: bool = False) -> None:
         super().__init__()
         self._network = network
+        self._binary_input = binary_input
         # None for constants. A weak reference keeps the storage's identity from being given to another tensor, but not
         # its memory.
         self._origins: dict[_Key, Origin | None] = {}
@@ -120,14 +129,18 @@ class SpikeFlow(_Dispatching, TorchDispatchMode):
 
     @torch.no_grad()
     def follow(self, images: Tensor) -> Any:
-        """Run the network once and return its outputs. Spiking units call their parts one by one meanwhile."""
+        """Run the network once and return its outputs. Spiking units call their parts one by one meanwhile.
+
+        Raises:
+            ValueError: the input should be binary event frames and is not.
+        """
         # What a network keeps from one call to the next keeps its origin.
         kept = {key: origin for key, origin in self._origins.items() if origin is not None and _is_alive(key)}
         self._origins, self._without_storage = {}, []
         for tensor in (*self._network.parameters(), *self._network.buffers()):
             self._set(tensor, None)
         self._origins |= kept
-        self._set(images, Origin("image"))
+        self._set(images, _binary_frames(images) if self._binary_input else Origin("image"))
         with self._watching(), _Readers(self), self:
             return self._network(images)
 
@@ -287,6 +300,22 @@ class _Readers(TorchFunctionMode):
                 where = self._flow.module
                 self._flow.after_reading(f"{name} in {where}" if where else name)
         return func(*args, **(kwargs or {}))
+
+
+def _binary_frames(frames: Tensor) -> Origin:
+    """The origin of event frames of 0 and 1."""
+    if frames.ndim != 5:
+        raise ValueError(
+            f"binary_input: the shape is {tuple(frames.shape)}, expected event frames [T, B, C, H, W]; leave it out "
+            "for images"
+        )
+    if not frames.is_meta and not ((frames == 0) | (frames == 1)).all():
+        wrong = frames[(frames != 0) & (frames != 1)][0].item()
+        raise ValueError(
+            f"binary_input: the frames hold {wrong:g}, expected 0 and 1; use the representation binary, or leave "
+            "binary_input out"
+        )
+    return Origin("spikes", (INPUT,), frames.shape[0], 1)
 
 
 def own_methods(module: nn.Module) -> tuple[str, ...]:

@@ -52,8 +52,8 @@ class SpikingUnit(nn.Module):
 
     Args:
         bn: normalises z [T * B, C, H, W].
-        neuron: multi-step node; or ReLU for the ANN twin, which has one step and neither gate nor membrane.
-        timesteps: T.
+        neuron: multi-step node; or ReLU for the ANN twin, which has neither gate nor membrane.
+        timesteps: T of static input, and of sequences that are given without their own.
         gate: combines the spikes with the shortcut spikes.
         post_add: add the shortcut to the currents before the neuron, instead of a gate.
 
@@ -84,26 +84,27 @@ class SpikingUnit(nn.Module):
         self.post_add = post_add
         self.implementation: Implementation = "auto"
 
-    def forward(self, z: Tensor, shortcut: Tensor | None = None) -> Tensor:
+    def forward(self, z: Tensor, shortcut: Tensor | None = None, timesteps: int | None = None) -> Tensor:
         """Compute spikes [T, B, C, H, W].
 
         Args:
             z: output of the convolution, [T * B, C, H, W]; for a static [B, C, H, W] call `repeat_over_time`.
             shortcut: spikes for the gate, or currents for post-addition, [T, B, C, H, W].
+            timesteps: T of z; by default the unit's own.
         """
-        return self._forward(z, shortcut, repeat=False)
+        return self._forward(z, shortcut, timesteps or self.timesteps, repeat=False)
 
     def repeat_over_time(self, z: Tensor) -> Tensor:
         """Compute spikes [T, B, C, H, W] of a static z [B, C, H, W] that is the current at each of the T steps."""
-        return self._forward(z, None, repeat=True)
+        return self._forward(z, None, self.timesteps, repeat=True)
 
-    def _forward(self, z: Tensor, shortcut: Tensor | None, repeat: bool) -> Tensor:
+    def _forward(self, z: Tensor, shortcut: Tensor | None, timesteps: int, repeat: bool) -> Tensor:
         if isinstance(self.neuron, nn.ReLU):
-            return self._analogue(z, shortcut)
+            return self._analogue(z, shortcut, 1 if repeat else timesteps)
         if self.implementation == "reference":
-            return self._compose(z, shortcut, repeat, reference=True)
+            return self._compose(z, shortcut, timesteps, repeat, reference=True)
         if isinstance(self.neuron, ILIF) or not self._lean_applies(z, self.neuron):
-            return self._compose(z, shortcut, repeat, reference=False)
+            return self._compose(z, shortcut, timesteps, repeat, reference=False)
         assert isinstance(self.bn, nn.BatchNorm2d)
         fused_gate = self.gate.name if isinstance(self.gate, Gate) else None
         if self.bn.training and self.bn.num_batches_tracked is not None:
@@ -114,7 +115,7 @@ class SpikingUnit(nn.Module):
             fused_gate,
             "literal" if self.gate is None else self.gate.gradient,
             self.post_add,
-            self.timesteps,
+            timesteps,
             repeat,
         )
         fused_shortcut = None if isinstance(self.gate, LearnedGate) else shortcut
@@ -144,8 +145,8 @@ class SpikingUnit(nn.Module):
             raise RuntimeError(f"the Triton form cannot be used: {reason}; set use_implementation(model, 'auto')")
         return unit if reason is None else None
 
-    def _analogue(self, z: Tensor, shortcut: Tensor | None) -> Tensor:
-        x: Tensor = self.bn(z).unsqueeze(0)
+    def _analogue(self, z: Tensor, shortcut: Tensor | None, timesteps: int) -> Tensor:
+        x: Tensor = self.bn(z).unflatten(0, (timesteps, -1))
         if self.post_add:
             assert shortcut is not None
             x = x + shortcut
@@ -162,15 +163,14 @@ class SpikingUnit(nn.Module):
         frozen = not bn.training and torch.is_grad_enabled() and (z.requires_grad or _any_requires_grad(self))
         return plain_bn and not observed and not frozen and not node.store_v_seq
 
-    def _compose(self, z: Tensor, shortcut: Tensor | None, repeat: bool, reference: bool) -> Tensor:
+    def _compose(self, z: Tensor, shortcut: Tensor | None, timesteps: int, repeat: bool, reference: bool) -> Tensor:
         assert not isinstance(self.neuron, nn.ReLU)
         # cuDNN's batch norm, which torch takes on CUDA, rounds otherwise than the fused forms: an observed unit would
         # emit other spikes. I-LIF has no fused form.
         native = z.is_cuda and (reference or not isinstance(self.neuron, ILIF))
         with torch.backends.cudnn.flags(enabled=False) if native else nullcontext():
             x = self.bn(z.to(membrane_dtype(z.dtype)))
-        T = self.timesteps
-        x = x.unsqueeze(0).expand(T, *x.shape) if repeat else x.unflatten(0, (T, -1))
+        x = x.unsqueeze(0).expand(timesteps, *x.shape) if repeat else x.unflatten(0, (timesteps, -1))
         if self.post_add:
             assert shortcut is not None
             x = x + shortcut

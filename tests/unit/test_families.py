@@ -34,6 +34,9 @@ RATE = {**SG, "decoder": "rate"}
 SEW = {**RATE, "connection": "add"}
 SPIKING = {**RATE, "connection": "post_add"}
 ANN = {**RATE, "connection": "ann", "timesteps": 1}
+SEVEN = {**SG, "family": "seven_b_net", "timesteps": 16, "neuron": "plif"}
+SMALL_EVENTS = {"task": "classification", "family": "small_event_net", "timesteps": 16, "decoder": "rate"}
+SMALL_EVENTS |= {"neuron": "plif"}
 RETINA = {"task": "detection", "family": "retinanet"}
 TAGS: dict[str, dict[str, object]] = {
     "sg_resnet10": SG,
@@ -66,6 +69,11 @@ TAGS: dict[str, dict[str, object]] = {
     "retinanet_resnet18": {**ANN, **RETINA},
     "retinanet_resnet34": {**ANN, **RETINA},
     "retinanet_tiny": {**SG, **RETINA},
+    "seven_b_net_wide": SEVEN,
+    "seven_b_net_narrow": SEVEN,
+    "sew_seven_b_net_wide": {**SEVEN, "connection": "add", "decoder": "rate"},
+    "small_event_net": SMALL_EVENTS,
+    "small_event_net_weighted": {**SMALL_EVENTS, "decoder": "weighted"},
 }
 """Of every member, in the order of the list."""
 
@@ -149,6 +157,8 @@ def test_side_branches_are_a_matter_of_the_family() -> None:
     config, block = model_config("sg_resnet34"), ShortcutConfig(where="block")
     assert config.branch_channels(ShortcutConfig(where="stage")) == [64, 128, 256]
     assert config.branch_channels(block) == [64] * 3 + [128] * 4 + [256] * 6 + [512] * 2
+    assert model_config("seven_b_net_wide").branch_channels(ShortcutConfig(where="stage")) == [64]
+    assert model_config("seven_b_net_narrow").branch_channels(block) == [32] * 6
     with pytest.raises(ValueError, match="only one stage"):
         model_config("sg_resnet18", stages=(2,)).branch_channels(ShortcutConfig(where="stage"))
     for name in ("retinanet_tiny", "spike_yolo_tiny"):

@@ -6,7 +6,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from spikefleet_models import build_model, model_config
-from spikefleet_models.sg_resnet import ResidualBlock
+from spikefleet_models.residual_block import ResidualBlock
 from spikefleet_models.sg_resnet_config import SGResNetConfig
 
 

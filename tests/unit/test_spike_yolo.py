@@ -325,7 +325,7 @@ def test_bad_configurations_name_the_field(bad: dict[str, object], message: str)
     [
         ((3, 64, 64), r"expected \[B, C, H, W\]"),
         ((2, 1, 64, 64), "expected C=3; .* set in_channels"),
-        ((3, 2, 3, 64, 64), "T=3, expected T=2 of timesteps=2"),
+        ((0, 2, 3, 64, 64), "T=0, expected at least 1"),
         ((2, 3, 64, 72), "sides are 64x72, expected multiples of 16"),
     ],
 )

@@ -6,13 +6,14 @@ chains, which have batch norms inside, combine a convolution with a batch norm. 
 arithmetic is in reparam.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from spikefleet_models.network_input import check_images
 from spikefleet_models.neuron_config import NeuronConfig
 from spikefleet_models.neurons import build_neuron
 from spikefleet_models.reparam import (
@@ -34,17 +35,24 @@ def batch_norm(channels: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(channels, eps=BN_EPSILON, momentum=BN_MOMENTUM)
 
 
+class Steps:
+    """T of the running forward pass, shared by all blocks of one network, which see time and batch merged."""
+
+    def __init__(self, timesteps: int) -> None:
+        self.count = timesteps
+
+
 class SN(nn.Module):
     """The paper's SN: a multi-step neuron on merged time and batch."""
 
-    def __init__(self, config: NeuronConfig, timesteps: int) -> None:
+    def __init__(self, config: NeuronConfig, steps: Steps) -> None:
         super().__init__()
         self.neuron = build_neuron(config)
-        self.timesteps = timesteps
+        self.steps = steps
 
     def forward(self, x: Tensor) -> Tensor:
         """Fire: currents [T * B, ...] -> spikes or integers [T * B, ...]; both reshapes are views."""
-        emitted: Tensor = self.neuron(x.unflatten(0, (self.timesteps, -1)))
+        emitted: Tensor = self.neuron(x.unflatten(0, (self.steps.count, -1)))
         return emitted.flatten(0, 1)
 
 
@@ -55,10 +63,14 @@ class Plan:
     neuron: NeuronConfig | None
     timesteps: int
     reparameterise: bool = True
+    steps: Steps = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", Steps(self.timesteps))
 
     def activation(self) -> nn.Module:
         """Build a neuron; in an ANN twin a ReLU, not in place, since residual branches read the same tensor."""
-        return nn.ReLU() if self.neuron is None else SN(self.neuron, self.timesteps)
+        return nn.ReLU() if self.neuron is None else SN(self.neuron, self.steps)
 
     def rep_conv(self, in_channels: int, out_channels: int) -> nn.Module:
         """Build a RepConv, or the chain with neurons inside."""
@@ -383,41 +395,35 @@ class SpikeSPPF(nn.Module):
 class Stem(ConvNorm):
     """The first convolution, on analogue images; with bias and without a neuron before it.
 
-    A static image passes once and is then the current at each of the T steps.
+    A static image passes once and is then the current at each of the configured T steps. The stem comes first, so it
+    tells the network's other blocks how many steps there are.
     """
 
     def __init__(self, plan: Plan, in_channels: int, out_channels: int, kernel: int, stride: int) -> None:
         padding = -(-(kernel - stride) // 2)
         super().__init__(nn.Conv2d(in_channels, out_channels, kernel, stride, padding), batch_norm(out_channels))
         self.timesteps = plan.timesteps
+        self.steps = plan.steps
 
     def forward(self, images: Tensor) -> Tensor:
         """Encode images: [B, C, H, W] or [T, B, C, H, W] -> [T * B, C', H / stride, W / stride]."""
+        timesteps = images.shape[0] if images.ndim == 5 else self.timesteps
+        if self.steps.count != timesteps:  # else nothing changes, which torch.export would refuse
+            self.steps.count = timesteps
         if images.ndim == 5:
             return super().forward(images.flatten(0, 1))
         x = super().forward(images)
         return x if self.timesteps == 1 else x.expand(self.timesteps, *x.shape).flatten(0, 1)
 
 
-def check_images(images: Tensor, in_channels: int, timesteps: int, stride: int) -> None:
-    """Check that images fit the network.
+def check_yolo_images(images: Tensor, in_channels: int, stride: int) -> None:
+    """Check that images, or any number of frames, fit the network.
 
     Raises:
-        ValueError: number of dimensions, type, channels, T or sides of `images` do not fit; sides must be multiples of
-            the largest stride.
+        ValueError: number of dimensions, type, channels or sides of `images` do not fit; sides must be multiples of the
+            largest stride.
     """
-    shape = tuple(images.shape)
-    if images.ndim not in (4, 5):
-        raise ValueError(f"images: shape is {shape}, expected [B, C, H, W] or [T, B, C, H, W]")
-    if not images.is_floating_point():
-        raise ValueError(f"images: type is {images.dtype}, expected floating point; convert and normalise them first")
-    if images.shape[-3] != in_channels:
-        raise ValueError(
-            f"images: shape is {shape}, expected C={in_channels}; give images with that many channels or set "
-            "in_channels"
-        )
-    if images.ndim == 5 and images.shape[0] != timesteps:
-        raise ValueError(f"images: shape is {shape}, so T={shape[0]}, expected T={timesteps} of timesteps={timesteps}")
+    check_images(images, in_channels)
     if images.shape[-2] % stride or images.shape[-1] % stride:
         raise ValueError(
             f"images: sides are {images.shape[-2]}x{images.shape[-1]}, expected multiples of {stride}, the largest "

@@ -29,7 +29,7 @@ class DecoupledHead(nn.Module):
         self, plan: Plan, in_channels: tuple[int, ...], strides: tuple[int, ...], num_classes: int, box_channels: int
     ) -> None:
         super().__init__()
-        self.timesteps = plan.timesteps
+        self.steps = plan.steps
         self.box = nn.ModuleList()
         self.classes = nn.ModuleList()
         box_hidden = max(16, in_channels[0] // 4, box_channels)
@@ -52,7 +52,7 @@ class DecoupledHead(nn.Module):
         """
         outputs = []
         for x, box, classes in zip(features, self.box, self.classes, strict=True):
-            outputs.append(_mean_over_time(torch.cat((box(x), classes(x)), dim=1), self.timesteps))
+            outputs.append(_mean_over_time(torch.cat((box(x), classes(x)), dim=1), self.steps.count))
         return tuple(outputs)
 
 
@@ -61,12 +61,14 @@ class AnchorHead(nn.Module):
 
     def __init__(self, plan: Plan, in_channels: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
-        self.timesteps = plan.timesteps
+        self.steps = plan.steps
         self.levels = nn.ModuleList(prediction(plan, channels, ANCHORS * (num_classes + 5)) for channels in in_channels)
 
     def forward(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Compute the raw outputs of the levels: currents [T * B, C, h, w] -> [B, 3 * (K + 5), h, w]."""
-        return tuple(_mean_over_time(level(x), self.timesteps) for x, level in zip(features, self.levels, strict=True))
+        return tuple(
+            _mean_over_time(level(x), self.steps.count) for x, level in zip(features, self.levels, strict=True)
+        )
 
 
 def _branch(plan: Plan, channels: int, hidden: int, outputs: int, bias: float) -> nn.Sequential:

@@ -35,7 +35,7 @@ from spikefleet_models.spike_yolo.blocks import (
     SpikeSPPF,
     Stem,
     TransformerBlock,
-    check_images,
+    check_yolo_images,
     spike_conv,
 )
 from spikefleet_models.spike_yolo.config import SpikeYoloConfig
@@ -122,7 +122,7 @@ class SpikeYolo(nn.Module):
         """Compute the raw outputs of the levels, finest first; see the head.
 
         Args:
-            images: images [B, C, H, W] or T frames [T, B, C, H, W].
+            images: images [B, C, H, W], or any number T of frames [T, B, C, H, W].
 
         Raises:
             ValueError: shape, type or sides of `images` do not fit the network.
@@ -134,12 +134,12 @@ class SpikeYolo(nn.Module):
         """Compute the currents [T * B, C, h, w] of the levels that the head reads, finest first.
 
         Args:
-            images: images [B, C, H, W] or T frames [T, B, C, H, W].
+            images: images [B, C, H, W], or any number T of frames [T, B, C, H, W].
 
         Raises:
             ValueError: shape, type or sides of `images` do not fit the network.
         """
-        check_images(images, self.config.in_channels, self.timesteps, self.strides[-1])
+        check_yolo_images(images, self.config.in_channels, self.strides[-1])
         x = self.stages[0](self.stem(images))
         stage3 = self.stages[1](self.downs[0](x))
         stage4 = self.stages[2](self.downs[1](stage3))

@@ -37,6 +37,16 @@ class BatchTransformConfig(BaseModel, ABC):
         """The sides of a batch are multiples of this many pixels."""
         return 1
 
+    @property
+    def binary_input(self) -> bool:
+        """Whether batches hold nothing but 0 and 1, event by event, which a network takes as spikes."""
+        return False
+
+    @property
+    def drops_steps(self) -> bool:
+        """Whether batches of training have fewer time steps than those of evaluation."""
+        return False
+
     def check_images(self, image_shape: tuple[int, int, int] | None) -> None:
         """Check the config against images of shape [C, H, W], or encoded ones of varying size (None).
 

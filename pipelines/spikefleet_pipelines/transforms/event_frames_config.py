@@ -7,7 +7,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from spikefleet_pipelines.events.binning_config import BinningConfig, RepresentationConfig
 from spikefleet_pipelines.events.durations import duration_us
 from spikefleet_pipelines.transforms.batch_transform_config import BatchTransformConfig
-from spikefleet_pipelines.transforms.normalise_config import check_channels
+from spikefleet_pipelines.transforms.normalise_config import Normalisation, check_channels
 
 
 class EventFramesConfig(BatchTransformConfig):
@@ -83,6 +83,13 @@ class EventFramesConfig(BatchTransformConfig):
     def interrupts_streams(self) -> str | None:
         """A field that does something else to each window of a recording, in words; None where there is none."""
         return None
+
+    @property
+    def binary_input(self) -> bool:
+        """Whether frames hold nothing but 0 and 1: binary ones that neither a resize nor a scale has changed."""
+        chosen = self.representation
+        scaled = chosen.normalise == "std" or (chosen.clip or 1.0) < 1.0 or self.normalise != Normalisation()
+        return chosen.kind == "binary" and not scaled and (chosen.size is None or chosen.resize == "nearest")
 
     def input_shape(
         self, image_shape: tuple[int, int, int] | None, sensor: tuple[int, int] | None

@@ -55,6 +55,11 @@ class EventsTransformConfig(EventFramesConfig):
                 raise ValueError(f"{error}, recording or span") from None
         return window
 
+    @property
+    def drops_steps(self) -> bool:
+        """Whether deleted slices are left out."""
+        return self.keep_slices is not None and self.keep_fill == "drop"
+
     def check_frames(self, sensor: tuple[int, int]) -> None:
         """Check the config against recordings of a sensor; see `EventFramesConfig.check_frames`."""
         super().check_frames(sensor)

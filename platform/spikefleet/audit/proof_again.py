@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from rich.console import Console
+from torch import Tensor
 
 from spikefleet import registry
 from spikefleet.certificates.certify import certified_split, measured_images
@@ -100,9 +102,9 @@ def prove_again(
     store, reason = _store(trained, stores_dir, console, data)
     if store is None:
         config = trained.config
-        images = image_batch(_generated(trained), config.data.transform, config.model.in_channels).images
         without = f"{_GENERATED} generated images, without the metric, since {one_line(reason)}"
-        return ProofAgain(check_images(trained.network, images), stored, without)
+        check = check_images(trained.network, _generated(trained), config.transform.binary_input)
+        return ProofAgain(check, stored, without)
     split, measured = certified_split(store), measured_images(trained.network, trained.config, store)
     with counting(console, "proving and measuring") as progress:
         check = check_spikes(trained.network, trained.task, trained.config, split, measured=measured, progress=progress)
@@ -131,7 +133,25 @@ def _store(trained: TrainedNetwork, stores_dir: Path, console: Console, data: st
     return store, ""
 
 
-def _generated(trained: TrainedNetwork) -> NDArray[np.uint8]:
+def _generated(trained: TrainedNetwork) -> Tensor:
+    """Images `[B, C, H, W]`, or frames `[T, B, C, H, W]` of a network on events, as the network takes them."""
+    config = trained.config
+    if config.transform.reads_events:
+        return _generated_frames(trained)
+    return image_batch(_generated_images(trained), config.data.transform, config.model.in_channels).images
+
+
+def _generated_frames(trained: TrainedNetwork) -> Tensor:
+    """Counts of drawn events, few and many a pixel; 0 and 1 where the network takes spikes."""
+    model, shape = trained.config.model, trained.data.input_shape(trained.config.data.transform)
+    _, height, width = shape or (0, _SIDE, _SIDE)
+    rates = torch.logspace(-2, 0, _GENERATED).view(1, -1, 1, 1, 1)
+    expected = rates.expand(model.simulated_timesteps, _GENERATED, model.in_channels, height, width)
+    counts = torch.poisson(expected, torch.Generator().manual_seed(0))
+    return counts.clamp(max=1) if trained.config.transform.binary_input else counts
+
+
+def _generated_images(trained: TrainedNetwork) -> NDArray[np.uint8]:
     """Images uint8 `[B, C, H, W]`: noise from coarse to fine, and of several contrasts, so that layers fire."""
     channels = trained.config.model.in_channels
     height, width = trained.data.image_shape[1:] if trained.data.image_shape else (_SIDE, _SIDE)

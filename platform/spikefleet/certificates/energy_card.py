@@ -65,7 +65,7 @@ def measure_energy(
             progress(position + 1, plan.steps_per_epoch)
 
     batches = shown()
-    return energy_card(network, batches, constants, form, shortcuts)
+    return energy_card(network, batches, constants, form, shortcuts, binary_input=transform.binary_input)
 
 
 def read_card(path: Path) -> EnergyCard:

@@ -191,7 +191,7 @@ def _of_network(
     if task is not None and not answers:
         notes.append(f"the calibration cannot be measured on {store.manifest.name}: no answer has a confidence")
     try:
-        energy = Spread.of(list(_energies(network, loader, energy_rows, count)))
+        energy = Spread.of(list(_energies(network, loader, energy_rows, count, config.transform.binary_input)))
     except StoreError:
         raise
     except ValueError as error:
@@ -260,12 +260,20 @@ def _rates_by_image(network: nn.Module) -> Iterator[dict[str, list[torch.Tensor]
         yield seen
 
 
-def _energies(network: nn.Module, loader: BatchLoader, rows: NDArray[np.int64], count: _Progress) -> Iterator[float]:
+def _energies(
+    network: nn.Module, loader: BatchLoader, rows: NDArray[np.int64], count: _Progress, binary_input: bool
+) -> Iterator[float]:
     """The energy of each image in mJ, counted as in energy cards of registered versions."""
     device, deployed = next(network.parameters()).device, network
     for row in rows.tolist():
         (batch,) = loader.epoch(ChosenPlan(len(loader.split), (row,)), epoch=0)
-        card = energy_card(deployed, [batch.network_input.to(device)], REGISTERED_CONSTANTS, twin_form=None)
+        card = energy_card(
+            deployed,
+            [batch.network_input.to(device)],
+            REGISTERED_CONSTANTS,
+            twin_form=None,
+            binary_input=binary_input,
+        )
         if card.form == "merged":
             deployed = deploy(network)  # which counts the same, and need not be done for each image
         count(1)

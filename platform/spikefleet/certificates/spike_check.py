@@ -185,24 +185,24 @@ def check_spikes(
     """
     if not spiking_nodes(network):
         return SpikeCheck(None, None)
-    loader = BatchLoader(split, config.transform, train=False)
+    loader, spikes_in = BatchLoader(split, config.transform, train=False), config.transform.binary_input
     try:
         check_finite(network)  # an infinite variance is folded to weights of zero
         deployed = deploy(network)
-        chosen, shown = _images(deployed, loader, images)
+        chosen, shown = _images(deployed, loader, images, spikes_in)
         exact = copy.deepcopy(network).double()  # folded weights are not rounded to fp32 then
-        proof = check_equivalence(deploy(exact), shown, trained=exact)
+        proof = check_equivalence(deploy(exact), shown, trained=exact, binary_input=spikes_in)
     except NotSpikeDrivenError as error:
         return SpikeCheck(None, str(error))
     flips: tuple[FlipCount, ...] = ()
     remark = None
     try:
         few = shown.narrow(shown.ndim - 4, 0, min(_FLIP_IMAGES, len(chosen.positions)))
-        flips = tuple(count_flips(deployed, few, dtype) for dtype in _FLIP_TYPES)
+        flips = tuple(count_flips(deployed, few, dtype, spikes_in) for dtype in _FLIP_TYPES)
     except NotSpikeDrivenError as error:  # rounding can change what runs behind the last neuron
         remark = str(error)
     try:
-        binary = spike_driven(deployed, layer_inputs(deployed, shown))
+        binary = spike_driven(deployed, layer_inputs(deployed, shown, spikes_in))
     except NotSpikeDrivenError as error:
         return SpikeCheck(None, str(error), flips, chosen=chosen)
     reuse_equal_slots(binary)
@@ -210,12 +210,13 @@ def check_spikes(
     return SpikeCheck(proof, None, flips, metrics, chosen, remark)
 
 
-def check_images(network: nn.Module, images: Tensor) -> SpikeCheck:
+def check_images(network: nn.Module, images: Tensor, binary_input: bool = False) -> SpikeCheck:
     """Makes the first two legs of the proof on given images; they hold for any image, and the metric needs targets.
 
     Args:
         network: on the CPU, in evaluation mode, as it was trained; not changed.
         images: as the network takes them, at least two.
+        binary_input: whether they are event frames of 0 and 1.
 
     Raises:
         Exception: as for `check_spikes`.
@@ -225,12 +226,12 @@ def check_images(network: nn.Module, images: Tensor) -> SpikeCheck:
     try:
         check_finite(network)
         exact = copy.deepcopy(network).double()
-        return SpikeCheck(check_equivalence(deploy(exact), images, trained=exact), None)
+        return SpikeCheck(check_equivalence(deploy(exact), images, trained=exact, binary_input=binary_input), None)
     except NotSpikeDrivenError as error:
         return SpikeCheck(None, str(error))
 
 
-def _images(deployed: nn.Module, loader: BatchLoader, most: int) -> tuple[Chosen, Tensor]:
+def _images(deployed: nn.Module, loader: BatchLoader, most: int, binary_input: bool) -> tuple[Chosen, Tensor]:
     """Images on which every layer fires, as far as the first ones of the split have such."""
     most = min(most, len(loader.split))
 
@@ -241,7 +242,7 @@ def _images(deployed: nn.Module, loader: BatchLoader, most: int) -> tuple[Chosen
             left -= len(batch.indices)
 
     first = next(first_batches(loader, 1, 1)).network_input
-    chosen = choose_images(deployed, layer_inputs(deployed, first), batches())
+    chosen = choose_images(deployed, layer_inputs(deployed, first, binary_input), batches())
     plan = ChosenPlan(len(loader.split), tuple(chosen.positions))
     return chosen, next(iter(loader.epoch(plan, epoch=0))).network_input
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import typer
 
@@ -180,8 +180,17 @@ def energy(
     try:
         if rate is not None and size is not None:
             with waiting(stderr, "counting operations"):
-                untrained = _untrained(network, overrides or [])
-                card = energy_at_rates(untrained, (size, size), rate, constants, form, shortcuts)
+                untrained, frames = _untrained(network, overrides or [])
+                card = energy_at_rates(
+                    untrained,
+                    (size, size),
+                    rate,
+                    constants,
+                    form,
+                    shortcuts,
+                    timesteps=frames.steps,
+                    binary_input=frames.binary,
+                )
         else:
             with waiting(stderr, f"opening {network}"):
                 trained = open_trained_network(network, runs_dir)
@@ -256,8 +265,17 @@ def _print_card(card: EnergyCard) -> None:
         )
 
 
-def _untrained(name: str, overrides: Sequence[str]) -> nn.Module:
-    """A network without weights, of a recipe or of a named model. Raises UserError or ValueError."""
+class _Frames(NamedTuple):
+    """What a recipe gives to its network."""
+
+    steps: int | None
+    """T of event frames; None for images, and for a named model."""
+    binary: bool = False
+    """Whether frames hold nothing but 0 and 1."""
+
+
+def _untrained(name: str, overrides: Sequence[str]) -> tuple[nn.Module, _Frames]:
+    """A network without weights, of a recipe or of a named model, and its frames. Raises UserError or ValueError."""
     import torch
 
     from spikefleet.config.messages import did_you_mean
@@ -266,15 +284,17 @@ def _untrained(name: str, overrides: Sequence[str]) -> nn.Module:
 
     changes = parse_overrides(overrides)
     if name in list_models():
-        config = override_model(model_config(name), changes, name)
+        config, frames = override_model(model_config(name), changes, name), _Frames(None)
     elif name in list_recipes() or name.endswith((".yaml", ".yml")):
-        config = load_config(name, changes).model
+        recipe = load_config(name, changes)
+        config, transform = recipe.model, recipe.data.transform
+        frames = _Frames(config.simulated_timesteps if transform.reads_events else None, transform.binary_input)
     else:
         known = [*list_models(), *list_recipes()]
         hint = did_you_mean(name, known, "`spikefleet recipes` lists the recipes", most=3)
         raise UserError(f"{name!r} is neither a model nor a recipe; {hint}")
     with torch.device("meta"):
-        return build_model(config)
+        return build_model(config), frames
 
 
 def _shown(value: int | None) -> str:

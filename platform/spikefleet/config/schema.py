@@ -241,6 +241,11 @@ class Config(Section):
                 f"data.source={source.name} has {'recordings of events' if source.events else 'images'}, but "
                 f"data.transform.kind is {self.data.transform.kind}; set data.transform.kind={kind}"
             )
+        if self.data.transform.drops_steps and self.model.needs_all_timesteps:
+            raise ValueError(
+                "data.transform.keep_fill=drop leaves slices out in training, but the network has weights for each of "
+                f"model.timesteps={self.model.timesteps}; set data.transform.keep_fill=zero, or model.decoder=rate"
+            )
         needed, sides = self.model.input_multiple, self.data.transform.side_multiple
         if sides % needed:
             raise ValueError(
@@ -278,25 +283,17 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _streams_are_whole(self) -> Self:
-        if self.train.stream is None:
-            return self
-        try:
-            self.data.transform.stream_window_us()
-        except ValueError as error:
-            raise ValueError(f"train.stream: data.transform.{error}, or set train.stream=null") from None
-        wrong = {
-            f"train.accumulate={self.train.accumulate}": self.train.accumulate > 1,
-            "train.compile=true": self.train.compile,
-            "train.cuda_graphs=true": self.train.cuda_graphs,
-            f"train.partial_batch={self.train.partial_batch}": self.train.partial_batch != "keep",
-            f"shortcut.where={self.shortcut.where}": self.shortcut.enabled,
-        }
-        if any(wrong.values()):
-            field = next(field for field, refused in wrong.items() if refused)
-            raise ValueError(f"train.stream cannot be combined with {field}; leave that out, or set train.stream=null")
-        if self.train.stream.labelled != "last" and find_task(self.task).networks == "detection":
-            raise ValueError(
-                f"train.stream.labelled={self.train.stream.labelled} has no effect on label times; leave it out"
+        if self.train.stream is not None:
+            hindrances = {
+                f"train.accumulate={self.train.accumulate}": self.train.accumulate > 1,
+                "train.compile=true": self.train.compile,
+                "train.cuda_graphs=true": self.train.cuda_graphs,
+                f"train.partial_batch={self.train.partial_batch}": self.train.partial_batch != "keep",
+                f"shortcut.where={self.shortcut.where}": self.shortcut.enabled,
+            }
+            is_detection = find_task(self.task).networks == "detection"
+            self.train.stream.check(
+                self.data.transform, [field for field, there in hindrances.items() if there], is_detection
             )
         return self
 

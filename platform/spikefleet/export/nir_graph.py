@@ -32,7 +32,8 @@ from spikefleet.export.nir_refusals import refuse_what_nir_lacks
 from spikefleet_models.gates import Gate, LearnedGate
 from spikefleet_models.neurons import PLIF, SpikingNode
 from spikefleet_models.reparam import deploy
-from spikefleet_models.sg_resnet import ResidualBlock, SGResNet
+from spikefleet_models.residual_block import ResidualBlock
+from spikefleet_models.sg_resnet import SGResNet
 from spikefleet_models.spiking_unit import SpikingUnit
 
 if TYPE_CHECKING:

@@ -79,13 +79,13 @@ class TrialSetting:
 def mutable_keys(config: Config, keys: Sequence[str]) -> Callable[[str], bool]:
     """Which keys of a space may change during training.
 
-    T may not if the decoder is an ASD in any branch of the space: its temporal attention has T inputs.
+    T may not if the decoder has weights over T in any branch of the space, as the temporal attention of an ASD.
 
     Args:
         config: configuration of some point.
         keys: keys of the space.
     """
-    bound_to_time = getattr(config.model, "decoder", None) == "asd" or any(key.endswith(".decoder") for key in keys)
+    bound_to_time = config.model.needs_all_timesteps or any(key.endswith(".decoder") for key in keys)
 
     def mutable(key: str) -> bool:
         if key.endswith("timesteps") and bound_to_time:
