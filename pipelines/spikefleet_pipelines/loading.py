@@ -20,7 +20,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.sampling import Plan
-from spikefleet_pipelines.transforms.batch_transform import BatchTransform, BinsOnDevice, DrawsRows, Targets
+from spikefleet_pipelines.transforms.batch_transform import (
+    BatchTransform,
+    BinsOnDevice,
+    DrawsRows,
+    KnowsStepTime,
+    Targets,
+)
 from spikefleet_pipelines.transforms.batch_transform_config import BatchTransformConfig
 from spikefleet_pipelines.transforms.kinds import transform_kinds
 
@@ -183,6 +189,11 @@ class BatchLoader:
             )
         self._requests.start(plan, epoch, start_step)
         return _read(iter(self._loader), self._transform, self._device)
+
+    @property
+    def step_ms(self) -> float | None:
+        """Length of a time slice in milliseconds; None for images, and where samples differ in it."""
+        return self._transform.step_ms() if isinstance(self._transform, KnowsStepTime) else None
 
     def pictures(self, rows: Sequence[int]) -> list[Tensor]:
         """Draw samples for reports, uint8 [C, H, W] each: stored images, or events as the transform sees them."""

@@ -48,12 +48,18 @@ def open_data(config: DataConfig, stores_dir: Path, console: Console) -> Store:
 
 
 def _say_splits_of_folders(console: Console, root: Path | None, store: Store) -> None:
-    """Says where val and test come from if an image folder has one folder beside train."""
+    """Says where val and test come from if an image folder has at most one folder beside train."""
     manifest = store.manifest
-    if manifest.source != "image_folder" or root is None or manifest.audit.same_as:
+    if manifest.source != "image_folder" or root is None:
         return
-    given = [name for name in ("val", "test") if (root / name).is_dir()]
-    if len(given) == 1:
+    given = [name for name in ("val", "valid", "validation", "test") if (root / name).is_dir()]
+    if not given and "val" in manifest.splits:
+        print_line(
+            console,
+            f"val: {manifest.splits['val']:,} images held out of train, since there is no val folder (option holdout=0 "
+            "holds none out); test: the same images",
+        )
+    if len(given) == 1 and not manifest.audit.same_as:
         print_line(
             console,
             f"test: the images of {root / given[0]}; val: {manifest.splits['val']:,} images held out of train, since "

@@ -267,6 +267,23 @@ def precision_recall(curves: Mapping[str, Sequence[float]], path: Path) -> None:
 
 
 @_never_fatal
+def accuracy_over_time(accuracies: Sequence[float], step_ms: float | None, path: Path) -> None:
+    """Plots the accuracy of the answer after each time step: how long a network must see to be right.
+
+    Args:
+        accuracies: in [0, 1], after each step.
+        step_ms: length of a step; None where it is not the same for all samples.
+        path: the PNG.
+    """
+    figure, axis = _subplots(figsize=(5, 3.4), layout="constrained")
+    times = [(step + 1) * (step_ms or 1) for step in range(len(accuracies))]
+    axis.plot(times, accuracies, marker=".")
+    axis.set(xlabel="time steps seen" if step_ms is None else "time seen (ms)", ylabel="top1", ylim=(0, 1))
+    axis.grid(alpha=0.3)
+    _save(figure, path)
+
+
+@_never_fatal
 def energy_bars(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
     """Plots the energy of each layer in mJ, in network order: additions on spikes, MACs on integers and real values.
 

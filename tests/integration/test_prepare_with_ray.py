@@ -14,8 +14,9 @@ from spikefleet_pipelines.errors import SourceError
 from spikefleet_pipelines.sources import prepare, recordings
 from spikefleet_pipelines.sources.coco import read_coco
 from spikefleet_pipelines.sources.coco_config import CocoOptions
-from spikefleet_pipelines.sources.image_folder import FolderContents, read_image_folder
+from spikefleet_pipelines.sources.image_folder import read_image_folder
 from spikefleet_pipelines.sources.image_folder_config import ImageFolderOptions
+from spikefleet_pipelines.sources.labelled_images import LabelledContents
 from spikefleet_pipelines.sources.ray_tasks import run_tasks
 from spikefleet_pipelines.store.reader import Store
 from spikefleet_pipelines.store.writer import StoreWriter
@@ -60,7 +61,7 @@ def coco(folder: Path) -> Path:
     return root
 
 
-def many_shards(contents: FolderContents, out: Path, parallel: int | None) -> Store:
+def many_shards(contents: LabelledContents, out: Path, parallel: int | None) -> Store:
     """Write with shards of about five images, so that there is something to do in parallel."""
     with StoreWriter(
         out, source="image_folder", class_names=contents.class_names, image=contents.image, options={}, shard_bytes=5000

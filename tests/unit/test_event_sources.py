@@ -15,6 +15,7 @@ from support.event_files import (
     write_aedat2,
     write_aedat3,
     write_aedat4,
+    write_annotation,
     write_atis_bin,
     write_dat,
     write_mat,
@@ -178,7 +179,43 @@ def test_ncaltech101(tmp_path: Path) -> None:
     manifest = prepare("ncaltech101", tmp_path / "raw", tmp_path / "store").manifest
     assert manifest.class_names == ("BACKGROUND_Google", "airplanes")
     assert manifest.splits == {"train": 28, "val": 4, "test": 8}
-    assert manifest.options["split_rule"] == "random"
+    assert manifest.options == {"split_rule": "random", "test": 0.2, "holdout": 0.1, "seed": 0}
+
+
+def test_ncaltech101_with_boxes(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    contour = np.zeros((2, 4), np.int16)
+    for number, name in enumerate(("BACKGROUND_Google", "airplanes", "bonsai")):
+        names = [f"image_{k:04d}.bin" for k in range(1, 11)]
+        fill(raw / "NCALTECH101" / "Caltech101" / name, names, write_atis_bin, (180, 240), 100 * number)
+        (raw / "NCALTECH101" / "Caltech101_annotations" / name).mkdir(parents=True)
+        for k in range(1, 11):
+            box = np.array([[10 * number, 10 * number + k, 5], [30, 40, 35 + k]], np.int16)
+            if number:
+                write_annotation(
+                    raw / "NCALTECH101/Caltech101_annotations" / name / f"annotation_{k:04d}.bin", box, contour
+                )
+    store = prepare("ncaltech101", raw, tmp_path / "store", task="detection")
+    assert (store.manifest.task, store.manifest.options["task"]) == ("detection", "detection")
+    assert (store.manifest.class_names, store.manifest.category_ids) == (("airplanes", "bonsai"), (0, 1))
+    assert store.manifest.splits == {"train": 14, "val": 2, "test": 4}
+    split = store.recordings("test")
+    events = stored(store, "test")
+    for row in range(4):
+        label = row // 2
+        seeds = [k for k in range(10) if same(events[row], made_events(40, (180, 240), 100 * (label + 1) + k))]
+        (k,) = (seed + 1 for seed in seeds)
+        frames, left = split.frames(row), 10 * (label + 1)
+        assert (frames.times.tolist(), frames.category_ids.tolist()) == ([300_000], [label])
+        rows = [30, 40, 35 + k]
+        assert frames.boxes.tolist() == [[5, 30, left + k - 5, max(rows) - 30]]
+    annotation = raw / "NCALTECH101/Caltech101_annotations/bonsai/annotation_0003.bin"
+    annotation.rename(annotation.with_name("annotation_0033.bin"))
+    with pytest.raises(SourceError, match=r"bonsai/image_0003\.bin has no .*annotation_0003\.bin; add that file"):
+        prepare("ncaltech101", raw, tmp_path / "other", task="detection")
+    annotation.write_bytes(annotation.with_name("annotation_0033.bin").read_bytes())
+    with pytest.raises(SourceError, match=r"annotation_0033\.bin has no recording in Caltech101/bonsai"):
+        prepare("ncaltech101", raw, tmp_path / "other", task="detection")
 
 
 def boxes_of(events: EventArrays, class_id: int = 1) -> np.ndarray:  # type: ignore[type-arg]

@@ -55,7 +55,7 @@ def outside(monkeypatch: pytest.MonkeyPatch) -> Source:
 
 
 def test_sources_of_images_and_of_events() -> None:
-    images = ["digits", "fashion_mnist", "cifar10", "cifar100", "image_folder", "scenes", "coco"]
+    images = ["digits", "fashion_mnist", "cifar10", "cifar100", "image_folder", "scenes", "coco", "yolo", "voc", "csv"]
     events = [
         "saccades",
         "first_digit",

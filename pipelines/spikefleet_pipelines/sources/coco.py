@@ -5,6 +5,9 @@
 store or adds the split to the one at `out`. The bytes of the image files are stored unchanged, after each was decoded
 once to find broken ones.
 
+Two layouts of exports are known too: `train/`, `valid/` and `test/` with `_annotations.coco.json` in each (Roboflow),
+and `result.json` beside `images/` (Label Studio), of whose images `holdout` makes val.
+
 The boxes of COCO's test images are not public, and results are reported on val2017: where no test split is given,
 "test" is an alias of "val" (recorded in the manifest as `audit.same_as`). To select models on other images than the
 reported ones, hold out a part of train for val and use val2017 as test.
@@ -12,81 +15,32 @@ reported ones, hold out a part of train for val and use val2017 as test.
 
 import hashlib
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import JsonValue
 
 from spikefleet_pipelines.counter_random import Draw, random_bits
 from spikefleet_pipelines.errors import SourceError, StoreError
+from spikefleet_pipelines.sources.boxed_images import BoxedContents, BoxedImages, file_sizes
 from spikefleet_pipelines.sources.coco_config import COCO, CocoOptions, CocoSplitOptions
 from spikefleet_pipelines.sources.coco_json import CocoFile, read_coco_json
-from spikefleet_pipelines.sources.encoded_files import ENCODED, ShardJob, select_targets, shown_path, write_shards
+from spikefleet_pipelines.sources.encoded_files import ENCODED
+from spikefleet_pipelines.sources.own_splits_config import SPLIT_FOLDERS
 from spikefleet_pipelines.sources.source import Progress
-from spikefleet_pipelines.store.annotations import AnnotationColumns
+from spikefleet_pipelines.sources.split_rules import STAND_INS
 from spikefleet_pipelines.store.data_set_name import name_after
 from spikefleet_pipelines.store.extension import StoreExtension
-from spikefleet_pipelines.store.manifest import ImageFormat, Manifest, SkippedFile
+from spikefleet_pipelines.store.manifest import Manifest
 from spikefleet_pipelines.store.reader import Store
 from spikefleet_pipelines.store.writer import StoreWriter
 
-STAND_INS = {"test": "val"}
+ROBOFLOW_JSON = "_annotations.coco.json"
+LABEL_STUDIO_JSON = "result.json"
+"""File names of annotations in exports."""
 
 
-@dataclass(frozen=True)
-class _Images:
-    """The images of a split, and their objects."""
-
-    paths: tuple[Path, ...]
-    sizes: NDArray[np.int64]
-    """Bytes of each file."""
-    columns: AnnotationColumns
-    computed_areas: NDArray[np.int64]
-    listed_in: Path
-    """The annotation file."""
-
-    def select(self, rows: NDArray[np.int64]) -> "_Images":
-        paths = tuple(self.paths[row] for row in rows)
-        return _Images(paths, self.sizes[rows], self.columns.select(rows), self.computed_areas[rows], self.listed_in)
-
-    def parts(self, shard_bytes: int) -> "list[_Images]":
-        """Divide the images into shards of about `shard_bytes`, independent of the number of writers."""
-        number = np.cumsum([0, *self.sizes])[:-1] // shard_bytes
-        return [self.select(np.flatnonzero(number == value)) for value in np.unique(number)]
-
-
-@dataclass(frozen=True)
-class CocoContents:
-    """Annotations and image files of a data set; the files are read when the store is written."""
-
-    class_names: tuple[str, ...]
-    category_ids: tuple[int, ...]
-    splits: dict[str, _Images]
-    stand_ins: Mapping[str, str]
-    unused: Mapping[str, int] = field(default_factory=dict)
-    """Number of categories that are not used, by reason."""
-    image: ImageFormat = ENCODED
-
-    def write(self, writer: StoreWriter, progress: Progress, parallel: int | None) -> None:
-        """Write all splits; see `Contents`."""
-        writer.unused = dict(self.unused)
-        jobs, computed = [], []
-        for split, images in self.splits.items():
-            for number, part in enumerate(_present(split, images, writer).parts(writer.shard_bytes)):
-                out = writer.directory / writer.shard_name(split, number)
-                advice = "replace the file, or remove its entry"
-                jobs.append(ShardJob(split, out, part.paths, part.columns, advice, writer.skip_bad, _check_size))
-                computed.append(part.computed_areas)
-        areas = dict(zip((job.out for job in jobs), computed, strict=True))
-        for job, rows, shard, digests in write_shards(writer, jobs, progress, parallel):
-            objects = select_targets(job.targets, rows)
-            writer.add_shard(job.split, shard, objects, digests, int(areas[job.out][rows].sum()))
-
-
-def read_coco(root: Path, options: CocoOptions, seed: int) -> CocoContents:
+def read_coco(root: Path, options: CocoOptions, seed: int) -> BoxedContents:
     """Read all splits of a directory.
 
     Raises:
@@ -102,6 +56,36 @@ def read_coco(root: Path, options: CocoOptions, seed: int) -> CocoContents:
             f"source 'coco': test_images is {options.test_images}, but with holdout val becomes the test split; remove "
             "test_images or holdout"
         )
+    places = _places(root, options)
+    files = {split: read_coco_json(root / annotations) for split, (_, annotations) in places.items()}
+    if len({file.grouping for file in files.values()}) > 1:  # one that has objects in some split is a class in all
+        files = {split: file.with_all_categories() for split, file in files.items()}
+    first = files["train"]
+    for file in files.values():
+        file.check_same_categories(first.category_ids, first.class_names, str(first.path))
+    splits: dict[str, BoxedImages] = {}
+    for split, (images, _) in places.items():
+        splits |= _divide(split, _find(files[split], root / images), options.holdout, seed)
+    return BoxedContents(first.class_names, first.category_ids, splits, STAND_INS, first.unused)
+
+
+def _places(root: Path, options: CocoOptions) -> dict[str, tuple[str, str]]:
+    """The directory of images and the file of boxes of each split.
+
+    Raises:
+        SourceError: one is missing, or there are no images for validation.
+    """
+    exported = {} if options != CocoOptions(holdout=options.holdout) else _exported(root)
+    if exported:
+        if options.holdout and {"val", "test"} <= set(exported):
+            raise SourceError(
+                f"source 'coco': option holdout={options.holdout:g}, but {root} has val and test splits; remove holdout"
+            )
+        if not options.holdout and "val" not in exported:
+            raise SourceError(
+                f"source 'coco': {root} has no images for validation; hold some out: --option holdout=0.1"
+            )
+        return {"test" if options.holdout and split == "val" else split: place for split, place in exported.items()}
     places = {
         "train": (options.train_images, options.train_annotations),
         "test" if options.holdout else "val": (options.val_images, options.val_annotations),
@@ -112,16 +96,20 @@ def read_coco(root: Path, options: CocoOptions, seed: int) -> CocoContents:
         for place, there in ((root / images, Path.is_dir), (root / annotations, Path.is_file)):
             if not there(place):
                 raise COCO.missing(place)
-    files = {split: read_coco_json(root / annotations) for split, (_, annotations) in places.items()}
-    if len({file.grouping for file in files.values()}) > 1:  # one that has objects in some split is a class in all
-        files = {split: file.with_all_categories() for split, file in files.items()}
-    first = files["train"]
-    for file in files.values():
-        file.check_same_categories(first.category_ids, first.class_names, str(first.path))
-    splits: dict[str, _Images] = {}
-    for split, (images, _) in places.items():
-        splits |= _divide(split, _find(files[split], root / images), options.holdout, seed)
-    return CocoContents(first.class_names, first.category_ids, splits, STAND_INS, first.unused)
+    return places
+
+
+def _exported(root: Path) -> dict[str, tuple[str, str]]:
+    """The splits in the layouts of Roboflow (a JSON in each folder) and of Label Studio (one JSON); empty in others."""
+    found = {
+        split: (name, f"{name}/{ROBOFLOW_JSON}")
+        for split, names in SPLIT_FOLDERS.items()
+        for name in names
+        if (root / name / ROBOFLOW_JSON).is_file()
+    }
+    if not found and (root / LABEL_STUDIO_JSON).is_file():
+        return {"train": (".", LABEL_STUDIO_JSON)}
+    return found if "train" in found else {}
 
 
 def prepare_coco_split(
@@ -186,7 +174,7 @@ def prepare_coco_split(
     if there is not None:
         file.check_same_categories(there.category_ids or (), there.class_names, f"the store {out}")
     splits = _divide(split, _find(file, images), holdout, seed)
-    contents = CocoContents(file.class_names, file.category_ids, splits, STAND_INS, file.unused)
+    contents = BoxedContents(file.class_names, file.category_ids, splits, STAND_INS, file.unused)
     writer = (
         StoreExtension(out, options=recorded, stand_ins=STAND_INS, skip_bad=skip_bad)
         if there is not None
@@ -235,45 +223,13 @@ def _is_done(
     )
 
 
-def _find(file: CocoFile, folder: Path) -> _Images:
+def _find(file: CocoFile, folder: Path) -> BoxedImages:
     """Find the files of all images that an annotation file lists; one that is missing has the size -1."""
     paths = tuple(folder / name for name in file.file_names)
-    sizes = np.array([_size(path) for path in paths], np.int64)
-    return _Images(paths, sizes, file.columns, file.computed_areas, file.path)
+    return BoxedImages(paths, file_sizes(paths), file.columns, file.computed_areas, file.path)
 
 
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
-
-
-def _present(split: str, images: _Images, writer: StoreWriter) -> _Images:
-    """Leave out the images whose files are missing.
-
-    Raises:
-        SourceError: some are missing and must not be skipped; the message names the first, with its image id.
-    """
-    missing = np.flatnonzero(images.sizes < 0)
-    if not len(missing):
-        return images
-    if writer.skip_bad:
-        writer.skipped += [
-            SkippedFile(split=split, file=shown_path(images.paths[row]), reason="it is missing") for row in missing
-        ]
-        return images.select(np.flatnonzero(images.sizes >= 0))
-    row = int(missing[0])
-    more = f" ({len(missing)} of its {len(images.paths)} images are missing)" if len(missing) > 1 else ""
-    path = images.paths[row]
-    what = f"is a link to {path.readlink()}, which does not exist" if path.is_symlink() else "is missing"
-    raise SourceError(
-        f"{path} {what}: image {images.columns.image_ids[row]} of {images.listed_in}{more}; download the images, "
-        "or set the directory that contains them"
-    )
-
-
-def _divide(split: str, images: _Images, holdout: float, seed: int) -> dict[str, _Images]:
+def _divide(split: str, images: BoxedImages, holdout: float, seed: int) -> dict[str, BoxedImages]:
     """Hold out a part of train for val: the images with the smallest hashes of their ids, independent of the order."""
     if split != "train" or not holdout:
         return {split: images}
@@ -283,13 +239,3 @@ def _divide(split: str, images: _Images, holdout: float, seed: int) -> dict[str,
     chosen = np.zeros(count, np.bool_)
     chosen[np.argsort(keys, kind="stable")[:kept_back]] = True
     return {"train": images.select(np.flatnonzero(~chosen)), "val": images.select(np.flatnonzero(chosen))}
-
-
-def _check_size(columns: AnnotationColumns, row: int, height: int, width: int) -> None:
-    expected = int(columns.heights[row]), int(columns.widths[row])
-    if (height, width) != expected:
-        hint = " (the file's EXIF orientation rotates it, the boxes are of the image before rotation)"
-        raise ValueError(
-            f"is {width} x {height} pixels, expected {expected[1]} x {expected[0]} of its annotations"
-            f"{hint if (width, height) == expected else ''}"
-        )

@@ -1,122 +1,110 @@
 """Data sets in ImageNet's layout: train/<class>/*.jpg, val/<class>/*.jpg and, maybe, test/<class>/*.jpg.
 
+The folder of val may be named `valid` (as Roboflow's exports have it) or `validation`. Class folders alone are training
+images, of which a part is held out for val.
+
 Files that are not used, such as images in sub-folders of a class, are counted by reason. The bytes of the files are
 stored unchanged, after each was decoded once to find broken ones.
 """
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from spikefleet_pipelines.errors import SourceError
 from spikefleet_pipelines.sources.contents import held_out
-from spikefleet_pipelines.sources.encoded_files import ENCODED, ShardJob, select_targets, write_shards
-from spikefleet_pipelines.sources.image_folder_config import IMAGE_FOLDER, ImageFolderOptions
-from spikefleet_pipelines.sources.source import Progress
-from spikefleet_pipelines.store.image_files import (
-    check_image_file,
-    images_below,
-    is_named_as_image,
-    list_images,
-    reason_unused,
-)
+from spikefleet_pipelines.sources.image_folder_config import HELD_OUT_WITH_TEST, IMAGE_FOLDER, ImageFolderOptions
+from spikefleet_pipelines.sources.labelled_images import LabelledContents, LabelledImages
+from spikefleet_pipelines.sources.own_splits_config import DEFAULT_HOLDOUT, SPLIT_FOLDERS, OwnSplits
+from spikefleet_pipelines.sources.split_rules import STAND_INS, divide_splits, group_names
+from spikefleet_pipelines.store.image_files import images_below, is_named_as_image, list_images, reason_unused
 from spikefleet_pipelines.store.image_header import IMAGE_SUFFIXES
-from spikefleet_pipelines.store.manifest import ImageFormat, is_text
-from spikefleet_pipelines.store.writer import StoreWriter
+from spikefleet_pipelines.store.manifest import is_text
 
 _NO_SPLIT = "image files in folders beside train, val and test"
 _NO_CLASS = "image files in no class folder"
 _HIDDEN_CLASS = "image files in hidden folders"
 
 
-@dataclass(frozen=True)
-class _Files:
-    """The images of a split, ordered by class and name."""
-
-    paths: tuple[Path, ...]
-    labels: NDArray[np.int64]
-
-    def where(self, chosen: NDArray[np.bool_]) -> "_Files":
-        return _Files(tuple(self.paths[row] for row in np.flatnonzero(chosen)), self.labels[chosen])
-
-
-@dataclass(frozen=True)
-class FolderContents:
-    """The image files of a data set; they are read when the store is written."""
-
-    class_names: tuple[str, ...]
-    splits: dict[str, _Files]
-    image: ImageFormat = ENCODED
-    category_ids: None = None
-    stand_ins: Mapping[str, str] = field(default_factory=dict)
-    unused: Mapping[str, int] = field(default_factory=dict)
-    """Number of files that are not used, by reason."""
-
-    def write(self, writer: StoreWriter, progress: Progress, parallel: int | None) -> None:
-        """Write all splits; see `Contents`."""
-        writer.unused = dict(self.unused)
-        jobs = [
-            ShardJob(
-                split,
-                writer.directory / writer.shard_name(split, number),
-                part.paths,
-                part.labels,
-                "replace or remove the file",
-                writer.skip_bad,
-            )
-            for split, files in self.splits.items()
-            for number, part in enumerate(_parts(files, writer))
-        ]
-        for job, rows, shard, digests in write_shards(writer, jobs, progress, parallel):
-            writer.add_shard(job.split, shard, select_targets(job.targets, rows), digests)
-
-
-def read_image_folder(root: Path, options: ImageFolderOptions, seed: int) -> FolderContents:
-    """List the files of a directory with the folders train and val, test, or both.
+def read_image_folder(root: Path, options: ImageFolderOptions, seed: int) -> LabelledContents:
+    """List the files of a directory with the folders train and val, test, or both, or with class folders alone.
 
     With a val and a test folder, the splits are the folders. Where there is one of them, it becomes the test split, and
     a part of the training images of each class, by default 2 % and at least one, becomes val. With `holdout=0` it is
-    val, and "test" an alias of it.
+    val, and "test" an alias of it. Where there is neither, a part of each class, by default 10 %, becomes val, and
+    "test" is an alias of it.
 
     Raises:
         SourceError: a folder is missing, a file cannot be read, or the classes of the folders differ; the message names
             them.
     """
-    given = {name: root / name for name in ("train", "val", "test") if (root / name).is_dir()}
-    if "test" in given and not _classes(given["test"]):
-        del given["test"]  # ImageNet's test images have no classes
-    if "train" not in given or len(given) == 1:
-        raise IMAGE_FOLDER.missing(root / ("val" if "train" in given else "train"))
+    given = _split_folders(root)
     unused = Counter(_beside(root, given))
     classes = {name: _classes(folder) for name, folder in given.items()}
     if not classes["train"]:
         raise IMAGE_FOLDER.missing(root / "train" / "<class>")
-    for name in given:
-        _check_same_classes(root, name, classes)
+    for name, folder in given.items():
+        _check_same_classes(given["train"], folder, classes["train"], classes[name])
     found = {name: _list(folder, classes["train"], unused) for name, folder in given.items()}
-    if len(found) < 3:
-        train, reported = found["train"], found.get("test", found.get("val"))
-        assert reported is not None
-        if not options.holdout:
-            found = {"train": train, "val": reported}
-            return FolderContents(
-                classes["train"], found, stand_ins={"test": "val"}, unused=dict(sorted(unused.items()))
+    holdout = options.holdout
+    if holdout is None:
+        holdout = HELD_OUT_WITH_TEST if len(found) > 1 else DEFAULT_HOLDOUT
+    splits = _divided(root, found, 0.0 if len(found) == 3 else holdout, options.group, seed)
+    return LabelledContents(classes["train"], splits, stand_ins=STAND_INS, unused=dict(sorted(unused.items())))
+
+
+def _split_folders(root: Path) -> dict[str, Path]:
+    """The folders of the splits; the root itself where it has class folders alone.
+
+    Raises:
+        SourceError: there is no folder of training images, or there are two of one split.
+    """
+    given: dict[str, Path] = {}
+    for split, names in SPLIT_FOLDERS.items():
+        there = [root / name for name in names if (root / name).is_dir()]
+        if len(there) > 1:
+            raise SourceError(
+                f"{root} has the folders {' and '.join(folder.name for folder in there)}, which are both {split}; "
+                "move the images into one of them"
             )
-        val = held_out(train.labels, lambda n: min(n - 1, max(1, round(n * options.holdout))), seed)
-        found = {"train": train.where(~val), "val": train.where(val), "test": reported}
-    return FolderContents(classes["train"], found, unused=dict(sorted(unused.items())))
+        if there:
+            given[split] = there[0]
+    if "test" in given and not _classes(given["test"]):
+        del given["test"]  # ImageNet's test images have no classes
+    if given and "train" not in given:
+        raise IMAGE_FOLDER.missing(root / "train")
+    if not given and any(next(images_below(root / name), None) for name in _classes(root)):
+        return {"train": root}
+    if not given:
+        raise IMAGE_FOLDER.missing(root / "train")
+    return given
+
+
+def _divided(
+    root: Path, found: dict[str, LabelledImages], holdout: float, group: str | None, seed: int
+) -> dict[str, LabelledImages]:
+    train, reported = found["train"], found.get("test", found.get("val"))
+    if group is not None:
+        names = {split: [path.relative_to(root).as_posix() for path in part.paths] for split, part in found.items()}
+        groups = {split: group_names(IMAGE_FOLDER.name, of_split, group) for split, of_split in names.items()}
+        own = OwnSplits(holdout=holdout, group=group)
+        return divide_splits(IMAGE_FOLDER.name, found, train.labels, groups, own, seed)
+    if not holdout:
+        return found if reported is None or len(found) == 3 else {"train": train, "val": reported}
+    val = held_out(train.labels, lambda n: min(n - 1, max(1, round(n * holdout))), seed)
+    divided = {"train": train.where(~val), "val": train.where(val)}
+    return divided if reported is None else {**divided, "test": reported}
 
 
 def _beside(root: Path, splits: Mapping[str, Path]) -> Iterator[str]:
     """Why each file beside the class folders is not used."""
-    for path in root.iterdir():
-        if path.is_dir() and path.name not in splits:
+    alone = splits["train"] == root
+    for path in [] if alone else root.iterdir():
+        if path.is_dir() and path not in splits.values():
             yield from [_NO_SPLIT] * sum(1 for _ in images_below(path))
-    for folder in (root, *splits.values()):
+    for folder in {root, *splits.values()}:
         files = [path for path in folder.iterdir() if not path.is_dir()]
         yield from (_NO_CLASS if is_named_as_image(path) else reason_unused(path) for path in files)
     for folder in splits.values():
@@ -125,16 +113,15 @@ def _beside(root: Path, splits: Mapping[str, Path]) -> Iterator[str]:
                 yield from [_HIDDEN_CLASS] * sum(1 for _ in images_below(path))
 
 
-def _check_same_classes(root: Path, split: str, classes: Mapping[str, Sequence[str]]) -> None:
-    train, other = set(classes["train"]), set(classes[split])
+def _check_same_classes(train: Path, other: Path, of_train: Sequence[str], of_other: Sequence[str]) -> None:
     only = [
-        f"only in {name}: {', '.join(sorted(extra)[:5])}{' ...' if len(extra) > 5 else ''}"
-        for name, extra in (("train", train - other), (split, other - train))
+        f"only in {folder.name}: {', '.join(sorted(extra)[:5])}{' ...' if len(extra) > 5 else ''}"
+        for folder, extra in ((train, {*of_train} - {*of_other}), (other, {*of_other} - {*of_train}))
         if extra
     ]
     if only:
         raise SourceError(
-            f"class folders of {root}/train and {root}/{split} differ ({'; '.join(only)}); give both the same classes"
+            f"class folders of {train} and {other} differ ({'; '.join(only)}); give both the same classes"
         )
 
 
@@ -146,7 +133,7 @@ def _classes(folder: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _list(folder: Path, classes: Sequence[str], unused: Counter[str]) -> _Files:
+def _list(folder: Path, classes: Sequence[str], unused: Counter[str]) -> LabelledImages:
     paths: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
@@ -160,20 +147,4 @@ def _list(folder: Path, classes: Sequence[str], unused: Counter[str]) -> _Files:
             )
         paths += found.images
         labels += [label] * len(found.images)
-    return _Files(tuple(paths), np.array(labels, np.int64))
-
-
-def _parts(files: _Files, writer: StoreWriter) -> list[_Files]:
-    """Divide the files into shards of about `shard_bytes`, independent of the number of writers."""
-    sizes = np.cumsum([0, *(_size(path, writer.skip_bad) for path in files.paths)])[:-1]
-    number = sizes // writer.shard_bytes
-    return [files.where(number == value) for value in np.unique(number)]
-
-
-def _size(path: Path, skip_bad: bool) -> int:
-    try:
-        return check_image_file(path)
-    except ValueError as error:
-        if skip_bad:
-            return 0
-        raise SourceError(f"{path}: {error}; replace or remove the file") from None
+    return LabelledImages(tuple(paths), np.array(labels, np.int64))

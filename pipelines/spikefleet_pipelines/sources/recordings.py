@@ -16,6 +16,7 @@ from spikefleet_pipelines.errors import SourceError, StoreError
 from spikefleet_pipelines.events.label_frames import LabelFrames
 from spikefleet_pipelines.events.readers.finding import read_recording
 from spikefleet_pipelines.events.readers.labelled_boxes import read_boxes
+from spikefleet_pipelines.events.readers.ncaltech101_boxes import SACCADES_US, read_annotation
 from spikefleet_pipelines.events.readers.options import ReadOptions
 from spikefleet_pipelines.events.readers.reader import EventReader, ReadAudit
 from spikefleet_pipelines.events.recording import EventArrays
@@ -42,8 +43,8 @@ class RecordingFile:
 
     Attributes:
         path: of the file.
-        label: class index, for classification.
-        boxes: file of its boxes, for detection.
+        label: class index, for classification, and for detection where the file of boxes has no classes.
+        boxes: file of its boxes, for detection: NAME_bbox.npy, or an annotation of N-Caltech101 (.bin).
         between: start and end in us by the file's clock, of a recording that is a part of the file.
     """
 
@@ -195,9 +196,12 @@ def _add(job: _Job, file: RecordingFile, shard: EventShardWriter) -> ReadAudit:
         part = f"{name} from {start:,} to {end:,} us"
         shard.add(SourceRecording(_between(reader, start, end), file.label, name=part, t0=start, duration=end - start))
         return ReadAudit()  # the file's flaws belong to several recordings, or to none
-    frames = None if file.boxes is None else _frames(file.boxes, job.category_ids or ())
-    # Times of boxes count from the clock's start, also where no event is that early.
-    shard.add(SourceRecording(reader, file.label, frames, name=name, t0=None if frames is None else 0))
+    if file.boxes is None:
+        shard.add(SourceRecording(reader, file.label, name=name))
+    else:
+        frames = _frames(file, file.boxes, job.category_ids or ())
+        # Times of boxes count from the clock's start, also where no event is that early.
+        shard.add(SourceRecording(reader, None, frames, name=name, t0=0))
     return reader.audit
 
 
@@ -209,7 +213,12 @@ def _between(reader: EventReader, start: int, end: int) -> Iterator[EventArrays]
             return
 
 
-def _frames(path: Path, categories: Sequence[int]) -> LabelFrames:
+def _frames(file: RecordingFile, path: Path, categories: Sequence[int]) -> LabelFrames:
+    if file.label is not None:
+        box = read_annotation(path).box
+        return LabelFrames.of_objects(
+            np.array([SACCADES_US]), np.array([box], np.float64), np.array([categories[file.label]])
+        )
     labelled = read_boxes(path)
     unknown = ~np.isin(labelled.class_id, categories)
     if unknown.any():

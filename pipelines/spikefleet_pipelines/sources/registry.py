@@ -14,6 +14,7 @@ from spikefleet_pipelines.errors import SourceError
 from spikefleet_pipelines.sources.asl_dvs_config import ASL_DVS
 from spikefleet_pipelines.sources.cifar_config import CIFAR10, CIFAR100
 from spikefleet_pipelines.sources.coco_config import COCO
+from spikefleet_pipelines.sources.csv_table_config import CSV
 from spikefleet_pipelines.sources.digits_config import DIGITS
 from spikefleet_pipelines.sources.dvs_cifar10_config import DVS_CIFAR10
 from spikefleet_pipelines.sources.dvs_gesture_config import DVS_GESTURE
@@ -27,6 +28,8 @@ from spikefleet_pipelines.sources.ncars_config import NCARS
 from spikefleet_pipelines.sources.nmnist_config import NMNIST
 from spikefleet_pipelines.sources.scenes_config import SCENES
 from spikefleet_pipelines.sources.source import Source, SourceOptions
+from spikefleet_pipelines.sources.voc_config import VOC
+from spikefleet_pipelines.sources.yolo_config import YOLO
 
 _BUILT_IN = (
     DIGITS,
@@ -36,6 +39,9 @@ _BUILT_IN = (
     IMAGE_FOLDER,
     SCENES,
     COCO,
+    YOLO,
+    VOC,
+    CSV,
     SACCADES,
     FIRST_DIGIT,
     APPARENT_MOTION,

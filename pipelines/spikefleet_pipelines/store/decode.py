@@ -8,6 +8,7 @@ pixels.
 import io
 import re
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 _DEEP = "convert it to 8 or 16 bits with a scale of your choice"
 _ORIENTATION = 0x0112
+_ON_THEIR_SIDE = frozenset({5, 6, 7, 8})
+"""EXIF orientations that exchange height and width."""
 _BITS_PER_SAMPLE = 258
 _PIXELS_AT_ONCE = 1 << 22
 _PLACE_IN_MEMORY = re.compile("cannot identify image file <.*")
@@ -127,19 +130,49 @@ def _eight_bits(image: "Image") -> NDArray[np.uint8]:
     return pixels
 
 
-def _upright(image: "Image") -> "Image":
-    """The image rotated by its EXIF orientation; Pillow has rotated a TIFF already."""
+def upright_size(path: Path) -> tuple[int, int] | None:
+    """Return the (height, width) that `decode_rgb` gives of an image file, from its header.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        The size in pixels; None if the file cannot be read as an image.
+    """
+    from PIL import Image
+
+    try:
+        with path.open("rb") as stream:
+            kind = image_kind(stream.read(16))
+            stream.seek(0)
+            with Image.open(stream, formats=[kind.upper()]) as image:
+                width, height = image.size
+                return (width, height) if _orientation(image) in _ON_THEIR_SIDE else (height, width)
+    except Exception:  # a damaged file can fail in any way; decoding it says how
+        return None
+
+
+def _orientation(image: "Image") -> int | None:
+    """The EXIF orientation by which an image is to be rotated; Pillow has rotated a TIFF already."""
     from PIL import Image
 
     stored = image.info.get("exif")
     if image.format == "TIFF" or not stored:
-        return image
+        return None
     exif = Image.Exif()
     try:
         exif.load(stored)
         orientation = exif.get(_ORIENTATION)
     except Exception:  # damaged metadata are no reason to refuse pixels
-        return image
+        return None
+    return orientation if isinstance(orientation, int) else None
+
+
+def _upright(image: "Image") -> "Image":
+    """The image rotated by its EXIF orientation."""
+    from PIL import Image
+
+    orientation = _orientation(image)
     turns = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
         3: Image.Transpose.ROTATE_180,
@@ -149,5 +182,5 @@ def _upright(image: "Image") -> "Image":
         7: Image.Transpose.TRANSVERSE,
         8: Image.Transpose.ROTATE_90,
     }
-    turn = turns.get(orientation) if isinstance(orientation, int) else None
+    turn = None if orientation is None else turns.get(orientation)
     return image if turn is None else image.transpose(turn)

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +62,7 @@ def take_split(
     if not 0.0 < fraction < 1.0:
         raise StoreError(f"the fraction of split {name!r} is {fraction}, expected more than 0 and less than 1")
     train = store.split(_TRAIN)
-    chosen = _choose(image_digests(train), _strata(train), fraction, seed)
+    chosen = choose_part(image_digests(train), _strata(train), fraction, seed)
     if not chosen.any():
         raise StoreError(
             f"{fraction:g} of the {len(train):,} training images of {store.location} is no image of any class; set a "
@@ -102,14 +102,33 @@ def _strata(split: Split) -> NDArray[np.int64]:
     if not split.is_detection:
         return split.labels
     objects = [split.annotations(row).labels for row in range(len(split))]
-    counts = np.bincount(np.concatenate([np.empty(0, np.int64), *objects]), minlength=len(split.class_names))
-    return np.array([min(labels, key=lambda k: (counts[k], k)) if len(labels) else _NO_OBJECT for labels in objects])
+    return rarest_classes(objects, len(split.class_names))
 
 
-def _choose(digests: list[bytes], strata: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.bool_]:
+def rarest_classes(objects: Sequence[NDArray[np.int64]], classes: int) -> NDArray[np.int64]:
+    """Return for each image the class of its objects that is rarest in all images, [n]; -1 without an object.
+
+    Args:
+        objects: class indices of the objects of each image.
+        classes: number of classes.
+    """
+    counts = np.bincount(np.concatenate([np.empty(0, np.int64), *objects]), minlength=classes)
+    return np.array(
+        [min(labels, key=lambda k: (counts[k], k)) if len(labels) else _NO_OBJECT for labels in objects], np.int64
+    )
+
+
+def choose_part(
+    digests: Sequence[bytes], strata: NDArray[np.int64], fraction: float, seed: int, least: int = 0
+) -> NDArray[np.bool_]:
     """Choose a fraction of each stratum, but not all of it, as a mask [n].
 
-    Equal images belong to the stratum of the first one.
+    Args:
+        digests: of each image. Images of equal digests stay together, in the stratum of the first one.
+        strata: of each image, [n].
+        fraction: of each stratum; rounded.
+        seed: of the choice, which depends on the digests and not on their order.
+        least: images to choose of a stratum where the fraction is fewer and it has more.
     """
     members: dict[bytes, list[int]] = defaultdict(list)
     for row, digest in enumerate(digests):
@@ -121,7 +140,7 @@ def _choose(digests: list[bytes], strata: NDArray[np.int64], fraction: float, se
     salt = seed.to_bytes(8, "little", signed=True)
     for of_stratum in groups.values():
         size = sum(len(members[digest]) for digest in of_stratum)
-        wanted = min(round(fraction * size), size - 1)
+        wanted = min(max(round(fraction * size), least), size - 1)
         for digest in sorted(of_stratum, key=lambda digest: hashlib.blake2b(digest, key=salt, digest_size=8).digest()):
             if len(members[digest]) <= wanted:
                 chosen[members[digest]] = True

@@ -65,6 +65,15 @@ class BinsOnDevice(Protocol):
 
 
 @runtime_checkable
+class KnowsStepTime(Protocol):
+    """A transform whose samples have time slices."""
+
+    def step_ms(self) -> float | None:
+        """Return the length of a time slice in milliseconds; None if samples differ in it."""
+        ...
+
+
+@runtime_checkable
 class DrawsRows(Protocol):
     """A transform whose samples are drawn for reports as it sees them; others are drawn as they are stored."""
 

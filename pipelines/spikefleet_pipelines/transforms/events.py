@@ -78,6 +78,15 @@ class EventsTransform:
         """Return the frames of a batch; see `BinsOnDevice`."""
         return images if packed[1] is None else self.maker.on(images, packed[1], device)
 
+    def step_ms(self) -> float | None:
+        """Return the length of a time slice; see `KnowsStepTime`."""
+        if self.config.binning.by == "number" or self.config.window == "span":
+            return None
+        if self.config.window != "recording":
+            return duration_us(self.config.window) / self.config.timesteps / 1000
+        lengths = {self.split.recording(row).duration for row in range(len(self.split))}
+        return lengths.pop() / self.config.timesteps / 1000 if len(lengths) == 1 else None
+
     def pictures(self, rows: Sequence[int]) -> list[Tensor]:
         """Draw samples over time, uint8 [3, H, T W + gaps] each; see `DrawsRows`."""
         if not rows:

@@ -17,41 +17,34 @@ from spikefleet.status import one_line, print_line, waiting
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
+    from rich.console import Console
 
     from spikefleet_pipelines.store.event_format import EventAudit, EventFormat
     from spikefleet_pipelines.store.manifest import BoxAudit, Manifest
 
 data_app = typer.Typer(help="Prepare and look at data sets.", no_args_is_help=True)
 
-_AS_COCO = (
-    "convert the labels to COCO's JSON and run `spikefleet data prepare coco --images DIR --annotations FILE.json "
-    "--split train`, then the same for val"
-)
-_AS_FOLDERS = "sort the images into a folder for each class and run `spikefleet data prepare image_folder DIR`"
-_OTHER_FORMATS = {
-    "yolo": f"text files of YOLO are not read; {_AS_COCO}",
-    "voc": f"XML files of Pascal VOC are not read; {_AS_COCO}",
-    "csv": f"tables of labels are not read; for classes, {_AS_FOLDERS}; for boxes, {_AS_COCO}",
-    "coco128": f"coco128 and coco8 have text files of YOLO, which are not read; {_AS_COCO}",
-    "roboflow": f"export the data set from Roboflow in the format 'COCO JSON'; then {_AS_COCO.partition(' and ')[2]}",
-}
-"""Formats that people have, and what to do with each."""
+_BY_LAYOUT = frozenset({"auto", "roboflow", "label_studio", "labelstudio", "cvat"})
+"""Names that people try for data whose layout says the source."""
 _SHOWN_SKIPPED = 20
 _SHOWN_ROWS = 8
 _OTHER_NAMES = {
-    "yolov5": "yolo",
-    "yolov8": "yolo",
-    "ultralytics": "yolo",
-    "pascal": "voc",
-    "pascal_voc": "voc",
-    "coco8": "coco128",
+    **dict.fromkeys(("yolov5", "yolov8", "yolo11", "ultralytics", "darknet", "coco8", "coco128"), "yolo"),
+    **dict.fromkeys(("pascal", "pascal_voc", "labelimg"), "voc"),
+    **dict.fromkeys(("tsv", "file_list", "retinanet"), "csv"),
+    **dict.fromkeys(("imagefolder", "folder", "imagenet"), "image_folder"),
 }
+"""Names that people try for formats that a source reads."""
 
 
 @data_app.command("prepare")
 def prepare_data(
     source: Annotated[
-        str, typer.Argument(help="Name of a source (`spikefleet data sources`).", autocompletion=source_names)
+        str,
+        typer.Argument(
+            help="Name of a source (`spikefleet data sources`); `auto` goes by the layout of ROOT.",
+            autocompletion=source_names,
+        ),
     ],
     root: Annotated[
         Path | None, typer.Argument(help="Where the downloaded files are, if the source needs any.")
@@ -62,8 +55,9 @@ def prepare_data(
     name: Annotated[
         str | None,
         typer.Option(
-            help="Name of the data set; if not given, SOURCE, or the folder's name for image_folder, event_folder and "
-            "for boxes that are not COCO's. A store that is there is renamed."
+            help="Name of the data set; if not given, SOURCE, or the folder's name for anybody's images and "
+            "recordings. "
+            "A store that is there is renamed."
         ),
     ] = None,
     images: Annotated[
@@ -109,7 +103,8 @@ def prepare_data(
     from spikefleet.config.recipes import parse_overrides
     from spikefleet_pipelines.store.data_set_name import check_data_set_name
 
-    _check_source(source)
+    where = messages(as_json)
+    source = _found_source(source, root, where)
     if name is not None:
         check_data_set_name(name)
     of_split = {"images": images, "annotations": annotations, "split": split}
@@ -121,7 +116,6 @@ def prepare_data(
         if not all(item.partition("=")[:2]):
             raise UserError(f"--option {item!r} is not of the form key=value, for example upsample=4")
         options |= parse_overrides([item])
-    where = messages(as_json)
     with loading("torch", where):
         from spikefleet.data_access import prepare_store
 
@@ -235,18 +229,27 @@ def sources(as_json: AsJson = False) -> None:
     print_table(console, ["source", text("what it is"), text("files"), text("options (defaults)")], rows)
 
 
-def _check_source(source: str) -> None:
-    """Raises UserError for the name of a format that people have and no source reads: what to do with it.
+def _found_source(source: str, root: Path | None, where: Console) -> str:
+    """The source that is meant: by another name of its format, or by the layout of the files.
 
-    Raises SourceError for any other name that is no source.
+    Raises UserError if there are no files to go by, SourceError if neither name nor layout is known.
     """
     from spikefleet_pipelines.sources import find_source, list_sources
+    from spikefleet_pipelines.sources.layouts import source_of
 
     name = source.lower().replace("-", "_")
-    advice = _OTHER_FORMATS.get(_OTHER_NAMES.get(name, name))
-    if advice is not None and source not in list_sources():
-        raise UserError(f"there is no source {source!r}: {advice}")
-    find_source(source)
+    found = _OTHER_NAMES.get(name, source)
+    if name in _BY_LAYOUT and source not in list_sources():
+        if root is None:
+            raise UserError(
+                f"{source!r} goes by the layout of the files; name their directory: spikefleet data prepare {source} "
+                "DIR"
+            )
+        found = source_of(root)
+    if found != source:
+        print_line(where, f"{root or source} is read as source {found!r}")
+    find_source(found)
+    return found
 
 
 def _options(model: type[BaseModel]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import typer
 
 from spikefleet.cli.app import app
 from spikefleet.cli.output import console, loading, print_json, print_json_line, say, stderr
-from spikefleet.cli.parameters import AsJson, Force, Network, OtherData, RunsDir, SplitName, StoresDir
+from spikefleet.cli.parameters import AsJson, Force, Network, OtherData, RunsDir, SliceOrder, SplitName, StoresDir
 from spikefleet.cli.tables import number, print_table
 from spikefleet.errors import RunError, UserError
 from spikefleet.outputs import check_outputs
@@ -28,6 +28,10 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Folder for the report and its plots.")] = None,
     force: Force = False,
     gpu: Annotated[bool, typer.Option("--gpu", help="Evaluate on a GPU.")] = False,
+    slice_order: Annotated[
+        list[SliceOrder] | None,
+        typer.Option(help="Recordings of events: measure with the time slices in another order too; may be repeated."),
+    ] = None,
     as_json: AsJson = False,
     runs_dir: RunsDir = Path("runs"),
     stores_dir: StoresDir = Path("stores"),
@@ -42,13 +46,17 @@ def evaluate(
         check_outputs((out / name for name in trained.task.report.files), inputs=trained.folders, force=force)
     evaluation = evaluate_on_split(trained, split, stores_dir, stderr, data=data, gpu=gpu)
     with waiting(stderr, "measuring"):
-        details = trained.task.details(evaluation.predictions, evaluation.targets)
+        details = evaluation.details(trained.task)
+    for order in dict.fromkeys(slice_order or ()):
+        changed = evaluate_on_split(trained, split, stores_dir, stderr, data=data, gpu=gpu, slice_order=order)
+        found = trained.task.metrics(changed.predictions, changed.targets)
+        details.setdefault("slice_order", {})[order] = found
     report = trained.task.report
     if out is not None:
         with waiting(stderr, "drawing plots"):
             report.write(details, evaluation.predictions, evaluation.targets, out)
     if as_json:
-        print_json({"network": network, "split": evaluation.split, **details, "spikes": dict(evaluation.health)})
+        print_json({"network": network, **details, "spikes": dict(evaluation.health)})
         return
     say(f"{network} on {details['samples']} {evaluation.split} samples")
     header, *rows = report.table(details)
@@ -56,7 +64,14 @@ def evaluate(
         rows = [*rows[:_SHOWN_CLASSES], ("...", *("" for _ in header[1:]))]
     print_table(console, [header[0], *map(number, header[1:])], rows)
     for key, value in details["metrics"].items():
-        say(f"{key} {value:.2%}")
+        others = ", ".join(
+            f"slices {order} {metrics[key]:.2%}"
+            for order, metrics in details.get("slice_order", {}).items()
+            if key in metrics
+        )
+        say(f"{key} {value:.2%}" + (f" ({others})" if others else ""))
+    if "over_time" in details:
+        say("top1 after each time step: " + ", ".join(f"{value:.1%}" for value in details["over_time"]["top1"]))
     for key in ("description", "protocol_remark", "remark"):
         if key in details:
             say(details[key])

@@ -40,6 +40,7 @@ Overrides = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace files that are at --out.")]
 SplitName = Literal["train", "val", "test"]
+SliceOrder = Literal["shuffled", "reversed"]
 OtherData = Annotated[
     str | None,
     typer.Option(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from torch import nn
@@ -32,6 +32,9 @@ from spikefleet.training.evaluation import Evaluation, evaluate
 from spikefleet_models.energy import EnergyCard
 from spikefleet_pipelines.loading import BatchLoader
 from spikefleet_pipelines.store.reader import Samples
+
+SliceOrder = Literal["shuffled", "reversed"]
+"""Another order of the time slices of recordings than the recorded one."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,7 @@ def evaluate_on_split(
     *,
     data: str | None = None,
     gpu: bool = False,
+    slice_order: SliceOrder | None = None,
 ) -> Evaluation[Any, Any]:
     """Evaluates a network on a split.
 
@@ -179,21 +183,34 @@ def evaluate_on_split(
         console: for progress.
         data: location of another store; by default the data of the network's configuration.
         gpu: run on the GPU.
+        slice_order: another order of the time slices, for networks on recordings of events with classes.
 
     Returns:
-        Predictions and targets in the order of the split.
+        Predictions and targets in the order of the split; with the accuracy over time, unless the order is another.
 
     Raises:
-        UserError: the classes or category ids of the store are not those of the training data.
+        UserError: another order is asked for of other data; the classes or category ids of the store are not those of
+            the training data.
         SourceError: the data is missing and cannot be prepared.
         StoreError: the store is damaged.
     """
     rows = open_split(trained, split, stores_dir, console, data=data)
     group = ProcessGroup(0, 1, pick_device(gpu))
     processes = trained.config.data.loader_processes
-    loader = BatchLoader(rows, trained.config.transform, train=False, processes=processes, device=group.device)
-    with counting(console, f"evaluating {rows.name}") as progress:
+    transform = trained.config.transform
+    if slice_order is not None:
+        if "slice_order" not in type(transform).model_fields:
+            raise UserError(
+                f"slice_order is {slice_order}, but {trained.reference} reads {transform.kind!r}, which has no time "
+                "slices to reorder; leave it out"
+            )
+        transform = transform.model_copy(update={"slice_order": slice_order})
+    loader = BatchLoader(rows, transform, train=False, processes=processes, device=group.device)
+    what = rows.name if slice_order is None else f"{rows.name}, slices {slice_order}"
+    with counting(console, f"evaluating {what}") as progress:
         network = trained.network.to(group.device)
-        evaluation = evaluate(network, trained.task, loader, trained.config.train, group, progress)
+        evaluation = evaluate(
+            network, trained.task, loader, trained.config.train, group, progress, over_time=slice_order is None
+        )
     assert evaluation is not None, "rank 0 gets the predictions"
     return evaluation

@@ -44,9 +44,10 @@ def complete_report(config: Config, checkpoint: Path, report: Path, store: Store
         task = build_task(config, DataSummary.of(store.manifest))
         network = best_network(load_checkpoint(checkpoint), config.model)
         loader = BatchLoader(store.samples(store.manifest.original("test")), config.transform, train=False)
-        evaluation = evaluate(network, task, loader, config.train, ProcessGroup(0, 1, torch.device("cpu")))
+        group = ProcessGroup(0, 1, torch.device("cpu"))
+        evaluation = evaluate(network, task, loader, config.train, group, over_time=True)
         assert evaluation is not None, "rank 0 gets the predictions"
-        details = {**task.details(evaluation.predictions, evaluation.targets), "split": evaluation.split}
+        details = evaluation.details(task)
         found = evaluation.predictions, evaluation.targets
         if (reason := save_per_image(task, *found, loader.split, report)) is not None:
             announce(reason)

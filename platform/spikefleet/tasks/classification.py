@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
     from spikefleet.tasks.per_image import Answers
 
+OVER_TIME = "over_time.png"
+"""File name of the plot of the accuracy after each time step."""
+
 _KEPT = 5
 
 
@@ -80,6 +83,16 @@ class Classification(Task[Ranking, int]):
         top = probabilities.topk(min(_KEPT, probabilities.shape[1]), dim=1)
         rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
         return [Ranking(tuple(classes), tuple(values)) for classes, values in rows]
+
+    @torch.no_grad()
+    def hits_over_time(self, network: nn.Module, batch: Batch) -> torch.Tensor | None:
+        """Of networks with `forward_over_time` on frames of events."""
+        answer = getattr(network, "forward_over_time", None)
+        if answer is None or batch.images.ndim != 5:
+            return None
+        assert isinstance(batch.targets, torch.Tensor)
+        logits: torch.Tensor = answer(batch.network_input)  # [T, B, K]
+        return (logits.argmax(2) == batch.targets).sum(1)
 
     def targets(self, batch: Batch) -> list[int]:
         """The class of each sample."""
@@ -188,7 +201,7 @@ def _probabilities(network: nn.Module, batch: Batch) -> torch.Tensor:
 class ClassificationReport(TaskReport[Ranking, int]):
     """Images with their classes, accuracy by class, the confusion matrix."""
 
-    files = (EVALUATION, "confusion.png")
+    files = (EVALUATION, "confusion.png", OVER_TIME)
 
     def __init__(self, class_names: tuple[str, ...]) -> None:
         self.class_names = class_names
@@ -267,10 +280,12 @@ class ClassificationReport(TaskReport[Ranking, int]):
     def write(
         self, details: Mapping[str, Any], predictions: Sequence[Ranking], targets: Sequence[int], folder: Path
     ) -> None:
-        """Writes `evaluation.json` and `confusion.png`."""
+        """Writes `evaluation.json` and `confusion.png`, and `over_time.png` for a network on events."""
         from spikefleet import plots
         from spikefleet.plot_text import labels
 
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / EVALUATION, details)
         plots.confusion_matrix(np.array(details["confusion"]), labels(self.class_names), folder / "confusion.png")
+        if (over_time := details.get("over_time")) is not None:
+            plots.accuracy_over_time(over_time["top1"], over_time["step_ms"], folder / OVER_TIME)

@@ -114,6 +114,13 @@ class Task(ABC, Generic[Prediction, Target]):
     def predict(self, network: nn.Module, batch: Batch) -> list[Prediction]:
         """One prediction for each sample of a batch."""
 
+    def hits_over_time(self, network: nn.Module, batch: Batch) -> torch.Tensor | None:
+        """How many samples of an evaluation batch are right after each of the T time steps, int64 `[T]`.
+
+        None for a task, a network or a batch that has no answer before the last step.
+        """
+        return None
+
     @abstractmethod
     def targets(self, batch: Batch) -> list[Target]:
         """The target of each sample of an evaluation batch."""

@@ -35,6 +35,17 @@ class Evaluation(Generic[Prediction, Target]):
     """Spike health of the whole network."""
     split: str
     """Name of the split."""
+    over_time: tuple[float, ...] = ()
+    """Accuracy of the answer after each time step; empty unless asked for, and for networks without such answers."""
+    step_ms: float | None = None
+    """Length of a time step of the data; None where samples differ in it, and for images."""
+
+    def details(self, task: Task[Prediction, Target]) -> dict[str, Any]:
+        """What `task.details` returns, with the name of the split, and `over_time` if there is one."""
+        details = {**task.details(self.predictions, self.targets), "split": self.split}
+        if self.over_time:
+            details["over_time"] = {"step_ms": self.step_ms, "top1": list(self.over_time)}
+        return details
 
 
 class EvaluationStopped(Exception):  # noqa: N818  # no error
@@ -50,6 +61,7 @@ def evaluate(
     group: ProcessGroup,
     progress: Count = uncounted,
     stop_requested: StopRequested | None = None,
+    over_time: bool = False,
 ) -> Evaluation[Prediction, Target] | None:
     """Predicts every sample of the loader's split.
 
@@ -61,6 +73,7 @@ def evaluate(
         group: this process's rank and group.
         progress: called with (samples done, samples in all), as far as this rank knows.
         stop_requested: asked on each rank after each batch.
+        over_time: measure the answers after each time step too, by another forward pass.
 
     Returns:
         The evaluation on rank 0; None on other ranks.
@@ -78,11 +91,18 @@ def evaluate(
     )
     monitor = SpikeMonitor(network)
     rows: list[tuple[int, Prediction, Target]] = []
+    hits: list[int] | None = None
     stopped = False
     for position, batch in enumerate(loader.epoch(plan, epoch=0)):
         here = batch.to(group.device, config.channels_last)
         with autocast(config.precision, group.device), monitor if position == 0 else nullcontext():
             predictions = task.predict(network, here)
+        if over_time:
+            with autocast(config.precision, group.device):
+                here_right = task.hits_over_time(network, here)
+            if here_right is not None:
+                counts: list[int] = here_right.tolist()
+                hits = counts if hits is None else [one + more for one, more in zip(hits, counts, strict=True)]
         rows += zip(batch.indices.tolist(), predictions, task.targets(batch), strict=True)
         progress(min(len(rows) * group.size, len(loader.split)), len(loader.split))
         if stop_requested is not None and stop_requested():
@@ -92,12 +112,21 @@ def evaluate(
     # Ranks have different numbers of batches: that they stop is agreed once, after the loop.
     if stop_requested is not None and any(group.all_gather(stopped)):
         raise EvaluationStopped
+    right = [part for part in group.gather(hits) or () if part is not None] if over_time else []
     parts = group.gather(rows)
     if parts is None:
         return None
     merged = sorted((row for part in parts for row in part), key=lambda row: row[0])
     predictions, targets = [row[1] for row in merged], [row[2] for row in merged]
-    return Evaluation(predictions, targets, tuple(monitor.table()), monitor.summary(), loader.split.name)
+    return Evaluation(
+        predictions,
+        targets,
+        tuple(monitor.table()),
+        monitor.summary(),
+        loader.split.name,
+        tuple(sum(counts) / len(merged) for counts in zip(*right, strict=True)),
+        loader.step_ms,
+    )
 
 
 @dataclass(frozen=True)

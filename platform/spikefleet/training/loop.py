@@ -322,10 +322,10 @@ def _finish_epoch(
 
 
 def _evaluate(
-    state: TrainingState, task: AnyTask, loader: BatchLoader, stop_requested: StopRequested
+    state: TrainingState, task: AnyTask, loader: BatchLoader, stop_requested: StopRequested, over_time: bool = False
 ) -> Evaluation[Any, Any] | None:
     config, group = state.config.train, state.group
-    return evaluate(state.eval_model, task, loader, config, group, stop_requested=stop_requested)
+    return evaluate(state.eval_model, task, loader, config, group, stop_requested=stop_requested, over_time=over_time)
 
 
 def _improves(config: CheckpointConfig, best: Mapping[str, Any] | None, measured: Mapping[str, float]) -> bool:
@@ -367,12 +367,12 @@ def _test_best(
     path = state.group.broadcast(folder.at(best["step"]))  # waits until rank 0 has committed it
     state.load_weights(load_checkpoint(path))
     sink.emit(Phase("testing"))
-    evaluation = _evaluate(state, task, splits.test, stop_requested)
+    evaluation = _evaluate(state, task, splits.test, stop_requested, over_time=True)
     metrics: dict[str, float] = {}
     if evaluation is not None:
         chosen = f"best checkpoint by val/{state.config.checkpoint.metric}" if splits.val else "last checkpoint"
         sink.emit(Note(f"testing {path.name}, the {chosen}"))
-        details = {**task.details(evaluation.predictions, evaluation.targets), "split": evaluation.split}
+        details = evaluation.details(task)
         metrics = details["metrics"]
         found, report = (evaluation.predictions, evaluation.targets), run_dir / "report"
         if (reason := save_per_image(task, *found, splits.test.split, report)) is not None:

@@ -8,6 +8,9 @@ from numpy.typing import NDArray
 
 from spikefleet_pipelines.events.readers.reader import damaged, reading
 
+SACCADES_US = 300_000
+"""Length of the three saccades of a recording, for which its box is given."""
+
 _MOST_BYTES = 1 << 20
 
 
