@@ -7,7 +7,7 @@ SYNCED := $(VENV)/.synced
 # In two processes, for much of what starts Ray is waiting. Tests that share what is dear stay together: tests/conftest.py.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations=25
 
-.PHONY: train test quick lint types unit integration slow coverage fuzz bench gpu clean
+.PHONY: train test quick lint types unit integration slow coverage fuzz bench gpu image clean
 .DEFAULT_GOAL := train
 
 $(UV):
@@ -74,6 +74,11 @@ GPU_OPTIONS ?=
 FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
 gpu: $(SYNCED)
 	CUBLAS_WORKSPACE_CONFIG=:4096:8 PYTHONPATH=tests $(BIN)/python -m gpu.run --out out/gpu.json --fashion-mnist $(FASHION_MNIST) $(GPU_OPTIONS)
+
+# The image of k8s/, built and run as its pods would be; by hand, as root, on Debian: tests/image/run.py.
+IMAGE_OPTIONS ?=
+image: $(SYNCED)
+	PYTHONPATH=tests $(BIN)/python -m image.run $(IMAGE_OPTIONS)
 
 clean:
 	rm -rf runs stores .coverage .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

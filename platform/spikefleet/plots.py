@@ -370,6 +370,37 @@ def paper_and_ours(
     _save(figure, path)
 
 
+@_never_fatal
+def data_overview(
+    counts: Mapping[str, Sequence[int]], names: Sequence[str], sizes: Mapping[str, np.ndarray], path: Path
+) -> None:
+    """Plots class balance and sizes of a data set.
+
+    Args:
+        counts: for each split, the number of images or objects of each class.
+        names: of the classes.
+        sizes: under what they are sizes of, height and width in pixels, `[n, 2]`.
+        path: the PNG.
+    """
+    figure, axes = _subplots(
+        1, 1 + len(sizes), figsize=(4.6 * (1 + len(sizes)), 4), layout="constrained", squeeze=False
+    )
+    balance, *others = axes.flat
+    width = 0.8 / max(1, len(counts))
+    for number, (split, values) in enumerate(counts.items()):
+        balance.bar(np.arange(len(values)) + number * width, np.maximum(values, 0.5), width, label=split)
+    balance.set(title="class balance", yscale="log", ylabel="number")
+    if len(names) <= _NAMED_CLASSES:
+        balance.set_xticks(np.arange(len(names)), [drawable(name) for name in names], rotation=90, fontsize=7)
+    balance.legend(fontsize=8)
+    for axis, (title, pixels) in zip(others, sizes.items(), strict=True):
+        if len(pixels):
+            axis.scatter(pixels[:, 1], pixels[:, 0], s=4, alpha=0.3)
+        axis.set(title=title, xlabel="width (pixels)", ylabel="height (pixels)")
+        axis.grid(alpha=0.3)
+    _save(figure, path)
+
+
 @dataclass(frozen=True)
 class BeforeAfter:
     """One panel of `before_and_after`; without places it says that there is nothing to compare."""

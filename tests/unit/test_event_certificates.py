@@ -100,7 +100,8 @@ def test_the_first_layer_is_what_the_representation_makes_it(
 def test_which_frames_are_binary(fields: dict[str, Any], binary: bool, store: Store) -> None:
     transform = EventsTransformConfig.model_validate(fields).for_timesteps(3)
     assert transform.binary_input == binary
-    (batch,) = BatchLoader(store.samples("train"), transform, False).epoch(EvaluationPlan(samples=12, global_batch=12), 0)
+    plan = EvaluationPlan(samples=12, global_batch=12)
+    (batch,) = BatchLoader(store.samples("train"), transform, False).epoch(plan, 0)
     holds = bool(((batch.images == 0) | (batch.images == 1)).all())
     assert holds or not binary
     assert not holds or binary or fields["representation"].get("normalise") == "std"

@@ -29,6 +29,7 @@ def take_split(
     *,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    groups: Sequence[bytes] | None = None,
 ) -> Manifest:
     """Write a store whose split `name` is a part of the training images of another one, and `train` is the rest.
 
@@ -44,6 +45,7 @@ def take_split(
         seed: of the choice.
         overwrite: replace a store at `out`.
         shard_bytes: approximate size of a shard.
+        groups: of each training image; images of a group stay together. None: of equal images.
 
     Returns:
         The manifest of the new store, whose options record the store that it was taken from.
@@ -62,7 +64,7 @@ def take_split(
     if not 0.0 < fraction < 1.0:
         raise StoreError(f"the fraction of split {name!r} is {fraction}, expected more than 0 and less than 1")
     train = store.split(_TRAIN)
-    chosen = choose_part(image_digests(train), _strata(train), fraction, seed)
+    chosen = choose_part(image_digests(train), _strata(train), fraction, seed, groups=groups)
     if not chosen.any():
         raise StoreError(
             f"{fraction:g} of the {len(train):,} training images of {store.location} is no image of any class; set a "
@@ -119,7 +121,12 @@ def rarest_classes(objects: Sequence[NDArray[np.int64]], classes: int) -> NDArra
 
 
 def choose_part(
-    digests: Sequence[bytes], strata: NDArray[np.int64], fraction: float, seed: int, least: int = 0
+    digests: Sequence[bytes],
+    strata: NDArray[np.int64],
+    fraction: float,
+    seed: int,
+    least: int = 0,
+    groups: Sequence[bytes] | None = None,
 ) -> NDArray[np.bool_]:
     """Choose a fraction of each stratum, but not all of it, as a mask [n].
 
@@ -129,16 +136,17 @@ def choose_part(
         fraction: of each stratum; rounded.
         seed: of the choice, which depends on the digests and not on their order.
         least: images to choose of a stratum where the fraction is fewer and it has more.
+        groups: of each image; images of a group stay together too, under the least of their digests.
     """
     members: dict[bytes, list[int]] = defaultdict(list)
-    for row, digest in enumerate(digests):
+    for row, digest in enumerate(digests if groups is None else _least_of_group(digests, groups)):
         members[digest].append(row)
-    groups: dict[int, list[bytes]] = defaultdict(list)
+    by_stratum: dict[int, list[bytes]] = defaultdict(list)
     for digest, rows in members.items():
-        groups[int(strata[rows[0]])].append(digest)
+        by_stratum[int(strata[rows[0]])].append(digest)
     chosen = np.zeros(len(digests), np.bool_)
     salt = seed.to_bytes(8, "little", signed=True)
-    for of_stratum in groups.values():
+    for of_stratum in by_stratum.values():
         size = sum(len(members[digest]) for digest in of_stratum)
         wanted = min(max(round(fraction * size), least), size - 1)
         for digest in sorted(of_stratum, key=lambda digest: hashlib.blake2b(digest, key=salt, digest_size=8).digest()):
@@ -146,6 +154,13 @@ def choose_part(
                 chosen[members[digest]] = True
                 wanted -= len(members[digest])
     return chosen
+
+
+def _least_of_group(digests: Sequence[bytes], groups: Sequence[bytes]) -> list[bytes]:
+    least: dict[bytes, bytes] = {}
+    for digest, group in zip(digests, groups, strict=True):
+        least[group] = min(digest, least.get(group, digest))
+    return [least[group] for group in groups]
 
 
 def _copy(source: Split, name: str, rows: NDArray[np.int64], writer: StoreWriter) -> None:

@@ -13,6 +13,7 @@ from functools import partial
 from spikefleet.cli import (
     cluster_job,
     completion,
+    data_audit,
     export,
     gradients,
     inference,
@@ -39,6 +40,7 @@ app.add_typer(tracking_app, name="tracking")
 __all__ = [
     "app",
     "cluster_job",
+    "data_audit",
     "export",
     "gradients",
     "inference",

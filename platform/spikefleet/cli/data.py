@@ -173,6 +173,10 @@ def split_store(
         float, typer.Option(help="Fraction of the training images, in (0, 1), that becomes the split `gate`.")
     ],
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the choice.")] = 0,
+    near: Annotated[
+        float | None,
+        typer.Option(help="Near-duplicates stay together too: images whose thumbnails correlate by at least this."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Directory of the new store; NAME-gate beside it.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a store that is there.")] = False,
     as_json: AsJson = False,
@@ -180,11 +184,13 @@ def split_store(
 ) -> None:
     """Take images that nobody trains on out of a store's training images, into a new store.
 
-    Of each class the same fraction; equal images stay together. The store itself stays as it is.
+    Of each class the same fraction; equal images stay together, with --near similar ones too. The store itself stays
+    as it is.
     """
     where = messages(as_json)
     with loading("torch", where):
         from spikefleet.data_access import store_at
+        from spikefleet_pipelines.store.near_duplicates import similar_images
         from spikefleet_pipelines.store.reader import Store
         from spikefleet_pipelines.store.splitting import take_split
 
@@ -195,8 +201,12 @@ def split_store(
     folder = out or whole.with_name(f"{whole.name}-gate")
     with waiting(where, f"verifying {place}"):
         source = Store.open(place)
+    groups = None
+    if near is not None:
+        with waiting(where, f"comparing the images of {place}"):
+            groups = similar_images(source.split("train"), near)
     with waiting(where, f"writing {folder}"):
-        manifest = take_split(source, folder, "gate", gate, seed, overwrite=overwrite)
+        manifest = take_split(source, folder, "gate", gate, seed, overwrite=overwrite, groups=groups)
     _print_store(manifest, str(folder), as_json)
 
 
