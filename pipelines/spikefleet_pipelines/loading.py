@@ -41,7 +41,8 @@ class Batch(NamedTuple):
     images: Tensor
     """float32 [B, C, H, W], or of events frames [B, T, C, H, W]; normalised."""
     targets: Targets
-    """Targets of the transform kind: classes, int64 [B]; for detection one `Target` per image."""
+    """Targets of the transform kind: classes, int64 [B], or of mixed samples their probabilities, float32 [B, K]; for
+    detection one `Target` per image."""
     indices: Tensor
     """Positions in the split, int64 [B]."""
     global_count: int

@@ -1,8 +1,8 @@
 """Transform of label times of recordings, with boxes, to a normalised batch of frames with its targets.
 
-Boxes are cut to the sensor, and in training to the visible part of it; what is then less than a pixel wide or high is
-no target, as crowds are none. All slices of a sample are zoomed and flipped alike. Every random number is a function
-of (seed, epoch, row, purpose).
+Boxes are cut to the sensor, also those that an evaluation compares with, and in training to the visible part of it;
+what is then less than a pixel wide or high is left out, and crowds are no targets. All slices of a sample are zoomed
+and flipped alike. Every random number is a function of (seed, epoch, row, purpose).
 """
 
 from collections.abc import Sequence
@@ -136,7 +136,7 @@ class EventDetectionTransform:
         return Grid(rows, columns[::-1].copy() if flip else columns)
 
     def _sample(self, row: int, place: _Place, flip: bool) -> Sample:
-        stored = self.split.annotations(row)
+        stored = cut_to_sensor(self.split.annotations(row))
         canvas = self.config.canvas(self.split.sensor)
         scale_x, scale_y = place.width / stored.width, place.height / stored.height
         boxes, labels = _visible(stored, (scale_x, scale_y), place, canvas)
@@ -145,6 +145,18 @@ class EventDetectionTransform:
             labels = np.array([changed(label, self.effects.mirror, "a flip") for label in labels.tolist()], np.int64)
         where = Placement(scale_x, scale_y, place.left, place.top, stored.height, stored.width)
         return Sample(boxes, labels, where, None if self.train else stored)
+
+
+def cut_to_sensor(stored: Annotations) -> Annotations:
+    """Cut boxes to the sensor; objects of which less than a pixel is left in a direction are left out."""
+    corners = stored.boxes.reshape(-1, 4).copy()
+    corners[:, 2:] += corners[:, :2]
+    np.clip(corners, 0, [stored.width, stored.height] * 2, out=corners)
+    sides = corners[:, 2:] - corners[:, :2]
+    kept = (sides >= LEAST_SIDE).all(1)
+    boxes = np.concatenate([corners[:, :2], sides], axis=1)[kept]
+    of_objects = {name: getattr(stored, name)[kept] for name in ("category_ids", "labels", "crowd", "ids")}
+    return stored._replace(boxes=boxes, areas=boxes[:, 2] * boxes[:, 3], **of_objects)
 
 
 def training_rows(split: Samples, config: EventDetectionTransformConfig) -> TrainingRows:
@@ -183,13 +195,11 @@ def _nearest(length: int, start: float, extent: float, pixels: int) -> NDArray[n
 def _visible(
     stored: Annotations, scale: tuple[float, float], place: _Place, canvas: tuple[int, int]
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Compute the targets: boxes x1 y1 x2 y2 on the canvas, cut to the sensor and to it, and their classes."""
-    corners = stored.boxes.reshape(-1, 4).copy()
+    """Compute the targets: boxes x1 y1 x2 y2 on the canvas, cut to it, and their classes."""
+    corners = stored.boxes.copy()
     corners[:, 2:] += corners[:, :2]
-    np.clip(corners, 0, [stored.width, stored.height] * 2, out=corners)
-    kept = ~stored.crowd & (corners[:, 2:] - corners[:, :2] >= LEAST_SIDE).all(1)
     corners *= [*scale, *scale]
     corners += [place.left, place.top] * 2
     np.clip(corners, 0, [canvas[1], canvas[0]] * 2, out=corners)
-    kept &= (corners[:, 2:] - corners[:, :2] >= LEAST_SIDE).all(1)
+    kept = ~stored.crowd & (corners[:, 2:] - corners[:, :2] >= LEAST_SIDE).all(1)
     return corners[kept].astype(np.float32), stored.labels[kept]

@@ -24,6 +24,7 @@ from spikefleet.disks import disk_problem
 from spikefleet.errors import RunError, UserError
 from spikefleet.tasks import AnyTask
 from spikefleet.tasks.per_image import save_per_image
+from spikefleet.training.checkpoint_state import CheckpointState
 from spikefleet.training.checkpoints import (
     INITIAL_WEIGHTS,
     CheckpointFolder,
@@ -39,8 +40,9 @@ from spikefleet.training.state import TrainingState
 from spikefleet.training.step import Meter, due, micro_batches, training_step
 from spikefleet.training.stopping import StopRequested, TrainingStopped, never
 from spikefleet.training.threads import restored_thread_count, thread_counts
+from spikefleet.training.unit_forms import settle_form
 from spikefleet.versions import library_versions
-from spikefleet_models.kernels import unit_form
+from spikefleet_models.kernels import CpuForm
 from spikefleet_pipelines.loading import Batch, BatchLoader
 
 if TYPE_CHECKING:  # any store will do, also one in memory: `pyarrow` is not needed for training itself
@@ -181,8 +183,11 @@ def _resume(state: TrainingState, task: AnyTask, folder: CheckpointFolder, sink:
         folder.clean()
     _refuse_unshared_storage(state.group, folder)
     latest = state.group.broadcast(folder.latest())
+    recorded: CpuForm | None = None
     if latest is not None:
-        threads = state.restore(load_checkpoint(latest))
+        snapshot = load_checkpoint(latest)
+        threads = state.restore(snapshot)
+        recorded = CheckpointState.of(snapshot.state, "to resume from").kernels
         sink.emit(Note(f"resuming from {latest.name} (epoch {state.epoch + 1}, step {state.step})"))
         if threads is not None:
             sink.emit(Note(threads))
@@ -190,10 +195,14 @@ def _resume(state: TrainingState, task: AnyTask, folder: CheckpointFolder, sink:
     elif (digest := state.config.train.initial_weights) is not None:
         state.start_from(load_initial_weights(folder.folder.parent / INITIAL_WEIGHTS, digest))
         sink.emit(Note(f"starting from the weights in {INITIAL_WEIGHTS}"))
+    settled = settle_form((state.train_model, state.eval_model), state.group, recorded, state.config.train.compile)
+    state.cpu_form = settled.form
+    if settled.note is not None:
+        sink.emit(Note(settled.note))
     metadata = {
         "parameters": sum(p.numel() for p in state.network.parameters()),
         "device": str(state.group.device),
-        "kernels": "lean (train.compile)" if state.config.train.compile else unit_form(state.group.device),
+        "kernels": settled.description,
         "threads": thread_counts(state.group),
         **library_versions(),
     }

@@ -22,6 +22,7 @@ from spikefleet.training.precision import autocast
 from spikefleet.training.stream import Lanes
 from spikefleet.training.threads import resume_threads, thread_counts
 from spikefleet_models.families import build_model
+from spikefleet_models.kernels import CpuForm
 from spikefleet_models.shortcut import ShortcutNetwork, balance_coefficient
 
 _BUFFERS_IN_FORWARD = (  # the first was renamed after torch 2.10
@@ -74,6 +75,8 @@ class TrainingState:
         self.best: dict[str, Any] | None = None
         self.history: list[dict[str, float]] = []
         self.sums: dict[str, float] = {}
+        self.cpu_form: CpuForm | None = None
+        """The form of the spiking units on a CPU, once all ranks have settled it."""
         self.noted_large_step = False
         """Whether this process has warned of a step larger than the weights of a layer; not part of a checkpoint."""
 
@@ -152,6 +155,7 @@ class TrainingState:
             "sums": self.sums,
             "scaler": self.scaler.state_dict(),
             "threads": thread_counts(self.group),
+            "kernels": self.cpu_form,
             "averaged": 0 if self.ema is None else int(self.ema.n_averaged),
         }
         return Snapshot(tensors, state, self.config.dump())
