@@ -68,6 +68,11 @@ class EventRows(Rows, Protocol):
         ...
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of their indices."""
+        ...
+
+    @property
     def sensor(self) -> tuple[int, int]:
         """Height and width."""
         ...
