@@ -10,8 +10,9 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, PositiveFloat, ValidationError, field_validator, model_validator
 
+from spikefleet.config.init_config import InitConfig
 from spikefleet.config.messages import PLAIN_NAME
 from spikefleet.config.renamed import with_current_keys
 from spikefleet.config.retrain_config import RetrainConfig
@@ -43,7 +44,10 @@ class TrainConfig(Section):
         None,
         pattern="^[0-9a-f]{64}$",
         description="SHA-256 of initial.safetensors in the run's directory, whose weights the training starts from; "
-        "`retrain --from champion` sets it",
+        "`retrain --from champion` and init.from set it",
+    )
+    freeze: tuple[str, ...] = Field(
+        (), description="names of modules whose weights and batch-norm statistics stay as they are, such as [stem]"
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast type; membranes stay fp32")
     channels_last: bool = Field(False, description="NHWC memory layout")
@@ -113,6 +117,9 @@ class OptimConfig(Section):
         None, ge=0, lt=1, description="initial momentum in warm-up; default: momentum"
     )
     final_factor: float = Field(0.0, ge=0, le=1, description="cosine, linear: final learning rate / lr")
+    lr_factors: dict[str, PositiveFloat] = Field(
+        {}, description="factors of the learning rate by names of modules, such as {stem: 0.1}; the longest name counts"
+    )
 
     @model_validator(mode="after")
     def _warm_up_is_there(self) -> Self:
@@ -205,6 +212,7 @@ class Config(Section):
     task: str = Field("classification", description="name of the task that the network is trained for")
     model: AnyModelConfig
     data: DataConfig
+    init: InitConfig = InitConfig()
     train: TrainConfig
     optim: OptimConfig
     shortcut: ShortcutConfig = ShortcutConfig()
@@ -341,6 +349,7 @@ class Config(Section):
 
 # Fields that may differ when a run is resumed: none of them changes a bit of the result.
 _NOT_IDENTITY = (
+    "init",
     "tracking.experiment",
     "tracking.every_steps",
     "registry",
@@ -358,11 +367,15 @@ _NOT_IDENTITY = (
 )
 
 
+# Fields that older runs do not have: without effect where they are empty, so that the names of those runs stay.
+_ABSENT_IF_EMPTY = ("train.freeze", "optim.lr_factors")
+
+
 def _identity(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     kept: dict[str, Any] = {}
     for key, value in tree.items():
         path = f"{prefix}{key}"
-        if path in _NOT_IDENTITY:
+        if path in _NOT_IDENTITY or (path in _ABSENT_IF_EMPTY and not value):
             continue
         kept[key] = _identity(value, f"{path}.") if isinstance(value, Mapping) else value
     return kept
