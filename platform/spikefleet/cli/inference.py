@@ -48,9 +48,9 @@ def evaluate(
     with waiting(stderr, "measuring"):
         details = evaluation.details(trained.task)
     for order in dict.fromkeys(slice_order or ()):
-        changed = evaluate_on_split(trained, split, stores_dir, stderr, data=data, gpu=gpu, slice_order=order)
+        changed = evaluate_on_split(trained, split, stores_dir, stderr, data=data, gpu=gpu, slice_order=order.value)
         found = trained.task.metrics(changed.predictions, changed.targets)
-        details.setdefault("slice_order", {})[order] = found
+        details.setdefault("slice_order", {})[order.value] = found
     report = trained.task.report
     if out is not None:
         with waiting(stderr, "drawing plots"):

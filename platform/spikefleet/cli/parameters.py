@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -40,7 +41,15 @@ Overrides = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace files that are at --out.")]
 SplitName = Literal["train", "val", "test"]
-SliceOrder = Literal["shuffled", "reversed"]
+
+
+class SliceOrder(StrEnum):
+    """Another order of the time slices of recordings than the recorded one."""
+
+    SHUFFLED = "shuffled"
+    REVERSED = "reversed"
+
+
 OtherData = Annotated[
     str | None,
     typer.Option(
