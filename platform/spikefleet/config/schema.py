@@ -16,6 +16,7 @@ from spikefleet.config.init_config import InitConfig
 from spikefleet.config.messages import PLAIN_NAME
 from spikefleet.config.renamed import with_current_keys
 from spikefleet.config.retrain_config import RetrainConfig
+from spikefleet.config.run_config import EvaluationConfig, RegistryConfig, TrackingConfig
 from spikefleet.config.section import Section
 from spikefleet.config.stream_config import StreamConfig
 from spikefleet.config.task_table import find_task
@@ -160,17 +161,6 @@ class ClusterConfig(Section):
     )
 
 
-class EvaluationConfig(Section):
-    """How a split is measured."""
-
-    max_detections: int = Field(
-        100,
-        gt=10,
-        le=10_000,
-        description="detection: the best detections of a class in an image that count; COCO's number is 100",
-    )
-
-
 class CheckpointConfig(Section):
     """When checkpoints are saved, and which are kept."""
 
@@ -181,32 +171,6 @@ class CheckpointConfig(Section):
     keep_last: int = Field(2, ge=1, description="newest checkpoints to keep besides the best one")
     metric: str = Field("top1", description="validation metric that selects the best checkpoint")
     mode: Literal["max", "min"] = Field("max", description="whether the metric is maximised or minimised")
-
-
-class TrackingConfig(Section):
-    """What is logged to MLflow, and how often."""
-
-    experiment: str | None = Field(None, description="MLflow experiment; default: the recipe's name")
-    every_steps: int = Field(10, ge=1, description="steps between two logs of step metrics")
-    health_every_steps: int = Field(50, ge=1, description="steps between two measurements of firing rates")
-
-
-class RegistryConfig(Section):
-    """Whether and under which name the best checkpoint is registered."""
-
-    register_best: bool = Field(True, description="register the best checkpoint at the end of the run")
-    name: str | None = Field(
-        None,
-        pattern=PLAIN_NAME,
-        description="registered model, whatever the data; default: default_name on the data set of the recipe, and "
-        "FAMILY_DATASET on another one",
-    )
-    default_name: str | None = Field(
-        None, pattern=PLAIN_NAME, description="registered model on the data set of the recipe; default: recipe"
-    )
-    dataset: str | None = Field(
-        None, pattern=PLAIN_NAME, description="name of the data set that the recipe was written for; null: any"
-    )
 
 
 class Config(Section):
