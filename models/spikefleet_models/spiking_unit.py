@@ -6,11 +6,13 @@ The convolution is not part of the unit:
     gated      Y = gate(SN(BN(z)), X)                  SG and SEW ResNet
     post_add   S = SN(BN(z) + X)                       Spiking ResNet
 
-`SpikingUnit` owns parameters and state (`bn`, `neuron`, `gate`); its forward can be computed in four ways without any
+`SpikingUnit` owns parameters and state (`bn`, `neuron`, `gate`); its forward can be computed in five ways without any
 change to a network or a state dict:
 
 * triton (on CUDA, where Triton is installed): kernels/triton_unit.py, which has the same contract in three launches;
   not for a neuron that keeps its state;
+* native (on the CPU, where there is a C++ compiler): kernels/native_unit.py, which has it in one call; not for a neuron
+  that keeps its state;
 * lean (elsewhere): one autograd Function that saves the convolution's output z, the batch statistics and (where its
   backward reads it) the shortcut, and recomputes normalisation, membrane and spikes tile by tile in backward;
 * modules: `bn`, `neuron` and `gate` called one after the other. Used where neither of these applies: another
@@ -37,12 +39,12 @@ from spikefleet_models.gates import (
     gate_backward_shortcut,
     gate_forward,
 )
-from spikefleet_models.kernels import load_triton_unit
+from spikefleet_models.kernels import chosen_cpu_form, load_native_unit, load_triton_unit, native_flaw
 from spikefleet_models.membrane import backward_steps, charge_steps, forward_steps, membrane_dtype, tiles
 from spikefleet_models.neurons import ILIF, SpikingNode
 from spikefleet_models.unit_spec import UnitSpec
 
-Implementation = Literal["auto", "triton", "lean", "reference"]
+Implementation = Literal["auto", "triton", "native", "lean", "reference"]
 
 aten = torch.ops.aten
 
@@ -126,8 +128,8 @@ class SpikingUnit(nn.Module):
             v_init = self.neuron.kept_voltage(spec.sequence(z))
             spikes, self.neuron.v = _UnitFunction.apply(*arguments, v_init)
         else:
-            unit = self._triton_unit(z, spec)
-            spikes = (_UnitFunction if unit is None else unit).apply(*arguments)
+            unit = self._triton_unit(z, spec) or self._native_unit(z, fused_shortcut, spec)
+            spikes = (lean_unit if unit is None else unit.apply)(*arguments)
         if isinstance(self.gate, LearnedGate):
             assert shortcut is not None
             spikes = self.gate(spikes, shortcut)
@@ -144,6 +146,16 @@ class SpikingUnit(nn.Module):
         if named and reason is not None:
             raise RuntimeError(f"the Triton form cannot be used: {reason}; set use_implementation(model, 'auto')")
         return unit if reason is None else None
+
+    def _native_unit(self, z: Tensor, shortcut: Tensor | None, spec: UnitSpec) -> ModuleType | None:
+        """The module of the native form where it is the one to use."""
+        named = self.implementation == "native"
+        if not named and (self.implementation != "auto" or z.device.type != "cpu" or chosen_cpu_form() == "lean"):
+            return None
+        if torch.compiler.is_compiling() or (not named and native_flaw() is not None):
+            return None
+        unit = load_native_unit()
+        return unit if unit.problem(z, shortcut, spec) is None else None
 
     def _analogue(self, z: Tensor, shortcut: Tensor | None, timesteps: int) -> Tensor:
         x: Tensor = self.bn(z).unflatten(0, (timesteps, -1))
@@ -187,8 +199,9 @@ def use_implementation(model: nn.Module, implementation: Implementation) -> None
 
     Args:
         model: the network.
-        implementation: "auto" (Triton on CUDA where it applies, else lean), "lean", "triton" (refused where it does not
-            apply, when the unit runs) or "reference".
+        implementation: "auto" (Triton on CUDA where it applies; on the CPU the form that SPIKEFLEET_KERNELS names, else
+            lean), "lean", "triton" (refused where it does not apply, when the unit runs), "native" (refused where the
+            machine cannot compile it, when the unit runs; lean where it does not apply) or "reference".
 
     Raises:
         ValueError: there is no such form.
@@ -203,6 +216,14 @@ def use_implementation(model: nn.Module, implementation: Implementation) -> None
 
 def _any_requires_grad(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def lean_unit(
+    z: Tensor, gamma: Tensor, beta: Tensor, shortcut: Tensor | None, w: Tensor | None, spec: UnitSpec
+) -> Tensor:
+    """Compute spikes [T, B, C, H, W] by the lean form; the arguments are those of the other forms' `apply`."""
+    spikes: Tensor = _UnitFunction.apply(z, gamma, beta, shortcut, w, spec)
+    return spikes
 
 
 class _UnitFunction(torch.autograd.Function):

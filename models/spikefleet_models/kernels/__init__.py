@@ -1,13 +1,23 @@
 """Fused forms of the spiking unit, and which one runs where.
 
-Triton is imported when the first tensor on a CUDA device needs it: it takes seconds.
+Triton is imported when the first tensor on a CUDA device needs it, and the native form is compiled when the first
+network asks for it: both take seconds.
 """
 
+import os
 from functools import cache
 from importlib import import_module
 from types import ModuleType
+from typing import Literal, get_args
 
 import torch
+
+CHOICE = "SPIKEFLEET_KERNELS"
+"""Environment variable that chooses the form on the CPU."""
+
+CpuForm = Literal["native", "lean"]
+
+DEFAULT_CPU_FORM: CpuForm = "lean"
 
 
 @cache
@@ -19,9 +29,57 @@ def load_triton_unit() -> ModuleType | None:
         return None
 
 
+def load_native_unit() -> ModuleType:
+    """The module of the native form; raises RuntimeError, with `native_flaw`, where it cannot be used."""
+    flaw = native_flaw()
+    if flaw is not None:
+        raise RuntimeError(
+            f"the native spiking unit cannot be used: {flaw}; install g++ or clang++, or use the form 'lean'"
+        )
+    return import_module("spikefleet_models.kernels.native_unit")
+
+
+@cache
+def native_flaw() -> str | None:
+    """Why this machine cannot use the native form, compiled and checked by the first call; None where it can."""
+    try:
+        library = import_module("spikefleet_models.kernels.native_library")
+    except ImportError:  # the code of a registered version holds none of it
+        return "its source is not installed"
+    try:
+        library.load_library()
+    except library.NativeUnavailableError as error:
+        return str(error)
+    difference: str | None = import_module("spikefleet_models.kernels.native_check").difference_from_lean()
+    return difference
+
+
+def chosen_cpu_form() -> CpuForm:
+    """The form that this process should use on the CPU, by SPIKEFLEET_KERNELS, or by default.
+
+    Raises:
+        ValueError: SPIKEFLEET_KERNELS is neither `native` nor `lean`.
+    """
+    chosen = os.environ.get(CHOICE, "").strip()
+    if not chosen:
+        return DEFAULT_CPU_FORM
+    if chosen not in get_args(CpuForm):
+        raise ValueError(f"{CHOICE} is {chosen!r}, expected one of {', '.join(get_args(CpuForm))}")
+    return "native" if chosen == "native" else "lean"
+
+
 def unit_form(device: torch.device) -> str:
-    """The form of the spiking unit that runs on a device, with the reason where it is not the fastest one."""
-    if device.type != "cuda":
+    """The form of the spiking unit that runs on a device, with the reason where it is not the fastest one.
+
+    Raises:
+        ValueError: SPIKEFLEET_KERNELS has no known value.
+    """
+    if device.type == "cuda":
+        unit = load_triton_unit()
+        return "lean (Triton is not installed)" if unit is None else f"triton {unit.TRITON_VERSION}"
+    if device.type != "cpu":
         return "lean"
-    unit = load_triton_unit()
-    return "lean (Triton is not installed)" if unit is None else f"triton {unit.TRITON_VERSION}"
+    if chosen_cpu_form() == "lean":
+        return f"lean ({CHOICE}=lean)" if os.environ.get(CHOICE) else "lean"
+    flaw = native_flaw()
+    return "native" if flaw is None else f"lean ({flaw})"

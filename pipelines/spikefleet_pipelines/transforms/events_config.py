@@ -79,6 +79,15 @@ class EventsTransformConfig(EventFramesConfig):
                 f"keep_slices is {self.keep_slices}, expected 1 to {self.timesteps}, the time steps of the network"
             )
 
+    @property
+    def interrupts_streams(self) -> str | None:
+        """A field that does something else to each window of a recording; see `EventFramesConfig`."""
+        if not self.augmentation.is_none:
+            return "augmentation draws anew for each window"
+        if self.keep_slices is not None:
+            return f"keep_slices={self.keep_slices} deletes other slices of each window"
+        return None if self.slice_order == "recorded" else f"slice_order={self.slice_order} changes their order"
+
     def pixels(self, images: "Tensor") -> "list[Tensor]":
         """Draw samples as strips over time, uint8 [3, H, T W + gaps] each."""
         from spikefleet_pipelines.transforms.shown import shown_strips

@@ -57,13 +57,27 @@ def _devices() -> Iterator[Finding]:
     yield Finding("good", "CPU", f"{cores}, {threads} for torch in new runs")
     if not torch.cuda.is_available():
         yield Finding("poor", "GPU", "none; `--gpu` cannot be used on this machine")
-        yield Finding("good", "spiking unit", f"{unit_form(torch.device('cpu'))} on the CPU")
+        yield _unit_on_the_cpu()
         return
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         yield Finding("good", f"GPU {index}", f"{properties.name}, {properties.total_memory / _GIB:.0f} GiB")
     form = unit_form(torch.device("cuda"))
-    yield Finding("good" if form.startswith("triton") else "poor", "spiking unit", f"{form} on GPUs, lean on the CPU")
+    yield Finding("good" if form.startswith("triton") else "poor", "spiking unit", f"{form} on GPUs")
+    yield _unit_on_the_cpu()
+
+
+def _unit_on_the_cpu() -> Finding:
+    import torch
+
+    from spikefleet_models.kernels import chosen_cpu_form, unit_form
+
+    try:
+        form = unit_form(torch.device("cpu"))
+    except ValueError as error:
+        return Finding("bad", "spiking unit", str(error))
+    poor = chosen_cpu_form() == "native" and form != "native"
+    return Finding("poor" if poor else "good", "spiking unit", f"{form} on the CPU")
 
 
 def _storage(runs_dir: Path) -> Iterator[Finding]:

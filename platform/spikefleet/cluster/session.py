@@ -14,6 +14,7 @@ from spikefleet.errors import RunError, UserError
 from spikefleet_tune.interruption import Interrupted, handlers_kept
 
 _CONNECT_TIMEOUT_S = 5.0
+_FORWARDED = ("GLOO_", "NCCL_", "SPIKEFLEET_KERNELS")
 _OBJECT_STORE_BYTES = 200_000_000
 """Size of the object store: only small objects pass through it, since data is memory-mapped from disk."""
 
@@ -157,8 +158,9 @@ def _refuse_too_little(present: Mapping[str, float], needed: Mapping[str, float]
 
 
 def _network_settings() -> dict[str, dict[str, str]]:
-    """This process's environment variables of GLOO and NCCL (such as GLOO_SOCKET_IFNAME), for all workers."""
-    return {"env_vars": {key: value for key, value in os.environ.items() if key.startswith(("GLOO_", "NCCL_"))}}
+    """Environment variables of GLOO and NCCL (such as GLOO_SOCKET_IFNAME) and SPIKEFLEET_KERNELS, for all workers."""
+    ours = {key: value for key, value in os.environ.items() if key.startswith(_FORWARDED)}
+    return {"env_vars": ours}
 
 
 def _refuse_dead_address(address: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -36,6 +36,8 @@ class CheckpointState(BaseModel):
     sums: dict[str, float]
     scaler: dict[str, float | int | None]
     threads: list[int] | None = None
+    kernels: Literal["native", "lean"] | None = "lean"
+    """The form of the spiking units on a CPU, the lean one in checkpoints without the field; None on a GPU."""
     averaged: int = Field(0, ge=0)
 
     @classmethod

@@ -19,8 +19,10 @@ from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.graphed import GraphedPass
 from spikefleet.training.optimizer import BIASES, build_ema, build_optimizer, learning_rate, momentum
 from spikefleet.training.precision import autocast
+from spikefleet.training.stream import Lanes
 from spikefleet.training.threads import resume_threads, thread_counts
 from spikefleet_models.families import build_model
+from spikefleet_models.kernels import CpuForm
 from spikefleet_models.shortcut import ShortcutNetwork, balance_coefficient
 
 _BUFFERS_IN_FORWARD = (  # the first was renamed after torch 2.10
@@ -65,11 +67,16 @@ class TrainingState:
         decay = config.train.ema_decay
         self.ema = build_ema(network, decay, config.train.ema_ramp) if decay is not None else None
         self.scaler = torch.amp.GradScaler(group.device.type, enabled=config.train.precision == "fp16")
+        stream = config.train.stream
+        self.lanes = Lanes(carries=stream is not None and stream.state == "carried")
+        """Membranes of streams; empty without streams."""
         self.epoch = 0
         self.step_in_epoch = 0
         self.best: dict[str, Any] | None = None
         self.history: list[dict[str, float]] = []
         self.sums: dict[str, float] = {}
+        self.cpu_form: CpuForm | None = None
+        """The form of the spiking units on a CPU, once all ranks have settled it."""
         self.noted_large_step = False
         """Whether this process has warned of a step larger than the weights of a layer; not part of a checkpoint."""
 
@@ -135,6 +142,8 @@ class TrainingState:
             tensors["branches"] = self.train_model.branches.state_dict()
         if self.ema is not None:
             tensors["average"] = self.ema.module.state_dict()
+        if carried := self.lanes.tensors(self.group):
+            tensors["carried"] = carried
         state = {
             "epoch": self.epoch,
             "step_in_epoch": self.step_in_epoch,
@@ -146,6 +155,7 @@ class TrainingState:
             "sums": self.sums,
             "scaler": self.scaler.state_dict(),
             "threads": thread_counts(self.group),
+            "kernels": self.cpu_form,
             "averaged": 0 if self.ema is None else int(self.ema.n_averaged),
         }
         return Snapshot(tensors, state, self.config.dump())
@@ -176,6 +186,7 @@ class TrainingState:
             if state.scaler:
                 self.scaler.load_state_dict(state.scaler)
             _set_random_state(snapshot.tensors["random"], self.group)
+            self.lanes.restore(self.network, snapshot.tensors.get("carried", {}), self.group)
         self.best = None if state.best is None else state.best.model_dump()
         self.history, self.sums = state.history, state.sums
         return resume_threads(state.threads, self.group)

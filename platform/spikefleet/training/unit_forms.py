@@ -1,0 +1,101 @@
+"""The form of the spiking unit on a CPU: one for all ranks of a run, and the same one when the run is resumed.
+
+The native and the lean form give the same spikes, but their gradients differ in the last bits. So each checkpoint
+records the form, and resumption restores it.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from torch import nn
+
+from spikefleet.errors import UserError
+from spikefleet.training.distributed import ProcessGroup
+from spikefleet_models.kernels import CHOICE, CpuForm, chosen_cpu_form, native_flaw, unit_form
+from spikefleet_models.spiking_unit import use_implementation
+
+
+class SettledForm(NamedTuple):
+    """The form that all ranks use."""
+
+    form: CpuForm | None
+    """None on GPUs, where each unit takes Triton's form by itself."""
+    description: str
+    """The form, with the reason where it is not the fastest one."""
+    note: str | None
+    """One line for the user where a resumed run has another form than it had, or than was chosen."""
+
+
+class _Rank(NamedTuple):
+    chosen: CpuForm
+    named: bool
+    """Whether the user chose it."""
+    host: str
+    flaw: str | None
+    """Why the native form cannot be used, where it is wanted."""
+
+
+def settle_form(
+    networks: Iterable[nn.Module], group: ProcessGroup, recorded: CpuForm | None, compiled: bool = False
+) -> SettledForm:
+    """Chooses the form on a CPU for all ranks, and sets it in the networks. Collective.
+
+    Args:
+        networks: of this rank.
+        group: this process's rank and group.
+        recorded: form in the checkpoint that the run is resumed from; None in a new run.
+        compiled: whether `torch.compile` traces the network, which it can in the lean form alone.
+
+    Raises:
+        UserError: SPIKEFLEET_KERNELS has no known value on some rank, or it demands the native form for a new run and
+            a rank cannot use that; raised on all ranks.
+    """
+    if group.device.type != "cpu":
+        return SettledForm(None, "lean (train.compile)" if compiled else unit_form(group.device), None)
+    settled = SettledForm("lean", "lean (train.compile)", None) if compiled else _settle(group, recorded)
+    for network in networks:
+        use_implementation(network, settled.form or "auto")
+    return settled
+
+
+def _settle(group: ProcessGroup, recorded: CpuForm | None) -> SettledForm:
+    found = group.all_gather(_this_rank(recorded))
+    errors = [rank for rank in found if isinstance(rank, str)]
+    if errors:
+        raise UserError(errors[0])
+    ranks: list[_Rank] = found
+    if recorded == "lean":
+        other = any(rank.named and rank.chosen == "native" for rank in ranks)
+        note = "the spiking unit has its lean form as before, not the native one, so that no bit differs"
+        return SettledForm("lean", "lean (as before)" if other else "lean", note if other else None)
+    if recorded is None and (lean := next((rank for rank in ranks if rank.chosen == "lean"), None)) is not None:
+        return SettledForm("lean", f"lean ({CHOICE}=lean on {lean.host})" if lean.named else "lean", None)
+    flawed = next((number for number, rank in enumerate(ranks) if rank.flaw is not None), None)
+    if flawed is None:
+        return SettledForm("native", "native", None)
+    reason = f"{ranks[flawed].flaw} on {ranks[flawed].host}"
+    if recorded is None and any(rank.named for rank in ranks):
+        raise UserError(
+            f"{CHOICE}=native, but rank {flawed} cannot use the native spiking unit: {reason}; install g++ or "
+            f"clang++ there, or unset {CHOICE}"
+        )
+    note = (
+        f"bits will differ from those of an uninterrupted run: it had the native spiking unit, which rank {flawed} "
+        f"cannot use: {reason}"
+    )
+    return SettledForm("lean", f"lean ({reason})", None if recorded is None else note)
+
+
+def _this_rank(recorded: CpuForm | None) -> _Rank | str:
+    """What this rank would use; what is wrong with the user's choice."""
+    try:
+        chosen = chosen_cpu_form()
+    except ValueError as error:
+        return f"{error} on {socket.gethostname()}"
+    wanted = recorded or chosen
+    flaw = native_flaw() if wanted == "native" else None
+    return _Rank(chosen, bool(os.environ.get(CHOICE, "").strip()), socket.gethostname(), flaw)
