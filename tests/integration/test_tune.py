@@ -251,6 +251,7 @@ def test_tables_that_cannot_be_reproduced_say_why(stores_dir: Path, tmp_path: Pa
 
     assert "did you mean 'sg_resnet_table3'" in refuse("sg_resnet_tabel3")
     assert "matches no row" in refuse("sg_resnet_table3", "--only", "VGG*")
+    assert "data prepare gen1 DIR" in refuse("spike_yolo_table4", "--scale", "full", "--gpus-per-worker", "0")
     assert "renamed; use --scale scenes" in refuse("spike_yolo_table4", "--scale", "digits")
     dvs = refuse("sg_resnet_table3", "--scale", "full", "--gpus-per-worker", "0", "--only", "DVS*")
     assert "data prepare dvs_cifar10 DIR" in dvs

@@ -14,7 +14,11 @@ from spikefleet.tasks.detection import Detection
 from spikefleet.tasks.event_metrics import GEN1
 from spikefleet_models.families import model_config
 from spikefleet_pipelines.events.label_frames import LabelFrames
+from spikefleet_pipelines.loading import BatchLoader
+from spikefleet_pipelines.sampling import EvaluationPlan
 from spikefleet_pipelines.store.annotations import Annotations, Moment
+from spikefleet_pipelines.transforms.event_detection_config import EventDetectionTransformConfig
+from support.event_stores import CATEGORY_IDS, boxed_store
 
 NAMES, IDS = ("car", "pedestrian"), (0, 1)
 LARGE, SMALL = [50.0, 60.0, 40.0, 30.0], [200.0, 100.0, 12.0, 14.0]
@@ -124,6 +128,23 @@ def test_what_stands_still_is_told_apart(task: Detection) -> None:
     ]
     assert [one["map50"] for one in details["still"]] == pytest.approx([51 / 101, 1, 0])
     assert task.details([of(targets[0], 0)], targets[:1])["still"] == []
+
+
+def test_label_times_come_from_the_store_through_the_loader(tmp_path: Path) -> None:
+    store = boxed_store(tmp_path / "store", "saccade_scenes", (56, 60), 3)
+    config = EventDetectionTransformConfig(window="50ms").for_timesteps(2)
+    loader = BatchLoader(store.samples("test"), config, train=False)
+    (batch,) = loader.epoch(EvaluationPlan(samples=6, global_batch=6), 0)
+    task = Detection(model_config("spike_yolo_n", num_classes=2).build_criterion(), ("small", "large"), CATEGORY_IDS)
+    targets = task.targets(batch)
+    assert [target.moment for target in targets] == [
+        Moment(row, time, 0) for row in range(3) for time in (50_000, 100_000)
+    ]
+    details = task.details([of(target, 0) for target in targets], targets)
+    wrong = sum(int(target.labels[0]) for target in targets)  # all detections are of the first class
+    assert details["metrics"]["map50_none"] == pytest.approx(details["metrics"]["map50"])
+    assert (len(details["recordings"]), wrong) == (3, 3)
+    assert details["protocols"]["none"]["objects"] == 6
 
 
 def test_images_have_none_of_it(task: Detection) -> None:

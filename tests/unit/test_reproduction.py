@@ -55,6 +55,7 @@ def test_tables_have_the_scales_of_their_tasks() -> None:
     assert load_table("spike_yolo_table1").scale(None) == "scenes"
     assert load_table("sg_resnet_table9").scale(None) == "digits"
     assert load_table("sg_resnet_table9").scale("full") == "full"
+    assert load_table("spike_yolo_table4").scales == ("scenes", "saccade_scenes", "full")
 
 
 def test_the_old_name_of_a_scale_is_refused_with_the_new_one() -> None:
@@ -72,6 +73,10 @@ def test_rows_on_events_say_what_data_they_need() -> None:
     assert "data prepare dvs_cifar10 DIR" in (dvs.group.refusal(dvs.row, "digits") or "")
     assert dvs.group.refusal(dvs.row, "full") is None
     assert dvs.group.scales["full"].recipe == "dvs_cifar10_7bnet"
+    for entry in load_table("spike_yolo_table4").entries():
+        recipe = entry.group.scales["full"].recipe
+        config = _config(recipe, entry.group.overrides(entry.row, "full"))
+        assert (config.data.source, config.data.transform.kind) == ("gen1", "event_detection")
 
 
 def test_all_tables_are_here() -> None:
