@@ -94,6 +94,10 @@ class StreamSamples(EventSamples):
         recording = int(self.windows.recordings(np.array([row]))[0])
         return LabelTime(recording, int(self.windows.frame_index[row]), int(self.windows.ends_us[row]))
 
+    def draw_rows(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the numbers by which windows are augmented: those of their recordings."""
+        return self.windows.recordings(rows)
+
     def annotations(self, row: int) -> Annotations:
         """Return the objects at the label of a window; none where it has no label."""
         place = self.label_time(row)

@@ -131,8 +131,8 @@ def test_a_detector_trains_on_label_times(tmp_path: Path) -> None:
 
 
 def test_channels_and_classes_must_fit(store: Store, tmp_path: Path) -> None:
+    representation = ["data.transform.representation.kind=histogram", "data.transform.representation.bins=3"]
     with pytest.raises(UserError, match=r"in_channels=2, but the frames of the events have 6 channels"):
-        representation = ["data.transform.representation.kind=histogram", "data.transform.representation.bins=3"]
         prepare_parts(config(tmp_path, *representation), store, ProcessGroup.single())
     with pytest.raises(UserError, match=r"model.num_classes=10, but the data has 4 classes"):
         prepare_parts(config(tmp_path, "model.num_classes=10"), store, ProcessGroup.single())

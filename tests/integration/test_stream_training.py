@@ -23,15 +23,16 @@ from spikefleet.training.state import TrainingState
 from spikefleet.training.step import Meter, training_step
 from spikefleet.training.stream import Lanes
 from spikefleet_models.carried_state import with_state
-from spikefleet_models.families import build_model
+from spikefleet_models.families import build_model, model_config
 from spikefleet_pipelines.loading import Batch, BatchLoader
 from spikefleet_pipelines.store.reader import Store
-from spikefleet_pipelines.stream_plan import NO_FRAME, StreamStep
+from spikefleet_pipelines.stream_plan import NO_FRAME, EventStreamPlan, StreamStep
+from spikefleet_pipelines.streams import StreamSamples, recordings_of
 from support.event_arrays import random_events
 from support.events import KeptEvents
 from support.ranks import kill, run_ranks, run_undisturbed
 from support.snapshots import assert_same_end, end_of
-from support.streams import LENGTHS, SENSOR, WINDOW_US, stream_config, write_streams
+from support.streams import LENGTHS, SENSOR, WINDOW_US, stream_config, write_box_streams, write_streams
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +145,10 @@ def _losses(state: TrainingState, task: AnyTask, batches: list[Batch]) -> dict[i
 def test_killed_ranks_resume_in_the_middle_of_recordings(store: Store, tmp_path: Path) -> None:
     config = stream_config(train__epochs=1, cluster__workers=2, checkpoint__every_steps=1, checkpoint__keep_last=99)
     path = Path(store.location)
+    windows = StreamSamples(recordings_of(store.samples("train")), WINDOW_US).windows
+    ranks = (EventStreamPlan(windows=windows, lanes=4, world_size=2, rank=rank).batches(0) for rank in range(2))
+    labels = [tuple(int((part.frame_index != NO_FRAME).any()) for part in step) for step in zip(*ranks, strict=True)]
+    assert {(0, 1), (1, 0)} & {*labels}, "a step in which one rank has no label is part of the test"
     clean = run_undisturbed(config, path, tmp_path / "clean")
     folder = CheckpointFolder(tmp_path / "clean" / "checkpoints")
     inside = [load_checkpoint(one) for one in folder.committed()]
@@ -203,6 +208,39 @@ def test_evaluation_carries_the_state_up_to_the_label(store: Store) -> None:
     assert np.abs(np.array(reset) - expected)[np.array(LENGTHS) > 1].max() > 1e-3
     once = np.array(LENGTHS) == 1
     np.testing.assert_allclose(np.array(reset)[once], np.array(expected)[once], rtol=1e-5)
+
+
+def test_detectors_train_on_streams(tmp_path: Path) -> None:
+    store = write_box_streams(tmp_path / "store")
+    detector = model_config("spike_yolo_tiny", in_channels=2, num_classes=2, timesteps=2).model_dump()
+    config = stream_config(
+        task="detection",
+        model=detector,
+        data={"source": "gen1", "transform": {"kind": "event_detection", "window": "50ms", "horizontal_flip": 0.5}},
+        train__global_batch=2,
+        checkpoint__metric="map50",
+    )
+    state, task, batches = parts(config, store)
+    assert {batch.global_count for batch in batches} == {0, 2}
+    for batch in batches:
+        before = [parameter.detach().clone() for parameter in state.network.parameters()]
+        take(state, task, batch)
+        moved = any(not torch.equal(a, b) for a, b in zip(before, state.network.parameters(), strict=True))
+        assert moved == (batch.global_count > 0)
+    loader = prepare_parts(config, store, ProcessGroup.single())[1].test
+    found = evaluate(state.network, task, loader, config.train, ProcessGroup.single())
+    assert found is not None
+    assert [len(target.boxes) for target in found.targets] == [2, 1, 1] * 3
+    assert 0 <= task.metrics(found.predictions, found.targets)["map50"] <= 1
+
+
+def test_what_cannot_be_read_as_a_stream_is_refused(store: Store) -> None:
+    config = stream_config()
+    network, task, _ = network_and_test(config, store)
+    shuffled = config.transform.model_copy(update={"slice_order": "shuffled"})
+    loader = BatchLoader(store.samples("test"), shuffled, train=False)
+    with pytest.raises(UserError, match=r"trained on streams \(train.stream\), but slice_order=shuffled changes"):
+        evaluate(network, task, loader, config.train, ProcessGroup.single())
 
 
 def test_lanes_of_a_network_without_neurons_are_refused() -> None:

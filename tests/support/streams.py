@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from spikefleet.config.recipes import parse_config
 from spikefleet.config.schema import Config
+from spikefleet_pipelines.events.label_frames import LabelFrames
 from spikefleet_pipelines.events.recording import EventArrays
 from spikefleet_pipelines.store.event_format import EventFormat
 from spikefleet_pipelines.store.event_shard_writer import SourceRecording
@@ -36,6 +39,28 @@ def write_streams(out: Path, replaced: dict[int, EventArrays] | None = None) -> 
             for number, windows in enumerate(LENGTHS):
                 shown = (replaced or {}).get(number, recording(number + 100 * offset, windows))
                 given.append(SourceRecording([shown], number % 3, name=str(number), t0=0, duration=WINDOW_US * windows))
+            writer.write_recordings(split, given)
+        writer.commit()
+    return Store.open(out)
+
+
+def write_box_streams(out: Path) -> Store:
+    """Write three splits of three recordings of 32 x 32 pixels, 300 ms, with boxes at 100, 200 and 300 ms."""
+    sensor = (32, 32)
+    with EventStoreWriter(
+        out, source="gen1", class_names="ab", category_ids=[0, 1], events=EventFormat.of(sensor), options={}
+    ) as writer:
+        for offset, split in enumerate(("train", "val", "test")):
+            given = []
+            for number in range(3):
+                random = np.random.default_rng(10 * offset + number)
+                times = np.array([100_000, 100_000, 200_000, 300_000])
+                boxes = np.concatenate([random.integers(0, 16, (4, 2)), random.integers(8, 16, (4, 2))], 1).astype(
+                    float
+                )
+                frames = LabelFrames.of_objects(times, boxes, np.array([0, 1, 0, 1]), np.arange(4))
+                events = random_events(3000, sensor, 300_000, 10 * offset + number)
+                given.append(SourceRecording([events], frames=frames, t0=0, name=str(number)))
             writer.write_recordings(split, given)
         writer.commit()
     return Store.open(out)

@@ -153,7 +153,7 @@ def test_pixels_without_events_of_last_polarity(samples: EventSamples) -> None:
     frames = batch_of(samples, representation={"kind": "last_polarity"}).images
     assert frames.shape[2] == 1
     assert set(np.unique(frames.numpy())) == {np.float32(0), np.float32(127 / 255), np.float32(1)}
-    assert (frames[..., 40:, :] == np.float32(127 / 255)).all()
+    assert torch.equal(frames[..., 40:, :], torch.full_like(frames[..., 40:, :], 127 / 255))
 
 
 def test_processes_change_no_bit(samples: EventSamples) -> None:

@@ -14,7 +14,8 @@ from spikefleet_pipelines.sampling import EvaluationPlan
 from spikefleet_pipelines.store.event_samples import EventSamples
 from spikefleet_pipelines.store.reader import Store
 from spikefleet_pipelines.stream_plan import NO_FRAME, NO_WINDOW, EventStreamPlan
-from spikefleet_pipelines.streams import StreamLoader, StreamSamples
+from spikefleet_pipelines.streams import StreamLoader, StreamSamples, recordings_of
+from spikefleet_pipelines.transforms.event_detection_config import EventDetectionTransformConfig
 from spikefleet_pipelines.transforms.events_config import EventsTransformConfig
 from support.streams import LENGTHS, WINDOW_US, stream_config, write_streams
 from unit.test_event_store import write_boxes
@@ -97,6 +98,22 @@ def test_windows_of_a_detection_store_end_at_their_labels(tmp_path: Path) -> Non
     assert len(stream.annotations(bare).boxes) == len(stream.annotations(NO_WINDOW).boxes) == 0
     with pytest.raises(ValueError, match=r"labels 100000 us apart, but windows of 250000 us .* data.transform.window"):
         StreamSamples(samples, 250_000)
+
+
+def test_windows_of_a_recording_are_flipped_and_zoomed_alike(tmp_path: Path) -> None:
+    write_boxes(tmp_path / "store")
+    samples = Store.open(tmp_path / "store").samples("train")
+    stream = StreamSamples(recordings_of(samples), 50_000)
+    fields = {"window": "50ms", "horizontal_flip": 0.5, "zoom": 1.0}
+    config = EventDetectionTransformConfig.model_validate(fields).for_timesteps(2)
+    rows = np.arange(len(stream))
+    flips, places = config.build(stream, train=True, seed=0)._places(rows, 3)
+    recordings = stream.windows.recordings(rows).tolist()
+    drawn = {(recording, flip, place) for recording, flip, place in zip(recordings, flips, places, strict=True)}
+    assert len(drawn) == len(samples.recordings) == len({place for _, _, place in drawn})  # type: ignore[union-attr]
+    alone = EventDetectionTransformConfig.model_validate({**fields, "window": "50ms"}).for_timesteps(2)
+    _, apart = alone.build(samples, train=True, seed=0)._places(np.arange(len(samples)), 3)
+    assert len(set(apart)) == len(samples)
 
 
 def test_images_have_no_streams() -> None:

@@ -84,3 +84,7 @@ class EventRows(Rows, Protocol):
     def label_time(self, row: int) -> LabelTime:
         """Return recording and label time of a sample for detection."""
         ...
+
+    def draw_rows(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the numbers by which samples are augmented: windows of one recording have the same."""
+        ...

@@ -105,7 +105,9 @@ class EventDetectionTransform:
         config, fitted = self.config, self._fitted()
         if not self.train:
             return [False] * len(rows), [fitted] * len(rows)
-        draws = uniform(self.seed, epoch, rows[:, None], _ZOOM_DRAWS).reshape(-1, len(_ZOOM_DRAWS))
+        draws = uniform(self.seed, epoch, self.split.draw_rows(rows)[:, None], _ZOOM_DRAWS).reshape(
+            -1, len(_ZOOM_DRAWS)
+        )
         places = []
         for _, applied, inwards, size, x, y in draws.tolist():
             if applied >= config.zoom:

@@ -77,6 +77,13 @@ class EventDetectionTransformConfig(EventFramesConfig):
         """The sides of a batch are multiples of this many pixels: `divisor`."""
         return self.divisor
 
+    @property
+    def interrupts_streams(self) -> str | None:
+        """A field that does something else to each window of a recording; see `EventFramesConfig`."""
+        if self.reverse_time:
+            return "reverse_time=true turns each window round"
+        return "skip_empty=true leaves out label times" if self.skip_empty else None
+
     def canvas(self, sensor: tuple[int, int]) -> tuple[int, int]:
         """Return height and width of the network's input for a sensor (height, width)."""
         if self.size is not None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from spikefleet.config.schema import TrainConfig
+from spikefleet.errors import UserError
 from spikefleet.status import Count, uncounted
 from spikefleet.tasks import Task
 from spikefleet.tasks.task import Prediction, Target
@@ -82,6 +83,7 @@ def evaluate(
 
     Raises:
         EvaluationStopped: a rank was asked to stop; raised on all ranks.
+        UserError: the network was trained on streams, and the split cannot be read as such.
     """
     if config.stream is not None:
         return _evaluate_streams(network, task, loader, config, group, progress, stop_requested)
@@ -154,9 +156,12 @@ def _evaluate_streams(
     from spikefleet_pipelines.streams import StreamLoader  # a store of events, with pyarrow
 
     assert config.stream is not None
+    try:
+        stream = StreamLoader.beside(loader)
+    except ValueError as error:
+        raise UserError(f"the network was trained on streams (train.stream), but {error}") from error
     was_training = network.training
     network.eval()
-    stream = StreamLoader.beside(loader)
     recordings = len(stream.split.windows.counts)
     lanes = min(config.eval_batch, -(-recordings // group.size)) * group.size
     plan = EventStreamPlan(
