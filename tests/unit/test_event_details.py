@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from spikefleet.config.recipes import load_config
+from spikefleet.data_summary import DataSummary
+from spikefleet.errors import UserError
 from spikefleet.files import read_json
+from spikefleet.tasks import build_task
 from spikefleet.tasks.coco_metrics import FoundBoxes
 from spikefleet.tasks.detection import Detection
-from spikefleet.tasks.event_metrics import GEN1
+from spikefleet.tasks.event_metrics import GEN1, HEADLINES
 from spikefleet_models.families import model_config
 from spikefleet_pipelines.events.label_frames import LabelFrames
 from spikefleet_pipelines.loading import BatchLoader
@@ -107,6 +112,15 @@ def test_other_sensors_have_no_filter(task: Detection) -> None:
     assert "96x96 pixels" in details["protocol_remark"]
     assert not [name for name in details["metrics"] if name.endswith("prophesee")]
     assert task.report.table(details)[0] == ("class", "objects", "AP50-95", "AP50")
+
+
+def test_metrics_of_protocols_choose_checkpoints_of_runs_on_events() -> None:
+    config = load_config("gen1_spike_yolo_n", {"checkpoint.metric": "map50_95_prophesee"})
+    gen1 = DataSummary("gen1", "0" * 64, NAMES, IDS, sensor=GEN1)
+    names = build_task(config, gen1).metric_names
+    assert {f"{name}_{by}" for name in HEADLINES for by in ("prophesee", "none")} < set(names)
+    with pytest.raises(UserError, match="map50_95_prophesee' must be a metric of the task"):
+        build_task(config, replace(gen1, sensor=None))
 
 
 def test_no_box_may_count(task: Detection) -> None:
