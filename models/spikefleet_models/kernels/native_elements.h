@@ -66,10 +66,11 @@ inline void store(const float* __restrict from, Bf16* __restrict to, int64_t n) 
   for (int64_t i = 0; i < n; ++i) put(to[i], from[i]);
 }
 
-// Fetches what the next tile needs while this one is computed: runs of a tile are too short for the processor to guess.
+// Fetches into the second-level cache what the next tile needs while this one is computed: a tile's runs are too short
+// for the processor to guess, and the first-level cache is full of this one.
 template <int WRITE, typename E>
 inline void fetch(const E* from, int64_t n) {
-  for (int64_t i = 0; i < n; i += LINE / static_cast<int64_t>(sizeof(E))) __builtin_prefetch(from + i, WRITE, 3);
+  for (int64_t i = 0; i < n; i += LINE / static_cast<int64_t>(sizeof(E))) __builtin_prefetch(from + i, WRITE, 2);
 }
 
 inline float fused(float a, float b, float c) {
@@ -96,6 +97,58 @@ float* scratch(int which, int64_t count) {
   static thread_local std::vector<float> kept[2];
   if (static_cast<int64_t>(kept[which].size()) < count) kept[which].resize(count);
   return kept[which].data();
+}
+
+// Positions of one step that follow one another in memory.
+struct Tile {
+  int64_t offset, size;
+};
+
+// How tensors are cut. A group is what one thread computes at a time: in NCHW all of a few channels, whose pictures are
+// the tiles, or parts of pictures where planes are large; in NHWC everything, cut into rows of C numbers.
+struct Geometry {
+  int64_t slab, positions, frames, elements, channels, groups, rows, tile, tiles;
+  explicit Geometry(const Spec& spec)
+      : slab(spec.B * spec.C * spec.plane),
+        positions(spec.B * spec.plane),
+        frames(spec.repeat ? spec.B : spec.T * spec.B),
+        elements(frames * spec.plane),
+        channels(spec.channels_last ? spec.C : std::max<int64_t>(1, std::min(spec.C, TILE / spec.plane))),
+        groups((spec.C + channels - 1) / channels) {
+    if (spec.channels_last) {
+      rows = std::max<int64_t>(1, TILE / spec.C);
+      tile = rows * spec.C;
+      tiles = (positions + rows - 1) / rows;
+    } else {
+      rows = channels == 1 ? (spec.plane + TILE - 1) / TILE : 1;  // tiles of a picture
+      tile = channels == 1 ? std::min(TILE, spec.plane) : channels * spec.plane;
+      tiles = rows * spec.B;
+    }
+  }
+  int64_t channels_of(const Spec& spec, int64_t group) const {
+    return std::min(channels, spec.C - group * channels);
+  }
+  Tile at(const Spec& spec, int64_t group, int64_t index) const {
+    if (spec.channels_last) {
+      const int64_t first = index * rows;
+      return {first * spec.C, std::min(rows, positions - first) * spec.C};
+    }
+    const int64_t picture = index / rows * spec.C * spec.plane + group * channels * spec.plane;
+    if (channels > 1) return {picture, channels_of(spec, group) * spec.plane};
+    const int64_t start = index % rows * TILE;
+    return {picture + start, std::min(TILE, spec.plane - start)};
+  }
+  Tile after(const Spec& spec, int64_t group, int64_t index) const {
+    return index + 1 < tiles ? at(spec, group, index + 1) : Tile{0, 0};
+  }
+};
+
+// In the first `count` numbers: one of each channel, which become those of each position of a tile.
+void spread(const Spec& spec, const Geometry& shape, int64_t count, float* values) {
+  if (spec.channels_last)
+    for (int64_t row = 1; row < shape.rows; ++row) std::memcpy(values + row * spec.C, values, spec.C * sizeof(float));
+  else if (shape.channels > 1)
+    for (int64_t c = count - 1; c >= 0; --c) std::fill_n(values + c * spec.plane, spec.plane, values[c]);
 }
 
 }  // namespace

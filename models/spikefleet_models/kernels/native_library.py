@@ -1,4 +1,4 @@
-"""Compiles native_unit.cpp, and the headers beside it, with the C++ compiler of this machine on first use, and loads it.
+"""Compiles native_unit.cpp and its headers with the C++ compiler of this machine on first use, and loads the library.
 
 The library is kept in `$XDG_CACHE_HOME/spikefleet/native` (by default `~/.cache/spikefleet/native`), or, where that
 cannot be written, in `spikefleet-UID/native` in the directory for temporary files. Its name is a hash of the source,

@@ -24,7 +24,8 @@ inline float leaked(float x, float tau) {
 
 // h[t] and v[t] of v[t-1] and x[t]; `out` gets h[t] or s[t].
 template <int32_t LEAK, bool DECAY, bool SOFT, bool SPIKES>
-void step(float* __restrict v, const float* __restrict x, float* __restrict out, int64_t n, const Spec& spec, float tau) {
+void step(float* __restrict v, const float* __restrict x, float* __restrict out, int64_t n, const Spec& spec,
+          float tau) {
   const float threshold = spec.threshold, rest = spec.rest;
   for (int64_t i = 0; i < n; ++i) {
     float h;
@@ -145,7 +146,8 @@ FireBackward fire_backward_of(const Spec& spec) {
 }
 
 // dL/dv[t-1] in `carry` from dL/dh[t] in it; returns dL/dx[t], which is in `carry` itself or in `buffer`.
-const float* charge_backward(const Spec& spec, float tau, float* __restrict carry, float* __restrict buffer, int64_t n) {
+const float* charge_backward(const Spec& spec, float tau, float* __restrict carry, float* __restrict buffer,
+                             int64_t n) {
   if (spec.leak == NO_LEAK) return carry;
   const bool decay = spec.decay_input;
   const auto loop = [&](auto leak_of) {

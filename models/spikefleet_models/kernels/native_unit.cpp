@@ -6,32 +6,13 @@
 // them, so that spikes and running statistics equal torch's to the bit. Partial sums have fixed places and a fixed
 // order: the same bits for any number of threads; only the batch statistics in NHWC follow torch's split over threads.
 //
-// Built on the user's machine (native_library.py): standard headers alone, C interface, threads of torch.
+// Built on the user's machine (native_library.py) with the headers beside it: standard headers alone, C interface,
+// threads of torch.
 
+#include "native_statistics.h"
 #include "native_steps.h"
 
 namespace {
-
-// Sums of a channel in NCHW: 16 lanes of fp64.
-struct Lanes {
-  double values[LANES] = {};
-  double total() const {
-    double sum = 0;
-    for (double value : values) sum += value;
-    return sum;
-  }
-};
-
-template <typename E, typename Term>
-inline void add_terms(Lanes& lanes, const E* __restrict from, const E* next, int64_t count, const Term& term) {
-  double* __restrict sums = lanes.values;
-  int64_t i = 0;
-  for (; i + LANES <= count; i += LANES) {
-    __builtin_prefetch(next + i, 0, 3);
-    for (int64_t lane = 0; lane < LANES; ++lane) sums[lane] += static_cast<double>(term(to_float(from[i + lane])));
-  }
-  for (int64_t lane = 0; i < count; ++i, ++lane) sums[lane] += static_cast<double>(term(to_float(from[i])));
-}
 
 struct Forward {
   const void *z, *shortcut;
@@ -48,130 +29,6 @@ struct Backward {
   void *grad_z, *grad_shortcut, *rest;  // `rest`: of z's shape and type, for bfloat16 in NHWC
   float *grad_gamma, *grad_beta, *grad_q;
 };
-
-// Positions of one step that follow one another in memory.
-struct Tile {
-  int64_t offset, size;
-};
-
-// How tensors are cut. A group is what one thread computes at a time: in NCHW all of a few channels, whose pictures are
-// the tiles, or parts of pictures where planes are large; in NHWC everything, cut into rows of C numbers.
-struct Geometry {
-  int64_t slab, positions, frames, elements, channels, groups, rows, tile, tiles;
-  explicit Geometry(const Spec& spec)
-      : slab(spec.B * spec.C * spec.plane),
-        positions(spec.B * spec.plane),
-        frames(spec.repeat ? spec.B : spec.T * spec.B),
-        elements(frames * spec.plane),
-        channels(spec.channels_last ? spec.C : std::max<int64_t>(1, std::min(spec.C, TILE / spec.plane))),
-        groups((spec.C + channels - 1) / channels) {
-    if (spec.channels_last) {
-      rows = std::max<int64_t>(1, TILE / spec.C);
-      tile = rows * spec.C;
-      tiles = (positions + rows - 1) / rows;
-    } else {
-      rows = channels == 1 ? (spec.plane + TILE - 1) / TILE : 1;  // tiles of a picture
-      tile = channels == 1 ? std::min(TILE, spec.plane) : channels * spec.plane;
-      tiles = rows * spec.B;
-    }
-  }
-  int64_t channels_of(const Spec& spec, int64_t group) const {
-    return std::min(channels, spec.C - group * channels);
-  }
-  Tile at(const Spec& spec, int64_t group, int64_t index) const {
-    if (spec.channels_last) {
-      const int64_t first = index * rows;
-      return {first * spec.C, std::min(rows, positions - first) * spec.C};
-    }
-    const int64_t picture = index / rows * spec.C * spec.plane + group * channels * spec.plane;
-    if (channels > 1) return {picture, channels_of(spec, group) * spec.plane};
-    const int64_t start = index % rows * TILE;
-    return {picture + start, std::min(TILE, spec.plane - start)};
-  }
-  Tile after(const Spec& spec, int64_t group, int64_t index) const {
-    return index + 1 < tiles ? at(spec, group, index + 1) : Tile{0, 0};
-  }
-};
-
-// Mean and the sum of squared distances from it of a group of channels, rounded as torch's kernels round them.
-template <typename E>
-void statistics_nchw(const Spec& spec, const Geometry& shape, const E* z, int64_t group, float* mean, float* squares) {
-  const int64_t picture = spec.C * spec.plane, channels = shape.channels_of(spec, group);
-  const E* from = z + group * shape.channels * spec.plane;
-  std::vector<Lanes> sums(channels), distances(channels);
-  const auto pass = [&](std::vector<Lanes>& lanes, const auto& term_of) {
-    for (int64_t frame = 0; frame < shape.frames; ++frame) {
-      const E* here = from + frame * picture;
-      const E* next = frame + 1 < shape.frames ? here + picture : here;
-      for (int64_t c = 0; c < channels; ++c)
-        add_terms(lanes[c], here + c * spec.plane, next + c * spec.plane, spec.plane, term_of(c));
-    }
-  };
-  pass(sums, [](int64_t) { return [](float x) { return x; }; });
-  for (int64_t c = 0; c < channels; ++c)
-    mean[c] = static_cast<float>(sums[c].total() / static_cast<double>(shape.elements));
-  pass(distances, [mean](int64_t c) {
-    return [centre = mean[c]](float x) { return (x - centre) * (x - centre); };
-  });
-  for (int64_t c = 0; c < channels; ++c) squares[c] = static_cast<float>(distances[c].total());
-}
-
-template <typename E, typename Add>
-void add_rows(const Spec& spec, const E* z, int64_t begin, int64_t end, float* sums, const Add& add) {
-  constexpr int64_t WIDTH = 64, ROWS = 256;
-  for (int64_t start = begin; start < end; start += ROWS) {
-    const int64_t stop = std::min(end, start + ROWS);
-    int64_t channel = 0;
-    for (; channel + WIDTH <= spec.C; channel += WIDTH) {
-      float kept[WIDTH];
-      std::memcpy(kept, sums + channel, sizeof kept);
-      for (int64_t row = start; row < stop; ++row) {
-        const E* __restrict from = z + row * spec.C + channel;
-        for (int64_t i = 0; i < WIDTH; ++i) kept[i] = add(kept[i], to_float(from[i]), channel + i);
-      }
-      std::memcpy(sums + channel, kept, sizeof kept);
-    }
-    if (channel == spec.C) continue;
-    for (int64_t row = start; row < stop; ++row) {
-      const E* __restrict from = z + row * spec.C;
-      for (int64_t i = channel; i < spec.C; ++i) sums[i] = add(sums[i], to_float(from[i]), i);
-    }
-  }
-}
-
-template <typename E>
-bool statistics_nhwc(const Spec& spec, const Geometry& shape, const E* z, float* mean, float* squares) {
-  // torch's split: a thread takes a chunk of rows.
-  const int64_t chunk = (shape.elements + spec.threads - 1) / spec.threads;
-  std::vector<float> partial(spec.threads * spec.C);
-  bool sound = true;
-  for (const bool second : {false, true}) {
-    std::fill(partial.begin(), partial.end(), 0.0f);
-    const int64_t grain = GRAIN / std::max<int64_t>(1, chunk * spec.C);
-    sound = sound && parallel(spec.threads, grain, [&](int64_t first, int64_t last) {
-      for (int64_t thread = first; thread < last; ++thread) {
-        const int64_t begin = std::min(shape.elements, thread * chunk), end = std::min(shape.elements, begin + chunk);
-        float* sums = partial.data() + thread * spec.C;
-        if (second)
-          add_rows(spec, z, begin, end, sums, [mean](float sum, float x, int64_t channel) {
-            const float distance = x - mean[channel];
-            return fused(distance, distance, sum);
-          });
-        else
-          add_rows(spec, z, begin, end, sums, [](float sum, float x, int64_t) { return sum + x; });
-      }
-    });
-    for (int64_t channel = 0; channel < spec.C; ++channel) {
-      double sum = 0;
-      for (int64_t thread = 0; thread < spec.threads; ++thread) sum += partial[thread * spec.C + channel];
-      if (second)
-        squares[channel] = static_cast<float>(sum);
-      else
-        mean[channel] = static_cast<float>(sum / static_cast<double>(shape.elements));
-    }
-  }
-  return sound;
-}
 
 void update(const Forward& call, int64_t elements, int64_t channel, float mean, float squares) {
   const float count = static_cast<float>(elements), momentum = static_cast<float>(call.momentum);
@@ -216,14 +73,6 @@ void forward_tile(const Spec& spec, const Geometry& shape, const Forward& call, 
 void affine(const Forward& call, int64_t channel, float& scale, float& shift) {
   scale = call.invstd[channel] * call.gamma[channel];
   shift = fused(-call.mean[channel], scale, call.beta[channel]);
-}
-
-// In the first `count` numbers: one of each channel, which become those of each position of a tile.
-void spread(const Spec& spec, const Geometry& shape, int64_t count, float* values) {
-  if (spec.channels_last)
-    for (int64_t row = 1; row < shape.rows; ++row) std::memcpy(values + row * spec.C, values, spec.C * sizeof(float));
-  else if (shape.channels > 1)
-    for (int64_t c = count - 1; c >= 0; --c) std::fill_n(values + c * spec.plane, spec.plane, values[c]);
 }
 
 void running(const Spec& spec, const Forward& call) {
@@ -280,7 +129,7 @@ bool forward(const Spec& spec, const Forward& call) {
   });
 }
 
-// The gradient dL/dx of all steps of a tile, last step first; `emit(t, dL/dx)` takes each, once in all where z is static.
+// dL/dx of all steps of a tile, last step first; `emit(t, dL/dx)` takes each, or their sum where z is static.
 template <bool EACH, typename E, typename Emit>
 void backward_tile(const Spec& spec, const Geometry& shape, const Backward& call, Tile tile, Tile next,
                    const float* scale, const float* shift, float* memory, double& q_sum, const Emit& emit) {
