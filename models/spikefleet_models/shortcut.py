@@ -162,7 +162,7 @@ def shortcut_loss(
 
     Args:
         logits: outputs of a `ShortcutNetwork` in training.
-        targets: int64 [B].
+        targets: classes, int64 [B], or their probabilities, float32 [B, K].
         coefficient: lambda, from `balance_coefficient`; a number or a tensor [].
         config: how outputs are combined.
         label_smoothing: as in torch's cross entropy.

@@ -44,6 +44,7 @@ class Draw(IntEnum):
     SLICE_ORDER = 4160  # each time slice of a sample: 4160 to 5183
     SLICE_DELETION = 5184  # each time slice of a sample: 5184 to 6207
     FRAME_AUGMENT = 6208  # what becomes of the frames of a sample, and how much: 6208 to 6271
+    EVENT_ZOOM = 6272  # whether, in or out, factor, x and y: 6272 to 6276
     STREAM_FILL = 7168  # recordings that fill a lane of a stream at the end of an epoch
     STREAM_RANDOM = 7169  # the random window of a lane in a step
     SCENE_NOISE = 1 << 20  # each value of a scene's background, below 1 << 21

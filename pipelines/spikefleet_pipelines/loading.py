@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.sampling import Plan
+from spikefleet_pipelines.stream_plan import StreamStep
 from spikefleet_pipelines.transforms.batch_transform import (
     BatchTransform,
     BinsOnDevice,
@@ -40,11 +41,14 @@ class Batch(NamedTuple):
     images: Tensor
     """float32 [B, C, H, W], or of events frames [B, T, C, H, W]; normalised."""
     targets: Targets
-    """Targets of the transform kind: classes, int64 [B]; for detection one `Target` per image."""
+    """Targets of the transform kind: classes, int64 [B], or of mixed samples their probabilities, float32 [B, K]; for
+    detection one `Target` per image."""
     indices: Tensor
     """Positions in the split, int64 [B]."""
     global_count: int
-    """Samples of all ranks in this step."""
+    """Samples of all ranks in this step; of windows of a stream, those with a label."""
+    stream: StreamStep | None = None
+    """What the plan says of the windows, where they are those of streams."""
 
     @property
     def network_input(self) -> Tensor:
@@ -153,9 +157,10 @@ class BatchLoader:
         if processes < 0:
             raise ValueError(f"processes is {processes}, expected at least 0")
         self.split = split
+        self.config, self.processes = transform, processes
         _check_store(split, transform)
         self._transform: BatchTransform[Any, Targets] = transform.build(split, train, seed, epochs)
-        self._device = device
+        self.device = device
         self._requests = _Requests()
         self._loader = DataLoader(
             _Batches(self._transform),
@@ -188,7 +193,7 @@ class BatchLoader:
                 "create the plan with samples=len(split)"
             )
         self._requests.start(plan, epoch, start_step)
-        return _read(iter(self._loader), self._transform, self._device)
+        return _read(iter(self._loader), self._transform, self.device)
 
     @property
     def step_ms(self) -> float | None:

@@ -34,6 +34,20 @@ class TrainingRows(NamedTuple):
     """Group of each sample of the split, [n]; None: no groups."""
 
 
+class Step(Protocol):
+    """What a loader asks of the batch of a plan: `StepBatch` has it."""
+
+    @property
+    def indices(self) -> NDArray[np.int64]:
+        """Positions in the split, [n_local]."""
+        ...
+
+    @property
+    def global_count(self) -> int:
+        """Samples of all ranks in this step that the loss is of."""
+        ...
+
+
 class Plan(Protocol):
     """The interface of `EpochPlan` and `EvaluationPlan` to a loader."""
 
@@ -47,7 +61,7 @@ class Plan(Protocol):
         """Number of steps of an epoch."""
         ...
 
-    def batches(self, epoch: int, start_step: int = 0) -> Iterator[StepBatch]:
+    def batches(self, epoch: int, start_step: int = 0) -> "Iterator[Step]":
         """Yield this rank's batches of an epoch from `start_step` on."""
         ...
 
@@ -179,6 +193,10 @@ class EpochPlan:
     def samples_per_epoch(self) -> int:
         """Number of samples in the batches of an epoch."""
         return self.steps_per_epoch * self.global_batch if self.drop_partial else self._used
+
+    def samples_of(self, epoch: int) -> int:
+        """Number of samples that the losses of an epoch are of."""
+        return self.samples_per_epoch
 
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[StepBatch]:
         """Yield this rank's batches of an epoch from `start_step` on; none for `start_step == steps_per_epoch`.

@@ -220,6 +220,11 @@ class EventStreamPlan:
         """Number of steps: windows of the lane that has most, the same in every epoch."""
         return max(total for total, _ in self._dealt(np.arange(len(self.windows.counts))))
 
+    def samples_of(self, epoch: int) -> int:
+        """Number of labelled windows in an epoch, over all ranks: those that its losses are of."""
+        windows = self.table(epoch)
+        return int((self.windows.frame_index[windows[windows != NO_WINDOW]] != NO_FRAME).sum())
+
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[StreamStep]:
         """Yield this rank's windows from `start_step` on.
 

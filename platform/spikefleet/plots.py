@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from spikefleet.plot_text import drawable, families, font_file
-from spikefleet_tune.atomic import replacing
+from spikefleet.canvas import never_fatal, save, subplots
+from spikefleet.plot_text import drawable, font_file
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 _NAMED_CLASSES = 25
 """With more classes, their names on the axes would be too small to read."""
@@ -51,62 +50,8 @@ _STRIP_ASPECT = 3.0
 _STRIP_COLUMNS = 16
 """Frames of strips side by side in a plot."""
 
-_Rest = ParamSpec("_Rest")
 
-
-def _never_fatal(draw: Callable[_Rest, None]) -> Callable[_Rest, None]:
-    """Makes a plot that fails a warning and an image that says so: a training of days does not end by its picture.
-
-    A disk that is full is no failure of the plot, and raised.
-    """
-
-    @functools.wraps(draw)
-    def drawing(*arguments: _Rest.args, **named: _Rest.kwargs) -> None:
-        from matplotlib import rc_context
-
-        texts = list(_texts((arguments, named)))
-        try:
-            with rc_context({"text.parse_math": False, "font.family": families(texts)}):
-                draw(*arguments, **named)
-        except OSError:
-            raise
-        except Exception as error:
-            (path,) = (one for one in (*arguments, *named.values()) if isinstance(one, Path))
-            reason = f"{type(error).__name__}: {error}"
-            logging.getLogger(__name__).warning("plot %s cannot be drawn: %s", path, drawable(reason))
-            _save_message(f"{draw.__name__} cannot be drawn: {reason}", path)
-
-    return drawing
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """All texts in the arguments of a plot."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, inside in value.items():
-            yield from _texts(key)
-            yield from _texts(inside)
-    elif isinstance(value, list | tuple):
-        for inside in value:
-            yield from _texts(inside)
-    elif isinstance(value, BeforeAfter):
-        yield from (value.title, value.label, *(place for place in value.places if isinstance(place, str)))
-
-
-def _save_message(text: str, path: Path) -> None:
-    """Writes a PNG with a text."""
-    from PIL import Image, ImageDraw
-
-    image = Image.new("RGB", (900, 120), "white")
-    lines = textwrap.fill(text.encode("ascii", "backslashreplace").decode(), 130)
-    ImageDraw.Draw(image).multiline_text((12, 12), lines, fill="black")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial:
-        image.save(partial, format="png")
-
-
-@_never_fatal
+@never_fatal
 def learning_curve(history: Sequence[Mapping[str, float]], metric: str, path: Path) -> None:
     """Plots training loss, the validation metric and spike health over epochs.
 
@@ -120,7 +65,7 @@ def learning_curve(history: Sequence[Mapping[str, float]], metric: str, path: Pa
         (metric, (f"train/{metric}", f"val/{metric}")),
         ("spike health (fractions)", ("spikes/firing_rate", "spikes/dead_fraction", "spikes/saturated_fraction")),
     )
-    figure, axes = _subplots(1, len(panels), figsize=(13, 3.6), layout="constrained")
+    figure, axes = subplots(1, len(panels), figsize=(13, 3.6), layout="constrained")
     for axis, (title, keys) in zip(axes, panels, strict=True):
         for key in keys:
             points = [(row["epoch"], row[key]) for row in history if key in row]
@@ -131,10 +76,10 @@ def learning_curve(history: Sequence[Mapping[str, float]], metric: str, path: Pa
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend(fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
-@_never_fatal
+@never_fatal
 def confusion_matrix(counts: np.ndarray, class_names: Sequence[str], path: Path) -> None:
     """Plots a confusion matrix; the colour is the fraction of the row.
 
@@ -145,7 +90,7 @@ def confusion_matrix(counts: np.ndarray, class_names: Sequence[str], path: Path)
     """
     size = len(class_names)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    figure, axis = _subplots(figsize=(2.5 + min(size, 40) * 0.42, 2 + min(size, 40) * 0.38), layout="constrained")
+    figure, axis = subplots(figsize=(2.5 + min(size, 40) * 0.42, 2 + min(size, 40) * 0.38), layout="constrained")
     image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=axis, label="fraction of the target class", shrink=0.8)
     axis.set(xlabel="prediction", ylabel="target")
@@ -156,10 +101,10 @@ def confusion_matrix(counts: np.ndarray, class_names: Sequence[str], path: Path)
         for row, column in zip(*np.nonzero(counts), strict=True):
             colour = "white" if shares[row, column] > 0.5 else "black"
             axis.text(column, row, str(counts[row, column]), ha="center", va="center", color=colour, fontsize=7)
-    _save(figure, path)
+    save(figure, path)
 
 
-@_never_fatal
+@never_fatal
 def image_grid(
     images: Sequence[torch.Tensor],
     captions: Sequence[str],
@@ -183,7 +128,7 @@ def image_grid(
     below = [textwrap.fill(drawable(name), _NAME_WIDTH) for name in names]
     height = 1.85 + 0.12 * max((text.count("\n") + 1 for text in below), default=0)
     width = max(width_of_one * columns, 2.2)  # one image alone is narrower than its caption
-    figure, axes = _subplots(rows, columns, figsize=(width, height * rows), layout="constrained", squeeze=False)
+    figure, axes = subplots(rows, columns, figsize=(width, height * rows), layout="constrained", squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for axis, image, caption, is_correct in zip(axes.flat, images, captions, correct, strict=False):
@@ -192,20 +137,20 @@ def image_grid(
         axis.set_title(drawable(caption), fontsize=8, color=_COLOURS[is_correct])
     for axis, text in zip(axes.flat, below, strict=False):
         axis.text(0.5, -0.04, text, fontsize=6, ha="center", va="top", transform=axis.transAxes)
-    _save(figure, path)
+    save(figure, path)
 
 
-@_never_fatal
+@never_fatal
 def image_sheet(images: Sequence[torch.Tensor], path: Path) -> None:
     """Plots images, uint8 `[3, H, W]` each, side by side."""
     columns = min(6, max(1, len(images)))
     rows = -(-len(images) // columns)
-    figure, axes = _subplots(rows, columns, figsize=(2.6 * columns, 2.6 * rows), layout="constrained", squeeze=False)
+    figure, axes = subplots(rows, columns, figsize=(2.6 * columns, 2.6 * rows), layout="constrained", squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for axis, image in zip(axes.flat, images, strict=False):
         axis.imshow(image.permute(1, 2, 0).numpy())
-    _save(figure, path)
+    save(figure, path)
 
 
 def boxes_on_image(
@@ -245,7 +190,7 @@ def boxes_on_image(
     return drawn
 
 
-@_never_fatal
+@never_fatal
 def precision_recall(curves: Mapping[str, Sequence[float]], path: Path) -> None:
     """Plots precision at IoU 0.5 over recall, one curve per class, and their mean.
 
@@ -253,7 +198,7 @@ def precision_recall(curves: Mapping[str, Sequence[float]], path: Path) -> None:
         curves: by class name, precision at evenly spaced recalls from 0 to 1.
         path: the PNG.
     """
-    figure, axis = _subplots(figsize=(6, 4.5), layout="constrained")
+    figure, axis = subplots(figsize=(6, 4.5), layout="constrained")
     for name, values in curves.items():
         # matplotlib leaves a label that starts with an underscore out of the legend.
         label = f" {drawable(name)}" if name.startswith("_") else drawable(name)
@@ -263,10 +208,10 @@ def precision_recall(curves: Mapping[str, Sequence[float]], path: Path) -> None:
     axis.set(xlabel="recall", ylabel="precision", title="IoU 0.5", xlim=(0, 1), ylim=(0, 1.02))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7, loc="lower left")
-    _save(figure, path)
+    save(figure, path)
 
 
-@_never_fatal
+@never_fatal
 def accuracy_over_time(accuracies: Sequence[float], step_ms: float | None, path: Path) -> None:
     """Plots the accuracy of the answer after each time step: how long a network must see to be right.
 
@@ -275,15 +220,15 @@ def accuracy_over_time(accuracies: Sequence[float], step_ms: float | None, path:
         step_ms: length of a step; None where it is not the same for all samples.
         path: the PNG.
     """
-    figure, axis = _subplots(figsize=(5, 3.4), layout="constrained")
+    figure, axis = subplots(figsize=(5, 3.4), layout="constrained")
     times = [(step + 1) * (step_ms or 1) for step in range(len(accuracies))]
     axis.plot(times, accuracies, marker=".")
     axis.set(xlabel="time steps seen" if step_ms is None else "time seen (ms)", ylabel="top1", ylim=(0, 1))
     axis.grid(alpha=0.3)
-    _save(figure, path)
+    save(figure, path)
 
 
-@_never_fatal
+@never_fatal
 def energy_bars(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
     """Plots the energy of each layer in mJ, in network order: additions on spikes, MACs on integers and real values.
 
@@ -293,7 +238,7 @@ def energy_bars(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> No
         path: the PNG.
     """
     shown = [row for row in rows if row["energy_mj"] > 0]
-    figure, axis = _subplots(figsize=(9, 1.5 + 0.2 * len(shown)), layout="constrained")
+    figure, axis = subplots(figsize=(9, 1.5 + 0.2 * len(shown)), layout="constrained")
     for kind, label, colour in _INPUTS:
         places = [place for place, row in enumerate(shown) if row["input"] == kind]
         if places or kind != "integers":
@@ -303,10 +248,10 @@ def energy_bars(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> No
     axis.set(xlabel="mJ", title=drawable(title))
     axis.grid(axis="x", alpha=0.3)
     axis.legend(fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
-@_never_fatal
+@never_fatal
 def gradient_flow(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
     """Plots gradient norm, firing rate and relative step of each layer, in network order.
 
@@ -321,7 +266,7 @@ def gradient_flow(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> 
         ("learning rate x gradient / weights", "relative_step", "log"),
     )
     width = 3 + 0.16 * len(rows)
-    figure, axes = _subplots(len(panels), 1, figsize=(width, 8), layout="constrained", sharex=True)
+    figure, axes = subplots(len(panels), 1, figsize=(width, 8), layout="constrained", sharex=True)
     for axis, (label, key, scale) in zip(axes, panels, strict=True):
         values = [np.nan if row[key] is None or (scale == "log" and row[key] <= 0) else row[key] for row in rows]
         axis.plot(range(len(rows)), values, marker=".", linestyle="none" if key == "firing_rate" else "-")
@@ -333,10 +278,10 @@ def gradient_flow(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> 
     axes[2].legend(fontsize=7)
     axes[2].set_xticks(range(len(rows)), [drawable(row["layer"]) for row in rows], rotation=90, fontsize=6)
     figure.suptitle(drawable(title), fontsize=9)
-    _save(figure, path)
+    save(figure, path)
 
 
-@_never_fatal
+@never_fatal
 def paper_and_ours(
     panels: Mapping[str, Sequence[tuple[str, float | None, float | None, float | None]]], title: str, path: Path
 ) -> None:
@@ -348,7 +293,7 @@ def paper_and_ours(
         path: the PNG.
     """
     rows = max(len(points) for points in panels.values())
-    figure, axes = _subplots(
+    figure, axes = subplots(
         1, len(panels), figsize=(4.6 * len(panels) + 1.5, 1.6 + 0.34 * rows), layout="constrained", squeeze=False
     )
     for axis, (label, points) in zip(axes.flat, panels.items(), strict=True):
@@ -367,10 +312,10 @@ def paper_and_ours(
         axis.grid(axis="x", alpha=0.3)
         axis.legend(fontsize=7)
     figure.suptitle(drawable(title), fontsize=10)
-    _save(figure, path)
+    save(figure, path)
 
 
-@_never_fatal
+@never_fatal
 def data_overview(
     counts: Mapping[str, Sequence[int]], names: Sequence[str], sizes: Mapping[str, np.ndarray], path: Path
 ) -> None:
@@ -382,9 +327,7 @@ def data_overview(
         sizes: under what they are sizes of, height and width in pixels, `[n, 2]`.
         path: the PNG.
     """
-    figure, axes = _subplots(
-        1, 1 + len(sizes), figsize=(4.6 * (1 + len(sizes)), 4), layout="constrained", squeeze=False
-    )
+    figure, axes = subplots(1, 1 + len(sizes), figsize=(4.6 * (1 + len(sizes)), 4), layout="constrained", squeeze=False)
     balance, *others = axes.flat
     width = 0.8 / max(1, len(counts))
     for number, (split, values) in enumerate(counts.items()):
@@ -398,7 +341,7 @@ def data_overview(
             axis.scatter(pixels[:, 1], pixels[:, 0], s=4, alpha=0.3)
         axis.set(title=title, xlabel="width (pixels)", ylabel="height (pixels)")
         axis.grid(alpha=0.3)
-    _save(figure, path)
+    save(figure, path)
 
 
 @dataclass(frozen=True)
@@ -414,7 +357,7 @@ class BeforeAfter:
     after: tuple[float, ...]
 
 
-@_never_fatal
+@never_fatal
 def before_and_after(panels: Sequence[BeforeAfter], title: str, path: Path) -> None:
     """Plots values before and after, one panel each, two in a row.
 
@@ -424,7 +367,7 @@ def before_and_after(panels: Sequence[BeforeAfter], title: str, path: Path) -> N
         path: the PNG.
     """
     rows = -(-len(panels) // 2)
-    figure, axes = _subplots(rows, 2, figsize=(13, 3.8 * rows), layout="constrained", squeeze=False)
+    figure, axes = subplots(rows, 2, figsize=(13, 3.8 * rows), layout="constrained", squeeze=False)
     for axis, panel in zip(axes.flat, panels, strict=False):
         axis.set_title(drawable(panel.title), fontsize=9)
         if panel.places:
@@ -437,7 +380,7 @@ def before_and_after(panels: Sequence[BeforeAfter], title: str, path: Path) -> N
     figure.suptitle(drawable(title), fontsize=10)
     keys = [axes[0, 0].fill_between([], [], color=colour, label=label) for label, colour in _SIDES]
     figure.legend(handles=keys, loc="outside upper right", ncols=2, fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _draw_both(axis: Any, panel: BeforeAfter) -> None:
@@ -453,23 +396,3 @@ def _draw_both(axis: Any, panel: BeforeAfter) -> None:
         axis.set_xticks(range(len(names)), names, fontsize=7, **turned)
     axis.set_ylabel(drawable(panel.label), fontsize=8)
     axis.grid(axis="y", alpha=0.3)
-
-
-def _subplots(rows: int = 1, columns: int = 1, **settings: Any) -> tuple[Figure, Any]:
-    """A figure without a window, and its axes. Imports matplotlib here, because serving never plots."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot.subplots(rows, columns, **settings)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    """Writes a PNG, atomically."""
-    from matplotlib import pyplot
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial:
-        figure.savefig(partial, format="png", dpi=110)
-    pyplot.close(figure)

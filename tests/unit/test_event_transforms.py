@@ -21,34 +21,23 @@ from spikefleet_pipelines.events.windows import recording_of
 from spikefleet_pipelines.loading import Batch, BatchLoader
 from spikefleet_pipelines.opening import open_or_prepare
 from spikefleet_pipelines.sampling import EpochPlan, EvaluationPlan
-from spikefleet_pipelines.store.event_format import EventFormat
 from spikefleet_pipelines.store.event_samples import EventSamples
-from spikefleet_pipelines.store.event_shard_writer import SourceRecording
-from spikefleet_pipelines.store.event_writer import EventStoreWriter
 from spikefleet_pipelines.store.reader import Store
 from spikefleet_pipelines.transforms.classification_config import TransformConfig
 from spikefleet_pipelines.transforms.events import window_of
 from spikefleet_pipelines.transforms.events_config import EventsTransformConfig
-from support.event_arrays import at_times, random_events
+from support.event_arrays import at_times
+from support.event_stores import LENGTH, labelled_store
 
-SENSOR, LENGTH, T = (12, 20), 100_000, 5
+SENSOR, T = (12, 20), 5
 EVERYTHING = {
     "polarity_swap": 0.5, "time_reversal": 0.5, "horizontal_flip": 0.5, "shift": 0.2, "time_crop": 0.8,
     "time_jitter_us": 300.0, "event_drop": True,
 }  # fmt: skip
 
 
-def made_store(out: Path, source: str = "own", count: int = 12) -> Store:
-    names = tuple("abcdefgh")
-    with EventStoreWriter(out, source=source, class_names=names, events=EventFormat.of(SENSOR), options={}) as writer:
-        for split in ("train",):
-            given = [random_events(40 * n, SENSOR, LENGTH, n) for n in range(count)]
-            writer.write_recordings(
-                split,
-                [SourceRecording([one], n % 8, name=str(n), t0=0, duration=LENGTH + 7) for n, one in enumerate(given)],
-            )
-        writer.commit()
-    return Store.open(out)
+def made_store(out: Path, source: str = "own") -> Store:
+    return labelled_store(out, source, SENSOR, [40 * n for n in range(12)], classes=4)
 
 
 @pytest.fixture(scope="module")

@@ -99,7 +99,7 @@ def test_a_kind_that_does_not_suit_the_store_is_refused_with_all_that_do(scenes:
 @pytest.mark.usefixtures("outside")
 def test_registering_again_is_harmless_and_another_class_is_refused() -> None:
     before = transform_kinds()
-    assert list(before) == ["image", "detection", "events", "count"]
+    assert list(before) == ["image", "detection", "events", "event_detection", "count"]
     register_transform_kind(CountConfig)
     register_transform_kind(TransformConfig)
 

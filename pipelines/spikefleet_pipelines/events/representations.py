@@ -29,7 +29,10 @@ from spikefleet_pipelines.events.windows import EventWindow
 Frames = NDArray[np.int32] | NDArray[np.uint8] | NDArray[np.float32]
 """Frames [T, C, H, W]."""
 
-_NO_EVENT, _ON, _OFF = np.float32(127 / 255), np.float32(1), np.float32(0)
+NO_EVENT = np.float32(127 / 255)
+"""The value of a pixel without events in frames of `last_polarity`."""
+
+_ON, _OFF = np.float32(1), np.float32(0)
 
 
 def bin_events(window: EventWindow, config: BinningConfig) -> Frames:
@@ -74,7 +77,7 @@ def last_polarity(window: EventWindow, edges: Edges) -> NDArray[np.float32]:
         [T, 1, H, W]: 1 for ON, 0 for OFF, 127/255 where no event was.
     """
     height, width = window.layout.sensor
-    frames = np.full((len(edges) - 1, height * width), _NO_EVENT, np.float32)
+    frames = np.full((len(edges) - 1, height * width), NO_EVENT, np.float32)
     for frame, start, stop in zip(frames, edges[:-1], edges[1:], strict=True):
         for words in _chunks(window.words[start:stop]):
             # Of equal indices numpy keeps the last assignment, and words are in the order of time.

@@ -94,6 +94,10 @@ class EventSamples:
         first = int(np.searchsorted(self._recording_of, recording))
         return LabelTime(recording, row - first, int(self._times[row]))
 
+    def draw_rows(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the numbers by which samples are augmented: their own."""
+        return rows
+
     def annotations(self, row: int) -> Annotations:
         """Return the objects of a sample, as those of an image with the size of the sensor; its id is the row.
 

@@ -68,6 +68,11 @@ class EventRows(Rows, Protocol):
         ...
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of their indices."""
+        ...
+
+    @property
     def sensor(self) -> tuple[int, int]:
         """Height and width."""
         ...
@@ -78,4 +83,8 @@ class EventRows(Rows, Protocol):
 
     def label_time(self, row: int) -> LabelTime:
         """Return recording and label time of a sample for detection."""
+        ...
+
+    def draw_rows(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the numbers by which samples are augmented: windows of one recording have the same."""
         ...

@@ -97,6 +97,14 @@ class BatchTransformConfig(BaseModel, ABC):
 
         return TrainingRows()
 
+    def stream_window_us(self) -> int:
+        """Return the length in us of the windows of a stream that the transform reads.
+
+        Raises:
+            ValueError: the transform cannot read streams; the message names the field below `data.transform`.
+        """
+        raise ValueError(f"kind={self.kind} reads no windows of events; set a kind for events")
+
     @abstractmethod
     def build(self, split: "Rows", train: bool, seed: int, epochs: int | None = None) -> "BatchTransform[Any, Any]":
         """Build the transform of a split; this imports its dependencies.

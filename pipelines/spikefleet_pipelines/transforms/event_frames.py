@@ -16,7 +16,7 @@ from torch import Tensor
 from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.events.binning import Edges, slices_by_number, slices_by_time
 from spikefleet_pipelines.events.binning_config import BinningConfig
-from spikefleet_pipelines.events.representations import bin_events
+from spikefleet_pipelines.events.representations import NO_EVENT, bin_events
 from spikefleet_pipelines.events.windows import EventWindow
 from spikefleet_pipelines.events.words import WordLayout
 from spikefleet_pipelines.store.rows import EventRows, Rows
@@ -28,6 +28,19 @@ NO_SLICE = -1
 """In the place of a number of a slice: zeros."""
 
 
+OUTSIDE = -1
+"""In the place of a row or column of the sensor's frame: a pixel that no event can reach."""
+
+
+class Grid(NamedTuple):
+    """The pixel of a frame that each pixel of the network's input shows; nearest, and the same for all slices."""
+
+    rows: NDArray[np.int64]
+    """[H']."""
+    columns: NDArray[np.int64]
+    """[W']."""
+
+
 class SliceTable(NamedTuple):
     """Where the slices of a batch are among its words; sent beside the words of a batch."""
 
@@ -35,6 +48,8 @@ class SliceTable(NamedTuple):
     """[B, K]."""
     stops: NDArray[np.int64]
     """[B, K]."""
+    grids: Sequence[Grid] | None
+    """Of each sample; None where frames are shown as they are."""
 
 
 def event_rows(split: Rows, kind: str) -> EventRows:
@@ -73,27 +88,43 @@ class FrameMaker:
         config.check_frames(sensor)
         return cls(WordLayout(*sensor), config.binning, config.normalise, config.bin_on == "device")
 
+    @property
+    def nothing(self) -> float:
+        """The value of a pixel without events."""
+        return float(NO_EVENT) if self.binning.kind == "last_polarity" else 0.0
+
     def batch(
-        self, windows: Sequence[EventWindow], slices: Sequence[NDArray[np.int64]]
+        self,
+        windows: Sequence[EventWindow],
+        slices: Sequence[NDArray[np.int64]],
+        grids: Sequence[Grid] | None = None,
     ) -> tuple[Tensor, SliceTable | None]:
         """Make a batch.
 
         Args:
             windows: of the samples.
             slices: of each sample, the numbers of the slices to show, in order; all of one length K.
+            grids: of each sample, all of one size; None shows frames as they are.
 
         Returns:
             Frames float32 [B, K, C, H, W], normalised; or, for the device, words int32 [N] with the table of slices.
         """
         if self.on_device:
-            return self._words(windows, slices)
+            return self._words(windows, slices, grids)
         height, width = self.binning.size or self.layout.sensor
+        if grids is not None:
+            height, width = len(grids[0].rows), len(grids[0].columns)
         frames = empty_batch((len(windows), len(slices[0]), self.binning.channels, height, width))
-        values = frames.numpy()
-        for sample, window, chosen in zip(values, windows, slices, strict=True):
-            binned = bin_events(window, self.binning)
-            sample[...] = binned[np.maximum(chosen, 0)]
-            sample[chosen == NO_SLICE] = 0
+        for place, (sample, window, chosen) in enumerate(zip(frames.numpy(), windows, slices, strict=True)):
+            binned = bin_events(window, self.binning)[np.maximum(chosen, 0)]
+            if grids is None:
+                sample[...] = binned
+            else:
+                rows, columns = grids[place]
+                sample[...] = binned[..., np.maximum(rows, 0)[:, None], np.maximum(columns, 0)]
+                sample[..., rows == OUTSIDE, :] = self.nothing
+                sample[..., columns == OUTSIDE] = self.nothing
+            sample[chosen == NO_SLICE] = self.nothing
         return self._normalised(frames), None
 
     def on(self, words: Tensor, table: SliceTable, device: torch.device | str) -> Tensor:
@@ -107,11 +138,16 @@ class FrameMaker:
         Returns:
             Frames float32 [B, K, C, H, W] on the device, normalised.
         """
-        starts, stops = (torch.from_numpy(one).to(device) for one in table)
+        starts, stops = (torch.from_numpy(one).to(device) for one in (table.starts, table.stops))
         counts = _counted(words.to(device, non_blocking=True), starts, stops, self.layout)
-        return self._normalised(_finished(counts, self.binning))
+        frames = _finished(counts, self.binning)
+        if table.grids is not None:
+            frames = torch.stack([_placed(one, grid) for one, grid in zip(frames, table.grids, strict=True)])
+        return self._normalised(frames)
 
-    def _words(self, windows: Sequence[EventWindow], slices: Sequence[NDArray[np.int64]]) -> tuple[Tensor, SliceTable]:
+    def _words(
+        self, windows: Sequence[EventWindow], slices: Sequence[NDArray[np.int64]], grids: Sequence[Grid] | None
+    ) -> tuple[Tensor, SliceTable]:
         words = np.concatenate([np.empty(0, np.uint32), *(window.words for window in windows)])
         starts, stops, before = [], [], 0
         for window, chosen in zip(windows, slices, strict=True):
@@ -120,7 +156,7 @@ class FrameMaker:
             starts.append(edges[:-1][shown])
             stops.append(np.where(chosen == NO_SLICE, edges[:-1][shown], edges[1:][shown]))
             before += len(window)
-        return torch.from_numpy(words.view(np.int32)), SliceTable(np.stack(starts), np.stack(stops))
+        return torch.from_numpy(words.view(np.int32)), SliceTable(np.stack(starts), np.stack(stops), grids)
 
     def _normalised(self, frames: Tensor) -> Tensor:
         if self.normalise == Normalisation():
@@ -165,6 +201,13 @@ def _finished(counts: Tensor, binning: BinningConfig) -> Tensor:
         limit = binning.clip if binning.normalise != "none" else int(binning.clip)
         frames = frames.clamp_max(limit)
     return frames
+
+
+def _placed(frames: Tensor, grid: Grid) -> Tensor:
+    """Show counts [K, C, H, W] on a grid: [K, C, H', W']."""
+    rows, columns = (torch.from_numpy(one).to(frames.device) for one in grid)
+    shown = frames[..., rows.clamp_min(0)[:, None], columns.clamp_min(0)]
+    return shown * ((rows != OUTSIDE)[:, None] & (columns != OUTSIDE))
 
 
 def _resized(counts: Tensor, size: tuple[int, int], how: str) -> Tensor:

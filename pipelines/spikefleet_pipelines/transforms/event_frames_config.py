@@ -5,6 +5,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, PrivateAttr, model_validator
 
 from spikefleet_pipelines.events.binning_config import BinningConfig, RepresentationConfig
+from spikefleet_pipelines.events.durations import duration_us
 from spikefleet_pipelines.transforms.batch_transform_config import BatchTransformConfig
 from spikefleet_pipelines.transforms.normalise_config import Normalisation, check_channels
 
@@ -66,6 +67,22 @@ class EventFramesConfig(BatchTransformConfig):
     def binning(self) -> BinningConfig:
         """Settings of binning with T slices. Raises ValueError as `timesteps`."""
         return self.representation.with_slices(self.timesteps)
+
+    def stream_window_us(self) -> int:
+        """Return the length of windows; see `BatchTransformConfig.stream_window_us`."""
+        window = self.model_dump().get("window")
+        try:
+            length = duration_us(str(window))
+        except ValueError:
+            raise ValueError(f"window={window}: windows of a stream have one length; set, for example, 50ms") from None
+        if self.interrupts_streams is not None:
+            raise ValueError(f"{self.interrupts_streams}, but the windows of a recording belong together; leave it out")
+        return length
+
+    @property
+    def interrupts_streams(self) -> str | None:
+        """A field that does something else to each window of a recording, in words; None where there is none."""
+        return None
 
     @property
     def binary_input(self) -> bool:

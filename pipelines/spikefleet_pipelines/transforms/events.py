@@ -14,6 +14,7 @@ from torch import Tensor
 
 from spikefleet_pipelines.events.augmentation import Sample, augment, kept_slices, slice_order
 from spikefleet_pipelines.events.durations import duration_us
+from spikefleet_pipelines.events.frame_augmentation import cut_mix, cutout, draw_mix, mixed_classes, nda
 from spikefleet_pipelines.events.label_effects import LabelEffects, label_effects_of
 from spikefleet_pipelines.events.recording import EventArrays
 from spikefleet_pipelines.events.windows import EventWindow, StoredRecording, recording_of
@@ -22,7 +23,7 @@ from spikefleet_pipelines.transforms.event_frames import NO_SLICE, FrameMaker, S
 from spikefleet_pipelines.transforms.events_config import EventsTransformConfig
 
 Packed = tuple[Tensor, SliceTable | None]
-"""Classes int64 [B], and the table of slices where the frames are made on the device."""
+"""Classes int64 [B] or float32 [B, K], and the table of slices where the frames are made on the device."""
 
 
 def window_of(recording: StoredRecording, window: str) -> EventWindow:
@@ -38,7 +39,10 @@ def window_of(recording: StoredRecording, window: str) -> EventWindow:
 
 @dataclass(frozen=True)
 class EventsTransform:
-    """Frames and classes of recordings: a `BatchTransform` whose targets are int64 [B]."""
+    """Frames and classes of recordings: a `BatchTransform` whose targets are int64 [B].
+
+    Training with `frame_augmentation.cut_mix` has probabilities of the classes instead, float32 [B, K].
+    """
 
     split: EventRows
     config: EventsTransformConfig
@@ -61,6 +65,45 @@ class EventsTransform:
 
     def __call__(self, rows: NDArray[np.int64], epoch: int) -> tuple[Tensor, Packed]:
         """Load rows; see `BatchTransform`."""
+        frames, labels, table = self._load(rows, epoch)
+        chosen = self.config.frame_augmentation
+        if not self.train or chosen.is_none:
+            return frames, (torch.from_numpy(labels), table)
+        samples = [Sample(self.seed, epoch, row) for row in rows.tolist()]
+        for place, sample in enumerate(samples):
+            if chosen.nda is not None:
+                frames[place] = nda(frames[place], chosen.nda, sample, self._fill)
+            if chosen.cutout > 0:
+                frames[place] = cutout(frames[place], chosen.cutout, sample, self._fill)
+        return frames, (self._mixed(frames, labels, samples), None)
+
+    @property
+    def _fill(self) -> Tensor:
+        """The value of a pixel without events, [C, 1, 1]."""
+        mean, std = (
+            torch.tensor(one, dtype=torch.float32).reshape(-1, 1, 1)
+            for one in (self.config.normalise.mean, self.config.normalise.std)
+        )
+        return (0 - mean) / std
+
+    def _mixed(self, frames: Tensor, labels: NDArray[np.int64], samples: Sequence[Sample]) -> Tensor:
+        """Mix frames in place (CutMix); return the classes, as probabilities if any may be mixed."""
+        own = torch.from_numpy(labels)
+        probability = self.config.frame_augmentation.cut_mix
+        if probability == 0:
+            return own
+        size = (frames.shape[-2], frames.shape[-1])
+        partners, shares = own.clone(), torch.zeros(len(own))
+        for place, sample in enumerate(samples):
+            mix = draw_mix(probability, len(self.split), size, sample)
+            if mix is not None:
+                other, classes, _ = self._load(np.array([mix.partner], np.int64), sample.epoch)
+                frames[place] = cut_mix(frames[place], other[0], mix.area)
+                partners[place], shares[place] = int(classes[0]), mix.share
+        return mixed_classes(own, partners, shares, len(self.split.class_names))
+
+    def _load(self, rows: NDArray[np.int64], epoch: int) -> tuple[Tensor, NDArray[np.int64], SliceTable | None]:
+        """Frames, classes and, for the device, the table of slices; events are augmented, frames are not."""
         labels = self.split.labels[rows]
         windows = [window_of(self.split.recording(row), self.config.window) for row in rows.tolist()]
         if self.train and not self.config.augmentation.is_none:
@@ -68,7 +111,7 @@ class EventsTransform:
                 sample = Sample(self.seed, epoch, row)
                 windows[place], labels[place] = self._augmented(windows[place], int(labels[place]), sample)
         frames, table = self.maker.batch(windows, self._slices(rows.tolist(), epoch))
-        return frames, (torch.from_numpy(labels), table)
+        return frames, labels, table
 
     def unpack(self, packed: Packed) -> Tensor:
         """Return the classes."""

@@ -1,15 +1,17 @@
 """The config of the transform of recordings with classes; `events.py` implements it.
 
-Training, in this order: augmentation of the events of the window, binning, deletion of slices, normalisation.
+Training, in this order: augmentation of the events of the window, binning, deletion of slices, normalisation,
+augmentation of the frames.
 Evaluation: binning, order of the slices, normalisation.
 """
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from spikefleet_pipelines.events.augmentation_config import EventAugmentation
 from spikefleet_pipelines.events.durations import duration_us
+from spikefleet_pipelines.events.frame_augmentation_config import FrameAugmentation
 from spikefleet_pipelines.transforms.event_frames_config import EventFramesConfig
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ class EventsTransformConfig(EventFramesConfig):
         "as 250ms: the last part of the recording, with nothing before its start",
     )
     augmentation: EventAugmentation = EventAugmentation()
+    frame_augmentation: FrameAugmentation = FrameAugmentation()
     keep_slices: int | None = Field(
         default=None, ge=1, le=4096, description="training: number of slices that are kept, at random; none: all"
     )
@@ -44,6 +47,14 @@ class EventsTransformConfig(EventFramesConfig):
         default="recorded",
         description="evaluation: order of the slices; shuffled: one permutation for each sample",
     )
+
+    @model_validator(mode="after")
+    def _frames_are_here(self) -> Self:
+        if self.bin_on == "device" and not self.frame_augmentation.is_none:
+            raise ValueError(
+                "frame_augmentation changes frames in the loader, but bin_on is 'device'; set bin_on=loader"
+            )
+        return self
 
     @field_validator("window")
     @classmethod
@@ -67,6 +78,15 @@ class EventsTransformConfig(EventFramesConfig):
             raise ValueError(
                 f"keep_slices is {self.keep_slices}, expected 1 to {self.timesteps}, the time steps of the network"
             )
+
+    @property
+    def interrupts_streams(self) -> str | None:
+        """A field that does something else to each window of a recording; see `EventFramesConfig`."""
+        if not self.augmentation.is_none:
+            return "augmentation draws anew for each window"
+        if self.keep_slices is not None:
+            return f"keep_slices={self.keep_slices} deletes other slices of each window"
+        return None if self.slice_order == "recorded" else f"slice_order={self.slice_order} changes their order"
 
     def pixels(self, images: "Tensor") -> "list[Tensor]":
         """Draw samples as strips over time, uint8 [3, H, T W + gaps] each."""

@@ -13,12 +13,14 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from spikefleet_pipelines.transforms.batch_transform_config import BatchTransformConfig
 from spikefleet_pipelines.transforms.classification_config import TransformConfig
 from spikefleet_pipelines.transforms.detection_config import DetectionTransformConfig
+from spikefleet_pipelines.transforms.event_detection_config import EventDetectionTransformConfig
 from spikefleet_pipelines.transforms.events_config import EventsTransformConfig
 
 _BUILT_IN = (
     TransformConfig,
     DetectionTransformConfig,
     EventsTransformConfig,
+    EventDetectionTransformConfig,
 )
 DEFAULT_KIND = "image"
 

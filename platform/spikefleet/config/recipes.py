@@ -186,11 +186,18 @@ def _read_recipe(recipe: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 def _merged(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Override fields; a transform of another kind has other fields, and takes none of those under it."""
     merged = dict(under)
     for key, value in over.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), dict)
+        if both and key == "transform" and value.get("kind", _kind(merged[key])) != _kind(merged[key]):
+            both = False
         merged[key] = _merged(merged[key], value) if both else value
     return merged
+
+
+def _kind(transform: Mapping[str, Any]) -> Any:
+    return transform.get("kind", DEFAULT_KIND)
 
 
 def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from spikefleet.config.messages import PLAIN_NAME
 from spikefleet.config.renamed import with_current_keys
 from spikefleet.config.retrain_config import RetrainConfig
 from spikefleet.config.section import Section
+from spikefleet.config.stream_config import StreamConfig
 from spikefleet.config.task_table import find_task
 from spikefleet_models.families import AnyModelConfig
 from spikefleet_models.shortcut_config import ShortcutConfig
@@ -44,6 +45,9 @@ class TrainConfig(Section):
         pattern="^[0-9a-f]{64}$",
         description="SHA-256 of initial.safetensors in the run's directory, whose weights the training starts from; "
         "`retrain --from champion` sets it",
+    )
+    stream: StreamConfig | None = Field(
+        None, description="train on consecutive windows of recordings of events; null: on samples in random order"
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast type; membranes stay fp32")
     channels_last: bool = Field(False, description="NHWC memory layout")
@@ -274,6 +278,22 @@ class Config(Section):
         if self.train.ema_ramp is not None and self.train.ema_decay is None:
             raise ValueError(
                 f"train.ema_ramp={self.train.ema_ramp} has no effect without train.ema_decay; set both or neither"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _streams_are_whole(self) -> Self:
+        if self.train.stream is not None:
+            hindrances = {
+                f"train.accumulate={self.train.accumulate}": self.train.accumulate > 1,
+                "train.compile=true": self.train.compile,
+                "train.cuda_graphs=true": self.train.cuda_graphs,
+                f"train.partial_batch={self.train.partial_batch}": self.train.partial_batch != "keep",
+                f"shortcut.where={self.shortcut.where}": self.shortcut.enabled,
+            }
+            is_detection = find_task(self.task).networks == "detection"
+            self.train.stream.check(
+                self.data.transform, [field for field, there in hindrances.items() if there], is_detection
             )
         return self
 

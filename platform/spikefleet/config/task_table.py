@@ -58,6 +58,7 @@ _TABLE: dict[str, TaskEntry] = {
             "spikefleet.tasks.detection:Detection",
             networks="detection",
             transform="detection",
+            event_transform="event_detection",
             answers="a list of objects for each image: name, score from 0 to 1, and box (x1 y1 x2 y2 in its pixels)",
         ),
     )

@@ -61,7 +61,10 @@ class Classification(Task[Ranking, int]):
         return ClassificationReport(self.class_names)
 
     def loss(self, network: nn.Module, batch: Batch, balance: float | torch.Tensor = 0.0) -> dict[str, torch.Tensor]:
-        """`loss`, the mean over the batch, and `top1`, the accuracy of the network's own output."""
+        """`loss`, the mean over the batch, and `top1`, the accuracy of the network's own output.
+
+        Of mixed samples, whose targets are probabilities, the likelier class counts as the right one.
+        """
         assert isinstance(batch.targets, torch.Tensor)
         output = network(batch.network_input)
         if isinstance(output, ShortcutLogits):
@@ -70,7 +73,8 @@ class Classification(Task[Ranking, int]):
         else:
             logits = output.float()
             loss = F.cross_entropy(logits, batch.targets, label_smoothing=self._label_smoothing)
-        return {"loss": loss, "top1": (logits.detach().argmax(1) == batch.targets).float().mean()}
+        right = batch.targets.argmax(1) if batch.targets.ndim == 2 else batch.targets
+        return {"loss": loss, "top1": (logits.detach().argmax(1) == right).float().mean()}
 
     def random_targets(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """A random class for each image."""
@@ -237,12 +241,12 @@ class ClassificationReport(TaskReport[Ranking, int]):
         plots.image_grid(images, captions, [None] * len(captions), path, names)
 
     def draw_batch(self, images: Sequence[torch.Tensor], targets: torch.Tensor, path: Path) -> None:
-        """Plots images of a training batch with their classes."""
+        """Plots images of a training batch with their classes; of mixed ones with the likelier class."""
         from spikefleet import plots
         from spikefleet.plot_text import labels
 
         classes = labels(self.class_names)
-        names = [classes[label] for label in targets.tolist()]
+        names = [classes[label] for label in (targets.argmax(1) if targets.ndim == 2 else targets).tolist()]
         plots.image_grid(images, names, [None] * len(names), path)
 
     def table(self, details: Mapping[str, Any]) -> list[tuple[str, ...]]:

@@ -12,15 +12,18 @@ import torch
 from torch import nn
 
 from spikefleet.config.schema import TrainConfig
+from spikefleet.errors import UserError
 from spikefleet.status import Count, uncounted
 from spikefleet.tasks import Task
 from spikefleet.tasks.task import Prediction, Target
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.precision import autocast
 from spikefleet.training.stopping import StopRequested
+from spikefleet.training.stream import Lanes, predict_window
 from spikefleet_models.health import SpikeMonitor
 from spikefleet_pipelines.loading import Batch, BatchLoader
 from spikefleet_pipelines.sampling import EvaluationPlan, StepBatch
+from spikefleet_pipelines.stream_plan import EventStreamPlan
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def evaluate(
     stop_requested: StopRequested | None = None,
     over_time: bool = False,
 ) -> Evaluation[Prediction, Target] | None:
-    """Predicts every sample of the loader's split.
+    """Predicts every sample of the loader's split; with `config.stream`, at the end of its recording's windows.
 
     Args:
         network: on the device of the group; its mode is restored.
@@ -73,14 +76,17 @@ def evaluate(
         group: this process's rank and group.
         progress: called with (samples done, samples in all), as far as this rank knows.
         stop_requested: asked on each rank after each batch.
-        over_time: measure the answers after each time step too, by another forward pass.
+        over_time: measure the answers after each time step too, by another forward pass; not of streams.
 
     Returns:
         The evaluation on rank 0; None on other ranks.
 
     Raises:
         EvaluationStopped: a rank was asked to stop; raised on all ranks.
+        UserError: the network was trained on streams, and the split cannot be read as such.
     """
+    if config.stream is not None:
+        return _evaluate_streams(network, task, loader, config, group, progress, stop_requested)
     was_training = network.training
     network.eval()
     plan = EvaluationPlan(
@@ -113,20 +119,73 @@ def evaluate(
     if stop_requested is not None and any(group.all_gather(stopped)):
         raise EvaluationStopped
     right = [part for part in group.gather(hits) or () if part is not None] if over_time else []
+    merged = _gathered(rows, group)
+    if merged is None:
+        return None
+    return Evaluation(
+        *merged,
+        tuple(monitor.table()),
+        monitor.summary(),
+        loader.split.name,
+        tuple(sum(counts) / len(merged[0]) for counts in zip(*right, strict=True)),
+        loader.step_ms,
+    )
+
+
+def _gathered(
+    rows: list[tuple[int, Prediction, Target]], group: ProcessGroup
+) -> tuple[list[Prediction], list[Target]] | None:
+    """Predictions and targets of all ranks in the order of the split, on rank 0."""
     parts = group.gather(rows)
     if parts is None:
         return None
     merged = sorted((row for part in parts for row in part), key=lambda row: row[0])
-    predictions, targets = [row[1] for row in merged], [row[2] for row in merged]
-    return Evaluation(
-        predictions,
-        targets,
-        tuple(monitor.table()),
-        monitor.summary(),
-        loader.split.name,
-        tuple(sum(counts) / len(merged) for counts in zip(*right, strict=True)),
-        loader.step_ms,
+    return [row[1] for row in merged], [row[2] for row in merged]
+
+
+def _evaluate_streams(
+    network: nn.Module,
+    task: Task[Prediction, Target],
+    loader: BatchLoader,
+    config: TrainConfig,
+    group: ProcessGroup,
+    progress: Count,
+    stop_requested: StopRequested | None,
+) -> Evaluation[Prediction, Target] | None:
+    """As `evaluate`, with every recording read window by window, and predictions for those with a label."""
+    from spikefleet_pipelines.streams import StreamLoader  # a store of events, with pyarrow
+
+    assert config.stream is not None
+    try:
+        stream = StreamLoader.beside(loader)
+    except ValueError as error:
+        raise UserError(f"the network was trained on streams (train.stream), but {error}") from error
+    was_training = network.training
+    network.eval()
+    recordings = len(stream.split.windows.counts)
+    lanes = min(config.eval_batch, -(-recordings // group.size)) * group.size
+    plan = EventStreamPlan(
+        windows=stream.split.windows, lanes=lanes, world_size=group.size, rank=group.rank, fill=False, shuffle=False
     )
+    membranes, monitor = Lanes(carries=config.stream.state == "carried"), SpikeMonitor(network)
+    rows: list[tuple[int, Prediction, Target]] = []
+    stopped = False
+    for batch in stream.epoch(plan, epoch=0):
+        assert batch.stream is not None
+        here = batch.to(group.device, config.channels_last)
+        with autocast(config.precision, group.device), monitor if batch.stream.step == 0 else nullcontext():
+            rows += predict_window(task, network, membranes, here)
+        progress(min(len(rows) * group.size, len(loader.split)), len(loader.split))
+        if stop_requested is not None and stop_requested():
+            stopped = True
+            break
+    network.train(was_training)
+    if stop_requested is not None and any(group.all_gather(stopped)):
+        raise EvaluationStopped
+    merged = _gathered(rows, group)
+    if merged is None:
+        return None
+    return Evaluation(*merged, tuple(monitor.table()), monitor.summary(), loader.split.name)
 
 
 @dataclass(frozen=True)

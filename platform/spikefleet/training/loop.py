@@ -35,7 +35,7 @@ from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.evaluation import Evaluation, EvaluationStopped, evaluate
 from spikefleet.training.events import CheckpointSaved, EpochDone, EventSink, Note, Phase, Started
 from spikefleet.training.malloc import keep_freed_memory
-from spikefleet.training.splits import Splits, prepare_parts
+from spikefleet.training.splits import Splits, TrainingPlan, prepare_parts, training_loader
 from spikefleet.training.state import TrainingState
 from spikefleet.training.step import Meter, due, micro_batches, training_step
 from spikefleet.training.stopping import StopRequested, TrainingStopped, never
@@ -44,7 +44,6 @@ from spikefleet.training.unit_forms import settle_form
 from spikefleet.versions import library_versions
 from spikefleet_models.kernels import CpuForm
 from spikefleet_pipelines.loading import Batch, BatchLoader
-from spikefleet_pipelines.sampling import EpochPlan
 
 if TYPE_CHECKING:  # any store will do, also one in memory: `pyarrow` is not needed for training itself
     from spikefleet_pipelines.store.reader import Store
@@ -239,7 +238,7 @@ def _refuse_unshared_storage(group: ProcessGroup, folder: CheckpointFolder) -> N
         )
 
 
-def _settle_gradient_exchange(state: TrainingState, task: AnyTask, store: Store, plan: EpochPlan) -> None:
+def _settle_gradient_exchange(state: TrainingState, task: AnyTask, store: Store, plan: TrainingPlan) -> None:
     """Runs one backward pass whose gradients are discarded, so that a resumed run is bit-exact.
 
     DDP rebuilds its buckets after the first backward pass, and with three or more ranks the buckets decide in which
@@ -270,14 +269,13 @@ def _plot_that_may_fail(path: Path, sink: EventSink) -> Iterator[None]:
         sink.emit(Note(f"the plot {path.name} was not drawn: {reason}"))
 
 
-def _first_batch(config: Config, store: Store, plan: EpochPlan) -> Batch:
+def _first_batch(config: Config, store: Store, plan: TrainingPlan) -> Batch:
     """The first micro-batch, from a separate loader, so that the loader of the training keeps its position."""
-    seed, epochs = config.train.seed, config.train.epochs
-    loader = BatchLoader(store.samples("train"), config.transform, train=True, seed=seed, epochs=epochs)
-    return next(micro_batches(next(loader.epoch(plan, epoch=0)), config.train.accumulate))
+    batch = next(iter(training_loader(store, config).epoch(plan, epoch=0)))
+    return next(micro_batches(batch, config.train.accumulate))
 
 
-def _draw_first_batch(config: Config, task: AnyTask, store: Store, plan: EpochPlan, path: Path) -> None:
+def _draw_first_batch(config: Config, task: AnyTask, store: Store, plan: TrainingPlan, path: Path) -> None:
     """Plots the first training images as the network sees them, without normalisation."""
     batch = _first_batch(config, store, plan)
     shown = min(_IMAGES_OF_BATCH, len(batch.indices))
@@ -288,7 +286,7 @@ def _finish_epoch(
     state: TrainingState,
     task: AnyTask,
     splits: Splits,
-    plan: EpochPlan,
+    plan: TrainingPlan,
     folder: CheckpointFolder,
     sink: EventSink,
     stop_requested: StopRequested,
@@ -299,7 +297,7 @@ def _finish_epoch(
     """
     config = state.config
     row = {"epoch": float(state.epoch + 1)}
-    row |= {f"train/{name}": total / plan.samples_per_epoch for name, total in state.sums.items()}
+    row |= {f"train/{name}": total / plan.samples_of(state.epoch) for name, total in state.sums.items()}
     if config.shortcut.enabled:
         row["balance_coefficient"] = state.balance
     gradients = _gradient_table(state)
@@ -319,6 +317,7 @@ def _finish_epoch(
     if evaluation is not None:
         row |= {f"spikes/{name}": value for name, value in evaluation.health.items()}
     state.epoch, state.step_in_epoch, state.sums = state.epoch + 1, 0, {}
+    state.lanes.clear()
     state.history.append(row)
     best = bool(measured) and _improves(config.checkpoint, state.best, measured)
     timely = due(config.checkpoint.every_epochs, state.epoch) or due(config.checkpoint.every_steps, state.step)

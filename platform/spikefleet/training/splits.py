@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from spikefleet.config.schema import Config
 from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
@@ -12,10 +14,14 @@ from spikefleet.tasks import AnyTask, build_task
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet_pipelines.loading import BatchLoader
 from spikefleet_pipelines.sampling import EpochPlan
+from spikefleet_pipelines.stream_plan import EventStreamPlan
 from spikefleet_tune.messages import counted
 
 if TYPE_CHECKING:
     from spikefleet_pipelines.store.reader import Store
+
+
+TrainingPlan = EpochPlan | EventStreamPlan
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Splits:
             return BatchLoader(
                 store.samples(split),
                 config.transform,
-                train=split == "train",
+                train=False,
                 seed=config.train.seed,
                 processes=config.data.loader_processes,
                 pin_memory=group.device.type == "cuda",
@@ -46,10 +52,46 @@ class Splits:
             )
 
         val = loader("val") if "val" in manifest.splits else None
-        return cls(loader("train"), val, loader(manifest.original("test")))
+        train = training_loader(
+            store, config, group.device, config.data.loader_processes, pin_memory=group.device.type == "cuda"
+        )
+        return cls(train, val, loader(manifest.original("test")))
 
 
-def prepare_parts(config: Config, store: Store, group: ProcessGroup) -> tuple[AnyTask, Splits, EpochPlan]:
+def training_loader(
+    store: Store, config: Config, device: torch.device | str = "cpu", processes: int = 0, pin_memory: bool = False
+) -> BatchLoader:
+    """The loader of the training split: of its samples, or of the windows of its recordings.
+
+    Args:
+        store: of the data.
+        config: of the run.
+        device: where events are counted.
+        processes: loader processes.
+        pin_memory: put batches in page-locked memory.
+
+    Raises:
+        ValueError: the transform does not fit.
+    """
+    samples, loader, stream = store.samples("train"), BatchLoader, config.train.stream
+    if stream is not None:
+        from spikefleet_pipelines.streams import StreamLoader, StreamSamples, recordings_of  # with pyarrow
+
+        window_us = config.transform.stream_window_us()
+        loader, samples = StreamLoader, StreamSamples(recordings_of(samples), window_us, stream.labelled)
+    return loader(
+        samples,
+        config.transform,
+        train=True,
+        seed=config.train.seed,
+        processes=processes,
+        pin_memory=pin_memory,
+        epochs=config.train.epochs,
+        device=device,
+    )
+
+
+def prepare_parts(config: Config, store: Store, group: ProcessGroup) -> tuple[AnyTask, Splits, TrainingPlan]:
     """Task, loaders and sampling plan of a training. Raises UserError if the configuration does not fit the data."""
     data = DataSummary.of(store.manifest)
     task = build_task(config, data)
@@ -64,19 +106,36 @@ def prepare_parts(config: Config, store: Store, group: ProcessGroup) -> tuple[An
         )
     try:
         splits = Splits.of(store, config, group)
-        plan = EpochPlan(
-            samples=len(splits.train.split),
-            global_batch=config.train.global_batch,
-            world_size=group.size,
-            rank=group.rank,
-            seed=config.train.seed,
-            accumulate=config.train.accumulate,
-            drop_partial=config.train.partial_batch == "drop",
-            training=config.transform.training_rows(splits.train.split),
-        )
+        plan = _training_plan(config, splits.train, group)
     except ValueError as error:
         raise UserError(f"the configuration does not fit the data: {error}") from error
     return task, splits, plan
+
+
+def _training_plan(config: Config, loader: BatchLoader, group: ProcessGroup) -> TrainingPlan:
+    train = config.train
+    if train.stream is not None:
+        from spikefleet_pipelines.streams import StreamLoader
+
+        assert isinstance(loader, StreamLoader)
+        return EventStreamPlan(
+            windows=loader.split.windows,
+            lanes=train.global_batch,
+            world_size=group.size,
+            rank=group.rank,
+            seed=train.seed,
+            mix=train.stream.mix,
+        )
+    return EpochPlan(
+        samples=len(loader.split),
+        global_batch=train.global_batch,
+        world_size=group.size,
+        rank=group.rank,
+        seed=train.seed,
+        accumulate=train.accumulate,
+        drop_partial=train.partial_batch == "drop",
+        training=config.transform.training_rows(loader.split),
+    )
 
 
 def _refuse_splits_without_objects(store: Store) -> None:

@@ -19,6 +19,7 @@ from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.graphed import GraphedPass
 from spikefleet.training.optimizer import BIASES, build_ema, build_optimizer, learning_rate, momentum
 from spikefleet.training.precision import autocast
+from spikefleet.training.stream import Lanes
 from spikefleet.training.threads import resume_threads, thread_counts
 from spikefleet_models.families import build_model
 from spikefleet_models.kernels import CpuForm
@@ -66,6 +67,9 @@ class TrainingState:
         decay = config.train.ema_decay
         self.ema = build_ema(network, decay, config.train.ema_ramp) if decay is not None else None
         self.scaler = torch.amp.GradScaler(group.device.type, enabled=config.train.precision == "fp16")
+        stream = config.train.stream
+        self.lanes = Lanes(carries=stream is not None and stream.state == "carried")
+        """Membranes of streams; empty without streams."""
         self.epoch = 0
         self.step_in_epoch = 0
         self.best: dict[str, Any] | None = None
@@ -138,6 +142,8 @@ class TrainingState:
             tensors["branches"] = self.train_model.branches.state_dict()
         if self.ema is not None:
             tensors["average"] = self.ema.module.state_dict()
+        if carried := self.lanes.tensors(self.group):
+            tensors["carried"] = carried
         state = {
             "epoch": self.epoch,
             "step_in_epoch": self.step_in_epoch,
@@ -180,6 +186,7 @@ class TrainingState:
             if state.scaler:
                 self.scaler.load_state_dict(state.scaler)
             _set_random_state(snapshot.tensors["random"], self.group)
+            self.lanes.restore(self.network, snapshot.tensors.get("carried", {}), self.group)
         self.best = None if state.best is None else state.best.model_dump()
         self.history, self.sums = state.history, state.sums
         return resume_threads(state.threads, self.group)

@@ -19,6 +19,7 @@ from spikefleet.training.optimizer import large_step
 from spikefleet.training.rank_statistics import average_statistics
 from spikefleet.training.state import TrainingState
 from spikefleet.training.stopping import StopRequested, never
+from spikefleet.training.stream import pass_over, stream_loss
 from spikefleet_models.gradient_flow import LARGEST_STEP, largest_relative_step
 from spikefleet_models.health import SpikeMonitor
 from spikefleet_pipelines.loading import Batch
@@ -76,6 +77,8 @@ def training_step(
         NonFiniteError: the loss or a gradient is not finite; raised on all ranks, before the optimizer step.
     """
     config, group = state.config, state.group
+    if batch.stream is not None and not batch.global_count:
+        return _step_without_labels(state, batch, stop_requested)
     monitor = _monitor_if_due(state)
     rate, balance = state.set_learning_rate(), state.balance
     state.train_model.train()
@@ -88,23 +91,28 @@ def training_step(
         last = position == len(parts) - 1
         # DDP all-reduces gradients in the backward pass of the last micro-batch only.
         sync = nullcontext() if last or group.size == 1 else state.ddp_model.no_sync()  # type: ignore[operator]
-        share = len(part.targets) / batch.global_count
+        counted = len(part.targets)
         replayed = None
         if state.graphed is not None and monitor is None:
+            share = counted / batch.global_count
             replayed = state.graphed(task, here, balance, share * _batch_weight(config.train, batch))
         if replayed is not None:
             values, count = replayed, None
         else:
             with sync:
                 with state.autocast(), monitor if monitor is not None and position == 0 else nullcontext():
-                    values = task.loss(state.ddp_model, here, balance)
+                    if here.stream is None:
+                        values = task.loss(state.ddp_model, here, balance)
+                    else:
+                        values, counted = stream_loss(task, state.ddp_model, state.lanes, here, balance)
                 count = divisor.add(values.pop("divisor", None))
                 # DDP divides by the number of ranks; the mean is over the samples, or by the divisor, of all ranks.
+                share = counted / batch.global_count
                 part_weight = share if count is None else (1 / count).to(values["loss"].dtype)
                 weight = group.size * part_weight * _batch_weight(config.train, batch)
                 state.scaler.scale(values["loss"] * weight).backward()
         for name, value in values.items():
-            local[name] = local.get(name, 0) + value.detach().double() * (len(part.targets) if count is None else 1)
+            local[name] = local.get(name, 0) + value.detach().double() * (counted if count is None else 1)
     asked = group.is_main and stop_requested()
     means, stopping = _global_means(local, divisor.total(batch.global_count), group, asked)
     state.scaler.unscale_(state.optimizer)
@@ -136,6 +144,16 @@ def training_step(
     return stopping
 
 
+def _step_without_labels(state: TrainingState, batch: Batch, stop_requested: StopRequested) -> bool:
+    """Runs windows of which no rank has a label: membranes and batch statistics are moved on, weights stay."""
+    state.train_model.train()
+    with state.autocast():
+        pass_over(state.ddp_model, state.lanes, batch.to(state.group.device, state.config.train.channels_last))
+    average_statistics(state.network, state.group)
+    state.step_in_epoch += 1
+    return any(state.group.all_gather(state.group.is_main and stop_requested()))
+
+
 def _batch_weight(config: TrainConfig, batch: Batch) -> float:
     """The weight of a global batch beside others: 1, or its number of samples, or its share of a full one."""
     if config.loss == "sum":
@@ -147,6 +165,9 @@ def _batch_weight(config: TrainConfig, batch: Batch) -> float:
 
 def micro_batches(batch: Batch, parts: int) -> Iterator[Batch]:
     """Iterates over slices of nearly equal size; the sampling plan leaves none empty."""
+    if parts == 1:
+        yield batch
+        return
     start = 0
     for images, indices in zip(batch.images.tensor_split(parts), batch.indices.tensor_split(parts), strict=True):
         stop = start + len(indices)
