@@ -104,6 +104,9 @@ def test_two_workers_of_ray_train_on_events(ray_on_two_cpus: None, store: Store,
     outcome = train_on_ray(here, store, tmp_path / "ray", sink)
     assert sorted(sink.losses) == list(range(1, 7))
     assert outcome.test.keys() >= {"top1"}
+    over_time = json.loads((tmp_path / "ray" / "report" / "evaluation.json").read_text())["over_time"]["top1"]
+    assert len(over_time) == 3
+    assert over_time[-1] == pytest.approx(outcome.test["top1"])  # of the samples of both ranks
     again = KeptEvents()
     cut(tmp_path / "ray", 4, tmp_path / "resumed")
     train_on_ray(here, store, tmp_path / "resumed", again)
@@ -129,10 +132,11 @@ def test_a_detector_trains_on_label_times(tmp_path: Path) -> None:
 
 def test_channels_and_classes_must_fit(store: Store, tmp_path: Path) -> None:
     representation = ["data.transform.representation.kind=histogram", "data.transform.representation.bins=3"]
+    six, ten = config(tmp_path, *representation), config(tmp_path, "model.num_classes=10")
     with pytest.raises(UserError, match=r"in_channels=2, but the frames of the events have 6 channels"):
-        prepare_parts(config(tmp_path, *representation), store, ProcessGroup.single())
+        prepare_parts(six, store, ProcessGroup.single())
     with pytest.raises(UserError, match=r"model.num_classes=10, but the data has 4 classes"):
-        prepare_parts(config(tmp_path, "model.num_classes=10"), store, ProcessGroup.single())
+        prepare_parts(ten, store, ProcessGroup.single())
     with pytest.raises(UserError, match=r"data.source=digits has images, .* set data.transform.kind=image"):
         config(tmp_path, "data.source=digits")
 

@@ -285,3 +285,9 @@ def test_side_branches_of_seven_b_net() -> None:
 def test_bad_configurations(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         model_config("seven_b_net_wide", **fields)
+
+
+def test_integers_do_not_feed_the_decoder_of_the_small_network() -> None:
+    with pytest.raises(ValidationError, match=r"neuron.bound=2: .* set neuron.bound=1"):
+        model_config("small_event_net", neuron={"kind": "ilif", "bound": 2})
+    assert model_config("small_event_net", neuron={"kind": "ilif", "bound": 1}).is_spiking

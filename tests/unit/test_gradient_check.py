@@ -29,6 +29,7 @@ from spikefleet_pipelines.store.reader import Store
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "format_1" / "run"
 SIDES = {"digits": 8, "scenes": 64, "coco": 64, "cifar10": 16, "cifar100": 16, "fashion_mnist": 16, "image_folder": 64}
+SIDES |= {"saccades": 34, "first_digit": 34, "apparent_motion": 34, "saccade_scenes": 64, "dvs_cifar10": 48, "gen1": 64}
 GATE = {"sg_resnet": "model.gate_gradient", "retinanet": "model.backbone.gate_gradient"}
 EXPLODE_BY_LITERAL_GATES = ("coco_retinanet_sg_resnet34", "imagenet_sg_resnet34", "imagenet_sg_resnet50")
 """At a depth of 34 and more, behind a stem that gathers the gradient of many pixels."""
@@ -37,11 +38,16 @@ EXPLODE_BY_LITERAL_GATES = ("coco_retinanet_sg_resnet34", "imagenet_sg_resnet34"
 def narrow(recipe: str, **overrides: object) -> Config:
     """The recipe with a quarter of its channels, which change neither depth nor connections."""
     model = load_config(recipe).dump()["model"]
+    fields: dict[str, object]
     if model["family"] == "spike_yolo":
         fields = {"model.width": max(model["width"] / 4, 0.0625)}
     elif model["family"] == "retinanet":
         width = model["backbone"]["width"] / 4
         fields = {"model.backbone.width": width, "model.backbone.asd_channel_reduction": 4, "model.fpn_channels": 32}
+    elif model["family"] == "seven_b_net":
+        fields = {"model.channels": [8] * len(model["channels"]), "model.asd_channel_reduction": 4}
+    elif model["family"] == "small_event_net":
+        fields = {}
     else:
         fields = {"model.width": model["width"] / 4, "model.asd_channel_reduction": 4}
     return load_config(recipe, {**fields, **overrides})
@@ -49,7 +55,7 @@ def narrow(recipe: str, **overrides: object) -> Config:
 
 def on_noise(config: Config) -> GradientCheck:
     side = SIDES[config.data.source]
-    batch, data = noise_batch(config, {8: 16, 16: 8, 64: 4}[side], side)
+    batch, data = noise_batch(config, {8: 16, 16: 8}.get(side, 4), side)
     return check_gradients(config, batch, data)
 
 

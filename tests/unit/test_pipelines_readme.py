@@ -19,6 +19,8 @@ from spikefleet_pipelines.store.event_writer import EventStoreWriter
 from spikefleet_pipelines.store.reader import Store
 from spikefleet_pipelines.transforms.classification_config import TransformConfig
 from spikefleet_pipelines.transforms.detection_config import DetectionTransformConfig
+from spikefleet_pipelines.transforms.events_config import EventsTransformConfig
+from support.event_stores import labelled_store
 
 EVENT_NAMES = (BinningConfig, EventArrays, EventFormat, EventStoreWriter, SourceRecording, bin_events)
 README = Path(__file__).parents[2] / "pipelines" / "README.md"
@@ -32,7 +34,7 @@ def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(registry, "_SOURCES", dict(registry._SOURCES))
     prepare("scenes", None, Path("stores/mine"), train=8, val=2, test=2)
-    loading, detection, events, source = re.findall(
+    loading, detection, samples, events, source = re.findall(
         r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL
     )
     names: dict[str, Any] = {
@@ -45,6 +47,10 @@ def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names["plan"] = EpochPlan(samples=8, global_batch=4)
     exec(detection, names)
     assert names["batch"].images.shape == (4, 3, 640, 640)
+    labelled_store(Path("stores/saccades"), "saccades", (12, 16), [50] * 8)
+    of_events = names | {"EventsTransformConfig": EventsTransformConfig}
+    exec(samples, of_events)
+    assert of_events["batch"].network_input.shape == (8, 4, 2, 12, 16)
     names |= {one.__name__: one for one in EVENT_NAMES} | {"np": np, "places": np.arange(1000, dtype=np.uint16)}
     exec(events, names)
     assert names["frames"].sum() == len(names["window"]) == 333

@@ -7,7 +7,7 @@ and flipped alike. Every random number is a function of (seed, epoch, row, purpo
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -22,11 +22,14 @@ from spikefleet_pipelines.events.label_effects import LabelEffects, changed, lab
 from spikefleet_pipelines.events.windows import EventWindow
 from spikefleet_pipelines.sampling import TrainingRows
 from spikefleet_pipelines.store.annotations import Annotations, Placement, Target
-from spikefleet_pipelines.store.reader import Samples
 from spikefleet_pipelines.store.rows import EventRows, Rows
 from spikefleet_pipelines.transforms.detection import Sample
 from spikefleet_pipelines.transforms.event_detection_config import EventDetectionTransformConfig
 from spikefleet_pipelines.transforms.event_frames import OUTSIDE, FrameMaker, Grid, SliceTable, event_rows
+
+if TYPE_CHECKING:
+    # Not where a version is served: the reader needs pyarrow.
+    from spikefleet_pipelines.store.reader import Samples
 
 LEAST_SIDE = 1.0
 """Boxes with a smaller side, in pixels, are no targets."""
@@ -159,7 +162,7 @@ def cut_to_sensor(stored: Annotations) -> Annotations:
     return stored._replace(boxes=boxes, areas=boxes[:, 2] * boxes[:, 3], **of_objects)
 
 
-def training_rows(split: Samples, config: EventDetectionTransformConfig) -> TrainingRows:
+def training_rows(split: "Samples", config: EventDetectionTransformConfig) -> TrainingRows:
     """Choose the rows of a split to train on; see `EventDetectionTransformConfig.training_rows`."""
     if not config.skip_empty:
         return TrainingRows()

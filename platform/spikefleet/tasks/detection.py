@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 SHOWN_SCORE = 0.3
 """Boxes below this score are not drawn."""
 
+_EVENT_METRICS = tuple(f"{name}_{by}" for by in ("prophesee", "none") for name in ("map50_95", "map50", "map75"))
+"""Metrics of recordings of events, by each protocol that reports have; see `event_metrics`."""
+
 _RANDOM_BOXES = 3
 _LEAST_MAP50 = 0.0001
 
@@ -64,9 +67,12 @@ class Detection(Task[FoundBoxes, Annotations]):
     def build(cls, model: ModelConfig, data: DataSummary, loss: LossSettings) -> Self:
         """The task for the classes of the data. Raises UserError if the network has another number of classes."""
         check_class_count(model, data)
-        return cls(
+        task = cls(
             model.build_criterion(), data.class_names, data.category_ids, loss.global_divisor, loss.max_detections
         )
+        if data.sensor is not None:
+            task.metric_names += _EVENT_METRICS
+        return task
 
     @property
     def report(self) -> DetectionReport:

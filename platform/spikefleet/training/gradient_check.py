@@ -22,6 +22,9 @@ from spikefleet_pipelines.sampling import EpochPlan
 from spikefleet_pipelines.store.reader import Store
 from spikefleet_tune.messages import counted
 
+_EVENTS = 0.3
+"""Of each pixel, polarity and time step of noise: about as many as recordings of moving digits have."""
+
 
 @dataclass(frozen=True)
 class GradientCheck:
@@ -84,7 +87,8 @@ def check_gradients(config: Config, batch: Batch, data: DataSummary, snapshot: S
         state.load(snapshot)
         step = state.step
         rate = learning_rate(config.optim, max(step - 1, 0), steps_per_epoch, config.train.epochs)
-    network = state.train_model.train()
+    state.train_mode()
+    network = state.train_model
     with GradientFlow(state.network) as flow:
         values = build_task(config, data).loss(network, batch, state.balance)
         loss = values["loss"] / values["divisor"].clamp_min(1) if "divisor" in values else values["loss"]
@@ -118,7 +122,7 @@ def training_batch(config: Config, store: Store, images: int, epoch: int = 0) ->
 
 
 def noise_batch(config: Config, images: int, side: int) -> tuple[Batch, DataSummary]:
-    """Images of normal noise with random targets, and the summary of the data that they stand for.
+    """Images of normal noise, or frames of a few random events, with random targets, and the summary of such data.
 
     Args:
         config: of the training.
@@ -132,8 +136,12 @@ def noise_batch(config: Config, images: int, side: int) -> tuple[Batch, DataSumm
     if side % model.input_multiple:
         raise UserError(f"images of {side} pixels: the sides must be multiples of {model.input_multiple}")
     generator = torch.Generator().manual_seed(config.train.seed)
-    pixels = torch.randn(images, model.in_channels, side, side, generator=generator)
+    shape = model.in_channels, side, side
+    if config.data.transform.reads_events:
+        pixels = torch.poisson(torch.full((images, model.simulated_timesteps, *shape), _EVENTS), generator=generator)
+    else:
+        pixels = torch.randn(images, *shape, generator=generator)
     classes = tuple(map(str, range(model.num_classes)))
-    data = DataSummary("noise", "", classes, tuple(range(model.num_classes)), (model.in_channels, side, side))
+    data = DataSummary("noise", "", classes, tuple(range(model.num_classes)), shape)
     targets = build_task(config, data).random_targets(pixels, generator)
     return Batch(pixels, targets, torch.arange(images), images), data

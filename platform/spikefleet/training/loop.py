@@ -192,7 +192,12 @@ def _resume(state: TrainingState, task: AnyTask, folder: CheckpointFolder, sink:
         if threads is not None:
             sink.emit(Note(threads))
         _forget_lost_best(state, folder, sink)
-    elif (digest := state.config.train.initial_weights) is not None:
+    elif (digest := state.config.train.initial_weights) is None and state.config.init.source is not None:
+        raise UserError(
+            f"init.from={state.config.init.source} is read by `spikefleet train` alone; leave it out here, or set "
+            "train.initial_weights"
+        )
+    elif digest is not None:
         state.start_from(load_initial_weights(folder.folder.parent / INITIAL_WEIGHTS, digest))
         sink.emit(Note(f"starting from the weights in {INITIAL_WEIGHTS}"))
     settled = settle_form((state.train_model, state.eval_model), state.group, recorded, state.config.train.compile)
@@ -249,7 +254,7 @@ def _settle_gradient_exchange(state: TrainingState, task: AnyTask, store: Store,
         return
     batch = _first_batch(config, store, plan).to(group.device, config.train.channels_last)
     buffers = {name: buffer.clone() for name, buffer in state.network.named_buffers()}
-    state.train_model.train()
+    state.train_mode()
     with torch.random.fork_rng(), state.autocast():
         values = task.loss(state.ddp_model, batch, state.balance)
     values["loss"].backward()
