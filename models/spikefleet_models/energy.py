@@ -77,6 +77,7 @@ class EnergyCard:
     image_size: tuple[int, int]
     """H, W of the first images."""
     timesteps: int
+    """T of event frames, of the last ones where it varies; else that of the network."""
     bound: int
     """D: the largest integer that a neuron emits in a step; 0 without spiking neurons."""
     images: int
@@ -255,14 +256,17 @@ def energy_card(
     chosen = energy_constants(constants)
     form, counted = _in_form(network, form)
     sizes: Counter[tuple[int, int]] = Counter()
+    steps: int = getattr(network, "timesteps", 1)
 
     def seen() -> Iterable[Tensor]:
+        nonlocal steps
         for images in batches:
             sizes[(images.shape[-2], images.shape[-1])] += images.shape[-4]
+            steps = images.shape[0] if images.ndim == 5 else steps
             yield images
 
     counts = count_operations(counted, seen(), binary_input=binary_input)
-    return _card(network, counts, chosen, form, shortcuts, twin_form, sizes, counts.images, binary_input)
+    return _card(network, counts, chosen, form, shortcuts, twin_form, sizes, counts.images, steps, binary_input)
 
 
 def energy_at_rates(
@@ -314,7 +318,8 @@ def energy_at_rates(
         for layer in counts.layers
     )
     counts = replace(counts, layers=layers)
-    return _card(network, counts, chosen, form, shortcuts, twin_form, {image_size: 1}, 0, binary_input)
+    steps: int = getattr(network, "timesteps", 1) if timesteps is None else timesteps
+    return _card(network, counts, chosen, form, shortcuts, twin_form, {image_size: 1}, 0, steps, binary_input)
 
 
 def _with_integers_marked(layer: LayerCount, largest_spike: int) -> LayerCount:
@@ -368,6 +373,7 @@ def _card(
     twin_form: Form | None,
     sizes: Mapping[tuple[int, int], int],
     images: int,
+    timesteps: int,
     binary_input: bool,
 ) -> EnergyCard:
     """Build the card from counts; `sizes` maps (H, W) to the number of images, on which the twin is counted too.
@@ -392,7 +398,7 @@ def _card(
         form=form,
         shortcuts=shortcuts,
         image_size=next(iter(sizes)),
-        timesteps=getattr(network, "timesteps", 1),
+        timesteps=timesteps,
         bound=max((node.bound for node in nodes.values()), default=0),
         images=images,
         constants=constants,

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from spikefleet_models.family import ModelConfig
 from spikefleet_models.neuron_config import NeuronConfig
@@ -34,6 +34,15 @@ class SmallEventNetConfig(ModelConfig):
     timesteps: int = Field(16, ge=1, description="Time steps T, slices of a recording; the ANN twin averages any.")
     in_channels: int = Field(2, ge=1, description="Channels of the event frames or images.")
     num_classes: int = Field(10, ge=1, description="Number of classes.")
+
+    @model_validator(mode="after")
+    def _spikes_are_binary(self) -> "SmallEventNetConfig":
+        if self.neuron.kind == "ilif" and self.neuron.bound > 1:
+            raise ValueError(
+                f"neuron.bound={self.neuron.bound}: the last neurons feed the decoder, which binary slots cannot; set "
+                "neuron.bound=1"
+            )
+        return self
 
     @property
     def is_spiking(self) -> bool:

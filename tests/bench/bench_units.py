@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from spikefleet.training.malloc import keep_freed_memory
 from spikefleet_models.families import build_model, model_config
 from spikefleet_models.kernels import unit_form
 from spikefleet_models.spiking_unit import Implementation, SpikingUnit, use_implementation
@@ -123,6 +124,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--wall", action="store_true", help="wall-clock time: for a quiet machine")
     arguments = parser.parse_args()
+    keep_freed_memory()  # as in training
     torch.set_num_threads(arguments.threads)
     os.environ["SPIKEFLEET_KERNELS"] = "native"
     if (form := unit_form(torch.device("cpu"))) != "native":

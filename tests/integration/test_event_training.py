@@ -104,6 +104,9 @@ def test_two_workers_of_ray_train_on_events(ray_on_two_cpus: None, store: Store,
     outcome = train_on_ray(here, store, tmp_path / "ray", sink)
     assert sorted(sink.losses) == list(range(1, 7))
     assert outcome.test.keys() >= {"top1"}
+    over_time = json.loads((tmp_path / "ray" / "report" / "evaluation.json").read_text())["over_time"]["top1"]
+    assert len(over_time) == 3
+    assert over_time[-1] == pytest.approx(outcome.test["top1"])  # of the samples of both ranks
     again = KeptEvents()
     cut(tmp_path / "ray", 4, tmp_path / "resumed")
     train_on_ray(here, store, tmp_path / "resumed", again)

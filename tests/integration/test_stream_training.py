@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,18 @@ def test_only_labelled_windows_are_in_the_loss(store: Store) -> None:
             assert events.losses[state.step] == pytest.approx(expected.item(), rel=1e-5)
     assert state.step == len(batches)
     assert moved, "a step without labels is part of the test"
+
+
+def test_random_windows_beside_streams_start_fresh(store: Store) -> None:
+    state, task, batches = parts(stream_config(train__stream={"mix": 0.5}), store)
+    for batch in batches[:3]:
+        assert batch.stream is not None
+        assert batch.stream.starts[[1, 3]].all()
+        assert batch.global_count >= 2
+        take(state, task, batch)
+    carried = state.lanes.tensors(ProcessGroup.single())
+    assert {v.shape[0] for v in carried.values()} == {4}
+    assert all(math.isfinite(v.sum()) for v in carried.values())
 
 
 def test_a_restored_state_takes_the_step_that_the_saved_one_takes(store: Store) -> None:

@@ -251,7 +251,10 @@ def test_tables_that_cannot_be_reproduced_say_why(stores_dir: Path, tmp_path: Pa
 
     assert "did you mean 'sg_resnet_table3'" in refuse("sg_resnet_tabel3")
     assert "matches no row" in refuse("sg_resnet_table3", "--only", "VGG*")
-    assert "the event data set Gen1 is not supported yet" in refuse("spike_yolo_table4", "--scale", "full")
+    assert "data prepare gen1 DIR" in refuse("spike_yolo_table4", "--scale", "full", "--gpus-per-worker", "0")
+    assert "renamed; use --scale scenes" in refuse("spike_yolo_table4", "--scale", "digits")
+    dvs = refuse("sg_resnet_table3", "--scale", "full", "--gpus-per-worker", "0", "--only", "DVS*")
+    assert "data prepare dvs_cifar10 DIR" in dvs
     assert "cifar100" in refuse("sg_resnet_table7", "--scale", "full", "--gpus-per-worker", "0")
     assert "train.seed='abc'" in refuse("sg_resnet_table7", "train.seed=abc")
     assert "cannot be divided by 5" in refuse("sg_resnet_table7", "--workers", "5")
@@ -259,7 +262,7 @@ def test_tables_that_cannot_be_reproduced_say_why(stores_dir: Path, tmp_path: Pa
     assert "optim.lr" in refuse("sg_resnet_table7", "optim.lrr=1")
     assert not (tmp_path / "runs" / "searches").exists()
     # What takes no training is told all the same.
-    assert "23.15" in reproduce(tmp_path, stores_dir, "spike_yolo_table5", "--scale", "fashion_mnist")
+    assert "23.15" in reproduce(tmp_path, stores_dir, "spike_yolo_table5", "--report-only")
 
 
 # ----------------------------------------------------------------------------------------------- groups of workers

@@ -26,6 +26,8 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "sg lif at -0.1": ("sg_resnet_tiny", {"decoder": "rate", "neuron": NeuronConfig(kind="lif", v_reset=-0.1)}),
     "bsg* lif": ("sg_resnet_tiny", {"decoder": "rate", "connection": "bsg_star", "neuron": NeuronConfig(kind="lif")}),
     "post-add plif": ("sg_resnet_tiny", {"decoder": "rate", "connection": "post_add", "neuron": SOFT_PLIF}),
+    "small event net": ("small_event_net", {}),
+    "7b-net": ("seven_b_net_narrow", {"decoder": "rate"}),
     "spike yolo i-lif": ("spike_yolo_tiny", {"neuron": NeuronConfig(kind="ilif", bound=2, leak=0.5)}),
     "retinanet if": ("retinanet_tiny", {}),
 }
@@ -94,7 +96,7 @@ def test_two_windows_are_one_long_one(name: str, steps: int) -> None:
     assert not all(torch.equal(without[layer], theirs[layer]) for layer in theirs)
 
 
-@pytest.mark.parametrize("name", [name for name in NETWORKS if name.startswith(("sg", "bsg", "post"))])
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name.startswith(("sg", "bsg", "post", "small"))])
 @torch.no_grad()
 def test_fused_windows_are_one_long_one(name: str) -> None:
     """Hooks keep the unit from its fused form; here there are none, and features and membranes are compared."""
@@ -110,8 +112,8 @@ def test_fused_windows_are_one_long_one(name: str) -> None:
 
 def _features(network: Any, x: Tensor, state: CarriedState | None) -> tuple[Tensor, CarriedState]:
     with carried(network, state) as carrier:
-        features = network.forward_features(x)[-1]
-    return features, carrier.state
+        features = network.forward_features(x)
+    return features if isinstance(features, Tensor) else features[-1], carrier.state
 
 
 @pytest.mark.parametrize("name", ["sg lif at -0.1", "post-add plif", "spike yolo i-lif"])

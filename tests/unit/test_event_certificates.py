@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from spikefleet_pipelines.store.event_writer import EventStoreWriter
 from spikefleet_pipelines.store.reader import Store
 from spikefleet_pipelines.transforms.events_config import EventsTransformConfig
 from support.event_arrays import random_events
+from support.event_stores import boxed_store
 
 SMALL = ["model.timesteps=4", "model.num_classes=2", "model.channels=[6,8]", "model.grid=4", "cluster.workers=0"]
 SMALL += ["data.transform.representation.size=null", "data.transform.representation.resize=nearest"]
@@ -61,7 +63,8 @@ def settled(of: Config, store: Store) -> nn.Module:
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
     loader = BatchLoader(store.samples("train"), of.transform, train=False)
-    (batch,) = loader.epoch(EvaluationPlan(samples=12, global_batch=12), epoch=0)
+    size = len(loader.split)
+    (batch,) = loader.epoch(EvaluationPlan(samples=size, global_batch=size), epoch=0)
     with torch.no_grad():
         network.train()(batch.network_input)
     return network.eval()
@@ -82,6 +85,28 @@ def test_the_first_layer_is_what_the_representation_makes_it(
     row = next(row for row in card.rows() if row["layer"] == FIRST)
     assert row["input"] == fed
     assert (row["macs"] == 0.0) == card.binary_input == bool(overrides)
+
+
+def test_spike_check_of_a_detector_with_integers_on_events(tmp_path: Path) -> None:
+    """SpikeYOLO with 2 channels at T = 4, D = 2."""
+    overrides = [
+        "data.transform.window=50ms",
+        "model.num_classes=2",
+        "cluster.workers=0",
+        "model.width=0.03125",
+        BINARY,
+    ]
+    of = load_config("saccade_scenes_spike_yolo", parse_overrides(overrides))
+    boxed = boxed_store(tmp_path / "store", "own", (40, 56), 3)
+    network = settled(of, boxed)
+    task = build_task(of, DataSummary.of(boxed.manifest))
+    check = check_spikes(network, task, of, boxed.samples("train"), images=2, measured=2)
+    assert check.verdict == "proved", check.why
+    assert check.proof is not None
+    layers = {layer.name: layer for layer in check.proof.layers}
+    assert {(layer.timesteps, layer.bound) for layer in layers.values() if layer.kind == "neuron"} == {(4, 2)}
+    assert (layers["stem.conv"].kind, layers["stem.conv"].bound) == ("spike-fed", 1)
+    assert check.metrics is not None
 
 
 @pytest.mark.parametrize(

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from spikefleet.config.recipes import load_config
+from spikefleet.data_summary import DataSummary
+from spikefleet.errors import UserError
 from spikefleet.files import read_json
+from spikefleet.tasks import build_task
 from spikefleet.tasks.coco_metrics import FoundBoxes
 from spikefleet.tasks.detection import Detection
-from spikefleet.tasks.event_metrics import GEN1
+from spikefleet.tasks.event_metrics import GEN1, HEADLINES
 from spikefleet_models.families import model_config
 from spikefleet_pipelines.events.label_frames import LabelFrames
+from spikefleet_pipelines.loading import BatchLoader
+from spikefleet_pipelines.sampling import EvaluationPlan
 from spikefleet_pipelines.store.annotations import Annotations, Moment
+from spikefleet_pipelines.transforms.event_detection_config import EventDetectionTransformConfig
+from support.event_stores import CATEGORY_IDS, boxed_store
 
 NAMES, IDS = ("car", "pedestrian"), (0, 1)
 LARGE, SMALL = [50.0, 60.0, 40.0, 30.0], [200.0, 100.0, 12.0, 14.0]
@@ -105,6 +114,15 @@ def test_other_sensors_have_no_filter(task: Detection) -> None:
     assert task.report.table(details)[0] == ("class", "objects", "AP50-95", "AP50")
 
 
+def test_metrics_of_protocols_choose_checkpoints_of_runs_on_events() -> None:
+    config = load_config("gen1_spike_yolo_n", {"checkpoint.metric": "map50_95_prophesee"})
+    gen1 = DataSummary("gen1", "0" * 64, NAMES, IDS, sensor=GEN1)
+    names = build_task(config, gen1).metric_names
+    assert {f"{name}_{by}" for name in HEADLINES for by in ("prophesee", "none")} < set(names)
+    with pytest.raises(UserError, match="map50_95_prophesee' must be a metric of the task"):
+        build_task(config, replace(gen1, sensor=None))
+
+
 def test_no_box_may_count(task: Detection) -> None:
     target = label_time(0, 0, 400_000, LARGE)
     details = task.details([of(target, 0)], [target])
@@ -123,7 +141,27 @@ def test_what_stands_still_is_told_apart(task: Detection) -> None:
         (100_000, 1, 1),
     ]
     assert [one["map50"] for one in details["still"]] == pytest.approx([51 / 101, 1, 0])
+    metrics = details["metrics"]
+    assert [metrics[f"map50_{group}"] for group in ("moving", "still")] == pytest.approx([51 / 101, 51 / 101])
+    assert "map50_still" not in task.metrics([of(targets[0], 0)], targets[:1])
     assert task.details([of(targets[0], 0)], targets[:1])["still"] == []
+
+
+def test_label_times_come_from_the_store_through_the_loader(tmp_path: Path) -> None:
+    store = boxed_store(tmp_path / "store", "saccade_scenes", (56, 60), 3)
+    config = EventDetectionTransformConfig(window="50ms").for_timesteps(2)
+    loader = BatchLoader(store.samples("test"), config, train=False)
+    (batch,) = loader.epoch(EvaluationPlan(samples=6, global_batch=6), 0)
+    task = Detection(model_config("spike_yolo_n", num_classes=2).build_criterion(), ("small", "large"), CATEGORY_IDS)
+    targets = task.targets(batch)
+    assert [target.moment for target in targets] == [
+        Moment(row, time, 0) for row in range(3) for time in (50_000, 100_000)
+    ]
+    details = task.details([of(target, 0) for target in targets], targets)
+    wrong = sum(int(target.labels[0]) for target in targets)  # all detections are of the first class
+    assert details["metrics"]["map50_none"] == pytest.approx(details["metrics"]["map50"])
+    assert (len(details["recordings"]), wrong) == (3, 3)
+    assert details["protocols"]["none"]["objects"] == 6
 
 
 def test_images_have_none_of_it(task: Detection) -> None:

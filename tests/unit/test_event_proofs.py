@@ -136,6 +136,10 @@ def test_frames_run_the_first_layer_at_each_step() -> None:
     first = still.layers[0].dense
     assert moving.layers[0].dense == 4 * first
     assert moving.macs - still.macs == 3 * first
+    assert energy_at_rates(network, (side, side), 0.1, timesteps=3).timesteps == 3
+    measured = energy_card(network, [frames(side, binary=False, steps=3)])
+    assert (measured.timesteps, measured.layers[0].dense) == (3, 3 * first)
+    assert energy_card(network, [frames(side, binary=False)[0]]).timesteps == 4
     binary = energy_at_rates(network, (side, side), 0.1, timesteps=4, binary_input=True)
     assert binary.macs == moving.macs - 4 * first
     assert binary.acs == pytest.approx(moving.acs + 0.1 * 4 * first)

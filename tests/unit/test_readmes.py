@@ -67,7 +67,8 @@ def check(words: list[str]) -> None:
     if name == "reproduce" and given["table"] != "TABLE":
         table = load_table(given["table"])
         assert list(table.entries(given["only"]))
-        recipes = [scale.recipe for group in table.groups for at, scale in group.scales.items() if at == given["scale"]]
+        chosen = table.scale(given["scale"])
+        recipes = [scale.recipe for group in table.groups for at, scale in group.scales.items() if at == chosen]
         assert recipes
     for recipe in set(recipes) - {"gen1_spike_yolo_s"}:  # event data are still to come
         load_config(recipe, parse_overrides(overrides))

@@ -32,11 +32,10 @@ from spikefleet_tune.journal import TrialRecord
 from spikefleet_tune.result import SearchResult
 from spikefleet_tune.search_file import search_of
 
-SCALES: tuple[Scale, ...] = ("digits", "fashion_mnist", "full")
 
-
-@pytest.mark.parametrize("name", list_tables())
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize(
+    ("name", "scale"), [(name, scale) for name in list_tables() for scale in load_table(name).scales]
+)
 def test_each_row_can_run_at_its_scales_or_says_why_not(name: str, scale: Scale) -> None:
     table = load_table(name)
     digests = set()
@@ -48,6 +47,36 @@ def test_each_row_can_run_at_its_scales_or_says_why_not(name: str, scale: Scale)
             digests.add((entry.group.name, config.digest()))
         else:
             assert len(refusal) > 10
+
+
+def test_tables_have_the_scales_of_their_tasks() -> None:
+    assert load_table("sg_resnet_table9").scales == ("digits", "fashion_mnist", "full")
+    assert load_table("spike_yolo_table1").scales == ("scenes", "full")
+    assert load_table("spike_yolo_table1").scale(None) == "scenes"
+    assert load_table("sg_resnet_table9").scale(None) == "digits"
+    assert load_table("sg_resnet_table9").scale("full") == "full"
+    assert load_table("spike_yolo_table4").scales == ("scenes", "saccade_scenes", "full")
+
+
+def test_the_old_name_of_a_scale_is_refused_with_the_new_one() -> None:
+    for number in (1, 4, 5):
+        with pytest.raises(UserError, match=rf"'digits' of spike_yolo_table{number} was renamed; use --scale scenes"):
+            load_table(f"spike_yolo_table{number}").scale("digits")
+    with pytest.raises(UserError, match="has no scale 'fashion_mnist'; use one of scenes, full"):
+        load_table("spike_yolo_table1").scale("fashion_mnist")
+    with pytest.raises(UserError, match="has no scale 'scenes'; use one of digits, fashion_mnist, full"):
+        load_table("sg_resnet_table9").scale("scenes")
+
+
+def test_rows_on_events_say_what_data_they_need() -> None:
+    (dvs,) = load_table("sg_resnet_table3").entries("DVS*")
+    assert "data prepare dvs_cifar10 DIR" in (dvs.group.refusal(dvs.row, "digits") or "")
+    assert dvs.group.refusal(dvs.row, "full") is None
+    assert dvs.group.scales["full"].recipe == "dvs_cifar10_7bnet"
+    for entry in load_table("spike_yolo_table4").entries():
+        recipe = entry.group.scales["full"].recipe
+        config = _config(recipe, entry.group.overrides(entry.row, "full"))
+        assert (config.data.source, config.data.transform.kind) == ("gen1", "event_detection")
 
 
 def test_all_tables_are_here() -> None:

@@ -81,6 +81,17 @@ def test_batches_say_where_recordings_start_and_where_labels_are(store: Store, p
         next(loader.epoch(EvaluationPlan(samples=len(stream), global_batch=4), 0))
 
 
+def test_windows_are_counted_on_the_device_too(store: Store) -> None:
+    stream = StreamSamples(samples_of(store), WINDOW_US)
+    plan = EventStreamPlan(windows=stream.windows, lanes=4, fill=False)
+    here, there = (
+        list(StreamLoader(stream, transform(T, "10ms").model_copy(update=fields), train=True).epoch(plan, 0))
+        for fields in ({}, {"bin_on": "device"})
+    )
+    assert all(torch.equal(one.images, other.images) for one, other in zip(here, there, strict=True))
+    assert any((batch.indices == NO_WINDOW).any() for batch in here)
+
+
 def test_windows_of_a_detection_store_end_at_their_labels(tmp_path: Path) -> None:
     write_boxes(tmp_path / "store")
     samples = Store.open(tmp_path / "store").samples("train")

@@ -1,4 +1,4 @@
-"""Compiles native_unit.cpp with the C++ compiler of this machine on first use, and loads it.
+"""Compiles native_unit.cpp and its headers with the C++ compiler of this machine on first use, and loads the library.
 
 The library is kept in `$XDG_CACHE_HOME/spikefleet/native` (by default `~/.cache/spikefleet/native`), or, where that
 cannot be written, in `spikefleet-UID/native` in the directory for temporary files. Its name is a hash of the source,
@@ -55,7 +55,8 @@ def load_library() -> ctypes.CDLL:
     compiler = _compiler()
     version = _run([*compiler, "--version"])
     key = hashlib.sha256()
-    for part in (SOURCE.read_bytes(), repr((compiler, FLAGS)).encode(), version.encode(), _processor().encode()):
+    sources = [file.read_bytes() for file in sorted(SOURCE.parent.glob("native_*.[ch]*"))]
+    for part in (*sources, repr((compiler, FLAGS)).encode(), version.encode(), _processor().encode()):
         key.update(hashlib.sha256(part).digest())
     file = _folder() / f"{key.hexdigest()[:32]}.so"
     if not file.exists():

@@ -1,340 +1,18 @@
 // The spiking unit on the CPU: batch norm, T steps of a neuron, and the gate, forward and backward.
 //
 // z is [T * B, C, H, W] (or static [B, C, H, W]) in NCHW or NHWC, float or bfloat16; everything inside is float.
-// A tile holds up to TILE positions of all T steps; each line of the equations is a short loop over memory that stays
-// in the first-level cache. Products and sums are rounded one by one (no contraction), except where torch's kernels
-// fuse them, so that spikes and running statistics equal torch's to the bit. Partial sums have fixed places and a fixed
+// A tile holds some 512 positions of all T steps; each line of the equations is a short loop over memory that stays in
+// the first-level cache. Products and sums are rounded one by one (no contraction), except where torch's kernels fuse
+// them, so that spikes and running statistics equal torch's to the bit. Partial sums have fixed places and a fixed
 // order: the same bits for any number of threads; only the batch statistics in NHWC follow torch's split over threads.
 //
-// Built on the user's machine (native_library.py): standard headers alone, C interface, threads of torch.
+// Built on the user's machine (native_library.py) with the headers beside it: standard headers alone, C interface,
+// threads of torch.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
+#include "native_statistics.h"
+#include "native_steps.h"
 
 namespace {
-
-constexpr int64_t TILE = 512;
-constexpr int64_t BLOCKS = 64;
-constexpr int64_t LANES = 16;
-constexpr int64_t GRAIN = 1 << 15;  // elements below which a second thread costs more than it gains
-
-enum Gate : int32_t { NONE, BSG, ADD, AND, IAND, POST_ADD };
-enum Leak : int32_t { NO_LEAK, DIVISION, PRODUCT };
-enum Surrogate : int32_t { ATAN, RECT, PIECEWISE_QUADRATIC, SOFT_SIGN, SUPER_SPIKE };
-
-struct Spec {
-  int64_t T, B, C, plane;
-  int32_t channels_last, bf16, repeat, gate, exact, leak, decay_input, soft, detached, surrogate, threads, learned;
-  float threshold, rest, tau, alpha;
-};
-
-struct Bf16 {
-  uint16_t bits;
-};
-
-inline float to_float(float x) { return x; }
-inline float to_float(Bf16 x) {
-  const uint32_t wide = static_cast<uint32_t>(x.bits) << 16;
-  float value;
-  std::memcpy(&value, &wide, sizeof value);
-  return value;
-}
-inline void put(float& place, float x) { place = x; }
-inline void put(Bf16& place, float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  place.bits = static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
-}
-
-// The rest of x that a place does not hold; a float holds all of it.
-inline void put_rest(float*, int64_t, float, float) {}
-inline void put_rest(Bf16* places, int64_t i, float x, Bf16 held) { put(places[i], x - to_float(held)); }
-inline float with_rest(float held, const float*, int64_t) { return held; }
-inline float with_rest(Bf16 held, const Bf16* places, int64_t i) { return to_float(held) + to_float(places[i]); }
-
-inline float fused(float a, float b, float c) {
-#if defined(__FMA__) || defined(__aarch64__)
-  return __builtin_fmaf(a, b, c);
-#else
-  return a * b + c;  // the check at load decides whether this machine's torch does the same
-#endif
-}
-
-using Range = void (*)(int64_t, int64_t, void*);
-int32_t (*torch_parallel_for)(int64_t, int64_t, int64_t, Range, void*) = nullptr;
-
-template <typename Body>
-bool parallel(int64_t count, int64_t grain, const Body& body) {
-  const Range range = [](int64_t begin, int64_t end, void* context) {
-    (*static_cast<const Body*>(context))(begin, end);
-  };
-  return torch_parallel_for(0, count, std::max<int64_t>(grain, 1), range, const_cast<Body*>(&body)) == 0;
-}
-
-// Memory of a thread that is kept from call to call: fresh pages cost more than the loops that fill them.
-float* scratch(int which, int64_t count) {
-  static thread_local std::vector<float> kept[2];
-  if (static_cast<int64_t>(kept[which].size()) < count) kept[which].resize(count);
-  return kept[which].data();
-}
-
-// Positions of one step: `count` runs of `length` elements that follow one another in memory.
-struct Tile {
-  int64_t offset, length, count, stride;
-  int64_t size() const { return length * count; }
-};
-
-template <typename E>
-void load(const E* from, const Tile& tile, float* __restrict to) {
-  for (int64_t run = 0; run < tile.count; ++run) {
-    const E* __restrict source = from + tile.offset + run * tile.stride;
-    float* __restrict place = to + run * tile.length;
-    for (int64_t i = 0; i < tile.length; ++i) place[i] = to_float(source[i]);
-  }
-}
-
-template <typename E>
-void store(const float* __restrict from, const Tile& tile, E* to) {
-  for (int64_t run = 0; run < tile.count; ++run) {
-    E* __restrict place = to + tile.offset + run * tile.stride;
-    const float* __restrict source = from + run * tile.length;
-    for (int64_t i = 0; i < tile.length; ++i) put(place[i], source[i]);
-  }
-}
-
-// Values of each channel: one number in NCHW, where a tile has one channel; in NHWC a tile's length of them.
-template <bool LAST>
-struct PerChannel {
-  const float* values;
-  float operator[](int64_t i) const { return LAST ? values[i] : values[0]; }
-};
-
-template <bool LAST, typename E>
-void load_normalised(const E* from, const Tile& tile, const float* scale, const float* shift, float* __restrict to) {
-  const float a = scale[0], b = shift[0];
-  for (int64_t run = 0; run < tile.count; ++run) {
-    const E* __restrict source = from + tile.offset + run * tile.stride;
-    float* __restrict place = to + run * tile.length;
-    if (LAST) {
-      for (int64_t i = 0; i < tile.length; ++i) place[i] = fused(to_float(source[i]), scale[i], shift[i]);
-    } else {
-      for (int64_t i = 0; i < tile.length; ++i) place[i] = fused(to_float(source[i]), a, b);
-    }
-  }
-}
-
-template <int32_t LEAK>
-inline float leaked(float x, float tau) {
-  return LEAK == DIVISION ? x / tau : x * tau;
-}
-
-// h[t] and v[t] of v[t-1] and x[t]; `out` gets h[t] or s[t].
-template <int32_t LEAK, bool DECAY, bool SOFT, bool SPIKES>
-void step(float* __restrict v, const float* __restrict x, float* __restrict out, int64_t n, const Spec& spec, float tau) {
-  const float threshold = spec.threshold, rest = spec.rest;
-  for (int64_t i = 0; i < n; ++i) {
-    float h;
-    if (LEAK == NO_LEAK) {
-      h = v[i] + x[i];
-    } else if (DECAY) {
-      h = v[i] + leaked<LEAK>(x[i] - (v[i] - rest), tau);
-    } else {
-      h = (v[i] - leaked<LEAK>(v[i] - rest, tau)) + x[i];
-    }
-    const bool fired = h >= threshold;
-    const float after = SOFT ? h - threshold : rest;
-    out[i] = SPIKES ? (fired ? 1.0f : 0.0f) : h;
-    v[i] = fired ? after : h;
-  }
-}
-
-using Step = void (*)(float*, const float*, float*, int64_t, const Spec&, float);
-
-template <bool SOFT, bool SPIKES>
-Step step_of(const Spec& spec) {
-  if (spec.leak == NO_LEAK) return step<NO_LEAK, false, SOFT, SPIKES>;
-  if (spec.leak == DIVISION)
-    return spec.decay_input ? step<DIVISION, true, SOFT, SPIKES> : step<DIVISION, false, SOFT, SPIKES>;
-  return spec.decay_input ? step<PRODUCT, true, SOFT, SPIKES> : step<PRODUCT, false, SOFT, SPIKES>;
-}
-
-template <bool SPIKES>
-Step step_of(const Spec& spec) {
-  return spec.soft ? step_of<true, SPIKES>(spec) : step_of<false, SPIKES>(spec);
-}
-
-// Y of H (in `s`, replaced) and X.
-void join(int32_t gate, float* __restrict s, const float* __restrict x, int64_t n) {
-  if (gate == BSG)
-    for (int64_t i = 0; i < n; ++i) s[i] = s[i] > 0.0f ? 1.0f : x[i];
-  else if (gate == ADD)
-    for (int64_t i = 0; i < n; ++i) s[i] = s[i] + x[i];
-  else if (gate == AND)
-    for (int64_t i = 0; i < n; ++i) s[i] = s[i] > 0.0f ? x[i] : 0.0f;
-  else
-    for (int64_t i = 0; i < n; ++i) s[i] = s[i] > 0.0f ? 0.0f : x[i];
-}
-
-// dL/dY in `grad` becomes dL/dH; `to_shortcut` gets dL/dX.
-void join_backward(const Spec& spec, float* __restrict grad, const float* __restrict h, const float* __restrict x,
-                   float* __restrict to_shortcut, int64_t n) {
-  const float threshold = spec.threshold;
-  if (spec.gate == BSG && spec.exact)
-    for (int64_t i = 0; i < n; ++i) {
-      const float g = grad[i];
-      to_shortcut[i] = h[i] >= threshold ? 0.0f : g;
-      grad[i] = g - g * x[i];
-    }
-  else if (spec.gate == BSG)
-    for (int64_t i = 0; i < n; ++i) {
-      const float g = grad[i];
-      to_shortcut[i] = h[i] >= threshold ? 0.0f : g;
-      grad[i] = ((h[i] >= threshold ? 2.0f : 0.0f) - x[i]) * g;
-    }
-  else if (spec.gate == AND)
-    for (int64_t i = 0; i < n; ++i) {
-      const float g = grad[i];
-      to_shortcut[i] = h[i] >= threshold ? g : 0.0f;
-      grad[i] = g * x[i];
-    }
-  else
-    for (int64_t i = 0; i < n; ++i) {
-      const float g = grad[i];
-      to_shortcut[i] = h[i] >= threshold ? 0.0f : g;
-      grad[i] = -(g * x[i]);
-    }
-}
-
-template <int32_t SURROGATE>
-struct Slope {
-  float alpha, a, b;
-  explicit Slope(float sharpness) : alpha(sharpness), a(0), b(0) {
-    const double pi = 3.14159265358979323846, half = sharpness / 2.0;
-    if (SURROGATE == ATAN) a = static_cast<float>(1 / half), b = static_cast<float>(pi * pi * half);
-    if (SURROGATE == RECT) a = static_cast<float>(0.5 / sharpness);
-    if (SURROGATE == PIECEWISE_QUADRATIC) a = static_cast<float>(1.0 / sharpness), b = sharpness * sharpness;
-    if (SURROGATE == SOFT_SIGN) a = static_cast<float>(1.0 / sharpness), b = static_cast<float>(2.0 * sharpness);
-  }
-  // dL/ds times the surrogate's derivative at d = h - V_th
-  float operator()(float grad, float d) const {
-    const float distance = std::fabs(d);
-    if (SURROGATE == ATAN) return grad / (a + b * (d * d));
-    if (SURROGATE == RECT) return distance < a ? grad * alpha : 0.0f;
-    if (SURROGATE == PIECEWISE_QUADRATIC) return distance > a ? 0.0f : grad * (alpha - distance * b);
-    if (SURROGATE == SOFT_SIGN) return grad / ((a + distance) * (a + distance) * b);
-    return grad * alpha / ((1.0f + distance) * (1.0f + distance));
-  }
-};
-
-// dL/dh[t] into `grad`, from dL/ds[t] in it and from dL/dv[t] in `carry`.
-template <int32_t SURROGATE, bool SOFT, bool DETACHED>
-void fire_backward(float* __restrict grad, const float* __restrict h, const float* __restrict carry, int64_t n,
-                   const Spec& spec) {
-  const Slope<SURROGATE> slope(spec.alpha);
-  const float threshold = spec.threshold, rest = spec.rest;
-  for (int64_t i = 0; i < n; ++i) {
-    float g = grad[i];
-    if (!DETACHED) g = g + carry[i] * (SOFT ? -threshold : rest - h[i]);
-    const float kept = SOFT || h[i] < threshold ? carry[i] : 0.0f;
-    grad[i] = slope(g, h[i] - threshold) + kept;
-  }
-}
-
-using FireBackward = void (*)(float*, const float*, const float*, int64_t, const Spec&);
-
-template <int32_t SURROGATE>
-FireBackward fire_backward_of(const Spec& spec) {
-  if (spec.soft) return spec.detached ? fire_backward<SURROGATE, true, true> : fire_backward<SURROGATE, true, false>;
-  return spec.detached ? fire_backward<SURROGATE, false, true> : fire_backward<SURROGATE, false, false>;
-}
-
-FireBackward fire_backward_of(const Spec& spec) {
-  if (spec.surrogate == ATAN) return fire_backward_of<ATAN>(spec);
-  if (spec.surrogate == RECT) return fire_backward_of<RECT>(spec);
-  if (spec.surrogate == PIECEWISE_QUADRATIC) return fire_backward_of<PIECEWISE_QUADRATIC>(spec);
-  if (spec.surrogate == SOFT_SIGN) return fire_backward_of<SOFT_SIGN>(spec);
-  return fire_backward_of<SUPER_SPIKE>(spec);
-}
-
-// dL/dh[t] in `grad` becomes dL/dx[t]; `carry` gets dL/dv[t-1].
-void charge_backward(const Spec& spec, float tau, float* __restrict grad, float* __restrict carry, int64_t n) {
-  if (spec.leak == NO_LEAK) {
-    std::memcpy(carry, grad, n * sizeof(float));
-    return;
-  }
-  const bool decay = spec.decay_input;
-  const auto loop = [&](auto leak_of) {
-    for (int64_t i = 0; i < n; ++i) {
-      const float leak = leak_of(grad[i]);
-      carry[i] = grad[i] - leak;
-      grad[i] = decay ? leak : grad[i];
-    }
-  };
-  if (spec.leak == DIVISION)
-    loop([=](float x) { return x / tau; });
-  else
-    loop([=](float x) { return x * tau; });
-}
-
-// dL/dq of PLIF: sum of dL/dh[t] times what q multiplies. `before` is h[t-1], or null at the first step.
-double of_q(const Spec& spec, const float* __restrict grad, const float* __restrict x, const float* before, int64_t n) {
-  double lanes[LANES] = {};
-  for (int64_t i = 0; i < n; ++i) {
-    float v = spec.rest;
-    if (before != nullptr) {
-      const bool fired = before[i] >= spec.threshold;
-      v = fired ? (spec.soft ? before[i] - spec.threshold : spec.rest) : before[i];
-    }
-    const float offset = v - spec.rest;
-    lanes[i % LANES] += (spec.decay_input ? x[i] - offset : -offset) * grad[i];
-  }
-  double total = 0;
-  for (double lane : lanes) total += lane;
-  return total;
-}
-
-// Sums of a channel in NCHW: 16 lanes of fp64.
-struct Lanes {
-  double values[LANES] = {};
-  double total() const {
-    double sum = 0;
-    for (double value : values) sum += value;
-    return sum;
-  }
-};
-
-template <typename E, typename Term>
-void add_terms(Lanes& lanes, const E* __restrict from, int64_t count, const Term& term) {
-  double sums[LANES];
-  std::memcpy(sums, lanes.values, sizeof sums);
-  int64_t i = 0;
-  for (; i + LANES <= count; i += LANES)
-    for (int64_t lane = 0; lane < LANES; ++lane) sums[lane] += static_cast<double>(term(to_float(from[i + lane])));
-  for (int64_t lane = 0; i < count; ++i, ++lane) sums[lane] += static_cast<double>(term(to_float(from[i])));
-  std::memcpy(lanes.values, sums, sizeof sums);
-}
-
-// Sums of dL/dx and of dL/dx (z - mean) of one step of a tile in NCHW, fp32 in 16 lanes, then fp64.
-void add_gradients(Lanes& plain, Lanes& centred, const float* __restrict grad, const float* __restrict z, float mean,
-                   int64_t n) {
-  float first[LANES] = {}, second[LANES] = {};
-  int64_t i = 0;
-  for (; i + LANES <= n; i += LANES)
-    for (int64_t lane = 0; lane < LANES; ++lane) {
-      first[lane] += grad[i + lane];
-      second[lane] += grad[i + lane] * (z[i + lane] - mean);
-    }
-  for (int64_t lane = 0; i < n; ++i, ++lane) {
-    first[lane] += grad[i];
-    second[lane] += grad[i] * (z[i] - mean);
-  }
-  for (int64_t lane = 0; lane < LANES; ++lane) plain.values[lane] += first[lane];
-  for (int64_t lane = 0; lane < LANES; ++lane) centred.values[lane] += second[lane];
-}
 
 struct Forward {
   const void *z, *shortcut;
@@ -352,114 +30,6 @@ struct Backward {
   float *grad_gamma, *grad_beta, *grad_q;
 };
 
-struct Geometry {
-  int64_t slab, positions, frames, elements, rows, tile, tiles;
-  explicit Geometry(const Spec& spec)
-      : slab(spec.B * spec.C * spec.plane),
-        positions(spec.B * spec.plane),
-        frames(spec.repeat ? spec.B : spec.T * spec.B),
-        elements(frames * spec.plane) {
-    if (spec.channels_last) {
-      rows = std::max<int64_t>(1, TILE / spec.C);
-      tile = rows * spec.C;
-      tiles = (positions + rows - 1) / rows;
-    } else if (spec.plane >= TILE) {
-      rows = (spec.plane + TILE - 1) / TILE;  // tiles of a plane
-      tile = TILE;
-      tiles = rows * spec.B;
-    } else {
-      rows = TILE / spec.plane;  // planes of a tile
-      tile = rows * spec.plane;
-      tiles = (spec.B + rows - 1) / rows;
-    }
-  }
-  Tile at(const Spec& spec, int64_t index, int64_t channel) const {
-    if (spec.channels_last) {
-      const int64_t first = index * rows, count = std::min(rows, positions - first);
-      return {first * spec.C, count * spec.C, 1, 0};
-    }
-    const int64_t picture = spec.C * spec.plane, base = channel * spec.plane;
-    if (spec.plane >= TILE) {
-      const int64_t start = index % rows * TILE;
-      return {index / rows * picture + base + start, std::min(TILE, spec.plane - start), 1, 0};
-    }
-    const int64_t first = index * rows;
-    return {first * picture + base, spec.plane, std::min(rows, spec.B - first), picture};
-  }
-};
-
-// Mean and the sum of squared distances from it, rounded as torch's kernels round them.
-template <typename E>
-void statistics_nchw(const Spec& spec, const Geometry& shape, const E* z, int64_t channel, float& mean, float& squares) {
-  const int64_t picture = spec.C * spec.plane;
-  const E* from = z + channel * spec.plane;
-  Lanes sums, distances;
-  for (int64_t frame = 0; frame < shape.frames; ++frame)
-    add_terms(sums, from + frame * picture, spec.plane, [](float x) { return x; });
-  mean = static_cast<float>(sums.total() / static_cast<double>(shape.elements));
-  const float centre = mean;
-  for (int64_t frame = 0; frame < shape.frames; ++frame)
-    add_terms(distances, from + frame * picture, spec.plane, [centre](float x) { return (x - centre) * (x - centre); });
-  squares = static_cast<float>(distances.total());
-}
-
-template <typename E, typename Add>
-void add_rows(const Spec& spec, const E* z, int64_t begin, int64_t end, float* sums, const Add& add) {
-  constexpr int64_t WIDTH = 64, ROWS = 256;
-  for (int64_t start = begin; start < end; start += ROWS) {
-    const int64_t stop = std::min(end, start + ROWS);
-    int64_t channel = 0;
-    for (; channel + WIDTH <= spec.C; channel += WIDTH) {
-      float kept[WIDTH];
-      std::memcpy(kept, sums + channel, sizeof kept);
-      for (int64_t row = start; row < stop; ++row) {
-        const E* __restrict from = z + row * spec.C + channel;
-        for (int64_t i = 0; i < WIDTH; ++i) kept[i] = add(kept[i], to_float(from[i]), channel + i);
-      }
-      std::memcpy(sums + channel, kept, sizeof kept);
-    }
-    if (channel == spec.C) continue;
-    for (int64_t row = start; row < stop; ++row) {
-      const E* __restrict from = z + row * spec.C;
-      for (int64_t i = channel; i < spec.C; ++i) sums[i] = add(sums[i], to_float(from[i]), i);
-    }
-  }
-}
-
-template <typename E>
-bool statistics_nhwc(const Spec& spec, const Geometry& shape, const E* z, float* mean, float* squares) {
-  // torch's split: a thread takes a chunk of rows.
-  const int64_t chunk = (shape.elements + spec.threads - 1) / spec.threads;
-  std::vector<float> partial(spec.threads * spec.C);
-  bool sound = true;
-  for (const bool second : {false, true}) {
-    std::fill(partial.begin(), partial.end(), 0.0f);
-    const int64_t grain = GRAIN / std::max<int64_t>(1, chunk * spec.C);
-    sound = sound && parallel(spec.threads, grain, [&](int64_t first, int64_t last) {
-      for (int64_t thread = first; thread < last; ++thread) {
-        const int64_t begin = std::min(shape.elements, thread * chunk), end = std::min(shape.elements, begin + chunk);
-        float* sums = partial.data() + thread * spec.C;
-        if (second)
-          add_rows(spec, z, begin, end, sums, [mean](float sum, float x, int64_t channel) {
-            const float distance = x - mean[channel];
-            return fused(distance, distance, sum);
-          });
-        else
-          add_rows(spec, z, begin, end, sums, [](float sum, float x, int64_t) { return sum + x; });
-      }
-    });
-    for (int64_t channel = 0; channel < spec.C; ++channel) {
-      double sum = 0;
-      for (int64_t thread = 0; thread < spec.threads; ++thread) sum += partial[thread * spec.C + channel];
-      if (second)
-        squares[channel] = static_cast<float>(sum);
-      else
-        mean[channel] = static_cast<float>(sum / static_cast<double>(shape.elements));
-    }
-  }
-  return sound;
-}
-
 void update(const Forward& call, int64_t elements, int64_t channel, float mean, float squares) {
   const float count = static_cast<float>(elements), momentum = static_cast<float>(call.momentum);
   call.mean[channel] = mean;
@@ -471,36 +41,38 @@ void update(const Forward& call, int64_t elements, int64_t channel, float mean, 
   running_var = static_cast<float>(momentum * unbiased + static_cast<double>((1 - momentum) * running_var));
 }
 
-template <bool LAST, typename E>
-void forward_tile(const Spec& spec, const Geometry& shape, const Forward& call, int64_t index, int64_t channel,
+template <bool EACH, typename E>
+void forward_tile(const Spec& spec, const Geometry& shape, const Forward& call, Tile tile, Tile next,
                   const float* scale, const float* shift, float* memory) {
-  const Tile tile = shape.at(spec, index, channel);
-  const int64_t n = tile.size();
-  float *v = memory, *x = v + shape.tile, *s = x + shape.tile, *joined = s + shape.tile;
+  const int64_t n = tile.size;
+  float *v = memory, *x = v + shape.tile, *s = x + shape.tile, *buffer = s + shape.tile, *written = buffer + shape.tile;
   const float tau = call.q == nullptr ? spec.tau : call.q[0];
   const Step advance = step_of<true>(spec);
-  const E* z = static_cast<const E*>(call.z);
-  const E* shortcut = static_cast<const E*>(call.shortcut);
-  E* out = static_cast<E*>(call.out);
+  const bool gated = spec.gate != NONE && spec.gate != POST_ADD;
   std::fill(v, v + n, spec.rest);
   for (int64_t t = 0; t < spec.T; ++t) {
-    if (t == 0 || !spec.repeat) load_normalised<LAST>(z + t * shape.slab, tile, scale, shift, x);
-    if (spec.gate != NONE) load(shortcut + t * shape.slab, tile, joined);
+    const E* z = static_cast<const E*>(call.z) + t * shape.slab;
+    const E* shortcut = static_cast<const E*>(call.shortcut) + t * shape.slab;
+    E* out = static_cast<E*>(call.out) + t * shape.slab;
+    if (t == 0 || !spec.repeat) {
+      normalise<EACH>(z + tile.offset, scale, shift, x, n);
+      fetch<0>(z + next.offset, next.size);
+    }
+    if (spec.gate != NONE) fetch<0>(shortcut + next.offset, next.size);
+    fetch<1>(out + next.offset, next.size);
+    const float* joined = spec.gate == NONE ? nullptr : view(shortcut + tile.offset, n, buffer);
     if (spec.gate == POST_ADD)
       for (int64_t i = 0; i < n; ++i) x[i] = x[i] + joined[i];
-    advance(v, x, s, n, spec, tau);
-    if (spec.gate != NONE && spec.gate != POST_ADD) join(spec.gate, s, joined, n);
-    store(s, tile, out + t * shape.slab);
+    float* place = target(out + tile.offset, written);
+    advance(v, x, gated ? s : place, n, spec, tau);
+    if (gated) join(spec.gate, s, joined, place, n);
+    store(place, out + tile.offset, n);
   }
 }
 
 void affine(const Forward& call, int64_t channel, float& scale, float& shift) {
   scale = call.invstd[channel] * call.gamma[channel];
   shift = fused(-call.mean[channel], scale, call.beta[channel]);
-}
-
-void repeat_rows(const Spec& spec, const Geometry& shape, float* values) {
-  for (int64_t row = 1; row < shape.rows; ++row) std::memcpy(values + row * spec.C, values, spec.C * sizeof(float));
 }
 
 void running(const Spec& spec, const Forward& call) {
@@ -510,66 +82,77 @@ void running(const Spec& spec, const Forward& call) {
   }
 }
 
+template <bool EACH, typename E>
+void forward_group(const Spec& spec, const Geometry& shape, const Forward& call, int64_t group, float* memory) {
+  const int64_t first = group * shape.channels, channels = shape.channels_of(spec, group);
+  float *scale = memory, *shift = scale + shape.tile, *tiles = shift + shape.tile;
+  if (call.train) {
+    statistics_nchw(spec, shape, static_cast<const E*>(call.z), group, scale, shift);
+    for (int64_t c = 0; c < channels; ++c) update(call, shape.elements, first + c, scale[c], shift[c]);
+  }
+  for (int64_t c = 0; c < channels; ++c) affine(call, first + c, scale[c], shift[c]);
+  spread(spec, shape, channels, scale);
+  spread(spec, shape, channels, shift);
+  for (int64_t index = 0; index < shape.tiles; ++index)
+    forward_tile<EACH, E>(spec, shape, call, shape.at(spec, group, index), shape.after(spec, group, index), scale,
+                          shift, tiles);
+}
+
 template <typename E>
 bool forward(const Spec& spec, const Forward& call) {
   const Geometry shape(spec);
   const E* z = static_cast<const E*>(call.z);
   if (!call.train) running(spec, call);
   if (!spec.channels_last)
-    return parallel(spec.C, GRAIN / std::max<int64_t>(1, spec.T * shape.positions), [&](int64_t begin, int64_t end) {
-      float* memory = scratch(0, 4 * shape.tile);
-      for (int64_t channel = begin; channel < end; ++channel) {
-        if (call.train) {
-          float mean, squares;
-          statistics_nchw(spec, shape, z, channel, mean, squares);
-          update(call, shape.elements, channel, mean, squares);
-        }
-        float scale, shift;
-        affine(call, channel, scale, shift);
-        for (int64_t index = 0; index < shape.tiles; ++index)
-          forward_tile<false, E>(spec, shape, call, index, channel, &scale, &shift, memory);
-      }
+    return parallel(shape.groups, GRAIN / (spec.T * shape.positions * shape.channels), [&](int64_t begin, int64_t end) {
+      float* memory = scratch(0, 7 * shape.tile);
+      for (int64_t group = begin; group < end; ++group)
+        if (shape.channels > 1)
+          forward_group<true, E>(spec, shape, call, group, memory);
+        else
+          forward_group<false, E>(spec, shape, call, group, memory);
     });
-  std::vector<float> scale(std::max(shape.tile, spec.C)), shift(std::max(shape.tile, spec.C));
+  std::vector<float> scale(shape.tile), shift(shape.tile);
   if (call.train) {
-    std::vector<float> mean(spec.C), squares(spec.C);
-    if (!statistics_nhwc(spec, shape, z, mean.data(), squares.data())) return false;
+    if (!statistics_nhwc(spec, shape, z, scale.data(), shift.data())) return false;
     for (int64_t channel = 0; channel < spec.C; ++channel)
-      update(call, shape.elements, channel, mean[channel], squares[channel]);
+      update(call, shape.elements, channel, scale[channel], shift[channel]);
   }
   for (int64_t channel = 0; channel < spec.C; ++channel) affine(call, channel, scale[channel], shift[channel]);
-  repeat_rows(spec, shape, scale.data());
-  repeat_rows(spec, shape, shift.data());
+  spread(spec, shape, spec.C, scale.data());
+  spread(spec, shape, spec.C, shift.data());
   return parallel(shape.tiles, GRAIN / (spec.T * shape.tile), [&](int64_t begin, int64_t end) {
-    float* memory = scratch(0, 4 * shape.tile);
+    float* memory = scratch(0, 5 * shape.tile);
     for (int64_t index = begin; index < end; ++index)
-      forward_tile<true, E>(spec, shape, call, index, 0, scale.data(), shift.data(), memory);
+      forward_tile<true, E>(spec, shape, call, shape.at(spec, 0, index), shape.after(spec, 0, index), scale.data(),
+                            shift.data(), memory);
   });
 }
 
-// The gradient dL/dx of all steps of a tile, last step first; `emit(t, dL/dx)` takes each, once in all where z is static.
-template <bool LAST, typename E, typename Emit>
-void backward_tile(const Spec& spec, const Geometry& shape, const Backward& call, const Tile& tile, const float* scale,
-                   const float* shift, float* memory, double& q_sum, const Emit& emit) {
-  const int64_t n = tile.size(), T = spec.T, size = shape.tile;
-  float *v = memory, *carry = v + size, *grad = carry + size, *joined = grad + size, *to_shortcut = joined + size;
-  float *total = to_shortcut + size, *h = total + size, *x = h + T * size;
+// dL/dx of all steps of a tile, last step first; `emit(t, dL/dx)` takes each, or their sum where z is static.
+template <bool EACH, typename E, typename Emit>
+void backward_tile(const Spec& spec, const Geometry& shape, const Backward& call, Tile tile, Tile next,
+                   const float* scale, const float* shift, float* memory, double& q_sum, const Emit& emit) {
+  const int64_t n = tile.size, T = spec.T, size = shape.tile;
+  float *v = memory, *carry = v + size, *to_spikes = carry + size, *first = to_spikes + size, *second = first + size;
+  float *written = second + size, *total = written + size, *h = total + size, *x = h + T * size;
   const float tau = call.q == nullptr ? spec.tau : call.q[0];
   const Step advance = step_of<false>(spec);
   const FireBackward fire = fire_backward_of(spec);
-  const E* z = static_cast<const E*>(call.z);
-  const E* shortcut = static_cast<const E*>(call.shortcut);
-  E* grad_shortcut = static_cast<E*>(call.grad_shortcut);
+  const JoinBackward join_back = join_backward_of(spec);
   const bool gated = spec.gate == BSG || spec.gate == AND || spec.gate == IAND;
   std::fill(v, v + n, spec.rest);
   for (int64_t t = 0; t < T; ++t) {
+    const E* z = static_cast<const E*>(call.z) + t * shape.slab;
     float* current = spec.learned ? x + t * size : x;
-    if (t == 0 || !spec.repeat)
-      load_normalised<LAST>(z + t * shape.slab, tile, scale, shift, current);
-    else if (spec.learned)
+    if (t == 0 || !spec.repeat) {
+      normalise<EACH>(z + tile.offset, scale, shift, current, n);
+      fetch<0>(z + next.offset, next.size);
+    } else if (spec.learned) {
       std::memcpy(current, x, n * sizeof(float));
+    }
     if (spec.gate == POST_ADD) {
-      load(shortcut + t * shape.slab, tile, joined);
+      const float* joined = view(static_cast<const E*>(call.shortcut) + t * shape.slab + tile.offset, n, first);
       for (int64_t i = 0; i < n; ++i) current[i] = current[i] + joined[i];
     }
     advance(v, current, h + t * size, n, spec, tau);
@@ -577,27 +160,58 @@ void backward_tile(const Spec& spec, const Geometry& shape, const Backward& call
   std::fill(carry, carry + n, 0.0f);
   if (spec.repeat) std::fill(total, total + n, 0.0f);
   for (int64_t t = T - 1; t >= 0; --t) {
-    load(static_cast<const E*>(call.grad) + t * shape.slab, tile, grad);
+    const E* grad = static_cast<const E*>(call.grad) + t * shape.slab;
+    const float* to_h = view(grad + tile.offset, n, first);
+    fetch<0>(grad + next.offset, next.size);
+    E* grad_shortcut = static_cast<E*>(call.grad_shortcut) + t * shape.slab;
     if (gated) {
-      load(shortcut + t * shape.slab, tile, joined);
-      join_backward(spec, grad, h + t * size, joined, to_shortcut, n);
-      store(to_shortcut, tile, grad_shortcut + t * shape.slab);
+      const E* shortcut = static_cast<const E*>(call.shortcut) + t * shape.slab;
+      float* place = target(grad_shortcut + tile.offset, written);
+      join_back(spec.threshold, to_h, h + t * size, view(shortcut + tile.offset, n, second), to_spikes, place, n);
+      store(place, grad_shortcut + tile.offset, n);
+      fetch<0>(shortcut + next.offset, next.size);
+      fetch<1>(grad_shortcut + next.offset, next.size);
+      to_h = to_spikes;
     }
-    fire(grad, h + t * size, carry, n, spec);
-    if (spec.learned) q_sum += of_q(spec, grad, x + t * size, t == 0 ? nullptr : h + (t - 1) * size, n);
-    charge_backward(spec, tau, grad, carry, n);
-    if (spec.gate == POST_ADD) store(grad, tile, grad_shortcut + t * shape.slab);
+    fire(to_h, h + t * size, carry, n, spec);
+    if (spec.learned) q_sum += of_q(spec, carry, x + t * size, t == 0 ? nullptr : h + (t - 1) * size, n);
+    const float* to_x = charge_backward(spec, tau, carry, to_spikes, n);
+    if (spec.gate == POST_ADD)
+      for (int64_t i = 0; i < n; ++i) put(grad_shortcut[tile.offset + i], to_x[i]);
     if (!spec.repeat)
-      emit(t, grad);
+      emit(t, to_x);
     else
-      for (int64_t i = 0; i < n; ++i) total[i] += grad[i];
+      for (int64_t i = 0; i < n; ++i) total[i] += to_x[i];
   }
   if (spec.repeat) emit(0, total);
 }
 
 int64_t backward_memory(const Spec& spec, const Geometry& shape) {
-  return (6 + spec.T + (spec.learned ? spec.T : 1)) * shape.tile;
+  return (7 + spec.T + (spec.learned ? spec.T : 1)) * shape.tile;
 }
+
+// Sums of dL/dx and of dL/dx (z - mean) at each place of a tile: fp32 over the steps of a tile, fp64 over tiles.
+struct TileSums {
+  std::vector<double> totals;
+  float *plain, *centred;
+  int64_t size;
+  TileSums(int64_t places, float* memory) : totals(2 * places), plain(memory), centred(memory + places), size(places) {}
+  void start() { std::fill(plain, plain + 2 * size, 0.0f); }
+  template <bool EACH, typename E>
+  void add(const float* __restrict grad, const E* __restrict z, const float* __restrict mean, int64_t n) {
+    float* __restrict first = plain;
+    float* __restrict second = centred;
+    const float middle = mean[0];
+    for (int64_t i = 0; i < n; ++i) {
+      first[i] += grad[i];
+      second[i] += grad[i] * (to_float(z[i]) - (EACH ? mean[i] : middle));
+    }
+  }
+  void finish(int64_t n) {
+    for (int64_t i = 0; i < n; ++i) totals[i] += plain[i];
+    for (int64_t i = 0; i < n; ++i) totals[size + i] += centred[i];
+  }
+};
 
 // What dL/dz needs of a channel: dL/dz = (dL/dx - centre - (z - mean) slope) factor.
 struct Finish {
@@ -612,48 +226,66 @@ Finish finish(const Backward& call, int64_t elements, int64_t channel, double pl
           call.invstd[channel] * call.gamma[channel]};
 }
 
-template <typename E>
-void backward_channel(const Spec& spec, const Geometry& shape, const Backward& call, int64_t channel, float* memory,
-                      float* kept, double& q_sum) {
-  const float mean = call.mean[channel], scale = call.invstd[channel] * call.gamma[channel];
-  const float shift = fused(-mean, scale, call.beta[channel]);
-  const E* z = static_cast<const E*>(call.z);
-  E* grad_z = static_cast<E*>(call.grad_z);
-  float* again = memory + backward_memory(spec, shape);
-  Lanes plain, centred;
+template <bool EACH, typename E>
+void backward_group(const Spec& spec, const Geometry& shape, const Backward& call, int64_t group, float* memory,
+                    float* kept, double& q_sum) {
+  const int64_t first = group * shape.channels, channels = shape.channels_of(spec, group), size = shape.tile;
+  float *scale = memory, *shift = scale + size, *mean = shift + size, *centre = mean + size, *slope = centre + size;
+  float *partial = slope + size, *tiles = partial + 2 * size;
+  for (int64_t c = 0; c < channels; ++c) {
+    mean[c] = call.mean[first + c];
+    scale[c] = call.invstd[first + c] * call.gamma[first + c];
+    shift[c] = fused(-mean[c], scale[c], call.beta[first + c]);
+  }
+  for (float* values : {scale, shift, mean}) spread(spec, shape, channels, values);
+  TileSums sums(size, partial);
   const int64_t steps = spec.repeat ? 1 : spec.T;
   for (int64_t index = 0; index < shape.tiles; ++index) {
-    const Tile tile = shape.at(spec, index, channel);
-    backward_tile<false, E>(spec, shape, call, tile, &scale, &shift, memory, q_sum, [&](int64_t t, const float* grad) {
-      load(z + t * shape.slab, tile, again);
-      add_gradients(plain, centred, grad, again, mean, tile.size());
-      std::memcpy(kept + (index * steps + t) * shape.tile, grad, tile.size() * sizeof(float));
+    const Tile tile = shape.at(spec, group, index);
+    sums.start();
+    backward_tile<EACH, E>(spec, shape, call, tile, shape.after(spec, group, index), scale, shift, tiles, q_sum,
+                           [&](int64_t t, const float* grad) {
+      sums.add<EACH>(grad, static_cast<const E*>(call.z) + t * shape.slab + tile.offset, mean, tile.size);
+      std::memcpy(kept + (index * steps + t) * size, grad, tile.size * sizeof(float));
     });
+    sums.finish(tile.size);
   }
-  const Finish last = finish(call, shape.elements, channel, plain.total(), centred.total());
+  const int64_t of_channel = shape.channels > 1 ? spec.plane : size;
+  for (int64_t c = 0; c < channels; ++c) {
+    double plain = 0, centred = 0;
+    for (int64_t i = c * of_channel; i < (c + 1) * of_channel; ++i) plain += sums.totals[i];
+    for (int64_t i = c * of_channel; i < (c + 1) * of_channel; ++i) centred += sums.totals[size + i];
+    const Finish last = finish(call, shape.elements, first + c, plain, centred);
+    centre[c] = last.centre;
+    slope[c] = last.slope;
+  }
+  for (float* values : {centre, slope}) spread(spec, shape, channels, values);
   for (int64_t index = 0; index < shape.tiles; ++index) {
-    const Tile tile = shape.at(spec, index, channel);
-    for (int64_t t = 0; t < steps; ++t)
-      for (int64_t run = 0; run < tile.count; ++run) {
-        const int64_t place = t * shape.slab + tile.offset + run * tile.stride;
-        const E* __restrict from = z + place;
-        E* __restrict to = grad_z + place;
-        const float* __restrict grad = kept + (index * steps + t) * shape.tile + run * tile.length;
-        for (int64_t i = 0; i < tile.length; ++i)
-          put(to[i], (grad[i] - (to_float(from[i]) - mean) * last.slope - last.centre) * last.factor);
+    const Tile tile = shape.at(spec, group, index);
+    for (int64_t t = 0; t < steps; ++t) {
+      const E* __restrict from = static_cast<const E*>(call.z) + t * shape.slab + tile.offset;
+      E* __restrict to = static_cast<E*>(call.grad_z) + t * shape.slab + tile.offset;
+      const float* __restrict grad = kept + (index * steps + t) * size;
+      for (int64_t i = 0; i < tile.size; ++i) {
+        const int64_t at = EACH ? i : 0;
+        put(to[i], (grad[i] - (to_float(from[i]) - mean[at]) * slope[at] - centre[at]) * scale[at]);
       }
+    }
   }
 }
 
 template <typename E>
 bool backward_nchw(const Spec& spec, const Geometry& shape, const Backward& call) {
-  std::vector<double> q_sums(spec.C);
-  const int64_t steps = spec.repeat ? 1 : spec.T;
-  const bool sound = parallel(spec.C, GRAIN / std::max<int64_t>(1, spec.T * shape.positions), [&](int64_t begin, int64_t end) {
-    float* memory = scratch(0, backward_memory(spec, shape) + shape.tile);
+  std::vector<double> q_sums(shape.groups);
+  const int64_t steps = spec.repeat ? 1 : spec.T, of_group = spec.T * shape.positions * shape.channels;
+  const bool sound = parallel(shape.groups, GRAIN / of_group, [&](int64_t begin, int64_t end) {
+    float* memory = scratch(0, backward_memory(spec, shape) + 7 * shape.tile);
     float* kept = scratch(1, shape.tiles * steps * shape.tile);
-    for (int64_t channel = begin; channel < end; ++channel)
-      backward_channel<E>(spec, shape, call, channel, memory, kept, q_sums[channel]);
+    for (int64_t group = begin; group < end; ++group)
+      if (shape.channels > 1)
+        backward_group<true, E>(spec, shape, call, group, memory, kept, q_sums[group]);
+      else
+        backward_group<false, E>(spec, shape, call, group, memory, kept, q_sums[group]);
   });
   double q_sum = 0;
   for (double sum : q_sums) q_sum += sum;
@@ -670,7 +302,7 @@ bool backward_nhwc(const Spec& spec, const Geometry& shape, const Backward& call
     shift[channel] = fused(-call.mean[channel], scale[channel], call.beta[channel]);
     mean[channel] = call.mean[channel];
   }
-  for (std::vector<float>* values : {&scale, &shift, &mean}) repeat_rows(spec, shape, values->data());
+  for (std::vector<float>* values : {&scale, &shift, &mean}) spread(spec, shape, C, values->data());
   const E* z = static_cast<const E*>(call.z);
   E* grad_z = static_cast<E*>(call.grad_z);
   E* rest = call.rest == nullptr ? grad_z : static_cast<E*>(call.rest);
@@ -678,37 +310,31 @@ bool backward_nhwc(const Spec& spec, const Geometry& shape, const Backward& call
   const int64_t blocks = std::min(BLOCKS, shape.tiles), of_block = spec.T * shape.positions * C / blocks;
   bool sound = parallel(blocks, GRAIN / std::max<int64_t>(1, of_block), [&](int64_t begin, int64_t end) {
     float* memory = scratch(0, backward_memory(spec, shape) + 2 * size);
-    float *plain = memory + backward_memory(spec, shape), *centred = plain + size;
-    std::vector<double> totals(2 * size);
+    float* partial = memory + backward_memory(spec, shape);
     for (int64_t block = begin; block < end; ++block) {
-      std::fill(totals.begin(), totals.end(), 0.0);
+      TileSums all(size, partial);
       for (int64_t index = block * shape.tiles / blocks; index < (block + 1) * shape.tiles / blocks; ++index) {
-        const Tile tile = shape.at(spec, index, 0);
-        const int64_t n = tile.size();
-        std::fill(plain, plain + 2 * size, 0.0f);
-        backward_tile<true, E>(spec, shape, call, tile, scale.data(), shift.data(), memory, q_sums[block],
-                               [&](int64_t t, const float* __restrict grad) {
-          const E* __restrict from = z + t * shape.slab + tile.offset;
-          E* __restrict to = grad_z + t * shape.slab + tile.offset;
-          const float* __restrict middle = mean.data();
-          float* __restrict first = plain;
-          float* __restrict second = centred;
-          for (int64_t i = 0; i < n; ++i) {
-            first[i] += grad[i];
-            second[i] += grad[i] * (to_float(from[i]) - middle[i]);
-          }
-          E* __restrict low = rest + t * shape.slab + tile.offset;
-          for (int64_t i = 0; i < n; ++i) {
+        const Tile tile = shape.at(spec, 0, index);
+        all.start();
+        backward_tile<true, E>(spec, shape, call, tile, shape.after(spec, 0, index), scale.data(), shift.data(), memory,
+                               q_sums[block], [&](int64_t t, const float* __restrict grad) {
+          const int64_t place = t * shape.slab + tile.offset;
+          all.add<true>(grad, z + place, mean.data(), tile.size);
+          E* __restrict to = grad_z + place;
+          E* __restrict low = rest + place;
+          for (int64_t i = 0; i < tile.size; ++i) {
             put(to[i], grad[i]);
             put_rest(low, i, grad[i], to[i]);
           }
         });
-        for (int64_t i = 0; i < n; ++i) totals[i] += plain[i];
-        for (int64_t i = 0; i < n; ++i) totals[size + i] += centred[i];
+        all.finish(tile.size);
       }
       double* of_channel = sums.data() + block * 2 * C;
-      for (int64_t i = 0; i < size; ++i) of_channel[i % C] += totals[i];
-      for (int64_t i = 0; i < size; ++i) of_channel[C + i % C] += totals[size + i];
+      for (int64_t row = 0; row < shape.rows; ++row)
+        for (int64_t c = 0; c < C; ++c) {
+          of_channel[c] += all.totals[row * C + c];
+          of_channel[C + c] += all.totals[size + row * C + c];
+        }
     }
   });
   for (int64_t channel = 0; channel < C; ++channel) {
@@ -721,7 +347,7 @@ bool backward_nhwc(const Spec& spec, const Geometry& shape, const Backward& call
     centre[channel] = last.centre;
     slope[channel] = last.slope;
   }
-  for (std::vector<float>* values : {&centre, &slope}) repeat_rows(spec, shape, values->data());
+  for (std::vector<float>* values : {&centre, &slope}) spread(spec, shape, C, values->data());
   double q_sum = 0;
   for (double sum : q_sums) q_sum += sum;
   if (spec.learned) *call.grad_q = static_cast<float>(q_sum);

@@ -28,6 +28,7 @@ from spikefleet_pipelines.transforms.event_detection_config import EventDetectio
 from spikefleet_pipelines.transforms.event_frames import OUTSIDE, FrameMaker, Grid, SliceTable, event_rows
 
 if TYPE_CHECKING:
+    # Not where a version is served: the reader needs pyarrow.
     from spikefleet_pipelines.store.reader import Samples
 
 LEAST_SIDE = 1.0

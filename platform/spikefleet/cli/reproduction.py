@@ -34,8 +34,12 @@ def reproduce(
     ],
     overrides: Overrides = None,
     scale: Annotated[
-        Scale, typer.Option(help="full: the paper's networks and data; the others stand for it on two CPU cores.")
-    ] = "digits",
+        Scale | None,
+        typer.Option(
+            help="full: the paper's networks and data; the others stand for it on two CPU cores. By default the "
+            "table's smallest (`spikefleet tables`)."
+        ),
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each row, with one seed after the other.")] = 3,
     only: Annotated[str, typer.Option(help="Rows whose name (or 'GROUP: NAME') matches this pattern.")] = "*",
     report_only: Annotated[bool, typer.Option("--report-only", help="Train nothing; report what is there.")] = False,
@@ -58,6 +62,7 @@ def reproduce(
 
     fixed, data = split_overrides(overrides or [])
     chosen = load_table(table)
+    at = chosen.scale(scale)
     where = messages(as_json)
     with loading("torch and Ray", where):
         from spikefleet.reproduction.report import (
@@ -73,9 +78,7 @@ def reproduce(
 
     given = {"workers": workers, "cpus_per_worker": cpus_per_worker, "gpus_per_worker": gpus_per_worker}
     changed = {key: value for key, value in given.items() if value is not None}
-    plan = ReproductionPlan(
-        chosen, scale, seeds, only, fixed, changed, retry_failed=retry_failed, train=not report_only
-    )
+    plan = ReproductionPlan(chosen, at, seeds, only, fixed, changed, retry_failed=retry_failed, train=not report_only)
     options = Options(runs_dir, stores_dir, address, verbose, data)
     with resumable():
         found = reproduce(plan, options, where)
@@ -88,7 +91,7 @@ def reproduce(
         print_json({**as_data(found), "report": str(folder / REPORT)})
         return
     header, *rows = as_table(found)
-    title = f"{chosen.paper}; scale {scale}"
+    title = f"{chosen.paper}; scale {at}"
     columns = [text(name) if name in ("row", "paper's data") else number(name) for name in header]
     print_table(console, columns, rows, title)
     for sentence in (*remarks(found), *order_sentences(found)):
@@ -102,10 +105,7 @@ def tables(as_json: AsJson = False) -> None:
     from spikefleet.reproduction.table import list_tables, load_table
 
     found = [load_table(name) for name in list_tables()]
-    rows = [
-        (one, len(list(one.entries())), sorted({scale for group in one.groups for scale in group.scales}))
-        for one in found
-    ]
+    rows = [(one, len(list(one.entries())), list(one.scales)) for one in found]
     if as_json:
         print_json(
             [

@@ -10,11 +10,13 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, PositiveFloat, ValidationError, field_validator, model_validator
 
+from spikefleet.config.init_config import InitConfig
 from spikefleet.config.messages import PLAIN_NAME
 from spikefleet.config.renamed import with_current_keys
 from spikefleet.config.retrain_config import RetrainConfig
+from spikefleet.config.run_config import EvaluationConfig, RegistryConfig, TrackingConfig
 from spikefleet.config.section import Section
 from spikefleet.config.stream_config import StreamConfig
 from spikefleet.config.task_table import find_task
@@ -38,13 +40,20 @@ class TrainConfig(Section):
         "samples in each epoch); or a step whose gradient is scaled by the batch's share of global_batch",
     )
     eval_batch: int = Field(256, ge=1, le=1_000_000, description="samples per evaluation batch and worker")
+    patience: int | None = Field(
+        None, ge=1, description="epochs without a better validation metric after which the training ends; null: none"
+    )
+    min_delta: float = Field(0.0, ge=0, description="patience: a metric is better if it improves by more than this")
     evaluate_every: int = Field(1, ge=1, description="epochs between evaluations on the validation split")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of initialisation, sample order and augmentation")
     initial_weights: str | None = Field(
         None,
         pattern="^[0-9a-f]{64}$",
         description="SHA-256 of initial.safetensors in the run's directory, whose weights the training starts from; "
-        "`retrain --from champion` sets it",
+        "`retrain --from champion` and init.from set it",
+    )
+    freeze: tuple[str, ...] = Field(
+        (), description="names of modules whose weights and batch-norm statistics stay as they are, such as [stem]"
     )
     stream: StreamConfig | None = Field(
         None, description="train on consecutive windows of recordings of events; null: on samples in random order"
@@ -79,6 +88,12 @@ class TrainConfig(Section):
         description="detection: count the divisor of the loss over the global batch, so that the loss does not depend "
         "on the number of workers; or over each rank's slice, as the released code does",
     )
+
+    @model_validator(mode="after")
+    def _patience_has_an_effect(self) -> Self:
+        if self.min_delta and self.patience is None:
+            raise ValueError(f"min_delta={self.min_delta} has no effect without patience; set train.patience too")
+        return self
 
     @model_validator(mode="after")
     def _weighing_has_an_effect(self) -> Self:
@@ -117,6 +132,9 @@ class OptimConfig(Section):
         None, ge=0, lt=1, description="initial momentum in warm-up; default: momentum"
     )
     final_factor: float = Field(0.0, ge=0, le=1, description="cosine, linear: final learning rate / lr")
+    lr_factors: dict[str, PositiveFloat] = Field(
+        {}, description="factors of the learning rate by names of modules, such as {stem: 0.1}; the longest name counts"
+    )
 
     @model_validator(mode="after")
     def _warm_up_is_there(self) -> Self:
@@ -153,17 +171,6 @@ class ClusterConfig(Section):
     )
 
 
-class EvaluationConfig(Section):
-    """How a split is measured."""
-
-    max_detections: int = Field(
-        100,
-        gt=10,
-        le=10_000,
-        description="detection: the best detections of a class in an image that count; COCO's number is 100",
-    )
-
-
 class CheckpointConfig(Section):
     """When checkpoints are saved, and which are kept."""
 
@@ -176,32 +183,6 @@ class CheckpointConfig(Section):
     mode: Literal["max", "min"] = Field("max", description="whether the metric is maximised or minimised")
 
 
-class TrackingConfig(Section):
-    """What is logged to MLflow, and how often."""
-
-    experiment: str | None = Field(None, description="MLflow experiment; default: the recipe's name")
-    every_steps: int = Field(10, ge=1, description="steps between two logs of step metrics")
-    health_every_steps: int = Field(50, ge=1, description="steps between two measurements of firing rates")
-
-
-class RegistryConfig(Section):
-    """Whether and under which name the best checkpoint is registered."""
-
-    register_best: bool = Field(True, description="register the best checkpoint at the end of the run")
-    name: str | None = Field(
-        None,
-        pattern=PLAIN_NAME,
-        description="registered model, whatever the data; default: default_name on the data set of the recipe, and "
-        "FAMILY_DATASET on another one",
-    )
-    default_name: str | None = Field(
-        None, pattern=PLAIN_NAME, description="registered model on the data set of the recipe; default: recipe"
-    )
-    dataset: str | None = Field(
-        None, pattern=PLAIN_NAME, description="name of the data set that the recipe was written for; null: any"
-    )
-
-
 class Config(Section):
     """The configuration of one training run."""
 
@@ -209,6 +190,7 @@ class Config(Section):
     task: str = Field("classification", description="name of the task that the network is trained for")
     model: AnyModelConfig
     data: DataConfig
+    init: InitConfig = InitConfig()
     train: TrainConfig
     optim: OptimConfig
     shortcut: ShortcutConfig = ShortcutConfig()
@@ -361,6 +343,7 @@ class Config(Section):
 
 # Fields that may differ when a run is resumed: none of them changes a bit of the result.
 _NOT_IDENTITY = (
+    "init",
     "tracking.experiment",
     "tracking.every_steps",
     "registry",
@@ -378,11 +361,15 @@ _NOT_IDENTITY = (
 )
 
 
+# Fields that older runs do not have: without effect where they are empty, so that the names of those runs stay.
+_ABSENT_IF_EMPTY = ("train.freeze", "train.patience", "train.min_delta", "optim.lr_factors")
+
+
 def _identity(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     kept: dict[str, Any] = {}
     for key, value in tree.items():
         path = f"{prefix}{key}"
-        if path in _NOT_IDENTITY:
+        if path in _NOT_IDENTITY or (path in _ABSENT_IF_EMPTY and not value):
             continue
         kept[key] = _identity(value, f"{path}.") if isinstance(value, Mapping) else value
     return kept

@@ -20,8 +20,10 @@ _DIFFERENCE = "Difference: ours minus the paper's, where both are of the same da
 _NO_DIFFERENCE = "Ours are of other data, so no difference is formed."
 _SCALES = {
     "full": "the paper's networks and data",
-    "digits": f"scaled down: narrow networks on digits (detection: on scenes of them). {_OTHER_DATA}",
+    "digits": f"scaled down: narrow networks on digits. {_OTHER_DATA}",
     "fashion_mnist": f"scaled down: narrow networks on Fashion-MNIST. {_OTHER_DATA}",
+    "scenes": f"scaled down: a narrow network on scenes of digits. {_OTHER_DATA}",
+    "saccade_scenes": f"scaled down: a narrow network on moving digits before a simulated event camera. {_OTHER_DATA}",
 }
 
 

@@ -4,5 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-Scale = Literal["digits", "fashion_mnist", "full"]
-"""full: the paper's networks and data. The others run on two CPU cores: narrow networks on small real data."""
+Scale = Literal["digits", "fashion_mnist", "scenes", "saccade_scenes", "full"]
+"""full: the paper's networks and data. The others run on two CPU cores: narrow networks on small real data.
+
+scenes has images of real digits with boxes, and saccade_scenes recordings of moving ones.
+"""
+
+SCALES: tuple[Scale, ...] = ("digits", "fashion_mnist", "scenes", "saccade_scenes", "full")
+"""All scales, smaller ones first."""
+
+RENAMED: dict[str, Scale] = {"digits": "scenes"}
+"""New names of scales, for the tables of detection, which had them under the old ones."""

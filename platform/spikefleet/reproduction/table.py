@@ -14,7 +14,7 @@ from spikefleet.config.messages import did_you_mean, error_messages
 from spikefleet.config.section import Section
 from spikefleet.config.strict_yaml import read_mapping
 from spikefleet.errors import UserError
-from spikefleet.reproduction.scales import Scale
+from spikefleet.reproduction.scales import RENAMED, SCALES, Scale
 from spikefleet_models.energy_constants import energy_constants
 
 Origin = Literal["network", "card", "run"]
@@ -66,7 +66,7 @@ class Row(Section):
     name: str = Field(description="name of the row")
     overrides: Mapping[str, Any] = Field(default_factory=dict, description="dotted overrides of the row")
     paper: Mapping[str, float] = Field(description="the paper's value by column")
-    only_at: tuple[Scale, ...] = Field(("digits", "fashion_mnist", "full"), description="scales at which it can run")
+    only_at: tuple[Scale, ...] = Field(SCALES, description="scales at which it can run")
     otherwise: str = Field("", description="why it cannot run at the others")
 
 
@@ -109,11 +109,10 @@ class PaperTable(Section):
 
     @model_validator(mode="after")
     def _hangs_together(self) -> Self:
-        scales: tuple[Scale, ...] = ("digits", "fashion_mnist", "full")
         for entry in self.entries():
             if unknown := entry.row.paper.keys() - self.columns.keys():
                 raise ValueError(f"row {entry.row.name}: {sorted(unknown)[0]} is not a column of the table")
-            for scale in scales:
+            for scale in self.scales:
                 if entry.group.refusal(entry.row, scale) == "":
                     raise ValueError(f"row {entry.row.name} does not say why it cannot run at scale {scale}")
         counted = {key for key, column in self.columns.items() if column.origin == "network"}
@@ -124,6 +123,26 @@ class PaperTable(Section):
         if self.counted is None and any(column.origin != "run" for column in self.columns.values()):
             raise ValueError("'counted' is missing; it says how operations and energy are counted")
         return self
+
+    @property
+    def scales(self) -> tuple[Scale, ...]:
+        """The scales at which rows of the table can run, smaller ones first."""
+        return tuple(scale for scale in SCALES if any(scale in group.scales for group in self.groups))
+
+    def scale(self, name: Scale | None) -> Scale:
+        """A scale by its name; the smallest one of the table for None.
+
+        Raises:
+            UserError: the table has no such scale; the message has its new name, if it was renamed.
+        """
+        if name is None:
+            return self.scales[0]
+        if name in self.scales:
+            return name
+        new = RENAMED.get(name)
+        if new in self.scales:
+            raise UserError(f"scale {name!r} of {self.name} was renamed; use --scale {new}")
+        raise UserError(f"{self.name} has no scale {name!r}; use one of {', '.join(self.scales)}")
 
     def entries(self, pattern: str = "*") -> Iterator[Entry]:
         """Iterates over the rows whose name, or "GROUP: NAME", matches an fnmatch pattern."""

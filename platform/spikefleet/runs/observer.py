@@ -10,6 +10,7 @@ from spikefleet.certificates.energy_card import ENERGY, read_card
 from spikefleet.config.schema import Config, leaves
 from spikefleet.plugins import loaded_plugins
 from spikefleet.registry.version import SPIKE_DRIVEN
+from spikefleet.runs.initial_weights import lineage
 from spikefleet.runs.progress import Display
 from spikefleet.runs.run_dir import Run
 from spikefleet.runs.run_page import Results, run_description, shown_params, source_tags, training_experiment
@@ -58,7 +59,7 @@ class RunObserver:
         code = code_version()
         tags = {"recipe": config.recipe, "task": config.task, "dataset": data.name, "code_version": code}
         self._tracker.set_tags({**tags, "plugins": ",".join(loaded_plugins()), "failure": ""})
-        self._tracker.set_tags(source_tags(f"spikefleet train {config.recipe}", code))
+        self._tracker.set_tags({**source_tags(f"spikefleet train {config.recipe}", code), **lineage(self._run)})
         self._note_restarts(self._run.record().get("restarts", 0))
         self._tracker.describe(run_description(config, self._run.data()))
 

@@ -16,6 +16,7 @@ from spikefleet.gates.gate_store import check_gate_store, open_gate_store
 from spikefleet.gates.promoting import promote_through_gates
 from spikefleet.registry.api import Promotion
 from spikefleet.registry.version import SPIKE_DRIVEN, RegisteredVersion
+from spikefleet.runs.initial_weights import INIT, lineage
 from spikefleet.runs.run_dir import Run
 from spikefleet.status import Announce
 from spikefleet.tasks.per_image import PER_IMAGE
@@ -68,6 +69,7 @@ def register_run(
             "metric": config.checkpoint.metric,
             "code_version": code_version(),
             "seed": config.train.seed,
+            **lineage(run),
             SPIKE_DRIVEN: certificates.verdict,
             **certificates.legs,
         },
@@ -81,6 +83,7 @@ def register_run(
         extra_files={
             evaluation.name: evaluation,
             REFERENCE: report / REFERENCE,
+            **({INIT: record} if (record := run.path / INIT).is_file() else {}),
             **({PER_IMAGE: results} if (results := evaluation.with_name(PER_IMAGE)).is_file() else {}),
             **{path.name: path for path in certificates.files},
         },

@@ -21,6 +21,7 @@ from spikefleet.errors import RunError, UserError
 from spikefleet.outputs import check_place
 from spikefleet.registry.api import Promotion
 from spikefleet.registry.version import check_model_name
+from spikefleet.runs.initial_weights import InitialWeights, resolve_init, tell_init
 from spikefleet.runs.observer import RunObserver, finished_description
 from spikefleet.runs.options import Options
 from spikefleet.runs.progress import build_display
@@ -37,10 +38,12 @@ from spikefleet.tracking.tracker import Tracker, annotate, sync
 from spikefleet.training.distributed import ProcessGroup, pick_device
 from spikefleet.training.event_log import ResumedRunSink
 from spikefleet.training.events import EventSink
+from spikefleet.training.fine_tuning import check_names
 from spikefleet.training.loop import BeforeStep, Outcome, train
 from spikefleet.training.memory import check_memory
 from spikefleet.training.splits import prepare_parts
 from spikefleet.training.stopping import TrainingStopped
+from spikefleet_models.families import build_model
 from spikefleet_pipelines.store.reader import Store
 from spikefleet_tune.interruption import Interrupted, interruption
 from spikefleet_tune.messages import counted
@@ -91,10 +94,11 @@ def run_training(
         Interrupted: SIGINT or SIGTERM stopped it; the same call resumes it.
     """
     check_place(options.runs_dir, "--runs-dir")
+    config, initial = resolve_init(config, options.runs_dir, resolve_tracking_uri(options.runs_dir))
     run = Run(options.runs_dir.resolve() / check_run_name(name or default_run_name(config)))
     signals = StopSignals(console)
     with signals.handled():
-        return _run(config, options, console, run, before_step, signals)
+        return _run(config, options, console, run, before_step, signals, initial)
 
 
 def _run(
@@ -104,6 +108,7 @@ def _run(
     run: Run,
     before_step: BeforeStep | None,
     signals: StopSignals,
+    initial: InitialWeights | None,
 ) -> FinishedRun:
     tracking_uri = resolve_tracking_uri(options.runs_dir)
     pick_device(config.cluster.gpu and config.cluster.workers == 0)
@@ -111,6 +116,7 @@ def _run(
         refuse_missing_gpus(options.address, config.cluster.workers if config.cluster.gpu else 0)
     store = open_data(config.data, options.stores_dir, console)
     with waiting(console, "checking the configuration against the data"):
+        _check_names_of_modules(config)
         shape = DataSummary.of(store.manifest).input_shape(config.data.transform)
         check_memory(config, shape, local=options.address is None)
         prepare_parts(config, store, ProcessGroup(0, max(1, config.cluster.workers), torch.device("cpu")))
@@ -121,6 +127,10 @@ def _run(
         with waiting(console, "starting Ray"):
             held.enter_context(_processes(config, options, run))
         held.enter_context(run.lock())
+        if initial is not None:
+            tell_init(initial, console)
+            if not run.exists:  # one that exists is compared with the configuration first
+                initial.write(run)
         run.begin(config, DataSummary.of(store.manifest))
         run.note(store=store.absolute_location)
         if run.record()["status"] == "finished":
@@ -133,6 +143,13 @@ def _run(
             promotion = _register_once(config, run, store, tracking_uri, options, announce)
         last = record.get("last", {})
         return FinishedRun(run, record["validation"], record["test"], last, promotion, look_at)
+
+
+def _check_names_of_modules(config: Config) -> None:
+    """Raises UserError if a name in `train.freeze` or `optim.lr_factors` is that of no module."""
+    if config.train.freeze or config.optim.lr_factors:
+        with torch.device("meta"):
+            check_names(config, build_model(config.model))
 
 
 def _check_registered_name(config: Config, data: DataSummary, console: Console) -> None:

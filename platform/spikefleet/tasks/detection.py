@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 SHOWN_SCORE = 0.3
 """Boxes below this score are not drawn."""
 
+_EVENT_METRICS = tuple(f"{name}_{by}" for by in ("prophesee", "none") for name in ("map50_95", "map50", "map75"))
+"""Metrics of recordings of events, by each protocol that reports have; see `event_metrics`."""
+
 _RANDOM_BOXES = 3
 _LEAST_MAP50 = 0.0001
 
@@ -64,9 +67,12 @@ class Detection(Task[FoundBoxes, Annotations]):
     def build(cls, model: ModelConfig, data: DataSummary, loss: LossSettings) -> Self:
         """The task for the classes of the data. Raises UserError if the network has another number of classes."""
         check_class_count(model, data)
-        return cls(
+        task = cls(
             model.build_criterion(), data.class_names, data.category_ids, loss.global_divisor, loss.max_detections
         )
+        if data.sensor is not None:
+            task.metric_names += _EVENT_METRICS
+        return task
 
     @property
     def report(self) -> DetectionReport:
@@ -118,7 +124,8 @@ class Detection(Task[FoundBoxes, Annotations]):
             `metrics` (COCO's twelve, in [0, 1]), `description` (of the metrics), `remark` (if more objects of a class
             are in an image than detections count), `samples` (images), and `classes`, a list of name, objects, ap50_95,
             ap50 and precision50. Of recordings of events also what `event_details` returns, and the main metrics by
-            each protocol among the metrics: `map50_95_prophesee`.
+            each protocol among the metrics: `map50_95_prophesee`; and `map50_still` and `map50_moving`, where at some
+            label times no object has moved since the one before.
 
         Raises:
             UserError: no image has an object.
@@ -133,7 +140,11 @@ class Detection(Task[FoundBoxes, Annotations]):
         )
         return {
             **self._of_recordings(predictions, targets),
-            "metrics": {**measured.twelve, **self._by_protocol(predictions, targets)},
+            "metrics": {
+                **measured.twelve,
+                **self._by_protocol(predictions, targets),
+                **self._by_stillness(predictions, targets),
+            },
             "description": f"COCO's metrics of at most {most} detections of a class in an image "
             "(evaluation.max_detections)",
             **({"remark": remark} if crowded else {}),
@@ -151,7 +162,11 @@ class Detection(Task[FoundBoxes, Annotations]):
         }
 
     def metrics(self, predictions: Sequence[FoundBoxes], targets: Sequence[Annotations]) -> dict[str, float]:
-        """Metrics of a whole split by name; see `details`. Raises UserError if no image has an object."""
+        """Metrics of a whole split by name, without those of what stands still; see `details`.
+
+        Raises:
+            UserError: no image has an object.
+        """
         twelve = self._measured(predictions, targets).twelve
         return {**twelve, **self._by_protocol(predictions, targets)}
 
@@ -176,6 +191,13 @@ class Detection(Task[FoundBoxes, Annotations]):
         if not event_details.are_label_times(targets):
             return {}
         return event_details.event_details(predictions, targets, self.class_names, self._max_detections)
+
+    def _by_stillness(self, predictions: Sequence[FoundBoxes], targets: Sequence[Annotations]) -> dict[str, float]:
+        from spikefleet.tasks import event_details  # here, because a served detector does without it
+
+        if not event_details.are_label_times(targets):
+            return {}
+        return event_details.stillness_metrics(predictions, targets, self.class_names, self._max_detections)
 
     def per_image(self, predictions: Sequence[FoundBoxes], targets: Sequence[Annotations]) -> Boxes:
         """Boxes and objects of each image."""

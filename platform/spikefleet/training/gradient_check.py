@@ -87,7 +87,8 @@ def check_gradients(config: Config, batch: Batch, data: DataSummary, snapshot: S
         state.load(snapshot)
         step = state.step
         rate = learning_rate(config.optim, max(step - 1, 0), steps_per_epoch, config.train.epochs)
-    network = state.train_model.train()
+    state.train_mode()
+    network = state.train_model
     with GradientFlow(state.network) as flow:
         values = build_task(config, data).loss(network, batch, state.balance)
         loss = values["loss"] / values["divisor"].clamp_min(1) if "divisor" in values else values["loss"]

@@ -32,6 +32,7 @@ from spikefleet.training.checkpoints import (
     load_initial_weights,
 )
 from spikefleet.training.distributed import ProcessGroup
+from spikefleet.training.early_stopping import stops_early
 from spikefleet.training.evaluation import Evaluation, EvaluationStopped, evaluate
 from spikefleet.training.events import CheckpointSaved, EpochDone, EventSink, Note, Phase, Started
 from spikefleet.training.malloc import keep_freed_memory
@@ -148,6 +149,9 @@ def _train(
             _draw_first_batch(config, task, store, plan, path)
     meter = Meter()
     for epoch in range(state.epoch, config.train.epochs):
+        if (reason := stops_early(config, state.history)) is not None:
+            sink.emit(Note(reason))
+            break
         for batch in splits.train.epoch(plan, epoch, start_step=state.step_in_epoch):
             if before_step is not None:
                 before_step(group, state.step)
@@ -192,7 +196,12 @@ def _resume(state: TrainingState, task: AnyTask, folder: CheckpointFolder, sink:
         if threads is not None:
             sink.emit(Note(threads))
         _forget_lost_best(state, folder, sink)
-    elif (digest := state.config.train.initial_weights) is not None:
+    elif (digest := state.config.train.initial_weights) is None and state.config.init.source is not None:
+        raise UserError(
+            f"init.from={state.config.init.source} is read by `spikefleet train` alone; leave it out here, or set "
+            "train.initial_weights"
+        )
+    elif digest is not None:
         state.start_from(load_initial_weights(folder.folder.parent / INITIAL_WEIGHTS, digest))
         sink.emit(Note(f"starting from the weights in {INITIAL_WEIGHTS}"))
     settled = settle_form((state.train_model, state.eval_model), state.group, recorded, state.config.train.compile)
@@ -249,7 +258,7 @@ def _settle_gradient_exchange(state: TrainingState, task: AnyTask, store: Store,
         return
     batch = _first_batch(config, store, plan).to(group.device, config.train.channels_last)
     buffers = {name: buffer.clone() for name, buffer in state.network.named_buffers()}
-    state.train_model.train()
+    state.train_mode()
     with torch.random.fork_rng(), state.autocast():
         values = task.loss(state.ddp_model, batch, state.balance)
     values["loss"].backward()
@@ -325,7 +334,7 @@ def _finish_epoch(
         state.best = {"step": state.step, "epoch": state.epoch, "metrics": measured}
     layers = () if evaluation is None else evaluation.layers
     sink.emit(EpochDone(state.epoch, state.step, row, best, layers, gradients))
-    if best or last or timely:
+    if best or last or timely or stops_early(config, state.history) is not None:
         _save(state, folder, sink)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from spikefleet.config.init_config import matches
 from spikefleet.config.schema import OptimConfig
 from spikefleet_models.gates import LearnedGate
 
@@ -22,24 +23,39 @@ def build_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.Opti
 
     Biases are those of convolutions, linear layers, batch norm and gates. `decay_norm_and_bias=false` exempts scales
     and biases from weight decay; those of BSG* have it only with `decay_gates=true`, and groups of their own where
-    that differs.
+    that differs. Parameters of a module in `lr_factors` have groups of their own, with its `factor` of the rate.
     """
     gates = {p for module in network.modules() if isinstance(module, LearnedGate) for p in module.parameters()}
-    kinds: dict[tuple[str, bool], list[nn.Parameter]] = {
-        (name, decays): [] for name in ("weights", "scales", BIASES) for decays in (True, False)
+    factors = (1.0, *sorted({*config.lr_factors.values()} - {1.0}))
+    kinds: dict[tuple[float, str, bool], list[nn.Parameter]] = {
+        (factor, name, decays): []
+        for factor in factors
+        for name in ("weights", "scales", BIASES)
+        for decays in (True, False)
     }
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
             continue
         kind = "weights" if parameter.ndim > 1 else BIASES if name.endswith("bias") else "scales"
         decays = config.decay_gates if parameter in gates else kind == "weights" or config.decay_norm_and_bias
-        kinds[kind, decays].append(parameter)
+        kinds[lr_factor(config, name), kind, decays].append(parameter)
     groups: list[dict[str, Any]] = [
-        {"params": parameters, "name": kind, "weight_decay": config.weight_decay if decays else 0.0}
-        for (kind, decays), parameters in kinds.items()
+        {
+            "params": parameters,
+            "name": kind,
+            "factor": factor,
+            "weight_decay": config.weight_decay if decays else 0.0,
+        }
+        for (factor, kind, decays), parameters in kinds.items()
         if parameters
     ]
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+
+
+def lr_factor(config: OptimConfig, parameter: str) -> float:
+    """The factor of the learning rate of a parameter: that of the longest matching name, or 1."""
+    found = [prefix for prefix in config.lr_factors if matches(parameter, prefix)]
+    return config.lr_factors[max(found, key=len)] if found else 1.0
 
 
 def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, epochs: int, biases: bool = False) -> float:

@@ -16,6 +16,7 @@ from spikefleet.errors import UserError
 from spikefleet.training.checkpoint_state import CheckpointState
 from spikefleet.training.checkpoints import Snapshot, fitting_tensors, optimizer_tensors, restore_optimizer
 from spikefleet.training.distributed import ProcessGroup
+from spikefleet.training.fine_tuning import check_names, freeze, hold_statistics
 from spikefleet.training.graphed import GraphedPass
 from spikefleet.training.optimizer import BIASES, build_ema, build_optimizer, learning_rate, momentum
 from spikefleet.training.precision import autocast
@@ -58,6 +59,8 @@ class TrainingState:
             network = network.to(memory_format=torch.channels_last)
         if config.train.sync_bn and group.size > 1:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        check_names(config, network)
+        freeze(network, config.train.freeze)
         self.network: nn.Module = network
         """The network without side branches, which is evaluated and registered."""
         self.train_model = self._with_branches(network)
@@ -117,6 +120,11 @@ class TrainingState:
             return 0.0
         return balance_coefficient(self.config.shortcut, self.step, self.config.train.epochs * self.steps_per_epoch)
 
+    def train_mode(self) -> None:
+        """Sets the network to training; the batch-norm statistics of frozen modules stay as they are."""
+        self.train_model.train()
+        hold_statistics(self.network, self.config.train.freeze)
+
     def autocast(self) -> AbstractContextManager[Any]:
         """The autocast context of forward passes."""
         return autocast(self.config.train.precision, self.group.device)
@@ -125,7 +133,8 @@ class TrainingState:
         """Sets the learning rates and the momentum of the next step; returns the rate of the weights."""
         config, position = self.config.optim, (self.step, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, *position, self.config.train.epochs, biases=group["name"] == BIASES)
+            rate = learning_rate(config, *position, self.config.train.epochs, biases=group["name"] == BIASES)
+            group["lr"] = rate * group["factor"] if group["factor"] != 1 else rate
             group["momentum"] = momentum(config, *position)
         return learning_rate(config, *position, self.config.train.epochs)
 
@@ -201,7 +210,13 @@ class TrainingState:
         self.epoch, self.step_in_epoch = state.epoch, state.step_in_epoch
 
     def start_from(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Sets the initial weights, and with them their EMA. Raises UserError if they are those of another network."""
+        """Sets the initial weights, and with them their EMA. Raises UserError if they are those of another network.
+
+        With `init.from` they may be a part of the network's; the others stay as they were initialised.
+        """
+        whole = self.network.state_dict()
+        if self.config.init.source is not None and weights.keys() <= whole.keys():
+            weights = {**whole, **weights}
         with fitting_tensors():
             self.network.load_state_dict(dict(weights))
             if self.ema is not None:

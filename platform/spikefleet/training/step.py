@@ -81,7 +81,7 @@ def training_step(
         return _step_without_labels(state, batch, stop_requested)
     monitor = _monitor_if_due(state)
     rate, balance = state.set_learning_rate(), state.balance
-    state.train_model.train()
+    state.train_mode()
     state.optimizer.zero_grad(set_to_none=True)
     local: dict[str, torch.Tensor] = {}
     divisor = _Divisor(group)
