@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,12 +29,12 @@ T, BATCH, SIZE, CLASSES = 4, 16, 32, 10
 PRECISIONS = ("fp32", "bf16")
 
 
-def sg_resnet18(implementation: str, **overrides: Any) -> nn.Module:
+def sg_resnet18(implementation: Literal["reference", "lean", "native"], **overrides: Any) -> nn.Module:
     from spikefleet_models.families import build_model, model_config
     from spikefleet_models.spiking_unit import use_implementation
 
     model = build_model(model_config("sg_resnet18", num_classes=CLASSES, timesteps=T, **overrides))
-    use_implementation(model, "reference" if implementation == "reference" else "lean")
+    use_implementation(model, implementation)
     return model
 
 
@@ -68,6 +68,7 @@ VARIANTS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "spikingjelly sew_resnet18": (SpikingJellySEWResNet18, BATCH),
     "sg_resnet18 reference": (lambda: sg_resnet18("reference"), BATCH),
     "sg_resnet18 lean": (lambda: sg_resnet18("lean"), BATCH),
+    "sg_resnet18 native": (lambda: sg_resnet18("native"), BATCH),
     "sg_resnet18 lean, exact": (lambda: sg_resnet18("lean", gate_gradient="exact"), BATCH),
     "bsg_star lean": (lambda: sg_resnet18("lean", connection="bsg_star"), BATCH),
     "bsg_star lean, exact": (lambda: sg_resnet18("lean", connection="bsg_star", gate_gradient="exact"), BATCH),
@@ -118,16 +119,16 @@ class Step:
         return total
 
 
-def measure_times(variants: list[str], rounds: int) -> dict[tuple[str, str], list[float]]:
+def measure_times(variants: list[str], rounds: int, clock: Callable[[], float]) -> dict[tuple[str, str], list[float]]:
     """Seconds of every step after the first, by (variant, precision)."""
     steps = {(variant, precision): Step(variant, precision) for variant in variants for precision in PRECISIONS}
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
     for number in range(rounds + 1):
         for key, step in steps.items():
-            start = time.perf_counter()
+            start = clock()
             step()
             if number:  # the first round warms up
-                seconds[key].append(time.perf_counter() - start)
+                seconds[key].append(clock() - start)
     return seconds
 
 
@@ -155,6 +156,7 @@ def main() -> None:
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="of torch; default: its own choice"
     )
+    parser.add_argument("--processor-time", action="store_true", help="not wall-clock time: for a loaded machine")
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), help="these variants next to the ANN")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
@@ -170,7 +172,8 @@ def main() -> None:
     memory = {}
     if not arguments.quick:
         memory = {(v, p): measure_memory_apart(v, p) for v in variants for p in PRECISIONS}
-    times = measure_times(variants, 3 if arguments.quick else arguments.rounds)
+    clock = time.process_time if arguments.processor_time else time.perf_counter
+    times = measure_times(variants, 3 if arguments.quick else arguments.rounds, clock)
     figures: dict[str, dict[str, dict[str, float]]] = {}
     columns = ("/ ANN fp32", "/ ANN same", "best/best", "median s", "saved MiB", "rise MiB", "peak MiB")
     print(f"{'variant':28}{'type':6}" + "".join(f"{column:>12}" for column in columns))

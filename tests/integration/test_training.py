@@ -21,6 +21,7 @@ from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.events import Event, StepDone
 from spikefleet.training.loop import Outcome, train
 from spikefleet.training.step import NonFiniteError
+from spikefleet_models.kernels import CHOICE
 from spikefleet_pipelines.sources import prepare
 from spikefleet_pipelines.store.reader import Store
 from support.ranks import run_ranks
@@ -235,8 +236,11 @@ def test_a_run_that_ends_during_its_proof_goes_on_from_there(
 
 
 @pytest.mark.parametrize("recipe", GOLDEN)
-def test_golden_losses(recipe: str, stores: dict[str, Store], tmp_path: Path, no_figures: None) -> None:
-    """A refactoring must not move them."""
+def test_golden_losses(
+    recipe: str, stores: dict[str, Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_figures: None
+) -> None:
+    """A refactoring must not move them. They are those of the lean form; test_unit_forms.py compares the native one."""
+    monkeypatch.setenv(CHOICE, "lean")
     golden, steps = GOLDEN[recipe], Steps()
     config = load_config(recipe, parse_overrides(["tracking.every_steps=1", "cluster.workers=0"]))
     first_steps(config, store_of(config, stores), tmp_path, len(golden), steps)

@@ -301,7 +301,8 @@ def test_named_form_is_refused_where_it_cannot_run(fresh_modules: Callable[[], M
 def test_without_triton_the_lean_form_runs_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "load_triton_unit", lambda: None)
     assert kernels.unit_form(torch.device("cuda")) == "lean (Triton is not installed)"
-    assert kernels.unit_form(torch.device("cpu")) == "lean"
+    monkeypatch.setenv(kernels.CHOICE, "lean")
+    assert kernels.unit_form(torch.device("cpu")) == "lean (SPIKEFLEET_KERNELS=lean)"
     monkeypatch.undo()
     assert kernels.unit_form(torch.device("cuda")) == f"triton {triton.__version__}"
 
