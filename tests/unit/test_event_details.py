@@ -141,6 +141,9 @@ def test_what_stands_still_is_told_apart(task: Detection) -> None:
         (100_000, 1, 1),
     ]
     assert [one["map50"] for one in details["still"]] == pytest.approx([51 / 101, 1, 0])
+    metrics = details["metrics"]
+    assert [metrics[f"map50_{group}"] for group in ("moving", "still")] == pytest.approx([51 / 101, 51 / 101])
+    assert "map50_still" not in task.metrics([of(targets[0], 0)], targets[:1])
     assert task.details([of(targets[0], 0)], targets[:1])["still"] == []
 
 

@@ -12,6 +12,7 @@ from spikefleet_models import build_model, model_config
 from spikefleet_models.decoders import AttentionSpikeDecoder, RateDecoder, StepWeights, decode_over_time
 from spikefleet_models.gradient_flow import TRAINABLE, GradientFlow, first_to_last, judge
 from spikefleet_models.health import SpikeMonitor
+from spikefleet_models.kernels import native_flaw
 from spikefleet_models.neuron_config import NeuronConfig
 from spikefleet_models.neurons import spiking_nodes
 from spikefleet_models.seven_b_net import pool_sides_over_one
@@ -176,9 +177,12 @@ def test_frames_that_do_not_fit(name: str, fields: dict[str, Any]) -> None:
             network(frames)
 
 
-@pytest.mark.parametrize("implementation", ["lean", "reference"])
+@pytest.mark.parametrize("implementation", ["native", "reference"])
 def test_forms_of_the_unit_agree_at_another_t(implementation: str) -> None:
+    if implementation == "native" and native_flaw() is not None:
+        pytest.skip(f"the native form cannot be used: {native_flaw()}")
     expected, network = built("sg_resnet_tiny", 4, NETWORKS[2][1]), built("sg_resnet_tiny", 4, NETWORKS[2][1])
+    use_implementation(expected, "lean")
     use_implementation(network, implementation)  # type: ignore[arg-type]
     assert torch.equal(network(events(7)), expected(events(7)))
 

@@ -7,12 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
 from spikefleet.cli import app
+from spikefleet.config.recipes import load_config
 from spikefleet.config.schema import TrainConfig
+from spikefleet.data_summary import DataSummary
+from spikefleet.errors import UserError
 from spikefleet.files import read_json
+from spikefleet.inference.trained_network import TrainedNetwork, evaluate_on_split
 from spikefleet.tasks.classification import OVER_TIME, Classification
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.evaluation import Evaluation, evaluate
@@ -126,6 +131,13 @@ def test_the_plot_is_drawn(store: Store, network: nn.Module, tmp_path: Path) -> 
     del details["over_time"]
     task.report.write(details, found.predictions, found.targets, tmp_path / "other")  # type: ignore[arg-type]
     assert not (tmp_path / "other" / OVER_TIME).exists()
+
+
+def test_another_order_of_images_is_refused(tmp_path: Path) -> None:
+    data = DataSummary("digits", "0" * 64, tuple("0123456789"))
+    trained = TrainedNetwork("mine", nn.Identity(), load_config("digits"), data)
+    with pytest.raises(UserError, match="slice_order is reversed, but mine reads 'image', which has no time slices"):
+        evaluate_on_split(trained, "test", tmp_path, Console(), slice_order="reversed")
 
 
 @pytest.mark.slow  # a training and four evaluations: 14 s of processor time

@@ -95,6 +95,10 @@ class EventDetectionTransform:
         """Return the frames of a batch; see `BinsOnDevice`."""
         return images if packed[1] is None else self.maker.on(images, packed[1], device)
 
+    def of_frames(self, frames: NDArray[np.float32]) -> Tensor:
+        """Place and normalise frames [B, T, C, H, W] that were counted elsewhere."""
+        return self.maker.of_frames(frames, self._grid(self._fitted(), False))
+
     def pictures(self, rows: Sequence[int]) -> list[Tensor]:
         """Draw the window of each sample, uint8 [3, H, W] with the size of the sensor; see `DrawsRows`."""
         return [torch.from_numpy(window_image(self._window(row))) for row in rows]

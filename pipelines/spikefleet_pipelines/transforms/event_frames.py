@@ -127,6 +127,11 @@ class FrameMaker:
             sample[chosen == NO_SLICE] = self.nothing
         return self._normalised(frames), None
 
+    def of_frames(self, frames: NDArray[np.float32], grid: Grid | None = None) -> Tensor:
+        """Place and normalise frames [B, K, C, H, W] that were counted elsewhere."""
+        values = torch.tensor(frames, dtype=torch.float32)
+        return self._normalised(values if grid is None else _placed(values, grid, self.nothing))
+
     def on(self, words: Tensor, table: SliceTable, device: torch.device | str) -> Tensor:
         """Count words on a device.
 
@@ -203,11 +208,11 @@ def _finished(counts: Tensor, binning: BinningConfig) -> Tensor:
     return frames
 
 
-def _placed(frames: Tensor, grid: Grid) -> Tensor:
-    """Show counts [K, C, H, W] on a grid: [K, C, H', W']."""
+def _placed(frames: Tensor, grid: Grid, nothing: float = 0.0) -> Tensor:
+    """Show frames [..., H, W] on a grid: [..., H', W']."""
     rows, columns = (torch.from_numpy(one).to(frames.device) for one in grid)
     shown = frames[..., rows.clamp_min(0)[:, None], columns.clamp_min(0)]
-    return shown * ((rows != OUTSIDE)[:, None] & (columns != OUTSIDE))
+    return shown.where((rows != OUTSIDE)[:, None] & (columns != OUTSIDE), nothing)
 
 
 def _resized(counts: Tensor, size: tuple[int, int], how: str) -> Tensor:

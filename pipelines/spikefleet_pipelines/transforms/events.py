@@ -130,6 +130,10 @@ class EventsTransform:
         lengths = {self.split.recording(row).duration for row in range(len(self.split))}
         return lengths.pop() / self.config.timesteps / 1000 if len(lengths) == 1 else None
 
+    def of_frames(self, frames: NDArray[np.float32]) -> Tensor:
+        """Normalise frames [B, T, C, H, W] that were counted elsewhere."""
+        return self.maker.of_frames(frames)
+
     def pictures(self, rows: Sequence[int]) -> list[Tensor]:
         """Draw samples over time, uint8 [3, H, T W + gaps] each; see `DrawsRows`."""
         if not rows:

@@ -13,6 +13,7 @@ from functools import partial
 from spikefleet.cli import (
     cluster_job,
     completion,
+    conversion,
     data_audit,
     export,
     gradients,
@@ -40,6 +41,7 @@ app.add_typer(tracking_app, name="tracking")
 __all__ = [
     "app",
     "cluster_job",
+    "conversion",
     "data_audit",
     "export",
     "gradients",

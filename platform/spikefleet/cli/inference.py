@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,9 @@ from spikefleet.cli.tables import number, print_table
 from spikefleet.errors import RunError, UserError
 from spikefleet.outputs import check_outputs
 from spikefleet.status import counting, one_line, print_line, uncounted, waiting
+
+if TYPE_CHECKING:
+    from spikefleet.inference.trained_network import TrainedNetwork
 
 _SHOWN_CLASSES = 100
 
@@ -84,12 +87,18 @@ def evaluate(
 @app.command()
 def predict(
     network: Network,
-    images: Annotated[list[Path], typer.Argument(help="Image files or folders of them.")],
+    images: Annotated[
+        list[Path],
+        typer.Argument(help="Image files or folders of them; of a network of events, recordings or stores."),
+    ],
     out: Annotated[
         Path | None,
         typer.Option(help="A .png with all images; for detection, a folder for images with boxes, or a .png of one."),
     ] = None,
     score: Annotated[float, typer.Option(min=0, max=1, help="Detection: least score of a box.")] = 0.3,
+    window: Annotated[
+        str | None, typer.Option(help="Recordings of events: an answer for each window of this length, such as 250ms.")
+    ] = None,
     recursive: Annotated[
         bool, typer.Option("--recursive", help="Of folders, predict the images in sub-folders too.")
     ] = False,
@@ -98,7 +107,9 @@ def predict(
     as_json: AsJson = False,
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
-    """Classify images, or find objects in them: an answer a line, as they come; with --json a JSON object a line.
+    """Classify images or recordings of events, or find objects in them: an answer a line, as they come.
+
+    With --json each is a JSON object; those of recordings are for a window, with its start and end.
 
     Files that cannot be read are named at the end, with exit code 1; the other images are answered.
     """
@@ -109,6 +120,13 @@ def predict(
     with waiting(stderr, f"opening {network}"):
         trained = open_trained_network(network, runs_dir)
     report = trained.task.report
+    if trained.config.data.transform.reads_events:
+        if recursive:
+            raise UserError("--recursive is for images; name each folder of recordings")
+        _predict_recordings(trained, images, window, out, force, gpu, score, as_json)
+        return
+    if window is not None:
+        raise UserError(f"--window {window} is for networks of events, and {network} is one of images; leave it out")
 
     def answered(answer: Mapping[str, Any]) -> None:
         if as_json:
@@ -144,3 +162,39 @@ def predict(
     named = "".join(f"\n  {one_line(str(file))}: {one_line(reason)}" for file, reason in done.bad)
     total = len(done.bad) + len(done.answers)
     raise RunError(f"{len(done.bad)} of {total} images cannot be read; the others are answered:{named}")
+
+
+def _predict_recordings(
+    trained: TrainedNetwork,
+    paths: list[Path],
+    window: str | None,
+    out: Path | None,
+    force: bool,
+    gpu: bool,
+    score: float,
+    as_json: bool,
+) -> None:
+    from spikefleet.inference.event_prediction import predict_recordings, shown_times
+
+    def answered(answer: Mapping[str, Any]) -> None:
+        if as_json:
+            print_json_line(answer)
+        elif "error" not in answer:
+            times = shown_times(answer["start_us"], answer["end_us"])
+            header, *rows = trained.task.report.answer_table([{**answer, "image": f"{answer['recording']}, {times}"}])
+            for row in rows:
+                cells = zip(header[1:], row[1:], strict=True)
+                say(f"{one_line(row[0])}: {', '.join(f'{name} {one_line(cell)}' for name, cell in cells if cell)}")
+
+    done = predict_recordings(
+        trained, paths, window=window, out=out, force=force, gpu=gpu, score=score, answered=answered
+    )
+    if out is not None and done.answers and not as_json:
+        say(f"drawn: {out}")
+    if not done.bad:
+        return
+    if not done.answers and len(done.bad) == 1:
+        file, reason = done.bad[0]
+        raise UserError(f"recording {file} cannot be read: {reason}")
+    named = "".join(f"\n  {one_line(str(file))}: {one_line(reason)}" for file, reason in done.bad)
+    raise RunError(f"{len(done.bad)} recordings cannot be read; the others are answered:{named}")

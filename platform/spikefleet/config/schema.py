@@ -40,6 +40,10 @@ class TrainConfig(Section):
         "samples in each epoch); or a step whose gradient is scaled by the batch's share of global_batch",
     )
     eval_batch: int = Field(256, ge=1, le=1_000_000, description="samples per evaluation batch and worker")
+    patience: int | None = Field(
+        None, ge=1, description="epochs without a better validation metric after which the training ends; null: none"
+    )
+    min_delta: float = Field(0.0, ge=0, description="patience: a metric is better if it improves by more than this")
     evaluate_every: int = Field(1, ge=1, description="epochs between evaluations on the validation split")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of initialisation, sample order and augmentation")
     initial_weights: str | None = Field(
@@ -84,6 +88,12 @@ class TrainConfig(Section):
         description="detection: count the divisor of the loss over the global batch, so that the loss does not depend "
         "on the number of workers; or over each rank's slice, as the released code does",
     )
+
+    @model_validator(mode="after")
+    def _patience_has_an_effect(self) -> Self:
+        if self.min_delta and self.patience is None:
+            raise ValueError(f"min_delta={self.min_delta} has no effect without patience; set train.patience too")
+        return self
 
     @model_validator(mode="after")
     def _weighing_has_an_effect(self) -> Self:
@@ -352,7 +362,7 @@ _NOT_IDENTITY = (
 
 
 # Fields that older runs do not have: without effect where they are empty, so that the names of those runs stay.
-_ABSENT_IF_EMPTY = ("train.freeze", "optim.lr_factors")
+_ABSENT_IF_EMPTY = ("train.freeze", "train.patience", "train.min_delta", "optim.lr_factors")
 
 
 def _identity(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -194,9 +194,6 @@ def evaluate_on_split(
         SourceError: the data is missing and cannot be prepared.
         StoreError: the store is damaged.
     """
-    rows = open_split(trained, split, stores_dir, console, data=data)
-    group = ProcessGroup(0, 1, pick_device(gpu))
-    processes = trained.config.data.loader_processes
     transform = trained.config.transform
     if slice_order is not None:
         if "slice_order" not in type(transform).model_fields:
@@ -205,6 +202,9 @@ def evaluate_on_split(
                 "slices to reorder; leave it out"
             )
         transform = transform.model_copy(update={"slice_order": slice_order})
+    rows = open_split(trained, split, stores_dir, console, data=data)
+    group = ProcessGroup(0, 1, pick_device(gpu))
+    processes = trained.config.data.loader_processes
     loader = BatchLoader(rows, transform, train=False, processes=processes, device=group.device)
     what = rows.name if slice_order is None else f"{rows.name}, slices {slice_order}"
     with counting(console, f"evaluating {what}") as progress:

@@ -15,6 +15,7 @@ from spikefleet.config.recipes import parse_model
 from spikefleet.config.task_table import find_task
 from spikefleet.data_summary import DataSummary
 from spikefleet.files import sha256_of
+from spikefleet.registry import served_events
 from spikefleet.registry.package import CODE, Card
 from spikefleet.registry.served_input import EXPECTED
 from spikefleet.registry.serving_code import serving_code
@@ -51,6 +52,13 @@ def save_for_mlflow(package: Path, model: Path, config: Mapping[str, Any], data:
     from mlflow.types import ColSpec, Schema, TensorSpec
 
     network, task = _served(config, data)
+    given: dict[str, object]
+    if data.sensor is None:
+        expected, shown = EXPECTED, example_images(network.in_channels, task.input_size(data) or data.image_shape)
+        given = {"size": task.input_size(data), "range": [0, 255]}
+    else:
+        expected, shown = served_events.EXPECTED, np.array(served_events.example(data.sensor), dtype=object)
+        given = {"sensor": list(data.sensor), "timesteps": network.simulated_timesteps}
     # MLflow casts JSON to the type of a schema before the model sees it: to uint8, floats from 0 to 1 would be black
     # images. Of this type everything arrives as it was sent, and the model checks it.
     images = TensorSpec(np.dtype("O"), (-1,))
@@ -64,12 +72,11 @@ def save_for_mlflow(package: Path, model: Path, config: Mapping[str, Any], data:
             python_model=str(_LOADER),
             artifacts={path.name: str(path) for path in sorted(package.iterdir())},
             signature=ModelSignature(inputs=Schema([images]), outputs=outputs),
-            input_example=example_images(network.in_channels, task.input_size(data) or data.image_shape),
+            input_example=shown,
             metadata={
-                "input": EXPECTED,
+                "input": expected,
                 "channels": network.in_channels,
-                "size": task.input_size(data),
-                "range": [0, 255],
+                **given,
                 "answer": find_task(config["task"]).answers,
                 "classes": list(data.class_names),
                 "code": {"sha256": card.sha256[CODE], "version": code_version()},

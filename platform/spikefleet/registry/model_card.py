@@ -16,6 +16,7 @@ from spikefleet.config.task_table import find_task
 from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
 from spikefleet.files import read_json_object
+from spikefleet.registry import served_events
 from spikefleet.registry.package import Card, read_config
 from spikefleet.registry.served_input import EXPECTED
 from spikefleet.registry.version import SPIKE_DRIVEN
@@ -115,8 +116,14 @@ def fitted_description(text: str) -> str:
 def _use(config: Mapping[str, Any], data: DataSummary) -> Iterator[str]:
     network = parse_model(config["model"], "the configuration of a registered model")
     size = f", {data.image_shape[1]} x {data.image_shape[2]} pixels" if data.image_shape else ", of several sizes"
-    yield f"* Task: {one_line(str(config['task']))}, for images like those of {one_line(data.dataset)}."
-    yield f"* Expects {EXPECTED}. Channels: {network.in_channels}; trained on images{size} (height x width)."
+    if data.sensor is None:
+        yield f"* Task: {one_line(str(config['task']))}, for images like those of {one_line(data.dataset)}."
+        yield f"* Expects {EXPECTED}. Channels: {network.in_channels}; trained on images{size} (height x width)."
+    else:
+        side = f"{data.sensor[0]} x {data.sensor[1]} pixels"
+        yield f"* Task: {one_line(str(config['task']))}, for events like those of {one_line(data.dataset)}."
+        yield f"* Expects {served_events.EXPECTED}. T: {network.simulated_timesteps}; C: {network.in_channels}."
+        yield f"* Trained on recordings of a sensor of {side} (height x width)."
     yield f"* Answers {find_task(str(config['task'])).answers}; computed in fp32."
     names = ", ".join(map(one_line, data.class_names[:_NAMED_CLASSES]))
     more = len(data.class_names) - _NAMED_CLASSES

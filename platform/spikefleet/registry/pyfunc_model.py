@@ -27,7 +27,7 @@ PACKAGES = ("spikefleet", "spikefleet_models", "spikefleet_pipelines", "spikefle
 
 
 class RegisteredNetwork(mlflow.pyfunc.PythonModel):
-    """A network for MLflow: images `[B, C, H, W]`, integers from 0 to 255 -> what its task serves.
+    """A network for MLflow: images `[B, C, H, W]` of integers from 0 to 255, or windows of events -> answers.
 
     Images are resized as by `spikefleet predict`, each for itself where their sizes differ. Classification serves a
     probability for each class, a table `[B, K]` with the names of the classes; detection serves the objects of each

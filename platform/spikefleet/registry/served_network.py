@@ -12,11 +12,12 @@ from torch import nn
 from spikefleet.config.recipes import parse_model, parse_transform
 from spikefleet.data_summary import DataSummary
 from spikefleet.plugins import load_plugins
+from spikefleet.registry import served_events, served_input
 from spikefleet.registry.package import load_network
-from spikefleet.registry.served_input import batches
 from spikefleet.tasks import AnyTask, LossSettings, task_class
 from spikefleet_pipelines.in_memory import image_batch
 from spikefleet_pipelines.transforms.batch_transform_config import BatchTransformConfig
+from spikefleet_pipelines.transforms.event_frames_config import EventFramesConfig
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class ServedNetwork:
     channels: int
     size: tuple[int, int] | None
     """(height, width) that images are resized to; None keeps their sizes."""
+    sensor: tuple[int, int] | None = None
+    """Height and width of the event camera; None for images."""
 
     @classmethod
     def open(cls, package: Path) -> Self:
@@ -38,13 +41,15 @@ class ServedNetwork:
         model, data = parse_model(config["model"], str(package)), DataSummary.read(package)
         task = task_class(config["task"]).build(model, data, LossSettings())
         transform = parse_transform(config["data"]["transform"], str(package))
-        return cls(network, transform, task, model.in_channels, task.input_size(data))
+        transform = transform.for_timesteps(model.simulated_timesteps)
+        return cls(network, transform, task, model.in_channels, task.input_size(data), data.sensor)
 
     def answer(self, images: Any) -> Any:
-        """Resizes and preprocesses images as in evaluation, and runs the network in fp32.
+        """Preprocesses images or events as in evaluation, and runs the network in fp32.
 
         Args:
             images: `[B, C, H, W]`, integers from 0 to 255; an array, or nested lists of images that may differ in size.
+                Of a network of events, windows as `served_events.EXPECTED` says.
 
         Returns:
             What the task serves.
@@ -52,7 +57,11 @@ class ServedNetwork:
         Raises:
             UserError: the images have another form.
         """
-        given = list(batches(images, self.channels, self.size))
+        if isinstance(self.transform, EventFramesConfig):
+            assert self.sensor is not None, "the data of a network of events have a sensor"
+            given = list(served_events.batches(images, self.sensor, self.transform))
+        else:
+            pixels = list(served_input.batches(images, self.channels, self.size))
+            given = [image_batch(one, self.transform, self.channels) for one in pixels]
         with torch.inference_mode():
-            answers = [self.task.serve(self.network, image_batch(one, self.transform, self.channels)) for one in given]
-        return self.task.joined(answers)
+            return self.task.joined([self.task.serve(self.network, one) for one in given])

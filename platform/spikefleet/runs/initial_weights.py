@@ -134,7 +134,7 @@ def _read(source: str, runs_dir: Path, tracking_uri: str) -> tuple[str, str, dic
     if path.suffix in (".pt", ".pth", ".pkl", ".ckpt", ".bin"):
         raise UserError(
             f"init.from={source}: such files are pickles, which are not read here; weights that SpikeYOLO's authors "
-            f"released become safetensors by `spikefleet convert {source} --out FILE.safetensors`, others by "
+            f"released become safetensors by `spikefleet convert {source} MODEL --out FILE.safetensors`, others by "
             "safetensors.torch.save_file(model.state_dict(), FILE) where you trust them"
         )
     if path.suffix == ".safetensors":

@@ -124,7 +124,8 @@ class Detection(Task[FoundBoxes, Annotations]):
             `metrics` (COCO's twelve, in [0, 1]), `description` (of the metrics), `remark` (if more objects of a class
             are in an image than detections count), `samples` (images), and `classes`, a list of name, objects, ap50_95,
             ap50 and precision50. Of recordings of events also what `event_details` returns, and the main metrics by
-            each protocol among the metrics: `map50_95_prophesee`.
+            each protocol among the metrics: `map50_95_prophesee`; and `map50_still` and `map50_moving`, where at some
+            label times no object has moved since the one before.
 
         Raises:
             UserError: no image has an object.
@@ -139,7 +140,11 @@ class Detection(Task[FoundBoxes, Annotations]):
         )
         return {
             **self._of_recordings(predictions, targets),
-            "metrics": {**measured.twelve, **self._by_protocol(predictions, targets)},
+            "metrics": {
+                **measured.twelve,
+                **self._by_protocol(predictions, targets),
+                **self._by_stillness(predictions, targets),
+            },
             "description": f"COCO's metrics of at most {most} detections of a class in an image "
             "(evaluation.max_detections)",
             **({"remark": remark} if crowded else {}),
@@ -157,7 +162,11 @@ class Detection(Task[FoundBoxes, Annotations]):
         }
 
     def metrics(self, predictions: Sequence[FoundBoxes], targets: Sequence[Annotations]) -> dict[str, float]:
-        """Metrics of a whole split by name; see `details`. Raises UserError if no image has an object."""
+        """Metrics of a whole split by name, without those of what stands still; see `details`.
+
+        Raises:
+            UserError: no image has an object.
+        """
         twelve = self._measured(predictions, targets).twelve
         return {**twelve, **self._by_protocol(predictions, targets)}
 
@@ -182,6 +191,13 @@ class Detection(Task[FoundBoxes, Annotations]):
         if not event_details.are_label_times(targets):
             return {}
         return event_details.event_details(predictions, targets, self.class_names, self._max_detections)
+
+    def _by_stillness(self, predictions: Sequence[FoundBoxes], targets: Sequence[Annotations]) -> dict[str, float]:
+        from spikefleet.tasks import event_details  # here, because a served detector does without it
+
+        if not event_details.are_label_times(targets):
+            return {}
+        return event_details.stillness_metrics(predictions, targets, self.class_names, self._max_detections)
 
     def per_image(self, predictions: Sequence[FoundBoxes], targets: Sequence[Annotations]) -> Boxes:
         """Boxes and objects of each image."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from spikefleet.tasks.coco_metrics import CocoMetrics, FoundBoxes, evaluate_boxes, ground_truth, results
+from spikefleet.tasks.coco_metrics import FoundBoxes, evaluate_boxes, ground_truth, results
 from spikefleet.tasks.event_metrics import (
     ProtocolMetrics,
     RecordingDetections,
@@ -48,6 +48,28 @@ def protocol_metrics(
     """
     found = _by_protocol(predictions, targets, class_names, max_detections)
     return {name: value for one in found for name, value in one.named.items()}
+
+
+def stillness_metrics(
+    predictions: Sequence[FoundBoxes],
+    targets: Sequence[Annotations],
+    class_names: Sequence[str],
+    max_detections: int,
+) -> dict[str, float]:
+    """Return map50_95 and map50 of label times since whose predecessor no object has moved, and of the others, by name.
+
+    Empty unless there are both; arguments as of `protocol_metrics`.
+    """
+    still = [place for place, target in enumerate(targets) if _moment(target).still_us > 0]
+    moving = [place for place, target in enumerate(targets) if _moment(target).still_us == 0]
+    if not still or not moving:
+        return {}
+    return {
+        f"{name}_{group}": value
+        for group, places in (("still", still), ("moving", moving))
+        for name, value in _main(predictions, targets, places, class_names, max_detections).items()
+        if value is not None
+    }
 
 
 def event_details(
@@ -158,30 +180,33 @@ def _by_stillness(
         return []
     rows = []
     for still_us, places in sorted(groups.items()):
-        chosen = [targets[place] for place in places]
-        coco = _coco([predictions[place] for place in places], chosen, class_names, max_detections)
         rows.append(
             {
                 "still_us": still_us,
                 "images": len(places),
-                "objects": sum(len(target.labels) for target in chosen),
-                **{name: coco.twelve.get(name) for name in ("map50_95", "map50")},
+                "objects": sum(len(targets[place].labels) for place in places),
+                **_main(predictions, targets, places, class_names, max_detections),
             }
         )
     return rows
 
 
-def _coco(
+def _main(
     predictions: Sequence[FoundBoxes],
     targets: Sequence[Annotations],
+    places: Sequence[int],
     class_names: Sequence[str],
     max_detections: int,
-) -> CocoMetrics:
+) -> dict[str, float | None]:
+    """map50_95 and map50 of some label times; None where they have no objects."""
     ids = range(1, len(class_names) + 1)
     numbered = [
-        target._replace(image_id=number, category_ids=target.labels + 1) for number, target in enumerate(targets)
+        targets[place]._replace(image_id=number, category_ids=targets[place].labels + 1)
+        for number, place in enumerate(places)
     ]
-    return evaluate_boxes(ground_truth(numbered, class_names, ids), results(predictions, numbered, ids), max_detections)
+    found = results([predictions[place] for place in places], numbered, ids)
+    twelve = evaluate_boxes(ground_truth(numbered, class_names, ids), found, max_detections).twelve
+    return {name: twelve.get(name) for name in ("map50_95", "map50")}
 
 
 def _remark(found: Sequence[ProtocolMetrics], sensor: Sensor) -> str:

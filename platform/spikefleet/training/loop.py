@@ -32,6 +32,7 @@ from spikefleet.training.checkpoints import (
     load_initial_weights,
 )
 from spikefleet.training.distributed import ProcessGroup
+from spikefleet.training.early_stopping import stops_early
 from spikefleet.training.evaluation import Evaluation, EvaluationStopped, evaluate
 from spikefleet.training.events import CheckpointSaved, EpochDone, EventSink, Note, Phase, Started
 from spikefleet.training.malloc import keep_freed_memory
@@ -148,6 +149,9 @@ def _train(
             _draw_first_batch(config, task, store, plan, path)
     meter = Meter()
     for epoch in range(state.epoch, config.train.epochs):
+        if (reason := stops_early(config, state.history)) is not None:
+            sink.emit(Note(reason))
+            break
         for batch in splits.train.epoch(plan, epoch, start_step=state.step_in_epoch):
             if before_step is not None:
                 before_step(group, state.step)
@@ -330,7 +334,7 @@ def _finish_epoch(
         state.best = {"step": state.step, "epoch": state.epoch, "metrics": measured}
     layers = () if evaluation is None else evaluation.layers
     sink.emit(EpochDone(state.epoch, state.step, row, best, layers, gradients))
-    if best or last or timely:
+    if best or last or timely or stops_early(config, state.history) is not None:
         _save(state, folder, sink)
 
 

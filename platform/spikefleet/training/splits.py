@@ -109,6 +109,12 @@ def prepare_parts(config: Config, store: Store, group: ProcessGroup) -> tuple[An
         plan = _training_plan(config, splits.train, group)
     except ValueError as error:
         raise UserError(f"the configuration does not fit the data: {error}") from error
+    if config.train.patience is not None and splits.val is None:
+        raise UserError(
+            f"train.patience={config.train.patience} needs a validation split, which the data do not have; leave it "
+            "out, "
+            "or hold images out (data.options.holdout)"
+        )
     return task, splits, plan
 
 
