@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from pathlib import Path
 
@@ -13,7 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from spikefleet.config.schema import Config
+from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
+from spikefleet.inference.event_prediction import predict_recordings
+from spikefleet.inference.trained_network import TrainedNetwork
 from spikefleet.tasks import AnyTask
 from spikefleet.training.checkpoints import CheckpointFolder, load_checkpoint
 from spikefleet.training.distributed import ProcessGroup
@@ -247,12 +251,33 @@ def test_detectors_train_on_streams(tmp_path: Path) -> None:
     assert 0 <= task.metrics(found.predictions, found.targets)["map50"] <= 1
 
 
+def test_prediction_of_a_stream_goes_on_from_window_to_window(store: Store) -> None:
+    config = stream_config()
+    network, _, _ = network_and_test(config, store)
+    trained = TrainedNetwork("mine", network, config, DataSummary.of(store.manifest))
+    path = Path(store.location)
+    done = predict_recordings(trained, [path], window="10ms", stream=True)
+    assert not done.bad
+    last: dict[str, float] = {one["recording"]: one["classes"][0]["probability"] for one in done.answers}
+    np.testing.assert_allclose(list(last.values()), answers(config, store), rtol=1e-5)
+    alone = predict_recordings(trained, [path], window="10ms")
+    assert len(alone.answers) == len(done.answers) == sum(LENGTHS)
+    same = [one["classes"] == other["classes"] for one, other in zip(alone.answers, done.answers, strict=True)]
+    starts = np.cumsum([0, *LENGTHS])[:-1]
+    assert all(same[start] for start in starts)
+    assert not all(same)
+    with pytest.raises(UserError, match="add their length, such as --window"):
+        predict_recordings(trained, [path], stream=True)
+    with pytest.raises(UserError, match="mine has no spiking neurons"):
+        predict_recordings(dataclasses.replace(trained, network=nn.ReLU()), [path], window="10ms", stream=True)
+
+
 def test_what_cannot_be_read_as_a_stream_is_refused(store: Store) -> None:
     config = stream_config()
     network, task, _ = network_and_test(config, store)
     shuffled = config.transform.model_copy(update={"slice_order": "shuffled"})
     loader = BatchLoader(store.samples("test"), shuffled, train=False)
-    with pytest.raises(UserError, match=r"trained on streams \(train.stream\), but slice_order=shuffled changes"):
+    with pytest.raises(UserError, match=r"trained on streams \(train.stream\): slice_order=shuffled changes"):
         evaluate(network, task, loader, config.train, ProcessGroup.single())
 
 

@@ -246,11 +246,15 @@ def test_what_the_kernels_cannot_do_has_a_reason_and_runs_in_the_lean_form(monke
         (z.double(), None, "float64"),
         (z, x.double(), "the shortcut is torch.float64"),
         (z[:0], None, "shape"),
+        (z[:, :8], None, "expected [T * B, 33, H, W]"),
+        (z[0], None, "expected [T * B, 33, H, W]"),
         (z.transpose(2, 3), None, "strides"),
         (z[:1, :, :1, :1].contiguous(), None, "no more than torch's threads"),
         (z.to("meta"), None, "meta"),
     ):
         assert reason in (native_unit.problem(other, shortcut, spec_of(unit)) or "")
+    half = build_unit(T, 33).to(torch.bfloat16)
+    assert "the batch norm is torch.bfloat16" in (native_unit.problem(z, None, spec_of(half)) or "")
     monkeypatch.setattr(native_unit, "apply", lambda *arguments: pytest.fail("the native form ran"))
     for form in ("sigmoid", "dspike"):
         unit = build_unit(T, 33, **FORMS[form])

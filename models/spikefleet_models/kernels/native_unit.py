@@ -90,8 +90,11 @@ def problem(z: Tensor, shortcut: Tensor | None, spec: UnitSpec) -> str | None:
         return f"z is {z.dtype}, expected float32 or bfloat16"
     if shortcut is not None and shortcut.dtype != z.dtype:
         return f"the shortcut is {shortcut.dtype}, expected the {z.dtype} of z"
-    if bn.weight.dtype != torch.float32:
-        return f"the batch norm is {bn.weight.dtype}, expected float32"
+    parameters = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
+    if any(p is None or p.dtype != torch.float32 or p.device != z.device or not p.is_contiguous() for p in parameters):
+        return f"the batch norm is {bn.weight.dtype} on {bn.weight.device}, expected float32 on {z.device}"
+    if z.dim() != 4 or z.shape[1] != bn.num_features:
+        return f"z has shape {tuple(z.shape)}, expected [T * B, {bn.num_features}, H, W]"
     if type(function) not in _SURROGATES:
         names = ", ".join(kind.__name__ for kind in _SURROGATES)
         return f"the surrogate gradient is {type(function).__name__}, expected one of {names}"
@@ -219,7 +222,7 @@ class _NativeFunction(torch.autograd.Function):
             spikes.data_ptr(), bn.momentum, bn.eps, bn.training,
         )  # fmt: skip
         _call(load_library().spikefleet_forward, native, arguments)
-        if bn.training:
+        if bn.training and not bn.running_mean.is_inference():
             torch.autograd.graph.increment_version((bn.running_mean, bn.running_var))
         ctx.save_for_backward(z, gamma, beta, mean, invstd, shortcut if spec.saves_shortcut else None, q)
         ctx.native, ctx.gate = native, spec.gate

@@ -99,6 +99,10 @@ def predict(
     window: Annotated[
         str | None, typer.Option(help="Recordings of events: an answer for each window of this length, such as 250ms.")
     ] = None,
+    stream: Annotated[
+        bool,
+        typer.Option("--stream", help="Recordings of events: carry the membranes from each window to the next."),
+    ] = False,
     recursive: Annotated[
         bool, typer.Option("--recursive", help="Of folders, predict the images in sub-folders too.")
     ] = False,
@@ -123,10 +127,11 @@ def predict(
     if trained.config.data.transform.reads_events:
         if recursive:
             raise UserError("--recursive is for images; name each folder of recordings")
-        _predict_recordings(trained, images, window, out, force, gpu, score, as_json)
+        _predict_recordings(trained, images, window, stream, out, force, gpu, score, as_json)
         return
-    if window is not None:
-        raise UserError(f"--window {window} is for networks of events, and {network} is one of images; leave it out")
+    if window is not None or stream:
+        given = "--stream" if window is None else f"--window {window}"
+        raise UserError(f"{given} is for networks of events, and {network} is one of images; leave it out")
 
     def answered(answer: Mapping[str, Any]) -> None:
         if as_json:
@@ -168,6 +173,7 @@ def _predict_recordings(
     trained: TrainedNetwork,
     paths: list[Path],
     window: str | None,
+    stream: bool,
     out: Path | None,
     force: bool,
     gpu: bool,
@@ -187,7 +193,7 @@ def _predict_recordings(
                 say(f"{one_line(row[0])}: {', '.join(f'{name} {one_line(cell)}' for name, cell in cells if cell)}")
 
     done = predict_recordings(
-        trained, paths, window=window, out=out, force=force, gpu=gpu, score=score, answered=answered
+        trained, paths, window=window, stream=stream, out=out, force=force, gpu=gpu, score=score, answered=answered
     )
     if out is not None and done.answers and not as_json:
         say(f"drawn: {out}")

@@ -14,6 +14,8 @@ from spikefleet.inference.trained_network import TrainedNetwork
 from spikefleet.outputs import check_outputs
 from spikefleet.training.distributed import pick_device
 from spikefleet.training.precision import autocast
+from spikefleet_models.carried_state import CarriedState, carried
+from spikefleet_models.neurons import spiking_nodes
 from spikefleet_pipelines.errors import SourceError
 from spikefleet_pipelines.events.durations import duration_us
 from spikefleet_pipelines.events.readers.finding import RECORDING_SUFFIXES, read_recording
@@ -21,6 +23,7 @@ from spikefleet_pipelines.events.readers.options import ReadOptions
 from spikefleet_pipelines.events.readers.time_order import in_time_order
 from spikefleet_pipelines.events.windows import StoredRecording
 from spikefleet_pipelines.events_in_memory import parts_of, recording_batch
+from spikefleet_pipelines.loading import Batch
 from spikefleet_pipelines.store.reader import Store
 from spikefleet_pipelines.transforms.event_detection_config import EventDetectionTransformConfig
 from spikefleet_pipelines.transforms.event_frames_config import EventFramesConfig
@@ -48,6 +51,7 @@ def predict_recordings(
     paths: Sequence[Path],
     *,
     window: str | None = None,
+    stream: bool = False,
     out: Path | None = None,
     force: bool = False,
     gpu: bool = False,
@@ -61,6 +65,7 @@ def predict_recordings(
         paths: recordings in any format of `events/readers`, folders of them, and stores of events (their test split).
         window: length of a window, such as 250ms; windows follow one another from the first event. None: for
             classification the window of the network's configuration, one for a recording; for detection its length.
+        stream: carry the membranes from each window of a recording to the next.
         out: one PNG of the first 64 windows with their predictions.
         force: replace the file at `out`.
         gpu: run on the GPU.
@@ -73,11 +78,12 @@ def predict_recordings(
         the classes or objects of `spikefleet predict` on images; and the files that could not be read.
 
     Raises:
-        UserError: a path is missing, a folder has no recordings, a length is wrong, or `out` cannot be used.
+        UserError: a path is missing, a folder has no recordings, a length is wrong, or `out` cannot be used; a stream
+            has no windows, or the network no neurons.
     """
     if out is not None and out.suffix.lower() != ".png":
         raise UserError(f"--out {out} must end in .png")
-    predictor = _WindowPredictor(trained, window, gpu, score)
+    predictor = _WindowPredictor(trained, window, stream, gpu, score)
     sources = _sources(paths)
     if out is not None:
         check_outputs([out], inputs=[*(path for path in sources if path.is_file()), *trained.folders], force=force)
@@ -87,7 +93,11 @@ def predict_recordings(
     names: list[str] = []
     for path in sources:
         try:
+            before = None
             for name, part in _parts(path, predictor):
+                if name != before:
+                    predictor.restart()
+                before = name
                 image, prediction = predictor(part)
                 if out is not None and len(images) < _MOST_DRAWN:
                     images.append(image)
@@ -112,7 +122,7 @@ def shown_times(start_us: int, end_us: int) -> str:
 class _WindowPredictor:
     """A network on its device: windows -> their pictures and predictions."""
 
-    def __init__(self, trained: TrainedNetwork, window: str | None, gpu: bool, score: float) -> None:
+    def __init__(self, trained: TrainedNetwork, window: str | None, stream: bool, gpu: bool, score: float) -> None:
         transform, sensor = trained.config.transform, trained.data.sensor
         if not isinstance(transform, EventFramesConfig) or sensor is None:
             raise UserError(f"{trained.reference} is a network of images, not of recordings of events")
@@ -120,6 +130,16 @@ class _WindowPredictor:
         self.transform = _whole_windows(transform, self.length)
         self._task, self._score, self._device = trained.task, score, pick_device(gpu)
         self._network, self._precision = trained.network.to(self._device), trained.config.train.precision
+        self._stream = stream
+        self._state: CarriedState | None = None
+        if stream and self.length is None:
+            raise UserError("--stream carries membranes from window to window; add their length, such as --window 50ms")
+        if stream and not spiking_nodes(self._network):
+            raise UserError(f"--stream carries membranes, but {trained.reference} has no spiking neurons; leave it out")
+
+    def restart(self) -> None:
+        """Starts the next window from the reset state."""
+        self._state = None
 
     @staticmethod
     def _length(transform: EventFramesConfig, window: str | None) -> int | None:
@@ -135,11 +155,19 @@ class _WindowPredictor:
         batch = recording_batch([part], self.transform)
         image = self.transform.pixels(batch.images)[0]
         with autocast(self._precision, self._device):
-            (prediction,) = self._task.predict(self._network, batch.to(self._device))
+            (prediction,) = self._predict(batch.to(self._device))
         if isinstance(self.transform, EventDetectionTransformConfig):
             (target,) = batch.targets
             image = _on_sensor(image, target.placement)
         return image, self._task.confident(prediction, self._score)
+
+    def _predict(self, batch: Batch) -> list[Any]:
+        if not self._stream:
+            return self._task.predict(self._network, batch)
+        with carried(self._network, self._state) as carrier:
+            predictions = self._task.predict(self._network, batch)
+        self._state = carrier.state
+        return predictions
 
 
 def _whole_windows(transform: EventFramesConfig, length: int | None) -> EventFramesConfig:

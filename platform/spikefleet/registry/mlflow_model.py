@@ -53,17 +53,21 @@ def save_for_mlflow(package: Path, model: Path, config: Mapping[str, Any], data:
 
     network, task = _served(config, data)
     given: dict[str, object]
+    shown: NDArray[np.uint8] | list[dict[str, Any]]
     if data.sensor is None:
         expected, shown = EXPECTED, example_images(network.in_channels, task.input_size(data) or data.image_shape)
         given = {"size": task.input_size(data), "range": [0, 255]}
     else:
-        expected, shown = served_events.EXPECTED, np.array(served_events.example(data.sensor), dtype=object)
+        expected, shown = served_events.EXPECTED, served_events.example(data.sensor)
         given = {"sensor": list(data.sensor), "timesteps": network.simulated_timesteps}
     # MLflow casts JSON to the type of a schema before the model sees it: to uint8, floats from 0 to 1 would be black
     # images. Of this type everything arrives as it was sent, and the model checks it.
     images = TensorSpec(np.dtype("O"), (-1,))
     # MLflow's schemas cannot describe a list of objects.
     outputs = None if task.served_columns is None else Schema([ColSpec("float", name) for name in task.served_columns])
+    # Nor a list whose items are objects or nested lists: requests of events have no schema, and the model checks them.
+    inputs = Schema([images]) if data.sensor is None else None
+    signature = ModelSignature(inputs=inputs, outputs=outputs) if inputs or outputs else False
     code = serving_code()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of MLflow, about types that the example does not have
@@ -71,7 +75,7 @@ def save_for_mlflow(package: Path, model: Path, config: Mapping[str, Any], data:
             path=str(model),
             python_model=str(_LOADER),
             artifacts={path.name: str(path) for path in sorted(package.iterdir())},
-            signature=ModelSignature(inputs=Schema([images]), outputs=outputs),
+            signature=signature,
             input_example=shown,
             metadata={
                 "input": expected,

@@ -107,9 +107,10 @@ def _integers(values: Any, name: str) -> NDArray[np.int64]:
 
 
 def _whole(value: Any, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise ValueError(f"{name} is {value!r:.40}, expected an integer")
-    return int(value)
+    plain = value.item() if isinstance(value, np.ndarray) and value.ndim == 0 else value  # as MLflow hands it on
+    if isinstance(plain, bool) or not isinstance(plain, int | np.integer):
+        raise ValueError(f"{name} is {plain!r:.40}, expected an integer")
+    return int(plain)
 
 
 def _frames(one: Any) -> NDArray[np.float32]:

@@ -159,7 +159,7 @@ def _evaluate_streams(
     try:
         stream = StreamLoader.beside(loader)
     except ValueError as error:
-        raise UserError(f"the network was trained on streams (train.stream), but {error}") from error
+        raise UserError(f"the network was trained on streams (train.stream): {error}") from error
     was_training = network.training
     network.eval()
     recordings = len(stream.split.windows.counts)
