@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from spikefleet.cli import app
 from spikefleet_pipelines.store.reader import Store
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The image decoding")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore:The image decoding")]
 
 README = Path(__file__).parents[2] / "README.md"
 
