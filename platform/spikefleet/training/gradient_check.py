@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch.nn.functional import interpolate
 from torch.nn.utils import get_total_norm
 
 from spikefleet.config.schema import Config
@@ -22,8 +23,12 @@ from spikefleet_pipelines.sampling import EpochPlan
 from spikefleet_pipelines.store.reader import Store
 from spikefleet_tune.messages import counted
 
-_EVENTS = 0.3
+_EVENTS = 0.2
 """Of each pixel, polarity and time step of noise: about as many as recordings of moving digits have."""
+
+_PATCHES = 4
+"""Of a side: a quarter of them have events, others in each frame. Frames that are alike but for pixels would differ by
+nothing after several pools, and batch norm would magnify that."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,9 @@ def noise_batch(config: Config, images: int, side: int) -> tuple[Batch, DataSumm
     generator = torch.Generator().manual_seed(config.train.seed)
     shape = model.in_channels, side, side
     if config.data.transform.reads_events:
-        pixels = torch.poisson(torch.full((images, model.simulated_timesteps, *shape), _EVENTS), generator=generator)
+        drawn = torch.rand(images * model.simulated_timesteps, shape[0], _PATCHES, _PATCHES, generator=generator)
+        rates = interpolate((drawn < 0.25) * 4 * _EVENTS, shape[1:], mode="nearest")
+        pixels = torch.poisson(rates, generator=generator).unflatten(0, (images, -1))
     else:
         pixels = torch.randn(images, *shape, generator=generator)
     classes = tuple(map(str, range(model.num_classes)))
