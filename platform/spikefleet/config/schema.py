@@ -166,6 +166,16 @@ class ClusterConfig(Section):
     gpu: bool = Field(False, description="use one GPU per worker")
     cpus_per_worker: float = Field(1, gt=0, le=100_000, description="CPUs of each worker")
     max_failures: int = Field(3, ge=-1, description="restarts after a worker failure; -1: no limit")
+    autoscaling: bool = Field(
+        False,
+        description="the cluster grows: hosts that are missing at the start are asked for and waited for, not refused",
+    )
+    wait_minutes: float = Field(
+        30,
+        ge=-1,
+        le=100_000,
+        description="minutes that the run may wait for hosts that are gone or do not come; -1: for ever",
+    )
     grace_s: float = Field(
         30, gt=0, le=3600, description="seconds in which workers may end their step when the run is asked to stop"
     )
@@ -177,6 +187,12 @@ class CheckpointConfig(Section):
     every_epochs: int = Field(1, ge=1, description="epochs between two checkpoints")
     every_steps: int | None = Field(
         None, ge=1, description="steps between two checkpoints inside an epoch; default: none"
+    )
+    mirror: str | None = Field(
+        None,
+        pattern=r"^[a-z][a-z0-9+.-]*://[^@]*$",
+        description="URI of pyarrow.fs (s3://, gs://, file://) to which checkpoints and report are copied, below the "
+        "run's name; a run whose directory is empty resumes from there",
     )
     keep_last: int = Field(2, ge=1, description="newest checkpoints to keep besides the best one")
     metric: str = Field("top1", description="validation metric that selects the best checkpoint")
@@ -350,9 +366,12 @@ _NOT_IDENTITY = (
     "retrain",
     "cluster.max_failures",
     "cluster.grace_s",
+    "cluster.wait_minutes",
+    "cluster.autoscaling",
     "checkpoint.every_epochs",
     "checkpoint.every_steps",
     "checkpoint.keep_last",
+    "checkpoint.mirror",
     "data.root",
     "data.store",
     "data.check_content",

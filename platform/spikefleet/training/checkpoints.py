@@ -34,7 +34,8 @@ from spikefleet_tune.atomic import sync
 INITIAL_WEIGHTS = "initial.safetensors"
 """File name in a run's directory of the weights that it starts from."""
 
-_MANIFEST = "checkpoint.json"
+MANIFEST = "checkpoint.json"
+"""File name of a checkpoint's manifest, which commits it."""
 _STATE = "state.json"
 _REPLACED = "replaced-"
 _DAMAGED = "damaged-"
@@ -69,7 +70,7 @@ class CheckpointFolder:
 
     def committed(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
-        return sorted(path for path in self.folder.glob("step-*") if (path / _MANIFEST).is_file())
+        return sorted(path for path in self.folder.glob("step-*") if (path / MANIFEST).is_file())
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint."""
@@ -95,7 +96,7 @@ class CheckpointFolder:
             RunError: the checkpoint cannot be written; older checkpoints stay.
         """
         final = self.at(step)
-        if (final / _MANIFEST).is_file() and self._has_position(final, snapshot):
+        if (final / MANIFEST).is_file() and self._has_position(final, snapshot):
             return final
         partial = self.folder / f"partial-{step:08d}"
         try:
@@ -108,7 +109,7 @@ class CheckpointFolder:
             write_json(partial / "config.json", snapshot.config)
             files = {path.name: sha256_of(path) for path in sorted(partial.iterdir())}
             manifest = {"format": _FORMAT, "step": step, "versions": library_versions(), "sha256": files}
-            write_json(partial / _MANIFEST, {**manifest, "manifest_sha256": _manifest_hash(manifest)})
+            write_json(partial / MANIFEST, {**manifest, "manifest_sha256": _manifest_hash(manifest)})
             for path in partial.iterdir():
                 sync(path)
             sync(partial)
@@ -293,9 +294,9 @@ def checkpoint_hash(path: Path) -> str:
     Raises:
         UserError: there is no committed checkpoint.
     """
-    if not (path / _MANIFEST).is_file():
-        raise UserError(f"{path} is not a checkpoint: it has no {_MANIFEST}")
-    return sha256_of(path / _MANIFEST)
+    if not (path / MANIFEST).is_file():
+        raise UserError(f"{path} is not a checkpoint: it has no {MANIFEST}")
+    return sha256_of(path / MANIFEST)
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:
@@ -311,9 +312,9 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
 
 def _checked_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint, which is whole; the files that it lists are not looked at."""
-    if not (path / _MANIFEST).is_file():
-        raise UserError(f"{path} is not a checkpoint: it has no {_MANIFEST}")
-    manifest = read_json_object(path / _MANIFEST)
+    if not (path / MANIFEST).is_file():
+        raise UserError(f"{path} is not a checkpoint: it has no {MANIFEST}")
+    manifest = read_json_object(path / MANIFEST)
     if manifest.get("format") not in _READABLE:
         raise UserError(
             f"checkpoint {path}: expected format {_FORMAT}, found {manifest.get('format')!r}; use the spikefleet that "
@@ -324,11 +325,11 @@ def _checked_manifest(path: Path) -> dict[str, Any]:
     whole = manifest["format"] == 1 or manifest.get("manifest_sha256") == _manifest_hash(signed)
     if not whole or not isinstance(listed, dict) or not all(map(_FILE_NAME.fullmatch, listed)):
         raise UserError(
-            f"checkpoint {path} is damaged: {_MANIFEST} is not as it was written; remove it to resume from the "
+            f"checkpoint {path} is damaged: {MANIFEST} is not as it was written; remove it to resume from the "
             "checkpoint before it"
         )
     if lacking := [name for name in _NEEDED if name not in listed]:
-        raise UserError(f"checkpoint {path} is damaged: {_MANIFEST} does not list {', '.join(lacking)}")
+        raise UserError(f"checkpoint {path} is damaged: {MANIFEST} does not list {', '.join(lacking)}")
     return manifest
 
 
