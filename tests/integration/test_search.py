@@ -77,6 +77,10 @@ class Diary(SilentObserver):
         self.last = counts
         raise RuntimeError("an observer's own trouble")  # must stop nothing
 
+    def on_trial_lost(self, trial: TrialStart, reason: str) -> None:
+        assert reason
+        self.entries.append(("lost", trial.name))
+
 
 def test_every_trial_is_recorded_with_its_fate(ray_on_two_cpus: None, tmp_path: Path) -> None:
     def trainable(overrides: Mapping[str, Any], name: str, report: Report) -> dict[str, float]:
@@ -114,6 +118,8 @@ def test_every_trial_is_recorded_with_its_fate(ray_on_two_cpus: None, tmp_path: 
     assert result.records[0].metrics.get("fixed", 5.0) == 5.0
     assert diary.last == Counts(total=8, finished=2, pruned=3, failed=3)
     assert sum(kind == "started" for kind, _ in diary.entries) >= 8
+    died = {record.name for record in result.records if record.overrides["x"] in (6, 7)}
+    assert {name for kind, name in diary.entries if kind == "lost"} == died, "each is said to run again"
     read = read_search_result(tmp_path, "fates")
     assert (read.records, read.complete) == (result.records, True)
 

@@ -16,7 +16,7 @@ from ray.exceptions import OutOfMemoryError
 from typer.testing import CliRunner
 
 from spikefleet.cli import app
-from spikefleet.cluster.ray_train import _headline
+from spikefleet.cluster.failures import headline
 from spikefleet.cluster.session import _not_started
 from spikefleet.config.recipes import load_config, parse_overrides
 from spikefleet.errors import RunError, UserError
@@ -120,10 +120,10 @@ def test_a_missing_gpu_is_said_before_ray_starts(
 
 
 def test_the_memory_monitors_figures_are_kept() -> None:
-    said = _headline(OutOfMemoryError(KILLED))
+    said = headline(OutOfMemoryError(KILLED))
     assert "6.41GB of 23.54GB in use, and Ray ends workers from 2.0% on" in said
     assert "lower train.global_batch" in said
-    assert _headline(RuntimeError("first\nthe last line says it")) == "the last line says it"
+    assert headline(RuntimeError("first\nthe last line says it")) == "the last line says it"
 
 
 @pytest.mark.slow  # MLflow's server takes ten seconds to start

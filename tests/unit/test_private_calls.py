@@ -52,6 +52,30 @@ PRIVATE = [
         "platform/spikefleet/cluster/session.py",
         "the raylet's messages about a dead worker pass by log_to_driver",
     ),
+    (
+        "ray._private.state:state.get_draining_nodes",
+        [],
+        "platform/spikefleet/cluster/host_watch.py",
+        "which hosts will be taken away; the public get_preemption_info is a barrier of all ranks",
+    ),
+    (
+        "ray.train.v2.api.data_parallel_trainer:DataParallelTrainer._initialize_and_run_controller",
+        None,
+        "platform/spikefleet/cluster/ray_train.py",
+        "its local variable `controller` is the only handle of the actor that a waiting run must be ended by",
+    ),
+    (
+        "sys:_current_frames",
+        None,
+        "platform/spikefleet/cluster/ray_train.py",
+        "finds that variable",
+    ),
+    (
+        "ray._raylet:GcsClient",
+        None,
+        "platform/spikefleet/cluster/auth_token.py",
+        "asks the cluster whether it takes the token; ray.init asks for a minute, and prints a line each second",
+    ),
     *(
         (
             f"mlflow.store.db.utils:{name}",

@@ -11,7 +11,17 @@ from rich.console import Console
 from spikefleet import status
 from spikefleet.runs.progress import LiveDisplay, PlainDisplay, build_display
 from spikefleet.status import PlainLines
-from spikefleet.training.events import CheckpointSaved, EpochDone, Event, Note, Phase, Started, StepDone, WorkerFailed
+from spikefleet.training.events import (
+    CheckpointSaved,
+    EpochDone,
+    Event,
+    Note,
+    Phase,
+    Started,
+    StepDone,
+    Waiting,
+    WorkerFailed,
+)
 
 METRICS = {"train/loss": 0.5, "train/top1": 0.75, "images_per_second": 1234.0}
 RUN: list[Event] = [
@@ -49,6 +59,7 @@ PHASES = (
     (Phase("validating"), "validating"),
     (Phase("testing"), "testing"),
     (WorkerFailed("lost"), "restarting"),
+    (Waiting("it waits", 0.0), "it waits"),
 )
 
 

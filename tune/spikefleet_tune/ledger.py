@@ -64,6 +64,9 @@ class SearchObserver(Protocol):
     def on_trial_failed(self, record: TrialRecord, counts: Counts) -> None:
         """A trial ended with status failed."""
 
+    def on_trial_lost(self, trial: TrialStart, reason: str) -> None:
+        """A trial's process is lost, and the trial will run again."""
+
     def on_stopping(self) -> None:
         """A signal arrived: the running trials stop after their step; a second signal does not wait for them."""
 
@@ -84,6 +87,9 @@ class SilentObserver:
         """Does nothing."""
 
     def on_trial_failed(self, record: TrialRecord, counts: Counts) -> None:
+        """Does nothing."""
+
+    def on_trial_lost(self, trial: TrialStart, reason: str) -> None:
         """Does nothing."""
 
     def on_stopping(self) -> None:
@@ -206,6 +212,10 @@ class Ledger:
     def stopping(self) -> None:
         """The search was asked to stop."""
         self._notify("on_stopping")
+
+    def lost(self, number: int, reason: str) -> None:
+        """A trial's process died, and Ray Tune runs the trial again."""
+        self._notify("on_trial_lost", self.live[number].start, reason)
 
     def failed(self, number: int, reason: str) -> None:
         """A trial's process died, or Ray Tune reported an error."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import struct
 import threading
 import time
 from pathlib import Path
@@ -17,6 +18,8 @@ from types import TracebackType
 from typing import Self
 
 _LOOK_S = 0.25
+_FLOCK = "hhqqi0q"
+"""Linux's `struct flock`: type, whence, start, length, process; padded to 8 bytes."""
 
 _Key = tuple[int, int]  # device and inode: one for all names of a file
 
@@ -80,6 +83,28 @@ def hold(path: Path, patience_s: float = 0.0) -> Lock:
         time.sleep(min(_LOOK_S, left))
 
 
+def holder_of(path: Path) -> str | None:
+    """The process that holds the lock of a file, as it named itself; None if none does. It takes no lock.
+
+    On storage that several machines share, a holder elsewhere is seen if the file system passes locks on (NFS does).
+    """
+    with _guard:  # closing a descriptor of a file that this process has locked would release it
+        if not path.exists():
+            return None
+        if _key(path.stat()) in _held:
+            return _own_name()
+        with path.open("rb") as file:
+            asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            answer: bytes = fcntl.fcntl(file.fileno(), fcntl.F_GETLK, asked)
+            if struct.unpack(_FLOCK, answer)[0] == fcntl.F_UNLCK:
+                return None
+            return file.read(200).decode(errors="replace").strip() or "an unknown process"
+
+
+def _own_name() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
 def _attempt(path: Path) -> Lock:
     """Acquires the lock now. A refusal closes its descriptor: closing it later would release a lock taken since."""
     if path.exists() and _key(path.stat()) in _held:
@@ -92,7 +117,7 @@ def _attempt(path: Path) -> Lock:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
             raise LockedError(path, holder or "an unknown process", own=False) from None
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        os.pwrite(descriptor, _own_name().encode(), 0)
         key = _key(os.fstat(descriptor))
     except BaseException:
         os.close(descriptor)

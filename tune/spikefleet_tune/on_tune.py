@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -24,6 +25,7 @@ from spikefleet_tune.capacity import nodes_of_cluster, trial_request, trials_at_
 from spikefleet_tune.interruption import Interrupted, handling
 from spikefleet_tune.journal import Clock, Past, SearchFolder
 from spikefleet_tune.ledger import Ledger
+from spikefleet_tune.lost_hosts import Hosts
 from spikefleet_tune.samplers import PointSampler
 from spikefleet_tune.schedulers import Scheduler
 from spikefleet_tune.search_file import Search
@@ -144,6 +146,7 @@ def run_on_tune(
     shutil.rmtree(scratch, ignore_errors=True)
     stop = scratch / "stop.json"
     stopping = _Stopping(source, ledger, stop, grace_s)
+    hosts = Hosts(search.resources)
 
     class Bookkeeper(tune.Callback):
         def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
@@ -159,6 +162,11 @@ def run_on_tune(
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             ledger.completed(int(trial.trial_id), stopped=trial.trial_id in scheduler.stopped)
+
+        def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            error = trial.get_error()
+            reason = hosts.lost() or ("its process died" if error is None else describe_error(error))
+            ledger.lost(int(trial.trial_id), reason)
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             error = trial.get_error()
@@ -230,7 +238,7 @@ class _Stopping:
 
 @contextmanager
 def _tune_environment(population: int | None) -> Iterator[None]:
-    """Sets the environment variables that Ray Tune's driver reads, and restores them at the end."""
+    """Sets what Ray Tune's driver reads from the environment, and what it logs; restores both at the end."""
     settings = {
         "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # the last report has a status, no metrics
         "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -240,10 +248,14 @@ def _tune_environment(population: int | None) -> Iterator[None]:
         **({"TUNE_MAX_PENDING_TRIALS_PG": str(population)} if population else {}),
     }
     before = {key: os.environ.get(key) for key in settings}
+    controller = logging.getLogger("ray.tune.execution.tune_controller")
+    level = controller.level
     os.environ.update(settings)
+    controller.setLevel(logging.CRITICAL)  # the traceback of each failed trial, of which the observer says the reason
     try:
         yield
     finally:
+        controller.setLevel(level)
         for key, value in before.items():
             if value is None:
                 os.environ.pop(key, None)

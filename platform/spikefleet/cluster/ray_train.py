@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
+import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,13 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 import torch
 from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from spikefleet.cluster.failures import cause_of, headline
+from spikefleet.cluster.host_watch import NODE, HostWatch
 from spikefleet.cluster.session import ray_session
+from spikefleet.cluster.watched_sink import WatchedSink
 from spikefleet.config.recipes import parse_config
 from spikefleet.config.schema import ClusterConfig, Config
 from spikefleet.errors import RunError, UserError
@@ -29,7 +34,7 @@ from spikefleet.plugins import load_plugins, loaded_plugins
 from spikefleet.stop_signals import StopSignals
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.event_log import STOPPED, TAKEN_OVER, EventReader, EventWriter, new_attempt
-from spikefleet.training.events import Event, EventSink, NullSink, Started, WorkerFailed
+from spikefleet.training.events import EventSink, NullSink, WorkerFailed
 from spikefleet.training.loop import BeforeStep, Outcome, train
 from spikefleet.training.step import NonFiniteError
 from spikefleet.training.stopping import STOP, TrainingStopped
@@ -38,9 +43,7 @@ from spikefleet_pipelines.store.reader import Store
 from spikefleet_tune.interruption import Interrupted, handlers_kept
 
 _POLL_S = 0.2
-# What Ray's memory monitor says; the last line, which other errors are known by, has no figure.
-_MEMORY = re.compile(r"was ([\d.]+ ?[kKMGT]i?B)(?: used)? ?/ ?([\d.]+ ?[kKMGT]i?B)")
-_LIMIT = re.compile(r"\(([\d.]+%) of \d+B limit\)")
+_CONTROLLER_S = 5.0
 
 
 def _no_signal() -> None:
@@ -55,7 +58,7 @@ class FailureNotes(UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Sends the errors of all ranks that failed."""
-        reasons = {f"rank {rank}: {_headline(error)}" for rank, error in worker_exceptions.items()}
+        reasons = {f"rank {rank}: {headline(error)}" for rank, error in worker_exceptions.items()}
         EventWriter(self._attempt).emit(WorkerFailed("; ".join(sorted(reasons))))
 
 
@@ -70,6 +73,11 @@ class Stopped:
     """Whether a loss or a gradient was not finite."""
     step: int | None = None
     """The last step, if the driver had asked for it."""
+
+    @property
+    def asked(self) -> bool:
+        """Whether the driver had asked for it."""
+        return self.step is not None
 
     def error(self) -> UserError | RunError:
         """The exception to raise in the driver, unless it had asked for it."""
@@ -104,9 +112,15 @@ def session_for(config: Config, address: str | None, verbose: bool) -> AbstractC
     Raises:
         UserError: nothing answers at the address, or the cluster has too few CPUs or GPUs.
     """
-    cluster = config.cluster
-    gpus = cluster.workers if cluster.gpu else 0
-    return ray_session(address, cpus=cluster.workers * cluster.cpus_per_worker, gpus=gpus, verbose=verbose)
+    needed = needed_by(config.cluster)
+    if config.cluster.autoscaling and (address or os.environ.get("RAY_ADDRESS")):
+        needed = {"CPU": 0, "GPU": 0}
+    return ray_session(address, cpus=needed["CPU"], gpus=needed["GPU"], verbose=verbose)
+
+
+def needed_by(cluster: ClusterConfig) -> dict[str, float]:
+    """CPUs and GPUs of all workers of a run."""
+    return {"CPU": cluster.workers * cluster.cpus_per_worker, "GPU": cluster.workers if cluster.gpu else 0}
 
 
 def train_on_ray(
@@ -147,33 +161,33 @@ def train_on_ray(
         RunError: the workers failed too often, or Ray lost the run.
         UserError: Ray cannot be reached, or the workers reported an error of the user.
     """
-    cluster = config.cluster
-    with session_for(config, address, verbose):
-        attempt = new_attempt(run_dir)
-        arguments = WorkerArguments(
-            config.dump(), store.absolute_location, str(run_dir), str(attempt), before_step, lockstep, loaded_plugins()
+    with session_for(config, address, verbose), _requested(config.cluster):
+        watched = WatchedSink(
+            sink, HostWatch(needed_by(config.cluster), config.cluster.wait_minutes, sink), run_dir.name
         )
-        trainer = TorchTrainer(
-            _worker,
-            train_loop_config={"arguments": arguments},
-            torch_config=TorchConfig(backend="nccl" if cluster.gpu else "gloo"),
-            scaling_config=ScalingConfig(
-                num_workers=cluster.workers,
-                use_gpu=cluster.gpu,
-                resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if cluster.gpu else {})},
-            ),
-            run_config=RunConfig(
-                # Ray's own record of the attempt; a run resumes from spikefleet's checkpoints.
-                name=attempt.name,
-                storage_path=str(attempt.parent),
-                failure_config=FailureConfig(max_failures=cluster.max_failures),
-                callbacks=[FailureNotes(attempt)],
-            ),
-        )
-        watched = _WatchedSink(sink)
-        with _followed(attempt, watched, lockstep, stop_signal):
-            outcome = _fit(trainer) if signals is None else _fit_stoppable(trainer, attempt, watched, signals, cluster)
-        shutil.rmtree(attempt, ignore_errors=True)
+        while True:
+            attempt = new_attempt(run_dir)
+            arguments = WorkerArguments(
+                config.dump(),
+                store.absolute_location,
+                str(run_dir),
+                str(attempt),
+                before_step,
+                lockstep,
+                loaded_plugins(),
+            )
+            trainer = _trainer(config.cluster, arguments, attempt)
+            with _followed(attempt, watched, lockstep, stop_signal) as following:
+                if signals is None:
+                    outcome = _fit(trainer)
+                else:
+                    outcome = _fit_stoppable(trainer, attempt, watched, signals, config.cluster)
+            shutil.rmtree(attempt, ignore_errors=True)
+            asked = isinstance(outcome, Stopped) and outcome.asked
+            signalled = (signals is not None and signals.received is not None) or stop_signal() is not None
+            if not (asked and following.leaving and not signalled):
+                break
+            watched.stopped_for(following.leaving)
     if isinstance(outcome, Stopped):
         if outcome.step is not None:
             if signals is not None and signals.received is not None:
@@ -181,6 +195,43 @@ def train_on_ray(
             raise TrainingStopped(outcome.step)
         raise outcome.error()
     return outcome
+
+
+@contextmanager
+def _requested(cluster: ClusterConfig) -> Iterator[None]:
+    """Asks the autoscaler of a cluster that grows for what the workers need, for the length of the block."""
+    if not cluster.autoscaling:
+        yield
+        return
+    from ray.autoscaler.sdk import request_resources
+
+    worker = {"CPU": cluster.cpus_per_worker, **({"GPU": 1} if cluster.gpu else {})}
+    request_resources(bundles=[worker] * cluster.workers)
+    try:
+        yield
+    finally:
+        with suppress(Exception):  # a cluster that is gone needs no release
+            request_resources(bundles=[])
+
+
+def _trainer(cluster: ClusterConfig, arguments: WorkerArguments, attempt: Path) -> TorchTrainer:
+    return TorchTrainer(
+        _worker,
+        train_loop_config={"arguments": arguments},
+        torch_config=TorchConfig(backend="nccl" if cluster.gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=cluster.workers,
+            use_gpu=cluster.gpu,
+            resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if cluster.gpu else {})},
+        ),
+        run_config=RunConfig(
+            # Ray's own record of the attempt; a run resumes from spikefleet's checkpoints.
+            name=attempt.name,
+            storage_path=str(attempt.parent),
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+            callbacks=[FailureNotes(attempt)],
+        ),
+    )
 
 
 def _worker(loop_config: dict[str, Any]) -> Outcome | Stopped:
@@ -209,6 +260,7 @@ def _worker(loop_config: dict[str, Any]) -> Outcome | Stopped:
             arguments.before_step(group, step)
 
     try:
+        (attempt / f"{NODE}{group.rank}").write_text(ray.get_runtime_context().get_node_id())
         load_plugins(arguments.plugins)
         config = parse_config(arguments.config, origin="configuration of the run")
         store = Store.open(arguments.store, verify=False)  # the driver has verified it
@@ -226,25 +278,13 @@ def _worker(loop_config: dict[str, Any]) -> Outcome | Stopped:
         raise
 
 
-class _WatchedSink:
-    """Passes events on, and knows whether the workers are training."""
-
-    def __init__(self, sink: EventSink) -> None:
-        self._sink = sink
-        self.training = False
-
-    def emit(self, event: Event) -> None:
-        if isinstance(event, Started | WorkerFailed):
-            self.training = isinstance(event, Started)
-        self._sink.emit(event)
-
-
 def _fit_stoppable(
-    trainer: TorchTrainer, attempt: Path, watched: _WatchedSink, signals: StopSignals, cluster: ClusterConfig
+    trainer: TorchTrainer, attempt: Path, watched: WatchedSink, signals: StopSignals, cluster: ClusterConfig
 ) -> Outcome | Stopped:
     """Trains in another thread, so that this one handles signals at once: Ray's calls do not return for them.
 
     Raises:
+        RunError: the run has waited for hosts for longer than `cluster.wait_minutes`.
         Interrupted: a second signal arrived, the workers did not end their step within `cluster.grace_s`, or they were
             not training.
     """
@@ -262,6 +302,9 @@ def _fit_stoppable(
         asked: float | None = None
         while not done.done():
             thread.join(_POLL_S)
+            if (sentence := watched.hosts.overdue) is not None and thread.is_alive():
+                _end_controller(thread)
+                raise RunError(sentence)
             if not signals.requested() or signals.received is None:
                 continue
             if asked is None:
@@ -270,8 +313,23 @@ def _fit_stoppable(
                     write_json(attempt / STOP, {"signal": signal.Signals(signals.received).name})
             overdue = not watched.training or time.monotonic() - asked > cluster.grace_s
             if overdue and thread.is_alive():
+                _end_controller(thread)
                 raise Interrupted(signals.received)
     return done.result()
+
+
+def _end_controller(thread: threading.Thread) -> None:
+    """Ends Ray Train's controller, and so the thread that waits for it: to leave Ray meanwhile crashes the process.
+
+    The controller's handle is a local variable of `DataParallelTrainer._initialize_and_run_controller`.
+    """
+    frame = sys._current_frames().get(thread.ident or 0)
+    while frame is not None:
+        if frame.f_code.co_name == "_initialize_and_run_controller" and "controller" in frame.f_locals:
+            with suppress(RayError, ValueError):
+                ray.kill(frame.f_locals["controller"])
+        frame = frame.f_back
+    thread.join(_CONTROLLER_S)
 
 
 def _read_stopped(path: Path) -> Stopped:
@@ -289,52 +347,42 @@ def _fit(trainer: TorchTrainer) -> Outcome | Stopped:
         # Ray's handler of Ctrl-C stops the workers, then exits with code 0.
         raise KeyboardInterrupt from None
     except TrainingFailedError as error:
-        cause = _cause(error)
+        cause = cause_of(error)
         if isinstance(cause, UserError | RunError):
             raise cause from None
         if isinstance(cause, StoreError):
             raise UserError(str(cause)) from None
         raise RunError(
-            f"the workers failed more often than cluster.max_failures allows: {_headline(cause)}; run the same command "
+            f"the workers failed more often than cluster.max_failures allows: {headline(cause)}; run the same command "
             "again to resume"
         ) from error
     except RayError as error:
-        raise RunError(f"Ray lost the run: {_headline(error)}; run the same command again to resume") from error
+        raise RunError(f"Ray lost the run: {headline(error)}; run the same command again to resume") from error
     outcome: Outcome | Stopped = result.return_value
     return outcome
 
 
-def _cause(error: BaseException) -> BaseException:
-    """The first exception of a worker, without Ray's wrappers."""
-    failures = getattr(error, "worker_failures", None)
-    if failures:
-        error = next(iter(failures.values()))
-    inner = getattr(error, "cause", None)
-    return inner if isinstance(inner, BaseException) else error
+@dataclass
+class _Following:
+    """What the thread that follows an attempt has done besides."""
 
-
-def _headline(error: BaseException) -> str:
-    used = _MEMORY.search(text := str(error))
-    if used is not None and ("low on memory" in text or "OOM" in text):
-        limit = _LIMIT.search(text)
-        share = f", and Ray ends workers from {limit[1]} on" if limit else ""
-        return (
-            f"a worker was ended because the machine ran out of memory: {used[1]} of {used[2]} in use{share}; lower "
-            "train.global_batch, raise train.accumulate, or lower data.loader_processes and --workers"
-        )
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    leaving: str | None = None
+    """Address of the host for whose sake it has asked the workers to stop: it will be taken away."""
 
 
 @contextmanager
-def _followed(attempt: Path, sink: EventSink, lockstep: bool, stop_signal: Callable[[], str | None]) -> Iterator[None]:
+def _followed(
+    attempt: Path, sink: WatchedSink, lockstep: bool, stop_signal: Callable[[], str | None]
+) -> Iterator[_Following]:
     """Passes the events of an attempt to the sink while the block runs, and the remaining ones when it ends.
 
-    The other way, it passes on that the training is asked to stop.
+    The other way, it passes on that the training is asked to stop, also for a host that will be taken away; and it says
+    what the workers wait for.
     """
     done = threading.Event()
     reader = EventReader(attempt)
     errors: list[Exception] = []
+    following = _Following()
 
     def forward() -> None:
         for event in reader.new():
@@ -344,12 +392,22 @@ def _followed(attempt: Path, sink: EventSink, lockstep: bool, stop_signal: Calla
             with suppress(OSError):  # the next poll writes it again
                 reader.acknowledge()
 
+    def ask_to_stop() -> None:
+        if (attempt / STOP).exists():
+            return
+        reason = stop_signal()
+        if reason is None and sink.training:
+            following.leaving = sink.hosts.leaving(attempt)
+            reason = None if following.leaving is None else "preemption"
+        if reason is not None:
+            with suppress(OSError):
+                write_json(attempt / STOP, {"signal": reason})
+
     def follow() -> None:
         while not done.wait(_POLL_S):
-            if (name := stop_signal()) is not None and not (attempt / STOP).exists():
-                with suppress(OSError):
-                    write_json(attempt / STOP, {"signal": name})
             try:
+                sink.tick()
+                ask_to_stop()
                 forward()
             except Exception as error:  # the sink of a search ends its trial this way
                 errors.append(error)
@@ -361,7 +419,7 @@ def _followed(attempt: Path, sink: EventSink, lockstep: bool, stop_signal: Calla
     thread = threading.Thread(target=follow, name="events", daemon=True)
     thread.start()
     try:
-        yield
+        yield following
     finally:
         done.set()
         thread.join()

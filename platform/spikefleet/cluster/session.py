@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from spikefleet.cluster.auth_token import check_token, check_token_is_there
 from spikefleet.disks import disk_problem
 from spikefleet.errors import RunError, UserError
 from spikefleet_tune.interruption import Interrupted, handlers_kept
@@ -53,6 +55,8 @@ def ray_session(
         RunError: Ray does not start on this machine.
     """
     quiet_ray()
+    if not _connected():
+        check_address(address)
     import ray
 
     if ray.is_initialized():
@@ -63,7 +67,8 @@ def ray_session(
     level = "info" if verbose else "error"
     with _signals_of_ray():
         if address:
-            _refuse_dead_address(address)
+            if address not in ("auto", "local") and not address.startswith("ray://"):
+                check_token(address)
             try:
                 ray.init(address=address, log_to_driver=verbose, logging_level=level, runtime_env=_network_settings())
             except (ConnectionError, RuntimeError, TimeoutError, OSError) as error:
@@ -89,6 +94,27 @@ def ray_session(
         yield
     finally:
         ray.shutdown()
+
+
+def _connected() -> bool:
+    """Whether this process has a session already; Ray is not imported for that."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
+
+
+def check_address(address: str | None) -> None:
+    """Checks what can be checked of a cluster before Ray is imported.
+
+    Args:
+        address: as for `ray_session`.
+
+    Raises:
+        UserError: nothing answers there, or there is no token to send.
+    """
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address:
+        _refuse_dead_address(address)
+        check_token_is_there()
 
 
 def _not_started(error: Exception) -> UserError | RunError:
@@ -151,9 +177,12 @@ def _refuse_too_little(present: Mapping[str, float], needed: Mapping[str, float]
         if amount > present.get(kind, 0):
             remedy = "leave out --gpu or --gpus-per-worker" if kind == "GPU" else "lower cluster.cpus_per_worker"
             units = kind if amount == 1 else f"{kind}s"
+            larger = "set --address to a larger cluster"
+            if where == "the cluster":
+                larger += ", or cluster.autoscaling=true where hosts will join"
             raise UserError(
                 f"the run needs {amount:g} {units} ({_NEED[kind]}), but {where} has {present.get(kind, 0):g}; "
-                f"lower --workers, {remedy}, or set --address to a larger cluster"
+                f"lower --workers, {remedy}, or {larger}"
             )
 
 

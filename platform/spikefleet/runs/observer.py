@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 
 from spikefleet.certificates.certify import Certificates
@@ -24,6 +25,7 @@ from spikefleet.training.events import (
     Recovered,
     Started,
     StepDone,
+    Waiting,
     WorkerFailed,
 )
 from spikefleet.training.loop import Outcome
@@ -38,6 +40,8 @@ LAYERS = "layers.json"
 LAYER_ENERGY = "layer_energy.json"
 """Artifact: energy and operations of each layer, as a table."""
 
+_NOTE_EVERY_S = 15.0
+
 log = logging.getLogger(__name__)
 
 
@@ -48,6 +52,9 @@ class RunObserver:
         self._run, self._tracker, self._display = run, tracker, display
         self._started = False
         self._epochs = 0
+        self._start = (0, 0.0)
+        self._total_steps = 0
+        self._noted = 0.0
 
     def begin(self, config: Config, data: TrackedDataset) -> None:
         """Logs the configuration, the code version and the data, before the first step."""
@@ -77,7 +84,8 @@ class RunObserver:
     def _track(self, event: Event) -> None:
         match event:
             case Started():
-                self._epochs = event.epochs
+                self._epochs, self._total_steps = event.epochs, event.total_steps
+                self._start = (event.step, time.time())
                 if event.metadata:
                     self._tracker.log_dict(dict(event.metadata), ENVIRONMENT)
                 if "parameters" in event.metadata:
@@ -89,16 +97,43 @@ class RunObserver:
                     self._run.note(restarts=restarts)
                     self._note_restarts(restarts)
                 self._started = True
+                self._run.note(status="running", waiting=None)
             case StepDone():
                 self._tracker.log_metrics(event.metrics, step=event.step)
+                if time.time() - self._noted > _NOTE_EVERY_S:
+                    self._note_progress(event)
             case EpochDone():
+                self._note_progress(event)
                 self._epoch(event)
             case Recovered():
                 for earlier in event.events:
                     if isinstance(earlier, StepDone | EpochDone):
                         self._track(earlier)
-            case CheckpointSaved() | Note() | Phase() | WorkerFailed():
+            case Phase():
+                if self._run.record()["status"] == "waiting":
+                    self._run.note(status="running", waiting=None)
+            case Waiting():
+                self._run.note(status="waiting", waiting={"for": event.what, "since": event.since})
+            case CheckpointSaved() | Note() | WorkerFailed():
                 pass
+
+    def _note_progress(self, event: StepDone | EpochDone) -> None:
+        """How far the run is, for `spikefleet status`: in run.json, with what the remaining time follows from."""
+        self._noted = time.time()
+        before = self._run.record().get("progress") or {}
+        measured = {key: value for key, value in event.metrics.items() if key.startswith("val/")}
+        self._run.note(
+            progress={
+                "epoch": event.epoch if isinstance(event, EpochDone) else event.epoch + 1,
+                "epochs": self._epochs,
+                "step": event.step,
+                "steps": self._total_steps,
+                "from_step": self._start[0],
+                "since": self._start[1],
+                "at": self._noted,
+                "metrics": measured or before.get("metrics", {}),
+            }
+        )
 
     def _epoch(self, event: EpochDone) -> None:
         metrics = {f"epoch/{name}": value for name, value in event.metrics.items() if name != "epoch"}

@@ -19,8 +19,9 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from spikefleet.status import PLAIN_LINES, PlainLines, Waiting, print_line
-from spikefleet.training.events import EpochDone, Event, Note, Phase, Started, StepDone, WorkerFailed
+from spikefleet import status
+from spikefleet.status import PLAIN_LINES, PlainLines, print_line
+from spikefleet.training.events import EpochDone, Event, Note, Phase, Started, StepDone, Waiting, WorkerFailed
 from spikefleet_tune.messages import counted
 
 _WIDE = 110
@@ -86,6 +87,9 @@ class LiveDisplay:
             case WorkerFailed():
                 self._print(f"a worker failed: {event.reason}", style="yellow")
                 self.announce("restarting")
+            case Waiting():
+                self._print(event.what, style="yellow")
+                self.announce(event.what)
             case Note():
                 self._print(event.text)
             case Phase():
@@ -113,7 +117,7 @@ class PlainDisplay:
 
     def __init__(self, console: Console, lines: PlainLines = PLAIN_LINES) -> None:
         self._console, self._lines = console, lines
-        self._waiting = Waiting(console, lines)
+        self._waiting = status.Waiting(console, lines)
         self._epochs = self._total = 0
         self._headline: tuple[str, ...] = ()
         self._began = time.monotonic()
@@ -142,6 +146,9 @@ class PlainDisplay:
             case WorkerFailed():
                 self._print(f"a worker failed: {event.reason}")
                 self.announce("restarting")
+            case Waiting():
+                self._print(event.what)
+                self.announce(event.what)
             case Note():
                 self._print(event.text)
             case Phase():

@@ -71,6 +71,9 @@ class RunRecord(BaseModel):
     validation: dict[str, float] | None = None
     test: dict[str, float] | None = None
     last: dict[str, float] | None = None
+    progress: dict[str, Any] | None = None
+    waiting: dict[str, Any] | None = None
+    """What the run waits for ("for"), and since when ("since")."""
 
     @model_validator(mode="after")
     def _finished_with_metrics(self) -> Self:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import re
 import threading
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from spikefleet.certificates.certify import Certificates, certify
-from spikefleet.cluster.session import quiet_ray, refuse_missing_gpus
+from spikefleet.cluster.session import check_address, quiet_ray, refuse_missing_gpus
 from spikefleet.config.schema import Config
 from spikefleet.data_access import open_data
 from spikefleet.data_summary import DataSummary
@@ -28,6 +30,7 @@ from spikefleet.runs.progress import build_display
 from spikefleet.runs.registration import check_gates, keep_back, promote_version, register_run
 from spikefleet.runs.report import complete_report
 from spikefleet.runs.run_dir import Run, check_run_name, default_run_name
+from spikefleet.runs.run_log import LoggedDisplay
 from spikefleet.runs.run_page import dataset_of, registration_sentence, split_sizes
 from spikefleet.status import Announce, print_line, waiting
 from spikefleet.stop_signals import StopSignals
@@ -41,6 +44,7 @@ from spikefleet.training.events import EventSink
 from spikefleet.training.fine_tuning import check_names
 from spikefleet.training.loop import BeforeStep, Outcome, train
 from spikefleet.training.memory import check_memory
+from spikefleet.training.mirror import Mirror
 from spikefleet.training.splits import prepare_parts
 from spikefleet.training.stopping import TrainingStopped
 from spikefleet_models.families import build_model
@@ -93,12 +97,23 @@ def run_training(
         RunError: the training or the registration failed.
         Interrupted: SIGINT or SIGTERM stopped it; the same call resumes it.
     """
+    _refuse_uri(options.runs_dir)
     check_place(options.runs_dir, "--runs-dir")
     config, initial = resolve_init(config, options.runs_dir, resolve_tracking_uri(options.runs_dir))
     run = Run(options.runs_dir.resolve() / check_run_name(name or default_run_name(config)))
     signals = StopSignals(console)
     with signals.handled():
         return _run(config, options, console, run, before_step, signals, initial)
+
+
+def _refuse_uri(runs_dir: Path) -> None:
+    """Raises UserError for a runs directory with a scheme: locks and databases need a file system."""
+    if found := re.match(r"([a-z][a-z0-9+.-]*):/+(.*)", str(runs_dir)):
+        uri = f"{found[1]}://{found[2]}"
+        raise UserError(
+            f"--runs-dir {uri} is no directory: a run needs locks and a database; set it to a local directory, and "
+            f"checkpoint.mirror={uri} to keep checkpoints and report there, from which the run resumes"
+        )
 
 
 def _run(
@@ -114,10 +129,14 @@ def _run(
     pick_device(config.cluster.gpu and config.cluster.workers == 0)
     if run.record().get("status") != "finished":
         refuse_missing_gpus(options.address, config.cluster.workers if config.cluster.gpu else 0)
+        if config.cluster.workers:
+            check_address(options.address)
     store = open_data(config.data, options.stores_dir, console)
     with waiting(console, "checking the configuration against the data"):
         _check_names_of_modules(config)
         shape = DataSummary.of(store.manifest).input_shape(config.data.transform)
+        if config.checkpoint.mirror is not None:
+            Mirror(config.checkpoint.mirror, run.name)
         check_memory(config, shape, local=options.address is None)
         prepare_parts(config, store, ProcessGroup(0, max(1, config.cluster.workers), torch.device("cpu")))
         if options.promote and "registered" not in run.record():
@@ -190,11 +209,12 @@ def _train_tracked(
     signals: StopSignals,
 ) -> str:
     """Trains with tracking, saves the result in run.json, and returns where to look at it."""
-    run.note(status="running", signal=None)
+    run.note(status="running", signal=None, waiting=None)
     print_line(console, f"run {run.name}: {_scale(config)}")
     experiment = config.tracking.experiment or config.recipe
     tracker = Tracker.open(run.path, run.name, experiment, tracking_uri, options.parent_run)
-    display = build_display(console)
+    display = LoggedDisplay(build_display(console), run.path)
+    display.say(f"run {run.name}: {_scale(config)}")
     observer = RunObserver(run, tracker, display)
     data = DataSummary.of(store.manifest)
     observer.begin(config, dataset_of(data, store.absolute_location, split_sizes(store.manifest)))
@@ -202,15 +222,18 @@ def _train_tracked(
     try:
         outcome = _train(config, store, run, ResumedRunSink(run.path, observer), options, before_step, signals)
         certificates = _certified(config, run, store, display.announce)
+        _mirror_report(config, run, console)
         display.announce("tracking the report")
         observer.finish(outcome, certificates, config)
     except KeyboardInterrupt as error:
-        run.note(status="interrupted", signal=interruption(error).name)
+        run.note(status="interrupted", signal=interruption(error).name, waiting=None)
+        display.say(f"interrupted by {interruption(error).name}; the same command resumes from the last checkpoint")
         tracker.finish("KILLED", wait_s=_INTERRUPTED_FLUSH_S)
         raise
     except Exception as error:
         with suppress(OSError):  # a full disk has been the reason
-            run.note(status="failed", reason=disk_problem(error) or str(error))
+            run.note(status="failed", reason=disk_problem(error) or str(error), waiting=None)
+        display.say(f"failed: {disk_problem(error) or error}")
         tracker.set_tags({"failure": str(error)})
         tracker.finish("FAILED", wait_s=_FLUSH_S)
         raise
@@ -225,7 +248,18 @@ def _train_tracked(
         test=dict(outcome.test),
         last=dict(outcome.last),
     )
+    display.say("trained to the end")
     return tracker.run_url
+
+
+def _mirror_report(config: Config, run: Run, console: Console) -> None:
+    """Copies the report to `checkpoint.mirror`; a mirror that does not take it is named, and fails no run."""
+    if config.checkpoint.mirror is None:
+        return
+    try:
+        Mirror(config.checkpoint.mirror, run.name).keep_report(run.path / "report")
+    except (OSError, UserError) as error:
+        print_line(console, f"checkpoint.mirror={config.checkpoint.mirror} did not take the report: {error}")
 
 
 def _register_once(

@@ -64,6 +64,10 @@ class SearchDisplay:
     def on_trial_failed(self, record: TrialRecord, counts: Counts) -> None:
         self._say(record, counts, f"failed: {record.reason}")
 
+    def on_trial_lost(self, trial: TrialStart, reason: str) -> None:
+        PLAIN_LINES.printed()
+        print_line(self._bar.console, f"trial {trial.name}  runs again: {reason}")
+
     def on_stopping(self) -> None:
         print_line(self._bar.console, STOPPING)
 

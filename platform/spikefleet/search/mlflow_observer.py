@@ -125,6 +125,10 @@ class SearchTracker:
         self._end(record)
         self._display.on_trial_failed(record, counts)
 
+    def on_trial_lost(self, trial: TrialStart, reason: str) -> None:
+        """Nothing is logged: the attempts of a trial are counted when it starts again."""
+        self._display.on_trial_lost(trial, reason)
+
     def on_stopping(self) -> None:
         """Nothing is logged: `abandon` marks the open runs as killed."""
         self._display.on_stopping()

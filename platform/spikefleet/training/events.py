@@ -75,13 +75,23 @@ class WorkerFailed:
 
 
 @dataclass(frozen=True)
+class Waiting:
+    """The workers wait for something that the cluster does not have now; the next `Phase` or `Started` ends it."""
+
+    what: str
+    """As a sentence, such as "host 10.0.0.3 is gone; the run waits for 1 more CPU (1 of 2 there)"."""
+    since: float
+    """Seconds since the epoch."""
+
+
+@dataclass(frozen=True)
 class Recovered:
     """Events of an earlier attempt that its killed driver did not receive, oldest first."""
 
     events: tuple[Event, ...]
 
 
-Event = Started | StepDone | EpochDone | CheckpointSaved | Note | Phase | WorkerFailed | Recovered
+Event = Started | StepDone | EpochDone | CheckpointSaved | Note | Phase | WorkerFailed | Waiting | Recovered
 
 
 class EventSink(Protocol):

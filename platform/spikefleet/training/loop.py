@@ -36,6 +36,7 @@ from spikefleet.training.early_stopping import stops_early
 from spikefleet.training.evaluation import Evaluation, EvaluationStopped, evaluate
 from spikefleet.training.events import CheckpointSaved, EpochDone, EventSink, Note, Phase, Started
 from spikefleet.training.malloc import keep_freed_memory
+from spikefleet.training.mirror import mirrored
 from spikefleet.training.splits import Splits, TrainingPlan, prepare_parts, training_loader
 from spikefleet.training.state import TrainingState
 from spikefleet.training.step import Meter, due, micro_batches, training_step
@@ -139,6 +140,8 @@ def _train(
     task, splits, plan = prepare_parts(config, store, group)
     state = TrainingState(config, group, store.manifest.content_hash, plan.steps_per_epoch)
     folder = CheckpointFolder(run_dir / "checkpoints")
+    if group.is_main:
+        sink = mirrored(config.checkpoint.mirror, run_dir, sink)
     _resume(state, task, folder, sink)
     if splits.val is None:
         sink.emit(Note("the data have no validation split: the last epoch is reported, no checkpoint is selected"))

@@ -1,0 +1,135 @@
+"""Watches the hosts of a cluster while a run is on it: which are gone, which will go, what the run waits for."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import ray
+
+from spikefleet.training.events import EventSink, Phase, Waiting
+from spikefleet_tune.messages import counted
+
+NODE = "node-"
+"""Prefix of the files in an attempt's directory, one for each rank, that hold the id of its node."""
+
+_LOOK_EVERY_S = 1.0
+_SETTLE_S = 1.0
+_SETTLE_PEER_S = 8.0
+"""A worker says that it has lost another one before Ray knows that the other's host is gone."""
+_PEER_LOST = re.compile(r"gloo|NCCL|by peer|socket|connection", re.IGNORECASE)
+_SETTLE_LOOK_S = 0.1
+
+
+def gone_hosts(addresses: Sequence[str]) -> str:
+    """Names hosts that are gone, such as "host 10.0.0.3 is gone"."""
+    lost = list(dict.fromkeys(addresses))
+    return f"host {lost[0]} is gone" if len(lost) == 1 else f"hosts {', '.join(lost)} are gone"
+
+
+class HostWatch:
+    """What the driver of a run knows of the hosts; used by one thread.
+
+    Args:
+        needed: resources of all workers, such as `{"CPU": 2}`.
+        wait_minutes: how long the run may wait for resources; -1: for ever.
+        sink: receives `Waiting`, and a `Phase` when everything is there.
+    """
+
+    def __init__(self, needed: Mapping[str, float], wait_minutes: float, sink: EventSink) -> None:
+        self._needed = {kind: amount for kind, amount in needed.items() if amount}
+        self._wait_minutes, self._sink = wait_minutes, sink
+        self._known: dict[str, str] = {}
+        self._present: dict[str, float] = {}
+        self._draining: set[str] = set()
+        self._lost: list[str] = []
+        self._since: float | None = None
+        self._looked = 0.0
+        self._look()
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds for which the run has been waiting; 0 if it does not."""
+        return 0.0 if self._since is None else time.time() - self._since
+
+    @property
+    def overdue(self) -> str | None:
+        """The sentence for a run that has waited too long; None while it may wait on."""
+        if self._since is None or self._wait_minutes < 0 or time.time() - self._since < 60 * self._wait_minutes:
+            return None
+        return (
+            f"{self._waits_for()}, and cluster.wait_minutes={self._wait_minutes:g} are over; run the same command "
+            "again to resume"
+        )
+
+    def tick(self, training: bool) -> None:
+        """Looks at the hosts, at most once a second, and says what the run waits for.
+
+        Args:
+            training: whether the workers train; if not, they wait for what is missing.
+        """
+        if time.monotonic() - self._looked < _LOOK_EVERY_S:
+            return
+        self._look()
+        if training or not self._missing():
+            if self._since is not None and not training:
+                self._sink.emit(Phase("restarting"))
+            self._since = None
+        elif self._since is None:
+            self._since = time.time()
+            self._sink.emit(Waiting(self._waits_for(), self._since))
+
+    def lost(self, reason: str) -> list[str]:
+        """Addresses of the hosts that are gone since training started; waits for Ray to notice.
+
+        Args:
+            reason: what the workers say.
+        """
+        if len(self._known) < 2:  # this one alone
+            return list(self._lost)
+        deadline = time.monotonic() + (_SETTLE_PEER_S if _PEER_LOST.search(reason) else _SETTLE_S)
+        while not self._lost and time.monotonic() < deadline:
+            self._look()
+            time.sleep(_SETTLE_LOOK_S)
+        return list(self._lost)
+
+    def started(self) -> None:
+        """Training has started: what was lost before does not matter any longer."""
+        self._lost.clear()
+        self._since = None
+
+    def leaving(self, attempt: Path) -> str | None:
+        """Address of a host that will be taken away and has a worker of the attempt; None if there is none."""
+        for path in attempt.glob(f"{NODE}*"):
+            with suppress(OSError):
+                if (node := path.read_text()) in self._draining:
+                    return self._known.get(node, node)
+        return None
+
+    def _look(self) -> None:
+        self._looked = time.monotonic()
+        with suppress(Exception):  # the head is busy or gone, which the run itself will report
+            nodes = ray.nodes()
+            self._draining = set(ray._private.state.state.get_draining_nodes())
+            alive = {node["NodeID"]: node for node in nodes if node["Alive"]}
+            self._lost += [address for node, address in self._known.items() if node not in alive]
+            self._known = {name: node["NodeManagerAddress"] for name, node in alive.items()}
+            staying = [node["Resources"] for name, node in alive.items() if name not in self._draining]
+            self._present = {kind: sum(one.get(kind, 0.0) for one in staying) for kind in self._needed}
+
+    def _missing(self) -> dict[str, float]:
+        """What the hosts lack of what the workers need."""
+        lacking = {kind: amount - self._present.get(kind, 0.0) for kind, amount in self._needed.items()}
+        return {kind: amount for kind, amount in lacking.items() if amount > 0}
+
+    def _waits_for(self) -> str:
+        gone = f"{gone_hosts(self._lost)}; " if self._lost else ""
+        parts = [
+            f"{amount:g} more {kind if amount == 1 else f'{kind}s'} "
+            f"({self._present.get(kind, 0.0):g} of {self._needed[kind]:g} there)"
+            for kind, amount in self._missing().items()
+        ]
+        return f"{gone}the run waits for {' and '.join(parts) or counted(1, 'host')}"

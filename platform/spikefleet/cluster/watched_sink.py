@@ -1,0 +1,43 @@
+"""What the driver does with the events of its workers before its own sink gets them."""
+
+from __future__ import annotations
+
+from spikefleet.cluster.gauges import RunGauges
+from spikefleet.cluster.host_watch import HostWatch, gone_hosts
+from spikefleet.training.events import Event, EventSink, Started, WorkerFailed
+
+
+class WatchedSink:
+    """Passes events on, knows whether the workers train, and names a dead host before the echoes of its death.
+
+    Args:
+        sink: of the driver.
+        hosts: of the cluster.
+        run: name of the run, for its metrics.
+    """
+
+    def __init__(self, sink: EventSink, hosts: HostWatch, run: str) -> None:
+        self._sink, self.hosts = sink, hosts
+        self._gauges = RunGauges(run)
+        self.training = False
+
+    def emit(self, event: Event) -> None:
+        """Passes an event on."""
+        if isinstance(event, Started | WorkerFailed):
+            self.training = isinstance(event, Started)
+        if isinstance(event, Started):
+            self.hosts.started()
+        if isinstance(event, WorkerFailed) and (lost := self.hosts.lost(event.reason)):
+            event = WorkerFailed(gone_hosts(lost))
+        self._gauges.show(event)
+        self._sink.emit(event)
+
+    def stopped_for(self, address: str) -> None:
+        """The workers have stopped, with a checkpoint, for a host that is being taken away, and may be gone by now."""
+        self.training = False
+        self._sink.emit(WorkerFailed(f"host {address} is being taken away; its steps are in a checkpoint"))
+
+    def tick(self) -> None:
+        """Looks at the hosts; called several times a second."""
+        self.hosts.tick(self.training)
+        self._gauges.waits(self.hosts.waited_s)
