@@ -239,6 +239,15 @@ def sources(as_json: AsJson = False) -> None:
     print_table(console, ["source", text("what it is"), text("files"), text("options (defaults)")], rows)
 
 
+def check_source(source: str) -> None:
+    """Checks a source whose files are elsewhere. Raises SourceError for a name that is no source and no format."""
+    from spikefleet_pipelines.sources import find_source
+
+    name = source.lower().replace("-", "_")
+    if name not in _BY_LAYOUT:
+        find_source(_OTHER_NAMES.get(name, source))
+
+
 def _found_source(source: str, root: Path | None, where: Console) -> str:
     """The source that is meant: by another name of its format, or by the layout of the files.
 

@@ -103,7 +103,7 @@ def tune(
     fixed, data = split_overrides(overrides or [])
     resources = {"workers": workers, "cpus_per_worker": cpus_per_worker, "gpus_per_worker": gpus_per_worker}
     changes = {"overrides": fixed, "budget": {"trials": trials, "hours": hours}, "resources": resources}
-    wanted = _wanted_search(search, changes)
+    wanted = wanted_search(search, changes)
     where = messages(as_json)
     with loading("torch and Ray", where):
         from spikefleet.runs.options import Options
@@ -155,7 +155,7 @@ def tune(
         say(f"{promotion.name} version {promotion.version} is {promotion.alias or 'without alias'}: {promotion.reason}")
 
 
-def _wanted_search(search: str, changes: dict[str, dict[str, Any]]) -> Search:
+def wanted_search(search: str, changes: dict[str, dict[str, Any]]) -> Search:
     """A search with the values that the command gives instead of the file's. Raises UserError."""
     from spikefleet.search.search_files import load_search
     from spikefleet_tune.errors import SearchError

@@ -1,0 +1,56 @@
+"""Submits a command, or finds the job that already does the same."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from itertools import count
+
+from spikefleet.errors import RunError, UserError
+from spikefleet.jobs.code_package import packed
+from spikefleet.jobs.server import Job, JobServer
+from spikefleet.jobs.submission import Submission
+
+
+def submit_or_follow(server: JobServer, submission: Submission) -> tuple[Job, bool]:
+    """Submits a command, unless a job that has not ended does the same.
+
+    A job that has ended keeps its id: the next one gets `-2`, `-3` and so on behind it. A run resumes by its name.
+
+    Args:
+        server: of the cluster.
+        submission: the command.
+
+    Returns:
+        the job; whether it was submitted now.
+
+    Raises:
+        UserError: a job works on the run with another configuration.
+    """
+    with nullcontext() if submission.code is None else packed(submission.code) as code:
+        for number in count(1):
+            name = submission.id if number == 1 else f"{submission.id}-{number}"
+            job = server.get(name)
+            if job is not None and not job.alive:
+                continue
+            new = job is None
+            if job is None:
+                try:
+                    server.submit(name, submission.entry_point(name), submission.metadata(), code)
+                except RunError:  # maybe since somebody else has submitted it meanwhile
+                    if server.get(name) is None:
+                        raise
+                    new = False
+                job = server.get(name)
+            if job is None:
+                raise RunError(f"job {name} was submitted to {server.address}, which does not know it; submit it again")
+            return _same(job, submission), new
+    raise AssertionError("there is always a next number")
+
+
+def _same(job: Job, submission: Submission) -> Job:
+    if job.metadata.get("digest") != submission.digest:
+        raise UserError(
+            f"job {job.id} works on {submission.kind} {submission.run!r} with another configuration, submitted by "
+            f"{job.metadata.get('user', 'somebody')}; stop it (`spikefleet stop {job.id}`), or set another --name"
+        )
+    return job
