@@ -7,7 +7,7 @@ SYNCED := $(VENV)/.synced
 # In two processes, for much of what starts Ray is waiting. Tests that share what is dear stay together: tests/conftest.py.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations=25
 
-.PHONY: train test quick lint types unit integration slow coverage fuzz bench gpu image clean
+.PHONY: train test quick lint types unit integration slow cluster coverage fuzz bench gpu image clean
 .DEFAULT_GOAL := train
 
 $(UV):
@@ -54,6 +54,12 @@ integration: $(SYNCED)
 # What neither quick nor test runs; each such test says why. No test is no failure (pytest's exit code 5).
 slow: $(SYNCED)
 	$(PYTEST) tests/integration tests/robustness tests/unit -m slow || [ $$? -eq 5 ]
+
+# Over three hosts in network namespaces, in which workers and hosts die. Needs root and iproute2; skipped elsewhere.
+# CLUSTER_OPTIONS='-m "not slow"' leaves out what takes longest.
+CLUSTER_OPTIONS ?=
+cluster: $(SYNCED)
+	$(BIN)/python -m pytest tests/cluster --durations=25 $(CLUSTER_OPTIONS)
 
 # Lines that the tests reach in this process and those that they fork or start, but not in Ray's.
 coverage: $(SYNCED)

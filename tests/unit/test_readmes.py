@@ -13,6 +13,7 @@ import typer
 
 from spikefleet.cli import app
 from spikefleet.cli.inspection import _untrained
+from spikefleet.cli.submissions import checked
 from spikefleet.config.recipes import list_recipes, load_config, parse_overrides
 from spikefleet.errors import UserError
 from spikefleet.reproduction.table import list_tables, load_table
@@ -59,6 +60,8 @@ def check(words: list[str]) -> None:
     if name == "energy" and given["rate"] is not None:
         assert given["size"] is not None
         _untrained(given["network"], overrides)
+    if name == "submit":
+        checked(given["command"], None)
     recipes = [given["recipe"]] if given.get("recipe") not in (None, "RECIPE") else []
     if name == "gradients" and given["network"] in list_recipes():
         recipes = [given["network"]]
@@ -89,6 +92,8 @@ def test_readmes_and_headers_show_commands() -> None:
     "words",
     [
         "trian digits",
+        "submit train digits --worker 2 --address http://HEAD:8265",
+        "submit predict digits --address http://HEAD:8265",
         "train digits --worker 2",
         "train digit",
         "train digits optim.lrr=1",

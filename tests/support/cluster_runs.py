@@ -1,0 +1,162 @@
+"""Trainings on the hosts of `support.hosts`: started, watched, and compared with a run without a fault."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from support.hosts import TOOLS, Cluster, Host
+from support.snapshots import differences, end_of
+
+EPOCH, EPOCHS = 6, 8
+STEPS = EPOCH * EPOCHS
+SETTINGS = (
+    "model.width=0.125",
+    "model.timesteps=2",
+    f"train.epochs={EPOCHS}",
+    "train.global_batch=216",
+    "train.ema_decay=0.9",
+    "tracking.every_steps=1",
+    "registry.register_best=false",
+)
+NAME = "run"
+WORKER = "ray::RayTrainWorker"
+_WORKER_TITLES = (WORKER, "ray::TrainWorker")
+_PATIENCE_S = 240.0
+
+
+class Training:
+    """A training of two workers, one on each host.
+
+    Args:
+        cluster: of the hosts.
+        runs_dir: directory of runs, which all hosts see.
+        stores_dir: likewise.
+        more: overrides and options beside `SETTINGS`.
+    """
+
+    def __init__(self, cluster: Cluster, runs_dir: Path, stores_dir: Path, *more: str) -> None:
+        self.cluster, self.runs_dir, self.run_dir = cluster, runs_dir, runs_dir / NAME
+        self.words = ["train", "digits", *SETTINGS, *more, "--workers", "2", "--name", NAME]
+        self.words += ["--runs-dir", str(runs_dir), "--stores-dir", str(stores_dir)]
+        self.output = runs_dir / "output.txt"
+        self.process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        """Starts the driver on the head."""
+        words = [str(TOOLS / "spikefleet"), *self.words, "--address", self.cluster.address]
+        with self.output.open("a") as file:
+            self.process = self.cluster.head.start(words, file)
+
+    @property
+    def said(self) -> str:
+        """What the driver has printed."""
+        return self.output.read_text()
+
+    def record(self) -> dict[str, Any]:
+        """The content of run.json."""
+        path = self.run_dir / "run.json"
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+    def step(self) -> int:
+        """The latest step of the attempt that runs, by its events; 0 if there is none."""
+        steps = [0]
+        for path in (self.run_dir / "ray").glob("*/events-*.jsonl"):
+            try:
+                lines = path.read_text().splitlines()
+            except OSError:  # the attempt has ended
+                continue
+            for line in lines:
+                if '"StepDone"' in line and line.endswith("}"):
+                    steps.append(json.loads(line)["step"])
+        return max(steps)
+
+    def wait_until(self, met: Callable[[], object], what: str, seconds: float = _PATIENCE_S) -> float:
+        """Waits for a condition while the driver runs; returns the seconds that it took."""
+        began = time.monotonic()
+        while not met():
+            assert self.process is not None
+            assert self.process.poll() is None, f"the driver ended before {what}:\n{self.said}"
+            assert time.monotonic() - began < seconds, f"{what}: not within {seconds:.0f} s:\n{self.said}"
+            time.sleep(0.05)
+        return time.monotonic() - began
+
+    def wait_for_step(self, step: int) -> None:
+        """Waits until a step is done, and the end is not reached."""
+        self.wait_until(lambda: self.step() >= step, f"step {step}")
+        assert self.step() < STEPS, "too late to show anything"
+
+    def finish(self, code: int = 0, seconds: float = _PATIENCE_S) -> str:
+        """Waits for the end of the driver; returns what it printed."""
+        assert self.process is not None
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise AssertionError(f"the driver did not end within {seconds:.0f} s:\n{self.said}") from None
+        assert self.process.returncode == code, f"exit code {self.process.returncode}:\n{self.said}"
+        return self.said
+
+    def end(self) -> None:
+        """Kills the driver, if it runs."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+    def send(self, signum: int) -> None:
+        """Sends a signal to the driver."""
+        assert self.process is not None
+        os.kill(self.process.pid, signum)
+
+    def losses(self) -> dict[int, float]:
+        """The loss of each step, as MLflow has it."""
+        from mlflow import MlflowClient
+
+        client = MlflowClient(tracking_uri=f"sqlite:///{self.runs_dir}/mlflow.db")
+        experiment = client.get_experiment_by_name("digits")
+        assert experiment is not None
+        (run,) = client.search_runs([experiment.experiment_id])
+        history = client.get_metric_history(run.info.run_id, "train/loss")
+        assert len(history) == len({metric.step for metric in history}), "each step is delivered once"
+        return {metric.step: metric.value for metric in history}
+
+
+def kill_worker(host: Host) -> None:
+    """Kills the Ray Train worker of a host; it must be there."""
+    for pid in workers_of(host):
+        os.kill(pid, signal.SIGKILL)
+
+
+@contextmanager
+def standing_still(host: Host) -> Iterator[None]:
+    """Holds the worker of a host, for whom the others wait, while the block runs: a command takes seconds to start."""
+    pids = workers_of(host)
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+
+def workers_of(host: Host) -> list[int]:
+    """Processes of the Ray Train worker of a host; there must be some."""
+    pids = [pid for title in _WORKER_TITLES for pid in host.find(title)]
+    assert pids, f"no worker on {host.name}"
+    return pids
+
+
+def assert_equal(run: Training, clean: Training) -> None:
+    """Every loss and every bit of the last checkpoint are those of the run without a fault."""
+    losses = run.losses()
+    assert sorted(losses) == list(range(1, STEPS + 1))
+    assert losses == clean.losses()
+    assert differences(end_of(run.run_dir), end_of(clean.run_dir)) == []
