@@ -60,6 +60,7 @@ def restricted(arguments: argparse.Namespace) -> Result:
     place = Place(name, "none", arguments.work / "pods", claim, {})
     settings = {**job.head.environment, "GLOO_SOCKET_IFNAME": "lo"}
     settings = {key: value for key, value in settings.items() if not key.startswith("RAY_")}
+    settings["SPIKEFLEET_KERNELS"] = "native"
     begun = time.monotonic()
     command = ("/bin/bash", "-c", "--", f"{_PROBE}; {TRAIN}")
     container = replace(job.head, environment=settings, command=command)
@@ -73,7 +74,12 @@ def restricted(arguments: argparse.Namespace) -> Result:
     expected = {"Uid": "1000", "CapEff": "0" * 16, "NoNewPrivs": "1", "Seccomp": "2"}
     if any(facts.get(key) != value for key, value in expected.items()) or "root is writable" in printed:
         raise ImageError(f"the container is not restricted: {facts}, expected {expected} and a read-only root")
-    return {**facts, **_trained(claim, printed), "seconds": round(time.monotonic() - begun)}
+    found = _trained(claim, printed)
+    (environment,) = claim.glob("runs/*/tracking-artifacts/*/environment.json")
+    kernels = json.loads(environment.read_text())["kernels"]
+    if "native" not in kernels:
+        raise ImageError(f"the training ran in another form than native: {kernels}")
+    return {**facts, **found, "kernels": kernels, "seconds": round(time.monotonic() - begun)}
 
 
 def rayjob(arguments: argparse.Namespace) -> Result:

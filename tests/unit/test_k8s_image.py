@@ -77,9 +77,17 @@ def test_both_stages_have_the_base_of_the_build_arguments_and_its_digest() -> No
     assert [line for line in last if line.startswith("COPY")] == ["COPY --from=build /opt/spikefleet /opt/spikefleet"]
 
 
+def test_pods_have_the_compiler_of_the_native_unit() -> None:
+    lines = instructions()
+    last = lines[max(i for i, line in enumerate(lines) if line.startswith("FROM")) :]
+    installed = [i for i, line in enumerate(last) if re.search(r"apt-get install .*\bg\+\+", line)]
+    assert len(installed) == 1
+    assert installed[0] < next(i for i, line in enumerate(last) if line.startswith("USER"))
+
+
 def test_shell_of_the_dockerfile_parses() -> None:
     scripts = [re.sub(r"^RUN (--mount=\S+ )?", "", line) for line in instructions() if re.match(r"RUN (?!\[)", line)]
-    assert len(scripts) == 5
+    assert len(scripts) == 6
     for script in scripts:
         subprocess.run(["bash", "-n", "-c", script], check=True)
     assert subprocess.run(["bash", "-n", "-c", scripts[1] + "; fi"], check=False, capture_output=True).returncode != 0
