@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from spikefleet.registry.serving_code import PACKAGES
 from spikefleet_models.families import build_model, model_config
 from spikefleet_pipelines.transforms.classification_config import TransformConfig
 from spikefleet_pipelines.transforms.detection_config import DetectionTransformConfig
+from spikefleet_pipelines.transforms.event_detection_config import EventDetectionTransformConfig
+from spikefleet_pipelines.transforms.events_config import EventsTransformConfig
 from support.alone import Alone, alone, closure
 from support.registered import DIGITS, Trained, stored_files
 
@@ -41,6 +44,9 @@ MEMBERS: dict[str, tuple[str, dict[str, Any]]] = {
     "transformer": ("spike_yolo_tiny", {"num_classes": 3, "high_block": "transformer", "width": 0.125}),
     "yolov8": ("spiking_yolov8_m", {"num_classes": 3, "width": 0.125, "depth": 0.1}),
     "retinanet": ("retinanet_tiny", {"num_classes": 3}),
+    "seven_b_net": ("seven_b_net_narrow", {"channels": (16, 16), "timesteps": 2}),
+    "small_event_net": ("small_event_net", {"timesteps": 2}),
+    "events_yolo": ("spike_yolo_tiny", {"num_classes": 3, "in_channels": 2, "width": 0.125, "timesteps": 2}),
 }
 """One narrow member of each family and of each kind of module that is not in the two that are registered."""
 
@@ -55,14 +61,19 @@ def register(first: Trained, name: str, recipe: str, data: DataSummary, **settin
 
 
 def package_of(member: str, folder: Path) -> tuple[Path, list[Any]]:
-    """A package of a narrow network with random weights, and images that fit it."""
+    """A package of a narrow network with random weights, and images or events that fit it."""
     name, settings = MEMBERS[member]
     model = model_config(name, **settings)
     torch.manual_seed(0)
     save_file(build_model(model).state_dict(), folder / "weights.safetensors")
     data, side = (SCENES, 64) if model.task == "detection" else (DIGITS, 8)
     transform: Any = DetectionTransformConfig(size=64)
-    if model.task == "classification":
+    images: list[Any] = pixels(1, model.in_channels, side, side).tolist()
+    if model.in_channels == 2:
+        data = replace(data, image_shape=(2, side, side), sensor=(side, side))
+        transform = EventsTransformConfig() if model.task == "classification" else EventDetectionTransformConfig()
+        images = [{"t": [0, 9, 40], "x": [1, 2, 3], "y": [3, 2, 1], "p": [1, 0, 1], "height": side, "width": side}]
+    elif model.task == "classification":
         transform = TransformConfig(normalise="digits")
     if model.in_channels == 3 and model.task == "classification":  # its augmentation travels with no version
         transform = TransformConfig(normalise="cifar10", auto_augment="cifar10", cutout=2)
@@ -74,7 +85,7 @@ def package_of(member: str, folder: Path) -> tuple[Path, list[Any]]:
     (package := folder / member).mkdir()
     data.write(folder)
     write_package(package, folder / "weights.safetensors", config, {DATA_SUMMARY: folder / DATA_SUMMARY}, {})
-    return package, pixels(1, model.in_channels, side, side).tolist()
+    return package, images
 
 
 def pixels(*shape: int) -> np.ndarray[Any, Any]:
