@@ -207,7 +207,7 @@ def test_cards_of_the_first_release_are_read_with_the_mark() -> None:
 def test_the_plot_has_a_colour_of_its_own_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     labels: list[list[str]] = []
     monkeypatch.setattr(
-        plots, "_save", lambda figure, path: labels.append([t.get_text() for t in figure.axes[0].get_legend().texts])
+        plots, "save", lambda figure, path: labels.append([t.get_text() for t in figure.axes[0].get_legend().texts])
     )
     for connection in ("add", "bsg"):
         plots.energy_bars(energy_card(*in_batches(settled(connection))).rows(), "", tmp_path / "energy.png")

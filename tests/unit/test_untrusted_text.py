@@ -163,7 +163,7 @@ def test_a_plot_that_fails_is_a_warning_and_says_so_and_a_full_disk_is_not(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(plots, "_subplots", lambda *_, **__: 1 / 0)
+        patch.setattr(plots, "subplots", lambda *_, **__: 1 / 0)
         plots.confusion_matrix(np.eye(1), ["a"], tmp_path / "odd.png")
     assert "odd.png cannot be drawn: ZeroDivisionError" in caplog.text
     with PIL.Image.open(tmp_path / "odd.png") as image:
@@ -172,6 +172,6 @@ def test_a_plot_that_fails_is_a_warning_and_says_so_and_a_full_disk_is_not(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(plots, "_save", full)
+    monkeypatch.setattr(plots, "save", full)
     with pytest.raises(OSError, match="No space left"):
         plots.confusion_matrix(np.eye(1), ["a"], tmp_path / "full.png")
