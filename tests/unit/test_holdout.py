@@ -21,7 +21,8 @@ from spikefleet_pipelines.store.reader import Store
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")
 
-DEFAULTS = {"digits": 0.1, "cifar10": 0.1, "cifar100": 0.1, "fashion_mnist": 1 / 12, "image_folder": 0.02}
+DEFAULTS = {"digits": 0.1, "cifar10": 0.1, "cifar100": 0.1, "fashion_mnist": 1 / 12, "image_folder": None}
+"""None: 0.02 of a train folder that has a val or test folder beside it, 0.1 of one that has none."""
 DIGITS_HASH = "f438ba1aaf09ffd63df172d3883079cfddd11e88a5f2a26037bb7b25341606a5"
 
 

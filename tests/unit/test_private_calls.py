@@ -114,6 +114,12 @@ PRIVATE = [
         "sees each operation of a forward pass; torch documents it, and has no public module for it",
     ),
     (
+        "torch.utils._pytree:tree_map",
+        None,
+        "platform/spikefleet/training/stream.py",
+        "the answers of some lanes, whatever a network returns",
+    ),
+    (
         "torch.utils._pytree:tree_leaves",
         None,
         f"{MODELS}/spike_flow.py",

@@ -76,6 +76,9 @@ class TrialSetting:
         return load_config(self.recipe, {**self.data, **overrides, **own})
 
 
+_DECODERS_OVER_TIME = ("asd", "weighted")
+
+
 def mutable_keys(config: Config, keys: Sequence[str]) -> Callable[[str], bool]:
     """Which keys of a space may change during training.
 
@@ -85,7 +88,9 @@ def mutable_keys(config: Config, keys: Sequence[str]) -> Callable[[str], bool]:
         config: configuration of some point.
         keys: keys of the space.
     """
-    bound_to_time = config.model.needs_all_timesteps or any(key.endswith(".decoder") for key in keys)
+    # The twin of a network has no such decoder, but its siblings in the space may.
+    named = getattr(config.model, "decoder", None) in _DECODERS_OVER_TIME and "model.connection" in keys
+    bound_to_time = config.model.needs_all_timesteps or named or any(key.endswith(".decoder") for key in keys)
 
     def mutable(key: str) -> bool:
         if key.endswith("timesteps") and bound_to_time:
