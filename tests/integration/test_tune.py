@@ -297,4 +297,5 @@ def test_trials_that_are_groups_of_workers_are_measured_and_stopped(stores_dir: 
     assert min(trial["figures"]["energy_mj"] for trial in (learnt, stopped)) > 0
     run = Run(tmp_path / "runs/searches/small/trials/small-0001")
     assert (run.path / "report" / "energy.json").is_file()
-    assert json.loads((run.best_checkpoint() / "state.json").read_text())["best"]["epoch"] == stopped["epoch"]
+    # On a busy machine a group may train another epoch until the word to stop reaches it.
+    assert json.loads((run.best_checkpoint() / "state.json").read_text())["best"]["epoch"] >= stopped["epoch"]
