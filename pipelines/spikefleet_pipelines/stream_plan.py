@@ -281,7 +281,7 @@ class EventStreamPlan:
         return [(totals[lane], np.array(one, np.int64)) for lane, one in enumerate(lanes)]
 
     def _further(self, epoch: int, number: int, walk: NDArray[np.int64], steps: int) -> NDArray[np.int64]:
-        """Recordings that a walking lane goes on with, at least up to `steps` windows."""
+        """Recordings that a walking lane reads next, at least up to `steps` windows."""
         counts = self.windows.counts
         missing = steps - int(counts[walk].sum())
         keys = random_bits(self.seed, epoch, np.arange(len(counts)) + number * len(counts), Draw.STREAM_FILL)

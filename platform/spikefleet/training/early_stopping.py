@@ -37,7 +37,7 @@ def stops_early(config: Config, history: Sequence[Mapping[str, float]]) -> str |
         history: metrics of each finished epoch.
 
     Returns:
-        Why, as a sentence; None if it goes on.
+        Why, as a sentence; None if training continues.
     """
     patience, since = config.train.patience, last_improvement(config, history)
     if patience is None or since is None or len(history) >= config.train.epochs or len(history) - since < patience:

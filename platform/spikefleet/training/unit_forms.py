@@ -36,7 +36,7 @@ class _Rank(NamedTuple):
     """Whether the user chose it."""
     host: str
     flaw: str | None
-    """Why the native form cannot be used, where it is wanted."""
+    """Why the native form cannot be used, where it was chosen."""
 
 
 def settle_form(
