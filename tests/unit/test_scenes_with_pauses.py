@@ -1,4 +1,4 @@
-"""Scenes whose digits stop: nothing but noise during a pause, while boxes go on."""
+"""Scenes whose digits stop: nothing but noise during a pause, while their boxes stay."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ class SaccadeScenesOptions(SourceOptions):
     pauses: bool = Field(
         default=False,
         exclude_if=partial(eq, False),  # stores of versions without the option keep their hashes
-        description="true: recordings of 1.2 s, in which all digits stop twice for 200 to 400 ms while their boxes stay",
+        description="true: recordings of 1.2 s, in which all digits stop twice for 200 to 400 ms and boxes stay",
     )
 
 
