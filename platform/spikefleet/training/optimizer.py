@@ -58,7 +58,7 @@ def lr_factor(config: OptimConfig, parameter: str) -> float:
     return config.lr_factors[max(found, key=len)] if found else 1.0
 
 
-def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, epochs: int, biases: bool = False) -> float:
+def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, epochs: float, biases: bool = False) -> float:
     """The learning rate of an optimizer step.
 
     The schedule `step` changes the rate at whole epochs; `cosine` and `linear` decay at every step, from the end of
@@ -68,7 +68,7 @@ def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, epochs: 
         config: the schedule.
         step: number of the step, from 0.
         steps_per_epoch: optimizer steps per epoch.
-        epochs: epochs of the training.
+        epochs: epochs of the schedule.
         biases: the rate of biases, which may differ in warm-up.
     """
     position = step / steps_per_epoch
