@@ -180,6 +180,12 @@ class Config(Section):
             raise ValueError(
                 f"train.label_smoothing={self.train.label_smoothing} has no effect for task={self.task}; leave it out"
             )
+        for field, value, without in (
+            ("train.class_weights", self.train.class_weights, "none"),
+            ("data.sampling", self.data.sampling, "every"),
+        ):
+            if value != without and not task.class_weights:
+                raise ValueError(f"{field}={value} has no effect for task={self.task}; leave it out")
         most, plain = self.evaluation.max_detections, self.model.model_dump().get("criterion") or {}
         if most != EvaluationConfig().max_detections:
             if task.networks != "detection":
@@ -204,6 +210,7 @@ class Config(Section):
                 "train.cuda_graphs=true": self.train.cuda_graphs,
                 f"train.partial_batch={self.train.partial_batch}": self.train.partial_batch != "keep",
                 f"shortcut.where={self.shortcut.where}": self.shortcut.enabled,
+                f"data.sampling={self.data.sampling}": self.data.sampling != "every",
             }
             is_detection = find_task(self.task).networks == "detection"
             self.train.stream.check(
@@ -297,15 +304,26 @@ _NOT_IDENTITY = (
 )
 
 
-# Fields that older runs do not have: without effect where they are empty, so that the names of those runs stay.
-_ABSENT_IF_EMPTY = ("train.freeze", "train.patience", "train.segment", "train.min_delta", "optim.lr_factors")
+# Fields that older runs do not have: without effect at these values, so that the names of those runs stay.
+_ABSENT_AT: Mapping[str, Any] = {
+    "train.freeze": [],
+    "train.patience": None,
+    "train.min_delta": 0,
+    "train.segment": None,
+    "train.class_weights": "none",
+    "optim.lr_factors": {},
+    "data.sampling": "every",
+    "data.transform.mixup": 0,
+    "data.transform.mixup_alpha": 0.2,
+    "data.transform.cut_mix": 0,
+}
 
 
 def _identity(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     kept: dict[str, Any] = {}
     for key, value in tree.items():
         path = f"{prefix}{key}"
-        if path in _NOT_IDENTITY or (path in _ABSENT_IF_EMPTY and not value):
+        if path in _NOT_IDENTITY or (path in _ABSENT_AT and value == _ABSENT_AT[path]):
             continue
         kept[key] = _identity(value, f"{path}.") if isinstance(value, Mapping) else value
     return kept

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
 from spikefleet.config.section import Section
 from spikefleet.config.stream_config import StreamConfig
@@ -96,6 +96,11 @@ class TrainConfig(Section):
         description="steps over which the EMA decay grows: decay * (1 - exp(-step / ramp)); null: constant decay",
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="classification only")
+    class_weights: Literal["none", "balanced"] | dict[str, PositiveFloat] = Field(
+        "none",
+        description="classification: factor of the loss of a sample by its class: n / (K n_k) with balanced; or by "
+        "names of classes, 1 for the others",
+    )
     loss: Literal["mean", "sum"] = Field(
         "mean",
         description="reduction over the samples of a global batch; with sum (SpikeYOLO) the effective learning rate "

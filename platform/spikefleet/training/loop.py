@@ -47,6 +47,7 @@ from spikefleet.training.unit_forms import settle_form
 from spikefleet.versions import library_versions
 from spikefleet_models.kernels import CpuForm
 from spikefleet_pipelines.loading import Batch, BatchLoader
+from spikefleet_pipelines.sampling import EpochPlan
 
 if TYPE_CHECKING:  # any store will do, also one in memory: `pyarrow` is not needed for training itself
     from spikefleet_pipelines.store.reader import Store
@@ -148,6 +149,8 @@ def _train(
     _resume(state, task, folder, sink)
     if splits.val is None:
         sink.emit(Note("the data have no validation split: the last epoch is reported, no checkpoint is selected"))
+    if isinstance(plan, EpochPlan) and plan.training.balance is not None:
+        sink.emit(Note(plan.training.balance.coverage(store.manifest.class_names)))
     _settle_gradient_exchange(state, task, store, plan)
     if group.is_main and state.step == 0:
         path = run_dir / "report" / "training_batch.png"
