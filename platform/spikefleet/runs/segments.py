@@ -33,8 +33,9 @@ def is_complete(run: Run, config: Config) -> bool:
 
 
 def extends(run: Run, config: Config) -> bool:
-    """Whether a configuration has another segment than the run's own one."""
-    return run.exists and run.config().train.segment != config.train.segment
+    """Whether a configuration has a segment that the run has not begun."""
+    segment = config.train.segment
+    return segment is not None and run.exists and run.config().train.segment != segment
 
 
 def extended(run: Run, config: Config, epochs: int) -> Config:

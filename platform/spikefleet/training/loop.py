@@ -160,7 +160,8 @@ def _train(
     for epoch in range(state.epoch, config.train.epochs):
         if (ended := reason_to_end(state, splits)) is not None:
             sink.emit(Note(ended.why))
-            _save(state, folder, sink)
+            if ended.max_minutes is not None:  # the time may have passed after the epoch's checkpoint was due
+                _save(state, folder, sink)
             break
         for batch in splits.train.epoch(plan, epoch, start_step=state.step_in_epoch):
             if before_step is not None:
