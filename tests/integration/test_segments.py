@@ -12,10 +12,12 @@ from mlflow import MlflowClient
 from rich.console import Console
 
 from spikefleet import api, registry
-from spikefleet.config.recipes import load_config
+from spikefleet.config.recipes import load_config, override_config
+from spikefleet.config.train_config import SegmentConfig
+from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
 from spikefleet.runs.run_dir import Run
-from spikefleet.runs.segments import is_complete, registered_before
+from spikefleet.runs.segments import begin_extension, extended, is_complete, registered_before, schedule_of
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.events import Event, NullSink, StepDone
 from spikefleet.training.loop import Outcome, train
@@ -121,6 +123,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("segments") / "runs"
 
 
+@pytest.mark.slow
 def test_a_run_out_of_time_is_finished_and_says_so(place: Path, stores_dir: Path) -> None:
     first = run(place, stores_dir, **{"train.max_minutes": 1e-6}).finished
     record = first.run.record()
@@ -159,6 +162,39 @@ def extend(
     )
 
 
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory, stores_dir: Path) -> Path:
+    """A runs directory with a run that was interrupted after its first epoch."""
+    folder = tmp_path_factory.mktemp("stopped")
+    store, run = Store.open(stores_dir / "digits"), Run(folder / "limited")
+    config = load_config("digits", {**TINY, "train.max_minutes": 1e-6})
+    run.begin(config, DataSummary.of(store.manifest))
+    train(config, store, run.path, ProcessGroup.single(), NullSink())
+    run.note(status="interrupted", signal="SIGINT")
+    return folder
+
+
+def test_an_extension_begins_where_the_run_stopped_and_its_repetition_resumes_it(stopped: Path) -> None:
+    run = Run(stopped / "limited")
+    held, state = run.config(), run.checkpoints.newest_state()
+    assert state is not None
+    longer = extended(run, override_config(held, {"optim.lr": 0.03}, "test"), 4)
+    assert longer.train.epochs == 5
+    assert longer.train.segment == SegmentConfig(from_step=state.steps_per_epoch, from_epoch=1)
+    assert schedule_of(longer).startswith("epochs 2 to 5: learning rate 0.03, cosine to 0 times that")
+    other = Run(stopped / "other")
+    shutil.copytree(run.path, other.path)
+    begin_extension(other, longer)
+    assert [one["best_step"] for one in other.record()["segments"]] == [state.steps_per_epoch]
+    assert other.config() == longer
+    assert json.loads((other.path / "config-1.json").read_text()) == held.dump()
+    assert extended(other, longer, 4) == longer
+    assert extended(other, longer, 2).train.epochs == 3  # another length is another segment
+    other.checkpoints.save(9, small_snapshot(best_step=9))
+    with pytest.raises(UserError, match=r"was trained to step 4 meanwhile, and its extension was planned from step 3"):
+        begin_extension(other, longer)
+
+
 @pytest.mark.parametrize(
     ("epochs", "name", "recipe", "more", "message"),
     [
@@ -178,14 +214,15 @@ def extend(
     ],
 )
 def test_an_extension_without_sense_is_refused(
-    place: Path, stores_dir: Path, epochs: int, name: str | None, recipe: str, more: dict[str, Any], message: str
+    stopped: Path, stores_dir: Path, epochs: int, name: str | None, recipe: str, more: dict[str, Any], message: str
 ) -> None:
-    before = (place / "limited" / "run.json").read_text()
+    before = (stopped / "limited" / "run.json").read_text()
     with pytest.raises(UserError, match=message):
-        extend(place, stores_dir, epochs, recipe, name, **more)
-    assert (place / "limited" / "run.json").read_text() == before
+        extend(stopped, stores_dir, epochs, recipe, name, **more)
+    assert (stopped / "limited" / "run.json").read_text() == before
 
 
+@pytest.mark.slow  # on the run of the test above
 def test_an_extended_run_keeps_the_record_of_both(place: Path, stores_dir: Path) -> None:
     before = Run(place / "limited").record()
     done = extend(place, stores_dir, 2, **{"optim.lr": 0.1, "optim.schedule": "constant"}).finished.run

@@ -199,6 +199,7 @@ def _lineage(metadata: Mapping[str, Any], tags: Mapping[str, str]) -> Iterator[s
         "code_version",
         "init_from",
         "init_sha256",
+        "init_scaled",
         "segments",
         "retraining",
         "parent",

@@ -108,7 +108,7 @@ def run_training(
     """
     _refuse_uri(options.runs_dir)
     check_place(options.runs_dir, "--runs-dir")
-    config, initial = resolve_init(config, options.runs_dir, resolve_tracking_uri(options.runs_dir))
+    config, initial = resolve_init(config, options, resolve_tracking_uri(options.runs_dir), console)
     run = Run(options.runs_dir.resolve() / check_run_name(name or default_run_name(config)))
     signals = StopSignals(console)
     with signals.handled():
