@@ -188,8 +188,10 @@ def _of_complete(run: Run) -> str:
     ended = run.record().get("ended")
     if ended is None:
         return f"run {run.name} is complete; to train another run, set --name or other overrides"
-    instead = "a larger train.max_minutes resumes it" if ended.get("max_minutes") else "it has ended"
-    return f"run {run.name} is complete, {ended.get('why')}; {instead}; to train another run, set --name"
+    further = f"--resume {run.name} --extend-epochs N trains it further"
+    if ended.get("max_minutes") is not None:
+        further = f"a larger train.max_minutes resumes it, and {further}"
+    return f"run {run.name} is complete, {ended.get('why')}; {further}"
 
 
 def _check_names_of_modules(config: Config) -> None:
