@@ -165,7 +165,7 @@ def cut_to_sensor(stored: Annotations) -> Annotations:
     np.clip(corners, 0, [stored.width, stored.height] * 2, out=corners)
     sides = corners[:, 2:] - corners[:, :2]
     boxes = np.concatenate([corners[:, :2], sides], axis=1)
-    return _selected(stored._replace(boxes=boxes, areas=sides[:, 0] * sides[:, 1]), (sides >= LEAST_SIDE).all(1))
+    return _selected(stored._replace(boxes=boxes, areas=sides[:, 0] * sides[:, 1]), sides.min(1) >= LEAST_SIDE)
 
 
 def _selected(stored: Annotations, kept: NDArray[np.bool_]) -> Annotations:
