@@ -23,7 +23,10 @@ from spikefleet_pipelines.transforms.events_config import EventsTransformConfig
 
 TWINS = 2
 STATELESS = {"neuron": {"kind": "ilif", "bound": 1, "leak": 0.0}, "decoder": "rate"}
-RECIPES = {"first_digit_7bnet": FirstDigit, "apparent_motion_7bnet": ApparentMotion}
+RECIPES: dict[str, type[FirstDigit | ApparentMotion]] = {
+    "first_digit_7bnet": FirstDigit,
+    "apparent_motion_7bnet": ApparentMotion,
+}
 
 
 @pytest.fixture(scope="module", params=RECIPES)
