@@ -130,6 +130,11 @@ def of_toolbox(name: str) -> ModuleType:
     return module
 
 
+def in_float32(boxes: Boxes) -> Boxes:
+    """The same with coordinates that float32 has, as the toolbox's."""
+    return replace(boxes, boxes=boxes.boxes.astype(np.float32).astype(np.float64))
+
+
 def toolbox_boxes(of: RecordingLabels | RecordingDetections) -> NDArray[Any]:
     """Boxes of the classes that count as the toolbox has them, by time."""
     scores = of.scores if isinstance(of, RecordingDetections) else np.ones(len(of.times))
@@ -147,16 +152,13 @@ def test_metrics_are_those_of_prophesees_toolbox(name: str, monkeypatch: pytest.
     filtering, evaluation = of_toolbox("io/box_filtering"), of_toolbox("metrics/coco_eval")
     stats: list[NDArray[np.float64]] = []
 
-    class Kept(evaluation.COCOeval):  # it prints its metrics, and returns nothing
+    class Kept(evaluation.COCOeval):  # type: ignore[misc, name-defined]  # it prints its metrics, and returns nothing
         def summarize(self) -> None:
             super().summarize()
             stats.append(self.stats[self.stats > -1])  # without those that are undefined
 
     monkeypatch.setattr(evaluation, "COCOeval", Kept)
-    cases = [
-        tuple(replace(part, boxes=part.boxes.astype(np.float32).astype(np.float64)) for part in random_recording(seed))
-        for seed in range(6)
-    ]
+    cases = [(in_float32(truth), in_float32(found)) for truth, found in map(random_recording, range(6))]
     by = protocol(name, GEN1)
     theirs = [
         [filtering.filter_boxes(toolbox_boxes(part), by.skip_us, by.diagonal, by.side) for part in parts]
