@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from spikefleet.config.schema import TrainConfig
+from spikefleet.config.train_config import TrainConfig
 from spikefleet.errors import RunError
 from spikefleet.tasks import AnyTask
 from spikefleet.training.distributed import ProcessGroup
