@@ -131,7 +131,7 @@ def test_the_page_asks_for_nothing_outside(classes: Inspection, boxes: Inspectio
         assert "data:image/png;base64," in text
         assert "default-src 'none'" in text
         assert "<script" not in text
-        assert "//" not in re.sub("data:image/png;base64,[^\"]*", "", text).replace(NAMES[2], "")
+        assert "//" not in re.sub('data:image/png;base64,[^"]*', "", text).replace(NAMES[2], "")
 
 
 @pytest.mark.parametrize(
