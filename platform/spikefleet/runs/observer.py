@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from spikefleet.certificates.certify import Certificates
 from spikefleet.certificates.energy_card import ENERGY, read_card
+from spikefleet.certificates.latency import LATENCY_MS
 from spikefleet.config.schema import Config, leaves
 from spikefleet.plugins import loaded_plugins
 from spikefleet.registry.version import SPIKE_DRIVEN
@@ -149,7 +150,8 @@ class RunObserver:
 
     def finish(self, outcome: Outcome, certificates: Certificates, config: Config) -> None:
         """Logs the final metrics, the files of the run's report, and the description with the results."""
-        self._tracker.log_metrics({**outcome.reported, "energy_mj": certificates.energy_mj}, step=outcome.steps)
+        costs = {"energy_mj": certificates.energy_mj, LATENCY_MS: certificates.latency.median_ms}
+        self._tracker.log_metrics({**outcome.reported, **costs}, step=outcome.steps)
         report = self._run.path / "report"
         for path in sorted(report.iterdir()):
             if path.is_file() and not path.name.startswith("."):
