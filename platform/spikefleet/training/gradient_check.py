@@ -100,7 +100,8 @@ def check_gradients(
     if snapshot is not None:
         state.load(snapshot)
         step = state.step
-        rate = learning_rate(config.optim, max(step - 1, 0), steps_per_epoch, config.train.epochs)
+        last = max(step - 1 - state.first_step, 0)
+        rate = learning_rate(config.optim, last, steps_per_epoch, state.scheduled_epochs)
     if weights is not None:
         state.network.load_state_dict(dict(weights))
     state.train_mode()

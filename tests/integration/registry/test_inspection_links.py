@@ -38,7 +38,7 @@ def test_a_run_has_an_artifact_and_its_version_the_tag(first: Trained, runs: Pat
     run = Run(runs / "first")
     page = tmp_path / "inspect.html"
     page.write_text("<html>of the run</html>")
-    run.note(status="finished")
+    run.note(status="interrupted")
     assert link_run(run, page, uri) == "artifact report/inspect.html of run first"
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     assert "report/inspect.html" in [one.path for one in client.list_artifacts(first.run_id, "report")]
