@@ -32,6 +32,9 @@ _OTHER_NAMES = {
     **dict.fromkeys(("yolov5", "yolov8", "yolo11", "ultralytics", "darknet", "coco8", "coco128"), "yolo"),
     **dict.fromkeys(("pascal", "pascal_voc", "labelimg"), "voc"),
     **dict.fromkeys(("tsv", "file_list", "retinanet"), "csv"),
+    **dict.fromkeys(("huggingface", "hf", "datasets"), "parquet"),
+    **dict.fromkeys(("wds", "tar"), "webdataset"),
+    **dict.fromkeys(("medmnist", "numpy"), "npz"),
     **dict.fromkeys(("imagefolder", "folder", "imagenet"), "image_folder"),
 }
 """Names that people try for formats that a source reads."""
