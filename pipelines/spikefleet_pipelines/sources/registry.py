@@ -30,6 +30,7 @@ from spikefleet_pipelines.sources.npz_arrays_config import NPZ
 from spikefleet_pipelines.sources.parquet_images_config import PARQUET
 from spikefleet_pipelines.sources.scenes_config import SCENES
 from spikefleet_pipelines.sources.source import Source, SourceOptions
+from spikefleet_pipelines.sources.tonic_config import TONIC
 from spikefleet_pipelines.sources.voc_config import VOC
 from spikefleet_pipelines.sources.webdataset_config import WEBDATASET
 from spikefleet_pipelines.sources.yolo_config import YOLO
@@ -60,6 +61,7 @@ _BUILT_IN = (
     DVS_GESTURE,
     NCALTECH101,
     GEN1,
+    TONIC,
 )
 
 _SOURCES: dict[str, Source] = {}

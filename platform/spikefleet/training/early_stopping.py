@@ -5,6 +5,7 @@ A pure function of the history, so that a resumed run stops where the uninterrup
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from spikefleet.config.schema import Config
@@ -24,7 +25,7 @@ def last_improvement(config: Config, history: Sequence[Mapping[str, float]]) -> 
     best: float | None = None
     epoch: int | None = None
     for row in history:
-        if key in row and (best is None or sign * row[key] > best + config.train.min_delta):
+        if math.isfinite(row.get(key, math.nan)) and (best is None or sign * row[key] > best + config.train.min_delta):
             best, epoch = sign * row[key], int(row["epoch"])
     return epoch
 
@@ -40,6 +41,9 @@ def stops_early(config: Config, history: Sequence[Mapping[str, float]]) -> str |
         Why, as a sentence; None if training continues.
     """
     patience, since = config.train.patience, last_improvement(config, history)
+    segment = config.train.segment
+    if since is not None and segment is not None:
+        since = max(since, segment.from_epoch)
     if patience is None or since is None or len(history) >= config.train.epochs or len(history) - since < patience:
         return None
     if f"val/{config.checkpoint.metric}" not in history[-1]:  # the next evaluation may be better

@@ -91,7 +91,8 @@ def check_gradients(config: Config, batch: Batch, data: DataSummary, snapshot: S
     if snapshot is not None:
         state.load(snapshot)
         step = state.step
-        rate = learning_rate(config.optim, max(step - 1, 0), steps_per_epoch, config.train.epochs)
+        last = max(step - 1 - state.first_step, 0)
+        rate = learning_rate(config.optim, last, steps_per_epoch, state.scheduled_epochs)
     state.train_mode()
     network = state.train_model
     with GradientFlow(state.network) as flow:
@@ -101,7 +102,8 @@ def check_gradients(config: Config, batch: Batch, data: DataSummary, snapshot: S
     total = float(get_total_norm([p.grad for p in network.parameters() if p.grad is not None]))
     clip = config.train.clip_norm
     factor = clip / total if clip is not None and total > clip else 1.0
-    layers = tuple(flow.layers(rate * factor))
+    adaptive = config.optim.kind == "adamw"  # clipping does not change the length of its steps
+    layers = tuple(flow.layers(rate if adaptive else rate * factor, adaptive))
     trunk = config.model.trunk
     return GradientCheck(layers, first_to_last(layers, trunk), judge(layers, trunk), rate, factor, step)
 
