@@ -297,6 +297,15 @@ class ClassificationReport(TaskReport[Ranking, int]):
             ]
         }
 
+    def csv_columns(self) -> tuple[str, ...]:
+        """The most likely class, and its probability."""
+        return ("class", "probability")
+
+    def csv_rows(self, answer: Mapping[str, Any]) -> list[tuple[object, ...]]:
+        """One row."""
+        best = answer["classes"][0]
+        return [(best["name"], best["probability"])]
+
     def answer_table(self, answers: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
         """The most likely class of each image, and the next two."""
         rows: list[tuple[str, ...]] = [("image", "class", "probability", "then")]

@@ -53,6 +53,7 @@ class Detection(Task[FoundBoxes, Annotations]):
 
     headline = ("map50_95", "map50")
     any_size = True
+    finds_boxes = True
 
     def __init__(
         self,
@@ -342,6 +343,15 @@ class DetectionReport(TaskReport[FoundBoxes, Annotations]):
                 for box, score, label in zip(prediction.boxes, prediction.scores, prediction.labels, strict=True)
             ]
         }
+
+    def csv_columns(self) -> tuple[str, ...]:
+        """Class, score and corners in pixels of the image."""
+        return ("class", "score", "x1", "y1", "x2", "y2")
+
+    def csv_rows(self, answer: Mapping[str, Any]) -> list[tuple[object, ...]]:
+        """A row for each object; a row of empty cells for an image without objects."""
+        rows = [(found["name"], found["score"], *found["box"]) for found in answer["objects"]]
+        return rows or [("",) * 6]
 
     def answer_table(self, answers: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
         """One row for each object, and one for each image without objects."""

@@ -7,6 +7,7 @@ travels with each registered version: what draws and what measures is imported w
 from __future__ import annotations
 
 import importlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -67,6 +68,9 @@ class Task(ABC, Generic[Prediction, Target]):
 
     any_size: bool = False
     """Whether the task takes images of any size; if not, they are resized to that of the training images."""
+
+    finds_boxes: bool = False
+    """Whether a prediction is a `FoundBoxes`, of which crops, files of labels and merged tiles can be made."""
 
     @classmethod
     @abstractmethod
@@ -280,6 +284,14 @@ class TaskReport(ABC, Generic[Prediction, Target]):
         """A table of answers, each with the path of its `image`; the first row is the header."""
         header = tuple(answers[0]) if answers else ("image",)
         return [header, *(tuple(str(answer[key]) for key in header) for answer in answers)]
+
+    def csv_columns(self) -> tuple[str, ...]:
+        """Names of the columns of `csv_rows`."""
+        return ("answer",)
+
+    def csv_rows(self, answer: Mapping[str, Any]) -> list[tuple[object, ...]]:
+        """What `answer` returned, as rows of a CSV file; at least one, so that each image is in it."""
+        return [(json.dumps(answer),)]
 
     def write(
         self,
