@@ -239,7 +239,7 @@ def settle(state: TrainingState, sink: EventSink) -> bool:
 
 def _step_without_labels(state: TrainingState, batch: Batch, stop_requested: StopRequested) -> bool:
     """Runs windows of which no rank has a label: membranes and batch statistics are moved on, weights stay."""
-    state.train_model.train()
+    state.train_mode()
     with state.autocast():
         pass_over(state.ddp_model, state.lanes, batch.to(state.group.device, state.config.train.channels_last))
     average_statistics(state.network, state.group)
