@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,9 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from spikefleet.config.recipes import load_config, parse_overrides
-from spikefleet.tasks.classification import Classification
-from spikefleet.tasks.detection import Detection
-from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.optimizer import build_ema
 from spikefleet.training.state import TrainingState
 from spikefleet.training.step import Meter, settle, training_step
@@ -21,13 +17,9 @@ from spikefleet.training.step_reading import DeviceNumbers, NonFiniteError
 from spikefleet_models.detection import Objects
 from spikefleet_models.spike_yolo.loss import _complete_iou_loss, dense_complete_iou_loss
 from spikefleet_pipelines.loading import Batch
-from spikefleet_pipelines.store.annotations import Placement, Target
 from support.events import KeptEvents
+from support.training_steps import CLASSIFIER, DETECTOR, random_batches, task_of, training_state
 from support.waiting import WaitingError, no_waiting, waiting_allowed
-
-STEPS = 4
-CLASSIFIER = ["digits", "model.stages=[1]", "model.width=0.125", "model.timesteps=2", "model.asd_channel_reduction=4"]
-DETECTOR = ["scenes_spike_yolo", "model.num_classes=3"]
 
 
 @pytest.fixture(autouse=True)
@@ -42,39 +34,10 @@ def reading_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DeviceNumbers, "read", from_main_memory)
 
 
-def state_of(recipe: str, *overrides: str, late: bool) -> TrainingState:
-    plain = ["optim.fused=true", "tracking.every_steps=2", "tracking.health_every_steps=1000", "train.ema_decay=0.9"]
-    config = load_config(recipe, parse_overrides([*overrides, *plain]))
-    state = TrainingState(config, ProcessGroup(0, 1, torch.device("cpu")), "0" * 64, STEPS)
+def state_of(*words: str, late: bool) -> TrainingState:
+    state = training_state(words, torch.device("cpu"))
     state.reads_late = late
     return state
-
-
-def task_of(state: TrainingState) -> Any:
-    if state.config.task == "classification":
-        return Classification([str(digit) for digit in range(10)])
-    criterion = state.config.model.build_criterion()  # type: ignore[attr-defined]
-    criterion.dense = True
-    task = object.__new__(Detection)
-    task._criterion, task._global_divisor = criterion, True
-    return task
-
-
-def batches(recipe: str) -> Iterator[Batch]:
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(STEPS):
-        if recipe == "digits":
-            images = torch.rand(4, 1, 8, 8, generator=generator)
-            targets: Any = torch.randint(10, (4,), generator=generator)
-        else:
-            images = torch.rand(2, 3, 64, 64, generator=generator)
-            boxes = torch.tensor([[4.0, 4.0, 40.0, 44.0], [20.0, 10.0, 60.0, 30.0]])
-            placement = Placement(1.0, 1.0, 0.0, 0.0, 64, 64)
-            targets = (
-                Target(boxes, torch.tensor([0, 2]), placement, None),
-                Target(boxes[:0], torch.tensor([], dtype=torch.int64), placement, None),
-            )
-        yield Batch(images, targets, torch.arange(len(images)), len(images))
 
 
 def run(words: list[str], late: bool, poisoned: int | None = None, extra: tuple[str, ...] = ()) -> Any:
@@ -94,7 +57,7 @@ def run(words: list[str], late: bool, poisoned: int | None = None, extra: tuple[
 
     task.loss = loss
     try:
-        for batch in batches(words[0]):
+        for batch in random_batches(words):
             if not late:
                 training_step(state, task, batch, meter, events)
                 continue
@@ -121,7 +84,7 @@ def test_no_step_waits_and_nothing_else_changes(words: list[str]) -> None:
         assert torch.equal(one, other)
     assert late.sums == now.sums
     rows, wanted = told.steps, expected.steps
-    assert [row.step for row in rows] == [row.step for row in wanted] == [2, 4]
+    assert [row.step for row in rows] == [row.step for row in wanted] == [1, 2, 3, 4]
     for row, other in zip(rows, wanted, strict=True):
         assert {**row.metrics, "images_per_second": 0} == {**other.metrics, "images_per_second": 0}
 
@@ -145,7 +108,7 @@ def test_a_gradient_that_is_not_finite_is_named_one_step_later() -> None:
     before = copy.deepcopy(weights(state))
     bias = state.network.classifier.bias
     bias.register_hook(lambda grad: grad * float("inf"))
-    steps = batches("digits")
+    steps = random_batches(CLASSIFIER)
     training_step(state, task, next(steps), meter, events)
     for one, other in zip(weights(state), before, strict=True):
         assert torch.equal(one, other)
@@ -184,7 +147,7 @@ def test_whatever_waits_is_found(reads: Any) -> None:
 
 def test_a_loss_that_reads_a_value_is_found() -> None:
     state = state_of(*CLASSIFIER, late=True)
-    (batch, *_) = batches("digits")
+    (batch, *_) = random_batches(CLASSIFIER)
     task: Any = _Reading(task_of(state))
     with no_waiting(), pytest.raises(WaitingError):
         training_step(state, task, batch, Meter(), KeptEvents())
