@@ -16,7 +16,6 @@ from spikefleet.cli.parameters import (
     RunsDir,
     SplitName,
     StoresDir,
-    WeightPrecision,
     Weights,
 )
 from spikefleet.cli.registry import registry_app
@@ -41,7 +40,7 @@ def export_registered(
     ] = "onnx",
     split: Annotated[SplitName, typer.Option(help="Part of the data on which the file is compared.")] = "test",
     images: Annotated[int | None, typer.Option(min=1, help="Images to compare, at most; all if not given.")] = None,
-    precision: Weights = WeightPrecision.FP32,
+    precision: Weights = "fp32",
     data: OtherData = None,
     force: Force = False,
     as_json: AsJson = False,
@@ -70,13 +69,13 @@ def export_registered(
         split=split,
         data=data,
         images=images,
-        precision=precision.value,
+        precision=precision,
         force=force,
     )
     if as_json:
         print_json(exported.to_dict())
         return
-    weights = "" if precision is WeightPrecision.FP32 else f", weights in {precision.value}"
+    weights = "" if precision == "fp32" else f", weights in {precision}"
     say(f"{exported.uri} as {form}{weights}: {exported.size:,} bytes, SHA-256 {exported.sha256}")
     say(exported.comparison.sentence)
     for path in exported.files:

@@ -21,7 +21,6 @@ from spikefleet.cli.parameters import (
     SliceOrder,
     SplitName,
     StoresDir,
-    WeightPrecision,
 )
 from spikefleet.cli.tables import number, print_table
 from spikefleet.errors import RunError, UserError
@@ -61,7 +60,7 @@ def evaluate(
 
     with waiting(stderr, f"opening {network}"):
         as_trained = open_trained_network(network, runs_dir)
-        trained = as_trained if precision is None else in_precision(as_trained, precision.value)
+        trained = as_trained if precision is None else in_precision(as_trained, precision)
     if out is not None:
         check_outputs((out / name for name in trained.task.report.files), inputs=trained.folders, force=force)
     evaluation = evaluate_on_split(trained, split, stores_dir, stderr, data=data, gpu=gpu)
@@ -73,10 +72,10 @@ def evaluate(
         details.setdefault("slice_order", {})[order.value] = found
     effect = None
     if precision is not None:
-        details["precision"] = precision.value
-        if precision is not WeightPrecision.FP32:
+        details["precision"] = precision
+        if precision != "fp32":
             effect = rounding_effect(
-                as_trained, evaluation, split, stores_dir, stderr, precision=precision.value, data=data, gpu=gpu
+                as_trained, evaluation, split, stores_dir, stderr, precision=precision, data=data, gpu=gpu
             )
             details["rounding"] = effect.to_dict()
     report = trained.task.report
@@ -152,7 +151,7 @@ def predict(
     with waiting(stderr, f"opening {network}"):
         trained = open_trained_network(network, runs_dir)
         if precision is not None:
-            trained = in_precision(trained, precision.value)
+            trained = in_precision(trained, precision)
     report = trained.task.report
     if trained.config.data.transform.reads_events:
         if recursive:

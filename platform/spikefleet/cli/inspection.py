@@ -19,7 +19,6 @@ from spikefleet.cli.parameters import (
     RunsDir,
     SplitName,
     StoresDir,
-    WeightPrecision,
     Weights,
 )
 from spikefleet.cli.tables import Column, number, print_table
@@ -45,7 +44,7 @@ def spike_check(
         int, typer.Option(min=2, help="Images to look at, at most, for some on which every layer fires.")
     ] = 256,
     measured: Annotated[int, typer.Option(min=0, help="Images for the metrics of both forms; 0 for none.")] = 256,
-    precision: Weights = WeightPrecision.FP32,
+    precision: Weights = "fp32",
     data: OtherData = None,
     out: Annotated[
         Path | None, typer.Option(help="File for the proof; that of the run's report, else spike_check.json here.")
@@ -68,11 +67,11 @@ def spike_check(
 
     with waiting(stderr, f"opening {network}"):
         trained = open_trained_network(network, runs_dir)
-    path = out or (trained.report or Path()) / proof_file(precision.value)
+    path = out or (trained.report or Path()) / proof_file(precision)
     check_outputs([path], inputs=trained.folders, force=force)
     rows = open_split(trained, split, stores_dir, stderr, data=data)
-    if precision is not WeightPrecision.FP32:
-        in_precision(trained, precision.value)  # refuses a network of which nothing can be rounded
+    if precision != "fp32":
+        in_precision(trained, precision)  # refuses a network of which nothing can be rounded
     with counting(stderr, "proving and measuring") as progress:
         check = check_spikes(
             trained.network,
@@ -81,7 +80,7 @@ def spike_check(
             rows,
             images=images,
             measured=min(measured, len(rows)),
-            precision=precision.value,
+            precision=precision,
             progress=progress,
         )
     check.write(path)
@@ -165,7 +164,7 @@ def energy(
             "values in fp32). If not given, fp32-45nm, or int8-45nm with --precision int8."
         ),
     ] = None,
-    precision: Weights = WeightPrecision.FP32,
+    precision: Weights = "fp32",
     form: Annotated[Form, typer.Option(help="Deployed with merged or kept chains, or as built.")] = "merged",
     shortcuts: Annotated[bool, typer.Option(help="Count the 1x1 convolutions of shortcuts.")] = True,
     images: Annotated[int, typer.Option(min=1, help="Images on which rates are measured.")] = 32,
@@ -195,10 +194,10 @@ def energy(
             f"{overrides[0]}: a trained network has the configuration that it was trained by; "
             "overrides are for the name of a model or recipe, with --rate"
         )
-    if rate is not None and precision is not WeightPrecision.FP32:
+    if rate is not None and precision != "fp32":
         raise UserError("--precision measures rates with rounded weights, and --rate gives them; leave one out")
     if constants is None:
-        constants = "int8-45nm" if precision is WeightPrecision.INT8 else "fp32-45nm"
+        constants = "int8-45nm" if precision == "int8" else "fp32-45nm"
     with loading("torch", stderr):
         from spikefleet.certificates.energy_card import CARD_FILES, measure_energy, write_card
         from spikefleet.inference.trained_network import open_split, open_trained_network
@@ -234,7 +233,7 @@ def energy(
                     constants=constants,
                     form=form,
                     shortcuts=shortcuts,
-                    precision=precision.value,
+                    precision=precision,
                     progress=progress,
                 )
     except ValueError as error:

@@ -50,13 +50,8 @@ class SliceOrder(StrEnum):
     REVERSED = "reversed"
 
 
-class WeightPrecision(StrEnum):
-    """What the weights of the layers that spikes feed are rounded to."""
-
-    FP32 = "fp32"
-    BF16 = "bf16"
-    INT8 = "int8"
-
+WeightPrecision = Literal["fp32", "bf16", "int8"]
+"""What the weights of the layers that spikes feed are rounded to."""
 
 OfDeployed = Annotated[
     WeightPrecision | None,

@@ -121,7 +121,7 @@ def _pack(model: onnx.ModelProto, network: nn.Module, packed: Mapping[str, Packe
     """
     from onnx import TensorProto, helper, numpy_helper
 
-    by_value = {network.get_submodule(name).weight.numpy().tobytes(): weight for name, weight in packed.items()}
+    by_value = {network.get_parameter(f"{name}.weight").numpy().tobytes(): kept for name, kept in packed.items()}
     missing, nodes = set(by_value), []
     for initializer in list(model.graph.initializer):
         value = numpy_helper.to_array(initializer).tobytes() if initializer.data_type == TensorProto.FLOAT else b""
