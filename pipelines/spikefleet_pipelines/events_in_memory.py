@@ -114,6 +114,7 @@ class _RecordingsInMemory:
     """`EventRows` of recordings in memory."""
 
     name = location = source = "memory"
+    class_names: tuple[str, ...] = ()
 
     def __init__(self, recordings: Sequence[StoredRecording]) -> None:
         self._recordings = recordings

@@ -27,6 +27,7 @@ from spikefleet.plugins import load_plugins
 from spikefleet.registry import Promotion
 from spikefleet.runs.options import Options
 from spikefleet.runs.run_dir import find_run
+from spikefleet.runs.segments import extended
 from spikefleet.runs.train_run import FinishedRun, run_training
 from spikefleet.tracking.mlflow_client import resolve_tracking_uri
 from spikefleet_models.energy import EnergyCard
@@ -149,6 +150,7 @@ def train(
     gpu: bool = False,
     name: str | None = None,
     resume: str | None = None,
+    extend_epochs: int | None = None,
     address: str | None = None,
     runs_dir: str | Path = "runs",
     stores_dir: str | Path = "stores",
@@ -165,6 +167,7 @@ def train(
         gpu: use one GPU per worker.
         name: of the run; by default the recipe with a digest of the configuration.
         resume: name of an existing run to resume with its own configuration.
+        extend_epochs: train the run `resume` for so many epochs beyond its end, with its schedule from the start.
         address: HOST:PORT of the Ray cluster; by default RAY_ADDRESS, else a local Ray is started.
         runs_dir: directory of runs and of their tracking database.
         stores_dir: directory of prepared stores.
@@ -185,7 +188,11 @@ def train(
     if name not in (None, resume) and resume is not None:
         raise UserError(f"--name {name} and --resume {resume} are two runs; give one of them")
     folder = Path(runs_dir)
+    if resume is None and extend_epochs is not None:
+        raise UserError(f"--extend-epochs {extend_epochs} extends an existing run; name it by --resume RUN")
     config = load_config(recipe, given) if resume is None else _resumed(recipe, resume, given, folder)
+    if resume is not None and extend_epochs is not None:
+        config = extended(find_run(folder, resume), config, extend_epochs)
     options = Options(folder, Path(stores_dir), address, verbose)
     return Run(run_training(config, options, console or Console(), name or resume), folder)
 

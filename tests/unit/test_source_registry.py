@@ -66,7 +66,7 @@ def test_sources_of_images_and_of_events() -> None:
         "ncars",
         "asl_dvs",
     ]
-    events += ["dvs_cifar10", "dvs_gesture", "ncaltech101", "gen1"]
+    events += ["dvs_cifar10", "dvs_gesture", "ncaltech101", "gen1", "tonic"]
     assert list(list_sources()) == images + events
     assert [name for name in list_sources() if find_source(name).events] == events
 

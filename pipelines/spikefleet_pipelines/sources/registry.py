@@ -28,6 +28,7 @@ from spikefleet_pipelines.sources.ncars_config import NCARS
 from spikefleet_pipelines.sources.nmnist_config import NMNIST
 from spikefleet_pipelines.sources.scenes_config import SCENES
 from spikefleet_pipelines.sources.source import Source, SourceOptions
+from spikefleet_pipelines.sources.tonic_config import TONIC
 from spikefleet_pipelines.sources.voc_config import VOC
 from spikefleet_pipelines.sources.yolo_config import YOLO
 
@@ -54,6 +55,7 @@ _BUILT_IN = (
     DVS_GESTURE,
     NCALTECH101,
     GEN1,
+    TONIC,
 )
 
 _SOURCES: dict[str, Source] = {}

@@ -170,7 +170,8 @@ def split_store(
         typer.Argument(help="Directory or URI of a store, or its name in --stores-dir.", autocompletion=store_names),
     ],
     gate: Annotated[
-        float, typer.Option(help="Fraction of the training images, in (0, 1), that becomes the split `gate`.")
+        float,
+        typer.Option(help="Fraction of the training images or recordings, in (0, 1), that becomes the split `gate`."),
     ],
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the choice.")] = 0,
     near: Annotated[
@@ -185,7 +186,7 @@ def split_store(
     """Take images that nobody trains on out of a store's training images, into a new store.
 
     Of each class the same fraction; equal images stay together, with --near similar ones too. The store itself stays
-    as it is.
+    as it is. Of a store of events whole recordings; those whose events differ in time alone stay together.
     """
     where = messages(as_json)
     with loading("torch", where):
@@ -202,6 +203,11 @@ def split_store(
     with waiting(where, f"verifying {place}"):
         source = Store.open(place)
     groups = None
+    if near is not None and source.manifest.events is not None:
+        raise UserError(
+            f"--near={near:g} compares thumbnails of images, but {place} holds recordings of events; leave it out: "
+            "those whose events differ in time alone stay together"
+        )
     if near is not None:
         with waiting(where, f"comparing the images of {place}"):
             groups = similar_images(source.split("train"), near)

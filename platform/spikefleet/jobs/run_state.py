@@ -71,6 +71,8 @@ def state_of_run(run: Run) -> RunState:
         detail, since = str(waits.get("for", "")), waits.get("since", since)
     elif status == "failed":
         detail = str(record.get("reason") or "")
+    elif status == "finished":
+        detail = str((record.get("ended") or {}).get("why", ""))
     elif status == "interrupted":
         detail = f"by {record['signal']}; the same command resumes it" if record.get("signal") else ""
     return RunState(

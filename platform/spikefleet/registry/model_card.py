@@ -192,7 +192,18 @@ def _configuration(config: Mapping[str, Any]) -> Iterator[str]:
 
 def _lineage(metadata: Mapping[str, Any], tags: Mapping[str, str]) -> Iterator[str]:
     yield f"* MLflow run `{one_line(str(metadata.get('run_id', '-')))}`."
-    for key in ("run_name", "recipe", "seed", "code_version", "init_from", "init_sha256", "retraining", "parent"):
+    for key in (
+        "run_name",
+        "recipe",
+        "seed",
+        "code_version",
+        "init_from",
+        "init_sha256",
+        "init_scaled",
+        "segments",
+        "retraining",
+        "parent",
+    ):
         if key in tags:
             yield f"* {key}: {one_line(tags[key])}."
 

@@ -32,6 +32,7 @@ _LEFT_OUT = (
     "spikefleet_pipelines.sources",
     "spikefleet_pipelines.store",
     "spikefleet_pipelines.transforms.auto_augment",
+    "spikefleet_pipelines.transforms.mixing",
     "spikefleet_pipelines.transforms.shown",
 )
 """Modules and packages that no request reaches, where a function imports them."""

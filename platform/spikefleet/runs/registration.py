@@ -18,6 +18,7 @@ from spikefleet.registry.api import Promotion
 from spikefleet.registry.version import SPIKE_DRIVEN, RegisteredVersion
 from spikefleet.runs.initial_weights import INIT, lineage
 from spikefleet.runs.run_dir import Run
+from spikefleet.runs.segments import segments_of
 from spikefleet.status import Announce
 from spikefleet.tasks.per_image import PER_IMAGE
 from spikefleet.training.checkpoints import best_weights
@@ -70,6 +71,7 @@ def register_run(
             "code_version": code_version(),
             "seed": config.train.seed,
             **lineage(run),
+            **({"segments": segments} if (segments := segments_of(run)) else {}),
             SPIKE_DRIVEN: certificates.verdict,
             **certificates.legs,
         },

@@ -71,6 +71,10 @@ class RunRecord(BaseModel):
     validation: dict[str, float] | None = None
     test: dict[str, float] | None = None
     last: dict[str, float] | None = None
+    ended: dict[str, Any] | None = None
+    """Why a finished run ended before its last epoch ("why"), "epoch", "epochs", and "max_minutes" if that was it."""
+    segments: list[dict[str, Any]] | None = None
+    """Of a run that was trained further after its end: the result of each segment, oldest first."""
     progress: dict[str, Any] | None = None
     waiting: dict[str, Any] | None = None
     """What the run waits for ("for"), and since when ("since")."""
@@ -163,9 +167,11 @@ class Run:
             return
         differing = self._differences(config, data.content_hash)
         if differing:
+            extended = "segments" in self.record()
+            remedy = f"it was extended: --resume {self.name} resumes it" if extended else "use its values to resume it"
             raise UserError(
                 f"run {self.name} was started with another configuration: {'; '.join(differing)}; "
-                "use its values to resume it, or set another --name"
+                f"{remedy}, or set another --name"
             )
         if self.data() != data:  # equal data with another name, or of an earlier version without one
             data.write(self.path)

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.nn import functional as F
 
 from spikefleet.data_summary import DataSummary
 from spikefleet.files import write_json
 from spikefleet.tasks.task import EVALUATION, LossSettings, Task, TaskReport, check_class_count, metric_of
+from spikefleet_models.class_loss import class_loss
 from spikefleet_models.family import ModelConfig
 from spikefleet_models.shortcut import ShortcutLogits, shortcut_loss
 from spikefleet_pipelines.loading import Batch
@@ -47,6 +47,7 @@ class Classification(Task[Ranking, int]):
     def __init__(self, class_names: Sequence[str], loss: LossSettings = LossSettings()) -> None:  # noqa: B008 -- frozen
         self.class_names = tuple(class_names)
         self._shortcut, self._label_smoothing = loss.shortcut, loss.label_smoothing
+        self._class_weights = None if loss.class_weights is None else torch.tensor(loss.class_weights)
         self.metric_names = ("top1", "top5") if len(class_names) > _KEPT else ("top1",)
 
     @classmethod
@@ -69,12 +70,19 @@ class Classification(Task[Ranking, int]):
         output = network(batch.network_input)
         if isinstance(output, ShortcutLogits):
             logits = output.main.float()
-            loss = shortcut_loss(output, batch.targets, balance, self._shortcut, self._label_smoothing)
+            weights = self._weights_on(logits.device)
+            loss = shortcut_loss(output, batch.targets, balance, self._shortcut, self._label_smoothing, weights)
         else:
             logits = output.float()
-            loss = F.cross_entropy(logits, batch.targets, label_smoothing=self._label_smoothing)
+            loss = class_loss(logits, batch.targets, self._label_smoothing, self._weights_on(logits.device))
         right = batch.targets.argmax(1) if batch.targets.ndim == 2 else batch.targets
         return {"loss": loss, "top1": (logits.detach().argmax(1) == right).float().mean()}
+
+    def _weights_on(self, device: torch.device) -> torch.Tensor | None:
+        """The weights of the classes; they stay on the device, since nothing is copied to it within a CUDA graph."""
+        if self._class_weights is not None:
+            self._class_weights = self._class_weights.to(device)
+        return self._class_weights
 
     def random_targets(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """A random class for each image."""

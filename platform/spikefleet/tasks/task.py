@@ -11,11 +11,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar
 
 import torch
 from torch import nn
 
+from spikefleet.config.messages import did_you_mean
 from spikefleet.config.schema import Config
 from spikefleet.config.task_table import find_task
 from spikefleet.data_summary import DataSummary
@@ -45,6 +46,8 @@ class LossSettings:
     """Settings of loss and evaluation; the task's entry in the table of tasks says which it supports."""
 
     label_smoothing: float = 0.0
+    class_weights: tuple[float, ...] | None = None
+    """Factor of each class in the loss; None: 1."""
     global_divisor: bool = True
     """Losses with a divisor of their own return sums and that divisor; the training divides."""
     shortcut: ShortcutConfig = field(default_factory=ShortcutConfig)
@@ -267,18 +270,20 @@ AnyTask = Task[Any, Any]
 """A task whose predictions and targets the caller only passes between its methods."""
 
 
-def build_task(config: Config, data: DataSummary) -> AnyTask:
+def build_task(config: Config, data: DataSummary, samples: Sequence[int] | None = None) -> AnyTask:
     """The task of a configuration.
 
     Args:
         config: of the run.
         data: summary of its data.
+        samples: to train on, of each class, for balanced class weights; None where no loss is needed.
 
     Raises:
         UserError: the network does not fit the data, or the task has no such `checkpoint.metric`.
     """
     loss = LossSettings(
         label_smoothing=config.train.label_smoothing,
+        class_weights=class_weights(config.train.class_weights, data.class_names, samples),
         global_divisor=config.train.loss_divisor == "global",
         shortcut=config.shortcut,
         max_detections=config.evaluation.max_detections,
@@ -288,6 +293,37 @@ def build_task(config: Config, data: DataSummary) -> AnyTask:
         known = ", ".join(task.metric_names)
         raise UserError(f"checkpoint.metric={config.checkpoint.metric!r} must be a metric of the task: {known}")
     return task
+
+
+def class_weights(
+    wanted: Literal["none", "balanced"] | Mapping[str, float], names: Sequence[str], samples: Sequence[int] | None
+) -> tuple[float, ...] | None:
+    """The factor of each class in the loss.
+
+    Balanced weights are n / (K n_k), as scikit-learn's, with K classes that have samples; their mean over the samples
+    is 1.
+
+    Args:
+        wanted: `train.class_weights`.
+        names: of the classes.
+        samples: to train on, of each class; None where no loss is needed.
+
+    Returns:
+        The factors; None: no weights.
+
+    Raises:
+        UserError: a name is that of no class.
+    """
+    if wanted == "none" or (wanted == "balanced" and samples is None):
+        return None
+    if isinstance(wanted, str):
+        there = [count for count in samples or () if count]
+        return tuple(sum(there) / (len(there) * count) if count else 0.0 for count in samples or ())
+    for name in wanted:
+        if name not in names:
+            hint = did_you_mean(name, list(names), f"expected one of {', '.join(names[:20])}")
+            raise UserError(f"train.class_weights has {name!r}, which is no class of the data; {hint}")
+    return tuple(wanted.get(name, 1.0) for name in names)
 
 
 def task_class(name: str) -> type[AnyTask]:

@@ -39,6 +39,10 @@ class CheckpointState(BaseModel):
     kernels: Literal["native", "lean"] | None = "lean"
     """The form of the spiking units on a CPU, the lean one in checkpoints without the field; None on a GPU."""
     averaged: int = Field(0, ge=0)
+    seconds: float = Field(0.0, ge=0)
+    """Of training so far, with `train.max_minutes`."""
+    longest_epoch: float = Field(0.0, ge=0)
+    """Seconds of the longest epoch, with `train.max_minutes`."""
 
     @classmethod
     def of(cls, state: Mapping[str, Any] | Any, checkpoint: Path | str) -> CheckpointState:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from spikefleet.config.schema import TrainConfig
+from spikefleet.config.train_config import TrainConfig
 from spikefleet.errors import UserError
 from spikefleet.status import Count, uncounted
 from spikefleet.tasks import Task

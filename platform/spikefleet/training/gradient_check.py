@@ -91,7 +91,8 @@ def check_gradients(config: Config, batch: Batch, data: DataSummary, snapshot: S
     if snapshot is not None:
         state.load(snapshot)
         step = state.step
-        rate = learning_rate(config.optim, max(step - 1, 0), steps_per_epoch, config.train.epochs)
+        last = max(step - 1 - state.first_step, 0)
+        rate = learning_rate(config.optim, last, steps_per_epoch, state.scheduled_epochs)
     state.train_mode()
     network = state.train_model
     with GradientFlow(state.network) as flow:

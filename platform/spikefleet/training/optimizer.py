@@ -56,7 +56,7 @@ def build_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.Opti
 
 
 def set_rates(
-    optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, steps_per_epoch: int, epochs: int
+    optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, steps_per_epoch: int, epochs: float
 ) -> None:
     """Sets the learning rates and the momentum of optimizer step `step` (from 0) in every parameter group."""
     for group in optimizer.param_groups:
@@ -75,7 +75,7 @@ def lr_factor(config: OptimConfig, parameter: str) -> float:
     return config.lr_factors[max(found, key=len)] if found else 1.0
 
 
-def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, epochs: int, biases: bool = False) -> float:
+def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, epochs: float, biases: bool = False) -> float:
     """The learning rate of an optimizer step.
 
     The schedule `step` changes the rate at whole epochs; `cosine` and `linear` decay at every step, from the end of
@@ -85,7 +85,7 @@ def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, epochs: 
         config: the schedule.
         step: number of the step, from 0.
         steps_per_epoch: optimizer steps per epoch.
-        epochs: epochs of the training.
+        epochs: epochs of the schedule.
         biases: the rate of biases, which may differ in warm-up.
     """
     position = step / steps_per_epoch

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from spikefleet.config.schema import Config, differences
+from spikefleet.config.train_config import may_differ_by_segment
 from spikefleet.errors import UserError
 from spikefleet.training.checkpoint_state import CheckpointState
 from spikefleet.training.checkpoints import Snapshot, fitting_tensors, optimizer_tensors, restore_optimizer
@@ -22,6 +23,7 @@ from spikefleet.training.optimizer import build_ema, build_optimizer, learning_r
 from spikefleet.training.precision import autocast
 from spikefleet.training.stream import Lanes
 from spikefleet.training.threads import resume_threads, thread_counts
+from spikefleet.training.time_limit import TrainingClock
 from spikefleet_models.families import build_model
 from spikefleet_models.kernels import CpuForm
 from spikefleet_models.shortcut import ShortcutNetwork, balance_coefficient
@@ -80,6 +82,7 @@ class TrainingState:
         stream = config.train.stream
         self.lanes = Lanes(carries=stream is not None and stream.state == "carried")
         """Membranes of streams; empty without streams."""
+        self.clock = TrainingClock()
         self.epoch = 0
         self.step_in_epoch = 0
         self.best: dict[str, Any] | None = None
@@ -125,7 +128,24 @@ class TrainingState:
         """The balance coefficient of the next step; 0 without side branches."""
         if not self.config.shortcut.enabled:
             return 0.0
-        return balance_coefficient(self.config.shortcut, self.step, self.config.train.epochs * self.steps_per_epoch)
+        total = self.config.train.epochs * self.steps_per_epoch - self.first_step
+        return balance_coefficient(self.config.shortcut, self.step - self.first_step, total)
+
+    @property
+    def first_step(self) -> int:
+        """The step at which the schedules of the run's latest segment start."""
+        segment = self.config.train.segment
+        return 0 if segment is None else segment.from_step
+
+    @property
+    def _position(self) -> tuple[int, int]:
+        return self.step - self.first_step, self.steps_per_epoch
+
+    @property
+    def scheduled_epochs(self) -> float:
+        """The epochs from `first_step` to the end of the training."""
+        first, epochs = self.first_step, self.config.train.epochs
+        return epochs - first / self.steps_per_epoch if first else epochs
 
     def train_mode(self) -> None:
         """Sets the network to training; the batch-norm statistics of frozen modules stay as they are."""
@@ -138,7 +158,7 @@ class TrainingState:
 
     def set_learning_rate(self) -> float:
         """Sets the learning rates and the momentum of the next step; returns the rate of the weights."""
-        position = self.config.optim, self.step, self.steps_per_epoch, self.config.train.epochs
+        position = self.config.optim, *self._position, self.scheduled_epochs
         set_rates(self.optimizer, *position)
         return learning_rate(*position)
 
@@ -171,6 +191,8 @@ class TrainingState:
             "kernels": self.cpu_form,
             "averaged": 0 if self.ema is None else self.ema.count,
         }
+        if self.config.train.max_minutes is not None:
+            state |= {"seconds": self.clock.seconds, "longest_epoch": self.clock.longest_epoch}
         return Snapshot(tensors, state, self.config.dump())
 
     def restore(self, snapshot: Snapshot) -> str | None:
@@ -183,7 +205,12 @@ class TrainingState:
             UserError: the snapshot has another configuration, data or number of workers; the message lists the fields.
         """
         state = CheckpointState.of(snapshot.state, "to resume from")
-        differing = differences(snapshot.config, self.config.dump())
+        begins = self._begins_segment(state)
+        differing = [
+            line
+            for line in differences(snapshot.config, self.config.dump())
+            if not (begins and may_differ_by_segment(line.partition(":")[0]))
+        ]
         if state.data_hash != self.data_hash:
             differing.append(f"data: expected content hash {state.data_hash[:12]}, found {self.data_hash[:12]}")
         if state.world_size != self.group.size:
@@ -202,7 +229,13 @@ class TrainingState:
             self.lanes.restore(self.network, snapshot.tensors.get("carried", {}), self.group)
         self.best = None if state.best is None else state.best.model_dump()
         self.history, self.sums = state.history, state.sums
+        self.clock.restart(0.0 if begins else state.seconds, state.longest_epoch)
         return resume_threads(state.threads, self.group)
+
+    def _begins_segment(self, state: CheckpointState) -> bool:
+        """Whether a checkpoint is the end of the segment before the configured one."""
+        step = state.epoch * state.steps_per_epoch + state.step_in_epoch
+        return self.config.train.segment is not None and step == self.config.train.segment.from_step
 
     def load(self, snapshot: Snapshot) -> None:
         """Restores the weights, also those of side branches, and the position."""

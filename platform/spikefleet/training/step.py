@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from spikefleet.config.schema import TrainConfig
+from spikefleet.config.train_config import TrainConfig
 from spikefleet.tasks import AnyTask
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.events import EventSink, Note, StepDone
@@ -264,7 +264,7 @@ def micro_batches(batch: Batch, parts: int) -> Iterator[Batch]:
     start = 0
     for images, indices in zip(batch.images.tensor_split(parts), batch.indices.tensor_split(parts), strict=True):
         stop = start + len(indices)
-        yield Batch(images, batch.targets[start:stop], indices, batch.global_count)
+        yield Batch(images, batch.targets[start:stop], indices, batch.global_count, scaling=batch.scaling)
         start = stop
 
 
