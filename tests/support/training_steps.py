@@ -31,7 +31,7 @@ def task_of(state: TrainingState) -> Any:
     """The task of a state, of which losses are all that is asked; a detector's on all anchor points."""
     if state.config.task == "classification":
         return Classification([str(digit) for digit in range(10)])
-    criterion = state.config.model.build_criterion()  # type: ignore[attr-defined]
+    criterion: Any = state.config.model.build_criterion()
     criterion.dense = True
     task = object.__new__(Detection)
     task._criterion, task._global_divisor = criterion, True

@@ -347,7 +347,7 @@ def test_constants_are_named() -> None:
     with pytest.raises(
         ValueError,
         match=r"unknown energy constants '45nm', expected one of int32-45nm, fp32-45nm, int8-45nm; "
-        r"did you mean 'fp32-45nm'\?$",
+        r"did you mean 'int8-45nm'\?$",
     ):
         energy_at_rates(bare("sg_resnet_tiny"), (8, 8), 0.1, "45nm")
 
