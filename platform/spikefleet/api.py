@@ -22,7 +22,7 @@ from spikefleet.config.schema import Config
 from spikefleet.errors import UserError
 from spikefleet.inference.image_input import ImageInput
 from spikefleet.inference.prediction import predict_images
-from spikefleet.inference.trained_network import TrainedNetwork, open_trained_network
+from spikefleet.inference.trained_network import TrainedNetwork, in_precision, open_trained_network
 from spikefleet.plugins import load_plugins
 from spikefleet.registry import Promotion
 from spikefleet.runs.options import Options
@@ -31,6 +31,7 @@ from spikefleet.runs.segments import extended
 from spikefleet.runs.train_run import FinishedRun, run_training
 from spikefleet.tracking.mlflow_client import resolve_tracking_uri
 from spikefleet_models.energy import EnergyCard
+from spikefleet_models.low_precision import Precision
 
 if TYPE_CHECKING:
     from torch import nn
@@ -266,7 +267,13 @@ def search(
     )
 
 
-def load(reference: str | Path, *, runs_dir: str | Path = "runs", plugins: Sequence[str] = ()) -> Model:
+def load(
+    reference: str | Path,
+    *,
+    runs_dir: str | Path = "runs",
+    plugins: Sequence[str] = (),
+    precision: Precision | None = None,
+) -> Model:
     """Loads a trained network with its configuration, metrics and energy card; every file is verified by its hash.
 
     Args:
@@ -274,13 +281,17 @@ def load(reference: str | Path, *, runs_dir: str | Path = "runs", plugins: Seque
             or the name of a run.
         runs_dir: directory of runs and, unless MLFLOW_TRACKING_URI is set, of their tracking database.
         plugins: modules that the network needs.
+        precision: deploy the network with weights of this precision, fp32, bf16 or int8; by default it runs as it was
+            trained.
 
     Raises:
-        UserError: the reference does not exist, or a file is damaged.
+        UserError: the reference does not exist, a file is damaged, or nothing of the network can be rounded.
     """
     load_plugins(plugins)
     named, folder = str(reference), Path(runs_dir)
     trained = open_trained_network(named, folder)
+    if precision is not None:
+        trained = in_precision(trained, precision)
     return Model(named, trained, trained.metrics, trained.card)
 
 

@@ -20,7 +20,7 @@ from torch.nn.functional import interpolate
 from spikefleet_pipelines.counter_random import Draw, integers, uniform
 from spikefleet_pipelines.store.rows import Rows
 from spikefleet_pipelines.transforms.classification_config import TransformConfig
-from spikefleet_pipelines.transforms.normalise import FloatStage
+from spikefleet_pipelines.transforms.normalise import FloatStage, PixelScaling
 
 Pixels = NDArray[np.uint8]
 
@@ -54,6 +54,10 @@ class ClassificationTransform:
         """Return the classes unchanged."""
         return packed
 
+    def send_pixels(self) -> PixelScaling | None:
+        """See `SendsPixels`; normalised pixels are erased by cutout, and mixed."""
+        return self._images.send_pixels()
+
 
 class ImageTransform:
     """Loads and transforms the images of one split: `transform(rows, epoch)` -> float32 [B, C, H, W].
@@ -75,6 +79,11 @@ class ImageTransform:
             from spikefleet_pipelines.transforms.auto_augment import auto_augment
 
             self._auto_augment = auto_augment
+
+    def send_pixels(self) -> PixelScaling | None:
+        """See `SendsPixels`."""
+        changed = self.config.cutout or self.config.mixup + self.config.cut_mix > 0
+        return None if self.train and changed else self._normalise.defer()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pool": None}

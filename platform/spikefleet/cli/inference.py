@@ -9,7 +9,17 @@ import typer
 
 from spikefleet.cli.app import app
 from spikefleet.cli.output import console, loading, print_json, say, stderr
-from spikefleet.cli.parameters import AsJson, Force, Network, OtherData, RunsDir, SliceOrder, SplitName, StoresDir
+from spikefleet.cli.parameters import (
+    AsJson,
+    Force,
+    Network,
+    OfDeployed,
+    OtherData,
+    RunsDir,
+    SliceOrder,
+    SplitName,
+    StoresDir,
+)
 from spikefleet.cli.tables import number, print_table
 from spikefleet.outputs import check_outputs
 from spikefleet.status import waiting
@@ -25,6 +35,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Folder for the report and its plots.")] = None,
     force: Force = False,
     gpu: Annotated[bool, typer.Option("--gpu", help="Evaluate on a GPU.")] = False,
+    precision: OfDeployed = None,
     slice_order: Annotated[
         list[SliceOrder] | None,
         typer.Option(help="Recordings of events: measure with the time slices in another order too; may be repeated."),
@@ -33,12 +44,17 @@ def evaluate(
     runs_dir: RunsDir = Path("runs"),
     stores_dir: StoresDir = Path("stores"),
 ) -> None:
-    """Measure a trained network on a split of its data."""
+    """Measure a trained network on a split of its data.
+
+    With --precision bf16 or int8 it is measured in fp32 too, and the effect of rounding is said.
+    """
     with loading("torch", stderr):
-        from spikefleet.inference.trained_network import evaluate_on_split, open_trained_network
+        from spikefleet.inference.rounding import rounding_effect
+        from spikefleet.inference.trained_network import evaluate_on_split, in_precision, open_trained_network
 
     with waiting(stderr, f"opening {network}"):
-        trained = open_trained_network(network, runs_dir)
+        as_trained = open_trained_network(network, runs_dir)
+        trained = as_trained if precision is None else in_precision(as_trained, precision)
     if out is not None:
         check_outputs((out / name for name in trained.task.report.files), inputs=trained.folders, force=force)
     evaluation = evaluate_on_split(trained, split, stores_dir, stderr, data=data, gpu=gpu)
@@ -48,6 +64,14 @@ def evaluate(
         changed = evaluate_on_split(trained, split, stores_dir, stderr, data=data, gpu=gpu, slice_order=order.value)
         found = trained.task.metrics(changed.predictions, changed.targets)
         details.setdefault("slice_order", {})[order.value] = found
+    effect = None
+    if precision is not None:
+        details["precision"] = precision
+        if precision != "fp32":
+            effect = rounding_effect(
+                as_trained, evaluation, split, stores_dir, stderr, precision=precision, data=data, gpu=gpu
+            )
+            details["rounding"] = effect.to_dict()
     report = trained.task.report
     if out is not None:
         with waiting(stderr, "drawing plots"):
@@ -72,6 +96,8 @@ def evaluate(
     for key in ("description", "protocol_remark", "remark"):
         if key in details:
             say(details[key])
+    if effect is not None:
+        say(effect.sentence)
     if evaluation.health:
         say(f"firing rate {evaluation.health['firing_rate']:.3f} of the spikes that are possible")
     if out is not None:

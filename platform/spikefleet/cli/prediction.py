@@ -15,7 +15,7 @@ import typer
 
 from spikefleet.cli.app import app
 from spikefleet.cli.output import console, loading, print_json_line, say, stderr
-from spikefleet.cli.parameters import AsJson, Network, RunsDir
+from spikefleet.cli.parameters import AsJson, Network, OfDeployed, RunsDir
 from spikefleet.errors import RunError, UserError
 from spikefleet.status import counting, one_line, print_line, waiting
 
@@ -86,6 +86,7 @@ def predict(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
     gpu: Annotated[bool, typer.Option("--gpu", help="Predict on a GPU.")] = False,
+    precision: OfDeployed = None,
     as_json: AsJson = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV on stdout, messages on stderr.")] = False,
     runs_dir: RunsDir = Path("runs"),
@@ -104,10 +105,12 @@ def predict(
         from spikefleet.inference.prediction import Written, predict_files
         from spikefleet.inference.predictor import Predictor
         from spikefleet.inference.tiles import Tiling
-        from spikefleet.inference.trained_network import open_trained_network
+        from spikefleet.inference.trained_network import in_precision, open_trained_network
 
     with waiting(stderr, f"opening {network}"):
         trained = open_trained_network(network, runs_dir)
+        if precision is not None:
+            trained = in_precision(trained, precision)
     form = "json" if as_json else "csv" if as_csv else "text"
     if trained.config.data.transform.reads_events:
         given = {

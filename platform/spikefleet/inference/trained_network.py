@@ -33,6 +33,8 @@ from spikefleet.training.checkpoints import best_network, checkpoint_hash, load_
 from spikefleet.training.distributed import ProcessGroup, pick_device
 from spikefleet.training.evaluation import Evaluation, evaluate
 from spikefleet_models.energy import EnergyCard
+from spikefleet_models.low_precision import Precision
+from spikefleet_models.reparam import deploy
 from spikefleet_pipelines.loading import BatchLoader
 from spikefleet_pipelines.store.reader import Samples, Store
 
@@ -59,6 +61,8 @@ class TrainedNetwork:
     """Its recorded spike check, as `spike_check.SpikeCheck.to_dict` returns it; None where there is none of it."""
     report: Path | None = None
     """Directory of the report of its run, if it was opened by the name of a run."""
+    precision: Precision | None = None
+    """Of the weights, where the network is the deployed one (`in_precision`)."""
 
     @cached_property
     def task(self) -> AnyTask:
@@ -91,6 +95,25 @@ def open_trained_network(reference: str, runs_dir: Path) -> TrainedNetwork:
         raise UserError(f"{path} is neither a registered network (with {CARD}) nor a checkpoint of a run")
     run = find_run(runs_dir, reference)
     return replace(_from_checkpoint(reference, run.best_checkpoint(), run), report=run.path / "report")
+
+
+def in_precision(trained: TrainedNetwork, precision: Precision) -> TrainedNetwork:
+    """The deployed network with weights of a precision, which computes without autocast whatever it was trained in.
+
+    Args:
+        trained: the network as it was trained; not changed.
+        precision: fp32, bf16 or int8.
+
+    Raises:
+        UserError: spikes feed no layer of the network, so that nothing would be rounded, or it cannot be deployed.
+    """
+    try:
+        network = deploy(trained.network, precision=precision)
+    except ValueError as error:
+        raise UserError(f"{trained.reference}: {error}") from None
+    plain = trained.config.train.model_copy(update={"precision": "fp32"})
+    config = trained.config.model_copy(update={"train": plain})
+    return replace(trained, network=network, config=config, precision=precision)
 
 
 def open_package(reference: str, folder: Path) -> TrainedNetwork:

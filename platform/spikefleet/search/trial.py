@@ -25,7 +25,7 @@ from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.event_log import ResumedRunSink
 from spikefleet.training.events import CheckpointSaved, EpochDone, Event, Started
 from spikefleet.training.loop import Outcome, train
-from spikefleet.training.step import NonFiniteError
+from spikefleet.training.step_reading import NonFiniteError
 from spikefleet.training.stopping import TrainingStopped
 from spikefleet.versions import code_version
 from spikefleet_models.families import build_model

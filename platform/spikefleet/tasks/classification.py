@@ -148,6 +148,10 @@ class Classification(Task[Ranking, int]):
         pairs = zip(predictions, targets, strict=True)
         return [(prediction.probabilities[0], prediction.classes[0] == target) for prediction, target in pairs]
 
+    def same_answer(self, one: Ranking, other: Ranking) -> bool:
+        """Whether the most likely class is the same."""
+        return one.classes[0] == other.classes[0]
+
     def flaw(self, evaluation: Mapping[str, Any]) -> str | None:
         """A classifier that answers one class for all images, or no better than by chance.
 

@@ -229,6 +229,11 @@ class Detection(Task[FoundBoxes, Annotations]):
         """The boxes with at least this score."""
         return prediction.at_least(score)
 
+    def same_answer(self, one: FoundBoxes, other: FoundBoxes) -> bool:
+        """Whether as many objects of each class have a score of at least 0.3."""
+        shown, others = one.at_least(SHOWN_SCORE), other.at_least(SHOWN_SCORE)
+        return np.array_equal(np.sort(shown.labels), np.sort(others.labels))
+
     def serve(self, network: nn.Module, batch: Batch) -> list[list[dict[str, Any]]]:
         """The objects of each image: name, score and box (x1 y1 x2 y2 in pixels)."""
         report = self.report

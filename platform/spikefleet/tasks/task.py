@@ -171,6 +171,10 @@ class Task(ABC, Generic[Prediction, Target]):
         """A prediction without the parts whose score in [0, 1] is smaller; by default all of it."""
         return prediction
 
+    def same_answer(self, one: Prediction, other: Prediction) -> bool:
+        """Whether two predictions for one sample say the same to a user, whatever their scores; by default equality."""
+        return self.report.answer(one) == self.report.answer(other)
+
     def serve(self, network: nn.Module, batch: Batch) -> Any:
         """The answer of a served model for a batch: an array, or plain data for each image."""
         return [self.report.answer(prediction) for prediction in self.predict(network, batch)]

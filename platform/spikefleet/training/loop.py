@@ -38,9 +38,10 @@ from spikefleet.training.evaluation import Evaluation, EvaluationStopped, evalua
 from spikefleet.training.events import CheckpointSaved, EpochDone, EventSink, Note, Phase, Started
 from spikefleet.training.malloc import keep_freed_memory
 from spikefleet.training.mirror import mirrored
+from spikefleet.training.prefetch import ahead
 from spikefleet.training.splits import Splits, TrainingPlan, prepare_parts, training_loader
 from spikefleet.training.state import TrainingState
-from spikefleet.training.step import Meter, due, micro_batches, training_step
+from spikefleet.training.step import Meter, due, micro_batches, settle, training_step
 from spikefleet.training.stopping import StopRequested, TrainingStopped, never
 from spikefleet.training.threads import restored_thread_count, thread_counts
 from spikefleet.training.unit_forms import settle_form
@@ -162,15 +163,20 @@ def _train(
             if ended.max_minutes is not None:  # the time may have passed after the epoch's checkpoint was due
                 _save(state, folder, sink)
             break
-        for batch in splits.train.epoch(plan, epoch, start_step=state.step_in_epoch):
+        batches = splits.train.epoch(plan, epoch, start_step=state.step_in_epoch)
+        for batch in ahead(batches, group.device, config.train.channels_last):
             if before_step is not None:
                 before_step(group, state.step)
             stopping = training_step(state, task, batch, meter, sink, stop_requested)
             timely = due(config.checkpoint.every_steps, state.step) and state.step_in_epoch < state.steps_per_epoch
             if timely or stopping:
+                stopping |= settle(state, sink)
                 _save(state, folder, sink)
             if stopping:
                 raise TrainingStopped(state.step)
+        if settle(state, sink):
+            _save(state, folder, sink)
+            raise TrainingStopped(state.step)
         try:
             _finish_epoch(state, task, splits, plan, folder, sink, stop_requested)
         except EvaluationStopped:

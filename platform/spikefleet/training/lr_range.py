@@ -20,7 +20,8 @@ from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.events import Event, StepDone
 from spikefleet.training.splits import prepare_parts
 from spikefleet.training.state import TrainingState
-from spikefleet.training.step import Meter, NonFiniteError, training_step
+from spikefleet.training.step import Meter, training_step
+from spikefleet.training.step_reading import NonFiniteError
 from spikefleet_pipelines.store.reader import Store
 
 _SMOOTHING = 0.9
@@ -92,6 +93,7 @@ def range_test(
     here = _steady(config, steps)
     task, splits, plan = prepare_parts(here, store, group)
     state = TrainingState(here, group, store.manifest.content_hash, plan.steps_per_epoch)
+    state.reads_late = False  # each loss decides on the next rate
     meter, kept = Meter(), _Losses()
     rates, losses = list[float](), list[float]()
     ended: str | None = None

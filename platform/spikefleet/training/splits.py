@@ -67,14 +67,17 @@ def training_loader(
     Args:
         store: of the data.
         config: of the run.
-        device: where events are counted.
+        device: of the training, where events are counted; a GPU normalises images too.
         processes: loader processes.
         pin_memory: put batches in page-locked memory.
 
     Raises:
         ValueError: the transform does not fit.
     """
-    samples, loader, stream = store.samples("train"), BatchLoader, config.train.stream
+    samples, stream = store.samples("train"), config.train.stream
+    on_gpu = torch.device(device).type == "cuda"
+    loader: type[BatchLoader] = BatchLoader
+    extra: dict[str, bool] = {"pixels": True} if on_gpu and stream is None else {}
     if stream is not None:
         from spikefleet_pipelines.streams import StreamLoader, StreamSamples, recordings_of  # with pyarrow
 
@@ -89,6 +92,7 @@ def training_loader(
         pin_memory=pin_memory,
         epochs=config.train.epochs,
         device=device,
+        **extra,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -27,6 +27,9 @@ from spikefleet.training.time_limit import TrainingClock
 from spikefleet_models.families import build_model
 from spikefleet_models.kernels import CpuForm
 from spikefleet_models.shortcut import ShortcutNetwork, balance_coefficient
+
+if TYPE_CHECKING:
+    from spikefleet.training.step import UnreadStep
 
 _BUFFERS_IN_FORWARD = (  # the first was renamed after torch 2.10
     "forward_sync_buffers"
@@ -71,6 +74,10 @@ class TrainingState:
         self.optimizer = build_optimizer(self.train_model, config.optim)
         decay = config.train.ema_decay
         self.ema = build_ema(network, decay, config.train.ema_ramp) if decay is not None else None
+        self.reads_late = group.device.type == "cuda" and config.optim.fused
+        """Whether the numbers of a step are read one step later (step_reading.py); else within the step."""
+        self.unread: UnreadStep | None = None
+        """The last step, if its numbers are not read yet."""
         self.scaler = torch.amp.GradScaler(group.device.type, enabled=config.train.precision == "fp16")
         stream = config.train.stream
         self.lanes = Lanes(carries=stream is not None and stream.state == "carried")
@@ -182,7 +189,7 @@ class TrainingState:
             "scaler": self.scaler.state_dict(),
             "threads": thread_counts(self.group),
             "kernels": self.cpu_form,
-            "averaged": 0 if self.ema is None else int(self.ema.n_averaged),
+            "averaged": 0 if self.ema is None else self.ema.count,
         }
         if self.config.train.max_minutes is not None:
             state |= {"seconds": self.clock.seconds, "longest_epoch": self.clock.longest_epoch}
@@ -258,7 +265,7 @@ class TrainingState:
             self.network.load_state_dict(dict(snapshot.tensors["model"]))
             if self.ema is not None:
                 self.ema.module.load_state_dict(dict(snapshot.tensors["average"]))
-                self.ema.n_averaged.fill_(snapshot.state["averaged"])
+                self.ema.count = snapshot.state["averaged"]
 
 
 def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
