@@ -133,6 +133,7 @@ def test_a_sensor_that_is_given_counts(kept: type[Kept], tmp_path: Path) -> None
     ("change", "options", "message"),
     [
         ({}, {"data_set": "KEPTT"}, "tonic has no data set 'KEPTT'; set the option data_set to one of ASLDVS"),
+        ({}, {"data_set": None}, "source 'tonic' reads many data sets; set the option data_set to one of ASLDVS"),
         ({"sensor_size": None}, {}, "tonic does not state the sensor of KEPT; set --option sensor=HxW"),
         ({"sensor_size": (5, 2, 2)}, {}, r"sample \d+ of KEPT \(\w+\) has y from 0 to 2, but the sensor is 2x5"),
         ({"fields": ["x", "t", "p"]}, {}, "fields x, t, p and no y: it is not of an event camera"),

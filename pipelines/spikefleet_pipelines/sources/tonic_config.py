@@ -9,8 +9,10 @@ from spikefleet_pipelines.sources.source import Source, SourceOptions, recording
 class TonicOptions(SourceOptions):
     """Which data set, and what it does not say."""
 
-    data_set: str = Field(
-        pattern=r"^[A-Za-z][A-Za-z0-9_]{0,63}$", description="class in tonic.datasets, such as POKERDVS or DVSLip"
+    data_set: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z][A-Za-z0-9_]{0,63}$",
+        description="class in tonic.datasets, such as POKERDVS or DVSLip; it must be given",
     )
     download: bool = Field(default=False, description="true: tonic downloads the files that are missing into DIR")
     sensor: str | None = Field(

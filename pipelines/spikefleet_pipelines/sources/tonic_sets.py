@@ -81,27 +81,30 @@ def read_tonic(root: Path, options: TonicOptions, seed: int) -> TonicContents:
         SourceError: tonic is not installed or has no such data set, files are missing, or samples are no events of
             pixels with a class.
     """
-    of_tonic = _class(options.data_set)
+    name, of_tonic = _class(options.data_set)
     has_test = "train" in inspect.signature(of_tonic.__init__).parameters
-    parts = {split: _open(of_tonic, root, options, split) for split in (("train", "test") if has_test else ("train",))}
-    sensor, names = _sensor(parts["train"], options), _class_names(options.data_set, parts)
-    train, test = _ordered(options.data_set, parts["train"], names), parts.get("test")
+    parts = {
+        split: _open(name, of_tonic, root, options.download, split)
+        for split in (("train", "test") if has_test else ("train",))
+    }
+    sensor, names = _sensor(name, parts["train"], options), _class_names(name, parts)
+    train, test = _ordered(name, parts["train"], names), parts.get("test")
     if test is not None:
-        reported = _ordered(options.data_set, test, names)
+        reported = _ordered(name, test, names)
     else:
         chosen = held_out(train.labels, lambda count: round(count * options.test), seed)
         reported, train = train.chosen(chosen), train.chosen(~chosen)
     val = held_out(train.labels, lambda count: round(count * options.holdout), seed)
     splits = {"train": train.chosen(~val), "val": train.chosen(val), "test": reported}
     return TonicContents(
-        options.data_set,
+        name,
         tuple(names.values()),
         {split: part for split, part in splits.items() if part.order},
         EventFormat.of(sensor),
     )
 
 
-def _class(name: str) -> Any:
+def _class(name: str | None) -> tuple[str, Any]:
     try:
         from tonic import datasets
         from tonic.dataset import Dataset
@@ -110,19 +113,18 @@ def _class(name: str) -> Any:
             f"source 'tonic' needs the library tonic ({error}); install the extra: pip install 'spikefleet[tonic]'"
         ) from None
     known = {key: one for key, one in vars(datasets).items() if inspect.isclass(one) and issubclass(one, Dataset)}
-    if name not in known:
-        raise SourceError(f"tonic has no data set {name!r}; set the option data_set to one of {', '.join(known)}")
-    return known[name]
+    if name is None or name not in known:
+        what = "source 'tonic' reads many data sets" if name is None else f"tonic has no data set {name!r}"
+        raise SourceError(f"{what}; set the option data_set to one of {', '.join(known)}")
+    return name, known[name]
 
 
-def _open(of_tonic: Any, root: Path, options: TonicOptions, split: str) -> Any:
-    name = options.data_set
-
+def _open(name: str, of_tonic: Any, root: Path, download: bool, split: str) -> Any:
     def refuse(*_: Any, **__: Any) -> None:
         raise TONIC.missing(root / name)
 
     # tonic names the folder after the class.
-    kind = of_tonic if options.download else type(name, (of_tonic,), {"download": refuse})
+    kind = of_tonic if download else type(name, (of_tonic,), {"download": refuse})
     part = {"train": split == "train"} if "train" in inspect.signature(of_tonic.__init__).parameters else {}
     said = io.StringIO()
     try:
@@ -198,13 +200,13 @@ def _class_names(name: str, parts: Mapping[str, Any]) -> dict[Any, str]:
     return {text: str(text) for text in sorted(found, key=str)}
 
 
-def _sensor(samples: Any, options: TonicOptions) -> Sensor:
+def _sensor(name: str, samples: Any, options: TonicOptions) -> Sensor:
     if options.sensor is not None:
         height, width = map(int, options.sensor.split("x"))
         return height, width
     size = getattr(samples, "sensor_size", None)
     if not isinstance(size, tuple) or len(size) != 3 or not all(isinstance(side, int) for side in size):
-        raise SourceError(f"tonic does not state the sensor of {options.data_set}; set --option sensor=HxW")
+        raise SourceError(f"tonic does not state the sensor of {name}; set --option sensor=HxW")
     return size[1], size[0]
 
 
