@@ -117,9 +117,9 @@ def reproduce(plan: ReproductionPlan, options: Options, console: Console) -> Rep
         raise UserError(f"no row of {plan.table.name} can run at scale {plan.scale}: {reasons}")
     placed = [key for key in options.data if key in ("data.root", "data.store")]
     if len(by_recipe) > 1 and placed:
-        groups = ", ".join(dict.fromkeys(entry.group.name for rows in by_recipe.values() for entry in rows))
+        several = ", ".join(dict.fromkeys(entry.group.name for rows in by_recipe.values() for entry in rows))
         raise UserError(
-            f"{placed[0]} names one data set, but these rows need several ({groups}); select rows with --only "
+            f"{placed[0]} names one data set, but these rows need several ({several}); select rows with --only "
             "'GROUP*', or prepare each store in the stores directory first (`spikefleet data prepare`)"
         )
     groups: dict[str, _Group] = {}
