@@ -1,7 +1,8 @@
-"""reproduce, tables."""
+"""reproduce, tables, evidence."""
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from spikefleet.cli.parameters import (
     Address,
     AsJson,
     CpusPerWorker,
+    Force,
     GpusPerWorker,
     Overrides,
     RunsDir,
@@ -23,7 +25,8 @@ from spikefleet.cli.parameters import (
 )
 from spikefleet.cli.tables import number, print_table, text
 from spikefleet.cli.tuning import resumable, split_overrides
-from spikefleet.outputs import check_place
+from spikefleet.errors import UserError
+from spikefleet.outputs import check_outputs, check_place
 from spikefleet.reproduction.scales import Scale
 from spikefleet.status import waiting
 
@@ -129,3 +132,50 @@ def tables(as_json: AsJson = False) -> None:
         return
     cells = [(one.name, f"{one.title} ({one.paper})", str(count), ", ".join(scales)) for one, count, scales in rows]
     print_table(console, ["table", text("what it shows"), number("rows"), text("scales")], cells)
+
+
+@app.command()
+def evidence(
+    results: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory of recorded results (`spikefleet reproduce --results`). By default those that come with "
+            "the package."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The page, in Markdown.")] = Path("EVIDENCE.md"),
+    plots: Annotated[
+        Path | None, typer.Option(help="Directory of its plots. By default `evidence`, beside the page.")
+    ] = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what holds of the papers' claims: a page with verdicts, intervals and plots from recorded results.
+
+    Trains nothing. Each claim compares rows of a table over seeds; what was not run is listed with its command.
+    """
+    check_outputs([out], inputs=[] if results is None else [results], force=force)
+    with loading("torch", messages(as_json)):
+        from spikefleet.reproduction.depth_gradients import DepthGradients
+        from spikefleet.reproduction.evidence import collect_evidence
+        from spikefleet.reproduction.evidence_page import as_verdicts, write_evidence
+        from spikefleet.reproduction.results import shipped_results
+
+    if results is not None and not results.is_dir():
+        raise UserError(f"--results {results} is not a directory; record results by `spikefleet reproduce --results`")
+    place = out.parent / "evidence" if plots is None else plots
+    check_place(place, "--plots")
+    read_from = shipped_results() if results is None else results
+    found = collect_evidence(read_from)
+    words = ["spikefleet", "evidence"] + (["--results", str(results)] if results is not None else [])
+    words += (["--out", str(out)] if out != Path("EVIDENCE.md") else []) + (["--plots", str(plots)] if plots else [])
+    drawn = write_evidence(found, DepthGradients.read(read_from), out, place, shlex.join(words))
+    if as_json:
+        print_json({"page": str(out), "plots": [str(path) for path in drawn], "verdicts": as_verdicts(found)})
+        return
+    rows = [(one["table"], one["scale"], one["claim"], one["verdict"]) for one in as_verdicts(found) if one["run"]]
+    if rows:
+        print_table(console, ["table", "scale", text("claim"), "verdict"], rows)
+    else:
+        say("no training is recorded yet")
+    say(f"page: {out}")

@@ -6,6 +6,7 @@ Zhang et al. (Front. Neurosci. 2023) explain by gradients why Spiking ResNet doe
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,8 +16,9 @@ from typing import Any, Self
 
 from spikefleet.config.recipes import load_config
 from spikefleet.errors import UserError
-from spikefleet.files import read_json_object, write_json
+from spikefleet.files import read_json_object
 from spikefleet.training.gradient_check import check_gradients, noise_batch
+from spikefleet_tune.atomic import write_atomically
 
 GRADIENTS = "depth_gradients.json"
 """File name beside recorded results."""
@@ -81,8 +83,10 @@ class DepthGradients:
         }
 
     def write(self, folder: Path) -> Path:
-        """Writes the file of a folder of recorded results."""
-        write_json(folder / GRADIENTS, asdict(self))
+        """Writes the file of a folder of recorded results, one measurement a line."""
+        head = {"recipe": self.recipe, "overrides": dict(self.overrides), "code_version": self.code_version}
+        rows = ",\n".join(json.dumps(asdict(row)) for row in self.rows)
+        write_atomically(folder / GRADIENTS, f'{json.dumps(head)[:-1]}, "rows": [\n{rows}\n]}}\n')
         return folder / GRADIENTS
 
     @classmethod
