@@ -82,6 +82,7 @@ def test_the_digest_tells_another_configuration_apart_and_no_other_spelling() ->
         ("data show x", "'data' cannot be submitted; expected one of train, tune, reproduce, retrain, data prepare"),
         ("predict m a.png", "'predict' cannot be submitted"),
         ("train digits --runs-dir runs", "--runs-dir 'runs' is relative to a directory of this machine"),
+        ("reproduce sg_resnet_table9 --results results", "--results 'results' is relative"),
         ("train digits --stores-dir=stores", "--stores-dir 'stores' is relative"),
         ("train digits data.root=images", "data.root 'images' is relative"),
         ("train digits data.store=s3://me:secret@bucket/x", "data.store holds a password"),

@@ -29,6 +29,7 @@ from spikefleet_pipelines.transforms.batch_transform import Targets
 from spikefleet_tune.messages import counted
 
 if TYPE_CHECKING:
+    from spikefleet.tasks.mistakes import Confusion, Mistake
     from spikefleet.tasks.per_image import Results
 
 EVALUATION = "evaluation.json"
@@ -117,10 +118,15 @@ class Task(ABC, Generic[Prediction, Target]):
     def predict(self, network: nn.Module, batch: Batch) -> list[Prediction]:
         """One prediction for each sample of a batch."""
 
-    def hits_over_time(self, network: nn.Module, batch: Batch) -> torch.Tensor | None:
+    def hits_over_time(self, network: nn.Module, batch: Batch, still_images: bool = False) -> torch.Tensor | None:
         """How many samples of an evaluation batch are right after each of the T time steps, int64 `[T]`.
 
         None for a task, a network or a batch that has no answer before the last step.
+
+        Args:
+            network: in evaluation mode.
+            batch: on the network's device.
+            still_images: answer for images too, which the network sees at each step; else for frames alone.
         """
         return None
 
@@ -229,6 +235,38 @@ class TaskReport(ABC, Generic[Prediction, Target]):
         from spikefleet import plots
 
         plots.image_grid(images, [""] * len(images), [None] * len(images), path)
+
+    def confusion(
+        self, details: Mapping[str, Any], predictions: Sequence[Prediction], targets: Sequence[Target]
+    ) -> Confusion | None:
+        """What was taken for what; None for a task that has no such counts.
+
+        Args:
+            details: of these predictions.
+            predictions: one for each sample.
+            targets: one for each sample.
+        """
+        return None
+
+    def mistakes(self, predictions: Sequence[Prediction], targets: Sequence[Target], most: int) -> list[Mistake]:
+        """The samples that the network has most wrong, the worst first; none by default."""
+        return []
+
+    def mistaken_images(
+        self, image: torch.Tensor, prediction: Prediction, target: Target
+    ) -> list[tuple[str, torch.Tensor]]:
+        """How a mistake is shown: captions and images, uint8 `[C, H, W]`; by default the image as it is.
+
+        Args:
+            image: uint8 `[C, H, W]`.
+            prediction: of the image.
+            target: of the image.
+        """
+        return [("", image)]
+
+    def size_table(self, details: Mapping[str, Any]) -> list[tuple[str, ...]]:
+        """Metrics by the size of what is looked for; the first row is the header. Empty for a task without sizes."""
+        return []
 
     def table(self, details: Mapping[str, Any]) -> list[tuple[str, ...]]:
         """A table of the details, by class if there are classes; the first row is the header."""
