@@ -167,7 +167,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory, stores_dir: Path) -> Path:
     """A runs directory with a run that was interrupted after its first epoch."""
     folder = tmp_path_factory.mktemp("stopped")
     store, run = Store.open(stores_dir / "digits"), Run(folder / "limited")
-    config = load_config("digits", {**TINY, "train.max_minutes": 1e-6})
+    config = load_config("digits", {**TINY, "train.max_minutes": 1e-6, "cluster.workers": 0})
     run.begin(config, DataSummary.of(store.manifest))
     train(config, store, run.path, ProcessGroup.single(), NullSink())
     run.note(status="interrupted", signal="SIGINT")

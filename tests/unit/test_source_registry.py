@@ -55,7 +55,21 @@ def outside(monkeypatch: pytest.MonkeyPatch) -> Source:
 
 
 def test_sources_of_images_and_of_events() -> None:
-    images = ["digits", "fashion_mnist", "cifar10", "cifar100", "image_folder", "scenes", "coco", "yolo", "voc", "csv"]
+    images = [
+        "digits",
+        "fashion_mnist",
+        "cifar10",
+        "cifar100",
+        "image_folder",
+        "scenes",
+        "coco",
+        "yolo",
+        "voc",
+        "csv",
+        "parquet",
+        "webdataset",
+        "npz",
+    ]
     events = [
         "saccades",
         "first_digit",

@@ -190,7 +190,7 @@ def choose_part(
         groups: of each image; images of a group stay together too, under the least of their digests.
     """
     members: dict[bytes, list[int]] = defaultdict(list)
-    for row, digest in enumerate(digests if groups is None else _least_of_group(digests, groups)):
+    for row, digest in enumerate(digests if groups is None else _least_together(digests, groups)):
         members[digest].append(row)
     by_stratum: dict[int, list[bytes]] = defaultdict(list)
     for digest, rows in members.items():
@@ -207,11 +207,21 @@ def choose_part(
     return chosen
 
 
-def _least_of_group(digests: Sequence[bytes], groups: Sequence[bytes]) -> list[bytes]:
-    least: dict[bytes, bytes] = {}
+def _least_together(digests: Sequence[bytes], groups: Sequence[bytes]) -> list[bytes]:
+    """For each image, the least digest of all that stay together with it: through its group, through equal images."""
+    above: dict[bytes, bytes] = {}
+
+    def top(digest: bytes) -> bytes:
+        while (over := above.setdefault(digest, digest)) != digest:
+            above[digest] = above[over]
+            digest = over
+        return digest
+
+    first: dict[bytes, bytes] = {}
     for digest, group in zip(digests, groups, strict=True):
-        least[group] = min(digest, least.get(group, digest))
-    return [least[group] for group in groups]
+        one, other = top(digest), top(first.setdefault(group, digest))
+        above[max(one, other)] = min(one, other)
+    return [top(digest) for digest in digests]
 
 
 def _copy(store: Store, split: str, name: str, rows: NDArray[np.int64] | None, writer: StoreWriter) -> None:

@@ -32,6 +32,9 @@ _OTHER_NAMES = {
     **dict.fromkeys(("yolov5", "yolov8", "yolo11", "ultralytics", "darknet", "coco8", "coco128"), "yolo"),
     **dict.fromkeys(("pascal", "pascal_voc", "labelimg"), "voc"),
     **dict.fromkeys(("tsv", "file_list", "retinanet"), "csv"),
+    **dict.fromkeys(("huggingface", "hf", "datasets"), "parquet"),
+    **dict.fromkeys(("wds", "tar"), "webdataset"),
+    **dict.fromkeys(("medmnist", "numpy"), "npz"),
     **dict.fromkeys(("imagefolder", "folder", "imagenet"), "image_folder"),
 }
 """Names that people try for formats that a source reads."""
@@ -136,13 +139,19 @@ def show_store(
         Path | None, typer.Option(help="File for a grid of rows, a PNG: images with boxes, or events over time.")
     ] = None,
     rows: Annotated[int | None, typer.Option("--n", min=1, max=64, help="Rows in the grid; 8 if not given.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of the grid; train if not given.")] = None,
     force: Force = False,
     as_json: AsJson = False,
     stores_dir: StoresDir = Path("stores"),
 ) -> None:
-    """Verify every shard of a store and print what it holds; draw some of it."""
+    """Verify every shard of a store and print what it holds; draw some of it.
+
+    `spikefleet data audit` draws class balance and sizes, and finds near-duplicates between splits.
+    """
     if rows is not None and out is None:
         raise UserError(f"--n {rows} is the number of rows in a grid; name its file with --out FILE.png")
+    if split is not None and out is None:
+        raise UserError(f"--split {split} is the split of a grid; name its file with --out FILE.png")
     if out is not None and out.suffix.lower() != ".png":
         raise UserError(f"--out {out} must end in .png")
     with loading("torch", stderr):
@@ -159,8 +168,8 @@ def show_store(
         from spikefleet.data_grid import draw_rows
 
         with waiting(stderr, f"drawing {out}"):
-            split = draw_rows(opened, rows or _SHOWN_ROWS, out)
-        print_line(stderr, f"rows of {split}: {out}")
+            drawn = draw_rows(opened, rows or _SHOWN_ROWS, out, split)
+        print_line(stderr, f"rows of {drawn}: {out}")
 
 
 @data_app.command("split")

@@ -23,6 +23,7 @@ from spikefleet.cli.parameters import (
 )
 from spikefleet.cli.tables import number, print_table, text
 from spikefleet.cli.tuning import resumable, split_overrides
+from spikefleet.outputs import check_place
 from spikefleet.reproduction.scales import Scale
 from spikefleet.status import waiting
 
@@ -44,6 +45,13 @@ def reproduce(
     only: Annotated[str, typer.Option(help="Rows whose name (or 'GROUP: NAME') matches this pattern.")] = "*",
     report_only: Annotated[bool, typer.Option("--report-only", help="Train nothing; report what is there.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed trainings again, once.")] = False,
+    results: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory of recorded results, a Parquet file for each recipe and scale: trainings in it are not run "
+            "again, though their runs are elsewhere, and new ones are added after each recipe."
+        ),
+    ] = None,
     workers: TrialWorkers = None,
     cpus_per_worker: CpusPerWorker = None,
     gpus_per_worker: GpusPerWorker = None,
@@ -65,6 +73,7 @@ def reproduce(
     at = chosen.scale(scale)
     where = messages(as_json)
     with loading("torch and Ray", where):
+        from spikefleet.reproduction.plan import ReproductionPlan
         from spikefleet.reproduction.report import (
             REPORT,
             as_data,
@@ -73,12 +82,16 @@ def reproduce(
             remarks,
             write_reproduction,
         )
-        from spikefleet.reproduction.reproduce import ReproductionPlan, reproduce, track_reproduction
+        from spikefleet.reproduction.reproduce import reproduce, track_reproduction
         from spikefleet.runs.options import Options
 
     given = {"workers": workers, "cpus_per_worker": cpus_per_worker, "gpus_per_worker": gpus_per_worker}
     changed = {key: value for key, value in given.items() if value is not None}
-    plan = ReproductionPlan(chosen, at, seeds, only, fixed, changed, retry_failed=retry_failed, train=not report_only)
+    if results is not None:
+        check_place(results, "--results")
+    plan = ReproductionPlan(
+        chosen, at, seeds, only, fixed, changed, retry_failed=retry_failed, train=not report_only, results=results
+    )
     options = Options(runs_dir, stores_dir, address, verbose, data)
     with resumable():
         found = reproduce(plan, options, where)

@@ -167,6 +167,7 @@ def train_on_ray(
         )
         while True:
             attempt = new_attempt(run_dir)
+            watched.attempt = attempt
             arguments = WorkerArguments(
                 config.dump(),
                 store.absolute_location,

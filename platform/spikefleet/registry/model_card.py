@@ -93,6 +93,7 @@ def _sections(package: Path, metadata: Mapping[str, Any]) -> dict[str, Iterator[
         "Data": _data(data, tags),
         "Metrics": _metrics(_mapping(metadata.get("metrics")), _read(package / EVALUATION)),
         "Energy": _energy(_mapping(metadata.get("metrics")), _read(package / ENERGY)),
+        "Latency": _latency(_mapping(metadata.get("metrics")), tags),
         "Proof": _proof(tags),
         "Configuration": _configuration(config),
         "Lineage": _lineage(metadata, tags),
@@ -170,6 +171,14 @@ def _energy(metrics: Mapping[str, Any], energy: Mapping[str, Any]) -> Iterator[s
         yield f"* {one_line(str(constants['source']))}; estimated from counted operations, not measured on a chip."
     if {"timesteps", "bound", "images"} <= energy.keys():
         yield f"* T = {energy['timesteps']}, D = {energy['bound']}; rates of {energy['images']} images."
+
+
+def _latency(metrics: Mapping[str, Any], tags: Mapping[str, str]) -> Iterator[str]:
+    if (value := metrics.get("latency_ms")) is None:
+        yield "Not measured."
+        return
+    yield f"* {float(value):.4g} ms for an image alone, in fp32 ({one_line(tags.get('latency_device', '-'))})."
+    yield "* It holds on that device with that number of threads; measure it again on yours."
 
 
 def _proof(tags: Mapping[str, str]) -> Iterator[str]:

@@ -28,6 +28,7 @@ _LEFT_OUT = (
     "spikefleet.plots",
     "spikefleet.tasks.event_details",
     "spikefleet.tasks.event_metrics",
+    "spikefleet.tasks.mistakes",
     "spikefleet.tasks.per_image",
     "spikefleet_pipelines.sources",
     "spikefleet_pipelines.store",

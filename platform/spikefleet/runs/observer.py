@@ -9,6 +9,7 @@ from typing import Any
 
 from spikefleet.certificates.certify import Certificates
 from spikefleet.certificates.energy_card import ENERGY, read_card
+from spikefleet.certificates.latency import LATENCY_MS
 from spikefleet.config.schema import Config, leaves
 from spikefleet.plugins import loaded_plugins
 from spikefleet.registry.version import SPIKE_DRIVEN
@@ -161,7 +162,8 @@ class RunObserver:
 
     def finish(self, outcome: Outcome, certificates: Certificates, config: Config) -> None:
         """Logs the final metrics, the files of the run's report, and the description with the results."""
-        self._tracker.log_metrics({**outcome.reported, "energy_mj": certificates.energy_mj}, step=outcome.steps)
+        costs = {"energy_mj": certificates.energy_mj, LATENCY_MS: certificates.latency.median_ms}
+        self._tracker.log_metrics({**outcome.reported, **costs}, step=outcome.steps)
         if self._unshown:
             self._tracker.show_table(self._unshown, LAYERS)
         self._tracker.set_tags({ENDED: outcome.ended.why if outcome.ended else ""})

@@ -9,6 +9,7 @@ from pathlib import Path
 from spikefleet import registry
 from spikefleet.certificates.certify import Certificates
 from spikefleet.certificates.drift_reference import REFERENCE
+from spikefleet.certificates.latency import LATENCY_MS
 from spikefleet.certificates.reference_measurement import reference_of
 from spikefleet.config.schema import Config
 from spikefleet.data_summary import DataSummary
@@ -38,7 +39,7 @@ def register_run(
     validation: Mapping[str, float],
     test: Mapping[str, float],
 ) -> RegisteredVersion:
-    """Registers the best checkpoint of a run with its spike check and its energy card.
+    """Registers the best checkpoint of a run with its spike check, its energy card and its latency.
 
     Args:
         config: of the run.
@@ -74,11 +75,13 @@ def register_run(
             **({"segments": segments} if (segments := segments_of(run)) else {}),
             SPIKE_DRIVEN: certificates.verdict,
             **certificates.legs,
+            "latency_device": certificates.latency.where,
         },
         metrics={
             **{f"val/{name}": value for name, value in validation.items()},
             **{f"test/{name}": value for name, value in test.items()},
             "energy_mj": certificates.energy_mj,
+            LATENCY_MS: certificates.latency.median_ms,
         },
         run_id=run_id,
         tracking_uri=tracking_uri,

@@ -54,6 +54,7 @@ from spikefleet.training.fine_tuning import check_names
 from spikefleet.training.loop import BeforeStep, Outcome, train
 from spikefleet.training.memory import check_memory
 from spikefleet.training.mirror import Mirror
+from spikefleet.training.mirror_owner import Owner, refuse_other
 from spikefleet.training.splits import prepare_parts
 from spikefleet.training.stopping import TrainingStopped
 from spikefleet_models.families import build_model
@@ -146,7 +147,7 @@ def _run(
         _check_names_of_modules(config)
         shape = DataSummary.of(store.manifest).input_shape(config.data.transform)
         if config.checkpoint.mirror is not None:
-            Mirror(config.checkpoint.mirror, run.name)
+            _refuse_mirror_of_another(config.checkpoint.mirror, run)
         check_memory(config, shape, local=options.address is None)
         prepare_parts(config, store, ProcessGroup(0, max(1, config.cluster.workers), torch.device("cpu")))
         if options.promote and not run.record().get("registered"):
@@ -283,12 +284,21 @@ def _train_tracked(
     return tracker.run_url
 
 
+def _refuse_mirror_of_another(uri: str, run: Run) -> None:
+    """Raises UserError for a mirror that cannot be one, or that another run writes, before anything is started."""
+    mirror = Mirror(uri, run.name)
+    with suppress(OSError):  # the hosts of the workers may have an access that this machine lacks
+        refuse_other(mirror.owner(), Owner.of(run.path), mirror.where, empty=run.checkpoints.latest() is None)
+
+
 def _mirror_report(config: Config, run: Run, console: Console) -> None:
     """Copies the report to `checkpoint.mirror`; a mirror that does not take it is named, and fails no run."""
     if config.checkpoint.mirror is None:
         return
     try:
-        Mirror(config.checkpoint.mirror, run.name).keep_report(run.path / "report")
+        mirror = Mirror(config.checkpoint.mirror, run.name)
+        refuse_other(mirror.owner(), Owner.of(run.path), mirror.where, empty=False)
+        mirror.keep_report(run.path / "report")
     except (OSError, UserError) as error:
         print_line(console, f"checkpoint.mirror={config.checkpoint.mirror} did not take the report: {error}")
 

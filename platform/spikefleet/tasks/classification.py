@@ -23,6 +23,7 @@ from spikefleet_pipelines.loading import Batch
 if TYPE_CHECKING:
     import pandas as pd
 
+    from spikefleet.tasks.mistakes import Confusion, Mistake
     from spikefleet.tasks.per_image import Answers
 
 OVER_TIME = "over_time.png"
@@ -97,10 +98,10 @@ class Classification(Task[Ranking, int]):
         return [Ranking(tuple(classes), tuple(values)) for classes, values in rows]
 
     @torch.no_grad()
-    def hits_over_time(self, network: nn.Module, batch: Batch) -> torch.Tensor | None:
-        """Of networks with `forward_over_time` on frames of events."""
+    def hits_over_time(self, network: nn.Module, batch: Batch, still_images: bool = False) -> torch.Tensor | None:
+        """Of networks with `forward_over_time`, on frames of events; on images where they are asked for."""
         answer = getattr(network, "forward_over_time", None)
-        if answer is None or batch.images.ndim != 5:
+        if answer is None or (batch.images.ndim != 5 and not still_images):
             return None
         assert isinstance(batch.targets, torch.Tensor)
         logits: torch.Tensor = answer(batch.network_input)  # [T, B, K]
@@ -275,6 +276,22 @@ class ClassificationReport(TaskReport[Ranking, int]):
             ),
         ]
 
+    def confusion(
+        self, details: Mapping[str, Any], predictions: Sequence[Ranking], targets: Sequence[int]
+    ) -> Confusion:
+        """Images by their class and by the class that was answered."""
+        from spikefleet.tasks.mistakes import Confusion
+
+        counts = np.array(details["confusion"], dtype=np.int64)
+        return Confusion(self.class_names, counts, "images: their class in rows, the answer in columns")
+
+    def mistakes(self, predictions: Sequence[Ranking], targets: Sequence[int], most: int) -> list[Mistake]:
+        """The images whose class is answered wrongly, the surest answer first."""
+        from spikefleet.tasks.mistakes import wrong_answers
+
+        answers = [one.classes[0] for one in predictions]
+        return wrong_answers(answers, [one.probabilities[0] for one in predictions], targets, self.class_names, most)
+
     def answer(self, prediction: Ranking) -> dict[str, Any]:
         """`classes`: name and probability of the most likely classes."""
         return {
@@ -283,6 +300,15 @@ class ClassificationReport(TaskReport[Ranking, int]):
                 for k, p in zip(prediction.classes, prediction.probabilities, strict=True)
             ]
         }
+
+    def csv_columns(self) -> tuple[str, ...]:
+        """The most likely class, and its probability."""
+        return ("class", "probability")
+
+    def csv_rows(self, answer: Mapping[str, Any]) -> list[tuple[object, ...]]:
+        """One row."""
+        best = answer["classes"][0]
+        return [(best["name"], best["probability"])]
 
     def answer_table(self, answers: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
         """The most likely class of each image, and the next two."""

@@ -7,6 +7,7 @@ travels with each registered version: what draws and what measures is imported w
 from __future__ import annotations
 
 import importlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from spikefleet_pipelines.transforms.batch_transform import Targets
 from spikefleet_tune.messages import counted
 
 if TYPE_CHECKING:
+    from spikefleet.tasks.mistakes import Confusion, Mistake
     from spikefleet.tasks.per_image import Results
 
 EVALUATION = "evaluation.json"
@@ -66,6 +68,9 @@ class Task(ABC, Generic[Prediction, Target]):
 
     any_size: bool = False
     """Whether the task takes images of any size; if not, they are resized to that of the training images."""
+
+    finds_boxes: bool = False
+    """Whether a prediction is a `FoundBoxes`, of which crops, files of labels and merged tiles can be made."""
 
     @classmethod
     @abstractmethod
@@ -117,10 +122,15 @@ class Task(ABC, Generic[Prediction, Target]):
     def predict(self, network: nn.Module, batch: Batch) -> list[Prediction]:
         """One prediction for each sample of a batch."""
 
-    def hits_over_time(self, network: nn.Module, batch: Batch) -> torch.Tensor | None:
+    def hits_over_time(self, network: nn.Module, batch: Batch, still_images: bool = False) -> torch.Tensor | None:
         """How many samples of an evaluation batch are right after each of the T time steps, int64 `[T]`.
 
         None for a task, a network or a batch that has no answer before the last step.
+
+        Args:
+            network: in evaluation mode.
+            batch: on the network's device.
+            still_images: answer for images too, which the network sees at each step; else for frames alone.
         """
         return None
 
@@ -234,6 +244,38 @@ class TaskReport(ABC, Generic[Prediction, Target]):
 
         plots.image_grid(images, [""] * len(images), [None] * len(images), path)
 
+    def confusion(
+        self, details: Mapping[str, Any], predictions: Sequence[Prediction], targets: Sequence[Target]
+    ) -> Confusion | None:
+        """What was taken for what; None for a task that has no such counts.
+
+        Args:
+            details: of these predictions.
+            predictions: one for each sample.
+            targets: one for each sample.
+        """
+        return None
+
+    def mistakes(self, predictions: Sequence[Prediction], targets: Sequence[Target], most: int) -> list[Mistake]:
+        """The samples that the network has most wrong, the worst first; none by default."""
+        return []
+
+    def mistaken_images(
+        self, image: torch.Tensor, prediction: Prediction, target: Target
+    ) -> list[tuple[str, torch.Tensor]]:
+        """How a mistake is shown: captions and images, uint8 `[C, H, W]`; by default the image as it is.
+
+        Args:
+            image: uint8 `[C, H, W]`.
+            prediction: of the image.
+            target: of the image.
+        """
+        return [("", image)]
+
+    def size_table(self, details: Mapping[str, Any]) -> list[tuple[str, ...]]:
+        """Metrics by the size of what is looked for; the first row is the header. Empty for a task without sizes."""
+        return []
+
     def table(self, details: Mapping[str, Any]) -> list[tuple[str, ...]]:
         """A table of the details, by class if there are classes; the first row is the header."""
         return [("metric", "value"), *((name, f"{value:.4g}") for name, value in details["metrics"].items())]
@@ -246,6 +288,14 @@ class TaskReport(ABC, Generic[Prediction, Target]):
         """A table of answers, each with the path of its `image`; the first row is the header."""
         header = tuple(answers[0]) if answers else ("image",)
         return [header, *(tuple(str(answer[key]) for key in header) for answer in answers)]
+
+    def csv_columns(self) -> tuple[str, ...]:
+        """Names of the columns of `csv_rows`."""
+        return ("answer",)
+
+    def csv_rows(self, answer: Mapping[str, Any]) -> list[tuple[object, ...]]:
+        """What `answer` returned, as rows of a CSV file; at least one, so that each image is in it."""
+        return [(json.dumps(answer),)]
 
     def write(
         self,

@@ -145,8 +145,7 @@ def _train(
     task, splits, plan = prepare_parts(config, store, group)
     state = TrainingState(config, group, store.manifest.content_hash, plan.steps_per_epoch)
     folder = CheckpointFolder(run_dir / "checkpoints")
-    if group.is_main:
-        sink = mirrored(config.checkpoint.mirror, run_dir, sink)
+    sink = mirrored(config.checkpoint.mirror, run_dir, group, sink, config.train.epochs)
     _resume(state, task, folder, sink)
     if splits.val is None:
         sink.emit(Note("the data have no validation split: the last epoch is reported, no checkpoint is selected"))
