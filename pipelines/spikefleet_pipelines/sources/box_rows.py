@@ -71,7 +71,7 @@ def boxed_contents(
         objects += sum(len(image.boxes) for image in found)
     grouped = any(image.group is not None for found in splits.values() for image in found)
     groups = {
-        split: [image.group or "" for image in found]
+        split: [image.group or path_below(root, image.path) for image in found]
         if grouped
         else group_names(source, [path_below(root, image.path) for image in found], options.group)
         for split, found in splits.items()
