@@ -16,6 +16,8 @@ from spikefleet.training.events import CheckpointSaved, Event, EventSink, Note
 
 _CHECKPOINTS = "checkpoints"
 _REPORT = "report"
+_CHUNK = 16 << 20
+"""Bytes that are read at once: each read of an object is a request."""
 
 
 class Mirror:
@@ -78,7 +80,7 @@ class Mirror:
                     self._files.open_input_stream(entry.path) as source,
                     (partial / entry.base_name).open("wb") as file,
                 ):
-                    shutil.copyfileobj(source, file)
+                    shutil.copyfileobj(source, file, _CHUNK)
             verify_checkpoint(partial)
             partial.replace(folder.folder / name)
         return found
@@ -91,7 +93,7 @@ class Mirror:
                     path.open("rb") as file,
                     self._files.open_output_stream(f"{self._place}/{to}/{path.name}") as target,
                 ):
-                    shutil.copyfileobj(file, target)
+                    shutil.copyfileobj(file, target, _CHUNK)
 
     def _remove(self, folder: str) -> None:
         if self._read(f"{folder}/{MANIFEST}") is not None:
