@@ -81,11 +81,12 @@ class GradientFlow:
 
         return record
 
-    def layers(self, learning_rate: float) -> list[LayerGradient]:
+    def layers(self, learning_rate: float, adaptive: bool = False) -> list[LayerGradient]:
         """One row for each layer whose weights have a gradient, in the order of first calls.
 
         Args:
             learning_rate: of the optimizer step whose size is asked for; times the factor of gradient clipping.
+            adaptive: the optimizer is Adam, see `largest_relative_step`.
         """
         rates = {row["layer"]: row["rate"] for row in self._monitor.table()}
         feeds = self._neurons_fed()
@@ -98,7 +99,8 @@ class GradientFlow:
             if norms is not None:
                 gradient, weight = norms
                 rate = rates.get(feeds.get(name, ""))
-                found.append(LayerGradient(name, gradient, weight, _step(gradient, weight, learning_rate), rate))
+                length = _adam_norm(_weights(modules[name])) if adaptive else gradient
+                found.append(LayerGradient(name, gradient, weight, _step(length, weight, learning_rate), rate))
         return found
 
     def _neurons_fed(self) -> dict[str, str]:
@@ -153,15 +155,24 @@ def _compared(layers: Sequence[LayerGradient], trunk: tuple[str, ...]) -> list[L
     return [row for row in rows if row.firing_rate is not None] or rows
 
 
-def largest_relative_step(network: nn.Module, learning_rate: float) -> tuple[str, float] | None:
-    """Find the layer that the next SGD step changes most, relative to its weights; None without gradients.
+def largest_relative_step(network: nn.Module, learning_rate: float, adaptive: bool = False) -> tuple[str, float] | None:
+    """Find the layer that the next optimizer step changes most, relative to its weights; None without gradients.
 
     Costs one pass over weights and gradients, and one copy to the host.
+
+    Args:
+        network: with the gradients of the step.
+        learning_rate: of the step.
+        adaptive: the optimizer is Adam, whose first step moves each weight that has a gradient by the learning rate,
+            and whose later steps hardly exceed that; otherwise SGD, momentum left out.
     """
     named = [(name, p) for name, p in network.named_parameters() if p.ndim > 1 and p.grad is not None]
     if not named:
         return None
-    gradients = torch.stack([p.grad.detach().norm() for _, p in named if p.grad is not None]).tolist()
+    if adaptive:
+        gradients = [_adam_norm([p]) for _, p in named]
+    else:
+        gradients = torch.stack([p.grad.detach().norm() for _, p in named if p.grad is not None]).tolist()
     weights = torch.stack([p.detach().norm() for _, p in named]).tolist()
     steps = [_step(gradient, weight, learning_rate) for gradient, weight in zip(gradients, weights, strict=True)]
     largest = max(range(len(steps)), key=steps.__getitem__)
@@ -178,6 +189,11 @@ def _norms(weights: Iterable[nn.Parameter]) -> tuple[float, float] | None:
     if not trained:
         return None
     return _norm([gradient for gradient, _ in trained]), _norm([weight.detach() for _, weight in trained])
+
+
+def _adam_norm(weights: Iterable[nn.Parameter]) -> float:
+    """Length of Adam's first step over its learning rate: the sign of each gradient."""
+    return math.sqrt(sum(int(weight.grad.count_nonzero()) for weight in weights if weight.grad is not None))
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:

@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from spikefleet_models.family import ModelConfig
 from spikefleet_models.neuron_config import NeuronConfig
-from spikefleet_models.sg_resnet_config import check_asd_reductions
+from spikefleet_models.residual_config import GatedResidualConfig
 from spikefleet_models.shortcut_config import ShortcutConfig
 
 if TYPE_CHECKING:
@@ -19,10 +18,9 @@ _NARROW: Mapping[str, Any] = {"channels": (32,) * 7}
 _SEW: Mapping[str, Any] = {"connection": "add", "decoder": "rate"}
 
 
-class SevenBNetConfig(ModelConfig):
+class SevenBNetConfig(GatedResidualConfig):
     """Seven residual blocks for event frames; the defaults are the wide network for DVS-CIFAR10."""
 
-    task: ClassVar[str] = "classification"
     trunk: ClassVar[tuple[str, ...]] = ("blocks.", "widenings.")
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         # Zhang et al. 2023, DVS-CIFAR10, where the width is not stated; Fang et al. 2021 call it Wide-7B-Net.
@@ -37,73 +35,29 @@ class SevenBNetConfig(ModelConfig):
     channels: tuple[int, ...] = Field(
         (64, 64, 64, 64, 128, 128, 128), min_length=1, description="Channels of each block."
     )
-    connection: Literal["bsg", "bsg_star", "add", "and", "iand", "post_add", "ann"] = Field(
-        "bsg", description="How a block combines with its shortcut; ann is the ANN twin."
-    )
-    gate_gradient: Literal["exact", "literal"] = Field(
-        "exact",
-        description="Gradient of BSG and BSG* to H: that of the gate's Boolean function, or of the formula as written.",
-    )
-    gate_threshold: float = Field(0.5, gt=0.0, le=1.0, description="thr of BSG*; the gate is initially H.")
-    decoder: Literal["asd", "rate"] = Field("asd", description="Attention spike decoder or firing rate.")
-    asd_channel_reduction: int = Field(16, ge=1, description="r of the ASD's channel attention.")
-    asd_temporal_reduction: int = Field(1, ge=1, description="r_t of the ASD's temporal attention.")
     neuron: NeuronConfig = Field(
         default_factory=lambda: NeuronConfig(kind="plif"), description="Every spiking neuron of the network."
     )
     timesteps: int = Field(16, ge=1, description="Time steps T, slices of a recording; the ANN twin averages any.")
     in_channels: int = Field(2, ge=1, description="Channels of the event frames or images.")
-    num_classes: int = Field(10, ge=1, description="Number of classes.")
-    norm_momentum: float = Field(
-        0.1,
-        gt=0.0,
-        le=1.0,
-        description="Weight of a step's batch in batch norm's running statistics; smaller for small batches.",
-    )
-    zero_init_residual: bool = Field(
-        False,
-        description="Initialise blocks to the identity: gamma = 0 in the last batch norm; for and, a beta that fires.",
-    )
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "SevenBNetConfig":
         if min(self.channels) < 1:
             raise ValueError(f"channels={self.channels}: every block must have at least 1 channel")
-        if self.uses_asd:
-            check_asd_reductions(
-                self.asd_channel_reduction, self.channels[-1], self.asd_temporal_reduction, self.timesteps
-            )
+        self.check_decoder(self.channels[-1])
         return self
-
-    @property
-    def is_spiking(self) -> bool:
-        """False for the ANN twin."""
-        return self.connection != "ann"
-
-    @property
-    def uses_asd(self) -> bool:
-        """Whether the network has an attention spike decoder; the ANN twin never has."""
-        return self.decoder == "asd" and self.is_spiking
 
     @property
     def stage_channels(self) -> tuple[int, ...]:
         """Channels of each stage: the blocks of one width after another."""
         return tuple(channels for channels, _ in groupby(self.channels))
 
-    @property
-    def needs_all_timesteps(self) -> bool:
-        """True with weights over T in the decoder."""
-        return self.uses_asd
-
     def build(self) -> "nn.Module":
         """Build the `SevenBNet`."""
         from spikefleet_models.seven_b_net import SevenBNet
 
         return SevenBNet(self)
-
-    def twin(self) -> Self:
-        """The same configuration with `connection: ann`."""
-        return self.model_validate({**self.model_dump(), "connection": "ann"})
 
     def branch_channels(self, shortcut: ShortcutConfig) -> list[int]:
         """Output channels of all stages, or of all blocks, except the last.
@@ -113,7 +67,3 @@ class SevenBNetConfig(ModelConfig):
         """
         channels = self.stage_channels if shortcut.where == "stage" else self.channels
         return shortcut.check_branches(list(channels[:-1]))
-
-    def tags(self) -> dict[str, object]:
-        """Tags of the base class, connection, decoder and neuron."""
-        return {**super().tags(), "connection": self.connection, "decoder": self.decoder, **self.neuron.tags()}

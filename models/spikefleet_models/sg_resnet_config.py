@@ -1,12 +1,11 @@
 """The configuration of SG, SEW, Spiking and ANN ResNet, and the published members; sg_resnet.py holds the network."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from spikefleet_models.family import ModelConfig
-from spikefleet_models.neuron_config import NeuronConfig
+from spikefleet_models.residual_config import GatedResidualConfig
 from spikefleet_models.shortcut_config import ShortcutConfig
 
 if TYPE_CHECKING:
@@ -23,10 +22,9 @@ _SPIKING: Mapping[str, Any] = {"connection": "post_add", "decoder": "rate"}
 _ANN: Mapping[str, Any] = {"connection": "ann", "decoder": "rate", "timesteps": 1}
 
 
-class SGResNetConfig(ModelConfig):
+class SGResNetConfig(GatedResidualConfig):
     """A residual network; the defaults are SG ResNet18 for CIFAR-10."""
 
-    task: ClassVar[str] = "classification"
     trunk: ClassVar[tuple[str, ...]] = ("stem.", "stages.")
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         # Zhang et al. 2023. R50 decodes by rate there; the others by ASD.
@@ -58,31 +56,6 @@ class SGResNetConfig(ModelConfig):
     stem: Literal["cifar", "strided", "imagenet"] = Field(
         "cifar", description="3x3 stride 1; 3x3 stride 2, for small members; or 7x7 stride 2 and 3x3 max-pool."
     )
-    connection: Literal["bsg", "bsg_star", "add", "and", "iand", "post_add", "ann"] = Field(
-        "bsg", description="How a block combines with its shortcut; ann is the ANN twin."
-    )
-    gate_gradient: Literal["exact", "literal"] = Field(
-        "exact",
-        description="Gradient of BSG and BSG* to H: that of the gate's Boolean function, or of the formula as written.",
-    )
-    gate_threshold: float = Field(0.5, gt=0.0, le=1.0, description="thr of BSG*; the gate is initially H.")
-    decoder: Literal["asd", "rate"] = Field("asd", description="Attention spike decoder or firing rate.")
-    asd_channel_reduction: int = Field(16, ge=1, description="r of the ASD's channel attention.")
-    asd_temporal_reduction: int = Field(1, ge=1, description="r_t of the ASD's temporal attention.")
-    neuron: NeuronConfig = Field(default_factory=NeuronConfig, description="Every spiking neuron of the network.")
-    timesteps: int = Field(4, ge=1, description="Time steps T; the ANN twin always runs one.")
-    in_channels: int = Field(3, ge=1, description="Channels of the images or event frames.")
-    num_classes: int = Field(10, ge=1, description="Number of classes.")
-    norm_momentum: float = Field(
-        0.1,
-        gt=0.0,
-        le=1.0,
-        description="Weight of a step's batch in batch norm's running statistics; smaller for fewer images per worker.",
-    )
-    zero_init_residual: bool = Field(
-        False,
-        description="Initialise blocks to the identity: gamma = 0 in the last batch norm; for and, a beta that fires.",
-    )
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "SGResNetConfig":
@@ -91,10 +64,7 @@ class SGResNetConfig(ModelConfig):
         if not (STEM_CHANNELS * self.width).is_integer():
             channels = STEM_CHANNELS * self.width
             raise ValueError(f"width={self.width} gives {channels} channels; set a multiple of 1/64")
-        if self.uses_asd:
-            check_asd_reductions(
-                self.asd_channel_reduction, self.stage_channels[-1], self.asd_temporal_reduction, self.timesteps
-            )
+        self.check_decoder(self.stage_channels[-1])
         return self
 
     @property
@@ -113,30 +83,11 @@ class SGResNetConfig(ModelConfig):
         expansion = 4 if self.block == "bottleneck" else 1
         return tuple(self.base_channels * 2**stage * expansion for stage in range(len(self.stages)))
 
-    @property
-    def is_spiking(self) -> bool:
-        """False for the ANN twin."""
-        return self.connection != "ann"
-
-    @property
-    def uses_asd(self) -> bool:
-        """Whether the network has an attention spike decoder; the ANN twin never has."""
-        return self.decoder == "asd" and self.is_spiking
-
-    @property
-    def needs_all_timesteps(self) -> bool:
-        """True with weights over T in the decoder."""
-        return self.uses_asd
-
     def build(self) -> "nn.Module":
         """Build the `SGResNet`."""
         from spikefleet_models.sg_resnet import SGResNet
 
         return SGResNet(self)
-
-    def twin(self) -> Self:
-        """The same configuration with `connection: ann`."""
-        return self.model_validate({**self.model_dump(), "connection": "ann"})
 
     def branch_channels(self, shortcut: ShortcutConfig) -> list[int]:
         """Output channels of all stages, or of all blocks, except the last.
@@ -150,23 +101,3 @@ class SGResNetConfig(ModelConfig):
             for _ in range(blocks if shortcut.where == "block" else 1)
         ]
         return shortcut.check_branches(channels[:-1])
-
-    def tags(self) -> dict[str, object]:
-        """Tags of the base class, connection, decoder and neuron."""
-        return {**super().tags(), "connection": self.connection, "decoder": self.decoder, **self.neuron.tags()}
-
-
-def check_asd_reductions(channel_reduction: int, channels: int, temporal_reduction: int, timesteps: int) -> None:
-    """Check that the attention spike decoder behind the last `channels` can be built.
-
-    Raises:
-        ValueError: a reduction does not divide what it reduces.
-    """
-    if channels % channel_reduction:
-        raise ValueError(
-            f"asd_channel_reduction={channel_reduction} must divide the last stage's {channels} channels; set a divisor"
-        )
-    if timesteps % temporal_reduction:
-        raise ValueError(
-            f"asd_temporal_reduction={temporal_reduction} must divide timesteps={timesteps}; set a divisor"
-        )

@@ -11,8 +11,8 @@ change to a network or a state dict:
 
 * triton (on CUDA, where Triton is installed): kernels/triton_unit.py, which has the same contract in three launches;
   not for a neuron that keeps its state;
-* native (on the CPU, where there is a C++ compiler): kernels/native_unit.py, which has it in one call; not for a neuron
-  that keeps its state;
+* native (on the CPU, if SPIKEFLEET_KERNELS=native, where there is a C++ compiler): kernels/native_unit.py, which has it
+  in one call; not for a neuron that keeps its state;
 * lean (elsewhere): one autograd Function that saves the convolution's output z, the batch statistics and (where its
   backward reads it) the shortcut, and recomputes normalisation, membrane and spikes tile by tile in backward;
 * modules: `bn`, `neuron` and `gate` called one after the other. Used where neither of these applies: another

@@ -122,13 +122,19 @@ def _windows_of(samples: EventSamples, length_us: int, labelled: str) -> StreamW
         return equal_windows(durations, length_us, labelled)
     times = [recordings.frames(row).times for row in range(len(recordings))]
     windows = labelled_windows(durations, times, length_us)
-    starts, counted = windows.offsets, windows.frame_index != NO_FRAME
     for row, labels in enumerate(times):
-        if counted[starts[row] : starts[row + 1]].sum() < len(labels):
-            raise ValueError(
-                f"recording {row} of split {samples.name!r} has labels {int(np.diff(labels).min())} us apart, but "
-                f"windows of {length_us} us end at one label each; set a shorter data.transform.window"
-            )
+        of_row = windows.frame_index[windows.offsets[row] : windows.offsets[row + 1]]
+        left = np.setdiff1d(np.arange(len(labels)), of_row)
+        if not len(left):
+            continue
+        what = f"recording {row} of split {samples.name!r} has a label at {int(labels[left[0]])} us"
+        if labels[left[0]] == 0:
+            raise ValueError(f"{what}, before any event; leave out such labels, for no window can end there")
+        raise ValueError(
+            f"{what}, to which no window of {length_us} us belongs: one ends at the first label, the others follow it, "
+            "and each takes the label nearest to its end, less than half a window away; set a shorter "
+            "data.transform.window"
+        )
     return windows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,7 @@ def test_when_a_history_ends_a_training() -> None:
     config = load_config("digits", {"train.epochs": 9, "train.patience": 2, "train.min_delta": 0.01})
     assert last_improvement(config, history(0.1, 0.5, 0.505, 0.509)) == 2
     assert last_improvement(config, history(0.1, 0.5, 0.52, None)) == 3
+    assert last_improvement(config, history(math.nan, 0.5, 0.9)) == 3, "what is not finite is not measured"
     assert stops_early(config, history(0.1, 0.5, 0.505)) is None
     said = "stopping early after epoch 4: val/top1 has not improved by more than 0.01 since epoch 2 (train.patience=2)"
     assert stops_early(config, history(0.1, 0.5, 0.505, 0.509)) == said

@@ -110,6 +110,20 @@ def test_ranks_that_leave_fail_or_freeze_change_no_bit(
     assert_same_end(tmp_path / "run", reference)
 
 
+def test_a_kill_with_adamw_changes_no_bit(store: Path, tmp_path: Path) -> None:
+    """Its means of gradients, of their squares and its count of steps are part of the checkpoint."""
+    one_epoch = ["train.epochs=1", "cluster.workers=1", "optim.kind=adamw", "optim.lr=0.01"]
+    config = load_config("digits", parse_overrides([*SETTINGS, *one_epoch]))
+    clean = run_undisturbed(config, store, tmp_path / "clean")
+    run = run_ranks(config, store, tmp_path / "run", [kill(rank=0, step=5)])
+    assert run.finished
+    assert run.restarts == 1
+    assert run.losses == clean.losses
+    kinds = {name.rpartition("/")[2] for name in end_of(tmp_path / "run").tensors["optimizer"]}
+    assert kinds >= {"exp_avg", "exp_avg_sq", "step"}
+    assert_same_end(tmp_path / "run", tmp_path / "clean")
+
+
 def two_threads_on_rank_1() -> None:
     """What a rank on a larger host has by default."""
     torch.set_num_threads(1 + torch.distributed.get_rank())

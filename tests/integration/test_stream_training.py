@@ -119,6 +119,27 @@ def test_only_labelled_windows_are_in_the_loss(store: Store) -> None:
     assert moved, "a step without labels is part of the test"
 
 
+def test_frozen_statistics_stay_in_steps_without_labels(store: Store) -> None:
+    state, task, batches = parts(stream_config(train__global_batch=4, train__freeze=["stem"]), store)
+    kept: dict[str, bool] = {}
+    others: dict[str, bool] = {}
+    unlabelled = 0
+    for batch in batches:
+        assert batch.stream is not None
+        if (batch.stream.frame_index != NO_FRAME).any():
+            continue
+        unlabelled += 1
+        means = {name: one.clone() for name, one in state.network.named_buffers() if name.endswith("running_mean")}
+        take(state, task, batch)
+        moved = {name: not torch.equal(one, dict(state.network.named_buffers())[name]) for name, one in means.items()}
+        kept |= {name: was for name, was in moved.items() if name.startswith("stem")}
+        others |= {name: was for name, was in moved.items() if not name.startswith("stem")}
+    assert unlabelled
+    assert kept
+    assert not any(kept.values())
+    assert all(others.values()), "the others are moved on"
+
+
 def test_random_windows_beside_streams_start_fresh(store: Store) -> None:
     state, task, batches = parts(stream_config(train__stream={"mix": 0.5}), store)
     for batch in batches[:3]:

@@ -53,7 +53,7 @@ def leaking(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return prepare("image_folder", root / "raw", root / "store")
 
 
-def test_copies_in_another_form_are_found_and_nothing_else(leaking: Store) -> None:
+def test_copies_in_another_form_are_found_and_nothing_else(leaking: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = look_at_all(leaking)
     pairs = near_pairs(seen)
     digest = {d: (name, row) for name in seen for row, d in enumerate(image_digests(leaking.split(name)))}
@@ -70,6 +70,9 @@ def test_copies_in_another_form_are_found_and_nothing_else(leaking: Store) -> No
     assert [pair.correlation for pair in pairs] == sorted((pair.correlation for pair in pairs), reverse=True)
     assert {tuple(size) for size in seen["val"].sizes.tolist()} == {(64, 64), (32, 32), (62, 62)}
     assert len(near_pairs(seen, 0.5)) > len(pairs)  # the threshold acts
+    monkeypatch.setattr("spikefleet_pipelines.store.near_duplicates._MOST_PAIRS", 3)
+    with pytest.raises(StoreError, match=r"more than 3 pairs of images are alike to 0\.98, such as row"):
+        near_pairs(seen)
     for wrong in (0.0, 1.5, float("nan")):
         with pytest.raises(StoreError, match="the correlation of near-duplicates is"):
             near_pairs(seen, wrong)

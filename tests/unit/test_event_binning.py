@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.events import binning
 from spikefleet_pipelines.events.binning import count, slices_by_number, slices_by_time
 from spikefleet_pipelines.events.recording import EventArrays, Sensor
@@ -156,3 +157,10 @@ def test_a_frame_of_every_slice_is_written_even_without_events() -> None:
     assert not count(window, slices_by_time(window, 4)).any()
     assert not count(window, slices_by_number(window, 4)).any()
     assert not count(window, slices_by_time(window, 4, "spikingjelly")).any()
+
+
+def test_times_beyond_the_index_are_refused() -> None:
+    """A time in Unix microseconds would ask for an index of gigabytes."""
+    events = at_times([0, 1_700_000_000_000_000], (34, 34))
+    with pytest.raises(StoreError, match=r"the last event is at 1,700,000,000,000,000 us, .* in microseconds"):
+        recording_of(events, (34, 34))

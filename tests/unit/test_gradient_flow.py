@@ -206,6 +206,21 @@ def test_the_largest_step_is_found_with_its_layer() -> None:
     assert largest_relative_step(network, 0.2)[1] == pytest.approx(2 * found[1])
 
 
+def test_the_first_step_of_adam_has_the_length_that_is_foretold() -> None:
+    network, _ = followed()
+    before = {name: p.detach().clone() for name, p in network.named_parameters() if p.ndim > 1}
+    found = largest_relative_step(network, 1e-3, adaptive=True)
+    assert found is not None
+    layer, relative = found
+    torch.optim.Adam(network.parameters(), lr=1e-3).step()
+    moved = {name: float((p.detach() - before[name]).norm() / before[name].norm())
+             for name, p in network.named_parameters() if p.ndim > 1}  # fmt: skip
+    largest = max(moved, key=moved.__getitem__)
+    assert largest.rpartition(".")[0] == layer
+    assert moved[largest] == pytest.approx(relative, rel=0.02)
+    assert largest_relative_step(network, 1e-3)[1] != pytest.approx(relative, rel=0.02), "SGD's is another"
+
+
 def test_without_gradients_or_weights_no_step_is_large() -> None:
     network = nn.Linear(2, 2)
     assert largest_relative_step(network, 1.0) is None

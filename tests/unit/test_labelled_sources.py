@@ -1,6 +1,7 @@
 """YOLO, Pascal VOC, tables and exports: what hand-written files say is in the store, image by image and box by box."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -332,6 +333,7 @@ WRONG_VOC: dict[str, tuple[str, str]] = {
     "no box": ("<annotation>\n<object><name>cat</name></object></annotation>", "line 2: the object has no <bndbox>"),
     "no name": ("<annotation><object><bndbox/></object></annotation>", "the object has no <name>"),
     "no number": (BOX.format("x", 4), "line 3: xmin is 'x', expected a number"),
+    "underscore": (BOX.format("1_0", 40), "line 3: xmin is '1_0', expected a number"),
     "turned": (BOX.format(5, 4), "line 3: xmax is 4 and xmin 5"),
     "zero": (BOX.format(0, 4), r"line 3: xmin is 0, expected at least 1.*--option first_pixel=0"),
     "size": ("<annotation><size><width>9</width><height>9</height></size></annotation>", "says 9 x 9 pixels"),
@@ -364,6 +366,7 @@ WRONG_CSV: dict[str, tuple[str, str]] = {
     "edges": ("img/0 x.png,4,4,2,8,a\n", "line 1: the box is 4, 4, 2, 8"),
     "no edge": ("img/0 x.png,4,,2,8,a\n", "line 1: y1 is '', expected a number"),
     "outside": ("../../x.png,a\n", r"line 1: '\.\./\.\./x\.png' is not found in"),
+    "underscore": ("img/0 x.png,1_0,4,20,8,a\n", "line 1: x1 is '1_0', expected a number"),
     "missing": ("img/0 x.png,a\nimg/99.png,a\n", r"99\.png: No such file"),
     "empty": ("", "is empty"),
     "header alone": ("path,label\n", "has a header and no row"),
@@ -377,6 +380,31 @@ def test_what_is_wrong_in_a_table_is_named_and_nothing_is_left(case: str, tmp_pa
     with pytest.raises(SourceError, match=message):
         prepare("csv", root, tmp_path / "store", holdout=0)
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]
+
+
+@pytest.mark.parametrize(("source", "write"), [("yolo", roboflow_yolo), ("voc", roboflow_voc)])
+def test_two_folders_of_one_split_are_refused(source: str, write: Callable[[Path], object], tmp_path: Path) -> None:
+    root = tmp_path / "raw"
+    root.mkdir()
+    write(root)
+    (root / "data.yaml").unlink(missing_ok=True)
+    (root / "classes.txt").write_text("a\nb\nc\n")
+    prepare(source, root, tmp_path / "first")
+    there = next(root / name for name in ("val", "valid") if (root / name).exists())
+    shutil.copytree(there, root / "validation")
+    with pytest.raises(SourceError, match=f"has {there.name} and validation, which are both val; keep one"):
+        prepare(source, root, tmp_path / "second")
+
+
+def test_numbers_of_thousands_of_digits_are_no_error_of_python(tmp_path: Path) -> None:
+    digits = "1" * 5000
+    root = table(tmp_path / "table", f"img/0 x.png,{digits}\nimg/1 x.png,2\nimg/2 x.png,10\n", count=3)
+    assert prepare("csv", root, tmp_path / "csv", holdout=0).manifest.class_names == ("2", "10", digits)
+    roboflow_voc(tmp_path / "voc")
+    (tmp_path / "voc/train/0.xml").write_text(
+        f"<annotation><size><width>{digits}</width><height>9</height></size></annotation>"
+    )
+    prepare("voc", tmp_path / "voc", tmp_path / "store")
 
 
 def test_a_directory_without_a_known_layout_is_refused(tmp_path: Path) -> None:

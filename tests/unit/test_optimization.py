@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from spikefleet.config.schema import OptimConfig
-from spikefleet.training.optimizer import build_ema, build_optimizer, learning_rate, momentum
+from spikefleet.config.optim_config import OptimConfig
+from spikefleet.training.optimizer import build_ema, build_optimizer, learning_rate, momentum, set_rates
 from spikefleet_models import build_model, model_config
 
 
@@ -125,3 +125,30 @@ def test_average_follows_weights_and_statistics() -> None:
     average.update_parameters(network)
     assert average.module.weight.item() == pytest.approx(0.75 * 1 + 0.25 * 5)
     assert average.module.running_mean.item() == pytest.approx(0.25 * 8)
+
+
+def test_adamw_takes_the_schedules_of_rate_and_momentum() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    config = OptimConfig(
+        kind="adamw", lr=0.01, beta2=0.99, weight_decay=0.5, decay_norm_and_bias=False, warmup_epochs=1,
+        warmup_momentum=0.5,
+    )  # fmt: skip
+    optimizer = build_optimizer(network, config)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    set_rates(optimizer, config, step=0, steps_per_epoch=10, epochs=5)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.001] * 3)
+    assert [group["betas"] for group in optimizer.param_groups] == [pytest.approx((0.54, 0.99))] * 3
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0, 0.0]
+    before = network[0].weight.detach().clone()
+    network(torch.randn(4, 1, 5, 5)).square().sum().backward()
+    optimizer.step()
+    moved = (network[0].weight.detach() - before * (1 - 0.001 * 0.5)).abs()
+    assert torch.allclose(moved, torch.full_like(moved, 0.001), rtol=1e-3), "the first step moves weights by the rate"
+
+
+@pytest.mark.parametrize("fields", [{"kind": "adamw", "nesterov": True}, {"beta2": 0.99}])
+def test_fields_of_the_other_optimizer_are_refused(fields: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="has no effect with kind="):
+        OptimConfig.model_validate({"lr": 0.1} | fields)
+    OptimConfig.model_validate({"lr": 0.1, "kind": "adamw", "beta2": 0.99})
+    OptimConfig.model_validate({"lr": 0.1, "nesterov": True})

@@ -107,7 +107,9 @@ def test_windows_of_a_detection_store_end_at_their_labels(tmp_path: Path) -> Non
         assert found.labels.tolist() == samples.annotations(row).labels.tolist()
     bare = int(np.flatnonzero(stream.windows.frame_index == NO_FRAME)[0])
     assert len(stream.annotations(bare).boxes) == len(stream.annotations(NO_WINDOW).boxes) == 0
-    with pytest.raises(ValueError, match=r"labels 100000 us apart, but windows of 250000 us .* data.transform.window"):
+    with pytest.raises(
+        ValueError, match=r"has a label at \d+ us, to which no window of 250000 us .* data.transform.window"
+    ):
         StreamSamples(samples, 250_000)
 
 
@@ -146,6 +148,10 @@ def test_images_have_no_streams() -> None:
             r"train.stream: data.transform.window=recording: .* set, for example",
         ),
         ({"data__transform__augmentation": {"polarity_swap": 0.5}}, "augmentation draws anew for each window"),
+        (
+            {"data__transform__frame_augmentation": {"cutout": 0.5}},
+            "frame_augmentation draws anew for each window",
+        ),
         ({"data__transform__keep_slices": 2}, "keep_slices=2 deletes other slices of each window"),
         ({"data__transform__slice_order": "shuffled"}, "slice_order=shuffled changes their order"),
         ({"data__transform": {}, "data__source": "digits", "model__in_channels": 1}, "reads no windows of events"),

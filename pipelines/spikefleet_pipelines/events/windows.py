@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.events.recording import EventArrays, Sensor
-from spikefleet_pipelines.events.words import Ticks, WordLayout
+from spikefleet_pipelines.events.words import MOST_TICKS, Ticks, WordLayout
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def recording_of(events: EventArrays, sensor: Sensor) -> StoredRecording:
         sensor: height and width.
 
     Raises:
-        StoreError: the sensor has too many pixels, or an event is outside it, out of order, or before the start.
+        StoreError: the sensor has too many pixels, or an event is outside it, out of order, or too early or late.
     """
     layout = WordLayout(*sensor)
     if len(events):
@@ -139,5 +139,10 @@ def recording_of(events: EventArrays, sensor: Sensor) -> StoredRecording:
             )
         if events.t[0] < 0 or (np.diff(events.t) < 0).any():
             raise StoreError("times of events are negative or not sorted; sort them, and count from the start")
+        if int(events.t[-1]) >> layout.tick_bits >= MOST_TICKS:
+            raise StoreError(
+                f"the last event is at {int(events.t[-1]):,} us, expected less than {MOST_TICKS << layout.tick_bits:,} "
+                "for this sensor; count from the start of the recording, in microseconds"
+            )
     duration = int(events.t[-1]) + 1 if len(events) else 0
     return StoredRecording(layout, layout.pack(events), layout.index(events.t), 0, duration)

@@ -26,7 +26,7 @@ from spikefleet_pipelines.sources.boxed_images import BoxedContents, BoxedImages
 from spikefleet_pipelines.sources.coco_config import COCO, CocoOptions, CocoSplitOptions
 from spikefleet_pipelines.sources.coco_json import CocoFile, read_coco_json
 from spikefleet_pipelines.sources.encoded_files import ENCODED
-from spikefleet_pipelines.sources.own_splits_config import SPLIT_FOLDERS
+from spikefleet_pipelines.sources.own_splits_config import SPLIT_FOLDERS, only_place
 from spikefleet_pipelines.sources.source import Progress
 from spikefleet_pipelines.sources.split_rules import STAND_INS
 from spikefleet_pipelines.store.data_set_name import name_after
@@ -101,12 +101,11 @@ def _places(root: Path, options: CocoOptions) -> dict[str, tuple[str, str]]:
 
 def _exported(root: Path) -> dict[str, tuple[str, str]]:
     """The splits in the layouts of Roboflow (a JSON in each folder) and of Label Studio (one JSON); empty in others."""
-    found = {
-        split: (name, f"{name}/{ROBOFLOW_JSON}")
-        for split, names in SPLIT_FOLDERS.items()
-        for name in names
-        if (root / name / ROBOFLOW_JSON).is_file()
-    }
+    found = {}
+    for split, names in SPLIT_FOLDERS.items():
+        there = [root / name for name in names if (root / name / ROBOFLOW_JSON).is_file()]
+        if (place := only_place(root, split, there)) is not None:
+            found[split] = place.name, f"{place.name}/{ROBOFLOW_JSON}"
     if not found and (root / LABEL_STUDIO_JSON).is_file():
         return {"train": (".", LABEL_STUDIO_JSON)}
     return found if "train" in found else {}

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from spikefleet_pipelines.errors import SourceError
 from spikefleet_pipelines.sources.csv_table_config import COLUMNS, CSV, CsvOptions, plain_name
 from spikefleet_pipelines.sources.own_splits_config import SPLIT_FOLDERS
-from spikefleet_pipelines.sources.text_files import read_text, short
+from spikefleet_pipelines.sources.text_files import plain_number, read_text, short
 
 _USUAL = {
     "path": ("path", "file", "filename", "filepath", "image", "imagepath", "imagename", "imagefile", "img", "imgpath"),
@@ -198,11 +197,8 @@ def _row(path: Path, number: int, values: Sequence[str], columns: Mapping[str, i
 def _edges(where: str, texts: Sequence[str]) -> tuple[float, float, float, float]:
     values = []
     for kind, text in zip(_EDGES, texts, strict=True):
-        try:
-            number = float(text)
-        except ValueError:
-            number = math.nan
-        if not math.isfinite(number):
+        number = plain_number(text)
+        if number is None:
             raise SourceError(f"{where}: {kind} is {short(text)}, expected a number of pixels; correct the line")
         values.append(number)
     x1, y1, x2, y2 = values

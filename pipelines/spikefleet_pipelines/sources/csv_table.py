@@ -97,8 +97,9 @@ def _classes(tables: Sequence[Table]) -> list[str]:
             raise SourceError(f"{row.where}: class {short(name)} is not Unicode text; rename it")
     if not names:
         raise SourceError(f"source 'csv': no row of {tables[0].path} has a class; write the classes")
-    numbers = all(name.isdecimal() for name in names)
-    return sorted(names, key=lambda name: (int(name), name) if numbers else (0, name))
+    if all(name.isdecimal() for name in names):  # by value, without int(), which refuses thousands of digits
+        return sorted(names, key=lambda name: (len(name.lstrip("0")), name.lstrip("0"), name))
+    return sorted(names)
 
 
 def _labels(

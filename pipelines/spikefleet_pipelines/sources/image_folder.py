@@ -17,7 +17,7 @@ from spikefleet_pipelines.errors import SourceError
 from spikefleet_pipelines.sources.contents import held_out
 from spikefleet_pipelines.sources.image_folder_config import HELD_OUT_WITH_TEST, IMAGE_FOLDER, ImageFolderOptions
 from spikefleet_pipelines.sources.labelled_images import LabelledContents, LabelledImages
-from spikefleet_pipelines.sources.own_splits_config import DEFAULT_HOLDOUT, SPLIT_FOLDERS, OwnSplits
+from spikefleet_pipelines.sources.own_splits_config import DEFAULT_HOLDOUT, SPLIT_FOLDERS, OwnSplits, only_place
 from spikefleet_pipelines.sources.split_rules import STAND_INS, divide_splits, group_names
 from spikefleet_pipelines.store.image_files import images_below, is_named_as_image, list_images, reason_unused
 from spikefleet_pipelines.store.image_header import IMAGE_SUFFIXES
@@ -63,14 +63,8 @@ def _split_folders(root: Path) -> dict[str, Path]:
     """
     given: dict[str, Path] = {}
     for split, names in SPLIT_FOLDERS.items():
-        there = [root / name for name in names if (root / name).is_dir()]
-        if len(there) > 1:
-            raise SourceError(
-                f"{root} has the folders {' and '.join(folder.name for folder in there)}, which are both {split}; "
-                "move the images into one of them"
-            )
-        if there:
-            given[split] = there[0]
+        if (place := only_place(root, split, [root / name for name in names if (root / name).is_dir()])) is not None:
+            given[split] = place
     if "test" in given and not _classes(given["test"]):
         del given["test"]  # ImageNet's test images have no classes
     if given and "train" not in given:

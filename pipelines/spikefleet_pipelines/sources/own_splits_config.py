@@ -1,10 +1,13 @@
 """Options of the sources of anybody's images: what is held out of the training images, and which belong together."""
 
 import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
+from spikefleet_pipelines.errors import SourceError
 from spikefleet_pipelines.sources.source import SourceOptions
 
 DEFAULT_HOLDOUT = 0.1
@@ -36,6 +39,18 @@ def group_field() -> Any:
         exclude_if=is_absent,
         description="pattern in the paths of images; those in which it finds the same text stay in one split",
     )
+
+
+def only_place(root: Path, split: str, there: Sequence[Path]) -> Path | None:
+    """The one place of a split, of those that `SPLIT_FOLDERS` allows and that are there; None where none is.
+
+    Raises:
+        SourceError: there are two, so that it is not clear which one is meant.
+    """
+    if len(there) > 1:
+        first, second = (path.relative_to(root).as_posix() for path in there[:2])
+        raise SourceError(f"{root} has {first} and {second}, which are both {split}; keep one of them")
+    return there[0] if there else None
 
 
 GroupPattern = Annotated[str | None, AfterValidator(check_pattern)]

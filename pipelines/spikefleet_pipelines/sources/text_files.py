@@ -1,5 +1,6 @@
 """Text files of labels: read whole, in UTF-8, up to a limit; and the paths in them."""
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +38,15 @@ def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
         line = text[: text.index("\0")].count("\n") + 1
         raise SourceError(f"{path}, line {line} has a NUL character, so it is no text; replace the file")
     return text
+
+
+def plain_number(text: str) -> float | None:
+    """The number that a text is in decimal or scientific notation; None if it is none, or not finite."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) and "_" not in text else None
 
 
 def short(value: object) -> str:

@@ -11,7 +11,7 @@ images and XML files (Roboflow); `Annotations` and `images` or `JPEGImages` (Lab
 one folder (LabelImg), of which a part is held out for val.
 """
 
-import math
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,8 @@ from pathlib import Path
 from spikefleet_pipelines.errors import SourceError
 from spikefleet_pipelines.sources.box_rows import Box, FoundImage, boxed_contents, drop_repeated
 from spikefleet_pipelines.sources.boxed_images import BoxedContents
-from spikefleet_pipelines.sources.own_splits_config import SPLIT_FOLDERS
-from spikefleet_pipelines.sources.text_files import read_text, short
+from spikefleet_pipelines.sources.own_splits_config import SPLIT_FOLDERS, only_place
+from spikefleet_pipelines.sources.text_files import plain_number, read_text, short
 from spikefleet_pipelines.sources.voc_config import VOC, VocOptions
 from spikefleet_pipelines.sources.xml_elements import Element, read_xml
 from spikefleet_pipelines.store.decode import upright_size
@@ -94,7 +94,10 @@ def _find(root: Path, unused: Counter[str]) -> dict[str, list[_Labelled]]:
         folder = _images_folder(root)
         by_name = {path.stem: path for path in list_images(folder).images}
         return {split: _listed(path, root, by_name, folder) for split, path in lists.items() if path.is_file()}
-    folders = {split: root / name for split, names in SPLIT_FOLDERS.items() for name in names if (root / name).is_dir()}
+    folders = {}
+    for split, names in SPLIT_FOLDERS.items():
+        if (place := only_place(root, split, [root / name for name in names if (root / name).is_dir()])) is not None:
+            folders[split] = place
     if "train" in folders:
         return {split: _in_folder(folder, unused) for split, folder in folders.items()}
     return {"train": _in_folder(root, unused)}
@@ -189,11 +192,8 @@ def _box(path: Path, element: Element, first: int) -> Box:
 
 def _edge(path: Path, box: Element, name: str) -> float:
     text = _text(box, name)
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
+    value = plain_number(text)
+    if value is None:
         raise SourceError(f"{path}, line {box.line}: {name} is {short(text)}, expected a number; correct the box")
     return value
 
@@ -201,7 +201,7 @@ def _edge(path: Path, box: Element, name: str) -> float:
 def _size(top: Element) -> tuple[int, int] | None:
     size = top.find("size")
     texts = [] if size is None else [_text(size, "height"), _text(size, "width")]
-    if not texts or not all(text.isdecimal() and int(text) for text in texts):
+    if not texts or not all(re.fullmatch(r"0*[1-9][0-9]{0,8}", text) for text in texts):
         return None
     return int(texts[0]), int(texts[1])
 

@@ -7,7 +7,6 @@ y_center width height`, or `class x1 y1 x2 y2 ...` with at least three points of
 of the image as it is seen, after its EXIF rotation.
 """
 
-import math
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 from spikefleet_pipelines.errors import SourceError
 from spikefleet_pipelines.sources.box_rows import Box, FoundImage, boxed_contents, drop_repeated
 from spikefleet_pipelines.sources.boxed_images import BoxedContents
-from spikefleet_pipelines.sources.text_files import listed_path, read_text, short
+from spikefleet_pipelines.sources.text_files import listed_path, plain_number, read_text, short
 from spikefleet_pipelines.sources.yolo_config import YOLO, YoloOptions
 from spikefleet_pipelines.sources.yolo_yaml import YoloDescription, describe_yolo
 from spikefleet_pipelines.store.decode import upright_size
@@ -121,11 +120,8 @@ def _objects(path: Path, description: YoloDescription) -> Iterator[tuple[Box, in
 
 
 def _number(where: str, word: str) -> float:
-    try:
-        value = float(word)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value) or "_" in word:
+    value = plain_number(word)
+    if value is None:
         raise SourceError(f"{where}: {short(word)} is no number; write `class x_center y_center width height`")
     return value
 

@@ -6,6 +6,7 @@ list, or a mapping of 0 to K - 1), `nc` (K) and `kpt_shape`. Every scalar is tex
 boolean. Nothing is downloaded or executed.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import yaml
 
 from spikefleet_pipelines.errors import SourceError
-from spikefleet_pipelines.sources.own_splits_config import SPLIT_FOLDERS
+from spikefleet_pipelines.sources.own_splits_config import SPLIT_FOLDERS, only_place
 from spikefleet_pipelines.sources.text_files import place_below, read_text, short
 from spikefleet_pipelines.sources.yolo_config import YOLO
 from spikefleet_pipelines.store.image_files import images_below
@@ -80,20 +81,13 @@ def _find(root: Path, given: str | None) -> Path:
 def _usual_places(root: Path) -> Iterator[tuple[str, Path]]:
     """The places of the splits, in the layouts that have no `data.yaml`."""
     for split, names in SPLIT_FOLDERS.items():
-        for name in names:
-            for place in (root / "images" / name, root / name, root / f"{name}.txt"):
-                if place.exists():
-                    yield split, place
-                    break
-            else:
-                continue
-            break
-        else:
-            if split == "train":
-                for place in (root / "images", root):
-                    if next(images_below(place), None) is not None:
-                        yield split, place
-                        break
+        of_names = [(root / "images" / name, root / name, root / f"{name}.txt") for name in names]
+        there = [place for places in of_names if (place := next(filter(Path.exists, places), None)) is not None]
+        place = only_place(root, split, there)
+        if place is None and split == "train":
+            place = next((one for one in (root / "images", root) if next(images_below(one), None) is not None), None)
+        if place is not None:
+            yield split, place
 
 
 class _PlainLoader(yaml.BaseLoader):
@@ -173,13 +167,12 @@ def _class_names(path: Path, content: Mapping[str, Any]) -> tuple[str, ...]:
 def _checked(path: Path, names: list[Any]) -> tuple[str, ...]:
     while names and names[-1] == "":  # a line feed at the end of a file
         names = names[:-1]
+    numbers: dict[str, int] = {}
     for position, name in enumerate(names):
         if not is_text(name):
             raise SourceError(f"{path}: class {position} has the name {short(name)}, expected text; name it")
-        if name in names[:position]:
-            raise SourceError(
-                f"{path}: classes {names.index(name)} and {position} have the same name {name!r}; rename one"
-            )
+        if numbers.setdefault(name, position) != position:
+            raise SourceError(f"{path}: classes {numbers[name]} and {position} have the same name {name!r}; rename one")
     if not names:
         raise SourceError(f"{path} names no class; write one name on each line")
     return tuple(names)
@@ -188,7 +181,7 @@ def _checked(path: Path, names: list[Any]) -> tuple[str, ...]:
 def _keypoints(path: Path, shape: Any) -> int:
     if shape is None or shape in _ABSENT:
         return 0
-    if isinstance(shape, list) and len(shape) == 2 and all(str(part).isdecimal() for part in shape):
+    if isinstance(shape, list) and len(shape) == 2 and all(re.fullmatch(r"[0-9]{1,4}", str(part)) for part in shape):
         return int(shape[0]) * int(shape[1])
     raise SourceError(f"{path}: kpt_shape is {short(shape)}, expected [keypoints, 2 or 3]; correct or remove it")
 

@@ -29,6 +29,7 @@ NEAR = 0.98
 _SIDE = 16
 _BLOCK = 4096
 _READERS = 4
+_MOST_PAIRS = 1_000_000
 _FLATTEST = 1e-3
 """Length of a thumbnail, in grey levels a pixel, below which it shows nothing to compare."""
 
@@ -101,7 +102,7 @@ def _small(image: Tensor) -> NDArray[np.float32]:
 
 
 def near_pairs(seen: Mapping[str, Seen], threshold: float = NEAR) -> list[NearPair]:
-    """Find near-duplicates in different splits; equal images are among them.
+    """Find near-duplicates in different splits; equal images are among them, unless they are of one grey.
 
     Args:
         seen: the images of each split.
@@ -111,14 +112,19 @@ def near_pairs(seen: Mapping[str, Seen], threshold: float = NEAR) -> list[NearPa
         Pairs in the order of falling correlation.
 
     Raises:
-        StoreError: the threshold is not in (0, 1].
+        StoreError: the threshold is not in (0, 1], or a million pairs reach it.
     """
     check_threshold(threshold)
-    found = [
-        NearPair(name, row, other, other_row, value)
-        for name, other in combinations(seen, 2)
-        for row, other_row, value in _pairs(seen[name].thumbnails, seen[other].thumbnails, threshold)
-    ]
+    found: list[NearPair] = []
+    for name, other in combinations(seen, 2):
+        for row, other_row, value in _pairs(seen[name].thumbnails, seen[other].thumbnails, threshold):
+            found.append(NearPair(name, row, other, other_row, value))
+            if len(found) > _MOST_PAIRS:
+                raise StoreError(
+                    f"more than {_MOST_PAIRS:,} pairs of images are alike to {threshold:g}, such as row {row} of "
+                    f"{name} and row {other_row} of {other}; raise the threshold, or remove what is there many "
+                    "times, such as a placeholder"
+                )
     return sorted(found, key=lambda pair: -pair.correlation)
 
 
@@ -139,7 +145,7 @@ def similar_images(split: Split, threshold: float) -> list[bytes]:
         StoreError: the threshold is not in (0, 1], or an image cannot be decoded.
     """
     check_threshold(threshold)
-    small = look_at(split).thumbnails
+    small, first_like = np.unique(look_at(split).thumbnails, axis=0, return_inverse=True)
     above = np.arange(len(small))
 
     def top(row: int) -> int:
@@ -150,7 +156,7 @@ def similar_images(split: Split, threshold: float) -> list[bytes]:
     for row, other, _ in _pairs(small, small, threshold):
         first, second = sorted((top(row), top(other)))
         above[second] = first
-    return [b"%d" % top(row) for row in range(len(small))]
+    return [b"%d" % top(int(row)) for row in first_like]
 
 
 def _pairs(left: NDArray[np.float32], right: NDArray[np.float32], threshold: float) -> Iterator[tuple[int, int, float]]:

@@ -84,6 +84,8 @@ class EventsTransformConfig(EventFramesConfig):
         """A field that does something else to each window of a recording; see `EventFramesConfig`."""
         if not self.augmentation.is_none:
             return "augmentation draws anew for each window"
+        if not self.frame_augmentation.is_none:
+            return "frame_augmentation draws anew for each window"
         if self.keep_slices is not None:
             return f"keep_slices={self.keep_slices} deletes other slices of each window"
         return None if self.slice_order == "recorded" else f"slice_order={self.slice_order} changes their order"

@@ -10,11 +10,12 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from spikefleet.config.cluster_config import ClusterConfig
 from spikefleet.config.init_config import InitConfig
 from spikefleet.config.messages import PLAIN_NAME
+from spikefleet.config.optim_config import OptimConfig
 from spikefleet.config.renamed import with_current_keys
 from spikefleet.config.retrain_config import RetrainConfig
 from spikefleet.config.run_config import EvaluationConfig, RegistryConfig, TrackingConfig
@@ -111,50 +112,6 @@ class TrainConfig(Section):
         if self.cuda_graphs and (self.accumulate > 1 or self.compile):
             other = f"accumulate={self.accumulate}" if self.accumulate > 1 else "compile=true"
             raise ValueError(f"cuda_graphs=true cannot be combined with {other}; remove one of them")
-        return self
-
-
-class OptimConfig(Section):
-    """SGD with momentum; the learning rate is a pure function of the step."""
-
-    lr: float = Field(gt=0, description="learning rate after warm-up")
-    momentum: float = Field(0.9, ge=0, lt=1, description="momentum of SGD")
-    nesterov: bool = Field(False, description="Nesterov momentum")
-    weight_decay: float = Field(0.0, ge=0, description="L2 penalty")
-    decay_norm_and_bias: bool = Field(True, description="apply weight decay to batch-norm and bias parameters too")
-    decay_gates: bool = Field(
-        False, description="apply weight decay to W and B of BSG* too, which by itself closes the gates"
-    )
-    schedule: Literal["constant", "step", "cosine", "linear"] = Field("cosine", description="learning-rate schedule")
-    milestones: tuple[int, ...] = Field((), description="step: epochs at which the rate is multiplied by gamma")
-    gamma: float = Field(0.1, gt=0, le=1, description="step: factor at each milestone")
-    warmup_epochs: float = Field(0.0, ge=0, description="epochs of linear warm-up from zero")
-    warmup_bias_lr: float | None = Field(None, ge=0, description="initial rate of biases in warm-up; default: 0")
-    warmup_momentum: float | None = Field(
-        None, ge=0, lt=1, description="initial momentum in warm-up; default: momentum"
-    )
-    final_factor: float = Field(0.0, ge=0, le=1, description="cosine, linear: final learning rate / lr")
-    lr_factors: dict[str, PositiveFloat] = Field(
-        {}, description="factors of the learning rate by names of modules, such as {stem: 0.1}; the longest name counts"
-    )
-
-    @model_validator(mode="after")
-    def _warm_up_is_there(self) -> Self:
-        for name in ("warmup_bias_lr", "warmup_momentum"):
-            if getattr(self, name) is not None and not self.warmup_epochs:
-                raise ValueError(f"{name}={getattr(self, name)} has no effect without warmup_epochs; set it")
-        return self
-
-    @model_validator(mode="after")
-    def _milestones_belong_to_step(self) -> Self:
-        if self.schedule == "step" and not self.milestones:
-            raise ValueError("schedule=step needs milestones; set, for example, optim.milestones=[100,150]")
-        if self.schedule != "step" and self.milestones:
-            raise ValueError(
-                f"milestones={list(self.milestones)} have no effect with schedule={self.schedule}; set schedule=step"
-            )
-        if list(self.milestones) != sorted(set(self.milestones)) or any(m < 1 for m in self.milestones):
-            raise ValueError(f"milestones={list(self.milestones)} must be increasing epochs, the first at least 1")
         return self
 
 
@@ -356,15 +313,22 @@ _NOT_IDENTITY = (
 )
 
 
-# Fields that older runs do not have: without effect where they are empty, so that the names of those runs stay.
-_ABSENT_IF_EMPTY = ("train.freeze", "train.patience", "train.min_delta", "optim.lr_factors")
+# Fields that older runs do not have, with the values of no effect: left out there, so that those runs keep their names.
+_ABSENT_IF: dict[str, object] = {
+    "train.freeze": [],
+    "train.patience": None,
+    "train.min_delta": 0,
+    "optim.lr_factors": {},
+    "optim.kind": "sgd",
+    "optim.beta2": 0.999,
+}
 
 
 def _identity(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     kept: dict[str, Any] = {}
     for key, value in tree.items():
         path = f"{prefix}{key}"
-        if path in _NOT_IDENTITY or (path in _ABSENT_IF_EMPTY and not value):
+        if path in _NOT_IDENTITY or (path in _ABSENT_IF and value == _ABSENT_IF[path]):
             continue
         kept[key] = _identity(value, f"{path}.") if isinstance(value, Mapping) else value
     return kept

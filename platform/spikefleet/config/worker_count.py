@@ -11,6 +11,8 @@ from pydantic import BeforeValidator
 MOST = 100_000
 """Largest number of workers."""
 _RANGE = re.compile(r"(\d+):(\d+)")
+_WIDEST = 64
+_LARGEST_BATCH = 10_000_000
 
 
 def parse_worker_count(given: Any) -> int | tuple[int, int]:
@@ -61,8 +63,10 @@ def nearest_batches(batch: int, least: int, most: int, accumulate: int) -> list[
         Those below and above, of which the first may be missing; `[batch]` if it can be divided itself; None if there
         is none of a sensible size.
     """
-    unit = math.lcm(*range(least, most + 1)) * accumulate if most - least < 64 else batch + MOST**2
+    if most - least >= _WIDEST:  # of so many numbers no batch is a multiple
+        return None
+    unit = math.lcm(*range(least, most + 1)) * accumulate
     if batch % unit == 0:
         return [batch]
-    near = [size for size in (batch // unit * unit, batch // unit * unit + unit) if 0 < size <= 10_000_000]
-    return near or None
+    below = batch // unit * unit
+    return [size for size in (below, below + unit) if 0 < size <= _LARGEST_BATCH] or None

@@ -25,6 +25,8 @@ EXPECTED = (
 _FIELDS = ("t", "x", "y", "p")
 _OPTIONAL = ("height", "width", "duration")
 _MOST_EVENTS = 1 << 26
+_LONGEST_US = 3_600_000_000
+"""One hour: the index of a window takes memory with its length."""
 
 
 def batches(given: Any, sensor: Sensor, transform: EventFramesConfig) -> Iterator[Batch]:
@@ -85,12 +87,17 @@ def _events(window: Mapping[str, Any], sensor: Sensor) -> tuple[Any, int]:
     for name, values, bound in (("x", x, sensor[1]), ("y", y, sensor[0]), ("p", p, 2)):
         if len(values) and (values.min() < 0 or values.max() >= bound):
             raise ValueError(f"{name} is {values.min()} to {values.max()}, expected 0 to {bound - 1}")
-    last = int(t[-1]) if len(t) else 0
-    duration = _whole(window.get("duration", last + 1), "duration")
     if (np.diff(t) < 0).any() or (len(t) and t[0] < 0):
         raise ValueError("t falls or is negative")
-    if duration <= last or duration < 1:
-        raise ValueError(f"duration is {duration} us, expected more than the last t, {last}")
+    last = int(t[-1]) if len(t) else 0
+    if last >= _LONGEST_US:
+        raise ValueError(f"the last t is {last:,} us, expected less than an hour; count from the start of the window")
+    duration = _whole(window.get("duration", last + 1), "duration")
+    if not last < duration <= _LONGEST_US:
+        raise ValueError(
+            f"duration is {duration!r:.40} us, expected more than the last t, {last}, and at most an hour, "
+            f"{_LONGEST_US:,} us"
+        )
     return EventArrays(t, x.astype(np.uint16), y.astype(np.uint16), p.astype(np.uint8)), duration
 
 
@@ -118,8 +125,11 @@ def _frames(one: Any) -> NDArray[np.float32]:
         frames = np.asarray(one.tolist() if isinstance(one, np.ndarray) else one)
     except ValueError:
         raise ValueError("frames have rows of different lengths") from None
-    if frames.ndim != 4 or not np.issubdtype(frames.dtype, np.number) or not np.isfinite(frames).all():
-        raise ValueError(f"found {frames.dtype} of shape {list(frames.shape)}, expected finite numbers [T, C, H, W]")
+    numbers = np.issubdtype(frames.dtype, np.floating) or np.issubdtype(frames.dtype, np.integer)
+    if frames.ndim != 4 or not numbers or (np.abs(frames) > np.finfo(np.float32).max).any() or np.isnan(frames).any():
+        raise ValueError(
+            f"found {frames.dtype} of shape {list(frames.shape)}, expected finite numbers of 32 bits [T, C, H, W]"
+        )
     return frames.astype(np.float32)
 
 

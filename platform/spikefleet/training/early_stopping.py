@@ -5,6 +5,7 @@ A pure function of the history, so that a resumed run stops where the uninterrup
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from spikefleet.config.schema import Config
@@ -24,7 +25,7 @@ def last_improvement(config: Config, history: Sequence[Mapping[str, float]]) -> 
     best: float | None = None
     epoch: int | None = None
     for row in history:
-        if key in row and (best is None or sign * row[key] > best + config.train.min_delta):
+        if math.isfinite(row.get(key, math.nan)) and (best is None or sign * row[key] > best + config.train.min_delta):
             best, epoch = sign * row[key], int(row["epoch"])
     return epoch
 

@@ -101,7 +101,8 @@ def check_gradients(config: Config, batch: Batch, data: DataSummary, snapshot: S
     total = float(get_total_norm([p.grad for p in network.parameters() if p.grad is not None]))
     clip = config.train.clip_norm
     factor = clip / total if clip is not None and total > clip else 1.0
-    layers = tuple(flow.layers(rate * factor))
+    adaptive = config.optim.kind == "adamw"  # clipping does not change the length of its steps
+    layers = tuple(flow.layers(rate if adaptive else rate * factor, adaptive))
     trunk = config.model.trunk
     return GradientCheck(layers, first_to_last(layers, trunk), judge(layers, trunk), rate, factor, step)
 

@@ -23,7 +23,7 @@ class MemoryEstimate:
     parameters: int
     """Number of parameters."""
     state_bytes: int
-    """Weights, gradients, momentum and, if there is one, the moving average."""
+    """Weights, gradients, the state of the optimizer and, if there is one, the moving average."""
     input_bytes: int
     """The images of a micro-batch, repeated over the time steps."""
 
@@ -50,7 +50,7 @@ def estimate_memory(config: Config, side: int) -> MemoryEstimate:
         reason = str(error).splitlines()[0]
         raise UserError(f"model: a network of this size cannot be built: {reason}; set a smaller one") from None
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    copies = 3 + (config.train.ema_decay is not None)
+    copies = 3 + (config.optim.kind == "adamw") + (config.train.ema_decay is not None)
     samples = config.train.global_batch // (config.cluster.most_workers * config.train.accumulate)
     inputs = config.model.simulated_timesteps * samples * config.model.in_channels * side**2
     return MemoryEstimate(parameters, parameters * copies * _BYTES, inputs * _BYTES)
@@ -76,7 +76,7 @@ def check_memory(config: Config, image_shape: tuple[int, int, int] | None, local
         where = "this machine has" if on_this_machine else "no worker has more than"
         raise UserError(
             f"a training of {config.recipe} takes at least {_shown(needed)} of memory ({estimate.parameters:,} "
-            f"parameters: {_shown(estimate.state_bytes)} with gradients and momentum; images of a step over "
+            f"parameters: {_shown(estimate.state_bytes)} with gradients and optimizer state; images of a step over "
             f"{config.model.simulated_timesteps:,} time steps: {_shown(estimate.input_bytes)}; "
             f"{counted(workers, 'worker')}), and {where} {_shown(there)}; "
             "set a smaller model.width, model.timesteps or train.global_batch"

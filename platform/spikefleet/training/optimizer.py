@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from spikefleet.config.init_config import matches
-from spikefleet.config.schema import OptimConfig
+from spikefleet.config.optim_config import OptimConfig
 from spikefleet_models.gates import LearnedGate
 
 BIASES = "biases"
@@ -19,7 +19,7 @@ BIASES = "biases"
 
 
 def build_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """SGD over parameter groups: weights; scales, with at most one dimension (batch norm, gates, PLIF); biases.
+    """SGD or AdamW over groups: weights; scales, with at most one dimension (batch norm, gates, PLIF); biases.
 
     Biases are those of convolutions, linear layers, batch norm and gates. `decay_norm_and_bias=false` exempts scales
     and biases from weight decay; those of BSG* have it only with `decay_gates=true`, and groups of their own where
@@ -49,7 +49,23 @@ def build_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.Opti
         for (factor, kind, decays), parameters in kinds.items()
         if parameters
     ]
+    if config.kind == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, config.beta2))
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+
+
+def set_rates(
+    optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, steps_per_epoch: int, epochs: int
+) -> None:
+    """Sets the learning rates and the momentum of optimizer step `step` (from 0) in every parameter group."""
+    for group in optimizer.param_groups:
+        rate = learning_rate(config, step, steps_per_epoch, epochs, biases=group["name"] == BIASES)
+        group["lr"] = rate * group["factor"] if group["factor"] != 1 else rate
+        inertia = momentum(config, step, steps_per_epoch)
+        if config.kind == "adamw":
+            group["betas"] = (inertia, config.beta2)
+        else:
+            group["momentum"] = inertia
 
 
 def lr_factor(config: OptimConfig, parameter: str) -> float:
@@ -93,7 +109,7 @@ def large_step(layer: str, relative_step: float, rate: float) -> str:
 
 
 def momentum(config: OptimConfig, step: int, steps_per_epoch: int) -> float:
-    """The momentum of optimizer step `step` (from 0)."""
+    """The momentum of optimizer step `step` (from 0); with AdamW the first of its betas."""
     if config.warmup_momentum is None or step >= config.warmup_epochs * steps_per_epoch:
         return config.momentum
     warmth = _warmth(config, step, steps_per_epoch)

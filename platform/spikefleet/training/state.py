@@ -18,7 +18,7 @@ from spikefleet.training.checkpoints import Snapshot, fitting_tensors, optimizer
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.fine_tuning import check_names, freeze, hold_statistics
 from spikefleet.training.graphed import GraphedPass
-from spikefleet.training.optimizer import BIASES, build_ema, build_optimizer, learning_rate, momentum
+from spikefleet.training.optimizer import build_ema, build_optimizer, learning_rate, set_rates
 from spikefleet.training.precision import autocast
 from spikefleet.training.stream import Lanes
 from spikefleet.training.threads import resume_threads, thread_counts
@@ -133,12 +133,9 @@ class TrainingState:
 
     def set_learning_rate(self) -> float:
         """Sets the learning rates and the momentum of the next step; returns the rate of the weights."""
-        config, position = self.config.optim, (self.step, self.steps_per_epoch)
-        for group in self.optimizer.param_groups:
-            rate = learning_rate(config, *position, self.config.train.epochs, biases=group["name"] == BIASES)
-            group["lr"] = rate * group["factor"] if group["factor"] != 1 else rate
-            group["momentum"] = momentum(config, *position)
-        return learning_rate(config, *position, self.config.train.epochs)
+        position = self.config.optim, self.step, self.steps_per_epoch, self.config.train.epochs
+        set_rates(self.optimizer, *position)
+        return learning_rate(*position)
 
     def snapshot(self) -> Snapshot:
         """The whole state. Collective: every rank must call it, since each adds its random state."""

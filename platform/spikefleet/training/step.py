@@ -146,7 +146,7 @@ def training_step(
 
 def _step_without_labels(state: TrainingState, batch: Batch, stop_requested: StopRequested) -> bool:
     """Runs windows of which no rank has a label: membranes and batch statistics are moved on, weights stay."""
-    state.train_model.train()
+    state.train_mode()
     with state.autocast():
         pass_over(state.ddp_model, state.lanes, batch.to(state.group.device, state.config.train.channels_last))
     average_statistics(state.network, state.group)
@@ -247,7 +247,7 @@ def _note_large_step(state: TrainingState, rate: float, sink: EventSink) -> None
     looks = state.step == 0 or due(state.config.tracking.every_steps, state.step + 1)
     if not looks or not state.group.is_main or state.noted_large_step:
         return
-    largest = largest_relative_step(state.network, rate)
+    largest = largest_relative_step(state.network, rate, adaptive=state.config.optim.kind == "adamw")
     if largest is not None and LARGEST_STEP < largest[1] < math.inf:  # the scaler skips a step that overflows
         state.noted_large_step = True
         where = f"step {state.step + 1} (epoch {state.epoch + 1})"
