@@ -17,7 +17,7 @@ $(UV):
 
 # Compiled bytecode halves the start of Ray's processes.
 $(SYNCED): pyproject.toml uv.lock | $(UV)
-	$(UV) sync --locked --compile-bytecode --extra export
+	$(UV) sync --locked --compile-bytecode --extra export --extra tonic
 	touch $@
 
 train: $(SYNCED)

@@ -15,6 +15,8 @@ A card states what it counted:
 * form: `merged` (deployed: each RepConv chain one dense 3x3), `factored` (deployed, chains kept) or `as_built` (the
   network as given). SpikeYOLO's paper counts its own network merged and its ANN as built; the merged form runs
   spike-driven, since the inner layers of a chain see real values.
+* precision: of the weights that spikes add up. Rounding them moves rates a little; what an addition costs then is for
+  the constants to say (`int8-45nm`).
 * shortcuts: whether the 1x1 convolutions of shortcuts count; the SG ResNet paper leaves them out.
 * twin: the same topology as an ANN, every layer dense and once, in a form of its own; by default as built, because
   merging would only give an ANN more operations.
@@ -33,8 +35,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from spikefleet_models.energy_constants import EnergyConstants, energy_constants
 from spikefleet_models.family import ModelConfig
+from spikefleet_models.low_precision import Precision, rounded
 from spikefleet_models.neurons import spiking_nodes
-from spikefleet_models.operation_counts import LayerCount, OperationCounts, count_operations
+from spikefleet_models.operation_counts import LayerCount, OperationCounts, count_operations, on_meta
 from spikefleet_models.reparam import deploy
 
 Form = Literal["merged", "factored", "as_built"]
@@ -88,6 +91,8 @@ class EnergyCard:
     """None for ANNs and for networks whose configuration has no twin."""
     binary_input: bool = False
     """Whether the input was declared to be event frames of 0 and 1, which the first layer adds up."""
+    precision: Precision = "fp32"
+    """Of the weights of the layers that spikes feed."""
 
     @property
     def macs(self) -> float:
@@ -236,6 +241,7 @@ def energy_card(
     shortcuts: bool = True,
     twin_form: Form | None = "as_built",
     binary_input: bool = False,
+    precision: Precision = "fp32",
 ) -> EnergyCard:
     """Measure the card of a network in eval mode; the batch size changes nothing but rounding.
 
@@ -248,13 +254,19 @@ def energy_card(
         shortcuts: count the 1x1 convolutions of shortcuts.
         twin_form: form of the ANN twin; None leaves the twin out.
         binary_input: whether batches are event frames of 0 and 1: then the first layer adds up weights (AC) too.
+        precision: of the weights of the layers that spikes feed, of a network that is merged or factored.
 
     Raises:
         ValueError: the constants are unknown, there are no images, `reparam.deploy` cannot fold a batch norm, or
-            `binary_input` and frames hold something else than 0 and 1.
+            `binary_input` and frames hold something else than 0 and 1; or spikes feed no layer that could be rounded,
+            or its batch norms are not folded.
     """
     chosen = energy_constants(constants)
     form, counted = _in_form(network, form)
+    if precision != "fp32":
+        if any(isinstance(module, _BatchNorm) for module in counted.modules()):
+            raise ValueError(f"precision={precision!r} rounds folded weights; set form='merged' or 'factored'")
+        counted = rounded(counted, precision)
     sizes: Counter[tuple[int, int]] = Counter()
     steps: int = getattr(network, "timesteps", 1)
 
@@ -266,7 +278,8 @@ def energy_card(
             yield images
 
     counts = count_operations(counted, seen(), binary_input=binary_input)
-    return _card(network, counts, chosen, form, shortcuts, twin_form, sizes, counts.images, steps, binary_input)
+    card = _card(network, counts, chosen, form, shortcuts, twin_form, sizes, counts.images, steps, binary_input)
+    return replace(card, precision=precision)
 
 
 def energy_at_rates(
@@ -298,7 +311,7 @@ def energy_at_rates(
             `reparam.deploy` cannot fold a batch norm.
     """
     chosen = energy_constants(constants)
-    form, counted = _in_form(_on_meta(network), form)
+    form, counted = _in_form(on_meta(network), form)
     counts = _count_without_images(counted, image_size, timesteps, binary_input)
     names = {layer.layer for layer in counts.layers if layer.spike_fed}
     if isinstance(rates, Mapping):
@@ -339,15 +352,6 @@ def _in_form(network: nn.Module, form: Form) -> tuple[Form, nn.Module]:
     if form == "as_built" or folded:
         return "as_built", copy.deepcopy(network).eval()
     return form, deploy(network, merge=form == "merged")
-
-
-def _on_meta(network: nn.Module) -> nn.Module:
-    """Return a copy on the meta device."""
-    kept: dict[int, Any] = {}
-    for tensor in (*network.parameters(), *network.buffers()):
-        bare = torch.empty_like(tensor, device="meta")
-        kept[id(tensor)] = nn.Parameter(bare, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else bare
-    return copy.deepcopy(network, kept)
 
 
 def _count_without_images(

@@ -23,6 +23,9 @@ CONSTANTS = {
     for constants in (
         EnergyConstants("int32-45nm", 1, 3.1, 0.1, f"{_HOROWITZ}: int32 multiply, add; as Zhang et al. 2023"),
         EnergyConstants("fp32-45nm", 1, 4.6, 0.9, f"{_HOROWITZ}: fp32 multiply and add, add; as Luo et al. 2024"),
+        EnergyConstants(
+            "int8-45nm", 1, 4.6, 0.1, f"{_HOROWITZ}: fp32 multiply and add of real values, int32 add of int8 weights"
+        ),
     )
 }
 

@@ -155,6 +155,48 @@ def _compared(layers: Sequence[LayerGradient], trunk: tuple[str, ...]) -> list[L
     return [row for row in rows if row.firing_rate is not None] or rows
 
 
+@dataclass(frozen=True)
+class StepSizes:
+    """What tells which layer an optimizer step changes most; on the device until it is asked for."""
+
+    layers: tuple[str, ...]
+    numbers: Tensor
+    """fp64 [2 N]: L2 norms of SGD's gradients, or for Adam, the numbers of weights that have one; norms of weights."""
+    adaptive: bool
+
+    def largest(self, learning_rate: float, numbers: Sequence[float]) -> tuple[str, float] | None:
+        """The layer and its step relative to its weights; None without gradients.
+
+        Args:
+            learning_rate: of the step.
+            numbers: on the host.
+        """
+        if not self.layers:
+            return None
+        gradients, weights = numbers[: len(self.layers)], numbers[len(self.layers) :]
+        if self.adaptive:
+            gradients = [math.sqrt(count) for count in gradients]
+        steps = [_step(gradient, weight, learning_rate) for gradient, weight in zip(gradients, weights, strict=True)]
+        largest = max(range(len(steps)), key=steps.__getitem__)
+        return self.layers[largest], steps[largest]
+
+
+def step_sizes(network: nn.Module, adaptive: bool = False) -> StepSizes:
+    """Measure the step of each layer, for `StepSizes.largest`; one pass over weights and gradients.
+
+    Args:
+        network: with the gradients of the step.
+        adaptive: as for `largest_relative_step`.
+    """
+    named = [(name, p, p.grad.detach()) for name, p in network.named_parameters() if p.ndim > 1 and p.grad is not None]
+    if not named:
+        return StepSizes((), torch.empty(0, dtype=torch.float64), adaptive)
+    gradients = torch.stack([g.count_nonzero() if adaptive else g.norm() for _, _, g in named])
+    weights = torch.stack([p.detach().norm() for _, p, _ in named])
+    layers = tuple(name.rpartition(".")[0] for name, _, _ in named)
+    return StepSizes(layers, torch.cat((gradients.double(), weights.double())), adaptive)
+
+
 def largest_relative_step(network: nn.Module, learning_rate: float, adaptive: bool = False) -> tuple[str, float] | None:
     """Find the layer that the next optimizer step changes most, relative to its weights; None without gradients.
 
@@ -166,17 +208,8 @@ def largest_relative_step(network: nn.Module, learning_rate: float, adaptive: bo
         adaptive: the optimizer is Adam, whose first step moves each weight that has a gradient by the learning rate,
             and whose later steps hardly exceed that; otherwise SGD, momentum left out.
     """
-    named = [(name, p) for name, p in network.named_parameters() if p.ndim > 1 and p.grad is not None]
-    if not named:
-        return None
-    if adaptive:
-        gradients = [_adam_norm([p]) for _, p in named]
-    else:
-        gradients = torch.stack([p.grad.detach().norm() for _, p in named if p.grad is not None]).tolist()
-    weights = torch.stack([p.detach().norm() for _, p in named]).tolist()
-    steps = [_step(gradient, weight, learning_rate) for gradient, weight in zip(gradients, weights, strict=True)]
-    largest = max(range(len(steps)), key=steps.__getitem__)
-    return named[largest][0].rpartition(".")[0], steps[largest]
+    sizes = step_sizes(network, adaptive)
+    return sizes.largest(learning_rate, sizes.numbers.tolist())
 
 
 def _weights(module: nn.Module) -> list[nn.Parameter]:

@@ -15,6 +15,7 @@ et al. 2023, eq 19; Luo et al. 2024, eq 17). `synaptic_operations` counts how of
 differs where zero padding and strides treat border and inner pixels unlike.
 """
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -98,6 +99,15 @@ def count_operations(
             )
         )
     return OperationCounts(tuple(layers), images)
+
+
+def on_meta(network: nn.Module) -> nn.Module:
+    """Return a copy on the meta device."""
+    kept: dict[int, Any] = {}
+    for tensor in (*network.parameters(), *network.buffers()):
+        bare = torch.empty_like(tensor, device="meta")
+        kept[id(tensor)] = nn.Parameter(bare, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else bare
+    return copy.deepcopy(network, kept)
 
 
 # Positions of the two factors among the arguments.

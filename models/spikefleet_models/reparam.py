@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from spikefleet_models.low_precision import Precision, check_precision, with_precision
 from spikefleet_models.spiking_unit import SpikingUnit
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ def fold_padded_in_front(bn: nn.Module, conv: nn.Conv2d) -> nn.Conv2d:
     return _conv_like(weight * scale[:, None, None, None], weight.sum((1, 2, 3)) * shift, conv, (1, 1))
 
 
-def deploy(network: nn.Module, merge: bool = True) -> nn.Module:
+def deploy(network: nn.Module, merge: bool = True, precision: Precision = "fp32") -> nn.Module:
     """Copy a network for deployment, with every batch norm folded and every chain merged.
 
     Outputs equal those of `network` in eval mode up to rounding (below 1e-12 in fp64). Each neuron then feeds
@@ -185,13 +186,17 @@ def deploy(network: nn.Module, merge: bool = True) -> nn.Module:
         network: any network whose batch norms follow convolutions; not changed.
         merge: merge each chain to one dense 3x3 convolution; false keeps RepConv and SepRepConv as three convolutions,
             the first with padding and bias.
+        precision: "bf16" or "int8" rounds the weights of the layers that spikes feed (low_precision.py); "fp32" rounds
+            nothing and keeps the type of the network.
 
     Returns:
         A deep copy in eval mode, without gradients.
 
     Raises:
-        ValueError: a batch norm follows no convolution that can take it.
+        ValueError: a batch norm follows no convolution that can take it, there is no such precision, or it is not fp32
+            and spikes feed no layer.
     """
+    check_precision(precision)
     deployed = _deployed(copy.deepcopy(network).eval().requires_grad_(False), merge, {})
     left = [name for name, module in deployed.named_modules() if isinstance(module, _BatchNorm)]
     if left:
@@ -199,7 +204,8 @@ def deploy(network: nn.Module, merge: bool = True) -> nn.Module:
             f"{type(network).__name__} has batch norms that no convolution takes: {', '.join(left)}; add a method "
             "deployed to the modules that own them"
         )
-    return deployed.requires_grad_(False)
+    deployed.requires_grad_(False)
+    return deployed if precision == "fp32" else with_precision(deployed, precision)
 
 
 def _deployed(module: nn.Module, merge: bool, done: dict[nn.Module, nn.Module]) -> nn.Module:

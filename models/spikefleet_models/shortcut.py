@@ -30,9 +30,9 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spikefleet_models.class_loss import class_loss
 from spikefleet_models.family import ModelConfig
 from spikefleet_models.shortcut_config import ShortcutConfig as ShortcutConfig
 
@@ -154,6 +154,7 @@ def shortcut_loss(
     coefficient: float | Tensor,
     config: ShortcutConfig,
     label_smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
 ) -> Tensor:
     """Cross entropy of all outputs, mean over the batch; eqs 6 and 10.
 
@@ -166,15 +167,19 @@ def shortcut_loss(
         coefficient: lambda, from `balance_coefficient`; a number or a tensor [].
         config: how outputs are combined.
         label_smoothing: as in torch's cross entropy.
+        class_weights: factor of each class in the loss, [K]; None: 1.
     """
+
+    def entropy(scores: Tensor) -> Tensor:
+        return class_loss(scores, targets, label_smoothing, class_weights)
+
     wide = torch.promote_types(logits.main.dtype, torch.float32)
     main, sides = logits.main.to(wide), torch.stack(logits.sides).to(wide)
     own = 1.0 if config.combine == "add" else 1.0 - coefficient * len(sides)
     if config.loss == "sum_losses":
-        losses = [F.cross_entropy(scores, targets, label_smoothing=label_smoothing) for scores in (main, *sides)]
+        losses = [entropy(scores) for scores in (main, *sides)]
         return own * losses[0] + coefficient * torch.stack(losses[1:]).sum()
     if config.loss.startswith("own_and_summed"):
-        alone = F.cross_entropy(main, targets, label_smoothing=label_smoothing)
         beside = main.detach() if config.loss == "own_and_summed_detached" else main
-        return alone + coefficient * F.cross_entropy(beside + sides.sum(0), targets, label_smoothing=label_smoothing)
-    return F.cross_entropy(own * main + coefficient * sides.sum(0), targets, label_smoothing=label_smoothing)
+        return entropy(main) + coefficient * entropy(beside + sides.sum(0))
+    return entropy(own * main + coefficient * sides.sum(0))

@@ -29,6 +29,10 @@ class Draw(IntEnum):
     POLICY = 7
     POLICY_APPLY = 8  # two operations: 8 and 9
     POLICY_SIGN = 10  # two operations: 10 and 11
+    BALANCE = 12
+    MIX = 13  # whether an image is mixed, and how
+    MIX_PARTNER = 14
+    MIX_SHARE = 15
     RESIZED_CROP = 64  # 10 attempts of 4 numbers each: 64 to 103
     MOSAIC = 128
     MOSAIC_CENTRE = 129  # x and y: 129 and 130

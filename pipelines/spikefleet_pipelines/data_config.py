@@ -3,7 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
@@ -29,6 +29,11 @@ class DataConfig(BaseModel):
         default=False,
         description="compare the raw files with those of the prepared store by content, although names, sizes and "
         "times agree; it reads every file",
+    )
+    sampling: Literal["every", "balanced"] = Field(
+        default="every",
+        description="classification: an epoch has every sample once, or as many of each class (n / K): those of rare "
+        "classes several times, those of frequent ones in turn",
     )
     transform: AnyTransformConfig = TransformConfig()
     loader_processes: int = Field(

@@ -35,7 +35,11 @@ def part_of(events: EventArrays, sensor: Sensor, start_us: int, length_us: int) 
 
 
 def parts_of(
-    chunks: Iterable[EventArrays], sensor: Sensor, length_us: int | None, start_us: int | None = None
+    chunks: Iterable[EventArrays],
+    sensor: Sensor,
+    length_us: int | None,
+    start_us: int | None = None,
+    end_us: int | None = None,
 ) -> Iterator[StoredRecording]:
     """Cut a recording into parts of one length, as its events come; memory holds the events of a part and of a chunk.
 
@@ -45,6 +49,7 @@ def parts_of(
         length_us: of a part; the last one may be cut short by the end of the recording and is not shorter. None: the
             recording is one part.
         start_us: of the first part; None: at the first event.
+        end_us: of the recording, which parts cover up to there; None: after the last event.
 
     Yields:
         The parts, also those without events between others; `t0` is the start of each, by the clock of the events.
@@ -58,8 +63,14 @@ def parts_of(
             stop = int(np.searchsorted(held.t, start_us + length_us))
             yield part_of(held.select(slice(stop)), sensor, start_us, length_us)
             held, start_us = held.select(slice(stop, None)), start_us + length_us
-    if len(held) and start_us is not None:
-        yield part_of(held, sensor, start_us, length_us or int(held.t[-1]) - start_us + 1)
+    if start_us is None:
+        return
+    end = max(start_us if end_us is None else end_us, int(held.t[-1]) + 1 if len(held) else start_us)
+    while start_us < end:
+        length = length_us or end - start_us
+        stop = int(np.searchsorted(held.t, start_us + length))
+        yield part_of(held.select(slice(stop)), sensor, start_us, length)
+        held, start_us = held.select(slice(stop, None)), start_us + length
 
 
 def recording_batch(recordings: Sequence[StoredRecording], transform: EventFramesConfig) -> Batch:
@@ -114,6 +125,7 @@ class _RecordingsInMemory:
     """`EventRows` of recordings in memory."""
 
     name = location = source = "memory"
+    class_names: tuple[str, ...] = ()
 
     def __init__(self, recordings: Sequence[StoredRecording]) -> None:
         self._recordings = recordings

@@ -57,6 +57,7 @@ class _ImagesInMemory:
     """`Rows` of a batch of images."""
 
     name = location = "memory"
+    class_names: tuple[str, ...] = ()
 
     def __init__(self, images: NDArray[np.uint8]) -> None:
         self._images = images

@@ -26,10 +26,12 @@ from spikefleet_pipelines.transforms.batch_transform import (
     BinsOnDevice,
     DrawsRows,
     KnowsStepTime,
+    SendsPixels,
     Targets,
 )
 from spikefleet_pipelines.transforms.batch_transform_config import BatchTransformConfig
 from spikefleet_pipelines.transforms.kinds import transform_kinds
+from spikefleet_pipelines.transforms.normalise import PixelScaling
 
 if TYPE_CHECKING:  # `in_memory.py` makes batches without a store
     from spikefleet_pipelines.store.reader import Samples
@@ -39,7 +41,7 @@ class Batch(NamedTuple):
     """The samples of one rank in one step."""
 
     images: Tensor
-    """float32 [B, C, H, W], or of events frames [B, T, C, H, W]; normalised."""
+    """float32 [B, C, H, W], or of events frames [B, T, C, H, W]; normalised, or with `scaling`, uint8 pixels."""
     targets: Targets
     """Targets of the transform kind: classes, int64 [B], or of mixed samples their probabilities, float32 [B, K]; for
     detection one `Target` per image."""
@@ -49,6 +51,8 @@ class Batch(NamedTuple):
     """Samples of all ranks in this step; of windows of a stream, those with a label."""
     stream: StreamStep | None = None
     """What the plan says of the windows, where they are those of streams."""
+    scaling: PixelScaling | None = None
+    """Normalises the images, where they are pixels; `to` applies it."""
 
     @property
     def network_input(self) -> Tensor:
@@ -57,6 +61,8 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str, channels_last: bool = False) -> "Batch":
         """Copy images and targets to a device; copies from page-locked memory are non-blocking.
+
+        Pixels are normalised there.
 
         Args:
             device: to copy to.
@@ -68,10 +74,13 @@ class Batch(NamedTuple):
         if channels_last and images.ndim == 5:
             together = images.transpose(0, 1).flatten(0, 1).contiguous(memory_format=torch.channels_last)
             images = together.unflatten(0, (images.shape[1], images.shape[0])).transpose(0, 1)
+        if self.scaling is not None:
+            images = self.scaling(images)
         if isinstance(self.targets, Tensor):
-            return self._replace(images=images, targets=self.targets.to(device, non_blocking=True))
-        targets = tuple(target.to(device, non_blocking=True) for target in self.targets)
-        return self._replace(images=images, targets=targets)
+            targets: Targets = self.targets.to(device, non_blocking=True)
+        else:
+            targets = tuple(target.to(device, non_blocking=True) for target in self.targets)
+        return self._replace(images=images, targets=targets, scaling=None)
 
 
 class _Request(NamedTuple):
@@ -138,6 +147,7 @@ class BatchLoader:
         pin_memory: put batches in page-locked memory, for non-blocking copies to a GPU.
         epochs: length of the run, so that mosaics can stop before its end; None if unknown.
         device: where events are counted with `bin_on=device`.
+        pixels: leave the normalisation to `Batch.to`, where the transform allows it: a quarter of the bytes are copied.
 
     Raises:
         ValueError: the transform does not fit the images of the split, or its kind does not fit the task of the store.
@@ -153,6 +163,7 @@ class BatchLoader:
         pin_memory: bool = False,
         epochs: int | None = None,
         device: torch.device | str = "cpu",
+        pixels: bool = False,
     ) -> None:
         if processes < 0:
             raise ValueError(f"processes is {processes}, expected at least 0")
@@ -161,6 +172,9 @@ class BatchLoader:
         _check_store(split, transform)
         self._transform: BatchTransform[Any, Targets] = transform.build(split, train, seed, epochs)
         self.device = device
+        self._scaling: PixelScaling | None = None
+        if pixels and isinstance(self._transform, SendsPixels):
+            self._scaling = self._transform.send_pixels()
         self._requests = _Requests()
         self._loader = DataLoader(
             _Batches(self._transform),
@@ -193,7 +207,7 @@ class BatchLoader:
                 "create the plan with samples=len(split)"
             )
         self._requests.start(plan, epoch, start_step)
-        return _read(iter(self._loader), self._transform, self.device)
+        return _read(iter(self._loader), self._transform, self.device, self._scaling)
 
     @property
     def step_ms(self) -> float | None:
@@ -218,7 +232,10 @@ def _check_store(split: "Samples", transform: BatchTransformConfig) -> None:
 
 
 def _read(
-    loaded: Iterator[_Item], transform: BatchTransform[Any, Targets], device: torch.device | str
+    loaded: Iterator[_Item],
+    transform: BatchTransform[Any, Targets],
+    device: torch.device | str,
+    scaling: PixelScaling | None = None,
 ) -> Iterator[Batch]:
     while True:
         try:
@@ -240,7 +257,8 @@ def _read(
         images = item.images
         if isinstance(transform, BinsOnDevice):
             images = transform.on_device(images, item.packed, device)
-        yield Batch(images, transform.unpack(item.packed), item.indices, item.global_count)
+        targets = transform.unpack(item.packed)
+        yield Batch(images, targets, item.indices, item.global_count, scaling=scaling)
 
 
 def _outlive_signals(worker: int) -> None:

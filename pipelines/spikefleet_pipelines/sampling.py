@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from spikefleet_pipelines.class_balance import ClassBalance
 from spikefleet_pipelines.counter_random import Draw, random_bits
 
 
@@ -33,6 +34,8 @@ class TrainingRows(NamedTuple):
     """Positions in the split, ascending; None: all."""
     groups: NDArray[np.int64] | None = None
     """Group of each sample of the split, [n]; None: no groups."""
+    balance: ClassBalance | None = None
+    """Balanced sampling over the rows; None: every row once in an epoch."""
 
 
 class Step(Protocol):
@@ -123,6 +126,8 @@ class EpochPlan:
 
     With `drop_partial` an epoch has whole batches only; the samples that are left over are others in each epoch.
 
+    With a balance of classes an epoch has the samples that it chooses, in random order, in the place of every sample.
+
     With groups a rank's slice of a batch has samples of one group, in a random order of groups. What does not fill a
     slice, fewer samples of each group than a slice has, comes at the end of the epoch, mixed.
 
@@ -181,7 +186,9 @@ class EpochPlan:
 
     @property
     def _used(self) -> int:
-        """Number of samples to train on."""
+        """Number of samples to train on in an epoch."""
+        if self.training.balance is not None:
+            return self.training.balance.samples
         return self.samples if self.training.rows is None else len(self.training.rows)
 
     @property
@@ -223,7 +230,9 @@ class EpochPlan:
     def _order(self, epoch: int) -> NDArray[np.int64]:
         """The samples of an epoch, in order."""
         order = epoch_order(self._used, self.seed, epoch) if self.shuffle else np.arange(self._used)
-        rows, groups = self.training
+        rows, groups, balance = self.training
+        if balance is not None:
+            order = balance.epoch(epoch)[order]
         if rows is not None:
             order = rows[order]
         return order if groups is None else order[_in_groups(groups[order], self.global_batch // self._ranks)]

@@ -22,14 +22,16 @@ from spikefleet.config.schema import Config
 from spikefleet.errors import UserError
 from spikefleet.inference.image_input import ImageInput
 from spikefleet.inference.prediction import predict_images
-from spikefleet.inference.trained_network import TrainedNetwork, open_trained_network
+from spikefleet.inference.trained_network import TrainedNetwork, in_precision, open_trained_network
 from spikefleet.plugins import load_plugins
 from spikefleet.registry import Promotion
 from spikefleet.runs.options import Options
 from spikefleet.runs.run_dir import find_run
+from spikefleet.runs.segments import extended
 from spikefleet.runs.train_run import FinishedRun, run_training
 from spikefleet.tracking.mlflow_client import resolve_tracking_uri
 from spikefleet_models.energy import EnergyCard
+from spikefleet_models.low_precision import Precision
 
 if TYPE_CHECKING:
     from torch import nn
@@ -148,6 +150,7 @@ def train(
     gpu: bool = False,
     name: str | None = None,
     resume: str | None = None,
+    extend_epochs: int | None = None,
     address: str | None = None,
     runs_dir: str | Path = "runs",
     stores_dir: str | Path = "stores",
@@ -165,6 +168,7 @@ def train(
         gpu: use one GPU per worker.
         name: of the run; by default the recipe with a digest of the configuration.
         resume: name of an existing run to resume with its own configuration.
+        extend_epochs: train the run `resume` for so many epochs beyond its end, with its schedule from the start.
         address: HOST:PORT of the Ray cluster; by default RAY_ADDRESS, else a local Ray is started.
         runs_dir: directory of runs and of their tracking database.
         stores_dir: directory of prepared stores.
@@ -185,7 +189,11 @@ def train(
     if name not in (None, resume) and resume is not None:
         raise UserError(f"--name {name} and --resume {resume} are two runs; give one of them")
     folder = Path(runs_dir)
+    if resume is None and extend_epochs is not None:
+        raise UserError(f"--extend-epochs {extend_epochs} extends an existing run; name it by --resume RUN")
     config = load_config(recipe, given) if resume is None else _resumed(recipe, resume, given, folder)
+    if resume is not None and extend_epochs is not None:
+        config = extended(find_run(folder, resume), config, extend_epochs)
     options = Options(folder, Path(stores_dir), address, verbose)
     return Run(run_training(config, options, console or Console(), name or resume), folder)
 
@@ -260,7 +268,13 @@ def search(
     )
 
 
-def load(reference: str | Path, *, runs_dir: str | Path = "runs", plugins: Sequence[str] = ()) -> Model:
+def load(
+    reference: str | Path,
+    *,
+    runs_dir: str | Path = "runs",
+    plugins: Sequence[str] = (),
+    precision: Precision | None = None,
+) -> Model:
     """Loads a trained network with its configuration, metrics and energy card; every file is verified by its hash.
 
     Args:
@@ -268,13 +282,17 @@ def load(reference: str | Path, *, runs_dir: str | Path = "runs", plugins: Seque
             or the name of a run.
         runs_dir: directory of runs and, unless MLFLOW_TRACKING_URI is set, of their tracking database.
         plugins: modules that the network needs.
+        precision: deploy the network with weights of this precision, fp32, bf16 or int8; by default it runs as it was
+            trained.
 
     Raises:
-        UserError: the reference does not exist, or a file is damaged.
+        UserError: the reference does not exist, a file is damaged, or nothing of the network can be rounded.
     """
     load_plugins(plugins)
     named, folder = str(reference), Path(runs_dir)
     trained = open_trained_network(named, folder)
+    if precision is not None:
+        trained = in_precision(trained, precision)
     return Model(named, trained, trained.metrics, trained.card)
 
 

@@ -22,22 +22,23 @@ _EVENT_PALETTE = 4
 """First colour of boxes on events: green, since blue and red are the polarities."""
 
 
-def draw_rows(store: Store, rows: int, path: Path) -> str:
-    """Draw rows of a store, evenly spread over its training split (without one, over its first split).
+def draw_rows(store: Store, rows: int, path: Path, split: str | None = None) -> str:
+    """Draw rows of a store, evenly spread over a split.
 
     Args:
         store: an open store.
         rows: how many, at most.
         path: the PNG.
+        split: its name; None: the training split, or without one the first.
 
     Returns:
         The split.
 
     Raises:
-        StoreError: a row cannot be read.
+        StoreError: there is no such split, or a row cannot be read.
     """
     names = list(store.manifest.shards)
-    split = "train" if "train" in names else names[0]
+    split = split or ("train" if "train" in names else names[0])
     if store.manifest.events is None:
         images = store.split(split)
         if images.is_detection:

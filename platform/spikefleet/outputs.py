@@ -48,6 +48,27 @@ def check_outputs(
         _try_to_write(path, place.parent, option)
 
 
+def check_output_folder(folder: Path, option: str, *, inputs: Iterable[Path] = (), force: bool = False) -> None:
+    """Checks a directory of files whose names are not known before the work is done.
+
+    Args:
+        folder: the directory.
+        option: that names it, for messages.
+        inputs: files that the command reads, and directories of which it reads files.
+        force: the directory may hold files, which may be replaced.
+
+    Raises:
+        UserError: it holds files, an input lies in it, it lies in an input, or it cannot be written.
+    """
+    place = _resolved(folder, option)
+    read = set(_readable(inputs))
+    if any(path == place or place in path.parents or path in place.parents for path in read):
+        raise UserError(f"{option} {folder} is where the command reads files; give another place")
+    if place.is_dir() and not force and any(place.iterdir()):
+        raise UserError(f"{option} {folder} is not empty; give another place, or --force to add to it")
+    check_place(folder, option)
+
+
 def check_place(path: Path, option: str) -> None:
     """Checks that files can be created in a directory, or in one that is to be created, before any work is done.
 

@@ -282,6 +282,39 @@ def gradient_flow(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> 
 
 
 @never_fatal
+def rate_range(
+    rates: Sequence[float],
+    losses: Sequence[float],
+    smoothed: Sequence[float],
+    suggested: float,
+    title: str,
+    path: Path,
+) -> None:
+    """Plots the loss over a growing learning rate.
+
+    Args:
+        rates: of each step.
+        losses: of each step.
+        smoothed: their exponential mean.
+        suggested: rate to mark.
+        title: of the plot.
+        path: the PNG.
+    """
+    figure, axis = subplots(1, 1, figsize=(7, 4), layout="constrained")
+    axis.plot(rates, losses, color="#adb5bd", lw=1, label="loss of a step")
+    axis.plot(rates, smoothed, color="#2a9d8f", label="smoothed")
+    axis.axvline(suggested, color="#cf222e", lw=1, ls="--", label=f"steepest fall: {suggested:.3g}")
+    axis.set_xscale("log")
+    axis.set_ylim(0.9 * min(smoothed), 1.1 * max(smoothed[0], np.median(losses)))
+    axis.set_xlabel("learning rate")
+    axis.set_ylabel("training loss")
+    axis.set_title(drawable(title), fontsize=9)
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
+    save(figure, path)
+
+
+@never_fatal
 def paper_and_ours(
     panels: Mapping[str, Sequence[tuple[str, float | None, float | None, float | None]]], title: str, path: Path
 ) -> None:

@@ -176,14 +176,22 @@ def waiting(console: Console, what: str) -> Iterator[Announce]:
 
 
 @contextmanager
-def counting(console: Console, title: str, unit: str = "images") -> Iterator[Count]:
+def counting(console: Console, title: str, unit: str = "images", *, plain: bool = False) -> Iterator[Count]:
     """A bar with rate and remaining time, which appears with the first call; plain lines where there is no terminal.
 
     Until the first call, `title` is what is waited for.
+
+    Args:
+        console: where it is shown.
+        title: what is counted.
+        unit: of the numbers.
+        plain: plain lines on a terminal too, between what else is printed there.
     """
     shown = Waiting(console)
-    shown.announce(title)
-    bar = _LiveCount(console, title, unit) if console.is_terminal else _PlainCount(console, title, unit)
+    if not plain:
+        shown.announce(title)
+    live = console.is_terminal and not plain
+    bar = _LiveCount(console, title, unit) if live else _PlainCount(console, title, unit)
 
     def count(done: int, total: int) -> None:
         shown.close()

@@ -5,14 +5,16 @@
 
 Each training runs in this machine's processes, one thread each, by the training core itself; with --gpu all of them
 share the first CUDA device. Prints each result, then for each setting the mean, its standard deviation, and the mean
-difference to the first setting with a 95 % interval (paired by seed, Student's t). With --out, results are appended to
-a JSON-lines file, and those that it holds are not trained again.
+difference to the first setting with a 95 % interval (paired by seed, Student's t), and the smallest difference that 3,
+5 and 10 seeds show four times in five: measure that first where a scale is to tell settings apart. With --out, results
+are appended to a JSON-lines file, and those that it holds are not trained again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -25,12 +27,13 @@ from rich.console import Console
 
 from spikefleet.config.recipes import load_config, parse_overrides
 from spikefleet.data_access import open_data
+from spikefleet.reproduction.paired_seeds import PairedSeeds, smallest_effect
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.events import NullSink
 from spikefleet.training.loop import train
 
-T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-"""Student's t at 97.5 %, by degrees of freedom."""
+SEEDS = (3, 5, 10)
+"""For how many seeds the smallest difference is said."""
 
 
 class Job(NamedTuple):
@@ -72,7 +75,7 @@ def train_one(job: Job) -> dict[str, Any]:
 
 
 def compare(rows: list[dict[str, Any]], names: list[str], metric: str) -> None:
-    """Prints the settings' means, and their paired differences to the first."""
+    """Prints the settings' means, their paired differences to the first, and what more seeds would show."""
     found = {name: {row["seed"]: 100 * row["test"][metric] for row in rows if row["name"] == name} for name in names}
     first = found[names[0]]
     width = max(map(len, names))
@@ -80,10 +83,17 @@ def compare(rows: list[dict[str, Any]], names: list[str], metric: str) -> None:
         values = list(by_seed.values())
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         line = f"{name:<{width}}  {statistics.fmean(values):6.2f} ± {spread:5.2f} %  (n={len(values)})"
-        differences = [by_seed[seed] - first[seed] for seed in by_seed.keys() & first.keys()]
-        if name != names[0] and len(differences) > 1:
-            half = T_95[len(differences) - 1] * statistics.stdev(differences) / len(differences) ** 0.5
-            line += f"  difference {statistics.fmean(differences):+6.2f} ± {half:.2f} points"
+        # Seeds of one setting are taken as independent of another's, which is the larger spread of a difference.
+        spread_of_difference: float | None = spread * math.sqrt(2)
+        paired = PairedSeeds.of(by_seed, first)
+        if name != names[0] and paired is not None:
+            spread_of_difference = paired.deviation
+            if paired.interval is not None:
+                half = (paired.interval[1] - paired.interval[0]) / 2
+                line += f"  difference {paired.difference:+6.2f} ± {half:.2f} points, p = {paired.p_value:.2g}"
+        if spread_of_difference:
+            shown = ", ".join(f"{smallest_effect(spread_of_difference, seeds):.2f}" for seeds in SEEDS)
+            line += f"; shown by {', '.join(map(str, SEEDS))} seeds: {shown} points"
         print(line)
 
 

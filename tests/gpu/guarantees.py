@@ -11,10 +11,13 @@ import torch
 
 from gpu.session import Results, Session
 from gpu.unit_checks import build_unit
+from spikefleet.training.step import Meter, settle, training_step
 from spikefleet_models import spiking_unit
 from spikefleet_models.families import build_model, model_config
 from spikefleet_models.health import SpikeMonitor
 from spikefleet_models.spiking_unit import use_implementation
+from support.events import KeptEvents
+from support.training_steps import CLASSIFIER, DETECTOR, random_batches, task_of, training_state
 
 
 def the_lean_form_never_runs_where_triton_does() -> None:
@@ -50,6 +53,24 @@ def the_unit_never_waits_for_the_device() -> None:
         assert _fails(lambda: z.detach().sum().item(), RuntimeError)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def training_steps_never_wait() -> None:
+    """Torch raises where the host waits, in steps of a classifier and of a detector, the former in fp16 too."""
+    for words in (CLASSIFIER, [*CLASSIFIER, "train.precision=fp16"], DETECTOR):
+        state = training_state(words, torch.device("cuda"))
+        assert state.reads_late
+        task, meter, told = task_of(state), Meter(), KeptEvents()
+        batches = [batch.to("cuda", state.config.train.channels_last) for batch in random_batches(words)]
+        for number, batch in enumerate(batches):
+            if number == 1:  # the first compiles kernels and allocates
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                training_step(state, task, batch, meter, told)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        assert not settle(state, told)
+        assert len(told.steps) == len(batches)
 
 
 def replayed_graphs_compute_the_same() -> None:
@@ -89,6 +110,7 @@ GUARANTEES: dict[str, Callable[[], None]] = {
         the_lean_form_never_runs_where_triton_does,
         observed_units_emit_the_same_spikes,
         the_unit_never_waits_for_the_device,
+        training_steps_never_wait,
         replayed_graphs_compute_the_same,
     )
 }

@@ -8,7 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from spikefleet.config.recipes import load_config, parse_overrides
-from spikefleet.config.schema import Config, TrainConfig
+from spikefleet.config.schema import Config
+from spikefleet.config.train_config import TrainConfig
 from spikefleet.errors import UserError
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.events import EpochDone, Started

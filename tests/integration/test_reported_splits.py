@@ -163,7 +163,7 @@ def test_such_a_version_is_certified_on_training_images_and_stays_challenger(fin
     assert {"test/top1", "last/test/top1"} <= keys
     assert not [key for key in keys if "val/" in key]
     version = registry.show("sg_resnet_digits", tracking_uri=uri).pick(1)
-    assert {key.partition("/")[0] for key in version.metrics} == {"test", "energy_mj"}
+    assert {key.partition("/")[0] for key in version.metrics} == {"test", "energy_mj", "latency_ms"}
     assert version.aliases == ("challenger",)
     # A user may compare test metrics by naming them.
     promoted = registry.promote("sg_resnet_digits", 1, "test/top1", tracking_uri=uri)
@@ -241,7 +241,7 @@ def test_imagenets_validation_images_are_called_val(imagenet: Path, runs: Path, 
     assert not [key for key in keys if "test/" in key]
     version = registry.show("imagenet_sg_resnet18", tracking_uri=uri).pick(1)
     assert version.aliases == ("champion",)
-    assert {key.partition("/")[0] for key in version.metrics} == {"val", "energy_mj"}
+    assert {key.partition("/")[0] for key in version.metrics} == {"val", "energy_mj", "latency_ms"}
     # `test` still opens these images, under their name.
     words = ["evaluate", "small", "--split", "test", *places, *stores]
     said = CliRunner(env={"COLUMNS": "120"}).invoke(app, words)

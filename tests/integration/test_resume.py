@@ -14,7 +14,7 @@ from spikefleet.config.schema import Config
 from spikefleet.errors import UserError
 from spikefleet.training.checkpoints import CheckpointFolder
 from spikefleet.training.events import Note
-from spikefleet.training.step import NonFiniteError
+from spikefleet.training.step_reading import NonFiniteError
 from support.ranks import GroupRun, fail, freeze, kill, leave, poison_loss, run_ranks, run_undisturbed
 from support.snapshots import assert_same_end, cut, differences, end_of
 

@@ -20,7 +20,7 @@ from spikefleet.tasks.classification import Classification
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.events import Event, StepDone
 from spikefleet.training.loop import Outcome, train
-from spikefleet.training.step import NonFiniteError
+from spikefleet.training.step_reading import NonFiniteError
 from spikefleet_models.kernels import CHOICE
 from spikefleet_pipelines.sources import prepare
 from spikefleet_pipelines.store.reader import Store

@@ -14,6 +14,7 @@ import ray
 from typer.testing import CliRunner
 
 from spikefleet.cli import app
+from spikefleet.reproduction.results import read_results
 from spikefleet.runs.run_dir import Run
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.events import NullSink
@@ -212,9 +213,12 @@ def reproduce(folder: Path, stores_dir: Path, *words: str, code: int = 0) -> str
 def test_rows_of_a_table_are_trained_once_for_all_tables(
     ray_on_two_cpus: None, stores_dir: Path, tmp_path: Path
 ) -> None:
-    small = ("train.epochs=1", "model.width=0.125")
-    said = reproduce(tmp_path, stores_dir, "sg_resnet_table9", *small, "--only", "SG ResNet10*", "--seeds", "1")
+    small, results = ("train.epochs=1", "model.width=0.125"), ("--results", str(tmp_path / "results"))
+    first = ("sg_resnet_table9", *small, "--only", "SG ResNet10*", "--seeds", "1", *results)
+    said = reproduce(tmp_path, stores_dir, *first)
     assert "trial 2/2" in said
+    assert "0 of 2 trainings done, in 0 s of training; 2 left, their time is not known yet" in said
+    assert "recorded 2 trainings in" in said
     (folder,) = (tmp_path / "runs" / "reproductions").glob("sg_resnet_table9-digits-*")
     assert {path.name for path in folder.iterdir()} >= {"report.md", "report.json", "report.png"}
     rows = json.loads((folder / "report.json").read_text())["rows"]
@@ -243,6 +247,18 @@ def test_rows_of_a_table_are_trained_once_for_all_tables(
     config.write_text(json.dumps({**(tree := json.loads(config.read_text())), "optim": {**tree["optim"], "lr": 9.0}}))
     said = reproduce(tmp_path, stores_dir, "sg_resnet_table7", *small, "--only", "*ResNet10", "--report-only")
     assert "seed 0 was trained by an earlier form of recipe digits_narrow" in said
+    # Without the runs, elsewhere: the record alone says the same, and nothing is trained again.
+    (tmp_path / "elsewhere").mkdir()
+    said = reproduce(tmp_path / "elsewhere", stores_dir, *first)
+    assert "2 of 2 trainings done" in said
+    assert "trial " not in said
+    assert "recorded" not in said
+    (again,) = (tmp_path / "elsewhere" / "runs" / "reproductions").glob("sg_resnet_table9-digits-*")
+    assert (again / "report.json").read_text() == (folder / "report.json").read_text()
+    assert not (tmp_path / "elsewhere" / "runs" / "searches").exists()
+    (file,) = (tmp_path / "results").iterdir()
+    assert file.name == "paper-digits-digits_narrow.parquet"
+    assert all(len(one.history) == 1 and one.card is not None for one in read_results(file).values())
 
 
 def test_tables_that_cannot_be_reproduced_say_why(stores_dir: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from spikefleet.certificates import certify as certification
 from spikefleet.certificates.certify import CERTIFICATE, certify
 from spikefleet.certificates.energy_card import ENERGY
+from spikefleet.certificates.latency import LATENCY
 from spikefleet.certificates.spike_check import PROOF
 from spikefleet.errors import UserError
 from spikefleet.files import read_json, sha256_of, write_json
@@ -141,3 +142,16 @@ def test_what_is_packaged_is_the_network_that_was_certified(
     trained = best_network(load_checkpoint(path), config.model).state_dict()
     assert all(torch.equal(value, trained[name]) for name, value in packaged.state_dict().items())
     assert any(not torch.equal(value, weights[name]) for name, value in trained.items()) == averaged
+
+
+def test_the_latency_is_measured_once_for_a_checkpoint(certified: Certified) -> None:
+    checkpoint = certified.run.checkpoints.latest()
+    assert checkpoint is not None
+    parts = certified.run.config(), checkpoint, certified.report, certified.store
+    found = certify(*parts)
+    assert certified.report / LATENCY in found.files
+    assert certify(*parts).latency == found.latency
+    recorded = read_json(certified.report / LATENCY)
+    write_json(certified.report / LATENCY, {**recorded, "checkpoint": "0" * 64, "median_ms": 1e6})
+    assert certify(*parts).latency.median_ms < 1e6
+    assert certified.checks == 1

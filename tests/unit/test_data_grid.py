@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from spikefleet import data_grid
 from spikefleet.cli import app
 from spikefleet.errors import UserError
+from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.events import event_images
 from spikefleet_pipelines.events.label_frames import LabelFrames
 from spikefleet_pipelines.sources import prepare
@@ -76,6 +77,17 @@ def test_images_are_drawn(source: str, tmp_path: Path) -> None:
     assert (np.ptp(image, axis=-1) > 60).any() == (source == "scenes")  # boxes have colours
 
 
+def test_another_split_is_drawn(tmp_path: Path) -> None:
+    store = Store.open(prepare("scenes", None, tmp_path / "s", train=6, val=2, test=2).location)
+    grids = []
+    for split in (None, "train", "test"):
+        assert data_grid.draw_rows(store, 2, tmp_path / "s.png", split) == (split or "train")
+        grids.append((tmp_path / "s.png").read_bytes())
+    assert grids[0] == grids[1] != grids[2]
+    with pytest.raises(StoreError, match="has no split 'exam', expected one of 'train', 'val', 'test'"):
+        data_grid.draw_rows(store, 2, tmp_path / "s.png", "exam")
+
+
 def test_rows_are_spread() -> None:
     assert data_grid._spread(100, 4) == [0, 25, 50, 75]
     assert data_grid._spread(3, 8) == [0, 1, 2]
@@ -100,6 +112,7 @@ def test_the_command_prints_and_draws(tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["--n", "3"], "--n 3 is the number of rows in a grid"),
+        (["--split", "test"], "--split test is the split of a grid"),
         (["--out", "grid.jpg"], "--out grid.jpg must end in .png"),
         (["--out", "STORE/grid.png"], "would overwrite what the command reads"),
         (["--out", "there.png"], "exists; give another place, or --force"),

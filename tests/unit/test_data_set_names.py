@@ -145,7 +145,7 @@ def test_own_boxes_in_a_folder_of_that_name_are_not_coco(tmp_path: Path) -> None
 
 def test_every_set_that_a_source_stands_for_is_taken() -> None:
     """A new source of one data set adds its name; other data do not get it from their folder."""
-    anybodys = {"image_folder", "coco", "event_folder", "csv", "voc", "yolo"}
+    anybodys = {"image_folder", "coco", "event_folder", "csv", "voc", "yolo", "tonic", "parquet", "webdataset", "npz"}
     assert {name for name in list_sources() if find_source(name).name not in anybodys} <= PUBLISHED
 
 

@@ -343,10 +343,11 @@ def test_cards_of_earlier_releases_are_read() -> None:
 
 
 def test_constants_are_named() -> None:
-    assert [(c.mac_pj, c.ac_pj) for c in CONSTANTS.values()] == [(3.1, 0.1), (4.6, 0.9)]
+    assert [(c.mac_pj, c.ac_pj) for c in CONSTANTS.values()] == [(3.1, 0.1), (4.6, 0.9), (4.6, 0.1)]
     with pytest.raises(
         ValueError,
-        match=r"unknown energy constants '45nm', expected one of int32-45nm, fp32-45nm; did you mean 'fp32-45nm'\?$",
+        match=r"unknown energy constants '45nm', expected one of int32-45nm, fp32-45nm, int8-45nm; "
+        r"did you mean 'int8-45nm'\?$",
     ):
         energy_at_rates(bare("sg_resnet_tiny"), (8, 8), 0.1, "45nm")
 

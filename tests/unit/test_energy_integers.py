@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 
 from spikefleet import plots
 from spikefleet.cli import app
-from spikefleet.reproduction.reproduce import _energy_remark, _network_metrics
+from spikefleet.config.recipes import load_config
+from spikefleet.reproduction.results import Training
+from spikefleet.reproduction.rows import energy_remark, network_metrics
 from spikefleet.reproduction.table import load_table
-from spikefleet.runs.run_dir import Run
 from spikefleet_models import build_model, model_config
 from spikefleet_models.energy import FED_BY_INTEGERS, EnergyCard, energy_at_rates, energy_card
 from spikefleet_models.gates import Gate
@@ -215,22 +216,29 @@ def test_the_plot_has_a_colour_of_its_own_for_them(tmp_path: Path, monkeypatch: 
     assert labels[1] == ["spikes in: additions", "real in: MACs"]
 
 
-def test_tables_remark_them_and_add_no_published_additions(tmp_path: Path) -> None:
+def test_tables_remark_them_and_add_no_published_additions() -> None:
     table = load_table("sg_resnet_table5")
-    runs = {}
-    for connection in ("add", "iand"):
-        runs[connection] = Run(tmp_path / connection)
-        report = runs[connection].path / "report"
-        report.mkdir(parents=True)
-        card = energy_card(*in_batches(settled(connection)))
-        (report / "energy.json").write_text(json.dumps(card.to_dict()))
-    assert list(_energy_remark(table, [runs["iand"]])) == []
-    assert list(_energy_remark(table, list(runs.values()))) == ["4 layers fed by sums of spikes, counted as MACs"]
-    assert list(_energy_remark(load_table("sg_resnet_table8"), [runs["add"]])) == []  # it shows no energy
+    trainings = {
+        connection: Training(
+            load_config("digits", {}),
+            {},
+            {},
+            1.0,
+            "digits",
+            "d" * 64,
+            "abc",
+            connection,
+            card=energy_card(*in_batches(settled(connection))),
+        )
+        for connection in ("add", "iand")
+    }
+    assert list(energy_remark(table, [trainings["iand"]])) == []
+    assert list(energy_remark(table, list(trainings.values()))) == ["4 layers fed by sums of spikes, counted as MACs"]
+    assert list(energy_remark(load_table("sg_resnet_table8"), [trainings["add"]])) == []  # it shows no energy
     entry = next(entry for entry in table.entries() if entry.row.name == "SG ResNet18")
-    assert {"macs", "energy_uj"} <= _network_metrics(table, entry).keys()
+    assert {"macs", "energy_uj"} <= network_metrics(table, entry).keys()
     row = entry.row.model_copy(update={"overrides": {"model.connection": "add", "model.decoder": "rate"}})
-    counted = _network_metrics(table, dataclasses.replace(entry, row=row))
+    counted = network_metrics(table, dataclasses.replace(entry, row=row))
     assert counted["macs"] > 600e6
     assert "energy_uj" not in counted
 

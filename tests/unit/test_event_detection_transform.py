@@ -213,3 +213,29 @@ def test_windows_are_drawn_at_the_size_of_the_sensor(samples: EventSamples) -> N
     drawn = config().pixels(batch.images[:2])
     assert drawn[0].shape == (3, 64, 64)
     assert torch.equal(drawn[0][:, :40, :56], pictures[0])
+
+
+def test_boxes_are_chosen_for_training_by_their_size_on_the_sensor(samples: EventSamples) -> None:
+    """Sides are 8 and 16; zoomed ones are others, but what is left out is not chosen by them."""
+    rvt = {"least_diagonal": 12, "least_side": 10, "largest_width": 0.9}
+    wide = [row for row in range(20) if samples.annotations(row).boxes[0, 2] == 16]
+    assert 0 < len(wide) < 20
+
+    def shown(train: bool, zoom: float = 0.0, **filters: float) -> list[int]:
+        fields = {**ZOOMING, "zoom": zoom, "training_boxes": filters}
+        batch = batch_of(samples, train, **fields)
+        return [row for row, target in enumerate(batch.targets) if len(target.boxes)]
+
+    assert shown(True, **rvt) == wide
+    assert shown(True) == shown(False, **rvt) == list(range(20))
+    assert set(shown(True, zoom=1.0, **rvt)) == set(wide) & set(shown(True, zoom=1.0))
+    assert shown(True, least_diagonal=16 * 2**0.5 - 0.01) == wide
+    assert shown(True, least_diagonal=16 * 2**0.5 + 0.01) == []
+    assert shown(True, largest_width=16 / SENSOR[1] - 0.01) == [row for row in range(20) if row not in wide]
+    rows = config(training_boxes=rvt, skip_empty=True).training_rows(samples).rows
+    assert rows is not None
+    assert rows.tolist() == wide
+    with pytest.raises(ValueError, match=r"has no label time with a box to train on; set .*, other data.transform.tr"):
+        config(training_boxes={"least_side": 17}, skip_empty=True).training_rows(samples)
+    with pytest.raises(ValidationError, match="largest_width"):
+        config(training_boxes={"largest_width": 0})

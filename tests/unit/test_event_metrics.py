@@ -1,11 +1,19 @@
-"""Protocols of event detection: what counts, and metrics equal to those of an implementation from the definition."""
+"""Protocols of event detection: what counts, and metrics equal to those of an implementation from the definition.
+
+Prophesee's toolbox is in no package registry: PROPHESEE_TOOLBOX is the folder of its sources, of which `src/io` and
+`src/metrics` compute the reference.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import TypeVar
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -107,6 +115,64 @@ def test_metrics_are_those_of_a_plain_implementation(name: str) -> None:
     assert found == pytest.approx(expected, abs=1e-9)
     assert 0.05 < found[0] < 0.9
     assert result.named == {f"{key}_{name}": result.coco.twelve[key] for key in ("map50_95", "map50", "map75")}
+
+
+def of_toolbox(name: str) -> ModuleType:
+    """A module of Prophesee's toolbox."""
+    folder = os.environ.get("PROPHESEE_TOOLBOX", "")
+    if not folder:
+        pytest.skip("set PROPHESEE_TOOLBOX to the folder of prophesee-automotive-dataset-toolbox")
+    found = importlib.util.spec_from_file_location(Path(name).stem, Path(folder) / "src" / f"{name}.py")
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def in_float32(boxes: Boxes) -> Boxes:
+    """The same with coordinates that float32 has, as the toolbox's."""
+    return replace(boxes, boxes=boxes.boxes.astype(np.float32).astype(np.float64))
+
+
+def toolbox_boxes(of: RecordingLabels | RecordingDetections) -> NDArray[Any]:
+    """Boxes of the classes that count as the toolbox has them, by time."""
+    scores = of.scores if isinstance(of, RecordingDetections) else np.ones(len(of.times))
+    kinds = [("t", "i8"), *((name, "f4") for name in "xywh"), ("class_id", "u4"), ("class_confidence", "f8")]
+    rows = [
+        (time, *box, label, score)
+        for time, box, label, score in zip(of.times, of.boxes, of.labels, scores, strict=True)
+    ]
+    boxes = np.array(rows, kinds)
+    return np.sort(boxes[boxes["class_id"] < len(NAMES)], order="t", kind="stable")
+
+
+@pytest.mark.parametrize("name", ["prophesee", "toolbox_cli"])
+def test_metrics_are_those_of_prophesees_toolbox(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    filtering, evaluation = of_toolbox("io/box_filtering"), of_toolbox("metrics/coco_eval")
+    stats: list[NDArray[np.float64]] = []
+
+    class Kept(evaluation.COCOeval):  # type: ignore[misc, name-defined]  # it prints its metrics, and returns nothing
+        def summarize(self) -> None:
+            super().summarize()
+            stats.append(self.stats[self.stats > -1])  # without those that are undefined
+
+    monkeypatch.setattr(evaluation, "COCOeval", Kept)
+    cases = [(in_float32(truth), in_float32(found)) for truth, found in map(random_recording, range(6))]
+    by = protocol(name, GEN1)
+    theirs = [
+        [filtering.filter_boxes(toolbox_boxes(part), by.skip_us, by.diagonal, by.side) for part in parts]
+        for parts in zip(*cases, strict=True)
+    ]
+    evaluation.evaluate_detection(*theirs, classes=NAMES, height=GEN1[0], width=GEN1[1])
+    ours = together(cases, name).coco
+    assert ours is not None
+    assert list(ours.twelve.values()) == pytest.approx(stats[0].tolist(), abs=1e-9)
+    # The detections of one recording less sure, and they differ.
+    less = replace(cases[0][1], scores=cases[0][1].scores * 0.1)
+    changed = together([(cases[0][0], less), *cases[1:]], name).coco
+    assert changed is not None
+    assert list(changed.twelve.values()) != pytest.approx(stats[0].tolist(), abs=1e-9)
 
 
 def test_protocols_differ() -> None:

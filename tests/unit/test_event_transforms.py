@@ -18,6 +18,7 @@ from spikefleet_pipelines.events.durations import duration_us
 from spikefleet_pipelines.events.recording import EventArrays
 from spikefleet_pipelines.events.representations import bin_events
 from spikefleet_pipelines.events.windows import recording_of
+from spikefleet_pipelines.events_in_memory import parts_of
 from spikefleet_pipelines.loading import Batch, BatchLoader
 from spikefleet_pipelines.opening import open_or_prepare
 from spikefleet_pipelines.sampling import EpochPlan, EvaluationPlan
@@ -306,3 +307,16 @@ def test_augmented_events_of_a_part_of_a_recording(samples: EventSamples) -> Non
     back = EventArrays(29_999 - (events.t - window.start)[::-1], events.x[::-1], events.y[::-1], 1 - events.p[::-1])
     expected = bin_events(recording_of(back, SENSOR).window(0, 30_000), BinningConfig(slices=T))
     assert np.array_equal(turned[7].numpy(), expected)
+
+
+def test_parts_cover_a_recording_to_its_end() -> None:
+    events = at_times([5, 12, 13], (3, 5))
+    parts = [(part.t0, part.whole().length, len(part)) for part in parts_of([events], (3, 5), 10, start_us=0)]
+    assert parts == [(0, 10, 1), (10, 10, 2)]
+    longer = [(part.t0, len(part)) for part in parts_of([events], (3, 5), 10, start_us=0, end_us=35)]
+    assert longer == [(0, 1), (10, 2), (20, 0), (30, 0)]
+    whole = [(part.t0, part.whole().length, len(part)) for part in parts_of([events], (3, 5), None, end_us=40)]
+    assert whole == [(5, 35, 3)]
+    nothing = at_times([], (3, 5))
+    assert [len(part) for part in parts_of([nothing], (3, 5), 10, start_us=0, end_us=15)] == [0, 0]
+    assert not list(parts_of([nothing], (3, 5), 10))

@@ -18,7 +18,9 @@ from spikefleet.export.comparison import LIMIT, compare_outputs  # noqa: E402
 from spikefleet.export.onnx_file import Fp64File, OnnxFile, onnx_of, read_metadata  # noqa: E402
 from spikefleet.export.pixels import Scaling  # noqa: E402
 from spikefleet_models.families import build_model, list_models, model_config  # noqa: E402
+from spikefleet_models.low_precision import packed_weights, rounded  # noqa: E402
 from spikefleet_models.neurons import spiking_nodes  # noqa: E402
+from spikefleet_models.reparam import deploy  # noqa: E402
 from spikefleet_pipelines.transforms.normalise_config import NORMALISATIONS  # noqa: E402
 from support.exported import Pixels, lively  # noqa: E402
 
@@ -102,6 +104,25 @@ def test_a_file_says_what_it_is_and_nothing_of_this_machine(small: tuple[nn.Modu
     assert [side.dim_value for side in taken.shape.dim][1:] == [1, 8, 8]
     assert taken.shape.dim[0].dim_param
     assert str(Path(__file__).parents[2]).encode() not in small[1].read_bytes()
+
+
+@pytest.mark.parametrize(("precision", "bytes_of_weight"), [("bf16", 2), ("int8", 1)])
+def test_rounded_weights_are_kept_in_their_type(precision: Any, bytes_of_weight: int, tmp_path: Path) -> None:
+    deployed = deploy(narrow_iand())
+    network, packed = rounded(deployed, precision), packed_weights(deployed, precision)
+    path = tmp_path / "small.onnx"
+    path.write_bytes(onnx_of(network, SCALING, (1, 8, 8), {}, packed))
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    kept = {tensor.name: tensor for tensor in model.graph.initializer if tensor.name.endswith(".small")}
+    assert len(kept) == len(packed) > 1
+    assert sum(len(tensor.raw_data) for tensor in kept.values()) == bytes_of_weight * sum(
+        weight.values.numel() for weight in packed.values()
+    )
+    assert_equal(network, path)
+    pixels = Pixels(4).all()
+    for one, other in zip(Fp64File(path).run(pixels), run_of(network.double())(pixels), strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-6)
 
 
 def test_a_changed_weight_is_refused(small: tuple[nn.Module, Path], tmp_path: Path) -> None:

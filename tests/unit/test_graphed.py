@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from spikefleet.config.recipes import load_config, parse_overrides
-from spikefleet.config.schema import TrainConfig
+from spikefleet.config.train_config import TrainConfig
 from spikefleet.errors import UserError
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.events import NullSink

@@ -24,9 +24,10 @@ from spikefleet.jobs.run_state import state_of_job, state_of_run
 from spikefleet.jobs.server import Job
 from spikefleet.jobs.signal_driver import processes_of
 from spikefleet.jobs.stopping import stop_run
-from spikefleet.jobs.submission import ENTRY
+from spikefleet.jobs.submission import ENTRY, refuse_secrets
 from spikefleet.runs.run_dir import Run, default_run_name
 from spikefleet.status import silent
+from spikefleet_tune.lock import hold
 
 
 @pytest.mark.parametrize(
@@ -82,10 +83,21 @@ def test_the_digest_tells_another_configuration_apart_and_no_other_spelling() ->
         ("data show x", "'data' cannot be submitted; expected one of train, tune, reproduce, retrain, data prepare"),
         ("predict m a.png", "'predict' cannot be submitted"),
         ("train digits --runs-dir runs", "--runs-dir 'runs' is relative to a directory of this machine"),
+        ("reproduce sg_resnet_table9 --results results", "--results 'results' is relative"),
         ("train digits --stores-dir=stores", "--stores-dir 'stores' is relative"),
         ("train digits data.root=images", "data.root 'images' is relative"),
         ("train digits data.store=s3://me:secret@bucket/x", "data.store holds a password"),
         ("data prepare digits --option token=abc", "token holds a password, or another secret"),
+        ("data prepare digits --option api_key=abc", "api_key holds a password"),
+        ("data prepare digits --option apikey=x", "apikey holds a password"),
+        ("data prepare digits --option aws_credentials=x", "aws_credentials holds a password"),
+        ("data prepare digits --token abc", "--token holds a password"),
+        ("data prepare digits --hf-token abc", "--hf-token holds a password"),
+        ("train digits data.store=s3://b/r?access_key=A&secret_key=me:secret", "data.store holds a password"),
+        ("data prepare s3://b/r?region=x&secret_access_key=me:secret", "s3:// holds a password"),
+        ("data prepare https://me:secret_abc@github.com/x?a=b", "https:// holds a password"),
+        ("data prepare https://ghp_abc@github.com/x", "https:// holds a password"),
+        ("train digits checkpoint.mirror=s3://me:secret/cd@b", "checkpoint.mirror holds a password"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_sent(words: str, sentence: str) -> None:
@@ -99,6 +111,7 @@ def test_an_option_that_the_command_does_not_have_is_refused_as_there() -> None:
     with pytest.raises(typer.BadParameter):
         checked(["train", "digits", "--workers", "two"], None)
     checked(["data", "prepare", "digits", "--option", "tokens=3"], None)  # whose name only begins like a secret's
+    refuse_secrets(["models:/x@champion", "monkey=1", "optim.lr=0.1", "--name", "token", "x", "--token"])
 
 
 def test_a_recipe_of_this_machine_goes_with_its_directory(tmp_path: Path) -> None:
@@ -126,12 +139,56 @@ def test_code_is_sent_without_data_and_what_git_ignores(tmp_path: Path, monkeypa
     assert sent() == ["a.py", "ignored.bin", "sub/b.py"]
     (tmp_path / ".gitignore").write_text("ignored.bin\n")
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
-    assert sent() == [".gitignore", "a.py", "sub/b.py"]
-    monkeypatch.setattr(code_package, "MOST_BYTES", 10)
-    with pytest.raises(UserError, match=r"the largest files are .gitignore \(0 MB\), sub/b.py"):
+    assert sent() == ["a.py", "sub/b.py"]
+    monkeypatch.setattr(code_package, "MOST_BYTES", 5)
+    with pytest.raises(UserError, match=r"the largest files are sub/b.py \(0 MB\), a.py"):
         sent()
     with pytest.raises(UserError, match="is no directory"), packed(tmp_path / "none"):
         pass
+
+
+def test_what_git_tracks_is_sent_and_what_is_not_sent_is_said(tmp_path: Path) -> None:
+    folder, other = tmp_path / "code", tmp_path / "other"
+    for path in ("pkg/data/loader.py", "data/fixture.json", "data/large.bin", "pkg/runs/plan.py", ".env", "venv/x.py"):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(path)
+    (folder / "link.py").symlink_to("pkg/data/loader.py")
+    (folder / "outside.py").symlink_to(tmp_path / "elsewhere.py")
+    (folder / "env.py").symlink_to(".env")
+    (tmp_path / "elsewhere.py").write_text("")
+    said: list[str] = []
+
+    def sent() -> dict[str, str]:
+        with packed(folder, said.append) as copy:
+            files = [path for path in copy.rglob("*") if not path.is_dir()]
+            assert not [path for path in files if path.is_symlink()]
+            return {str(path.relative_to(copy)): path.read_text() for path in files}
+
+    outside_git = sent()
+    assert sorted(outside_git) == ["link.py", "pkg/data/loader.py", "pkg/runs/plan.py"]
+    assert outside_git["link.py"] == "pkg/data/loader.py"
+    assert said == ["--with-code: 3 files are sent; left out: .env, data, env.py, outside.py, venv"]
+
+    def git(where: Path, *words: str) -> None:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "protocol.file.allow=always"]
+        subprocess.run(["git", "-C", str(where), *identity, *words], check=True, capture_output=True)
+
+    other.mkdir()
+    (other / "part.py").write_text("part")
+    for where, words in ((other, ["init"]), (other, ["add", "."]), (other, ["commit", "-m", "one"])):
+        git(where, *words)
+    git(folder, "init")
+    git(folder, "add", "data/fixture.json", "pkg")
+    git(folder, "submodule", "add", str(other), "sub")
+    assert sorted(sent()) == [
+        ".gitmodules",
+        "data/fixture.json",
+        "link.py",
+        "pkg/data/loader.py",
+        "pkg/runs/plan.py",
+        "sub/part.py",
+    ]
+    assert said[1] == "--with-code: 6 files are sent; left out: .env, data, env.py, outside.py, venv"
 
 
 def job(**fields: Any) -> Job:
@@ -162,6 +219,29 @@ def test_the_state_of_a_job_comes_from_its_log() -> None:
     assert (state.state, state.detail) == ("waiting", waits.strip())
     assert state_of_job(job(), log + waits + "resuming from step-00000021 (epoch 2, step 21)\n").state == "running"
     assert state_of_job(job(state="finished", ended=9.0), log + waits).state == "finished"
+
+
+@pytest.mark.parametrize(
+    ("shown", "value"),
+    [("1e-05", "1e-05"), ("-0.25", "-0.25"), ("-3.2e+04", "-3.2e+04"), ("nan%", "nan%"), ("inf", "inf"), ("x", None)],
+)
+def test_any_number_is_read_as_a_metric(shown: str, value: str | None) -> None:
+    state = state_of_job(job(), f"epoch 1/4  train/loss 2.3  val/loss {shown}  best\n")
+    assert state.metrics == (None if value is None else {"val/loss": value})
+
+
+def test_the_run_of_another_user_is_not_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(process: int, sent: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    run = Run(tmp_path / "run")
+    run.path.mkdir()
+    monkeypatch.setattr(os, "kill", forbidden)
+    with (
+        hold(run.path / ".lock"),
+        pytest.raises(UserError, match=rf"run run is trained by process {os.getpid()} of another user"),
+    ):
+        stop_run(run, now=False, announce=silent)
 
 
 def test_the_state_of_a_run_says_when_its_process_is_gone(tmp_path: Path) -> None:

@@ -258,6 +258,13 @@ def test_a_group_in_two_splits_is_refused(tmp_path: Path) -> None:
         prepare("csv", root, tmp_path / "store")
 
 
+def test_images_without_a_group_are_no_group_of_their_own(tmp_path: Path) -> None:
+    rows = [f"img/{n} x.png,{'ab'[n % 2]},{'g1' if n < 4 else ''},{'val' if n > 9 else 'train'}" for n in range(12)]
+    root = table(tmp_path / "raw", "\n".join(["path,label,group,split", *rows]) + "\n")
+    store = prepare("csv", root, tmp_path / "store")
+    assert {split: len(store.split(split)) for split in ("train", "val")} == {"train": 10, "val": 2}
+
+
 def test_class_folders_alone(tmp_path: Path) -> None:
     for number in range(40):
         picture(tmp_path / "raw" / "ab"[number % 2] / f"{number}.png", number, (8, 8))

@@ -74,6 +74,25 @@ def test_loader_processes_change_no_bit(train: Split, processes: int) -> None:
     assert_equal(list(here.epoch(plan(train), 3)), list(there.epoch(plan(train), 3)))
 
 
+@pytest.mark.parametrize("processes", [0, 1])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_pixels_that_the_device_normalises_become_the_same_bits(
+    train: Split, channels_last: bool, processes: int
+) -> None:
+    config = AUGMENTED.model_copy(update={"cutout": 0})
+    floats = list(BatchLoader(train, config, train=True, seed=5).epoch(plan(train), 1))
+    sent = list(BatchLoader(train, config, train=True, seed=5, processes=processes, pixels=True).epoch(plan(train), 1))
+    assert {batch.images.dtype for batch in sent} == {torch.uint8}
+    there = [batch.to("cpu", channels_last) for batch in sent]
+    assert_equal([batch.to("cpu", channels_last) for batch in floats], there)
+    assert {batch.scaling for batch in there} == {None}
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    assert all(batch.images.is_contiguous(memory_format=layout) for batch in there)
+    # Cutout erases what is normalised: such batches are sent as floats.
+    (batch, *_) = BatchLoader(train, AUGMENTED, train=True, pixels=True).epoch(plan(train), 0)
+    assert (batch.images.dtype, batch.scaling) == (torch.float32, None)
+
+
 def test_resume_gives_the_same_tail(train: Split) -> None:
     whole = list(BatchLoader(train, AUGMENTED, train=True, seed=5).epoch(plan(train), 4))
     for start in (1, len(whole) - 1, len(whole)):

@@ -14,14 +14,17 @@ from spikefleet.config.recipes import load_config, parse_overrides
 from spikefleet.config.schema import Config
 from spikefleet.errors import UserError
 from spikefleet.runs.options import Options
+from spikefleet.runs.run_dir import Run
 from spikefleet.runs.train_run import run_training
 from spikefleet.training.checkpoints import CheckpointFolder
 from spikefleet.training.distributed import ProcessGroup
-from spikefleet.training.events import CheckpointSaved, Event, Note
+from spikefleet.training.events import CheckpointSaved, Event, EventSink, Note
 from spikefleet.training.loop import train
 from spikefleet.training.mirror import Mirror, MirroringSink, mirrored
+from spikefleet.training.mirror_owner import Owner, user_name
 from spikefleet.training.stopping import TrainingStopped
 from spikefleet_pipelines.store.reader import Store
+from support.ranks import run_ranks
 from support.snapshots import assert_same_end, small_snapshot
 
 SETTINGS = ["model.width=0.125", "train.epochs=2", "train.global_batch=216", "cluster.workers=0"]
@@ -68,9 +71,11 @@ def test_a_run_whose_directory_is_lost_resumes_from_the_mirror(
     shutil.rmtree(first)
     heard, second = Heard(), tmp_path / "second" / "run"
     run(config(mirror), stores_dir, second, heard)
+    assert [note for note in heard.notes if "belonged to the run of" in note and str(first) in note]
     assert f"step-{stopped.value.step:08d} was fetched from file://{mirror}" in heard.notes
     assert_same_end(second, tmp_path / "clean" / "run")
     kept = CheckpointFolder(mirror / "run" / "checkpoints").committed()
+    assert not [note for note in heard.notes if "did not take" in note]
     assert [path.name for path in kept] == [path.name for path in CheckpointFolder(second / "checkpoints").committed()]
     assert_same_end(mirror / "run", second)
 
@@ -100,14 +105,134 @@ def test_a_damaged_copy_is_refused_and_a_mirror_that_is_away_costs_a_note(tmp_pa
     mirror.keep(folder)
     copied = tmp_path / "mirror" / "run" / "checkpoints" / "step-00000002" / "model.safetensors"
     copied.write_bytes(copied.read_bytes()[:-1] + b"x")
-    with pytest.raises(UserError, match=r"model.safetensors"):
-        mirrored(f"file://{tmp_path}/mirror", tmp_path / "fresh" / "run", Heard())
+    with pytest.raises(UserError, match=r"no checkpoint in file://.*/run is intact: .*model.safetensors") as none:
+        opened(tmp_path, "fresh", Heard())
+    assert "partial-" not in str(none.value), "the local copy is gone"
     heard = Heard()
     shutil.rmtree(tmp_path / "mirror")
     (tmp_path / "mirror").write_text("no directory")
-    MirroringSink(heard, mirror, folder).emit(CheckpointSaved(2, str(folder.at(2))))
+    MirroringSink(heard, mirror, folder, Owner.of(tmp_path / "run")).emit(CheckpointSaved(2, str(folder.at(2))))
     (note,) = heard.notes
     assert "did not take the checkpoint of step 2, the next one tries again" in note
+
+
+def test_a_copy_that_fails_costs_none_that_is_there(tmp_path: Path) -> None:
+    folder, mirror = CheckpointFolder(tmp_path / "run" / "checkpoints"), Mirror(f"file://{tmp_path}/mirror", "run")
+    folder.save(2, small_snapshot())
+    mirror.keep(folder)
+    folder.save(4, small_snapshot())
+    folder.prune(1, set())
+    blocked = tmp_path / "mirror" / "run" / "checkpoints" / "step-00000004"
+    blocked.write_text("a file where the copy wants a directory")
+    with pytest.raises(OSError, match=r"step-00000004"):
+        mirror.keep(folder)
+    assert mirror.restore(CheckpointFolder(tmp_path / "fresh" / "checkpoints")) == ["step-00000002"]
+    blocked.unlink()
+    mirror.keep(folder)
+    assert mirror.restore(CheckpointFolder(tmp_path / "other" / "checkpoints")) == ["step-00000004"]
+
+
+def test_a_damaged_copy_is_left_out_and_written_again(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path / "run" / "checkpoints")
+    for step in (2, 4, 6):
+        folder.save(step, small_snapshot())
+    Mirror(f"file://{tmp_path}/mirror", "run").keep(folder)
+    copied = tmp_path / "mirror" / "run" / "checkpoints" / "step-00000006" / "model.safetensors"
+    whole = copied.read_bytes()
+    copied.write_bytes(whole[:-1] + b"x")
+    heard, fresh = Heard(), CheckpointFolder(tmp_path / "fresh" / "run" / "checkpoints")
+    sink = opened(tmp_path, "fresh", heard)
+    assert [path.name for path in fresh.committed()] == ["step-00000002", "step-00000004"]
+    (damage,) = [note for note in heard.notes if note.endswith("it was left out")]
+    assert f"file://{tmp_path}/mirror/run/checkpoints/step-00000006/model.safetensors is damaged" in damage
+    assert heard.notes[-1] == f"step-00000004 was fetched from file://{tmp_path}/mirror"
+    shutil.copytree(folder.at(6), fresh.at(6))  # trained again, with the same manifest
+    sink.emit(CheckpointSaved(6, ""))
+    assert copied.read_bytes() == whole
+
+
+def test_the_best_checkpoint_of_a_finished_training_is_fetched_with_the_last_one(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path / "run" / "checkpoints")
+    for step in (2, 4):
+        folder.save(step, small_snapshot(best_step=2))  # two epochs, the whole training
+    Mirror(f"file://{tmp_path}/mirror", "run").keep(folder)
+    copies = tmp_path / "mirror" / "run" / "checkpoints"
+    (copies / "step-00000002" / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="no checkpoint before it can be used: set another --name"):
+        opened(tmp_path, "fresh", Heard())
+    assert opened(tmp_path, "longer", Heard(), epochs=3), "in the middle of a training the best one is chosen anew"
+
+
+def opened(tmp_path: Path, directory: str, heard: Heard, epochs: int = 2) -> EventSink:
+    """The sink of the run `run` in a directory, with the mirror in `mirror`."""
+    return mirrored(f"file://{tmp_path}/mirror", tmp_path / directory / "run", ProcessGroup.single(), heard, epochs)
+
+
+def test_a_mirror_has_one_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = Heard(), Heard()
+    folder = CheckpointFolder(tmp_path / "first" / "run" / "checkpoints")
+    other = CheckpointFolder(tmp_path / "second" / "run" / "checkpoints")
+    sink = opened(tmp_path, "first", first)
+    for step in (2, 4):
+        folder.save(step, small_snapshot())
+        sink.emit(CheckpointSaved(step, ""))
+    assert first.notes == []
+    monkeypatch.setenv("LOGNAME", "somebody-else")
+    with pytest.raises(UserError, match=r"mirror/run belongs to the run of .*:.*first/run, which wrote it last at 20"):
+        opened(tmp_path, "second", second)
+    assert other.committed() == [], "nothing of another user's run is resumed"
+    monkeypatch.undo()
+    taken = opened(tmp_path, "second", second)  # the same user's
+    assert second.notes[-1].startswith("step-00000004 was fetched")
+    assert "belonged to the run of" in second.notes[0]
+    folder.save(6, small_snapshot())
+    folder.prune(1, set())
+    sink.emit(CheckpointSaved(6, ""))
+    assert "did not take the checkpoint of step 6" in first.notes[0]
+    assert f"mirror/run now belongs to the run of {user_name()} in" in first.notes[0]
+    taken.emit(CheckpointSaved(4, ""))
+    copies = CheckpointFolder(tmp_path / "mirror" / "run" / "checkpoints")
+    assert [path.name for path in copies.committed()] == ["step-00000002", "step-00000004"], "the first one's are kept"
+    with pytest.raises(UserError, match=r"mirror/run belongs to .*second/run.*; set another --name"):
+        opened(tmp_path, "first", first)
+    assert len(second.notes) == 2
+
+
+def test_newer_steps_than_the_own_latest_are_never_removed(tmp_path: Path) -> None:
+    folder, mirror = CheckpointFolder(tmp_path / "run" / "checkpoints"), Mirror(f"file://{tmp_path}/mirror", "run")
+    for step in (2, 4, 6):
+        folder.save(step, small_snapshot())
+    mirror.keep(folder)
+    shutil.rmtree(folder.at(6))
+    shutil.rmtree(folder.at(2))
+    mirror.keep(folder)
+    copies = CheckpointFolder(tmp_path / "mirror" / "run" / "checkpoints")
+    assert [path.name for path in copies.committed()] == ["step-00000004", "step-00000006"]
+
+
+def test_a_run_of_the_same_name_elsewhere_is_refused_before_it_starts(
+    stores_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "shared"
+    elsewhere = Run(tmp_path / "elsewhere" / name)
+    elsewhere.path.mkdir(parents=True)
+    elsewhere.note(status="running", id="an id", user="somebody-else")
+    Mirror(f"file://{tmp_path}/mirror", name).claim(Owner.of(elsewhere.path))
+    wanted, options = config(tmp_path / "mirror"), Options(tmp_path / "runs", stores_dir)
+    with pytest.raises(UserError, match=r"belongs to the run of somebody-else in .*elsewhere/shared"):
+        run_training(wanted, options, Console(quiet=True), name=name)
+    assert not list(tmp_path.glob("runs/*/run.json"))
+
+
+def test_all_ranks_raise_what_keeps_rank_0_from_its_mirror(stores_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "mirror").write_text("no directory")
+    (tmp_path / "run").mkdir()
+    wanted = load_config(
+        "digits", {**parse_overrides(SETTINGS), "cluster.workers": 2, "checkpoint.mirror": f"file://{tmp_path}/mirror"}
+    )
+    errors = run_ranks(wanted, stores_dir / "digits", tmp_path / "run").errors
+    assert [type(error) for error in errors] == [UserError, UserError]
+    assert all("/mirror cannot be used: " in str(error) for error in errors)
 
 
 @pytest.mark.parametrize("uri", ["nothing", "gopher://x/y", "s3://me:secret@bucket/x"])

@@ -53,7 +53,7 @@ def test_the_interval_is_wilsons(right: int, count: int) -> None:
 def test_the_card_says_what_the_files_say() -> None:
     text = text_of(PACKAGE)
     headings = [line.removeprefix("## ") for line in text.splitlines() if line.startswith("## ")]
-    assert headings == ["Use", "Data", "Metrics", "Energy", "Proof", "Configuration", "Lineage", "Limits"]
+    assert headings == ["Use", "Data", "Metrics", "Energy", "Latency", "Proof", "Configuration", "Lineage", "Limits"]
     evaluation = json.loads((PACKAGE / EVALUATION).read_text())
     top1, count = evaluation["metrics"]["top1"], evaluation["samples"]
     low, high = wilson_interval(top1, count)

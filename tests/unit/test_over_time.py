@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from spikefleet.cli import app
 from spikefleet.config.recipes import load_config
-from spikefleet.config.schema import TrainConfig
+from spikefleet.config.train_config import TrainConfig
 from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
 from spikefleet.files import read_json

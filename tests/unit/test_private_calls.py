@@ -23,6 +23,12 @@ MODELS = "models/spikefleet_models"
 
 PRIVATE = [
     (
+        "torch.cpu:_is_vnni_supported",
+        [],
+        f"{MODELS}/low_precision.py",
+        "without VNNI, oneDNN adds two int8 products up in 16 bits; torch has no public name for what the CPU has",
+    ),
+    (
         "ray.tune.experiment.config_parser:_create_trial_from_spec",
         ["spec", "parser"],
         f"{TUNE}/on_tune.py",

@@ -18,7 +18,7 @@ from spikefleet.gates.measuring import Measured
 from spikefleet.registry.version import CONTENT_HASH, RegisteredVersion
 from spikefleet.tasks.coco_metrics import FoundBoxes
 from spikefleet.tasks.per_image import Answers, Boxes
-from spikefleet_pipelines.store.annotations import Annotations
+from spikefleet_pipelines.store.annotations import Annotations, Moment
 
 SETTINGS = RetrainConfig()
 DATA = DataSummary("s", "d" * 64, tuple("abcde"), (1, 2, 3, 4, 5))
@@ -227,6 +227,26 @@ def test_detectors_are_compared_by_resampled_images() -> None:
     same = verdict_of(good, good, settings)
     assert not same.passed
     assert "is not better" in same.reason
+
+
+def of_recordings(plain: Boxes, label_times: int) -> Boxes:
+    """The same images as label times of recordings."""
+    moments = [Moment(k // label_times, 50_000 * (k % label_times + 1), 0) for k in range(len(plain.targets))]
+    targets = [target._replace(moment=moment) for target, moment in zip(plain.targets, moments, strict=True)]
+    return Boxes(plain.found, targets)
+
+
+def test_detectors_of_events_are_compared_by_resampled_recordings() -> None:
+    """A gain in two of five recordings is less sure than one in 40 of 100 images."""
+    labels = [k % 5 for k in range(100)]
+    pair = [boxes([k < missed for k in range(100)], labels) for missed in (0, 40)]
+    settings, widths = RetrainConfig(resamples=300), []
+    for good, bad in (pair, [of_recordings(one, 20) for one in pair]):
+        verdict = verdict_of(measured(2, good), measured(1, bad), settings)
+        low, high = verdict.interval or (0, 0)
+        widths.append(high - low)
+    assert "paired bootstrap of recordings, 300 resamples" in verdict.reason
+    assert widths[1] > 2 * widths[0]
 
 
 def test_a_guarded_comparison_of_detectors_draws_enough_resamples_to_pass() -> None:

@@ -10,22 +10,14 @@ import pytest
 
 from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
-from spikefleet.reproduction import reproduce
+from spikefleet.reproduction.plan import ReproductionPlan, config_of, distinct_trainings
 from spikefleet.reproduction.report import _panels, as_data, as_markdown, order_sentences, write_reproduction
-from spikefleet.reproduction.reproduce import (
-    Cell,
-    ReproducedRow,
-    Reproduction,
-    ReproductionPlan,
-    _cells,
-    _config,
-    _differs,
-    _distinct,
-    _measured,
-    _split_of,
-)
+from spikefleet.reproduction.results import Training
+from spikefleet.reproduction.rows import Cell, ReproducedRow, Reproduction, cells_of, measured_row, split_of
 from spikefleet.reproduction.scales import Scale
 from spikefleet.reproduction.table import PaperTable, list_tables, load_table
+from spikefleet.reproduction.trained import differs as trained_otherwise
+from spikefleet.reproduction.trained import trainings_of
 from spikefleet.runs.options import Options
 from spikefleet.runs.run_dir import Run
 from spikefleet_tune.journal import TrialRecord
@@ -42,7 +34,7 @@ def test_each_row_can_run_at_its_scales_or_says_why_not(name: str, scale: Scale)
     for entry in table.entries():
         refusal = entry.group.refusal(entry.row, scale)
         if refusal is None:
-            config = _config(entry.group.scales[scale].recipe, entry.group.overrides(entry.row, scale))
+            config = config_of(entry.group.scales[scale].recipe, entry.group.overrides(entry.row, scale))
             assert (entry.group.name, config.digest()) not in digests, "two rows are the same training"
             digests.add((entry.group.name, config.digest()))
         else:
@@ -50,7 +42,14 @@ def test_each_row_can_run_at_its_scales_or_says_why_not(name: str, scale: Scale)
 
 
 def test_tables_have_the_scales_of_their_tasks() -> None:
-    assert load_table("sg_resnet_table9").scales == ("digits", "fashion_mnist", "full")
+    assert load_table("sg_resnet_table3").scales == ("digits", "fashion_mnist", "full")
+    assert load_table("sg_resnet_table9").scales == (
+        "digits",
+        "digits_300",
+        "fashion_mnist_10k",
+        "fashion_mnist",
+        "full",
+    )
     assert load_table("spike_yolo_table1").scales == ("scenes", "full")
     assert load_table("spike_yolo_table1").scale(None) == "scenes"
     assert load_table("sg_resnet_table9").scale(None) == "digits"
@@ -64,8 +63,29 @@ def test_the_old_name_of_a_scale_is_refused_with_the_new_one() -> None:
             load_table(f"spike_yolo_table{number}").scale("digits")
     with pytest.raises(UserError, match="has no scale 'fashion_mnist'; use one of scenes, full"):
         load_table("spike_yolo_table1").scale("fashion_mnist")
-    with pytest.raises(UserError, match="has no scale 'scenes'; use one of digits, fashion_mnist, full"):
+    with pytest.raises(UserError, match="has no scale 'scenes'; use one of digits, digits_300, fashion_mnist_10k,"):
         load_table("sg_resnet_table9").scale("scenes")
+
+
+def test_few_images_are_named_and_are_one_store() -> None:
+    """A search has one store, so what selects its data is no part of its points; the row says how many images."""
+    table = load_table("sg_resnet_table9")
+    plan = ReproductionPlan(table, "digits_300", seeds=1)
+    entry = next(table.entries("SG ResNet10, BSG"))
+    assert plan.data_of(entry) == {"data.options.train_images": 300}
+    ((point, config),) = distinct_trainings(plan, [entry])
+    assert config.data.options["train_images"] == 300
+    assert {key for key in point if key.startswith("data.")} == set()
+    row = measured_row(plan, entry, {}, {})
+    assert (row.name, row.same_data) == ("digits (300 training images): SG ResNet10, BSG", False)
+    more = ReproductionPlan(table, "digits", overrides={"data.options.train_images": 1000})
+    assert measured_row(more, entry, {}, {}).name == "digits (1,000 training images): SG ResNet10, BSG"
+    assert measured_row(ReproductionPlan(table, "digits"), entry, {}, {}).name == "digits: SG ResNet10, BSG"
+    assert measured_row(ReproductionPlan(table, "full"), entry, {}, {}).same_data
+    tree = table.model_dump(by_alias=True)
+    tree["groups"][1]["scales"]["digits_300"]["overrides"] = {"data.options.train_images": 200}
+    with pytest.raises(ValueError, match="groups with recipe digits_narrow have other data at scale digits_300"):
+        PaperTable.model_validate(tree)
 
 
 def test_rows_on_events_say_what_data_they_need() -> None:
@@ -75,7 +95,7 @@ def test_rows_on_events_say_what_data_they_need() -> None:
     assert dvs.group.scales["full"].recipe == "dvs_cifar10_7bnet"
     for entry in load_table("spike_yolo_table4").entries():
         recipe = entry.group.scales["full"].recipe
-        config = _config(recipe, entry.group.overrides(entry.row, "full"))
+        config = config_of(recipe, entry.group.overrides(entry.row, "full"))
         assert (config.data.source, config.data.transform.kind) == ("gen1", "event_detection")
 
 
@@ -98,7 +118,7 @@ def test_all_tables_are_here() -> None:
 )
 def test_what_takes_no_training_is_exact(name: str, column: str, figures: list[float]) -> None:
     table = load_table(name)
-    cells = [_cells(table, entry, [])[column] for entry in table.entries()]
+    cells = [cells_of(table, entry, [])[column] for entry in table.entries()]
     assert [cell.mean for cell in cells] == pytest.approx(figures, rel=1e-3)
     assert [cell.values[0] for cell in cells] == pytest.approx([cell.paper for cell in cells], rel=0.01)
 
@@ -109,7 +129,7 @@ def test_tables_share_their_trainings() -> None:
     def points(name: str) -> set[str]:
         plan = ReproductionPlan(load_table(name), "digits", seeds=2)
         rows = list(plan.table.entries("CIFAR-100*"))
-        return {_config("digits_narrow", point).digest() for point in _distinct(plan, rows)}
+        return {config.digest() for _, config in distinct_trainings(plan, rows)}
 
     shared = points("sg_resnet_table6") & points("sg_resnet_table7") & points("sg_resnet_table8")
     assert len(shared & points("sg_resnet_table9")) == 3 * 2
@@ -122,14 +142,14 @@ def test_other_data_are_the_same_for_all_trainings_of_a_search() -> None:
         load_table("sg_resnet_table7"), "digits", seeds=1, overrides={"data.seed": 3, "data.transform.crop_padding": 1}
     )
     assert plan.data == {"data.seed": 3}
-    for point in _distinct(plan, list(plan.table.entries())):
+    for point, _ in distinct_trainings(plan, list(plan.table.entries())):
         assert "data.seed" not in point
         assert point["data.transform.crop_padding"] == 1
 
 
 def test_seeds_come_one_after_the_other() -> None:
     plan = ReproductionPlan(load_table("sg_resnet_table7"), "digits", seeds=2)
-    seeds = [point["train.seed"] for point in _distinct(plan, list(plan.table.entries()))]
+    seeds = [point["train.seed"] for point, _ in distinct_trainings(plan, list(plan.table.entries()))]
     assert seeds == [0] * 6 + [1] * 6
 
 
@@ -205,7 +225,7 @@ def test_the_data_set_of_a_row_is_that_of_its_runs(tmp_path: Path) -> None:
     table = load_table("sg_resnet_table3")
     entry = next(table.entries("CIFAR-100: SG ResNet10"))
     plan = ReproductionPlan(table, "full", seeds=1)
-    config = _config("cifar100_sg_resnet18", plan.point(entry, 0))
+    config = config_of("cifar100_sg_resnet18", plan.point(entry, 0))
     options = Options(tmp_path)
     for name, row_name, difference in (
         ("cifar100", "CIFAR-100: SG ResNet10", pytest.approx(-13.19)),
@@ -225,8 +245,10 @@ def test_the_data_set_of_a_row_is_that_of_its_runs(tmp_path: Path) -> None:
             }
         )
         result = SearchResult("search", tmp_path, search, (record,), 1.0, True)
-        row = _measured(plan, entry, result, options)
+        row = measured_row(plan, entry, *trainings_of(result, options, {config.digest()}))
         assert (row.name, row.cells["test/top1"].difference) == (row_name, difference)
+        (run.path / "config.json").unlink()  # a run that is not asked for need not be there
+        assert trainings_of(result, options, {}) == ({}, {})
 
 
 @pytest.mark.parametrize("name", list_tables())
@@ -239,7 +261,7 @@ def test_groups_are_on_the_papers_data_sets(name: str) -> None:
 def test_what_is_counted_on_the_full_network_is_compared_at_every_scale() -> None:
     table = load_table("sg_resnet_table5")
     entry = next(table.entries("CIFAR-100: SG ResNet18"))
-    cells = _cells(table, entry, [], same_data=False)
+    cells = cells_of(table, entry, [], same_data=False)
     row = ReproducedRow(entry, cells, data="digits", same_data=False)
     report = as_data(Reproduction(ReproductionPlan(table, "digits"), (row,)))["rows"][0]
     assert report["metrics"]["parameters"]["data"] == "CIFAR-100"
@@ -284,9 +306,9 @@ def test_a_recipe_that_is_edited_is_read_anew(tmp_path: Path) -> None:
     """What a row learns is asked for with each training; a recipe of one's own may change in between."""
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("base: digits\noptim: {lr: 0.1}\n")
-    before = reproduce._config(str(recipe), {"train.epochs": 2})
+    before = config_of(str(recipe), {"train.epochs": 2})
     recipe.write_text("base: digits\noptim: {lr: 0.2}\n")
-    after = reproduce._config(str(recipe), {"train.epochs": 2})
+    after = config_of(str(recipe), {"train.epochs": 2})
     assert (before.optim.lr, after.optim.lr) == (0.1, 0.2)
     assert before.digest() != after.digest()
 
@@ -299,28 +321,28 @@ def test_a_training_on_other_data_is_of_an_earlier_form(options: dict[str, int],
     """Also the same images in another size."""
     run = Run(tmp_path / "trial")
     run.path.mkdir()
-    trained = _config("digits_narrow", {"data.options": options})
+    trained = config_of("digits_narrow", {"data.options": options})
     (run.path / "config.json").write_text(json.dumps(trained.dump()))
     run.note(status="finished", validation={}, test={})
-    assert _differs(run, _config("digits_narrow", {})) is differs
+    assert trained_otherwise(run, config_of("digits_narrow", {})) is differs
 
 
-def test_rows_without_test_images_have_their_metrics_of_val(tmp_path: Path) -> None:
+def test_rows_without_test_images_have_their_metrics_of_val() -> None:
     """As on COCO and ImageNet; trainings of earlier versions, which called them test, keep their numbers."""
     table = load_table("spike_yolo_table1")
     entry = next(entry for entry in table.entries() if "test/map50_95" in entry.row.paper)
 
-    def trained(**metrics: float) -> list[tuple[TrialRecord, Run]]:
+    def trained(**metrics: float) -> list[Training]:
         named = {key.replace("_", "/", 1): value for key, value in metrics.items()}
-        return [(TrialRecord(0, "t-0", {}, {}, named, "finished", 1.0, 0), Run(tmp_path))]
+        return [Training(config_of("digits", {}), {}, named, 1.0, "digits", "d" * 64, "abc", "t-0")]
 
     on_val = trained(val_map50=0.5, val_map50_95=0.3)
     earlier = trained(val_map50=0.5, val_map50_95=0.3, test_map50=0.4, test_map50_95=0.2)
     for runs, split, expected in ((on_val, "val", 30.0), (earlier, "test", 20.0), ([], "", None)):
         keys = [key for key, column in table.columns.items() if column.origin == "run"]
-        cells = _cells(table.model_copy(update={"columns": {key: table.columns[key] for key in keys}}), entry, runs)
+        cells = cells_of(table.model_copy(update={"columns": {key: table.columns[key] for key in keys}}), entry, runs)
         assert cells["test/map50_95"].mean == (None if expected is None else pytest.approx(expected))
-        assert _split_of(table, [record for record, _ in runs]) == split
+        assert split_of(table, runs) == split
     found = reproduction({"SG ResNet10, BSG": 90.0})
     rows = tuple(replace(row, split="val") if row.trials else row for row in found.rows)
     assert "* Measured on val, on which the checkpoint was chosen too" in as_markdown(replace(found, rows=rows))

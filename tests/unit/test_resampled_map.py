@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from spikefleet.tasks.coco_metrics import evaluate_boxes
-from spikefleet.tasks.resampled_map import Matches, resampled_gain
+from spikefleet.tasks.resampled_map import Matches, resampled_gain, resampled_gains
 
 CLASSES = 3
 IMAGES = 12
@@ -101,3 +101,19 @@ def test_a_better_detector_gains_on_nearly_every_resample() -> None:
     assert np.quantile(gains, 0.05) > 0
     assert np.array_equal(resampled_gain(champion, champion, resamples=60), np.zeros(60))
     assert np.array_equal(gains, resampled_gain(candidate, champion, resamples=120))
+
+
+def test_label_times_of_a_recording_are_drawn_together() -> None:
+    """Two copies of every image say no more than one; drawn by themselves they would seem to."""
+    annotations, worse = scene(3, missed=0.6)
+    _, better = scene(3, missed=0.3)
+    twice = np.full(IMAGES, 2)
+    champion, candidate = (Matches(*copied(annotations, found, twice)) for found in (worse, better))
+    once = resampled_gain(Matches(annotations, better), Matches(annotations, worse), resamples=400)
+    recordings = np.repeat(np.arange(IMAGES), 2)
+    together, _ = resampled_gains(candidate, champion, 400, drawn_together=recordings)
+    apart, _ = resampled_gains(candidate, champion, 400)
+    assert together.std() == pytest.approx(once.std(), rel=0.15)
+    assert apart.std() < 0.85 * together.std()
+    by_number, _ = resampled_gains(candidate, champion, 50, drawn_together=np.arange(2 * IMAGES))
+    assert np.array_equal(by_number, apart[:50])

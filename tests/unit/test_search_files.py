@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from spikefleet.cli.tuning import wanted_search
 from spikefleet.errors import UserError
 from spikefleet.search import search_files
-from spikefleet.search.search_files import load_search, parse_search
+from spikefleet.search.search_files import load_search, objectives_of, parse_search
 from spikefleet_tune.errors import SearchError
 from spikefleet_tune.samplers import PointSampler
 from spikefleet_tune.search_file import list_searches, search_of, search_text
@@ -96,3 +97,23 @@ def test_built_in_searches_are_sound(name: str) -> None:
 def test_the_search_package_reads_plain_data_only() -> None:
     for path in (Path(__file__).parents[2] / "tune" / "spikefleet_tune").glob("*.py"):
         assert "import yaml" not in path.read_text(), path
+
+
+def test_objectives_of_the_command_line() -> None:
+    assert objectives_of("top1, energy_mj,latency_ms") == {"val/top1": "max", "energy_mj": "min", "latency_ms": "min"}
+    assert objectives_of("val/map50:max,parameters:max") == {"val/map50": "max", "parameters": "max"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("", "must be the name"), ("top1,", "must be the name"), ("top1:up", "must be"), ("top1,val/top1", "twice")],
+)
+def test_bad_objectives_are_refused(text: str, said: str) -> None:
+    with pytest.raises(UserError, match=f"--objectives .*{said}"):
+        objectives_of(text)
+
+
+def test_the_command_replaces_the_objectives() -> None:
+    wanted = wanted_search("digits_t_gate_schedule", {}, "top1,latency_ms")
+    assert dict(wanted.objectives) == {"val/top1": "max", "latency_ms": "min"}
+    assert dict(wanted_search("digits_t_gate_schedule", {}).objectives) == {"val/top1": "max", "energy_mj": "min"}

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from spikefleet_tune.importance import METHOD, importance, importance_intervals
 from spikefleet_tune.journal import TrialRecord
-from spikefleet_tune.report import importance, pareto_rows, pareto_table, summary, write_report
+from spikefleet_tune.report import pareto_rows, pareto_table, summary, write_report
 from spikefleet_tune.result import SearchResult
 from spikefleet_tune.search_file import search_of
 
@@ -86,6 +87,21 @@ def test_importance_finds_what_matters() -> None:
     assert found["energy"]["T"] > 0.9
     assert "D" not in found["energy"]  # not every trial has it
     assert sum(found["energy"].values()) == pytest.approx(1, abs=0.01)
+
+
+def test_importance_has_an_interval_that_tells_what_matters_from_chance() -> None:
+    result = _result(_many())
+    shares, intervals = importance(result)["acc"], importance_intervals(result)["acc"]
+    assert isinstance(shares, dict)
+    assert intervals.keys() == shares.keys()
+    assert all(0 <= low <= high <= 1 for low, high in intervals.values())
+    low, high = intervals["T"]
+    assert low > 0.5
+    assert low < high
+    assert intervals["kind"][1] < low  # it decides nothing, and no resample says otherwise
+    assert importance_intervals(result)["acc"] == intervals
+    assert importance_intervals(_result(_many()[:7])) == {"acc": {}, "energy": {}}
+    assert summary(result)["importance_method"] == METHOD
 
 
 def test_importance_says_why_there_is_none() -> None:

@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from spikefleet.certificates.latency import LATENCY
 from spikefleet.data_summary import DataSummary
+from spikefleet.files import read_json
 from spikefleet.runs.run_dir import Run
+from spikefleet.search.costs import COSTS
 from spikefleet.search.run_search import _possible_config
 from spikefleet.search.trial import (
     ReportSink,
@@ -96,7 +99,7 @@ def test_what_the_space_replaces_need_not_be_possible(setting: TrialSetting) -> 
 
 
 def test_a_search_pursues_no_test_figure() -> None:
-    assert reportable(("top1", "top5")) == {"val/top1", "val/top5", "energy_mj", "parameters"}
+    assert reportable(("top1", "top5")) == {"val/top1", "val/top5", "energy_mj", "latency_ms", "parameters"}
 
 
 def test_a_start_from_brings_weights_but_not_the_best_of_another_configuration(
@@ -190,7 +193,9 @@ class Reports:
 
 def test_energy_comes_with_each_new_best_epoch() -> None:
     reports = Reports()
-    sink = ReportSink(reports, shares_checkpoints=False, energy_of=lambda checkpoint: float(checkpoint.name))
+    sink = ReportSink(
+        reports, shares_checkpoints=False, costs_of=lambda checkpoint: {"energy_mj": float(checkpoint.name)}
+    )
     sink.emit(EpochDone(1, 10, {"val/top1": 0.5}, best=True))
     assert reports.rows == []  # its checkpoint is still to come
     sink.emit(CheckpointSaved(10, "7"))
@@ -205,17 +210,19 @@ def test_energy_comes_with_each_new_best_epoch() -> None:
 
 def test_a_trial_that_goes_on_tells_its_best_epoch_again(setting: TrialSetting, stores_dir: Path) -> None:
     """And a trial that may be stopped early has its energy, and its card, with each best epoch."""
-    alone = replace(setting, shares_checkpoints=False, energy_by_epoch=True)
+    alone = replace(setting, shares_checkpoints=False, energy_by_epoch=True, latency=True)
     first = Reports()
     figures = as_trial(alone)(SMALL, "trial", first)
     *_, best = (row for row in first.rows if row["best"])
     assert best["val/top1"] == max(row["val/top1"] for row in first.rows)
     assert best["energy_mj"] == figures["energy_mj"]
+    assert best["latency_ms"] > 0
+    assert figures["latency_ms"] == read_json(setting.runs_dir / "trial" / "report" / LATENCY)["median_ms"]
     assert best["val/top1"] == figures["val/top1"]
     assert (setting.runs_dir / "trial" / "report" / "energy.json").is_file()
     again = Reports()
     _report_best_so_far(Run(setting.runs_dir / "trial"), ReportSink(again, shares_checkpoints=False))
-    assert again.rows == [{key: value for key, value in best.items() if key != "energy_mj"}]
+    assert again.rows == [{key: value for key, value in best.items() if key not in COSTS}]
     _report_best_so_far(Run(setting.runs_dir / "none"), ReportSink(again, shares_checkpoints=False))
     assert len(again.rows) == 1
 

@@ -55,7 +55,21 @@ def outside(monkeypatch: pytest.MonkeyPatch) -> Source:
 
 
 def test_sources_of_images_and_of_events() -> None:
-    images = ["digits", "fashion_mnist", "cifar10", "cifar100", "image_folder", "scenes", "coco", "yolo", "voc", "csv"]
+    images = [
+        "digits",
+        "fashion_mnist",
+        "cifar10",
+        "cifar100",
+        "image_folder",
+        "scenes",
+        "coco",
+        "yolo",
+        "voc",
+        "csv",
+        "parquet",
+        "webdataset",
+        "npz",
+    ]
     events = [
         "saccades",
         "first_digit",
@@ -66,7 +80,7 @@ def test_sources_of_images_and_of_events() -> None:
         "ncars",
         "asl_dvs",
     ]
-    events += ["dvs_cifar10", "dvs_gesture", "ncaltech101", "gen1"]
+    events += ["dvs_cifar10", "dvs_gesture", "ncaltech101", "gen1", "tonic"]
     assert list(list_sources()) == images + events
     assert [name for name in list_sources() if find_source(name).events] == events
 

@@ -11,7 +11,7 @@ from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.sources import prepare
 from spikefleet_pipelines.store.manifest import ImageFormat
 from spikefleet_pipelines.store.reader import Split, Store
-from spikefleet_pipelines.store.splitting import take_split
+from spikefleet_pipelines.store.splitting import choose_part, take_split
 from spikefleet_pipelines.store.writer import StoreWriter
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")
@@ -151,3 +151,15 @@ def test_what_cannot_be_divided_is_refused(tmp_path: Path) -> None:
         take_split(store, tmp_path / "out", "gate", 0.2)
     larger = take_split(store, tmp_path / "out", "gate", 0.2, overwrite=True)
     assert Store.open(tmp_path / "out").manifest == larger
+
+
+def test_equal_images_of_two_groups_hold_the_groups_together() -> None:
+    digests = [b"z", b"a", b"z", b"b", b"c", b"c2", b"d", b"e"]
+    groups = [b"g1", b"g1", b"g2", b"g2", b"g3", b"g3", b"g4", b"g5"]
+    found = set()
+    for seed in range(40):
+        chosen = choose_part(digests, np.zeros(8, np.int64), 0.5, seed, groups=groups)
+        assert len(set(chosen[:4].tolist())) == 1, "z is in both groups"
+        assert chosen[4] == chosen[5]
+        found.add(tuple(chosen.tolist()))
+    assert len(found) > 1, "the seed chooses"

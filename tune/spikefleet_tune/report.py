@@ -5,22 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import json
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import optuna
-
 from spikefleet_tune import plots
 from spikefleet_tune.atomic import write_atomically
+from spikefleet_tune.importance import METHOD, importance, importance_intervals
 from spikefleet_tune.journal import TrialRecord
 from spikefleet_tune.result import SearchResult
-from spikefleet_tune.samplers import study_of
 from spikefleet_tune.space import label
-
-FEWEST_FOR_IMPORTANCE = 8
-"""Trials with values that parameter importance needs."""
 
 
 def write_report(result: SearchResult, folder: Path) -> list[Path]:
@@ -64,6 +58,8 @@ def summary(result: SearchResult) -> dict[str, Any]:
         "reference_point": result.reference,
         "hypervolume": result.hypervolume_curve,
         "importance": importance(result),
+        "importance_intervals": importance_intervals(result),
+        "importance_method": METHOD,
         "trials": [_row(record) for record in result.records],
     }
 
@@ -106,42 +102,6 @@ def _shortest(key: str, keys: Sequence[str]) -> str:
     parts = key.split(".")
     ends = (".".join(parts[-length:]) for length in range(1, len(parts)))
     return next((end for end in ends if sum(f".{other}".endswith(f".{end}") for other in keys) == 1), key)
-
-
-def importance(result: SearchResult) -> dict[str, dict[str, float] | str]:
-    """The share of each objective's variance that each key explains (fANOVA), largest first.
-
-    Only keys that every trial has are evaluated.
-
-    Returns:
-        By objective, the shares by key; or the reason why there are none: fewer than eight trials with values, an
-        objective that does not vary, or no key that varies.
-    """
-    trials = result.comparable
-    found: dict[str, dict[str, float] | str] = {}
-    for position, name in enumerate(result.search.objectives):
-        if len(trials) < FEWEST_FOR_IMPORTANCE:
-            found[name] = f"needs {FEWEST_FOR_IMPORTANCE} trials with values, found {len(trials)}"
-        elif len({record.metrics[name] for record in trials}) == 1:
-            found[name] = "all trials have the same value"
-        else:
-            found[name] = _importance(result, position) or "no key that all trials have varies"
-    return found
-
-
-def _importance(result: SearchResult, position: int) -> dict[str, float]:
-    rows = [(record.point, record.values(result.search.objectives) or ()) for record in result.comparable]
-    varied = {key for key in result.search.space if len({label(point.get(key)) for point, _ in rows}) > 1}
-    shared = [key for key in result.search.space if key in varied and all(key in point for point, _ in rows)]
-    if not shared:
-        return {}
-    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=result.search.seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        shares = optuna.importance.get_param_importances(
-            study_of(result.search, rows), evaluator=evaluator, params=shared, target=lambda one: one.values[position]
-        )
-    return {key: round(float(share), 4) for key, share in shares.items()}
 
 
 def _row(record: TrialRecord) -> dict[str, Any]:

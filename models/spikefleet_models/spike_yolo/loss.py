@@ -19,6 +19,7 @@ t / max t has no additive epsilon, so the small alignments of early training are
 multiplied by the batch size.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -52,7 +53,12 @@ class Assignment(NamedTuple):
 
 @torch.no_grad()
 def assign(
-    boxes: Tensor, scores: Tensor, objects: Sequence[Objects], anchors: AnchorPoints, config: YoloCriterionConfig
+    boxes: Tensor,
+    scores: Tensor,
+    objects: Sequence[Objects],
+    anchors: AnchorPoints,
+    config: YoloCriterionConfig,
+    dense: bool = False,
 ) -> Assignment:
     """Assign anchor points to objects by task alignment, for the whole batch at once.
 
@@ -62,6 +68,8 @@ def assign(
         objects: ground truth of the B images; boxes without area get no anchor point.
         anchors: the A anchor points.
         config: topk, alpha, beta, match_small.
+        dense: compute on all pairs and select afterwards, so that no shape depends on values that a host would have to
+            wait for; the same numbers.
     """
     device = boxes.device
     # One entry more than there are images, so that N is at least 1 where no image has an object.
@@ -81,12 +89,19 @@ def assign(
         nearest = distance.masked_fill_(coarse, torch.inf).argmin(-1, keepdim=True)
         candidate |= torch.zeros_like(candidate).scatter_(2, nearest, uncovered)
 
-    b, n, a = candidate.nonzero(as_tuple=True)
-    overlap = (1 - _complete_iou_loss(boxes[b, a], object_boxes[b, n])).clamp_min(0)
-    iou = boxes.new_zeros(candidate.shape).index_put_((b, n, a), overlap)
-    aligned = scores[b, a, labels[b, n]].pow(config.alpha) * overlap.pow(config.beta)
     # Below every candidate, whose alignment may well be 0.
-    alignment = boxes.new_full(candidate.shape, -1.0).index_put_((b, n, a), aligned)
+    lowest = -1.0
+    if dense:
+        overlap = (1 - dense_complete_iou_loss(boxes.unsqueeze(1), object_boxes.unsqueeze(2))).clamp_min(0)
+        iou = torch.where(candidate, overlap, 0.0)
+        of_class = scores.gather(2, labels.unsqueeze(1).expand(-1, scores.shape[1], -1)).transpose(1, 2)
+        alignment = torch.where(candidate, of_class.pow(config.alpha) * iou.pow(config.beta), lowest)
+    else:
+        b, n, a = candidate.nonzero(as_tuple=True)
+        overlap = (1 - _complete_iou_loss(boxes[b, a], object_boxes[b, n])).clamp_min(0)
+        iou = boxes.new_zeros(candidate.shape).index_put_((b, n, a), overlap)
+        aligned = scores[b, a, labels[b, n]].pow(config.alpha) * overlap.pow(config.beta)
+        alignment = boxes.new_full(candidate.shape, lowest).index_put_((b, n, a), aligned)
 
     best = alignment.topk(min(config.topk, alignment.shape[2]), dim=2)
     taken = torch.zeros_like(candidate).scatter_(2, best.indices, best.values >= 0)
@@ -109,11 +124,11 @@ def distribution_focal_loss(bins: Tensor, distances: Tensor) -> Tensor:
     """Distribution focal loss (Li et al., NeurIPS 2020, eq 6), mean over the four sides.
 
     Args:
-        bins: logits [P, 4, 16].
-        distances: targets [P, 4] in cells; clamped to the range of the bins.
+        bins: logits [..., 4, 16].
+        distances: targets [..., 4] in cells; clamped to the range of the bins.
 
     Returns:
-        Losses [P].
+        Losses [...].
     """
     distances = distances.clamp(0, REG_MAX - 1 - 0.01)
     left = distances.floor()
@@ -135,6 +150,8 @@ class YoloCriterion:
         self.config = config
         self.num_classes = num_classes
         self.strides = tuple(strides)
+        self.dense: bool | None = None
+        """Whether the loss is computed on all anchor points, as `assign` says; None: on GPUs."""
 
     def loss(
         self,
@@ -152,19 +169,31 @@ class YoloCriterion:
             ValueError: outputs, objects and image size do not fit together.
         """
         config = self.config
-        check_objects(objects, len(outputs[0]), self.num_classes)
+        dense = outputs[0].is_cuda if self.dense is None else self.dense
+        # A GPU's labels are not read: stores hold no other classes than they name.
+        check_objects(objects, len(outputs[0]), self.num_classes, read=not dense)
         with torch.autocast(outputs[0].device.type, enabled=False):
             bins, logits, boxes, anchors = self._read(outputs, image_size)
-            target = assign(boxes, logits.sigmoid(), objects, anchors, config)
+            target = assign(boxes, logits.sigmoid(), objects, anchors, config, dense)
             foreground = target.owner >= 0
             weights = target.scores.sum(-1)
             divisor = weights.sum()
             total = divisor.clamp_min(1) if divided else torch.ones_like(divisor)
-            weights = weights[foreground] / total
-            distances = boxes_to_distances(target.boxes, anchors)[foreground]
+            distances = boxes_to_distances(target.boxes, anchors)
             cls = F.binary_cross_entropy_with_logits(logits, target.scores, reduction="sum") / total
-            box = (weights * _complete_iou_loss(boxes[foreground], target.boxes[foreground])).sum()
-            dfl = (weights * distribution_focal_loss(bins[foreground], distances)).sum()
+            if dense:
+                weights = torch.where(foreground, weights, 0.0) / total
+                # A box without area has no angle: its gradient would be NaN, even times 0.
+                unit, inside = boxes.new_tensor((0.0, 0.0, 1.0, 1.0)), foreground.unsqueeze(-1)
+                overlap = dense_complete_iou_loss(
+                    torch.where(inside, boxes, unit), torch.where(inside, target.boxes, unit)
+                )
+            else:
+                weights = weights[foreground] / total
+                overlap = _complete_iou_loss(boxes[foreground], target.boxes[foreground])
+                bins, distances = bins[foreground], distances[foreground]
+            box = (weights * overlap).sum()
+            dfl = (weights * distribution_focal_loss(bins, distances)).sum()
             parts = {"box": config.box_gain * box, "cls": config.cls_gain * cls, "dfl": config.dfl_gain * dfl}
             loss = parts["box"] + parts["cls"] + parts["dfl"]
         undivided = {} if divided else {"divisor": divisor}
@@ -214,3 +243,29 @@ def _complete_iou_loss(boxes: Tensor, others: Tensor) -> Tensor:
 
     loss: Tensor = complete_box_iou_loss(boxes, others)
     return loss
+
+
+def dense_complete_iou_loss(boxes: Tensor, others: Tensor) -> Tensor:
+    """1 - CIoU (Zheng et al., AAAI 2020) of boxes x1 y1 x2 y2 [..., 4] that are broadcast against others.
+
+    torchvision's selects what overlaps, and a host waits for how many these are.
+    """
+    epsilon = 1e-7
+    left, top, right, bottom = boxes.unbind(-1)
+    other_left, other_top, other_right, other_bottom = others.unbind(-1)
+    width, height = right - left, bottom - top
+    other_width, other_height = other_right - other_left, other_bottom - other_top
+    across = (torch.minimum(right, other_right) - torch.maximum(left, other_left)).clamp_min(0)
+    down = (torch.minimum(bottom, other_bottom) - torch.maximum(top, other_top)).clamp_min(0)
+    shared = across * down
+    iou = shared / (width * height + other_width * other_height - shared + epsilon)
+    hull_width = torch.maximum(right, other_right) - torch.minimum(left, other_left)
+    hull_height = torch.maximum(bottom, other_bottom) - torch.minimum(top, other_top)
+    diagonal = hull_width.square() + hull_height.square() + epsilon
+    centres = ((left + right - other_left - other_right) / 2).square()
+    centres = centres + ((top + bottom - other_top - other_bottom) / 2).square()
+    angle = torch.atan(other_width / other_height) - torch.atan(width / height)
+    aspect = (4 / math.pi**2) * angle.square()
+    with torch.no_grad():
+        balance = aspect / (1 - iou + aspect + epsilon)
+    return 1 - iou + centres / diagonal + balance * aspect

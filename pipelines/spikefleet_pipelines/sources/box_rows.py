@@ -10,6 +10,7 @@ import numpy as np
 
 from spikefleet_pipelines.sources.boxed_images import BoxedContents, BoxedImages, file_sizes
 from spikefleet_pipelines.sources.own_splits_config import OwnSplits
+from spikefleet_pipelines.sources.packed_images import ImagePlace
 from spikefleet_pipelines.sources.split_rules import STAND_INS, divide_splits, group_names
 from spikefleet_pipelines.store.annotations import AnnotationColumns
 from spikefleet_pipelines.store.splitting import rarest_classes
@@ -24,7 +25,7 @@ Box = tuple[float, float, float, float]
 class FoundImage:
     """An image file and its objects."""
 
-    path: Path
+    path: ImagePlace
     height: int
     width: int
     """Size in pixels; 0 for a file that is no image, which is named when it is decoded."""
@@ -70,7 +71,7 @@ def boxed_contents(
         objects += sum(len(image.boxes) for image in found)
     grouped = any(image.group is not None for found in splits.values() for image in found)
     groups = {
-        split: [image.group or "" for image in found]
+        split: [image.group or path_below(root, image.path) for image in found]
         if grouped
         else group_names(source, [path_below(root, image.path) for image in found], options.group)
         for split, found in splits.items()
@@ -90,8 +91,10 @@ def drop_repeated(image: FoundImage, unused: Counter[str]) -> None:
         image.boxes, image.labels = [box for box, _ in seen], [label for _, label in seen]
 
 
-def path_below(root: Path, path: Path) -> str:
+def path_below(root: Path, path: ImagePlace) -> str:
     """The name of an image for groups: its path below the root, with `/`."""
+    if not isinstance(path, Path):
+        return path.below(root)
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
 
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from spikefleet_pipelines.errors import SourceError
 from spikefleet_pipelines.sources.encoded_files import ENCODED, ShardJob, select_targets, shown_path, write_shards
+from spikefleet_pipelines.sources.packed_images import ImagePlace
 from spikefleet_pipelines.sources.source import Progress
 from spikefleet_pipelines.store.annotations import AnnotationColumns
 from spikefleet_pipelines.store.manifest import ImageFormat, SkippedFile
@@ -19,7 +20,7 @@ from spikefleet_pipelines.store.writer import StoreWriter
 class BoxedImages:
     """The images of a split, and their objects."""
 
-    paths: tuple[Path, ...]
+    paths: tuple[ImagePlace, ...]
     sizes: NDArray[np.int64]
     """Bytes of each file; -1 for one that is missing."""
     columns: AnnotationColumns
@@ -72,14 +73,14 @@ class BoxedContents:
             writer.add_shard(job.split, shard, objects, digests, int(areas[job.out][rows].sum()))
 
 
-def file_sizes(paths: Sequence[Path]) -> NDArray[np.int64]:
-    """Bytes of each file; -1 for one that is missing."""
+def file_sizes(paths: Sequence[ImagePlace]) -> NDArray[np.int64]:
+    """Bytes of each image; -1 for a file that is missing."""
     return np.array([_size(path) for path in paths], np.int64)
 
 
-def _size(path: Path) -> int:
+def _size(path: ImagePlace) -> int:
     try:
-        return path.stat().st_size
+        return path.stat().st_size if isinstance(path, Path) else path.size
     except OSError:
         return -1
 
@@ -101,7 +102,9 @@ def _present(split: str, images: BoxedImages, writer: StoreWriter) -> BoxedImage
     row = int(missing[0])
     more = f" ({len(missing)} of its {len(images.paths)} images are missing)" if len(missing) > 1 else ""
     path = images.paths[row]
-    what = f"is a link to {path.readlink()}, which does not exist" if path.is_symlink() else "is missing"
+    what = "is missing"
+    if isinstance(path, Path) and path.is_symlink():
+        what = f"is a link to {path.readlink()}, which does not exist"
     raise SourceError(
         f"{path} {what}: image {images.columns.image_ids[row]} of {images.listed_in}{more}; download the images, "
         "or set the directory that contains them"

@@ -112,7 +112,7 @@ def _labels(
     }
     grouped = any(rows[0].group is not None for found in images.values() for rows in found.values())
     groups = {
-        split: [rows[0].group or "" for rows in found.values()]
+        split: [rows[0].group or path_below(root, path) for path, rows in found.items()]
         if grouped
         else group_names(CSV.name, [path_below(root, path) for path in found], options.group)
         for split, found in images.items()

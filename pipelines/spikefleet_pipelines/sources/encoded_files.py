@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spikefleet_pipelines.errors import SourceError
+from spikefleet_pipelines.sources.packed_images import ImagePlace, read_encoded
 from spikefleet_pipelines.sources.ray_tasks import run_tasks
 from spikefleet_pipelines.sources.source import Progress
 from spikefleet_pipelines.store.annotations import AnnotationColumns
-from spikefleet_pipelines.store.image_files import read_image_file
 from spikefleet_pipelines.store.manifest import ImageFormat, Shard, SkippedFile
 from spikefleet_pipelines.store.shards import Targets, write_shard
 from spikefleet_pipelines.store.writer import StoreWriter, content_digests
@@ -30,7 +30,7 @@ class ShardJob:
 
     split: str
     out: Path
-    paths: tuple[Path, ...]
+    paths: tuple[ImagePlace, ...]
     targets: Targets
     """Labels [n], or the objects of the n images."""
     advice: str
@@ -84,7 +84,7 @@ def _convert(job: ShardJob) -> _Written:
     skipped: list[SkippedFile] = []
     for row, path in enumerate(job.paths):
         try:
-            encoded = read_image_file(path)
+            encoded = read_encoded(path)
             height, width = decode_rgb(np.frombuffer(encoded, np.uint8)).shape[1:]
             if job.check_size is not None:
                 job.check_size(job.targets, row, height, width)
@@ -114,6 +114,6 @@ def select_targets(targets: Targets, rows: NDArray[np.int64]) -> Targets:
     return targets.select(rows) if isinstance(targets, AnnotationColumns) else targets[rows]
 
 
-def shown_path(path: Path) -> str:
+def shown_path(path: ImagePlace) -> str:
     """A path as text that can be stored: bytes that are no UTF-8 are escaped."""
     return str(path).encode("utf-8", "backslashreplace").decode()

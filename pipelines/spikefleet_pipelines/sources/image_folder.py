@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from spikefleet_pipelines.errors import SourceError
+from spikefleet_pipelines.sources.box_rows import path_below
 from spikefleet_pipelines.sources.contents import held_out
 from spikefleet_pipelines.sources.image_folder_config import HELD_OUT_WITH_TEST, IMAGE_FOLDER, ImageFolderOptions
 from spikefleet_pipelines.sources.labelled_images import LabelledContents, LabelledImages
@@ -81,7 +82,7 @@ def _divided(
 ) -> dict[str, LabelledImages]:
     train, reported = found["train"], found.get("test", found.get("val"))
     if group is not None:
-        names = {split: [path.relative_to(root).as_posix() for path in part.paths] for split, part in found.items()}
+        names = {split: [path_below(root, path) for path in part.paths] for split, part in found.items()}
         groups = {split: group_names(IMAGE_FOLDER.name, of_split, group) for split, of_split in names.items()}
         own = OwnSplits(holdout=holdout, group=group)
         return divide_splits(IMAGE_FOLDER.name, found, train.labels, groups, own, seed)

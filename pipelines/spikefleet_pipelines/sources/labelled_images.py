@@ -2,15 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from spikefleet_pipelines.errors import SourceError
 from spikefleet_pipelines.sources.encoded_files import ENCODED, ShardJob, select_targets, write_shards
+from spikefleet_pipelines.sources.packed_images import ImagePlace, encoded_size
 from spikefleet_pipelines.sources.source import Progress
-from spikefleet_pipelines.store.image_files import check_image_file
 from spikefleet_pipelines.store.manifest import ImageFormat
 from spikefleet_pipelines.store.writer import StoreWriter
 
@@ -19,7 +18,7 @@ from spikefleet_pipelines.store.writer import StoreWriter
 class LabelledImages:
     """The images of a split."""
 
-    paths: tuple[Path, ...]
+    paths: tuple[ImagePlace, ...]
     labels: NDArray[np.int64]
 
     def __len__(self) -> int:
@@ -72,9 +71,9 @@ class LabelledContents:
         number = sizes // writer.shard_bytes
         return [files.where(number == value) for value in np.unique(number)]
 
-    def _size(self, path: Path, skip_bad: bool) -> int:
+    def _size(self, path: ImagePlace, skip_bad: bool) -> int:
         try:
-            return check_image_file(path)
+            return encoded_size(path)
         except ValueError as error:
             if skip_bad:
                 return 0

@@ -69,8 +69,21 @@ def _is_csv(root: Path) -> bool:
     )
 
 
+def _holds(pattern: str) -> Callable[[Path], bool]:
+    """Such a file below the directory and no image, so that an archive beside images is none."""
+    return lambda root: next(root.rglob(pattern), None) is not None and next(images_below(root), None) is None
+
+
 def _class_folders(root: Path) -> Iterator[Path]:
     yield from (folder for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith("."))
 
 
-_LAYOUTS: dict[str, Callable[[Path], bool]] = {"coco": _is_coco, "yolo": _is_yolo, "voc": _is_voc, "csv": _is_csv}
+_LAYOUTS: dict[str, Callable[[Path], bool]] = {
+    "coco": _is_coco,
+    "yolo": _is_yolo,
+    "voc": _is_voc,
+    "csv": _is_csv,
+    "parquet": _holds("*.parquet"),
+    "webdataset": _holds("*.tar"),
+    "npz": _holds("*.npz"),
+}

@@ -26,9 +26,13 @@ from spikefleet_pipelines.sources.image_folder_config import IMAGE_FOLDER
 from spikefleet_pipelines.sources.ncaltech101_config import NCALTECH101
 from spikefleet_pipelines.sources.ncars_config import NCARS
 from spikefleet_pipelines.sources.nmnist_config import NMNIST
+from spikefleet_pipelines.sources.npz_arrays_config import NPZ
+from spikefleet_pipelines.sources.parquet_images_config import PARQUET
 from spikefleet_pipelines.sources.scenes_config import SCENES
 from spikefleet_pipelines.sources.source import Source, SourceOptions
+from spikefleet_pipelines.sources.tonic_config import TONIC
 from spikefleet_pipelines.sources.voc_config import VOC
+from spikefleet_pipelines.sources.webdataset_config import WEBDATASET
 from spikefleet_pipelines.sources.yolo_config import YOLO
 
 _BUILT_IN = (
@@ -42,6 +46,9 @@ _BUILT_IN = (
     YOLO,
     VOC,
     CSV,
+    PARQUET,
+    WEBDATASET,
+    NPZ,
     SACCADES,
     FIRST_DIGIT,
     APPARENT_MOTION,
@@ -54,6 +61,7 @@ _BUILT_IN = (
     DVS_GESTURE,
     NCALTECH101,
     GEN1,
+    TONIC,
 )
 
 _SOURCES: dict[str, Source] = {}

@@ -54,7 +54,7 @@ _FORMATS = {
 """Sources that read anybody's data, with the published data set of each."""
 
 
-_UNPUBLISHED = frozenset({"csv", "event_folder", "voc", "yolo"})
+_UNPUBLISHED = frozenset({"csv", "event_folder", "npz", "parquet", "tonic", "voc", "webdataset", "yolo"})
 """Sources that read anybody's data in a format without a published data set."""
 
 PUBLISHED = frozenset(

@@ -130,11 +130,11 @@ def _eight_bits(image: "Image") -> NDArray[np.uint8]:
     return pixels
 
 
-def upright_size(path: Path) -> tuple[int, int] | None:
+def upright_size(path: Path | bytes) -> tuple[int, int] | None:
     """Return the (height, width) that `decode_rgb` gives of an image file, from its header.
 
     Args:
-        path: of the file.
+        path: of the file, or its bytes.
 
     Returns:
         The size in pixels; None if the file cannot be read as an image.
@@ -142,7 +142,7 @@ def upright_size(path: Path) -> tuple[int, int] | None:
     from PIL import Image
 
     try:
-        with path.open("rb") as stream:
+        with io.BytesIO(path) if isinstance(path, bytes) else path.open("rb") as stream:
             kind = image_kind(stream.read(16))
             stream.seek(0)
             with Image.open(stream, formats=[kind.upper()]) as image:

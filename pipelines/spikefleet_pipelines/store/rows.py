@@ -29,6 +29,11 @@ class Rows(Protocol):
         ...
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of their indices."""
+        ...
+
+    @property
     def labels(self) -> NDArray[np.int64]:
         """Class of each image, [n]."""
         ...
@@ -65,11 +70,6 @@ class EventRows(Rows, Protocol):
     @property
     def source(self) -> str:
         """Name of the source, which declares what augmentations do to labels."""
-        ...
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Names of the classes, in the order of their indices."""
         ...
 
     @property

@@ -1,4 +1,7 @@
-"""Taking a split out of the training images of a store: images that nobody trains on, to judge networks by."""
+"""Taking a split out of the training samples of a store: images or recordings of events that nobody trains on.
+
+Networks are judged by them. event_splitting.py holds what is special to recordings.
+"""
 
 import hashlib
 from collections import defaultdict
@@ -11,8 +14,16 @@ from pydantic import JsonValue
 
 from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.store.annotations import AnnotationColumns
+from spikefleet_pipelines.store.event_samples import EventSamples
+from spikefleet_pipelines.store.event_splitting import (
+    copy_recordings,
+    recording_classes,
+    recording_digests,
+    timeless_digests,
+)
+from spikefleet_pipelines.store.event_writer import EVENT_SHARD_BYTES, EventStoreWriter
 from spikefleet_pipelines.store.manifest import Manifest
-from spikefleet_pipelines.store.reader import Split, Store
+from spikefleet_pipelines.store.reader import Samples, Split, Store
 from spikefleet_pipelines.store.shards import Targets, write_shard
 from spikefleet_pipelines.store.writer import SHARD_BYTES, StoreWriter, content_digests
 
@@ -28,7 +39,7 @@ def take_split(
     seed: int = 0,
     *,
     overwrite: bool = False,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int | None = None,
     groups: Sequence[bytes] | None = None,
 ) -> Manifest:
     """Write a store whose split `name` is a part of the training images of another one, and `train` is the rest.
@@ -37,14 +48,17 @@ def take_split(
     it in `train`; an image with several objects counts for the rarest of its classes. Which images are chosen depends
     on their bytes and the seed, not on their order.
 
+    Of a store of events, recordings are chosen, with all of their label times. Recordings that differ in the times of
+    their events alone stay together: one in which the same is seen in another order is no new sample.
+
     Args:
         store: with a split "train"; it stays as it is.
         out: directory of the new store.
         name: of the new split.
-        fraction: of the training images, in (0, 1).
+        fraction: of the training images or recordings, in (0, 1).
         seed: of the choice.
         overwrite: replace a store at `out`.
-        shard_bytes: approximate size of a shard.
+        shard_bytes: approximate size of a shard; None: the default of images or of events.
         groups: of each training image; images of a group stay together. None: of equal images.
 
     Returns:
@@ -63,33 +77,70 @@ def take_split(
         raise StoreError(f"{out} is the store that the split is taken from; choose another directory")
     if not 0.0 < fraction < 1.0:
         raise StoreError(f"the fraction of split {name!r} is {fraction}, expected more than 0 and less than 1")
-    train = store.split(_TRAIN)
-    chosen = choose_part(image_digests(train), _strata(train), fraction, seed, groups=groups)
+    chosen = _chosen(store, fraction, seed, groups)
     if not chosen.any():
+        what = "image" if manifest.events is None else "recording"
         raise StoreError(
-            f"{fraction:g} of the {len(train):,} training images of {store.location} is no image of any class; set a "
-            "larger fraction"
+            f"{fraction:g} of the {len(chosen):,} training {what}s of {store.location} is no {what} of any class; set "
+            "a larger fraction"
         )
     recorded: JsonValue = {"split": name, "fraction": fraction, "seed": seed, "of": manifest.content_hash}
-    writer = StoreWriter(
+    options = {**manifest.options, f"taken_{name}": recorded}
+    kept = [other for other in manifest.shards if other != _TRAIN and manifest.original(other) == other]
+    with _writer(store, out, options, overwrite, shard_bytes) as writer:
+        _copy(store, _TRAIN, _TRAIN, np.flatnonzero(~chosen), writer)
+        _copy(store, _TRAIN, name, np.flatnonzero(chosen), writer)
+        for other in kept:
+            _copy(store, other, other, None, writer)
+        return writer.commit()
+
+
+def _writer(
+    store: Store, out: Path, options: dict[str, JsonValue], overwrite: bool, shard_bytes: int | None
+) -> StoreWriter:
+    """A writer of a store like another one."""
+    manifest = store.manifest
+    if manifest.events is None:
+        return StoreWriter(
+            out,
+            source=manifest.source,
+            class_names=manifest.class_names,
+            image=manifest.image_format,
+            options=options,
+            overwrite=overwrite,
+            shard_bytes=SHARD_BYTES if shard_bytes is None else shard_bytes,
+            category_ids=manifest.category_ids,
+            stand_ins=manifest.audit.same_as,
+            name=manifest.name,
+        )
+    return EventStoreWriter(
         out,
         source=manifest.source,
         class_names=manifest.class_names,
-        image=manifest.image_format,
-        options={**manifest.options, f"taken_{name}": recorded},
+        events=manifest.events,
+        options=options,
         overwrite=overwrite,
-        shard_bytes=shard_bytes,
+        shard_bytes=EVENT_SHARD_BYTES if shard_bytes is None else shard_bytes,
         category_ids=manifest.category_ids,
         stand_ins=manifest.audit.same_as,
         name=manifest.name,
     )
-    with writer:
-        _copy(train, _TRAIN, np.flatnonzero(~chosen), writer)
-        _copy(train, name, np.flatnonzero(chosen), writer)
-        for other in manifest.shards:
-            if other != _TRAIN and manifest.original(other) == other:
-                _copy(store.split(other), other, np.arange(len(store.split(other))), writer)
-        return writer.commit()
+
+
+def _chosen(store: Store, fraction: float, seed: int, groups: Sequence[bytes] | None) -> NDArray[np.bool_]:
+    """Which training images or recordings become the new split, [n]."""
+    if store.manifest.events is None:
+        train = store.split(_TRAIN)
+        return choose_part(image_digests(train), _strata(train), fraction, seed, groups=groups)
+    recordings = store.recordings(_TRAIN)
+    strata = rarest_classes(recording_classes(recordings), len(store.manifest.class_names))
+    together = timeless_digests(recordings) if groups is None else groups
+    return choose_part(recording_digests(recordings), strata, fraction, seed, groups=together)
+
+
+def sample_digests(samples: Samples) -> list[bytes]:
+    """A hash of the stored content of each image, or of each recording of events."""
+    return recording_digests(samples.recordings) if isinstance(samples, EventSamples) else image_digests(samples)
 
 
 def image_digests(split: Split) -> list[bytes]:
@@ -139,7 +190,7 @@ def choose_part(
         groups: of each image; images of a group stay together too, under the least of their digests.
     """
     members: dict[bytes, list[int]] = defaultdict(list)
-    for row, digest in enumerate(digests if groups is None else _least_of_group(digests, groups)):
+    for row, digest in enumerate(digests if groups is None else _least_together(digests, groups)):
         members[digest].append(row)
     by_stratum: dict[int, list[bytes]] = defaultdict(list)
     for digest, rows in members.items():
@@ -156,15 +207,34 @@ def choose_part(
     return chosen
 
 
-def _least_of_group(digests: Sequence[bytes], groups: Sequence[bytes]) -> list[bytes]:
-    least: dict[bytes, bytes] = {}
+def _least_together(digests: Sequence[bytes], groups: Sequence[bytes]) -> list[bytes]:
+    """For each image, the least digest of all that stay together with it: through its group, through equal images."""
+    above: dict[bytes, bytes] = {}
+
+    def top(digest: bytes) -> bytes:
+        while (over := above.setdefault(digest, digest)) != digest:
+            above[digest] = above[over]
+            digest = over
+        return digest
+
+    first: dict[bytes, bytes] = {}
     for digest, group in zip(digests, groups, strict=True):
-        least[group] = min(digest, least.get(group, digest))
-    return [least[group] for group in groups]
+        one, other = top(digest), top(first.setdefault(group, digest))
+        above[max(one, other)] = min(one, other)
+    return [top(digest) for digest in digests]
 
 
-def _copy(source: Split, name: str, rows: NDArray[np.int64], writer: StoreWriter) -> None:
-    """Write rows of a split, in their order."""
+def _copy(store: Store, split: str, name: str, rows: NDArray[np.int64] | None, writer: StoreWriter) -> None:
+    """Write rows of a split, in their order, into a split of another name; None: all rows."""
+    if isinstance(writer, EventStoreWriter):
+        recordings = store.recordings(split)
+        copy_recordings(recordings, name, np.arange(len(recordings)) if rows is None else rows, writer)
+    else:
+        images = store.split(split)
+        _copy_images(images, name, np.arange(len(images)) if rows is None else rows, writer)
+
+
+def _copy_images(source: Split, name: str, rows: NDArray[np.int64], writer: StoreWriter) -> None:
     size = source.gather(rows[:1]).nbytes if source.image_shape is not None else None
     if size is not None:
         for part in _pieces(rows, max(1, writer.shard_bytes // max(1, size))):

@@ -8,6 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from spikefleet_pipelines.transforms.normalise import PixelScaling
+
 Targets: TypeAlias = Tensor | tuple[Any, ...]
 """One target per image: rows of a tensor, or a tuple (of `Target` for detection).
 
@@ -60,6 +62,18 @@ class BinsOnDevice(Protocol):
 
         Returns:
             Frames float32 [B, T, C, H, W], normalised.
+        """
+        ...
+
+
+@runtime_checkable
+class SendsPixels(Protocol):
+    """A transform that can leave the normalisation of images to the device that uses them."""
+
+    def send_pixels(self) -> "PixelScaling | None":
+        """Return uint8 images from now on, a quarter of the bytes; what is returned here normalises them.
+
+        None, and nothing changes, where normalised images are changed further.
         """
         ...
 

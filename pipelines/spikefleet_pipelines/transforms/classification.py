@@ -20,7 +20,7 @@ from torch.nn.functional import interpolate
 from spikefleet_pipelines.counter_random import Draw, integers, uniform
 from spikefleet_pipelines.store.rows import Rows
 from spikefleet_pipelines.transforms.classification_config import TransformConfig
-from spikefleet_pipelines.transforms.normalise import FloatStage
+from spikefleet_pipelines.transforms.normalise import FloatStage, PixelScaling
 
 Pixels = NDArray[np.uint8]
 
@@ -30,6 +30,8 @@ _RATIO = (3 / 4, 4 / 3)
 
 class ClassificationTransform:
     """Images and their classes: a `BatchTransform` whose targets are int64 [B], sent without packing.
+
+    Training with `mixup` or `cut_mix` has probabilities of the classes instead, float32 [B, K].
 
     Raises:
         ValueError: the config does not fit the images of the split.
@@ -41,11 +43,20 @@ class ClassificationTransform:
 
     def __call__(self, rows: NDArray[np.int64], epoch: int) -> tuple[Tensor, Tensor]:
         """Load rows; see `BatchTransform`."""
-        return self._images(rows, epoch), torch.from_numpy(self._split.labels[rows])
+        images, config = self._images(rows, epoch), self._images.config
+        if not self._images.train or config.mixup + config.cut_mix == 0:
+            return images, torch.from_numpy(self._split.labels[rows])
+        from spikefleet_pipelines.transforms.mixing import mixed_batch
+
+        return images, mixed_batch(images, rows, epoch, self._images.seed, config, self._split, self._images)
 
     def unpack(self, packed: Tensor) -> Tensor:
         """Return the classes unchanged."""
         return packed
+
+    def send_pixels(self) -> PixelScaling | None:
+        """See `SendsPixels`; normalised pixels are erased by cutout, and mixed."""
+        return self._images.send_pixels()
 
 
 class ImageTransform:
@@ -68,6 +79,11 @@ class ImageTransform:
             from spikefleet_pipelines.transforms.auto_augment import auto_augment
 
             self._auto_augment = auto_augment
+
+    def send_pixels(self) -> PixelScaling | None:
+        """See `SendsPixels`."""
+        changed = self.config.cutout or self.config.mixup + self.config.cut_mix > 0
+        return None if self.train and changed else self._normalise.defer()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pool": None}

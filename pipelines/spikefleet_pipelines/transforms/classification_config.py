@@ -1,7 +1,7 @@
 """The config of the image transform; `classification.py` implements it.
 
 Training, in this order: random crop (of the padded image, or random resized crop), horizontal flip, AutoAugment,
-normalisation, cutout. Evaluation: resize and centre crop if set, normalisation.
+normalisation, cutout, mixup or CutMix. Evaluation: resize and centre crop if set, normalisation.
 """
 
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
@@ -37,6 +37,19 @@ class TransformConfig(BatchTransformConfig):
     horizontal_flip: float = Field(default=0.0, ge=0.0, le=1.0, description="training: probability")
     auto_augment: Literal["none", "cifar10"] = Field(default="none", description="training: policy of AutoAugment")
     cutout: int = Field(default=0, ge=0, le=4096, description="training: side of a square set to the mean; 0 is off")
+    mixup: float = Field(
+        default=0.0,
+        ge=0.0,
+        le=1.0,
+        description="training: probability that an image is blended with another one, whose class gets its share",
+    )
+    mixup_alpha: float = Field(default=0.2, gt=0.0, le=100.0, description="mixup: the share is from Beta(alpha, alpha)")
+    cut_mix: float = Field(
+        default=0.0,
+        ge=0.0,
+        le=1.0,
+        description="training: probability that a rectangle is that of another image, whose class gets its share",
+    )
     resize: int | None = Field(default=None, ge=1, le=4096, description="evaluation: length of the shorter side")
     center_crop: int | None = Field(default=None, ge=1, le=4096, description="evaluation: side of the crop")
 
@@ -55,6 +68,11 @@ class TransformConfig(BatchTransformConfig):
             raise ValueError(
                 f"random_resized_crop is {self.random_resized_crop}, but evaluation also needs resize and center_crop; "
                 "set all three"
+            )
+        if self.mixup + self.cut_mix > 1:
+            raise ValueError(
+                f"mixup is {self.mixup} and cut_mix is {self.cut_mix}, of which an image gets one; set them to at most "
+                "1 together"
             )
         least, most = self.random_resized_crop_scale
         if not 0 < least <= most <= 1:

@@ -26,7 +26,7 @@ from spikefleet_pipelines.store.rows import Rows
 from spikefleet_pipelines.transforms.classification import resize
 from spikefleet_pipelines.transforms.detection_config import DetectionTransformConfig
 from spikefleet_pipelines.transforms.hsv import jitter_hsv
-from spikefleet_pipelines.transforms.normalise import FloatStage
+from spikefleet_pipelines.transforms.normalise import FloatStage, PixelScaling
 
 if TYPE_CHECKING:
     from spikefleet_pipelines.store.reader import Samples
@@ -123,6 +123,10 @@ class DetectionBatchTransform:
                 if flip:
                     sample.boxes[:, [0, 2]] = width - sample.boxes[:, [2, 0]]
         return self._normalise(images), samples
+
+    def send_pixels(self) -> PixelScaling:
+        """See `SendsPixels`."""
+        return self._normalise.defer()
 
     def unpack(self, packed: list[Sample]) -> tuple[Target, ...]:
         """Convert the targets to tensors."""

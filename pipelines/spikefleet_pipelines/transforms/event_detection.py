@@ -1,8 +1,9 @@
 """Transform of label times of recordings, with boxes, to a normalised batch of frames with its targets.
 
 Boxes are cut to the sensor, also those that an evaluation compares with, and in training to the visible part of it;
-what is then less than a pixel wide or high is left out, and crowds are no targets. All slices of a sample are zoomed
-and flipped alike. Every random number is a function of (seed, epoch, row, purpose).
+what is then less than a pixel wide or high is left out, and crowds are no targets. In training `training_boxes` leaves
+out more, before the zoom. All slices of a sample are zoomed and flipped alike. Every random number is a function of
+(seed, epoch, row, purpose).
 """
 
 from collections.abc import Sequence
@@ -144,6 +145,9 @@ class EventDetectionTransform:
 
     def _sample(self, row: int, place: _Place, flip: bool) -> Sample:
         stored = cut_to_sensor(self.split.annotations(row))
+        if self.train:
+            sides = stored.boxes[:, 2:]
+            stored = _selected(stored, self.config.training_boxes.keeps(sides[:, 0], sides[:, 1], stored.width))
         canvas = self.config.canvas(self.split.sensor)
         scale_x, scale_y = place.width / stored.width, place.height / stored.height
         boxes, labels = _visible(stored, (scale_x, scale_y), place, canvas)
@@ -160,10 +164,13 @@ def cut_to_sensor(stored: Annotations) -> Annotations:
     corners[:, 2:] += corners[:, :2]
     np.clip(corners, 0, [stored.width, stored.height] * 2, out=corners)
     sides = corners[:, 2:] - corners[:, :2]
-    kept = (sides >= LEAST_SIDE).all(1)
-    boxes = np.concatenate([corners[:, :2], sides], axis=1)[kept]
-    of_objects = {name: getattr(stored, name)[kept] for name in ("category_ids", "labels", "crowd", "ids")}
-    return stored._replace(boxes=boxes, areas=boxes[:, 2] * boxes[:, 3], **of_objects)
+    boxes = np.concatenate([corners[:, :2], sides], axis=1)
+    return _selected(stored._replace(boxes=boxes, areas=sides[:, 0] * sides[:, 1]), sides.min(1) >= LEAST_SIDE)
+
+
+def _selected(stored: Annotations, kept: NDArray[np.bool_]) -> Annotations:
+    names = ("boxes", "areas", "category_ids", "labels", "crowd", "ids")
+    return stored._replace(**{name: getattr(stored, name)[kept] for name in names})
 
 
 def training_rows(split: "Samples", config: EventDetectionTransformConfig) -> TrainingRows:
@@ -176,12 +183,13 @@ def training_rows(split: "Samples", config: EventDetectionTransformConfig) -> Tr
         sides = np.stack([columns.widths[objects], columns.heights[objects]], axis=1)
         cut = np.minimum(columns.boxes[:, :2] + columns.boxes[:, 2:], sides) - np.maximum(columns.boxes[:, :2], 0)
         kept = ~columns.crowd & (cut >= LEAST_SIDE).all(1)
+        kept &= config.training_boxes.keeps(cut[:, 0], cut[:, 1], sides[:, 0])
         counts.append(np.bincount(objects[kept], minlength=len(columns)))
     rows = np.flatnonzero(np.concatenate([np.empty(0, np.int64), *counts]))
     if not len(rows):
         raise ValueError(
             f"split {split.name!r} of {split.location} has no label time with a box to train on; set "
-            "data.transform.skip_empty=false, or prepare other data"
+            "data.transform.skip_empty=false, other data.transform.training_boxes, or prepare other data"
         )
     return TrainingRows(rows)
 

@@ -1,17 +1,21 @@
 """The config of the transform of label times with boxes; `event_detection.py` implements it.
 
 A sample is a label time of a recording: the events of a window that ends there, and the boxes at that time. Training,
-in this order: binning, zoom, horizontal flip, normalisation. Evaluation: binning, normalisation.
+in this order: choice of the boxes, binning, zoom, horizontal flip, normalisation. Evaluation: binning, normalisation.
 """
 
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from spikefleet_pipelines.events.durations import duration_us
 from spikefleet_pipelines.transforms.event_frames_config import EventFramesConfig
 
 if TYPE_CHECKING:
+    from typing import Any
+
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from spikefleet_pipelines.sampling import TrainingRows
@@ -20,11 +24,41 @@ if TYPE_CHECKING:
     from spikefleet_pipelines.transforms.event_detection import EventDetectionTransform
 
 
+class TrainingBoxes(BaseModel):
+    """Which boxes are trained on, by their size after they were cut to the sensor; the others are background.
+
+    RVT on Gen1: least_diagonal 30, least_side 10 (those of the `prophesee` protocol), largest_width 0.9, since some
+    labels span the image without an object; on 1Mpx: least_side 5, largest_width 0.9.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    least_diagonal: float = Field(default=0.0, ge=0.0, description="least diagonal in pixels of the sensor")
+    least_side: float = Field(default=0.0, ge=0.0, description="least width and least height in pixels of the sensor")
+    largest_width: float = Field(default=1.0, gt=0.0, le=1.0, description="largest share of the sensor's width")
+
+    def keeps(
+        self, widths: "NDArray[np.float64]", heights: "NDArray[np.float64]", sensor_width: "NDArray[Any] | int"
+    ) -> "NDArray[np.bool_]":
+        """Return which boxes are trained on, [n].
+
+        Args:
+            widths: in pixels of the sensor, [n].
+            heights: likewise.
+            sensor_width: in pixels, of all or of each.
+        """
+        large = (widths >= self.least_side) & (heights >= self.least_side)
+        large &= widths**2 + heights**2 >= self.least_diagonal**2
+        kept: NDArray[np.bool_] = large & (widths <= self.largest_width * sensor_width)
+        return kept
+
+
 class EventDetectionTransformConfig(EventFramesConfig):
     """Window, place on the canvas, augmentation and representation of recordings of events with boxes.
 
-    RVT on Gen1: zoom 0.8 with zoom_in 1.5 and zoom_out 1.2, horizontal_flip 0.5. The released SpikeYOLO: window 250ms,
-    representation.kind last_polarity, fit letterbox with size 320, reverse_time, no augmentation.
+    RVT on Gen1: zoom 0.8 with zoom_in 1.5 and zoom_out 1.2, horizontal_flip 0.5, and its filter of `TrainingBoxes`. The
+    released SpikeYOLO: window 250ms, representation.kind last_polarity, fit letterbox with size 320, reverse_time, no
+    augmentation.
 
     Raises:
         ValueError: fields contradict each other; the message names them.
@@ -54,6 +88,7 @@ class EventDetectionTransformConfig(EventFramesConfig):
     zoom_in: float = Field(default=1.5, ge=1.0, le=8.0, description="largest factor by which a zoom enlarges")
     zoom_out: float = Field(default=1.2, ge=1.0, le=8.0, description="largest factor by which a zoom makes smaller")
     zoom_in_share: float = Field(default=0.8, ge=0.0, le=1.0, description="share of the zooms that enlarge")
+    training_boxes: TrainingBoxes = TrainingBoxes()
     skip_empty: bool = Field(default=False, description="training: leave out label times without a box for the loss")
 
     @field_validator("window")

@@ -1,4 +1,4 @@
-"""Certifies a run's best checkpoint before it is registered: the spike check and the energy card."""
+"""Certifies a run's best checkpoint before it is registered: the spike check, the energy card and the latency."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from typing import Any
 from torch import nn
 
 from spikefleet.certificates.energy_card import ENERGY, measure_energy, read_card, write_card
+from spikefleet.certificates.latency import LATENCY, Latency, latency_on
 from spikefleet.certificates.metric_leg import affordable_images
 from spikefleet.certificates.spike_check import PROOF, check_spikes
 from spikefleet.config.schema import Config
 from spikefleet.data_summary import DataSummary
+from spikefleet.errors import UserError
 from spikefleet.files import read_json, read_json_object, sha256_of, write_json
 from spikefleet.status import Announce, silent
 from spikefleet.tasks import build_task
@@ -28,17 +30,18 @@ CERTIFICATE = "certificate.json"
 
 @dataclass(frozen=True)
 class Certificates:
-    """The verdict of the spike check (`verdict.py`), the energy per image in mJ, and the certificate files."""
+    """The verdict of the spike check (`verdict.py`), energy and latency of one image, and the certificate files."""
 
     verdict: str
     energy_mj: float
+    latency: Latency
     files: tuple[Path, ...]
     legs: Mapping[str, str] = field(default_factory=dict)
     """What each leg of the proof found, and which layers were silent, in words; by tag."""
 
 
 def certify(config: Config, checkpoint: Path, report: Path, store: Store, announce: Announce = silent) -> Certificates:
-    """Checks a checkpoint and measures its energy on validation images, unless an earlier call did.
+    """Checks a checkpoint and measures its energy and latency on validation images, unless an earlier call did.
 
     Without a validation split, on training images: no figure that is reported may depend on test images.
 
@@ -47,10 +50,10 @@ def certify(config: Config, checkpoint: Path, report: Path, store: Store, announ
         checkpoint: directory of the run's best checkpoint.
         report: directory for the proof and the card.
         store: data of the run.
-        announce: called with what begins: the spike check, the measurement of energy.
+        announce: called with what begins: the spike check, the measurement of energy and of latency.
 
     Returns:
-        The verdict, the energy and the files.
+        The verdict, the energy, the latency and the files.
 
     Raises:
         UserError: the checkpoint is damaged.
@@ -71,8 +74,28 @@ def certify(config: Config, checkpoint: Path, report: Path, store: Store, announ
         write_card(measure_energy(network, config.transform, split), report)
         hashes = {file.name: sha256_of(file) for file in files}
         write_json(report / CERTIFICATE, {"checkpoint": certified, "split": split.name, "sha256": hashes})
+    latency = _latency(config, checkpoint, certified, report, store, announce)
     found = read_json_object(proof, "verdict")
-    return Certificates(str(found["verdict"]), read_card(energy).energy_mj, files, _tags(found))
+    every = (*files, report / LATENCY)
+    return Certificates(str(found["verdict"]), read_card(energy).energy_mj, latency, every, _tags(found))
+
+
+def _latency(
+    config: Config, checkpoint: Path, certified: str, report: Path, store: Store, announce: Announce
+) -> Latency:
+    """The latency of a checkpoint, measured once: its registration, if it is repeated, has the same files."""
+    path = report / LATENCY
+    try:
+        recorded = read_json_object(path, "checkpoint")
+        if recorded["checkpoint"] == certified:
+            return Latency.from_dict(recorded)
+    except UserError:  # missing, or not the file that was written
+        pass
+    announce("measuring latency")
+    network = best_network(load_checkpoint(checkpoint), config.model)
+    latency = latency_on(network, config, certified_split(store))
+    write_json(path, {**latency.to_dict(), "checkpoint": certified})
+    return latency
 
 
 def certified_split(store: Store) -> Samples:

@@ -14,6 +14,7 @@ from spikefleet.files import read_json_object, write_json
 from spikefleet.status import Count, uncounted
 from spikefleet.training.evaluation import SpreadPlan
 from spikefleet_models.energy import EnergyCard, Form, energy_card
+from spikefleet_models.low_precision import Precision
 from spikefleet_pipelines.loading import BatchLoader
 from spikefleet_pipelines.store.reader import Samples
 from spikefleet_pipelines.transforms.batch_transform_config import BatchTransformConfig
@@ -37,6 +38,7 @@ def measure_energy(
     constants: str = REGISTERED_CONSTANTS,
     form: Form = "merged",
     shortcuts: bool = True,
+    precision: Precision = "fp32",
     progress: Count = uncounted,
 ) -> EnergyCard:
     """The energy card of a network, measured on images spread evenly over a split.
@@ -51,10 +53,11 @@ def measure_energy(
         constants: name of the energy constants.
         form: the form of the network to count.
         shortcuts: count 1x1 convolutions of shortcuts too.
+        precision: of the weights of the layers that spikes feed.
         progress: called with (images measured, images to measure).
 
     Raises:
-        ValueError: the constants are unknown.
+        ValueError: the constants are unknown, or nothing of the network can be rounded.
     """
     loader = BatchLoader(split, transform, train=False)
     plan = SpreadPlan(len(split), images)
@@ -65,7 +68,8 @@ def measure_energy(
             progress(position + 1, plan.steps_per_epoch)
 
     batches = shown()
-    return energy_card(network, batches, constants, form, shortcuts, binary_input=transform.binary_input)
+    binary = transform.binary_input
+    return energy_card(network, batches, constants, form, shortcuts, binary_input=binary, precision=precision)
 
 
 def read_card(path: Path) -> EnergyCard:

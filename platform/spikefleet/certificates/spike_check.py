@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ from spikefleet.files import write_json
 from spikefleet.status import Count, uncounted
 from spikefleet.tasks import AnyTask
 from spikefleet.training.evaluation import ChosenPlan, first_batches
+from spikefleet_models.deployment import check_deployment
 from spikefleet_models.equivalence import check_equivalence, count_flips
 from spikefleet_models.firing import Chosen, choose_images
+from spikefleet_models.low_precision import Precision, SpikeDifference, compare_spikes, rounded, with_precision
 from spikefleet_models.neurons import spiking_nodes
 from spikefleet_models.proof import EquivalenceProof, FlipCount
 from spikefleet_models.reparam import deploy
@@ -44,6 +46,11 @@ _FLIP_TYPES = (torch.float32, torch.bfloat16)
 _FLIP_IMAGES = 2
 _LOOKED_AT_ONCE = 16
 _NAMES_SHOWN = 20
+
+
+def proof_file(precision: Precision) -> str:
+    """Name of the file of a proof in this precision: that of fp32 is the certificate of a run."""
+    return PROOF if precision == "fp32" else f"spike_check_{precision}.json"
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,10 @@ class SpikeCheck:
     """The images of the proof, as positions in the split."""
     remark: str | None = None
     """Why flips are missing beside a proof."""
+    precision: Precision = "fp32"
+    """Of the weights of the layers that spikes feed."""
+    rounding: SpikeDifference | None = None
+    """Integers that these weights change, in the type that is served; None for fp32."""
 
     @property
     def verdict(self) -> str:
@@ -113,14 +124,16 @@ class SpikeCheck:
         trained = self.proof.deployment
         if trained is not None:
             most = max((segment.of_tolerance for segment in trained.segments), default=0.0)
+            before = "" if self.precision == "fp32" else f", before weights are rounded to {self.precision}"
             says = (
-                f"trained network = deployed form (fp64): {_equal(trained.passed)}, largest difference "
+                f"trained network = deployed form (fp64{before}): {_equal(trained.passed)}, largest difference "
                 f"{trained.max_difference:.2g}, {most:.2g} of what rounding explains; "
                 f"{trained.flipped:,} of {trained.emitted:,} integers differ"
             )
             legs.append(Leg("deployed", trained.passed, trained.max_difference, says))
         passed, largest = self.proof.binary_equal, self.proof.max_difference
-        says = f"deployed form = binary form (fp64, bit for bit): {_equal(passed)}, largest difference {largest:.2g}"
+        form = "deployed form" if self.precision == "fp32" else f"deployed form with weights in {self.precision}"
+        says = f"{form} = binary form (fp64, bit for bit): {_equal(passed)}, largest difference {largest:.2g}"
         legs.append(Leg("binary", passed, largest, says))
         if self.metrics is not None:
             says = (
@@ -152,6 +165,8 @@ class SpikeCheck:
             "flips": [count.to_dict() for count in self.flips],
             "metrics": None if self.metrics is None else self.metrics.to_dict(),
             "remark": self.remark,
+            "precision": self.precision,
+            "rounding": None if self.rounding is None else asdict(self.rounding),
         }
 
     def write(self, path: Path) -> None:
@@ -167,9 +182,13 @@ def check_spikes(
     *,
     images: int = MOST_IMAGES,
     measured: int = 0,
+    precision: Precision = "fp32",
     progress: Count = uncounted,
 ) -> SpikeCheck:
     """Checks a trained network on images of a split.
+
+    With weights in bf16 or int8 the deployed form is compared with the trained network before they are rounded, and
+    with its binary form after that.
 
     Args:
         network: on the CPU, in evaluation mode, as it was trained; not changed.
@@ -178,9 +197,11 @@ def check_spikes(
         split: where the images are from.
         images: so many are looked at, at most, for some on which every layer fires; the proof is made on those.
         measured: on so many, or a few more, the metrics of both forms are compared; 0 leaves that out.
+        precision: of the weights of the layers that spikes feed.
         progress: called with (images measured, images to measure).
 
     Raises:
+        ValueError: nothing of the network can be rounded.
         Exception: whatever kept the proof from being made; only `NotSpikeDrivenError` is a finding about the network.
     """
     if not spiking_nodes(network):
@@ -188,12 +209,12 @@ def check_spikes(
     loader, spikes_in = BatchLoader(split, config.transform, train=False), config.transform.binary_input
     try:
         check_finite(network)  # an infinite variance is folded to weights of zero
-        deployed = deploy(network)
+        unrounded = deploy(network)
+        deployed = rounded(unrounded, precision)
         chosen, shown = _images(deployed, loader, images, spikes_in)
-        exact = copy.deepcopy(network).double()  # folded weights are not rounded to fp32 then
-        proof = check_equivalence(deploy(exact), shown, trained=exact, binary_input=spikes_in)
+        proof = _proof(network, unrounded, precision, shown, spikes_in)
     except NotSpikeDrivenError as error:
-        return SpikeCheck(None, str(error))
+        return SpikeCheck(None, str(error), precision=precision)
     flips: tuple[FlipCount, ...] = ()
     remark = None
     try:
@@ -204,10 +225,23 @@ def check_spikes(
     try:
         binary = spike_driven(deployed, layer_inputs(deployed, shown, spikes_in))
     except NotSpikeDrivenError as error:
-        return SpikeCheck(None, str(error), flips, chosen=chosen)
+        return SpikeCheck(None, str(error), flips, chosen=chosen, precision=precision)
     reuse_equal_slots(binary)
     metrics = compare_metrics(network, binary, task, config, loader, measured, progress) if measured else None
-    return SpikeCheck(proof, None, flips, metrics, chosen, remark)
+    rounding = None if precision == "fp32" else compare_spikes(unrounded, with_precision(unrounded, precision), shown)
+    return SpikeCheck(proof, None, flips, metrics, chosen, remark, precision, rounding)
+
+
+def _proof(
+    network: nn.Module, deployed: nn.Module, precision: Precision, images: Tensor, binary_input: bool
+) -> EquivalenceProof:
+    exact = copy.deepcopy(network).double()  # folded weights are not rounded to fp32 then
+    if precision == "fp32":
+        return check_equivalence(deploy(exact), images, trained=exact, binary_input=binary_input)
+    # In fp64 a rounded weight is its integer times its scale, to the bit; both are found from the fp32 weights.
+    proof = check_equivalence(rounded(copy.deepcopy(deployed).double(), precision), images, binary_input=binary_input)
+    samples = images.double().split(1, dim=images.ndim - 4)
+    return replace(proof, deployment=check_deployment(exact, deploy(exact), samples))
 
 
 def check_images(network: nn.Module, images: Tensor, binary_input: bool = False) -> SpikeCheck:

@@ -23,7 +23,8 @@ from spikefleet_tune.interruption import handling, interruption, raise_interrupt
 
 _SHOWN_VERSIONS = ("torch", "ray", "mlflow")
 _ORDER = (
-    *("recipes", "config", "data", "train", "evaluate", "predict", "spike-check", "energy", "gradients", "convert"),
+    *("recipes", "config", "data", "train", "evaluate", "predict", "spike-check", "energy", "gradients"),
+    *("batch-size", "lr-range", "convert"),
     *("searches", "tune", "tables", "reproduce", "registry", "retrain", "retrain-job"),
     *("submit", "status", "logs", "stop", "tracking", "ui", "doctor"),
 )

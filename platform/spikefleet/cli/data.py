@@ -32,6 +32,9 @@ _OTHER_NAMES = {
     **dict.fromkeys(("yolov5", "yolov8", "yolo11", "ultralytics", "darknet", "coco8", "coco128"), "yolo"),
     **dict.fromkeys(("pascal", "pascal_voc", "labelimg"), "voc"),
     **dict.fromkeys(("tsv", "file_list", "retinanet"), "csv"),
+    **dict.fromkeys(("huggingface", "hf", "datasets"), "parquet"),
+    **dict.fromkeys(("wds", "tar"), "webdataset"),
+    **dict.fromkeys(("medmnist", "numpy"), "npz"),
     **dict.fromkeys(("imagefolder", "folder", "imagenet"), "image_folder"),
 }
 """Names that people try for formats that a source reads."""
@@ -136,13 +139,19 @@ def show_store(
         Path | None, typer.Option(help="File for a grid of rows, a PNG: images with boxes, or events over time.")
     ] = None,
     rows: Annotated[int | None, typer.Option("--n", min=1, max=64, help="Rows in the grid; 8 if not given.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of the grid; train if not given.")] = None,
     force: Force = False,
     as_json: AsJson = False,
     stores_dir: StoresDir = Path("stores"),
 ) -> None:
-    """Verify every shard of a store and print what it holds; draw some of it."""
+    """Verify every shard of a store and print what it holds; draw some of it.
+
+    `spikefleet data audit` draws class balance and sizes, and finds near-duplicates between splits.
+    """
     if rows is not None and out is None:
         raise UserError(f"--n {rows} is the number of rows in a grid; name its file with --out FILE.png")
+    if split is not None and out is None:
+        raise UserError(f"--split {split} is the split of a grid; name its file with --out FILE.png")
     if out is not None and out.suffix.lower() != ".png":
         raise UserError(f"--out {out} must end in .png")
     with loading("torch", stderr):
@@ -159,8 +168,8 @@ def show_store(
         from spikefleet.data_grid import draw_rows
 
         with waiting(stderr, f"drawing {out}"):
-            split = draw_rows(opened, rows or _SHOWN_ROWS, out)
-        print_line(stderr, f"rows of {split}: {out}")
+            drawn = draw_rows(opened, rows or _SHOWN_ROWS, out, split)
+        print_line(stderr, f"rows of {drawn}: {out}")
 
 
 @data_app.command("split")
@@ -170,7 +179,8 @@ def split_store(
         typer.Argument(help="Directory or URI of a store, or its name in --stores-dir.", autocompletion=store_names),
     ],
     gate: Annotated[
-        float, typer.Option(help="Fraction of the training images, in (0, 1), that becomes the split `gate`.")
+        float,
+        typer.Option(help="Fraction of the training images or recordings, in (0, 1), that becomes the split `gate`."),
     ],
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the choice.")] = 0,
     near: Annotated[
@@ -185,7 +195,7 @@ def split_store(
     """Take images that nobody trains on out of a store's training images, into a new store.
 
     Of each class the same fraction; equal images stay together, with --near similar ones too. The store itself stays
-    as it is.
+    as it is. Of a store of events whole recordings; those whose events differ in time alone stay together.
     """
     where = messages(as_json)
     with loading("torch", where):
@@ -202,6 +212,11 @@ def split_store(
     with waiting(where, f"verifying {place}"):
         source = Store.open(place)
     groups = None
+    if near is not None and source.manifest.events is not None:
+        raise UserError(
+            f"--near={near:g} compares thumbnails of images, but {place} holds recordings of events; leave it out: "
+            "those whose events differ in time alone stay together"
+        )
     if near is not None:
         with waiting(where, f"comparing the images of {place}"):
             groups = similar_images(source.split("train"), near)

@@ -9,7 +9,15 @@ import typer
 
 from spikefleet.cli.completion import version_names
 from spikefleet.cli.output import loading, print_json, say, stderr
-from spikefleet.cli.parameters import AsJson, Force, OtherData, RunsDir, SplitName, StoresDir
+from spikefleet.cli.parameters import (
+    AsJson,
+    Force,
+    OtherData,
+    RunsDir,
+    SplitName,
+    StoresDir,
+    Weights,
+)
 from spikefleet.cli.registry import registry_app
 
 Exportable = Annotated[
@@ -32,6 +40,7 @@ def export_registered(
     ] = "onnx",
     split: Annotated[SplitName, typer.Option(help="Part of the data on which the file is compared.")] = "test",
     images: Annotated[int | None, typer.Option(min=1, help="Images to compare, at most; all if not given.")] = None,
+    precision: Weights = "fp32",
     data: OtherData = None,
     force: Force = False,
     as_json: AsJson = False,
@@ -41,7 +50,8 @@ def export_registered(
     r"""Write a network for other programs, and compare the file with it on real images.
 
     A file that differs is refused, and nothing is left. Hash and comparison are kept with a registered version. ONNX
-    and NIR need spikefleet\[export].
+    and NIR need spikefleet\[export]. With --precision bf16 or int8 batch norms are folded, ONNX holds the weights in
+    that type, and the comparison is with the network of these weights.
     """
     from spikefleet.export.extras import check_extras
 
@@ -59,12 +69,14 @@ def export_registered(
         split=split,
         data=data,
         images=images,
+        precision=precision,
         force=force,
     )
     if as_json:
         print_json(exported.to_dict())
         return
-    say(f"{exported.uri} as {form}: {exported.size:,} bytes, SHA-256 {exported.sha256}")
+    weights = "" if precision == "fp32" else f", weights in {precision}"
+    say(f"{exported.uri} as {form}{weights}: {exported.size:,} bytes, SHA-256 {exported.sha256}")
     say(exported.comparison.sentence)
     for path in exported.files:
         say(str(path))

@@ -11,7 +11,16 @@ import typer
 from spikefleet.cli.app import app
 from spikefleet.cli.completion import override_keys
 from spikefleet.cli.output import console, loading, print_json, say, stderr
-from spikefleet.cli.parameters import AsJson, Force, Network, OtherData, RunsDir, SplitName, StoresDir
+from spikefleet.cli.parameters import (
+    AsJson,
+    Force,
+    Network,
+    OtherData,
+    RunsDir,
+    SplitName,
+    StoresDir,
+    Weights,
+)
 from spikefleet.cli.tables import Column, number, print_table
 from spikefleet.errors import RunError, UserError
 from spikefleet.outputs import check_outputs
@@ -35,6 +44,7 @@ def spike_check(
         int, typer.Option(min=2, help="Images to look at, at most, for some on which every layer fires.")
     ] = 256,
     measured: Annotated[int, typer.Option(min=0, help="Images for the metrics of both forms; 0 for none.")] = 256,
+    precision: Weights = "fp32",
     data: OtherData = None,
     out: Annotated[
         Path | None, typer.Option(help="File for the proof; that of the run's report, else spike_check.json here.")
@@ -47,18 +57,21 @@ def spike_check(
     """Prove that binary, spike-driven inference equals the network that was trained, layer by layer.
 
     In fp64 the trained network is compared with its deployed form, and that with its binary form, bit by bit; then
-    rounding is counted in fp32 and bf16, and the metrics of both are measured. Exit code 1 if they differ, or if the
-    output is the same for every image, so that nothing is shown.
+    rounding is counted in fp32 and bf16, and the metrics of both are measured. With --precision the deployed form has
+    rounded weights, and the integers that they change are counted. Exit code 1 if the forms differ, or if the output is
+    the same for every image, so that nothing is shown.
     """
     with loading("torch", stderr):
-        from spikefleet.certificates.spike_check import PROOF, check_spikes
-        from spikefleet.inference.trained_network import open_split, open_trained_network
+        from spikefleet.certificates.spike_check import check_spikes, proof_file
+        from spikefleet.inference.trained_network import in_precision, open_split, open_trained_network
 
     with waiting(stderr, f"opening {network}"):
         trained = open_trained_network(network, runs_dir)
-    path = out or (trained.report or Path()) / PROOF
+    path = out or (trained.report or Path()) / proof_file(precision)
     check_outputs([path], inputs=trained.folders, force=force)
     rows = open_split(trained, split, stores_dir, stderr, data=data)
+    if precision != "fp32":
+        in_precision(trained, precision)  # refuses a network of which nothing can be rounded
     with counting(stderr, "proving and measuring") as progress:
         check = check_spikes(
             trained.network,
@@ -67,6 +80,7 @@ def spike_check(
             rows,
             images=images,
             measured=min(measured, len(rows)),
+            precision=precision,
             progress=progress,
         )
     check.write(path)
@@ -115,6 +129,11 @@ def _print_check(check: SpikeCheck, out: Path) -> None:
             f"{count.dtype}: {count.flipped:,} of {count.emitted:,} emitted integers differ; "
             f"outputs by at most {count.max_output_difference:.3g}"
         )
+    if check.rounding is not None:
+        say(
+            f"weights in {check.precision}: {check.rounding.differing:,} of {check.rounding.emitted:,} emitted "
+            f"integers differ from fp32 ({check.rounding.share:.3%})"
+        )
     for leg in check.legs:
         say(leg.says)
     if check.silent is not None:
@@ -138,9 +157,14 @@ def energy(
             autocompletion=override_keys,
         ),
     ] = None,
-    constants: Annotated[str, typer.Option(help="fp32-45nm (MAC 4.6, AC 0.9 pJ) or int32-45nm (3.1, 0.1).")] = (
-        "fp32-45nm"
-    ),
+    constants: Annotated[
+        str | None,
+        typer.Option(
+            help="fp32-45nm (MAC 4.6, AC 0.9 pJ), int32-45nm (3.1, 0.1) or int8-45nm (4.6, 0.1: int8 weights, real "
+            "values in fp32). If not given, fp32-45nm, or int8-45nm with --precision int8."
+        ),
+    ] = None,
+    precision: Weights = "fp32",
     form: Annotated[Form, typer.Option(help="Deployed with merged or kept chains, or as built.")] = "merged",
     shortcuts: Annotated[bool, typer.Option(help="Count the 1x1 convolutions of shortcuts.")] = True,
     images: Annotated[int, typer.Option(min=1, help="Images on which rates are measured.")] = 32,
@@ -170,6 +194,10 @@ def energy(
             f"{overrides[0]}: a trained network has the configuration that it was trained by; "
             "overrides are for the name of a model or recipe, with --rate"
         )
+    if rate is not None and precision != "fp32":
+        raise UserError("--precision measures rates with rounded weights, and --rate gives them; leave one out")
+    if constants is None:
+        constants = "int8-45nm" if precision == "int8" else "fp32-45nm"
     with loading("torch", stderr):
         from spikefleet.certificates.energy_card import CARD_FILES, measure_energy, write_card
         from spikefleet.inference.trained_network import open_split, open_trained_network
@@ -205,6 +233,7 @@ def energy(
                     constants=constants,
                     form=form,
                     shortcuts=shortcuts,
+                    precision=precision,
                     progress=progress,
                 )
     except ValueError as error:
@@ -248,8 +277,9 @@ def _print_card(card: EnergyCard) -> None:
     ]
     print_table(console, columns, rows)
     shortcuts = "with" if card.shortcuts else "without"
+    weights = "" if card.precision == "fp32" else f", weights in {card.precision}"
     say(
-        f"{card.network}, {card.form}, {shortcuts} 1x1 shortcuts, T={card.timesteps}, D={card.bound}, "
+        f"{card.network}, {card.form}{weights}, {shortcuts} 1x1 shortcuts, T={card.timesteps}, D={card.bound}, "
         f"{card.image_size[0]}x{card.image_size[1]}: {card.macs:,.0f} MACs, {card.acs:,.0f} ACs, "
         f"{card.energy_mj:.4g} mJ an image ({card.constants.name})"
     )

@@ -76,7 +76,7 @@ def submit(
 
         server = JobServer(address)
         announce("submitting")
-        job, new = submit_or_follow(server, submission)
+        job, new = submit_or_follow(server, submission, lambda line: print_line(where, line))
     verb = "submitted" if new else "runs already; it was submitted"
     by = "" if new else f" by {job.metadata.get('user', 'somebody')}"
     print_line(where, f"job {job.id} {verb}{by} to {server.address}")

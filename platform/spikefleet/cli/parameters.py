@@ -50,6 +50,23 @@ class SliceOrder(StrEnum):
     REVERSED = "reversed"
 
 
+WeightPrecision = Literal["fp32", "bf16", "int8"]
+"""What the weights of the layers that spikes feed are rounded to."""
+
+OfDeployed = Annotated[
+    WeightPrecision | None,
+    typer.Option(
+        "--precision",
+        help="Deploy the network with weights of this precision; spikes are exact in each. If not given, it runs as it "
+        "was trained.",
+    ),
+]
+
+Weights = Annotated[
+    WeightPrecision, typer.Option("--precision", help="Weights of the layers that spikes feed, rounded to this type.")
+]
+
+
 OtherData = Annotated[
     str | None,
     typer.Option(

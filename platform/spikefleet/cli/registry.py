@@ -111,7 +111,7 @@ def best_registered(
     where: Annotated[
         str | None,
         typer.Option(
-            help='Conditions, for example "timesteps<=2 and energy_mj<40 and params_m<25" or "timesteps * bound <= 8 '
+            help='Conditions, for example "timesteps<=2 and energy_mj<40 and latency_ms<50" or "timesteps * bound <= 8 '
             'and (connection==bsg or decoder==rate)".'
         ),
     ] = None,
@@ -154,7 +154,7 @@ def best_registered(
         number("T"),
         number("D"),
     ]
-    columns += [number("energy_mj"), number("parameters"), "data_hash", "registered"]
+    columns += [number("energy_mj"), number("latency_ms"), number("parameters"), "data_hash", "registered"]
     print_table(console, columns, [_row(version, metric, name) for version in versions])
 
 
@@ -246,14 +246,14 @@ def _row(version: RegisteredVersion, metric: str, name: str) -> list[str]:
     if shown == ["-", "-"] and (value := version.metric(metric)) is not None:
         shown[0] = _measured(metric, value)
     tags = version.tags
-    energy = f"{measured['energy_mj']:.4g}" if "energy_mj" in measured else "-"
+    costs = (f"{measured[key]:.4g}" if key in measured else "-" for key in ("energy_mj", "latency_ms"))
     return [
         version.uri.removeprefix("models:/"),
         ", ".join(version.aliases) or "-",
         *shown,
         tags.get("timesteps", "-"),
         tags.get("bound", "-"),
-        energy,
+        *costs,
         tags.get("parameters", "-"),
         tags.get("data_hash", "-")[:12],
         f"{version.created:%Y-%m-%d %H:%M}",
@@ -265,9 +265,11 @@ def _metrics(version: RegisteredVersion) -> str:
 
 
 def _measured(name: str, value: float) -> str:
-    """A metric with its unit: energies are in mJ, a task's metrics are shares of 1."""
+    """A metric with its unit: energies are in mJ, latencies in ms, a task's metrics are shares of 1."""
     if name.endswith("energy_mj"):
         return f"{value:.4g} mJ"
+    if name == "latency_ms":
+        return f"{value:.4g} ms"
     return f"{value:.2%}" if name.startswith(("val/", "test/")) and 0 <= value <= 1 else f"{value:.4g}"
 
 

@@ -232,13 +232,15 @@ def _cells(name: str, first: float | None, second: float | None) -> tuple[str, s
 
 
 def _measured(name: str, value: float | None, sign: str = "") -> str:
-    """A metric: energies are in mJ, counts are whole, a task's metrics are shares of 1."""
+    """A metric: energies are in mJ, latencies in ms, counts are whole, a task's metrics are shares of 1."""
     if value is None:
         return "-"
     if name.startswith(("val/", "test/")) and -1 <= value <= 1:
         return f"{value:{sign}.2%}"
     if name.endswith("energy_mj"):
         return f"{value:{sign}.4g} mJ"
+    if name == "latency_ms":
+        return f"{value:{sign}.4g} ms"
     return f"{value:{sign},.0f}" if value == int(value) else f"{value:{sign}.4g}"
 
 

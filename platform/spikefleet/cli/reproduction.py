@@ -1,7 +1,8 @@
-"""reproduce, tables."""
+"""reproduce, tables, evidence."""
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from spikefleet.cli.parameters import (
     Address,
     AsJson,
     CpusPerWorker,
+    Force,
     GpusPerWorker,
     Overrides,
     RunsDir,
@@ -23,6 +25,8 @@ from spikefleet.cli.parameters import (
 )
 from spikefleet.cli.tables import number, print_table, text
 from spikefleet.cli.tuning import resumable, split_overrides
+from spikefleet.errors import UserError
+from spikefleet.outputs import check_outputs, check_place
 from spikefleet.reproduction.scales import Scale
 from spikefleet.status import waiting
 
@@ -44,6 +48,13 @@ def reproduce(
     only: Annotated[str, typer.Option(help="Rows whose name (or 'GROUP: NAME') matches this pattern.")] = "*",
     report_only: Annotated[bool, typer.Option("--report-only", help="Train nothing; report what is there.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed trainings again, once.")] = False,
+    results: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory of recorded results, a Parquet file for each recipe and scale: trainings in it are not run "
+            "again, though their runs are elsewhere, and new ones are added after each recipe."
+        ),
+    ] = None,
     workers: TrialWorkers = None,
     cpus_per_worker: CpusPerWorker = None,
     gpus_per_worker: GpusPerWorker = None,
@@ -65,6 +76,7 @@ def reproduce(
     at = chosen.scale(scale)
     where = messages(as_json)
     with loading("torch and Ray", where):
+        from spikefleet.reproduction.plan import ReproductionPlan
         from spikefleet.reproduction.report import (
             REPORT,
             as_data,
@@ -73,12 +85,16 @@ def reproduce(
             remarks,
             write_reproduction,
         )
-        from spikefleet.reproduction.reproduce import ReproductionPlan, reproduce, track_reproduction
+        from spikefleet.reproduction.reproduce import reproduce, track_reproduction
         from spikefleet.runs.options import Options
 
     given = {"workers": workers, "cpus_per_worker": cpus_per_worker, "gpus_per_worker": gpus_per_worker}
     changed = {key: value for key, value in given.items() if value is not None}
-    plan = ReproductionPlan(chosen, at, seeds, only, fixed, changed, retry_failed=retry_failed, train=not report_only)
+    if results is not None:
+        check_place(results, "--results")
+    plan = ReproductionPlan(
+        chosen, at, seeds, only, fixed, changed, retry_failed=retry_failed, train=not report_only, results=results
+    )
     options = Options(runs_dir, stores_dir, address, verbose, data)
     with resumable():
         found = reproduce(plan, options, where)
@@ -116,3 +132,50 @@ def tables(as_json: AsJson = False) -> None:
         return
     cells = [(one.name, f"{one.title} ({one.paper})", str(count), ", ".join(scales)) for one, count, scales in rows]
     print_table(console, ["table", text("what it shows"), number("rows"), text("scales")], cells)
+
+
+@app.command()
+def evidence(
+    results: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory of recorded results (`spikefleet reproduce --results`). By default those that come with "
+            "the package."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The page, in Markdown.")] = Path("EVIDENCE.md"),
+    plots: Annotated[
+        Path | None, typer.Option(help="Directory of its plots. By default `evidence`, beside the page.")
+    ] = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what holds of the papers' claims: a page with verdicts, intervals and plots from recorded results.
+
+    Trains nothing. Each claim compares rows of a table over seeds; what was not run is listed with its command.
+    """
+    check_outputs([out], inputs=[] if results is None else [results], force=force)
+    with loading("torch", messages(as_json)):
+        from spikefleet.reproduction.depth_gradients import DepthGradients
+        from spikefleet.reproduction.evidence import collect_evidence
+        from spikefleet.reproduction.evidence_page import as_verdicts, write_evidence
+        from spikefleet.reproduction.results import shipped_results
+
+    if results is not None and not results.is_dir():
+        raise UserError(f"--results {results} is not a directory; record results by `spikefleet reproduce --results`")
+    place = out.parent / "evidence" if plots is None else plots
+    check_place(place, "--plots")
+    read_from = shipped_results() if results is None else results
+    found = collect_evidence(read_from)
+    words = ["spikefleet", "evidence"] + (["--results", str(results)] if results is not None else [])
+    words += (["--out", str(out)] if out != Path("EVIDENCE.md") else []) + (["--plots", str(plots)] if plots else [])
+    drawn = write_evidence(found, DepthGradients.read(read_from), out, place, shlex.join(words))
+    if as_json:
+        print_json({"page": str(out), "plots": [str(path) for path in drawn], "verdicts": as_verdicts(found)})
+        return
+    rows = [(one["table"], one["scale"], one["claim"], one["verdict"]) for one in as_verdicts(found) if one["run"]]
+    if rows:
+        print_table(console, ["table", "scale", text("claim"), "verdict"], rows)
+    else:
+        say("no training is recorded yet")
+    say(f"page: {out}")

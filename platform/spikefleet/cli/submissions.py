@@ -26,6 +26,9 @@ Values = dict[str, Any]
 
 _YAML = (".yaml", ".yml")
 
+_PLACES = ("runs_dir", "stores_dir", "results", "out")
+"""Options with a path."""
+
 
 def checked(words: Sequence[str], code: Path | None) -> Submission:
     """The submission of a command.
@@ -74,7 +77,7 @@ def _parsed(kind: str, words: list[str]) -> Values:
 
 def _given(words: Sequence[str], values: Values) -> list[str]:
     """Options with a path that were typed, and do not come from this machine's environment."""
-    names = [name for name in ("runs_dir", "stores_dir", "out") if f"--{name.replace('_', '-')}" in " ".join(words)]
+    names = [name for name in _PLACES if f"--{name.replace('_', '-')}" in " ".join(words)]
     return [name for name in names if values.get(name) is not None]
 
 

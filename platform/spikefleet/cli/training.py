@@ -54,6 +54,12 @@ def train(
     resume: Annotated[
         str | None, typer.Option(help="Resume this run, which must exist.", autocompletion=run_names)
     ] = None,
+    extend_epochs: Annotated[
+        int | None,
+        typer.Option(
+            help="With --resume: train so many more epochs, its schedule from the start (optim.lr=... sets it)."
+        ),
+    ] = None,
     address: Address = None,
     verbose: Verbose = False,
     as_json: AsJson = False,
@@ -78,6 +84,7 @@ def train(
             gpu=gpu,
             name=name,
             resume=resume,
+            extend_epochs=extend_epochs,
             address=address,
             runs_dir=runs_dir,
             stores_dir=stores_dir,

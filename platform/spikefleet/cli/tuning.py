@@ -32,6 +32,7 @@ from spikefleet_tune.messages import counted
 
 if TYPE_CHECKING:
     from spikefleet.registry import Promotion
+    from spikefleet.runs.options import Options
     from spikefleet_tune.search_file import Search
 
 _WHERE_DATA_LIE = ("data.root", "data.store", "data.check_content", "data.loader_processes")
@@ -85,8 +86,15 @@ def tune(
     ] = None,
     trials: Annotated[int | None, typer.Option(min=1, help="Budget of trials instead of the file's.")] = None,
     hours: Annotated[float | None, typer.Option(help="Budget of hours instead of the file's.")] = None,
+    objectives: Annotated[
+        str | None,
+        typer.Option(help="Instead of the file's, such as top1,energy_mj,latency_ms; with a direction map50:max."),
+    ] = None,
     extend: Annotated[int, typer.Option(min=0, help="Add so many trials to a search that is done.")] = 0,
     warm_start: Annotated[str | None, typer.Option(help="Begin with what this earlier search has found.")] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say how long it takes on this machine, from a few steps; start nothing.")
+    ] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed trials again, once.")] = False,
     confirm: Annotated[int, typer.Option(min=0, help="Train each member of the front with so many other seeds.")] = 0,
     register: Annotated[str | None, typer.Option(help="Register a trial: knee, best, or its name.")] = None,
@@ -103,7 +111,7 @@ def tune(
     fixed, data = split_overrides(overrides or [])
     resources = {"workers": workers, "cpus_per_worker": cpus_per_worker, "gpus_per_worker": gpus_per_worker}
     changes = {"overrides": fixed, "budget": {"trials": trials, "hours": hours}, "resources": resources}
-    wanted = wanted_search(search, changes)
+    wanted = wanted_search(search, changes, objectives)
     where = messages(as_json)
     with loading("torch and Ray", where):
         from spikefleet.runs.options import Options
@@ -120,6 +128,9 @@ def tune(
     if register is not None and register not in ("knee", "best") and not register.startswith(f"{name}-"):
         raise UserError(f"--register {register!r} must be knee, best or the name of a trial, such as {name}-0000")
     options = Options(runs_dir, stores_dir, address, verbose, data)
+    if plan:
+        _plan(wanted, name, options, as_json)
+        return
     extended = extension_of(name, options)
     rows: list[dict[str, Any]] = []
     with resumable(lambda: extension_of(name, options) > extended):
@@ -150,14 +161,15 @@ def tune(
             }
         )
         return
+    _print_importance(report_of(result))
     say(f"report: {report_of(result)}")
     if promotion is not None:
         say(f"{promotion.name} version {promotion.version} is {promotion.alias or 'without alias'}: {promotion.reason}")
 
 
-def wanted_search(search: str, changes: dict[str, dict[str, Any]]) -> Search:
+def wanted_search(search: str, changes: dict[str, dict[str, Any]], objectives: str | None = None) -> Search:
     """A search with the values that the command gives instead of the file's. Raises UserError."""
-    from spikefleet.search.search_files import load_search
+    from spikefleet.search.search_files import load_search, objectives_of
     from spikefleet_tune.errors import SearchError
     from spikefleet_tune.search_file import search_of
 
@@ -165,9 +177,61 @@ def wanted_search(search: str, changes: dict[str, dict[str, Any]]) -> Search:
         tree = load_search(search).dump()
         for section, values in changes.items():
             tree[section] = {**tree[section], **{key: value for key, value in values.items() if value is not None}}
+        if objectives is not None:
+            tree["objectives"] = objectives_of(objectives)
         return search_of(tree, f"search {search}")
     except SearchError as error:
         raise UserError(str(error)) from None
+
+
+def _plan(wanted: Search, name: str, options: Options, as_json: bool) -> None:
+    from spikefleet.search.planning import plan_search
+
+    plan = plan_search(wanted, name, options, stderr)
+    if as_json:
+        print_json({"search": name, **plan.to_dict()})
+        return
+    for which, one in (("smallest", plan.smallest), ("largest", plan.largest)):
+        point = ", ".join(f"{key}={value}" for key, value in one.point.items())
+        say(
+            f"{which} trial ({point}): {1000 * one.step_s:.4g} ms a step, {one.steps:,} steps and "
+            f"{counted(one.epochs, 'evaluation')} of {one.evaluation_s:.3g} s: {_duration(one.seconds)}"
+        )
+    say(f"measured on {plan.device}; {counted(plan.at_a_time, 'trial')} at a time fit into this machine")
+    early = ", less where trials are stopped early" if plan.stops_early else ""
+    if plan.seconds is None:
+        say(f"search {name} runs for its {plan.hours:g} hours: its budget has no number of trials")
+        return
+    low, high = map(_duration, plan.seconds)
+    hours = "" if plan.hours is None else f", at most the budget of {plan.hours:g} hours"
+    trials = counted(plan.trials or 0, "trial")
+    say(f"search {name}: {trials} take {low} to {high}{hours}{early}; start, report and energy of trials come on top")
+
+
+def _duration(seconds: float) -> str:
+    """A length of time for people."""
+    if seconds < 90:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _print_importance(report: Path) -> None:
+    """What decides each objective, with its interval, as the report has it."""
+    from spikefleet.files import read_json
+
+    found = read_json(report / "results.json")
+    for name, shares in found["importance"].items():
+        if isinstance(shares, str):
+            say(f"importance for {name}: {shares}")
+            continue
+        intervals = found["importance_intervals"][name]
+        words = []
+        for key, share in shares.items():
+            low, high = intervals.get(key, (share, share))
+            words.append(f"{key} {share:.0%} ({low:.0%} to {high:.0%})")
+        say(f"importance for {name}: {', '.join(words)}")
+    if any(not isinstance(shares, str) for shares in found["importance"].values()):
+        say(f"importance by {found['importance_method']}")
 
 
 def _as_data(promotion: Promotion | None) -> dict[str, Any] | None:

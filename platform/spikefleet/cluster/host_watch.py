@@ -10,7 +10,7 @@ from pathlib import Path
 
 import ray
 
-from spikefleet.training.events import EventSink, Phase, Waiting
+from spikefleet.training.events import EventSink, Note, Phase, Waiting
 from spikefleet_tune.messages import counted
 
 NODE = "node-"
@@ -20,7 +20,8 @@ _LOOK_EVERY_S = 1.0
 _SETTLE_S = 1.0
 _SETTLE_PEER_S = 8.0
 """A worker says that it has lost another one before Ray knows that the other's host is gone."""
-_PEER_LOST = re.compile(r"gloo|NCCL|by peer|socket|connection", re.IGNORECASE)
+PEER_LOST = re.compile(r"gloo|NCCL|by peer|socket|connection", re.IGNORECASE)
+"""What a worker says when another one no longer answers."""
 _SETTLE_LOOK_S = 0.1
 
 
@@ -28,6 +29,15 @@ def gone_hosts(addresses: Sequence[str]) -> str:
     """Names hosts that are gone, such as "host 10.0.0.3 is gone"."""
     lost = list(dict.fromkeys(addresses))
     return f"host {lost[0]} is gone" if len(lost) == 1 else f"hosts {', '.join(lost)} are gone"
+
+
+def _nodes_of(attempt: Path) -> set[str]:
+    """Ids of the nodes that have, or had, a worker of an attempt."""
+    found = set()
+    for path in attempt.glob(f"{NODE}*"):
+        with suppress(OSError):
+            found.add(path.read_text())
+    return found
 
 
 class HostWatch:
@@ -45,7 +55,8 @@ class HostWatch:
         self._known: dict[str, str] = {}
         self._present: dict[str, float] = {}
         self._draining: set[str] = set()
-        self._lost: list[str] = []
+        self._lost: dict[str, str] = {}
+        self._draining_unknown = False
         self._since: float | None = None
         self._looked = 0.0
         self._look()
@@ -100,19 +111,25 @@ class HostWatch:
             self._since = time.time()
             self._sink.emit(Waiting(self._waits_for(), self._since))
 
-    def lost(self, reason: str) -> list[str]:
-        """Addresses of the hosts that are gone since training started; waits for Ray to notice.
+    def lost(self, reason: str, attempt: Path | None) -> list[str]:
+        """Addresses of the hosts of an attempt's workers that are gone; waits for Ray to notice.
+
+        A host that had none of its workers, such as one that the autoscaler has removed since it was idle, did not fail
+        them.
 
         Args:
             reason: what the workers say.
+            attempt: their directory; None: no worker has started.
         """
-        if len(self._known) < 2:  # this one alone
-            return list(self._lost)
-        deadline = time.monotonic() + (_SETTLE_PEER_S if _PEER_LOST.search(reason) else _SETTLE_S)
-        while not self._lost and time.monotonic() < deadline:
+        nodes = set() if attempt is None else _nodes_of(attempt)
+        deadline = time.monotonic() + (_SETTLE_PEER_S if PEER_LOST.search(reason) else _SETTLE_S)
+        while True:
             self._look()
+            found = [address for node, address in self._lost.items() if node in nodes]
+            # Of this host alone Ray has nothing to notice.
+            if found or len(self._known) < 2 or time.monotonic() > deadline:
+                return found
             time.sleep(_SETTLE_LOOK_S)
-        return list(self._lost)
 
     def started(self) -> None:
         """Training has started: what was lost before does not matter any longer."""
@@ -121,22 +138,35 @@ class HostWatch:
 
     def leaving(self, attempt: Path) -> str | None:
         """Address of a host that will be taken away and has a worker of the attempt; None if there is none."""
-        for path in attempt.glob(f"{NODE}*"):
-            with suppress(OSError):
-                if (node := path.read_text()) in self._draining:
-                    return self._known.get(node, node)
-        return None
+        node = min(_nodes_of(attempt) & self._draining, default=None)
+        return None if node is None else self._known.get(node, node)
 
     def _look(self) -> None:
         self._looked = time.monotonic()
         with suppress(Exception):  # the head is busy or gone, which the run itself will report
             nodes = ray.nodes()
-            self._draining = set(ray._private.state.state.get_draining_nodes())
+            self._draining = self._to_be_drained()
             alive = {node["NodeID"]: node for node in nodes if node["Alive"]}
-            self._lost += [address for node, address in self._known.items() if node not in alive]
+            self._lost |= {node: address for node, address in self._known.items() if node not in alive}
             self._known = {name: node["NodeManagerAddress"] for name, node in alive.items()}
             staying = [node["Resources"] for name, node in alive.items() if name not in self._draining]
             self._present = {kind: sum(one.get(kind, 0.0) for one in staying) for kind in self._needed}
+
+    def _to_be_drained(self) -> set[str]:
+        """Ids of the nodes that will be taken away; where Ray does not say, none, and a note says so once."""
+        try:
+            return set(ray._private.state.state.get_draining_nodes())
+        except Exception as error:  # no public call tells them
+            if not self._draining_unknown:
+                self._draining_unknown = True
+                reason = f"{type(error).__name__}: {str(error)[:100]}"
+                self._sink.emit(
+                    Note(
+                        f"Ray {ray.__version__} does not say which hosts will be taken away ({reason}): a host that is "
+                        "will not stop the workers with a checkpoint before"
+                    )
+                )
+            return set()
 
     def _missing(self) -> dict[str, float]:
         """What the hosts lack of what the workers need."""
@@ -144,7 +174,7 @@ class HostWatch:
         return {kind: amount for kind, amount in lacking.items() if amount > 0}
 
     def _waits_for(self) -> str:
-        gone = f"{gone_hosts(self._lost)}; " if self._lost else ""
+        gone = f"{gone_hosts(list(self._lost.values()))}; " if self._lost else ""
         parts = [
             f"{amount:g} more {kind if amount == 1 else f'{kind}s'} "
             f"({self._present.get(kind, 0.0):g} of {self._needed[kind]:g} there)"

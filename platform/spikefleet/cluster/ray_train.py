@@ -39,7 +39,7 @@ from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.event_log import STOPPED, TAKEN_OVER, EventWriter, new_attempt
 from spikefleet.training.events import EventSink, NullSink, WorkerFailed
 from spikefleet.training.loop import BeforeStep, Outcome, train
-from spikefleet.training.step import NonFiniteError
+from spikefleet.training.step_reading import NonFiniteError
 from spikefleet.training.stopping import STOP, TrainingStopped
 from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.store.reader import Store
@@ -165,6 +165,7 @@ def train_on_ray(
         while True:
             sizes.choose()
             attempt = new_attempt(run_dir)
+            watched.attempt = attempt
             arguments = WorkerArguments(
                 config.dump(),
                 store.absolute_location,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from spikefleet.cluster.gauges import RunGauges
-from spikefleet.cluster.host_watch import HostWatch, gone_hosts
+from spikefleet.cluster.host_watch import PEER_LOST, HostWatch, gone_hosts
 from spikefleet.training.events import Event, EventSink, Started, WorkerFailed
 
 
 class WatchedSink:
-    """Passes events on, knows whether the workers train, and names a dead host before the echoes of its death.
+    """Passes events on, knows whether the workers train, and names a dead host before what its workers say of it.
 
     Args:
         sink: of the driver.
@@ -20,6 +22,8 @@ class WatchedSink:
         self._sink, self.hosts = sink, hosts
         self._gauges = RunGauges(run)
         self.training = False
+        self.attempt: Path | None = None
+        """Directory of the attempt whose events are passed on."""
 
     def emit(self, event: Event) -> None:
         """Passes an event on."""
@@ -27,8 +31,10 @@ class WatchedSink:
             self.training = isinstance(event, Started)
         if isinstance(event, Started):
             self.hosts.started()
-        if isinstance(event, WorkerFailed) and (lost := self.hosts.lost(event.reason)):
-            event = WorkerFailed(gone_hosts(lost))
+        if isinstance(event, WorkerFailed) and (lost := self.hosts.lost(event.reason, self.attempt)):
+            # That a peer does not answer is what a dead host makes the others say; anything else has its own cause.
+            said = "" if PEER_LOST.search(event.reason) else f" ({event.reason})"
+            event = WorkerFailed(f"{gone_hosts(lost)}{said}")
         self._gauges.show(event)
         self._sink.emit(event)
 

@@ -5,18 +5,35 @@ The field is named `from`, a word of Python, so the class is made by a call; `so
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
-from pydantic import Field, create_model
+from pydantic import Field, create_model, model_validator
 
 from spikefleet.config.section import Section
 
 
 class _Init(Section):
+    scale_thresholds: float | None = Field(
+        None,
+        gt=0,
+        le=100,
+        description="scale the batch norms before neurons to their thresholds: from an ANN twin by this percentile of "
+        "its activations, such as 99.9; from a spiking network by the ratio of D; null: weights as they are",
+    )
+    batches: int = Field(
+        8, ge=1, le=10_000, description="training batches on which scale_thresholds measures activations and statistics"
+    )
+
     @property
     def source(self) -> str | None:
         """The field `from`."""
         return getattr(self, "from", None)
+
+    @model_validator(mode="after")
+    def _scaled_is_something(self) -> Self:
+        if self.scale_thresholds is not None and self.source is None:
+            raise ValueError("scale_thresholds has no effect without init.from; set it, or leave scale_thresholds out")
+        return self
 
 
 if TYPE_CHECKING:

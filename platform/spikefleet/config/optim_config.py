@@ -26,6 +26,10 @@ class OptimConfig(Section):
     decay_gates: bool = Field(
         False, description="apply weight decay to W and B of BSG* too, which by itself closes the gates"
     )
+    fused: bool = Field(
+        False,
+        description="one kernel updates all weights; on a GPU steps are then not waited for. The last bits differ",
+    )
     schedule: Literal["constant", "step", "cosine", "linear"] = Field("cosine", description="learning-rate schedule")
     milestones: tuple[int, ...] = Field((), description="step: epochs at which the rate is multiplied by gamma")
     gamma: float = Field(0.1, gt=0, le=1, description="step: factor at each milestone")

@@ -20,8 +20,8 @@ from spikefleet.config.renamed import with_current_keys
 from spikefleet.config.retrain_config import RetrainConfig
 from spikefleet.config.run_config import EvaluationConfig, RegistryConfig, TrackingConfig
 from spikefleet.config.section import Section
-from spikefleet.config.stream_config import StreamConfig
 from spikefleet.config.task_table import find_task
+from spikefleet.config.train_config import TrainConfig
 from spikefleet.config.worker_count import nearest_batches
 from spikefleet_models.families import AnyModelConfig
 from spikefleet_models.shortcut_config import ShortcutConfig
@@ -29,90 +29,6 @@ from spikefleet_pipelines.data_config import DataConfig
 from spikefleet_pipelines.sources.registry import find_source
 from spikefleet_pipelines.transforms.batch_transform_config import BatchTransformConfig
 from spikefleet_tune.messages import counted
-
-
-class TrainConfig(Section):
-    """Duration, batch size, precision and regularisation of training."""
-
-    epochs: int = Field(ge=1, le=10_000_000, description="passes over the training split")
-    global_batch: int = Field(ge=1, le=10_000_000, description="samples per optimizer step, over all workers")
-    accumulate: int = Field(1, ge=1, le=1_000_000, description="micro-batches per worker and optimizer step")
-    partial_batch: Literal["keep", "drop", "weigh"] = Field(
-        "keep",
-        description="the last batch of an epoch, where the samples do not fill it: a step as any other; dropped (other "
-        "samples in each epoch); or a step whose gradient is scaled by the batch's share of global_batch",
-    )
-    eval_batch: int = Field(256, ge=1, le=1_000_000, description="samples per evaluation batch and worker")
-    patience: int | None = Field(
-        None, ge=1, description="epochs without a better validation metric after which the training ends; null: none"
-    )
-    min_delta: float = Field(0.0, ge=0, description="patience: a metric is better if it improves by more than this")
-    evaluate_every: int = Field(1, ge=1, description="epochs between evaluations on the validation split")
-    seed: int = Field(0, ge=0, lt=2**63, description="seed of initialisation, sample order and augmentation")
-    initial_weights: str | None = Field(
-        None,
-        pattern="^[0-9a-f]{64}$",
-        description="SHA-256 of initial.safetensors in the run's directory, whose weights the training starts from; "
-        "`retrain --from champion` and init.from set it",
-    )
-    freeze: tuple[str, ...] = Field(
-        (), description="names of modules whose weights and batch-norm statistics stay as they are, such as [stem]"
-    )
-    stream: StreamConfig | None = Field(
-        None, description="train on consecutive windows of recordings of events; null: on samples in random order"
-    )
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast type; membranes stay fp32")
-    channels_last: bool = Field(False, description="NHWC memory layout")
-    compile: bool = Field(False, description="compile the network with torch.compile")
-    cuda_graphs: bool = Field(
-        False,
-        description="classification on one GPU: capture the passes over a full batch as one CUDA graph and replay it, "
-        "which spares small networks the time of kernel launches",
-    )
-    sync_bn: bool = Field(False, description="synchronise batch normalisation over all workers (CUDA only)")
-    deterministic: bool = Field(False, description="use deterministic algorithms only")
-    clip_norm: float | None = Field(None, gt=0, description="largest L2 norm of the gradient over all parameters")
-    ema_decay: float | None = Field(
-        None, gt=0, lt=1, description="decay of the exponential moving average (EMA) of the weights"
-    )
-    ema_ramp: float | None = Field(
-        None,
-        gt=0,
-        description="steps over which the EMA decay grows: decay * (1 - exp(-step / ramp)); null: constant decay",
-    )
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="classification only")
-    loss: Literal["mean", "sum"] = Field(
-        "mean",
-        description="reduction over the samples of a global batch; with sum (SpikeYOLO) the effective learning rate "
-        "depends on the batch size",
-    )
-    loss_divisor: Literal["global", "rank"] = Field(
-        "global",
-        description="detection: count the divisor of the loss over the global batch, so that the loss does not depend "
-        "on the number of workers; or over each rank's slice, as the released code does",
-    )
-
-    @model_validator(mode="after")
-    def _patience_has_an_effect(self) -> Self:
-        if self.min_delta and self.patience is None:
-            raise ValueError(f"min_delta={self.min_delta} has no effect without patience; set train.patience too")
-        return self
-
-    @model_validator(mode="after")
-    def _weighing_has_an_effect(self) -> Self:
-        if self.partial_batch == "weigh" and self.loss == "sum":
-            raise ValueError(
-                "partial_batch=weigh has no effect with loss=sum, whose gradient is proportional to the batch already; "
-                "set partial_batch=keep"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _graphs_have_whole_passes(self) -> Self:
-        if self.cuda_graphs and (self.accumulate > 1 or self.compile):
-            other = f"accumulate={self.accumulate}" if self.accumulate > 1 else "compile=true"
-            raise ValueError(f"cuda_graphs=true cannot be combined with {other}; remove one of them")
-        return self
 
 
 class CheckpointConfig(Section):
@@ -198,6 +114,12 @@ class Config(Section):
             raise ValueError(
                 f"train.label_smoothing={self.train.label_smoothing} has no effect for task={self.task}; leave it out"
             )
+        for field, value, without in (
+            ("train.class_weights", self.train.class_weights, "none"),
+            ("data.sampling", self.data.sampling, "every"),
+        ):
+            if value != without and not task.class_weights:
+                raise ValueError(f"{field}={value} has no effect for task={self.task}; leave it out")
         most, plain = self.evaluation.max_detections, self.model.model_dump().get("criterion") or {}
         if most != EvaluationConfig().max_detections:
             if task.networks != "detection":
@@ -222,6 +144,7 @@ class Config(Section):
                 "train.cuda_graphs=true": self.train.cuda_graphs,
                 f"train.partial_batch={self.train.partial_batch}": self.train.partial_batch != "keep",
                 f"shortcut.where={self.shortcut.where}": self.shortcut.enabled,
+                f"data.sampling={self.data.sampling}": self.data.sampling != "every",
             }
             is_detection = find_task(self.task).networks == "detection"
             self.train.stream.check(
@@ -292,6 +215,7 @@ class Config(Section):
 # Fields that may differ when a run is resumed: none of them changes a bit of the result.
 _NOT_IDENTITY = (
     "init",
+    "train.max_minutes",
     "tracking.experiment",
     "tracking.every_steps",
     "registry",
@@ -314,13 +238,19 @@ _NOT_IDENTITY = (
 
 
 # Fields that older runs do not have, with the values of no effect: left out there, so that those runs keep their names.
-_ABSENT_IF: dict[str, object] = {
+_ABSENT_IF: Mapping[str, object] = {
     "train.freeze": [],
     "train.patience": None,
     "train.min_delta": 0,
+    "train.segment": None,
+    "train.class_weights": "none",
     "optim.lr_factors": {},
     "optim.kind": "sgd",
     "optim.beta2": 0.999,
+    "data.sampling": "every",
+    "data.transform.mixup": 0,
+    "data.transform.mixup_alpha": 0.2,
+    "data.transform.cut_mix": 0,
 }
 
 

@@ -26,6 +26,8 @@ class TaskEntry:
     """The kind of `data.transform` that builds its batches from recordings of events; None for a task of images."""
     label_smoothing: bool = False
     """Whether its loss supports `train.label_smoothing`."""
+    class_weights: bool = False
+    """Whether its loss supports `train.class_weights`, and its training `data.sampling=balanced`."""
     side_branches: bool = False
     """Whether its loss supports the side branches of shortcut back-propagation."""
     cuda_graphs: bool = False
@@ -49,6 +51,7 @@ _TABLE: dict[str, TaskEntry] = {
             transform="image",
             event_transform="events",
             label_smoothing=True,
+            class_weights=True,
             side_branches=True,
             cuda_graphs=True,
             answers="a probability for each class and image, in columns with the names of the classes",

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,8 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from spikefleet.errors import UserError
+from spikefleet.errors import RunError, UserError
 from spikefleet.export.pixels import Scaling
+from spikefleet_models.low_precision import PackedWeight
 from spikefleet_models.traceable import traceable
 
 if TYPE_CHECKING:
@@ -46,7 +48,13 @@ class _Whole(nn.Module):
         return self.network(self.scaling(pixels))
 
 
-def onnx_of(network: nn.Module, scaling: Scaling, shape: tuple[int, int, int], metadata: Mapping[str, Any]) -> bytes:
+def onnx_of(
+    network: nn.Module,
+    scaling: Scaling,
+    shape: tuple[int, int, int],
+    metadata: Mapping[str, Any],
+    packed: Mapping[str, PackedWeight] = MappingProxyType({}),
+) -> bytes:
     """Exports a network.
 
     Args:
@@ -54,6 +62,8 @@ def onnx_of(network: nn.Module, scaling: Scaling, shape: tuple[int, int, int], m
         scaling: of pixels to its input.
         shape: (C, H, W) of the images.
         metadata: plain data by name, kept in the file as JSON.
+        packed: weights of layers that the file holds in int8, behind a DequantizeLinear, or in bf16, behind a Cast; the
+            network has the same numbers in its own type.
 
     Returns:
         The content of the file.
@@ -92,6 +102,7 @@ def onnx_of(network: nn.Module, scaling: Scaling, shape: tuple[int, int, int], m
     ):
         tidy(program.model)
     model: onnx.ModelProto = program.model_proto
+    _pack(model, network, packed)
     for key, value in metadata.items():
         entry = model.metadata_props.add()
         entry.key, entry.value = f"{_PREFIX}{key}", json.dumps(value)
@@ -100,6 +111,41 @@ def onnx_of(network: nn.Module, scaling: Scaling, shape: tuple[int, int, int], m
             f"the network takes {size:,} bytes as ONNX, and one file holds {_LARGEST:,}; export a smaller one"
         )
     return model.SerializeToString()
+
+
+def _pack(model: onnx.ModelProto, network: nn.Module, packed: Mapping[str, PackedWeight]) -> None:
+    """Keeps weights in their small types, in place; they become fp32 in the graph, to the bit.
+
+    Raises:
+        RunError: the graph does not hold a weight as it is, so that it cannot be kept small.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    by_value = {network.get_parameter(f"{name}.weight").numpy().tobytes(): kept for name, kept in packed.items()}
+    missing, nodes = set(by_value), []
+    for initializer in list(model.graph.initializer):
+        value = numpy_helper.to_array(initializer).tobytes() if initializer.data_type == TensorProto.FLOAT else b""
+        if value not in by_value:
+            continue
+        missing.discard(value)
+        weight, name = by_value[value], initializer.name
+        small = f"{name}.small"
+        if weight.scale is None:
+            bits = weight.values.view(torch.int16).numpy().tobytes()
+            tensor = helper.make_tensor(small, TensorProto.BFLOAT16, weight.values.shape, bits, raw=True)
+            nodes.append(helper.make_node("Cast", [small], [name], to=TensorProto.FLOAT))
+        else:
+            tensor = numpy_helper.from_array(weight.values.numpy(), small)
+            scale = numpy_helper.from_array(weight.scale.numpy(), f"{name}.scale")
+            model.graph.initializer.append(scale)
+            nodes.append(helper.make_node("DequantizeLinear", [small, scale.name], [name], axis=0))
+        model.graph.initializer.remove(initializer)
+        model.graph.initializer.append(tensor)
+    if missing:
+        raise RunError(f"{len(missing)} rounded weights are not in the graph as they are; export with --precision fp32")
+    rest = list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend([*nodes, *rest])
 
 
 def read_metadata(model: onnx.ModelProto) -> dict[str, Any]:

@@ -27,6 +27,8 @@ from spikefleet.export.recorded import RecordedNetwork
 from spikefleet.files import sha256_of
 from spikefleet.outputs import check_outputs
 from spikefleet.status import Count, counting, waiting
+from spikefleet_models.low_precision import PackedWeight, Precision, packed_weights, rounded
+from spikefleet_models.reparam import deploy
 from spikefleet_models.slots import NotSpikeDrivenError
 from spikefleet_tune.atomic import replacing
 
@@ -76,6 +78,7 @@ def export_network(
     split: str = "test",
     data: str | None = None,
     images: int | None = None,
+    precision: Precision = "fp32",
     force: bool = False,
 ) -> Exported:
     """Exports a trained network and compares the file with it on the images of a split.
@@ -94,11 +97,12 @@ def export_network(
         split: whose images are compared.
         data: location of another store; by default the data of the network's configuration.
         images: to compare, at most; by default all.
+        precision: of the weights of the layers that spikes feed; other than fp32, batch norms are folded.
         force: replace files that are there.
 
     Raises:
-        UserError: a library is missing, the reference does not exist, the format lacks what the network has, or a file
-            cannot be written.
+        UserError: a library is missing, the reference does not exist, the format lacks what the network has, nothing of
+            it can be rounded, or a file cannot be written.
         RunError: the file does not compute what the network does.
     """
     check_extras(form)
@@ -108,12 +112,12 @@ def export_network(
         origin = open_origin(reference, runs_dir)
     check_outputs(files, inputs=origin.trained.folders, force=force)
     compared = ImagesToCompare.of(origin.trained, split, stores_dir, console, data, images)
-    described = {**origin.metadata(), "input": compared.input_metadata(origin.trained)}
+    described = {**origin.metadata(), "precision": precision, "input": compared.input_metadata(origin.trained)}
     out.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         # Names are given in reverse: the file itself last, when what describes it is there.
         partial = {path: stack.enter_context(replacing(path)) for path in files}
-        writer = _Writer(origin, compared, described, console)
+        writer = _Writer(origin, compared, described, console, precision)
         comparison = writer.write(form, *partial.values())
         sha256, size = sha256_of(partial[out]), partial[out].stat().st_size
         record = {
@@ -127,15 +131,30 @@ def export_network(
         partial[files[1]].write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if origin.is_registered:
         with waiting(console, "recording the export"):
-            record_export(origin.uri, form, record, runs_dir)
+            named = form if precision == "fp32" else f"{form}.{precision}"
+            record_export(origin.uri, named, record, runs_dir)
     return Exported(origin.uri, form, files, sha256, size, comparison, origin.is_registered)
 
 
 class _Writer:
     """Writes a network in a format and compares the file."""
 
-    def __init__(self, origin: Origin, images: ImagesToCompare, described: dict[str, Any], console: Console) -> None:
+    def __init__(
+        self,
+        origin: Origin,
+        images: ImagesToCompare,
+        described: dict[str, Any],
+        console: Console,
+        precision: Precision,
+    ) -> None:
         self._network = origin.trained.network
+        self._packed: Mapping[str, PackedWeight] = {}
+        if precision != "fp32":
+            try:
+                deployed = deploy(self._network)
+                self._network, self._packed = rounded(deployed, precision), packed_weights(deployed, precision)
+            except ValueError as error:
+                raise UserError(f"{origin.uri}: {error}") from None
         self._timesteps: int = described["timesteps"]
         self._images, self._described, self._console = images, described, console
         self._scaling: Scaling = images.scaling
@@ -155,7 +174,7 @@ class _Writer:
         from spikefleet.export.onnx_file import Fp64File, OnnxFile, onnx_of
 
         with waiting(self._console, "exporting to ONNX"):
-            path.write_bytes(onnx_of(self._network, self._scaling, self._images.shape, self._described))
+            path.write_bytes(onnx_of(self._network, self._scaling, self._images.shape, self._described, self._packed))
             file = OnnxFile(path)
 
         def exact() -> tuple[Run, Run]:

@@ -1,4 +1,7 @@
-"""The images on which candidate and champion are compared: nobody trained on them, chose by them, or quotes them."""
+"""The images on which candidate and champion are compared: nobody trained on them, chose by them, or quotes them.
+
+Of a store of events they are recordings, or label times of recordings.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
 from spikefleet.status import Announce, silent
 from spikefleet_pipelines.errors import StoreError
-from spikefleet_pipelines.store.reader import Split, Store
-from spikefleet_pipelines.store.splitting import image_digests
+from spikefleet_pipelines.store.reader import Samples, Store
+from spikefleet_pipelines.store.splitting import sample_digests
 from spikefleet_tune.messages import counted, one_of
 
 MAKE_ONE = (
@@ -30,7 +33,7 @@ _KNOWN_SHARE = 0.01
 class GateStore:
     """The split with the gate images, and what speaks against its use, in words."""
 
-    split: Split
+    split: Samples
     content_hash: str
     """Of its store."""
     warnings: tuple[str, ...] = ()
@@ -67,7 +70,7 @@ def open_gate_store(settings: RetrainConfig, stores_dir: Path) -> GateStore:
         raise UserError(
             f"retrain.gate_store={settings.gate_store}: its split {name!r} has the images of {other!r}; {MAKE_ONE}"
         )
-    return GateStore(store.split(name), store.manifest.content_hash)
+    return GateStore(store.samples(name), store.manifest.content_hash)
 
 
 def check_gate_store(gate: GateStore, data: DataSummary, used: Store | None, announce: Announce = silent) -> GateStore:
@@ -83,7 +86,7 @@ def check_gate_store(gate: GateStore, data: DataSummary, used: Store | None, ann
         The gate store, with warnings.
 
     Raises:
-        UserError: its classes are others, or it has images of the training, validation or test data.
+        UserError: its classes or its camera are others, or it has images of the training, validation or test data.
     """
     names = gate.split.class_names
     if names != data.class_names:
@@ -91,6 +94,7 @@ def check_gate_store(gate: GateStore, data: DataSummary, used: Store | None, ann
             f"retrain.gate_store has the classes {', '.join(names[:5])}, ..., expected those of the training data, "
             f"{', '.join(data.class_names[:5])}, ...; set a store with the same classes"
         )
+    _check_camera(gate.split, data)
     if used is None:
         warning = "the training data are not there, so nothing shows that the gate images are none of them"
         return GateStore(gate.split, gate.content_hash, (*gate.warnings, warning))
@@ -99,12 +103,12 @@ def check_gate_store(gate: GateStore, data: DataSummary, used: Store | None, ann
     if same_store and own_split and not used.manifest.audit.cross_split_duplicates:
         return gate
     announce("comparing the gate images with the training data")
-    own = set(image_digests(gate.split))
+    own = set(sample_digests(gate.split))
     warnings = list(gate.warnings)
     for name in ("train", "val", "test"):
         if name not in used.manifest.splits or used.manifest.original(name) != name:
             continue
-        known = _known(own, image_digests(used.split(name)))
+        known = _known(own, sample_digests(used.samples(name)))
         if known > _KNOWN_SHARE * len(own):
             raise UserError(
                 f"retrain.gate_store: {known:,} of its {len(own):,} different images are also in the split {name!r} of "
@@ -113,6 +117,25 @@ def check_gate_store(gate: GateStore, data: DataSummary, used: Store | None, ann
         if known:
             warnings.append(f"{counted(known, 'gate image')} of {len(own):,} also in the split {name!r}")
     return GateStore(gate.split, gate.content_hash, tuple(warnings))
+
+
+def _check_camera(split: Samples, data: DataSummary) -> None:
+    """Raises UserError unless gate and training data are of one kind: images, or events of one sensor, read alike."""
+    events = split.manifest.events
+    found = None if events is None else (events.sensor, events.orientation)
+    expected = None if data.sensor is None else (data.sensor, data.orientation)
+    if found != expected:
+        raise UserError(
+            f"retrain.gate_store has {_camera(found)}, expected {_camera(expected)}, as the training data; make one of "
+            f"them: {MAKE_ONE}"
+        )
+
+
+def _camera(camera: tuple[tuple[int, int], str] | None) -> str:
+    if camera is None:
+        return "images"
+    (height, width), orientation = camera
+    return f"events of {width}x{height} pixels read as {orientation}"
 
 
 def _known(own: set[bytes], others: Iterable[bytes]) -> int:

@@ -231,7 +231,11 @@ def _compare_boxes(
     named = candidate.data.class_names, candidate.data.category_ids
     matches = [Matches(*one.coco(*named), one.max_detections) for one in (ours, theirs)]
     resamples = max(settings.resamples, math.ceil(_RESAMPLES_BY_ALPHA / alpha))  # a smaller p than 1 / n is not seen
-    totals, by_class = resampled_gains(matches[0], matches[1], resamples, progress=progress)
+    recordings = [target.moment.recording for target in ours.targets if target.moment is not None]
+    drawn_together = np.array(recordings) if recordings else None
+    totals, by_class = resampled_gains(
+        matches[0], matches[1], resamples, progress=progress, drawn_together=drawn_together
+    )
     totals = totals[~np.isnan(totals)]
     measured = [one.mean_average_precision()[0] for one in matches]
     gain = float(measured[0] - measured[1])
@@ -247,7 +251,7 @@ def _compare_boxes(
         p_better,
         settings,
         alpha,
-        f"paired bootstrap, {len(totals):,} resamples",
+        f"paired bootstrap{' of recordings' if recordings else ''}, {len(totals):,} resamples",
     )
     drops = _dropped_classes(candidate, matches, by_class, settings)
     better = Gate(_BETTER, p_better, alpha, passed, sentence)

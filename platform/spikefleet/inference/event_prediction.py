@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +98,9 @@ def predict_recordings(
                 if name != before:
                     predictor.restart()
                 before = name
-                image, prediction = predictor(part)
+                batch, prediction = predictor(part)
                 if out is not None and len(images) < _MOST_DRAWN:
-                    images.append(image)
+                    images.append(predictor.image(batch))
                     predictions.append(prediction)
                     names.append(f"{name} {shown_times(part.t0, part.t0 + part.whole().length)}")
                 times = {"start_us": part.t0, "end_us": part.t0 + part.whole().length, "events": len(part)}
@@ -120,7 +120,7 @@ def shown_times(start_us: int, end_us: int) -> str:
 
 
 class _WindowPredictor:
-    """A network on its device: windows -> their pictures and predictions."""
+    """A network on its device: windows -> their batches and predictions."""
 
     def __init__(self, trained: TrainedNetwork, window: str | None, stream: bool, gpu: bool, score: float) -> None:
         transform, sensor = trained.config.transform, trained.data.sensor
@@ -151,15 +151,19 @@ class _WindowPredictor:
                 raise UserError(f"--window {error}") from None
         return duration_us(transform.window) if isinstance(transform, EventDetectionTransformConfig) else None
 
-    def __call__(self, part: StoredRecording) -> tuple[torch.Tensor, Any]:
+    def __call__(self, part: StoredRecording) -> tuple[Batch, Any]:
         batch = recording_batch([part], self.transform)
-        image = self.transform.pixels(batch.images)[0]
         with autocast(self._precision, self._device):
             (prediction,) = self._predict(batch.to(self._device))
+        return batch, self._task.confident(prediction, self._score)
+
+    def image(self, batch: Batch) -> torch.Tensor:
+        """Draws the window of a batch, uint8 [3, h, w]."""
+        image = self.transform.pixels(batch.images)[0]
         if isinstance(self.transform, EventDetectionTransformConfig):
             (target,) = batch.targets
             image = _on_sensor(image, target.placement)
-        return image, self._task.confident(prediction, self._score)
+        return image
 
     def _predict(self, batch: Batch) -> list[Any]:
         if not self._stream:
@@ -206,8 +210,11 @@ def _parts(path: Path, predictor: _WindowPredictor) -> Iterator[tuple[str, Store
     """The windows of a recording or of a store, with the name of the recording."""
     if not path.is_dir():
         reader = read_recording(path, ReadOptions(sensor=predictor.sensor))
-        parts = parts_of(in_time_order(reader), predictor.sensor, predictor.length)
-        yield from ((str(path), part) for part in parts)
+        part = None
+        for part in parts_of(in_time_order(reader), predictor.sensor, predictor.length):
+            yield str(path), part
+        if part is None:
+            raise SourceError(f"{path} has no event, so there is nothing to answer")
         return
     store = Store.open(path)
     splits = store.manifest.splits
@@ -224,5 +231,6 @@ def _parts(path: Path, predictor: _WindowPredictor) -> Iterator[tuple[str, Store
         if predictor.length is None:
             yield f"{path} {name}/{row}", recording
             continue
-        for part in parts_of([recording.events()], predictor.sensor, predictor.length, start_us=0):
-            yield f"{path} {name}/{row}", part
+        length = recording.whole().length
+        for part in parts_of([recording.events()], predictor.sensor, predictor.length, start_us=0, end_us=length):
+            yield f"{path} {name}/{row}", replace(part, t0=recording.t0 + part.t0)

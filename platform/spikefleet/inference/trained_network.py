@@ -13,12 +13,15 @@ from rich.console import Console
 from torch import nn
 
 from spikefleet import registry
+from spikefleet.certificates.certify import CERTIFICATE
 from spikefleet.certificates.energy_card import ENERGY, read_card
+from spikefleet.certificates.spike_check import PROOF
 from spikefleet.config.recipes import parse_config
 from spikefleet.config.schema import Config
 from spikefleet.data_access import open_data, store_at
 from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
+from spikefleet.files import read_json_object
 from spikefleet.plugins import missing_plugins_named
 from spikefleet.registry.package import CARD, load_network
 from spikefleet.registry.package import read_card as read_package_card
@@ -26,12 +29,14 @@ from spikefleet.runs.run_dir import Run, find_run
 from spikefleet.status import counting
 from spikefleet.tasks import AnyTask, build_task
 from spikefleet.tracking.mlflow_client import resolve_tracking_uri
-from spikefleet.training.checkpoints import best_network, load_checkpoint
+from spikefleet.training.checkpoints import best_network, checkpoint_hash, load_checkpoint
 from spikefleet.training.distributed import ProcessGroup, pick_device
 from spikefleet.training.evaluation import Evaluation, evaluate
 from spikefleet_models.energy import EnergyCard
+from spikefleet_models.low_precision import Precision
+from spikefleet_models.reparam import deploy
 from spikefleet_pipelines.loading import BatchLoader
-from spikefleet_pipelines.store.reader import Samples
+from spikefleet_pipelines.store.reader import Samples, Store
 
 SliceOrder = Literal["shuffled", "reversed"]
 """Another order of the time slices of recordings than the recorded one."""
@@ -52,8 +57,12 @@ class TrainedNetwork:
     """Its recorded energy card."""
     folders: tuple[Path, ...] = ()
     """Directories whose files it was read from, over which nothing may be written."""
+    proof: Mapping[str, Any] | None = None
+    """Its recorded spike check, as `spike_check.SpikeCheck.to_dict` returns it; None where there is none of it."""
     report: Path | None = None
     """Directory of the report of its run, if it was opened by the name of a run."""
+    precision: Precision | None = None
+    """Of the weights, where the network is the deployed one (`in_precision`)."""
 
     @cached_property
     def task(self) -> AnyTask:
@@ -88,6 +97,25 @@ def open_trained_network(reference: str, runs_dir: Path) -> TrainedNetwork:
     return replace(_from_checkpoint(reference, run.best_checkpoint(), run), report=run.path / "report")
 
 
+def in_precision(trained: TrainedNetwork, precision: Precision) -> TrainedNetwork:
+    """The deployed network with weights of a precision, which computes without autocast whatever it was trained in.
+
+    Args:
+        trained: the network as it was trained; not changed.
+        precision: fp32, bf16 or int8.
+
+    Raises:
+        UserError: spikes feed no layer of the network, so that nothing would be rounded, or it cannot be deployed.
+    """
+    try:
+        network = deploy(trained.network, precision=precision)
+    except ValueError as error:
+        raise UserError(f"{trained.reference}: {error}") from None
+    plain = trained.config.train.model_copy(update={"precision": "fp32"})
+    config = trained.config.model_copy(update={"train": plain})
+    return replace(trained, network=network, config=config, precision=precision)
+
+
 def open_package(reference: str, folder: Path) -> TrainedNetwork:
     """Loads the network of a package, as `open_trained_network`; messages name it by `reference`."""
     network, plain = load_network(folder)
@@ -96,7 +124,7 @@ def open_package(reference: str, folder: Path) -> TrainedNetwork:
         config = parse_config(plain, origin=reference)
     metrics = _metrics(metadata.get("metrics", {}), f"{folder / CARD}")
     data, card = DataSummary.read(folder), _energy_card(folder)
-    return TrainedNetwork(reference, network, config, data, metrics, card, (folder,))
+    return TrainedNetwork(reference, network, config, data, metrics, card, (folder,), _proof(folder))
 
 
 def _from_checkpoint(reference: str, checkpoint: Path, run: Run) -> TrainedNetwork:
@@ -105,8 +133,10 @@ def _from_checkpoint(reference: str, checkpoint: Path, run: Run) -> TrainedNetwo
     network, record = best_network(snapshot, config.model), run.record()
     metrics = {f"val/{name}": value for name, value in (record.get("validation") or {}).items()}
     metrics |= {f"test/{name}": value for name, value in (record.get("test") or {}).items()}
-    card = _energy_card(run.path / "report")
-    return TrainedNetwork(reference, network, config, run.data(), metrics, card, (checkpoint,))
+    report = run.path / "report"
+    return TrainedNetwork(
+        reference, network, config, run.data(), metrics, _energy_card(report), (checkpoint,), _proof(report, checkpoint)
+    )
 
 
 def _metrics(plain: Any, where: str) -> dict[str, float]:
@@ -124,14 +154,43 @@ def _energy_card(folder: Path) -> EnergyCard | None:
     return read_card(path)
 
 
+def _proof(folder: Path, checkpoint: Path | None = None) -> dict[str, Any] | None:
+    """Reads the spike check of a folder, if it has one, and has it of that checkpoint.
+
+    Raises UserError if the file is damaged.
+    """
+    path, certificate = folder / PROOF, folder / CERTIFICATE
+    if not path.is_file():
+        return None
+    if checkpoint is not None:
+        if not certificate.is_file():
+            return None
+        if read_json_object(certificate).get("checkpoint") != checkpoint_hash(checkpoint):
+            return None
+    return read_json_object(path, "verdict")
+
+
 def open_split(
     trained: TrainedNetwork, split: str, stores_dir: Path, console: Console, *, data: str | None = None
 ) -> Samples:
-    """Opens a split of the network's own data, or of another store.
+    """Opens a split of the network's own data, or of another store; arguments and errors as of `open_store`.
 
     Args:
         trained: the network.
         split: name of the split; that of the same images is opened where it is only a second name.
+        stores_dir: directory of prepared stores.
+        console: for progress.
+        data: location of another store, or its name in `stores_dir`; by default the network's own data.
+    """
+    store = open_store(trained, stores_dir, console, data=data)
+    return store.samples(store.manifest.original(split))
+
+
+def open_store(trained: TrainedNetwork, stores_dir: Path, console: Console, *, data: str | None = None) -> Store:
+    """Opens the network's own data, or another store that it can be measured on.
+
+    Args:
+        trained: the network.
         stores_dir: directory of prepared stores.
         console: for progress.
         data: location of another store, or its name in `stores_dir`; by default the network's own data.
@@ -161,7 +220,7 @@ def open_split(
             f"{store.location}: x, y and polarity were read as {events.orientation}, but {trained.reference} was "
             f"trained on events read as {trained.data.orientation or 'images'}; use a store with the same orientation"
         )
-    return store.samples(store.manifest.original(split))
+    return store
 
 
 def evaluate_on_split(

@@ -17,7 +17,7 @@ from spikefleet_tune.lock import holder_of
 _EPOCH = re.compile(r"epoch +(\d+)/(\d+)")
 _STEP = re.compile(r"step (\d+)/(\d+)")
 _LEFT = re.compile(r"(\d+) min (\d+) s left")
-_METRIC = re.compile(r"(val/\S+) ([\d.]+%?)")
+_METRIC = re.compile(r"(val/\S+) (-?(?:[\d.]+(?:e[+-]?\d+)?|nan|inf)%?)(?!\S)")
 _WAITS = re.compile(r"(?:^|  )(host \S+ is gone.*|the run waits for .*|the search waits for .*)")
 _GOES_ON = re.compile(r"epoch +\d+/\d+|steps?, from step|resuming from")
 _FAILED = "a worker failed:"
@@ -71,6 +71,8 @@ def state_of_run(run: Run) -> RunState:
         detail, since = str(waits.get("for", "")), waits.get("since", since)
     elif status == "failed":
         detail = str(record.get("reason") or "")
+    elif status == "finished":
+        detail = str((record.get("ended") or {}).get("why", ""))
     elif status == "interrupted":
         detail = f"by {record['signal']}; the same command resumes it" if record.get("signal") else ""
     return RunState(

@@ -70,6 +70,30 @@ class Job:
         return self.state in ("pending", "running")
 
 
+class _PassedOn:
+    """Passes a log on that is read several times from its start, each part of it once.
+
+    Args:
+        write: receives it.
+    """
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self._write = write
+        self._seen = self.passed = 0
+
+    def start_again(self) -> None:
+        """The log is read from its start."""
+        self._seen = 0
+
+    def add(self, text: str) -> None:
+        """Takes the next part that is read."""
+        new = text[max(0, self.passed - self._seen) :]
+        self._seen += len(text)
+        self.passed = max(self.passed, self._seen)
+        if new:
+            self._write(new)
+
+
 class JobServer:
     """The Jobs API of one cluster.
 
@@ -154,35 +178,37 @@ class JobServer:
         Returns:
             the job as it ended.
         """
-        passed = broken = 0
+        log, broken = _PassedOn(write), 0
         while True:
+            before = log.passed
             try:
-                with self._spoken():
-                    passed = asyncio.run(self._tail(submission, write, passed))
+                asyncio.run(self._tail(submission, log))
             except RunError:
-                broken += 1
+                broken = broken + 1 if log.passed == before else 1
                 if broken > _PATIENCE:
                     raise
                 time.sleep(_RETRY_S)
             else:
+                broken = 0
                 job = self.get(submission)
                 if job is None:
                     raise RunError(f"job {submission} of {self.address} is gone: it was deleted, or the cluster ended")
                 if not job.alive:
-                    rest = self.log(submission)[passed:]
-                    if rest:
-                        write(rest)
+                    log.start_again()
+                    log.add(self.log(submission))
                     return job
                 time.sleep(_LOOK_S)
 
-    async def _tail(self, submission: str, write: Callable[[str], None], passed: int) -> int:
-        seen = 0
+    async def _tail(self, submission: str, log: _PassedOn) -> None:
+        """Reads the log once, from its first line on. What `log` raises is not the fault of the server."""
+        log.start_again()
         lines: AsyncIterator[str] = self._client.tail_job_logs(submission)
-        async for text in lines:
-            if seen + len(text) > passed:
-                write(text[max(0, passed - seen) :])
-            seen += len(text)
-        return max(seen, passed)
+        while True:
+            with self._spoken():
+                text = await anext(lines, None)
+            if text is None:
+                return
+            log.add(text)
 
     def kill(self, submission: str) -> None:
         """Ends a job: SIGTERM, and SIGKILL after three seconds."""

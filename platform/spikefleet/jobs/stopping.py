@@ -9,7 +9,6 @@ import signal
 import socket
 import time
 import uuid
-from contextlib import suppress
 
 from spikefleet.errors import RunError, UserError
 from spikefleet.files import read_json_object
@@ -39,7 +38,7 @@ def stop_job(server: JobServer, job: Job, *, now: bool, grace_s: float, announce
         the job as it ended.
 
     Raises:
-        RunError: it did not end.
+        RunError: it did not end, or was deleted meanwhile.
     """
     if not job.alive:
         return job
@@ -47,13 +46,20 @@ def stop_job(server: JobServer, job: Job, *, now: bool, grace_s: float, announce
         announce(f"asking {job.id} for a checkpoint")
         if _signal_driver(server, job):
             announce(f"{job.id} ends its step")
-            if (ended := server.ended(job.id, grace_s + _MARGIN_S)) is not None:
+            if (ended := _ended(server, job, grace_s + _MARGIN_S)) is not None:
                 return ended
     announce(f"killing {job.id}")
     server.kill(job.id)
-    ended = server.ended(job.id, _HELPER_S)
-    if ended is None:
+    if (ended := _ended(server, job, _HELPER_S)) is None:
         raise RunError(f"job {job.id} of {server.address} did not end within {_HELPER_S:.0f} s; stop it again")
+    return ended
+
+
+def _ended(server: JobServer, job: Job, seconds: float) -> Job | None:
+    """The job as it ended; None if it has not in time. Raises RunError if the cluster no longer knows it."""
+    ended = server.ended(job.id, seconds)
+    if ended is None and server.get(job.id) is None:
+        raise RunError(f"job {job.id} of {server.address} is gone: it ended and was deleted, or the cluster ended")
     return ended
 
 
@@ -82,7 +88,7 @@ def stop_run(run: Run, *, now: bool, announce: Announce) -> str:
         what became of it, as a sentence.
 
     Raises:
-        UserError: the run is trained on another host.
+        UserError: the run is trained on another host, or by another user.
     """
     lock = run.path / ".lock"
     if (holder := holder_of(lock)) is None:
@@ -94,18 +100,28 @@ def stop_run(run: Run, *, now: bool, announce: Announce) -> str:
         )
     process = int(found[1])
     announce(f"run {run.name}: process {process} ends its step")
-    with suppress(ProcessLookupError):
-        os.kill(process, signal.SIGTERM)
+    _send(process, signal.SIGTERM, run)
     deadline = time.monotonic() + (_NOW_S if now else _grace_s(run) + _MARGIN_S)
     while holder_of(lock) == holder:
         if time.monotonic() > deadline:
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
+            _send(process, signal.SIGKILL, run)
             return f"run {run.name} was killed: process {process} did not end in time; it resumes from its checkpoint"
         time.sleep(_LOOK_S)
     latest = run.checkpoints.latest()
     where = "no checkpoint was saved yet" if latest is None else f"it resumes from {latest.name}"
     return f"run {run.name} has stopped; {where}"
+
+
+def _send(process: int, sent: signal.Signals, run: Run) -> None:
+    """Sends a signal to the process of a run. Raises UserError if it is another user's."""
+    try:
+        os.kill(process, sent)
+    except ProcessLookupError:
+        pass
+    except PermissionError:
+        raise UserError(
+            f"run {run.name} is trained by process {process} of another user; stop it as that user"
+        ) from None
 
 
 def _grace_s(run: Run) -> float:

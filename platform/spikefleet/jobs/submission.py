@@ -18,9 +18,13 @@ ENTRY = "spikefleet.cli.job_entry"
 MARK = "spikefleet"
 """Key of a job's metadata with the version that submitted it; jobs without it are not ours."""
 
-_SECRET = re.compile(
-    r"://[^/\s@]*:[^/\s@]*@|(?:^|[._-])(?:password|passwd|secret|token|access_?key|secret_?key)=", re.IGNORECASE
+_NAMES = (
+    r"(?:password|passwd|secret|token|credentials?|signature|sig|(?:api|access|secret|private)[_-]?key(?:[_-]?id)?)"
 )
+_ASSIGNED = re.compile(rf"://.*@|(?:^|[._?&;-]){_NAMES}=", re.IGNORECASE)
+"""A URI with somebody's name, key or token before an `@`, or a value of a name of secrets."""
+_OPTION = re.compile(rf"--?(?:[a-z0-9_]+[_-])*{_NAMES}", re.IGNORECASE)
+"""An option whose value, the next word, is a secret."""
 _ID_LENGTH = 120
 
 
@@ -70,9 +74,9 @@ class Submission:
 
 def refuse_secrets(words: Sequence[str]) -> None:
     """Raises UserError for words that hold a password: a job's command can be read by all who hold the token."""
-    for word in words:
-        if _SECRET.search(word):
-            shown = word.partition("=")[0] if "=" in word else word.partition("://")[0]
+    for word, value in zip(words, [*words[1:], ""], strict=True):
+        if _ASSIGNED.search(word) or (_OPTION.fullmatch(word) and value):
+            shown = re.split(r"=|(?<=://)", word, maxsplit=1)[0]
             raise UserError(
                 f"{shown} holds a password, or another secret, and the command of a job is shown to everybody who has "
                 "the cluster's token; set it in the environment of the cluster's hosts instead"

@@ -9,16 +9,19 @@ from spikefleet.errors import RunError, UserError
 from spikefleet.jobs.code_package import packed
 from spikefleet.jobs.server import Job, JobServer
 from spikefleet.jobs.submission import Submission
+from spikefleet.status import Announce, silent
 
 
-def submit_or_follow(server: JobServer, submission: Submission) -> tuple[Job, bool]:
+def submit_or_follow(server: JobServer, submission: Submission, say: Announce = silent) -> tuple[Job, bool]:
     """Submits a command, unless a job that has not ended does the same.
 
-    A job that has ended keeps its id: the next one gets `-2`, `-3` and so on behind it. A run resumes by its name.
+    A job that has ended keeps its id: the next one gets `-2`, `-3` and so on behind it; so does one whose id another
+    run's job has: run `a-2` has the id of the second job of run `a`. A run resumes by its name.
 
     Args:
         server: of the cluster.
         submission: the command.
+        say: names files that are not sent.
 
     Returns:
         the job; whether it was submitted now.
@@ -26,11 +29,11 @@ def submit_or_follow(server: JobServer, submission: Submission) -> tuple[Job, bo
     Raises:
         UserError: a job works on the run with another configuration.
     """
-    with nullcontext() if submission.code is None else packed(submission.code) as code:
+    with nullcontext() if submission.code is None else packed(submission.code, say) as code:
         for number in count(1):
             name = submission.id if number == 1 else f"{submission.id}-{number}"
             job = server.get(name)
-            if job is not None and not job.alive:
+            if job is not None and (not job.alive or not _of_the_same_run(job, submission)):
                 continue
             new = job is None
             if job is None:
@@ -43,8 +46,14 @@ def submit_or_follow(server: JobServer, submission: Submission) -> tuple[Job, bo
                 job = server.get(name)
             if job is None:
                 raise RunError(f"job {name} was submitted to {server.address}, which does not know it; submit it again")
+            if not _of_the_same_run(job, submission):
+                continue
             return _same(job, submission), new
     raise AssertionError("there is always a next number")
+
+
+def _of_the_same_run(job: Job, submission: Submission) -> bool:
+    return (job.kind, job.run) == (submission.kind, submission.run)
 
 
 def _same(job: Job, submission: Submission) -> Job:

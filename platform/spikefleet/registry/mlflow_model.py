@@ -76,6 +76,7 @@ def save_for_mlflow(package: Path, model: Path, config: Mapping[str, Any], data:
             python_model=str(_LOADER),
             artifacts={path.name: str(path) for path in sorted(package.iterdir())},
             signature=signature,
+            model_config={"precision": "fp32"},  # MLflow lets a user change only what is here
             input_example=shown,
             metadata={
                 "input": expected,

@@ -93,6 +93,7 @@ def _sections(package: Path, metadata: Mapping[str, Any]) -> dict[str, Iterator[
         "Data": _data(data, tags),
         "Metrics": _metrics(_mapping(metadata.get("metrics")), _read(package / EVALUATION)),
         "Energy": _energy(_mapping(metadata.get("metrics")), _read(package / ENERGY)),
+        "Latency": _latency(_mapping(metadata.get("metrics")), tags),
         "Proof": _proof(tags),
         "Configuration": _configuration(config),
         "Lineage": _lineage(metadata, tags),
@@ -172,6 +173,14 @@ def _energy(metrics: Mapping[str, Any], energy: Mapping[str, Any]) -> Iterator[s
         yield f"* T = {energy['timesteps']}, D = {energy['bound']}; rates of {energy['images']} images."
 
 
+def _latency(metrics: Mapping[str, Any], tags: Mapping[str, str]) -> Iterator[str]:
+    if (value := metrics.get("latency_ms")) is None:
+        yield "Not measured."
+        return
+    yield f"* {float(value):.4g} ms for an image alone, in fp32 ({one_line(tags.get('latency_device', '-'))})."
+    yield "* It holds on that device with that number of threads; measure it again on yours."
+
+
 def _proof(tags: Mapping[str, str]) -> Iterator[str]:
     yield f"* Spike-driven inference: {one_line(tags.get(SPIKE_DRIVEN, 'not checked'))}."
     yield from (f"* {one_line(value)}." for key, value in sorted(tags.items()) if key.startswith("proof_"))
@@ -192,7 +201,18 @@ def _configuration(config: Mapping[str, Any]) -> Iterator[str]:
 
 def _lineage(metadata: Mapping[str, Any], tags: Mapping[str, str]) -> Iterator[str]:
     yield f"* MLflow run `{one_line(str(metadata.get('run_id', '-')))}`."
-    for key in ("run_name", "recipe", "seed", "code_version", "init_from", "init_sha256", "retraining", "parent"):
+    for key in (
+        "run_name",
+        "recipe",
+        "seed",
+        "code_version",
+        "init_from",
+        "init_sha256",
+        "init_scaled",
+        "segments",
+        "retraining",
+        "parent",
+    ):
         if key in tags:
             yield f"* {key}: {one_line(tags[key])}."
 

@@ -37,6 +37,8 @@ class RegisteredNetwork(mlflow.pyfunc.PythonModel):
     def load_context(self, context: Any) -> None:
         """Verifies the package beside this file and builds its network.
 
+        MLflow's `model_config={"precision": "int8"}` (or bf16) serves it with rounded weights.
+
         Raises:
             UserError: the package is not intact.
             MlflowException: no code that reads it can be used.
@@ -45,7 +47,9 @@ class RegisteredNetwork(mlflow.pyfunc.PythonModel):
         use_code(package)
         from spikefleet.registry.served_network import ServedNetwork
 
-        self._served = ServedNetwork.open(package)
+        precision = (context.model_config or {}).get("precision", "fp32")
+        # An installed spikefleet that reads this format may be older than weights of other precisions.
+        self._served = ServedNetwork.open(package) if precision == "fp32" else ServedNetwork.open(package, precision)
 
     # MLflow supports this type hint; it warns about most others, and about none.
     def predict(self, context: Any, model_input: np.ndarray, params: Any = None) -> Any:

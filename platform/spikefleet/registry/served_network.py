@@ -11,10 +11,13 @@ from torch import nn
 
 from spikefleet.config.recipes import parse_model, parse_transform
 from spikefleet.data_summary import DataSummary
+from spikefleet.errors import UserError
 from spikefleet.plugins import load_plugins
 from spikefleet.registry import served_events, served_input
 from spikefleet.registry.package import load_network
 from spikefleet.tasks import AnyTask, LossSettings, task_class
+from spikefleet_models.low_precision import check_precision
+from spikefleet_models.reparam import deploy
 from spikefleet_pipelines.in_memory import image_batch
 from spikefleet_pipelines.transforms.batch_transform_config import BatchTransformConfig
 from spikefleet_pipelines.transforms.event_frames_config import EventFramesConfig
@@ -34,10 +37,23 @@ class ServedNetwork:
     """Height and width of the event camera; None for images."""
 
     @classmethod
-    def open(cls, package: Path) -> Self:
-        """Verifies a package and builds its network. Raises UserError if it is not intact."""
+    def open(cls, package: Path, precision: str = "fp32") -> Self:
+        """Verifies a package and builds its network.
+
+        Args:
+            package: its directory.
+            precision: bf16 or int8 serves the deployed network with rounded weights.
+
+        Raises:
+            UserError: the package is not intact, or there is no such precision of its network.
+        """
         load_plugins()
         network, config = load_network(package)
+        try:
+            if check_precision(precision) != "fp32":
+                network = deploy(network, precision=check_precision(precision))
+        except ValueError as error:
+            raise UserError(f"{package}: {error}") from None
         model, data = parse_model(config["model"], str(package)), DataSummary.read(package)
         task = task_class(config["task"]).build(model, data, LossSettings())
         transform = parse_transform(config["data"]["transform"], str(package))
@@ -45,7 +61,7 @@ class ServedNetwork:
         return cls(network, transform, task, model.in_channels, task.input_size(data), data.sensor)
 
     def answer(self, images: Any) -> Any:
-        """Preprocesses images or events as in evaluation, and runs the network in fp32.
+        """Preprocesses images or events as in evaluation, and runs the network.
 
         Args:
             images: `[B, C, H, W]`, integers from 0 to 255; an array, or nested lists of images that may differ in size.

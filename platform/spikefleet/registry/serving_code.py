@@ -28,10 +28,12 @@ _LEFT_OUT = (
     "spikefleet.plots",
     "spikefleet.tasks.event_details",
     "spikefleet.tasks.event_metrics",
+    "spikefleet.tasks.mistakes",
     "spikefleet.tasks.per_image",
     "spikefleet_pipelines.sources",
     "spikefleet_pipelines.store",
     "spikefleet_pipelines.transforms.auto_augment",
+    "spikefleet_pipelines.transforms.mixing",
     "spikefleet_pipelines.transforms.shown",
 )
 """Modules and packages that no request reaches, where a function imports them."""

@@ -1,17 +1,26 @@
-"""Descriptions on the pages of versions and models: the card and, of a champion, since when and why it is one."""
+"""Descriptions on the pages of versions and models: the card and, of a champion, since when and why it is one.
+
+What was inspected has a link to its page.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from spikefleet.registry.model_card import card_heading, fitted_description
 from spikefleet.status import one_line
-from spikefleet.tracking.mlflow_pages import model_version_link, without_link_targets
+from spikefleet.tracking.mlflow_pages import artifact_link, model_version_link, without_link_targets
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+INSPECTION: Final = "inspection"
+"""Tag of a version: where the page of `spikefleet inspect` is, as `runs:/RUN/PATH`."""
+
+_EXPERIMENT = "experiment"  # no tag: looked up
+_PLACE = re.compile(r"runs:/(?P<run>[0-9a-f]{32})/(?P<path>[\w./-]{1,300})", re.ASCII)
 _FIRST_SECTION = "## "
 
 
@@ -39,7 +48,10 @@ def describe_version(client: MlflowClient, name: str, version: int) -> str:
     text = held.description or ""
     if not text.startswith(card_heading(name)):
         return text
-    changed = with_promotion(text, name, held.tags)
+    tags = dict(held.tags)
+    if INSPECTION in tags:
+        tags[_EXPERIMENT] = client.get_run(held.run_id).info.experiment_id
+    changed = with_promotion(text, name, tags)
     if changed != text:
         client.update_model_version(name, str(version), description=changed)
     return changed
@@ -51,7 +63,8 @@ def with_promotion(card: str, name: str, tags: Mapping[str, str]) -> str:
     Args:
         card: the card, or an earlier result.
         name: of the registered model.
-        tags: of the version: promoted_at, promoted_by, promoted_because, previous_champion, rolled_back.
+        tags: of the version: promoted_at, promoted_by, promoted_because, previous_champion, rolled_back, inspection;
+            and "experiment", the id of its run's experiment, for the link to the page of `spikefleet inspect`.
     """
     heading = card_heading(name)
     sections = card.find(f"\n{_FIRST_SECTION}")
@@ -69,6 +82,10 @@ def _promotion(name: str, tags: Mapping[str, str]) -> Iterator[str]:
         yield f"**Became champion**{f' on {_plain(at)} UTC' if at else ''}{by}{instead}: {_plain(because)}."
     if why := tags.get("rolled_back"):
         yield f"**Rolled back**, and no more champion: {_plain(why)}."
+    place, experiment = _PLACE.fullmatch(tags.get(INSPECTION, "")), tags.get(_EXPERIMENT, "")
+    if place is not None and experiment.isdecimal():
+        link = artifact_link("the page of its measurements", experiment, place["run"], place["path"])
+        yield f"**Inspected**: {link}."
 
 
 def _plain(text: str) -> str:

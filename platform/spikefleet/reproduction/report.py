@@ -8,7 +8,7 @@ from typing import Any
 
 from spikefleet import plots
 from spikefleet.files import write_json
-from spikefleet.reproduction.reproduce import Cell, ReproducedRow, Reproduction
+from spikefleet.reproduction.rows import Cell, ReproducedRow, Reproduction
 from spikefleet.reproduction.table import Column
 from spikefleet_tune.atomic import write_atomically
 from spikefleet_tune.messages import counted
@@ -18,13 +18,16 @@ REPORT = "report.md"
 _OTHER_DATA = "The data differs from the paper's, so only the order of rows can be compared"
 _DIFFERENCE = "Difference: ours minus the paper's, where both are of the same data set."
 _NO_DIFFERENCE = "Ours are of other data, so no difference is formed."
-_SCALES = {
+SCALES = {
     "full": "the paper's networks and data",
     "digits": f"scaled down: narrow networks on digits. {_OTHER_DATA}",
+    "digits_300": f"scaled down: narrow networks trained on 300 images of digits. {_OTHER_DATA}",
+    "fashion_mnist_10k": f"scaled down: narrow networks trained on 10,000 images of Fashion-MNIST. {_OTHER_DATA}",
     "fashion_mnist": f"scaled down: narrow networks on Fashion-MNIST. {_OTHER_DATA}",
     "scenes": f"scaled down: a narrow network on scenes of digits. {_OTHER_DATA}",
     "saccade_scenes": f"scaled down: a narrow network on moving digits before a simulated event camera. {_OTHER_DATA}",
 }
+"""What each scale is, for reports."""
 
 
 def write_reproduction(found: Reproduction, folder: Path) -> list[Path]:
@@ -88,7 +91,7 @@ def order_sentences(found: Reproduction) -> Iterator[str]:
 def as_markdown(found: Reproduction) -> str:
     """The whole report as Markdown."""
     table, columns = found.plan.table, found.plan.table.columns
-    lines = [f"# {table.title}", "", f"{table.paper}. Scale `{found.plan.scale}`: {_SCALES[found.plan.scale]}.", ""]
+    lines = [f"# {table.title}", "", f"{table.paper}. Scale `{found.plan.scale}`: {SCALES[found.plan.scale]}.", ""]
     if found.plan.overrides:
         changed = ", ".join(f"`{key}={value}`" for key, value in found.plan.overrides.items())
         lines += [f"All rows were run with the overrides {changed}.", ""]

@@ -120,9 +120,19 @@ class PaperTable(Section):
             raise ValueError(f"column {sorted(unknown)[0]} cannot be counted without training")
         if "energy_uj" in counted and not {"macs", "acs"} <= self.columns.keys():
             raise ValueError("column energy_uj needs the columns macs and acs")
+        self._check_one_store_for_each_recipe()
         if self.counted is None and any(column.origin != "run" for column in self.columns.values()):
             raise ValueError("'counted' is missing; it says how operations and energy are counted")
         return self
+
+    def _check_one_store_for_each_recipe(self) -> None:
+        """All trainings of a recipe at a scale share a store, and so what selects its data."""
+        selecting: dict[tuple[str, str], dict[str, Any]] = {}
+        for group in self.groups:
+            for scale, scaling in group.scales.items():
+                data = {key: value for key, value in scaling.overrides.items() if key.startswith("data.options.")}
+                if selecting.setdefault((scale, scaling.recipe), data) != data:
+                    raise ValueError(f"groups with recipe {scaling.recipe} have other data at scale {scale}")
 
     @property
     def scales(self) -> tuple[Scale, ...]:

@@ -93,6 +93,7 @@ def plan_retraining(request: Request, options: Options, console: Console, tracki
         "registry.name": request.model,
         "registry.register_best": True,
         "train.initial_weights": weights if request.start == "champion" else None,
+        "train.segment": None,
     }
     if request.data is not None:
         decided["data.store"] = store_at(request.data, options.stores_dir)
@@ -100,10 +101,9 @@ def plan_retraining(request: Request, options: Options, console: Console, tracki
     overrides = {**request.overrides, **decided}
     config = override_config(before, overrides, origin=f"retrain {request.model}")
     store = open_data(config.data, options.stores_dir, console)
-    # From which weights it starts is a choice of the retraining, no news.
-    compared = before.model_copy(
-        update={"train": before.train.model_copy(update={"initial_weights": config.train.initial_weights})}
-    )
+    # From which weights it starts, and that it is trained in one segment, is a choice of the retraining, no news.
+    chosen = {"initial_weights": config.train.initial_weights, "segment": None}
+    compared = before.model_copy(update={"train": before.train.model_copy(update=chosen)})
     reasons = reasons_to_train(
         base,
         compared.dump(),
@@ -159,6 +159,7 @@ _DECIDED_BY = {
     "registry.name": "the name of the model is the argument",
     "registry.register_best": "what a retraining trains is registered",
     "train.initial_weights": "--from champion starts from the champion's weights",
+    "train.segment": "a retraining starts anew",
     "data.store": "--data names the store",
 }
 """What a retraining decides itself, and how it is told."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from spikefleet.certificates.certify import Certificates
 from spikefleet.certificates.energy_card import ENERGY, read_card
+from spikefleet.certificates.latency import LATENCY_MS
 from spikefleet.config.schema import Config, leaves
 from spikefleet.plugins import loaded_plugins
 from spikefleet.registry.version import SPIKE_DRIVEN
@@ -15,6 +17,7 @@ from spikefleet.runs.initial_weights import lineage
 from spikefleet.runs.progress import Display
 from spikefleet.runs.run_dir import Run
 from spikefleet.runs.run_page import Results, run_description, shown_params, source_tags, training_experiment
+from spikefleet.runs.segments import segments_of
 from spikefleet.tracking.tracker import TrackedDataset, Tracker
 from spikefleet.training.events import (
     CheckpointSaved,
@@ -37,6 +40,12 @@ ENVIRONMENT = "environment.json"
 LAYERS = "layers.json"
 """Artifact: firing rates and silent channels of each layer after the last epoch, as a table."""
 
+ENDED = "ended"
+"""Tag of a run that ended before its last epoch: why."""
+
+SEGMENTS = "segments"
+"""Tag of a run that was trained further after an end: the schedule of each segment."""
+
 LAYER_ENERGY = "layer_energy.json"
 """Artifact: energy and operations of each layer, as a table."""
 
@@ -55,6 +64,8 @@ class RunObserver:
         self._start = (0, 0.0)
         self._total_steps = 0
         self._noted = 0.0
+        self._unshown: tuple[Mapping[str, Any], ...] = ()
+        """Spike health of the latest epoch, by layer, where it was not the last one of the configuration."""
 
     def begin(self, config: Config, data: TrackedDataset) -> None:
         """Logs the configuration, the code version and the data, before the first step."""
@@ -67,6 +78,7 @@ class RunObserver:
         tags = {"recipe": config.recipe, "task": config.task, "dataset": data.name, "code_version": code}
         self._tracker.set_tags({**tags, "plugins": ",".join(loaded_plugins()), "failure": ""})
         self._tracker.set_tags({**source_tags(f"spikefleet train {config.recipe}", code), **lineage(self._run)})
+        self._tracker.set_tags({SEGMENTS: segments_of(self._run)})
         self._note_restarts(self._run.record().get("restarts", 0))
         self._tracker.describe(run_description(config, self._run.data()))
 
@@ -146,10 +158,15 @@ class RunObserver:
                 self._tracker.log_table(rows, f"{table}/epoch-{event.epoch:04d}.parquet")
         if event.layers and event.epoch == self._epochs:
             self._tracker.show_table(event.layers, LAYERS)
+        self._unshown = event.layers if event.epoch < self._epochs else ()
 
     def finish(self, outcome: Outcome, certificates: Certificates, config: Config) -> None:
         """Logs the final metrics, the files of the run's report, and the description with the results."""
-        self._tracker.log_metrics({**outcome.reported, "energy_mj": certificates.energy_mj}, step=outcome.steps)
+        costs = {"energy_mj": certificates.energy_mj, LATENCY_MS: certificates.latency.median_ms}
+        self._tracker.log_metrics({**outcome.reported, **costs}, step=outcome.steps)
+        if self._unshown:
+            self._tracker.show_table(self._unshown, LAYERS)
+        self._tracker.set_tags({ENDED: outcome.ended.why if outcome.ended else ""})
         report = self._run.path / "report"
         for path in sorted(report.iterdir()):
             if path.is_file() and not path.name.startswith("."):

@@ -9,6 +9,7 @@ from pathlib import Path
 from spikefleet import registry
 from spikefleet.certificates.certify import Certificates
 from spikefleet.certificates.drift_reference import REFERENCE
+from spikefleet.certificates.latency import LATENCY_MS
 from spikefleet.certificates.reference_measurement import reference_of
 from spikefleet.config.schema import Config
 from spikefleet.data_summary import DataSummary
@@ -18,6 +19,7 @@ from spikefleet.registry.api import Promotion
 from spikefleet.registry.version import SPIKE_DRIVEN, RegisteredVersion
 from spikefleet.runs.initial_weights import INIT, lineage
 from spikefleet.runs.run_dir import Run
+from spikefleet.runs.segments import segments_of
 from spikefleet.status import Announce
 from spikefleet.tasks.per_image import PER_IMAGE
 from spikefleet.training.checkpoints import best_weights
@@ -37,7 +39,7 @@ def register_run(
     validation: Mapping[str, float],
     test: Mapping[str, float],
 ) -> RegisteredVersion:
-    """Registers the best checkpoint of a run with its spike check and its energy card.
+    """Registers the best checkpoint of a run with its spike check, its energy card and its latency.
 
     Args:
         config: of the run.
@@ -70,13 +72,16 @@ def register_run(
             "code_version": code_version(),
             "seed": config.train.seed,
             **lineage(run),
+            **({"segments": segments} if (segments := segments_of(run)) else {}),
             SPIKE_DRIVEN: certificates.verdict,
             **certificates.legs,
+            "latency_device": certificates.latency.where,
         },
         metrics={
             **{f"val/{name}": value for name, value in validation.items()},
             **{f"test/{name}": value for name, value in test.items()},
             "energy_mj": certificates.energy_mj,
+            LATENCY_MS: certificates.latency.median_ms,
         },
         run_id=run_id,
         tracking_uri=tracking_uri,

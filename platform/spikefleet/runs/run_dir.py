@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from spikefleet.plugins import loaded_plugins, missing_plugins_named
 from spikefleet.tracking.mlflow_client import DATABASE
 from spikefleet.tracking.relocation import ARTIFACTS
 from spikefleet.training.checkpoints import CheckpointFolder
+from spikefleet.training.mirror_owner import user_name
 from spikefleet_tune.lock import Lock, LockedError, hold
 
 log = logging.getLogger(__name__)
@@ -58,6 +60,9 @@ class RunRecord(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     status: str
+    id: str | None = None
+    """Of this directory: no other run of the same name has it."""
+    user: str | None = None
     name: str | None = None
     recipe: str | None = None
     restarts: int = Field(0, ge=0)
@@ -71,6 +76,10 @@ class RunRecord(BaseModel):
     validation: dict[str, float] | None = None
     test: dict[str, float] | None = None
     last: dict[str, float] | None = None
+    ended: dict[str, Any] | None = None
+    """Why a finished run ended before its last epoch ("why"), "epoch", "epochs", and "max_minutes" if that was it."""
+    segments: list[dict[str, Any]] | None = None
+    """Of a run that was trained further after its end: the result of each segment, oldest first."""
     progress: dict[str, Any] | None = None
     waiting: dict[str, Any] | None = None
     """What the run waits for ("for"), and since when ("since")."""
@@ -158,15 +167,25 @@ class Run:
             write_json(self.path / "config.json", config.dump())
             data.write(self.path)
             self.note(
-                name=self.name, recipe=config.recipe, status="created", restarts=0, plugins=list(loaded_plugins())
+                id=uuid.uuid4().hex,
+                user=user_name(),
+                name=self.name,
+                recipe=config.recipe,
+                status="created",
+                restarts=0,
+                plugins=list(loaded_plugins()),
             )
             return
         differing = self._differences(config, data.content_hash)
         if differing:
+            extended = "segments" in self.record()
+            remedy = f"it was extended: --resume {self.name} resumes it" if extended else "use its values to resume it"
             raise UserError(
                 f"run {self.name} was started with another configuration: {'; '.join(differing)}; "
-                "use its values to resume it, or set another --name"
+                f"{remedy}, or set another --name"
             )
+        if "id" not in self.record():  # of an earlier version
+            self.note(id=uuid.uuid4().hex, user=user_name())
         if self.data() != data:  # equal data with another name, or of an earlier version without one
             data.write(self.path)
         for damage in self.checkpoints.set_damaged_aside(config.train.epochs):

@@ -32,6 +32,15 @@ from spikefleet.runs.report import complete_report
 from spikefleet.runs.run_dir import Run, check_run_name, default_run_name
 from spikefleet.runs.run_log import LoggedDisplay
 from spikefleet.runs.run_page import dataset_of, registration_sentence, split_sizes
+from spikefleet.runs.segments import (
+    begin_extension,
+    begin_segment,
+    end_of,
+    extends,
+    is_complete,
+    registered_before,
+    schedule_of,
+)
 from spikefleet.status import Announce, print_line, waiting
 from spikefleet.stop_signals import StopSignals
 from spikefleet.tracking.journal import Journal
@@ -45,6 +54,7 @@ from spikefleet.training.fine_tuning import check_names
 from spikefleet.training.loop import BeforeStep, Outcome, train
 from spikefleet.training.memory import check_memory
 from spikefleet.training.mirror import Mirror
+from spikefleet.training.mirror_owner import Owner, refuse_other
 from spikefleet.training.splits import prepare_parts
 from spikefleet.training.stopping import TrainingStopped
 from spikefleet_models.families import build_model
@@ -98,7 +108,7 @@ def run_training(
     """
     _refuse_uri(options.runs_dir)
     check_place(options.runs_dir, "--runs-dir")
-    config, initial = resolve_init(config, options.runs_dir, resolve_tracking_uri(options.runs_dir))
+    config, initial = resolve_init(config, options, resolve_tracking_uri(options.runs_dir), console)
     run = Run(options.runs_dir.resolve() / check_run_name(name or default_run_name(config)))
     signals = StopSignals(console)
     with signals.handled():
@@ -126,7 +136,8 @@ def _run(
 ) -> FinishedRun:
     tracking_uri = resolve_tracking_uri(options.runs_dir)
     pick_device(config.cluster.gpu and config.cluster.workers == 0)
-    if run.record().get("status") != "finished":
+    complete = is_complete(run, config)
+    if not complete:
         refuse_missing_gpus(options.address, config.cluster.least_workers if config.cluster.gpu else 0)
         if config.cluster.workers:
             check_address(options.address)
@@ -135,32 +146,52 @@ def _run(
         _check_names_of_modules(config)
         shape = DataSummary.of(store.manifest).input_shape(config.data.transform)
         if config.checkpoint.mirror is not None:
-            Mirror(config.checkpoint.mirror, run.name)
+            _refuse_mirror_of_another(config.checkpoint.mirror, run)
         check_memory(config, shape, local=options.address is None)
         prepare_parts(config, store, ProcessGroup(0, config.cluster.most_workers, torch.device("cpu")))
-        if options.promote and "registered" not in run.record():
+        if options.promote and not run.record().get("registered"):
             check_gates(config, store, options.stores_dir)
     _check_registered_name(config, DataSummary.of(store.manifest), console)
     with ExitStack() as held:
         with waiting(console, "starting Ray"):
-            held.enter_context(_processes(config, options, run))
+            held.enter_context(nullcontext() if complete else _processes(config, options))
         held.enter_context(run.lock())
         if initial is not None:
             tell_init(initial, console)
             if not run.exists:  # one that exists is compared with the configuration first
                 initial.write(run)
-        run.begin(config, DataSummary.of(store.manifest))
+        further = extends(run, config)
+        run.begin(run.config() if further else config, DataSummary.of(store.manifest))
+        if further:
+            begin_extension(run, config)
+            print_line(console, f"run {run.name} is extended; {schedule_of(config)}")
+        elif run.record()["status"] == "finished" and not (complete := is_complete(run, config)):
+            begin_segment(run, config)
         run.note(store=store.absolute_location)
-        if run.record()["status"] == "finished":
-            print_line(console, f"run {run.name} is complete; to train another run, set --name or other overrides")
+        if complete:
+            print_line(console, _of_complete(run))
             look_at = page_of(tracking_uri)
         else:
             look_at = _train_tracked(config, options, console, run, store, tracking_uri, before_step, signals)
         record = run.record()
+        if config.registry.register_best and not record.get("registered") and (held_by := registered_before(run)):
+            print_line(console, f"no later checkpoint is better: {held_by} stays the registered one")
+            run.note(registered=held_by)
         with waiting(console, "registering the best checkpoint") as announce:
             promotion = _register_once(config, run, store, tracking_uri, options, announce)
         last = record.get("last", {})
         return FinishedRun(run, record["validation"], record["test"], last, promotion, look_at)
+
+
+def _of_complete(run: Run) -> str:
+    """The sentence for a run of which nothing is left to train."""
+    ended = run.record().get("ended")
+    if ended is None:
+        return f"run {run.name} is complete; to train another run, set --name or other overrides"
+    further = f"--resume {run.name} --extend-epochs N trains it further"
+    if ended.get("max_minutes") is not None:
+        further = f"a larger train.max_minutes resumes it, and {further}"
+    return f"run {run.name} is complete, {ended.get('why')}; {further}"
 
 
 def _check_names_of_modules(config: Config) -> None:
@@ -187,9 +218,9 @@ def _check_registered_name(config: Config, data: DataSummary, console: Console) 
         )
 
 
-def _processes(config: Config, options: Options, run: Run) -> AbstractContextManager[None]:
+def _processes(config: Config, options: Options) -> AbstractContextManager[None]:
     """The Ray session of a run, connected before anything is written, so that an error leaves no files."""
-    if config.cluster.workers == 0 or run.record().get("status") == "finished":
+    if config.cluster.workers == 0:
         return nullcontext()
     quiet_ray()
     from spikefleet.cluster.ray_train import session_for  # imports Ray, which reads its environment variables
@@ -246,9 +277,17 @@ def _train_tracked(
         validation=dict(outcome.validation),
         test=dict(outcome.test),
         last=dict(outcome.last),
+        ended=end_of(outcome, config),
     )
-    display.say("trained to the end")
+    display.say("trained to the end" if outcome.ended is None else outcome.ended.why)
     return tracker.run_url
+
+
+def _refuse_mirror_of_another(uri: str, run: Run) -> None:
+    """Raises UserError for a mirror that cannot be one, or that another run writes, before anything is started."""
+    mirror = Mirror(uri, run.name)
+    with suppress(OSError):  # the hosts of the workers may have an access that this machine lacks
+        refuse_other(mirror.owner(), Owner.of(run.path), mirror.where, empty=run.checkpoints.latest() is None)
 
 
 def _mirror_report(config: Config, run: Run, console: Console) -> None:
@@ -256,7 +295,9 @@ def _mirror_report(config: Config, run: Run, console: Console) -> None:
     if config.checkpoint.mirror is None:
         return
     try:
-        Mirror(config.checkpoint.mirror, run.name).keep_report(run.path / "report")
+        mirror = Mirror(config.checkpoint.mirror, run.name)
+        refuse_other(mirror.owner(), Owner.of(run.path), mirror.where, empty=False)
+        mirror.keep_report(run.path / "report")
     except (OSError, UserError) as error:
         print_line(console, f"checkpoint.mirror={config.checkpoint.mirror} did not take the report: {error}")
 
@@ -270,7 +311,7 @@ def _register_once(
         RunError: the tracking server does not answer; the run is complete, and the same command registers it later.
     """
     record = run.record()
-    if not config.registry.register_best or "registered" in record:
+    if not config.registry.register_best or record.get("registered"):
         return None
     try:
         sync(run.path, tracking_uri)

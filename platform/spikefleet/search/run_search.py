@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from spikefleet.certificates.certify import certify
+from spikefleet.certificates.latency import LATENCY_MS
 from spikefleet.cluster.session import quiet_ray, refuse_missing_gpus
 from spikefleet.config.schema import Config
 from spikefleet.data_access import open_data
@@ -83,11 +84,7 @@ def run_tracked_search(
     check_place(options.runs_dir, "--runs-dir")
     resolve_tracking_uri(options.runs_dir)  # a database that cannot be used is named before data is read
     setting, config, store = _setting(search, name, options, console)
-    if "val" not in store.manifest.splits:
-        raise UserError(
-            f"{store.location} has no validation split, by which a search compares its trials; set "
-            "data.options.holdout above 0 in the search's overrides, or another store"
-        )
+    _check_splits(store)
     data = DataSummary.of(store.manifest)
     task = build_task(config, data)
     folder = options.searches_dir / name
@@ -128,6 +125,30 @@ def run_tracked_search(
     except SearchError as error:
         raise UserError(str(error)) from None
     return result
+
+
+def check_runnable(search: Search, name: str, options: Options, console: Console) -> tuple[TrialSetting, Store]:
+    """The setting of a search's trials and their data, checked as for a run; nothing is started or written.
+
+    Raises:
+        UserError: the search is invalid.
+    """
+    setting, config, store = _setting(search, name, options, console)
+    _check_splits(store)
+    names = build_task(config, DataSummary.of(store.manifest)).metric_names
+    try:
+        check_search(search, refusal_of(setting, search.overrides), reportable(names), reported_by_epoch(names))
+    except SearchError as error:
+        raise UserError(str(error)) from None
+    return setting, store
+
+
+def _check_splits(store: Store) -> None:
+    if "val" not in store.manifest.splits:
+        raise UserError(
+            f"{store.location} has no validation split, by which a search compares its trials; set "
+            "data.options.holdout above 0 in the search's overrides, or another store"
+        )
 
 
 def read_tracked_search(name: str, options: Options) -> SearchResult | None:
@@ -173,7 +194,8 @@ def _setting(search: Search, name: str, options: Options, console: Console) -> t
         cpus_per_worker=resources.cpus_per_worker,
         gpu=resources.gpus_per_worker > 0,
         shares_checkpoints=search.scheduler.kind == "pbt",
-        energy_by_epoch="energy_mj" in search.objectives and search.may_stop_early,
+        energy_by_epoch=search.may_stop_early and not search.objectives.keys().isdisjoint(("energy_mj", LATENCY_MS)),
+        latency=LATENCY_MS in search.objectives,
         plugins=loaded_plugins(),
         data=options.data,
     )

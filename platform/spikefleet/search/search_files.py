@@ -7,6 +7,7 @@ from pathlib import Path
 from spikefleet.config.recipes import list_recipes
 from spikefleet.config.strict_yaml import read_mapping, read_yaml_text
 from spikefleet.errors import UserError
+from spikefleet.search.costs import COSTS
 from spikefleet_tune.errors import SearchError
 from spikefleet_tune.messages import nearest
 from spikefleet_tune.search_file import Search, search_of, search_text
@@ -40,6 +41,27 @@ def load_search(search: str) -> Search:
     except SearchError as error:
         raise UserError(str(error)) from None
     return parse_search(text, f"search {search}")
+
+
+def objectives_of(text: str) -> dict[str, str]:
+    """Objectives as the command line has them: `top1,energy_mj,latency_ms`, or with a direction `map50:max`.
+
+    A name without a split is a metric of validation, but for the costs of a trial; those are better the smaller they
+    are, and metrics the larger. Raises UserError.
+    """
+    found: dict[str, str] = {}
+    for part in text.split(","):
+        name, colon, direction = part.strip().partition(":")
+        if not name or (colon and direction not in ("min", "max")):
+            raise UserError(
+                f"--objectives {text!r}: {part.strip()!r} must be the name of a metric, maybe with :min or :max, "
+                "such as top1,energy_mj,latency_ms"
+            )
+        key = name if name in COSTS or "/" in name else f"val/{name}"
+        if key in found:
+            raise UserError(f"--objectives {text!r} names {key} twice; leave one out")
+        found[key] = direction or ("min" if key in COSTS else "max")
+    return found
 
 
 def parse_search(text: str, origin: str = "search") -> Search:

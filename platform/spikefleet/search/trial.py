@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from spikefleet.certificates.energy_card import measure_energy, write_card
+from spikefleet.certificates.latency import LATENCY, LATENCY_MS, latency_on
 from spikefleet.config.recipes import load_config
 from spikefleet.config.schema import Config
 from spikefleet.data_summary import DataSummary
@@ -17,13 +18,14 @@ from spikefleet.errors import UserError
 from spikefleet.files import write_json
 from spikefleet.plugins import load_plugins
 from spikefleet.runs.run_dir import Run
+from spikefleet.search.costs import COSTS
 from spikefleet.training.checkpoint_state import CheckpointState
 from spikefleet.training.checkpoints import best_network, load_checkpoint
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.event_log import ResumedRunSink
 from spikefleet.training.events import CheckpointSaved, EpochDone, Event, Started
 from spikefleet.training.loop import Outcome, train
-from spikefleet.training.step import NonFiniteError
+from spikefleet.training.step_reading import NonFiniteError
 from spikefleet.training.stopping import TrainingStopped
 from spikefleet.versions import code_version
 from spikefleet_models.families import build_model
@@ -59,6 +61,8 @@ class TrialSetting:
     """Trials resume from one another's checkpoints (pbt)."""
     energy_by_epoch: bool = False
     """Measure energy with each new best checkpoint, so that a trial that is stopped early has one too."""
+    latency: bool = False
+    """Measure the latency of each trial, which is an objective; with each new best checkpoint as the energy is."""
     plugins: tuple[str, ...] = ()
     """Modules of the driver's plugins."""
     data: Mapping[str, Any] = field(default_factory=dict)
@@ -108,13 +112,13 @@ class ReportSink:
     Args:
         report: of the trial.
         shares_checkpoints: report the checkpoint of each epoch too (pbt).
-        energy_of: measures the energy of each best checkpoint, in mJ.
+        costs_of: measures energy and latency of each best checkpoint, by the names of their metrics.
     """
 
     def __init__(
-        self, report: Report, shares_checkpoints: bool, energy_of: Callable[[Path], float] | None = None
+        self, report: Report, shares_checkpoints: bool, costs_of: Callable[[Path], dict[str, float]] | None = None
     ) -> None:
-        self._report, self._shares_checkpoints, self._energy_of = report, shares_checkpoints, energy_of
+        self._report, self._shares_checkpoints, self._costs_of = report, shares_checkpoints, costs_of
         self._waiting: dict[str, float] | None = None
         self._measure = False
 
@@ -122,7 +126,7 @@ class ReportSink:
         """Reports an epoch when its evaluation and, if needed, its checkpoint are there."""
         if isinstance(event, EpochDone) and any(key.startswith("val/") for key in event.metrics):
             self._waiting = {**event.metrics, "epoch": float(event.epoch), BEST: float(event.best)}
-            self._measure = event.best and self._energy_of is not None
+            self._measure = event.best and self._costs_of is not None
             if not self._shares_checkpoints and not event.best:
                 self._flush(None)
         elif isinstance(event, Started):  # the group restarts, and repeats the epoch
@@ -133,17 +137,18 @@ class ReportSink:
     def _flush(self, checkpoint: Path | None) -> None:
         metrics, self._waiting = self._waiting, None
         assert metrics is not None
-        if self._measure and checkpoint is not None and self._energy_of is not None:
-            metrics["energy_mj"] = self._energy_of(checkpoint)
+        if self._measure and checkpoint is not None and self._costs_of is not None:
+            metrics |= self._costs_of(checkpoint)
         self._report(metrics, checkpoint if self._shares_checkpoints else None)
 
 
 def as_trial(setting: TrialSetting) -> Callable[[Overrides, str, Report], dict[str, float]]:
     """A trainable for `spikefleet_tune`: training in the trial's process, or on a Ray Train group of several workers.
 
-    It returns the metrics of the best checkpoint: `val/...`, `test/...` (where the data have such images), `energy_mj`
-    and `parameters`; and those of the last one, `last/test/...`. A restarted trial resumes from its last checkpoint. A
-    loss that is not finite prunes the trial. A search that is asked to stop gets a checkpoint of each running trial.
+    It returns the metrics of the best checkpoint: `val/...`, `test/...` (where the data have such images), `energy_mj`,
+    `latency_ms` where that is an objective, and `parameters`; and those of the last one, `last/test/...`. A restarted
+    trial resumes from its last checkpoint. A loss that is not finite prunes the trial. A search that is asked to stop
+    gets a checkpoint of each running trial.
     """
 
     def trainable(overrides: Overrides, name: str, report: Report) -> dict[str, float]:
@@ -159,14 +164,19 @@ def as_trial(setting: TrialSetting) -> Callable[[Overrides, str, Report], dict[s
             _start_from(run, config, report.start_from)
         run.begin(config, DataSummary.of(store.manifest))
 
-        def energy_of(checkpoint: Path) -> float:
+        def costs_of(checkpoint: Path) -> dict[str, float]:
             with torch.random.fork_rng(devices=[]):  # building a network must not advance the training's generator
                 network = best_network(load_checkpoint(checkpoint), config.model)
             card = measure_energy(network, config.transform, store.samples("val"))
             write_card(card, run.path / "report")
-            return card.energy_mj
+            costs = {"energy_mj": card.energy_mj}
+            if setting.latency:
+                latency = latency_on(network, config, store.samples("val"))
+                write_json(run.path / "report" / LATENCY, latency.to_dict())
+                costs[LATENCY_MS] = latency.median_ms
+            return costs
 
-        sink = ReportSink(report, setting.shares_checkpoints, energy_of if setting.energy_by_epoch else None)
+        sink = ReportSink(report, setting.shares_checkpoints, costs_of if setting.energy_by_epoch else None)
         if not setting.shares_checkpoints:
             _report_best_so_far(run, sink)
         try:
@@ -176,7 +186,7 @@ def as_trial(setting: TrialSetting) -> Callable[[Overrides, str, Report], dict[s
         except TrainingStopped as stopped:
             run.note(status="interrupted", signal=report.stop_signal())
             raise TrialStopped(str(stopped)) from None
-        energy_mj = energy_of(Path(outcome.best_checkpoint))
+        costs = costs_of(Path(outcome.best_checkpoint))
         run.note(
             status="finished",
             signal=None,
@@ -188,7 +198,7 @@ def as_trial(setting: TrialSetting) -> Callable[[Overrides, str, Report], dict[s
         metrics = {f"val/{key}": value for key, value in outcome.validation.items()} | outcome.reported
         with torch.device("meta"):
             parameters = sum(parameter.numel() for parameter in build_model(config.model).parameters())
-        return {**metrics, "energy_mj": energy_mj, "parameters": float(parameters)}
+        return {**metrics, **costs, "parameters": float(parameters)}
 
     return trainable
 
@@ -240,7 +250,7 @@ def _start_from(run: Run, config: Config, start_from: Path) -> None:
 
 def reportable(metric_names: Sequence[str]) -> set[str]:
     """Metrics of a trial that a search may optimise; test metrics are for the report only."""
-    return {*(f"val/{name}" for name in metric_names), "energy_mj", "parameters"}
+    return {*(f"val/{name}" for name in metric_names), *COSTS}
 
 
 def chooses_data(key: str) -> bool:

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.nn import functional as F
 
 from spikefleet.data_summary import DataSummary
 from spikefleet.files import write_json
 from spikefleet.tasks.task import EVALUATION, LossSettings, Task, TaskReport, check_class_count, metric_of
+from spikefleet_models.class_loss import class_loss
 from spikefleet_models.family import ModelConfig
 from spikefleet_models.shortcut import ShortcutLogits, shortcut_loss
 from spikefleet_pipelines.loading import Batch
@@ -23,6 +23,7 @@ from spikefleet_pipelines.loading import Batch
 if TYPE_CHECKING:
     import pandas as pd
 
+    from spikefleet.tasks.mistakes import Confusion, Mistake
     from spikefleet.tasks.per_image import Answers
 
 OVER_TIME = "over_time.png"
@@ -47,6 +48,7 @@ class Classification(Task[Ranking, int]):
     def __init__(self, class_names: Sequence[str], loss: LossSettings = LossSettings()) -> None:  # noqa: B008 -- frozen
         self.class_names = tuple(class_names)
         self._shortcut, self._label_smoothing = loss.shortcut, loss.label_smoothing
+        self._class_weights = None if loss.class_weights is None else torch.tensor(loss.class_weights)
         self.metric_names = ("top1", "top5") if len(class_names) > _KEPT else ("top1",)
 
     @classmethod
@@ -69,12 +71,19 @@ class Classification(Task[Ranking, int]):
         output = network(batch.network_input)
         if isinstance(output, ShortcutLogits):
             logits = output.main.float()
-            loss = shortcut_loss(output, batch.targets, balance, self._shortcut, self._label_smoothing)
+            weights = self._weights_on(logits.device)
+            loss = shortcut_loss(output, batch.targets, balance, self._shortcut, self._label_smoothing, weights)
         else:
             logits = output.float()
-            loss = F.cross_entropy(logits, batch.targets, label_smoothing=self._label_smoothing)
+            loss = class_loss(logits, batch.targets, self._label_smoothing, self._weights_on(logits.device))
         right = batch.targets.argmax(1) if batch.targets.ndim == 2 else batch.targets
         return {"loss": loss, "top1": (logits.detach().argmax(1) == right).float().mean()}
+
+    def _weights_on(self, device: torch.device) -> torch.Tensor | None:
+        """The weights of the classes; they stay on the device, since nothing is copied to it within a CUDA graph."""
+        if self._class_weights is not None:
+            self._class_weights = self._class_weights.to(device)
+        return self._class_weights
 
     def random_targets(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """A random class for each image."""
@@ -89,10 +98,10 @@ class Classification(Task[Ranking, int]):
         return [Ranking(tuple(classes), tuple(values)) for classes, values in rows]
 
     @torch.no_grad()
-    def hits_over_time(self, network: nn.Module, batch: Batch) -> torch.Tensor | None:
-        """Of networks with `forward_over_time` on frames of events."""
+    def hits_over_time(self, network: nn.Module, batch: Batch, still_images: bool = False) -> torch.Tensor | None:
+        """Of networks with `forward_over_time`, on frames of events; on images where they are asked for."""
         answer = getattr(network, "forward_over_time", None)
-        if answer is None or batch.images.ndim != 5:
+        if answer is None or (batch.images.ndim != 5 and not still_images):
             return None
         assert isinstance(batch.targets, torch.Tensor)
         logits: torch.Tensor = answer(batch.network_input)  # [T, B, K]
@@ -138,6 +147,10 @@ class Classification(Task[Ranking, int]):
         """The probability of the most likely class of each image, and whether it is the target."""
         pairs = zip(predictions, targets, strict=True)
         return [(prediction.probabilities[0], prediction.classes[0] == target) for prediction, target in pairs]
+
+    def same_answer(self, one: Ranking, other: Ranking) -> bool:
+        """Whether the most likely class is the same."""
+        return one.classes[0] == other.classes[0]
 
     def flaw(self, evaluation: Mapping[str, Any]) -> str | None:
         """A classifier that answers one class for all images, or no better than by chance.
@@ -263,6 +276,22 @@ class ClassificationReport(TaskReport[Ranking, int]):
             ),
         ]
 
+    def confusion(
+        self, details: Mapping[str, Any], predictions: Sequence[Ranking], targets: Sequence[int]
+    ) -> Confusion:
+        """Images by their class and by the class that was answered."""
+        from spikefleet.tasks.mistakes import Confusion
+
+        counts = np.array(details["confusion"], dtype=np.int64)
+        return Confusion(self.class_names, counts, "images: their class in rows, the answer in columns")
+
+    def mistakes(self, predictions: Sequence[Ranking], targets: Sequence[int], most: int) -> list[Mistake]:
+        """The images whose class is answered wrongly, the surest answer first."""
+        from spikefleet.tasks.mistakes import wrong_answers
+
+        answers = [one.classes[0] for one in predictions]
+        return wrong_answers(answers, [one.probabilities[0] for one in predictions], targets, self.class_names, most)
+
     def answer(self, prediction: Ranking) -> dict[str, Any]:
         """`classes`: name and probability of the most likely classes."""
         return {
@@ -271,6 +300,15 @@ class ClassificationReport(TaskReport[Ranking, int]):
                 for k, p in zip(prediction.classes, prediction.probabilities, strict=True)
             ]
         }
+
+    def csv_columns(self) -> tuple[str, ...]:
+        """The most likely class, and its probability."""
+        return ("class", "probability")
+
+    def csv_rows(self, answer: Mapping[str, Any]) -> list[tuple[object, ...]]:
+        """One row."""
+        best = answer["classes"][0]
+        return [(best["name"], best["probability"])]
 
     def answer_table(self, answers: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
         """The most likely class of each image, and the next two."""

@@ -32,6 +32,7 @@ from spikefleet_pipelines.store.annotations import Annotations, Placement, Targe
 from spikefleet_tune.messages import counted
 
 if TYPE_CHECKING:
+    from spikefleet.tasks.mistakes import Confusion, Mistake
     from spikefleet.tasks.per_image import Boxes
 
 SHOWN_SCORE = 0.3
@@ -39,6 +40,9 @@ SHOWN_SCORE = 0.3
 
 _EVENT_METRICS = tuple(f"{name}_{by}" for by in ("prophesee", "none") for name in ("map50_95", "map50", "map75"))
 """Metrics of recordings of events, by each protocol that reports have; see `event_metrics`."""
+
+_SIZES = {"small": "below 32 x 32", "medium": "32 x 32 to 96 x 96", "large": "above 96 x 96"}
+"""COCO's classes of size, by the area of an object in pixels."""
 
 _RANDOM_BOXES = 3
 _LEAST_MAP50 = 0.0001
@@ -49,6 +53,7 @@ class Detection(Task[FoundBoxes, Annotations]):
 
     headline = ("map50_95", "map50")
     any_size = True
+    finds_boxes = True
 
     def __init__(
         self,
@@ -224,6 +229,11 @@ class Detection(Task[FoundBoxes, Annotations]):
         """The boxes with at least this score."""
         return prediction.at_least(score)
 
+    def same_answer(self, one: FoundBoxes, other: FoundBoxes) -> bool:
+        """Whether as many objects of each class have a score of at least 0.3."""
+        shown, others = one.at_least(SHOWN_SCORE), other.at_least(SHOWN_SCORE)
+        return np.array_equal(np.sort(shown.labels), np.sort(others.labels))
+
     def serve(self, network: nn.Module, batch: Batch) -> list[list[dict[str, Any]]]:
         """The objects of each image: name, score and box (x1 y1 x2 y2 in pixels)."""
         report = self.report
@@ -270,11 +280,7 @@ class DetectionReport(TaskReport[FoundBoxes, Annotations]):
         drawn, classes = [], labels_of(self.class_names)
         for position, (image, found) in enumerate(zip(images, predictions, strict=True)):
             if targets is not None:
-                target = targets[position]
-                boxes = torch.tensor(target.boxes).float()
-                corners = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)
-                names = [classes[label] for label in target.labels]
-                drawn.append(plots.boxes_on_image(image, corners, target.labels.tolist(), names))
+                drawn.append(_annotated(image, targets[position], classes))
             drawn.append(self.draw_one(image, found.at_least(SHOWN_SCORE)))
         plots.image_sheet(drawn, path)
 
@@ -287,6 +293,41 @@ class DetectionReport(TaskReport[FoundBoxes, Annotations]):
         classes = labels_of(self.class_names)
         captions = [f"{classes[k]} {score:.2f}" for k, score in zip(labels, prediction.scores, strict=True)]
         return plots.boxes_on_image(image, torch.as_tensor(prediction.boxes).float(), labels, captions)
+
+    def confusion(
+        self, details: Mapping[str, Any], predictions: Sequence[FoundBoxes], targets: Sequence[Annotations]
+    ) -> Confusion:
+        """Objects and boxes with a score of at least 0.3, matched at an IoU of at least 0.5."""
+        from spikefleet.tasks.mistakes import Confusion
+
+        shown = [one.at_least(SHOWN_SCORE) for one in predictions]
+        counts = box_confusion(shown, targets, len(self.class_names))
+        says = f"objects in rows, boxes with a score of at least {SHOWN_SCORE} in columns, matched at an IoU of 0.5"
+        return Confusion((*self.class_names, "background"), counts, says)
+
+    def mistakes(self, predictions: Sequence[FoundBoxes], targets: Sequence[Annotations], most: int) -> list[Mistake]:
+        """The images with most objects missed or taken for another class, and boxes on nothing."""
+        from spikefleet.tasks.mistakes import worst_detections
+
+        return worst_detections(predictions, targets, len(self.class_names), SHOWN_SCORE, most)
+
+    def mistaken_images(
+        self, image: torch.Tensor, prediction: FoundBoxes, target: Annotations
+    ) -> list[tuple[str, torch.Tensor]]:
+        """The image with its objects, and with the boxes that were found (score at least 0.3)."""
+        from spikefleet.plot_text import labels as labels_of
+
+        drawn = _annotated(image, target, labels_of(self.class_names))
+        return [("annotated", drawn), ("found", self.draw_one(image, prediction.at_least(SHOWN_SCORE)))]
+
+    def size_table(self, details: Mapping[str, Any]) -> list[tuple[str, ...]]:
+        """Average precision and recall by COCO's classes of size, in pixels of an object's area."""
+        metrics = details["metrics"]
+        rows = [
+            (f"{size} ({area})", *(_percent(metrics.get(f"{name}_{size}")) for name in ("map", "ar")))
+            for size, area in _SIZES.items()
+        ]
+        return [("objects", "AP50-95", "AR"), *rows]
 
     def draw_batch(self, images: Sequence[torch.Tensor], targets: Sequence[Target], path: Path) -> None:
         """Plots images of a training batch with the boxes of the loss."""
@@ -307,6 +348,15 @@ class DetectionReport(TaskReport[FoundBoxes, Annotations]):
                 for box, score, label in zip(prediction.boxes, prediction.scores, prediction.labels, strict=True)
             ]
         }
+
+    def csv_columns(self) -> tuple[str, ...]:
+        """Class, score and corners in pixels of the image."""
+        return ("class", "score", "x1", "y1", "x2", "y2")
+
+    def csv_rows(self, answer: Mapping[str, Any]) -> list[tuple[object, ...]]:
+        """A row for each object; a row of empty cells for an image without objects."""
+        rows = [(found["name"], found["score"], *found["box"]) for found in answer["objects"]]
+        return rows or [("",) * 6]
 
     def answer_table(self, answers: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
         """One row for each object, and one for each image without objects."""
@@ -345,6 +395,15 @@ class DetectionReport(TaskReport[FoundBoxes, Annotations]):
         shown = [one.at_least(SHOWN_SCORE) for one in predictions]
         counts = box_confusion(shown, targets, len(self.class_names))
         plots.confusion_matrix(counts, [*classes, "background"], folder / "confusion.png")
+
+
+def _annotated(image: torch.Tensor, target: Annotations, classes: Sequence[str]) -> torch.Tensor:
+    """An image with its objects."""
+    from spikefleet import plots
+
+    boxes = torch.tensor(target.boxes).float().reshape(-1, 4)
+    corners = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)
+    return plots.boxes_on_image(image, corners, target.labels.tolist(), [classes[label] for label in target.labels])
 
 
 def _most_of_a_class(target: Annotations) -> int:

@@ -101,6 +101,7 @@ def resampled_gains(
     seed: int = 0,
     at_a_time: int = 50,
     progress: Count = uncounted,
+    drawn_together: NDArray[np.int64] | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Paired bootstrap: what the candidate gains over the champion on the same resampled images.
 
@@ -111,6 +112,8 @@ def resampled_gains(
         seed: of the resamples.
         at_a_time: resamples that are computed together, for the memory of counts.
         progress: called with (resamples done, in all).
+        drawn_together: number of the recording of each image, [images]: the label times of one are not independent,
+            so recordings are drawn. None: images are.
 
     Returns:
         The gain in mAP, [resamples], and in the AP of each class, [classes, resamples]; NaN where nothing is drawn.
@@ -121,10 +124,14 @@ def resampled_gains(
     if candidate.images != champion.images:
         raise ValueError(f"found matches on {candidate.images} and {champion.images} images, expected the same images")
     generator = np.random.default_rng(seed)
-    share = np.full(candidate.images, 1 / candidate.images)
+    if drawn_together is None:
+        drawn_together = np.arange(candidate.images)
+    _, unit = np.unique(drawn_together, return_inverse=True)
+    units = int(unit.max(initial=-1)) + 1
+    share = np.full(units, 1 / units)
     totals, by_class = [], []
     for start in range(0, resamples, at_a_time):
-        weights = generator.multinomial(candidate.images, share, min(at_a_time, resamples - start))
+        weights = generator.multinomial(units, share, min(at_a_time, resamples - start))[:, unit]
         of_candidate, of_champion = candidate.average_precisions(weights), champion.average_precisions(weights)
         totals.append(mean_over_classes(of_candidate) - mean_over_classes(of_champion))
         by_class.append(of_candidate - of_champion)

@@ -7,15 +7,17 @@ travels with each registered version: what draws and what measures is imported w
 from __future__ import annotations
 
 import importlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar
 
 import torch
 from torch import nn
 
+from spikefleet.config.messages import did_you_mean
 from spikefleet.config.schema import Config
 from spikefleet.config.task_table import find_task
 from spikefleet.data_summary import DataSummary
@@ -28,6 +30,7 @@ from spikefleet_pipelines.transforms.batch_transform import Targets
 from spikefleet_tune.messages import counted
 
 if TYPE_CHECKING:
+    from spikefleet.tasks.mistakes import Confusion, Mistake
     from spikefleet.tasks.per_image import Results
 
 EVALUATION = "evaluation.json"
@@ -45,6 +48,8 @@ class LossSettings:
     """Settings of loss and evaluation; the task's entry in the table of tasks says which it supports."""
 
     label_smoothing: float = 0.0
+    class_weights: tuple[float, ...] | None = None
+    """Factor of each class in the loss; None: 1."""
     global_divisor: bool = True
     """Losses with a divisor of their own return sums and that divisor; the training divides."""
     shortcut: ShortcutConfig = field(default_factory=ShortcutConfig)
@@ -63,6 +68,9 @@ class Task(ABC, Generic[Prediction, Target]):
 
     any_size: bool = False
     """Whether the task takes images of any size; if not, they are resized to that of the training images."""
+
+    finds_boxes: bool = False
+    """Whether a prediction is a `FoundBoxes`, of which crops, files of labels and merged tiles can be made."""
 
     @classmethod
     @abstractmethod
@@ -114,10 +122,15 @@ class Task(ABC, Generic[Prediction, Target]):
     def predict(self, network: nn.Module, batch: Batch) -> list[Prediction]:
         """One prediction for each sample of a batch."""
 
-    def hits_over_time(self, network: nn.Module, batch: Batch) -> torch.Tensor | None:
+    def hits_over_time(self, network: nn.Module, batch: Batch, still_images: bool = False) -> torch.Tensor | None:
         """How many samples of an evaluation batch are right after each of the T time steps, int64 `[T]`.
 
         None for a task, a network or a batch that has no answer before the last step.
+
+        Args:
+            network: in evaluation mode.
+            batch: on the network's device.
+            still_images: answer for images too, which the network sees at each step; else for frames alone.
         """
         return None
 
@@ -157,6 +170,10 @@ class Task(ABC, Generic[Prediction, Target]):
     def confident(self, prediction: Prediction, score: float) -> Prediction:
         """A prediction without the parts whose score in [0, 1] is smaller; by default all of it."""
         return prediction
+
+    def same_answer(self, one: Prediction, other: Prediction) -> bool:
+        """Whether two predictions for one sample say the same to a user, whatever their scores; by default equality."""
+        return self.report.answer(one) == self.report.answer(other)
 
     def serve(self, network: nn.Module, batch: Batch) -> Any:
         """The answer of a served model for a batch: an array, or plain data for each image."""
@@ -227,6 +244,38 @@ class TaskReport(ABC, Generic[Prediction, Target]):
 
         plots.image_grid(images, [""] * len(images), [None] * len(images), path)
 
+    def confusion(
+        self, details: Mapping[str, Any], predictions: Sequence[Prediction], targets: Sequence[Target]
+    ) -> Confusion | None:
+        """What was taken for what; None for a task that has no such counts.
+
+        Args:
+            details: of these predictions.
+            predictions: one for each sample.
+            targets: one for each sample.
+        """
+        return None
+
+    def mistakes(self, predictions: Sequence[Prediction], targets: Sequence[Target], most: int) -> list[Mistake]:
+        """The samples that the network has most wrong, the worst first; none by default."""
+        return []
+
+    def mistaken_images(
+        self, image: torch.Tensor, prediction: Prediction, target: Target
+    ) -> list[tuple[str, torch.Tensor]]:
+        """How a mistake is shown: captions and images, uint8 `[C, H, W]`; by default the image as it is.
+
+        Args:
+            image: uint8 `[C, H, W]`.
+            prediction: of the image.
+            target: of the image.
+        """
+        return [("", image)]
+
+    def size_table(self, details: Mapping[str, Any]) -> list[tuple[str, ...]]:
+        """Metrics by the size of what is looked for; the first row is the header. Empty for a task without sizes."""
+        return []
+
     def table(self, details: Mapping[str, Any]) -> list[tuple[str, ...]]:
         """A table of the details, by class if there are classes; the first row is the header."""
         return [("metric", "value"), *((name, f"{value:.4g}") for name, value in details["metrics"].items())]
@@ -239,6 +288,14 @@ class TaskReport(ABC, Generic[Prediction, Target]):
         """A table of answers, each with the path of its `image`; the first row is the header."""
         header = tuple(answers[0]) if answers else ("image",)
         return [header, *(tuple(str(answer[key]) for key in header) for answer in answers)]
+
+    def csv_columns(self) -> tuple[str, ...]:
+        """Names of the columns of `csv_rows`."""
+        return ("answer",)
+
+    def csv_rows(self, answer: Mapping[str, Any]) -> list[tuple[object, ...]]:
+        """What `answer` returned, as rows of a CSV file; at least one, so that each image is in it."""
+        return [(json.dumps(answer),)]
 
     def write(
         self,
@@ -263,18 +320,20 @@ AnyTask = Task[Any, Any]
 """A task whose predictions and targets the caller only passes between its methods."""
 
 
-def build_task(config: Config, data: DataSummary) -> AnyTask:
+def build_task(config: Config, data: DataSummary, samples: Sequence[int] | None = None) -> AnyTask:
     """The task of a configuration.
 
     Args:
         config: of the run.
         data: summary of its data.
+        samples: to train on, of each class, for balanced class weights; None where no loss is needed.
 
     Raises:
         UserError: the network does not fit the data, or the task has no such `checkpoint.metric`.
     """
     loss = LossSettings(
         label_smoothing=config.train.label_smoothing,
+        class_weights=class_weights(config.train.class_weights, data.class_names, samples),
         global_divisor=config.train.loss_divisor == "global",
         shortcut=config.shortcut,
         max_detections=config.evaluation.max_detections,
@@ -284,6 +343,37 @@ def build_task(config: Config, data: DataSummary) -> AnyTask:
         known = ", ".join(task.metric_names)
         raise UserError(f"checkpoint.metric={config.checkpoint.metric!r} must be a metric of the task: {known}")
     return task
+
+
+def class_weights(
+    wanted: Literal["none", "balanced"] | Mapping[str, float], names: Sequence[str], samples: Sequence[int] | None
+) -> tuple[float, ...] | None:
+    """The factor of each class in the loss.
+
+    Balanced weights are n / (K n_k), as scikit-learn's, with K classes that have samples; their mean over the samples
+    is 1.
+
+    Args:
+        wanted: `train.class_weights`.
+        names: of the classes.
+        samples: to train on, of each class; None where no loss is needed.
+
+    Returns:
+        The factors; None: no weights.
+
+    Raises:
+        UserError: a name is that of no class.
+    """
+    if wanted == "none" or (wanted == "balanced" and samples is None):
+        return None
+    if isinstance(wanted, str):
+        there = [count for count in samples or () if count]
+        return tuple(sum(there) / (len(there) * count) if count else 0.0 for count in samples or ())
+    for name in wanted:
+        if name not in names:
+            hint = did_you_mean(name, list(names), f"expected one of {', '.join(names[:20])}")
+            raise UserError(f"train.class_weights has {name!r}, which is no class of the data; {hint}")
+    return tuple(wanted.get(name, 1.0) for name in names)
 
 
 def task_class(name: str) -> type[AnyTask]:

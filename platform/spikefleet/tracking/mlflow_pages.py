@@ -115,6 +115,11 @@ def model_version_link(name: str, version: int) -> str:
     return f"[{name} version {version}](#/models/{name}/versions/{version}?{TRAINING_PAGES})"
 
 
+def artifact_link(text: str, experiment_id: str, run_id: str, path: str) -> str:
+    """A Markdown link to an artifact of a run, as MLflow shows it."""
+    return f"[{text}](#/experiments/{experiment_id}/runs/{run_id}/artifacts/{path})"
+
+
 def without_link_targets(text: str) -> str:
     """A text in which Markdown finds no link and no HTML, for words that others wrote."""
     return text.replace("<", "&lt;").replace("[", "\\[")

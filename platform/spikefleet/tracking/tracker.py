@@ -311,14 +311,19 @@ class Tracker:
         self._spool(hashlib.sha256(content).hexdigest(), artifact, lambda copy: copy.write_bytes(content))
 
     def _spool(self, digest: str, artifact: str, write: Callable[[Path], object]) -> None:
-        """Stores the content under its hash, once: the source may change before the upload."""
-        folder, name = posixpath.split(_artifact_path(artifact))
-        directory = self._journal.directory / SPOOL / digest[:16]
-        directory.mkdir(parents=True, exist_ok=True)
-        if not (directory / name).exists():
-            with replacing(directory / name) as partial:
-                write(partial)
+        folder, name = _spooled(self._journal, digest, artifact, write)
         self._append("artifact", digest=digest[:16], name=name, folder=folder)
+
+
+def _spooled(journal: Journal, digest: str, artifact: str, write: Callable[[Path], object]) -> tuple[str, str]:
+    """Stores the content under its hash, once: the source may change before the upload. Returns folder and name."""
+    folder, name = posixpath.split(_artifact_path(artifact))
+    directory = journal.directory / SPOOL / digest[:16]
+    directory.mkdir(parents=True, exist_ok=True)
+    if not (directory / name).exists():
+        with replacing(directory / name) as partial:
+            write(partial)
+    return folder, name
 
 
 def annotate(run_dir: Path, tags: Mapping[str, str]) -> None:
@@ -330,6 +335,24 @@ def annotate(run_dir: Path, tags: Mapping[str, str]) -> None:
     with closing(_open_journal(run_dir)) as journal:
         values = {_key(key): _fit("tags", key, text, MAX_TAG_LENGTH) for key, text in tags.items()}
         journal.append({"kind": "tags", "time": int(time.time() * 1000), "values": values})
+
+
+def attach(run_dir: Path, path: Path, folder: str) -> None:
+    """Adds an artifact to the journal of a run that has ended; `sync` delivers it.
+
+    Args:
+        run_dir: of the run.
+        path: the file.
+        folder: of the artifact.
+
+    Raises:
+        UserError: a process tracks the run, or its journal is damaged or cannot be written.
+    """
+    digest = sha256_of(path)
+    with closing(_open_journal(run_dir)) as journal:
+        folder, name = _spooled(journal, digest, f"{folder}/{path.name}", lambda copy: shutil.copyfile(path, copy))
+        record = {"kind": "artifact", "time": int(time.time() * 1000)}
+        journal.append({**record, "digest": digest[:16], "name": name, "folder": folder})
 
 
 def sync(run_dir: Path, tracking_uri: str | None = None) -> int:

@@ -50,6 +50,10 @@ class CheckpointState(BaseModel):
     averaged: int = Field(0, ge=0)
     world_sizes: list[WorldSize] | None = None
     """The world sizes of all steps so far; None in checkpoints without the field, which had one."""
+    seconds: float = Field(0.0, ge=0)
+    """Of training so far, with `train.max_minutes`."""
+    longest_epoch: float = Field(0.0, ge=0)
+    """Seconds of the longest epoch, with `train.max_minutes`."""
 
     @classmethod
     def of(cls, state: Mapping[str, Any] | Any, checkpoint: Path | str) -> CheckpointState:

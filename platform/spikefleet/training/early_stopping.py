@@ -41,6 +41,9 @@ def stops_early(config: Config, history: Sequence[Mapping[str, float]]) -> str |
         Why, as a sentence; None if training continues.
     """
     patience, since = config.train.patience, last_improvement(config, history)
+    segment = config.train.segment
+    if since is not None and segment is not None:
+        since = max(since, segment.from_epoch)
     if patience is None or since is None or len(history) >= config.train.epochs or len(history) - since < patience:
         return None
     if f"val/{config.checkpoint.metric}" not in history[-1]:  # the next evaluation may be better

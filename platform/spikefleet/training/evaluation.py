@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from spikefleet.config.schema import TrainConfig
+from spikefleet.config.train_config import TrainConfig
 from spikefleet.errors import UserError
 from spikefleet.status import Count, uncounted
 from spikefleet.tasks import Task
@@ -65,6 +65,7 @@ def evaluate(
     progress: Count = uncounted,
     stop_requested: StopRequested | None = None,
     over_time: bool = False,
+    still_images: bool = False,
 ) -> Evaluation[Prediction, Target] | None:
     """Predicts every sample of the loader's split; with `config.stream`, at the end of its recording's windows.
 
@@ -77,6 +78,7 @@ def evaluate(
         progress: called with (samples done, samples in all), as far as this rank knows.
         stop_requested: asked on each rank after each batch.
         over_time: measure the answers after each time step too, by another forward pass; not of streams.
+        still_images: with `over_time`, also those to images, which the network sees at each step.
 
     Returns:
         The evaluation on rank 0; None on other ranks.
@@ -105,7 +107,7 @@ def evaluate(
             predictions = task.predict(network, here)
         if over_time:
             with autocast(config.precision, group.device):
-                here_right = task.hits_over_time(network, here)
+                here_right = task.hits_over_time(network, here, **({"still_images": True} if still_images else {}))
             if here_right is not None:
                 counts: list[int] = here_right.tolist()
                 hits = counts if hits is None else [one + more for one, more in zip(hits, counts, strict=True)]

@@ -97,7 +97,8 @@ Event = Started | StepDone | EpochDone | CheckpointSaved | Note | Phase | Worker
 class EventSink(Protocol):
     """Receives the events of a training.
 
-    A sink neither blocks nor raises, except that of a trial: its search may stop the trial.
+    A sink neither blocks nor raises, with two exceptions: that of a trial raises where its search stops the trial, and
+    with `checkpoint.mirror` rank 0 waits at each checkpoint until it is copied.
     """
 
     def emit(self, event: Event) -> None:

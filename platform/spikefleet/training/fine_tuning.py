@@ -60,6 +60,24 @@ def fit_weights(network: Mapping[str, torch.Tensor], given: Mapping[str, torch.T
     return Fitted(taken, tuple(anew), unused)
 
 
+def with_unit_names(network: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of an ANN twin under the names of its spiking network.
+
+    A shortcut that changes the shape has a batch norm alone in the twin, `shortcut.unit.weight`, and a whole unit in a
+    spiking network, `shortcut.unit.bn.weight`.
+
+    Args:
+        network: state dict of the network to train.
+        given: trained weights.
+    """
+    renamed = {}
+    for name, tensor in given.items():
+        path, _, last = name.rpartition(".")
+        inner = f"{path}.bn.{last}"
+        renamed[inner if name not in network and inner in network and path.endswith("unit") else name] = tensor
+    return renamed
+
+
 def check_names(config: Config, network: nn.Module) -> None:
     """Check the names of modules in `train.freeze` and `optim.lr_factors`.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -72,7 +73,13 @@ class GradientCheck:
         return {**asdict(self), "findings": self.findings}
 
 
-def check_gradients(config: Config, batch: Batch, data: DataSummary, snapshot: Snapshot | None = None) -> GradientCheck:
+def check_gradients(
+    config: Config,
+    batch: Batch,
+    data: DataSummary,
+    snapshot: Snapshot | None = None,
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> GradientCheck:
     """Runs the loss of a training forward and backward once, on the CPU.
 
     Args:
@@ -80,6 +87,8 @@ def check_gradients(config: Config, batch: Batch, data: DataSummary, snapshot: S
         batch: a training batch; its size may differ from the training's.
         data: summary of the data.
         snapshot: weights and position of a checkpoint; None for the initial weights.
+        weights: state dict of a trained network without a checkpoint, such as a registered version; instead of
+            `snapshot`.
 
     Raises:
         UserError: the configuration does not fit the data.
@@ -91,7 +100,10 @@ def check_gradients(config: Config, batch: Batch, data: DataSummary, snapshot: S
     if snapshot is not None:
         state.load(snapshot)
         step = state.step
-        rate = learning_rate(config.optim, max(step - 1, 0), steps_per_epoch, config.train.epochs)
+        last = max(step - 1 - state.first_step, 0)
+        rate = learning_rate(config.optim, last, steps_per_epoch, state.scheduled_epochs)
+    if weights is not None:
+        state.network.load_state_dict(dict(weights))
     state.train_mode()
     network = state.train_model
     with GradientFlow(state.network) as flow:

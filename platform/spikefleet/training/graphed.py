@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from spikefleet.config.schema import TrainConfig
+from spikefleet.config.train_config import TrainConfig
 from spikefleet.tasks import AnyTask
 from spikefleet.training.precision import autocast
 from spikefleet_pipelines.loading import Batch

@@ -12,7 +12,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,19 +33,22 @@ from spikefleet.training.checkpoints import (
 )
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.early_stopping import stops_early
+from spikefleet.training.ending import Ending, out_of_time, reason_to_end
 from spikefleet.training.evaluation import Evaluation, EvaluationStopped, evaluate
 from spikefleet.training.events import CheckpointSaved, EpochDone, EventSink, Note, Phase, Started
 from spikefleet.training.malloc import keep_freed_memory
 from spikefleet.training.mirror import mirrored
+from spikefleet.training.prefetch import ahead
 from spikefleet.training.splits import Splits, TrainingPlan, prepare_parts, training_loader
 from spikefleet.training.state import TrainingState
-from spikefleet.training.step import Meter, due, micro_batches, training_step
+from spikefleet.training.step import Meter, due, micro_batches, settle, training_step
 from spikefleet.training.stopping import StopRequested, TrainingStopped, never
 from spikefleet.training.threads import restored_thread_count, thread_counts
 from spikefleet.training.unit_forms import settle_form
 from spikefleet.versions import library_versions
 from spikefleet_models.kernels import CpuForm
 from spikefleet_pipelines.loading import Batch, BatchLoader
+from spikefleet_pipelines.sampling import EpochPlan
 
 if TYPE_CHECKING:  # any store will do, also one in memory: `pyarrow` is not needed for training itself
     from spikefleet_pipelines.store.reader import Store
@@ -73,6 +76,8 @@ class Outcome:
     """Metrics of the last checkpoint by split and name, such as "test/top1": on the test split, if there is one."""
     history: tuple[Mapping[str, float], ...]
     """Metrics of each epoch."""
+    ended: Ending | None = None
+    """Why it ended before its last epoch."""
 
     @property
     def reported(self) -> dict[str, float]:
@@ -140,30 +145,38 @@ def _train(
     task, splits, plan = prepare_parts(config, store, group)
     state = TrainingState(config, group, store.manifest.content_hash, plan.steps_per_epoch)
     folder = CheckpointFolder(run_dir / "checkpoints")
-    if group.is_main:
-        sink = mirrored(config.checkpoint.mirror, run_dir, sink)
+    sink = mirrored(config.checkpoint.mirror, run_dir, group, sink, config.train.epochs)
     _resume(state, task, folder, sink)
     if splits.val is None:
         sink.emit(Note("the data have no validation split: the last epoch is reported, no checkpoint is selected"))
+    if isinstance(plan, EpochPlan) and plan.training.balance is not None:
+        sink.emit(Note(plan.training.balance.coverage(store.manifest.class_names)))
     _settle_gradient_exchange(state, task, store, plan)
     if group.is_main and state.step == 0:
         path = run_dir / "report" / "training_batch.png"
         with _plot_that_may_fail(path, sink):
             _draw_first_batch(config, task, store, plan, path)
-    meter = Meter()
+    meter, ended = Meter(), None
     for epoch in range(state.epoch, config.train.epochs):
-        if (reason := stops_early(config, state.history)) is not None:
-            sink.emit(Note(reason))
+        if (ended := reason_to_end(state, splits)) is not None:
+            sink.emit(Note(ended.why))
+            if ended.max_minutes is not None:  # the time may have passed after the epoch's checkpoint was due
+                _save(state, folder, sink)
             break
-        for batch in splits.train.epoch(plan, epoch, start_step=state.step_in_epoch):
+        batches = splits.train.epoch(plan, epoch, start_step=state.step_in_epoch)
+        for batch in ahead(batches, group.device, config.train.channels_last):
             if before_step is not None:
                 before_step(group, state.step)
             stopping = training_step(state, task, batch, meter, sink, stop_requested)
             timely = due(config.checkpoint.every_steps, state.step) and state.step_in_epoch < state.steps_per_epoch
             if timely or stopping:
+                stopping |= settle(state, sink)
                 _save(state, folder, sink)
             if stopping:
                 raise TrainingStopped(state.step)
+        if settle(state, sink):
+            _save(state, folder, sink)
+            raise TrainingStopped(state.step)
         try:
             _finish_epoch(state, task, splits, plan, folder, sink, stop_requested)
         except EvaluationStopped:
@@ -171,7 +184,7 @@ def _train(
             raise TrainingStopped(state.step) from None
         meter.restart()
     try:
-        return _test_best(state, task, splits, folder, run_dir, sink, stop_requested)
+        return replace(_test_best(state, task, splits, folder, run_dir, sink, stop_requested), ended=ended)
     except EvaluationStopped:
         raise TrainingStopped(state.step) from None
 
@@ -199,6 +212,11 @@ def _resume(state: TrainingState, task: AnyTask, folder: CheckpointFolder, sink:
         if threads is not None:
             sink.emit(Note(threads))
         _forget_lost_best(state, folder, sink)
+    elif state.config.train.segment is not None:
+        raise UserError(
+            "train.segment is set, but there is no checkpoint that the segment begins from; leave it out: "
+            "`spikefleet train RECIPE --resume RUN --extend-epochs N` sets it"
+        )
     elif (digest := state.config.train.initial_weights) is None and state.config.init.source is not None:
         raise UserError(
             f"init.from={state.config.init.source} is read by `spikefleet train` alone; leave it out here, or set "
@@ -313,7 +331,7 @@ def _finish_epoch(
     if config.shortcut.enabled:
         row["balance_coefficient"] = state.balance
     gradients = _gradient_table(state)
-    last = state.epoch + 1 == config.train.epochs
+    last = state.epoch + 1 == config.train.epochs or out_of_time(state, state.epoch + 1) is not None
     evaluation: Evaluation[Any, Any] | None = None
     measured: dict[str, float] = {}
     if splits.val is not None and (last or due(config.train.evaluate_every, state.epoch + 1)):
@@ -336,6 +354,7 @@ def _finish_epoch(
     if best or (splits.val is None and (last or timely)):
         state.best = {"step": state.step, "epoch": state.epoch, "metrics": measured}
     layers = () if evaluation is None else evaluation.layers
+    state.clock.end_epoch()
     sink.emit(EpochDone(state.epoch, state.step, row, best, layers, gradients))
     if best or last or timely or stops_early(config, state.history) is not None:
         _save(state, folder, sink)

@@ -1,7 +1,8 @@
 """A copy of a run's checkpoints and report at another place, from which an empty run directory resumes.
 
 Any URI of `pyarrow.fs`: `s3://`, `gs://`, `file://`. A checkpoint's manifest is copied last and removed first, so that
-a copy that was cut short is none.
+a copy that was cut short is none; what the run has removed is removed once the new copies are whole. One run directory
+writes a mirror (`mirror_owner`).
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from spikefleet.disks import disk_problem
 from spikefleet.errors import UserError
 from spikefleet.training.checkpoints import MANIFEST, CheckpointFolder, verify_checkpoint
+from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.events import CheckpointSaved, Event, EventSink, Note
+from spikefleet.training.mirror_owner import OWNER, Owner, refuse_other
 
 _CHECKPOINTS = "checkpoints"
 _REPORT = "report"
@@ -36,6 +40,8 @@ class Mirror:
         from pyarrow.fs import FileSystem
 
         self.uri = uri
+        self.where = f"{uri.partition('?')[0].rstrip('/')}/{run}"
+        """The run's place, for messages."""
         try:
             self._files, place = FileSystem.from_uri(uri)
         except (ArrowInvalid, OSError) as error:
@@ -44,17 +50,34 @@ class Mirror:
                 "s3://BUCKET/runs, gs://BUCKET/runs or file:///DIRECTORY"
             ) from None
         self._place = f"{place.rstrip('/')}/{run}"
+        self.damaged: dict[str, str] = {}
+        """Copies that `restore` found damaged: a sentence for each."""
+
+    def owner(self) -> Owner | None:
+        """The run directory that writes the mirror; None if there is no record of one. Raises OSError."""
+        return Owner.parse(self._read(OWNER))
+
+    def claim(self, owner: Owner) -> None:
+        """Records who writes the mirror, and that it does so now. Raises OSError."""
+        self._files.create_dir(self._place, recursive=True)
+        with self._files.open_output_stream(f"{self._place}/{OWNER}") as file:
+            file.write(owner.content())
 
     def keep(self, folder: CheckpointFolder) -> None:
-        """Makes the mirror hold the committed checkpoints of a folder, and no others. Raises OSError."""
+        """Makes the mirror hold the committed checkpoints of a folder, and of others only newer ones. Raises OSError.
+
+        Nothing is removed before everything is copied, but a checkpoint that another of the same step replaces.
+        """
         wanted = {path.name: path for path in folder.committed()}
-        for name in self._directories(_CHECKPOINTS):
-            if name not in wanted:
-                self._remove(f"{_CHECKPOINTS}/{name}")
         for name, path in wanted.items():
-            if self._read(f"{_CHECKPOINTS}/{name}/{MANIFEST}") != (path / MANIFEST).read_bytes():
+            copied = self._read(f"{_CHECKPOINTS}/{name}/{MANIFEST}")
+            if copied != (path / MANIFEST).read_bytes() or name in self.damaged:
                 self._remove(f"{_CHECKPOINTS}/{name}")
                 self._copy(path, f"{_CHECKPOINTS}/{name}")
+                self.damaged.pop(name, None)
+        for name in self._directories(_CHECKPOINTS):
+            if name not in wanted and name < max(wanted, default=""):
+                self._remove(f"{_CHECKPOINTS}/{name}")
 
     def keep_report(self, report: Path) -> None:
         """Copies the report of a run. Raises OSError."""
@@ -62,28 +85,48 @@ class Mirror:
             self._copy(report, _REPORT)
 
     def restore(self, folder: CheckpointFolder) -> list[str]:
-        """Fetches the checkpoints of the mirror into a folder that has none; returns their names, oldest first.
+        """Fetches the intact checkpoints of the mirror into a folder that has none; returns their names, oldest first.
 
         Raises:
-            UserError: one is damaged.
+            UserError: the mirror has checkpoints, and none of them is intact.
             OSError: the mirror cannot be read.
         """
         if folder.latest() is not None:
             return []
-        found = [name for name in self._directories(_CHECKPOINTS) if self._read(f"{_CHECKPOINTS}/{name}/{MANIFEST}")]
-        for name in found:
-            partial = folder.folder / f"partial-{name}"
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            for entry in self._entries(f"{_CHECKPOINTS}/{name}"):
-                with (
-                    self._files.open_input_stream(entry.path) as source,
-                    (partial / entry.base_name).open("wb") as file,
-                ):
-                    shutil.copyfileobj(source, file, _CHUNK)
-            verify_checkpoint(partial)
-            partial.replace(folder.folder / name)
-        return found
+        fetched: list[Path] = []
+        for name in reversed(self._directories(_CHECKPOINTS)):
+            if self._read(f"{_CHECKPOINTS}/{name}/{MANIFEST}") is None:
+                continue
+            partial = self._fetched(name, folder)
+            try:
+                verify_checkpoint(partial)
+            except UserError as error:
+                shutil.rmtree(partial, ignore_errors=True)
+                reason = str(error).partition("; ")[0]
+                self.damaged[name] = reason.replace(str(partial), f"{self.where}/{_CHECKPOINTS}/{name}")
+            else:
+                fetched.append(partial)
+        if self.damaged and not fetched:
+            raise UserError(
+                f"checkpoint.mirror: no checkpoint in {self.where} is intact: {next(iter(self.damaged.values()))}; set "
+                f"another --name, or remove {self.where} to start from scratch"
+            )
+        names = [partial.name.removeprefix("partial-") for partial in reversed(fetched)]
+        for name in names:  # all are here: oldest first, as they were committed
+            (folder.folder / f"partial-{name}").replace(folder.folder / name)
+        return names
+
+    def _fetched(self, name: str, folder: CheckpointFolder) -> Path:
+        partial = folder.folder / f"partial-{name}"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for entry in self._entries(f"{_CHECKPOINTS}/{name}"):
+            with (
+                self._files.open_input_stream(entry.path) as source,
+                (partial / entry.base_name).open("wb") as file,
+            ):
+                shutil.copyfileobj(source, file, _CHUNK)
+        return partial
 
     def _copy(self, folder: Path, to: str) -> None:
         self._files.create_dir(f"{self._place}/{to}", recursive=True)
@@ -126,53 +169,85 @@ class Mirror:
 
 
 class MirroringSink:
-    """Passes events on, and brings the mirror up to date after each checkpoint. Where that fails, a note says so.
+    """Passes events on, and brings the mirror up to date after each checkpoint; the training waits for the copy.
+
+    Whatever keeps the mirror from taking it costs a note, and not the training.
 
     Args:
         sink: of the run, on rank 0.
         mirror: of the run.
         folder: of its checkpoints.
+        owner: the run's directory.
     """
 
-    def __init__(self, sink: EventSink, mirror: Mirror, folder: CheckpointFolder) -> None:
-        self._sink, self._mirror, self._folder = sink, mirror, folder
+    def __init__(self, sink: EventSink, mirror: Mirror, folder: CheckpointFolder, owner: Owner) -> None:
+        self._sink, self._mirror, self._folder, self._owner = sink, mirror, folder, owner
 
     def emit(self, event: Event) -> None:
         """Passes an event on."""
         self._sink.emit(event)
         if isinstance(event, CheckpointSaved):
             try:
-                self._mirror.keep(self._folder)
-            except OSError as error:
+                self._keep()
+            except Exception as error:  # file systems of clouds raise more than OSError
                 where = f"checkpoint.mirror={self._mirror.uri}"
                 self._sink.emit(
                     Note(f"{where} did not take the checkpoint of step {event.step}, the next one tries again: {error}")
                 )
 
+    def _keep(self) -> None:
+        held = self._mirror.owner()
+        if held is not None and held.id != self._owner.id:
+            raise UserError(f"{self._mirror.where} now belongs to {held}")
+        self._mirror.claim(self._owner)
+        self._mirror.keep(self._folder)
 
-def mirrored(uri: str | None, run_dir: Path, sink: EventSink) -> EventSink:
-    """Fetches the checkpoints of a run whose directory has none from its mirror, on rank 0.
+
+def mirrored(uri: str | None, run_dir: Path, group: ProcessGroup, sink: EventSink, epochs: int) -> EventSink:
+    """Fetches the checkpoints of a run whose directory has none from its mirror, on rank 0; called on all ranks.
 
     Args:
         uri: `checkpoint.mirror`.
         run_dir: of the run.
+        group: of the training.
         sink: of the run.
+        epochs: of the whole training.
 
     Returns:
-        the sink that keeps the mirror up to date.
+        the sink that, on rank 0, keeps the mirror up to date.
 
     Raises:
-        UserError: the mirror cannot be used, or its checkpoints are damaged.
+        UserError: the mirror cannot be used, belongs to another run, or its checkpoints are damaged; raised on all
+            ranks.
     """
     if uri is None:
         return sink
-    mirror, folder = Mirror(uri, run_dir.name), CheckpointFolder(run_dir / _CHECKPOINTS)
-    try:
-        found = mirror.restore(folder)
-    except OSError as error:
-        raise UserError(
-            f"checkpoint.mirror={uri} cannot be read: {str(error)[:200]}; check access to it, or set another one"
-        ) from None
-    if found:
-        sink.emit(Note(f"{found[-1]} was fetched from {mirror.uri}"))
-    return MirroringSink(sink, mirror, folder)
+    refusal = None
+    if group.is_main:
+        try:
+            sink = _opened(Mirror(uri, run_dir.name), run_dir, sink, epochs)
+        except UserError as error:
+            refusal = str(error)
+        except OSError as error:
+            refusal = disk_problem(error) or (
+                f"checkpoint.mirror={uri} cannot be used: {str(error)[:200]}; check access to it, or set another one"
+            )
+    if (sentence := group.broadcast(refusal)) is not None:  # one rank that raises alone leaves the others waiting
+        raise UserError(sentence)
+    return sink
+
+
+def _opened(mirror: Mirror, run_dir: Path, sink: EventSink, epochs: int) -> MirroringSink:
+    folder, own, held = CheckpointFolder(run_dir / _CHECKPOINTS), Owner.of(run_dir), mirror.owner()
+    refuse_other(held, own, mirror.where, empty=folder.latest() is None)
+    mirror.claim(own)
+    if held is not None and held.id != own.id:
+        sink.emit(Note(f"{mirror.where} belonged to {held}; it belongs to this run now"))
+    if mirror.restore(folder):
+        aside = folder.set_damaged_aside(epochs)  # the best one may be among those left out
+        for sentence in [*(f"{damage}; it was left out" for damage in mirror.damaged.values()), *aside]:
+            sink.emit(Note(sentence))
+        latest = folder.latest()
+        assert latest is not None, "one that can be used is left"
+        sink.emit(Note(f"{latest.name} was fetched from {mirror.uri}"))
+    return MirroringSink(sink, mirror, folder, own)

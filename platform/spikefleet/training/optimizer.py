@@ -49,13 +49,14 @@ def build_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.Opti
         for (factor, kind, decays), parameters in kinds.items()
         if parameters
     ]
+    fused = config.fused or None  # torch's own default otherwise
     if config.kind == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, config.beta2))
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+        return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, config.beta2), fused=fused)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
 
 
 def set_rates(
-    optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, steps_per_epoch: int, epochs: int
+    optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, steps_per_epoch: int, epochs: float
 ) -> None:
     """Sets the learning rates and the momentum of optimizer step `step` (from 0) in every parameter group."""
     for group in optimizer.param_groups:
@@ -74,7 +75,7 @@ def lr_factor(config: OptimConfig, parameter: str) -> float:
     return config.lr_factors[max(found, key=len)] if found else 1.0
 
 
-def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, epochs: int, biases: bool = False) -> float:
+def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, epochs: float, biases: bool = False) -> float:
     """The learning rate of an optimizer step.
 
     The schedule `step` changes the rate at whole epochs; `cosine` and `linear` decay at every step, from the end of
@@ -84,7 +85,7 @@ def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, epochs: 
         config: the schedule.
         step: number of the step, from 0.
         steps_per_epoch: optimizer steps per epoch.
-        epochs: epochs of the training.
+        epochs: epochs of the schedule.
         biases: the rate of biases, which may differ in warm-up.
     """
     position = step / steps_per_epoch
@@ -121,8 +122,41 @@ def _warmth(config: OptimConfig, step: int, steps_per_epoch: int) -> float:
     return min(1.0, (step + 1) / (config.warmup_epochs * steps_per_epoch))
 
 
-def build_ema(network: nn.Module, decay: float, ramp: float | None = None) -> AveragedModel:
-    """The exponential moving average (EMA) of the weights and of batch-norm statistics.
+class Ema(AveragedModel):
+    """The exponential moving average (EMA) of the weights and of batch-norm statistics, `module`.
+
+    It counts its updates on the host: torch's own count is on the device, and each update would wait for it.
+
+    Args:
+        network: the network.
+        update: the average of tensors of one type, from (averages, current ones, number of updates).
+    """
+
+    def __init__(self, network: nn.Module, update: Callable[[list[Tensor], list[Tensor], int], None]) -> None:
+        super().__init__(network, multi_avg_fn=get_ema_multi_avg_fn(), use_buffers=True)
+        self.count = 0
+        """Updates so far."""
+        self._update = update
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Adds the weights and statistics of a network to the average; the first ones are the average."""
+        averages, current = ([*module.parameters(), *module.buffers()] for module in (self.module, model))
+        by_type: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        for average, tensor in zip(averages, current, strict=True):
+            if self.count:
+                both = by_type.setdefault(average.dtype, ([], []))
+                both[0].append(average.detach())
+                both[1].append(tensor.detach())
+            else:
+                average.detach().copy_(tensor.detach())
+        for averages_of_type, current_of_type in by_type.values():
+            self._update(averages_of_type, current_of_type, self.count)
+        self.count += 1
+
+
+def build_ema(network: nn.Module, decay: float, ramp: float | None = None) -> Ema:
+    """The EMA of a network.
 
     Args:
         network: the network.
@@ -130,13 +164,9 @@ def build_ema(network: nn.Module, decay: float, ramp: float | None = None) -> Av
         ramp: the decay of step n is `decay * (1 - exp(-n / ramp))`, so that the first steps are forgotten soon; None
             keeps it constant.
     """
-    update = get_ema_multi_avg_fn(decay) if ramp is None else _ramped(decay, ramp)
-    return AveragedModel(network, multi_avg_fn=update, use_buffers=True)
 
+    def update(averages: list[Tensor], current: list[Tensor], count: int) -> None:
+        now = decay if ramp is None else decay * (1 - math.exp(-(count + 1) / ramp))
+        get_ema_multi_avg_fn(now)(averages, current, count)
 
-def _ramped(decay: float, ramp: float) -> Callable[..., None]:
-    @torch.no_grad()
-    def update(averages: list[Tensor], current: list[Tensor], averaged: Tensor | int) -> None:
-        get_ema_multi_avg_fn(decay * (1 - math.exp(-(int(averaged) + 1) / ramp)))(averages, current, averaged)
-
-    return update
+    return Ema(network, update)

@@ -12,6 +12,7 @@ from spikefleet.data_summary import DataSummary
 from spikefleet.errors import UserError
 from spikefleet.tasks import AnyTask, build_task
 from spikefleet.training.distributed import ProcessGroup
+from spikefleet_pipelines.class_balance import ClassBalance
 from spikefleet_pipelines.loading import BatchLoader
 from spikefleet_pipelines.sampling import EpochPlan
 from spikefleet_pipelines.stream_plan import EventStreamPlan
@@ -66,14 +67,17 @@ def training_loader(
     Args:
         store: of the data.
         config: of the run.
-        device: where events are counted.
+        device: of the training, where events are counted; a GPU normalises images too.
         processes: loader processes.
         pin_memory: put batches in page-locked memory.
 
     Raises:
         ValueError: the transform does not fit.
     """
-    samples, loader, stream = store.samples("train"), BatchLoader, config.train.stream
+    samples, stream = store.samples("train"), config.train.stream
+    on_gpu = torch.device(device).type == "cuda"
+    loader: type[BatchLoader] = BatchLoader
+    extra: dict[str, bool] = {"pixels": True} if on_gpu and stream is None else {}
     if stream is not None:
         from spikefleet_pipelines.streams import StreamLoader, StreamSamples, recordings_of  # with pyarrow
 
@@ -88,13 +92,14 @@ def training_loader(
         pin_memory=pin_memory,
         epochs=config.train.epochs,
         device=device,
+        **extra,
     )
 
 
 def prepare_parts(config: Config, store: Store, group: ProcessGroup) -> tuple[AnyTask, Splits, TrainingPlan]:
     """Task, loaders and sampling plan of a training. Raises UserError if the configuration does not fit the data."""
     data = DataSummary.of(store.manifest)
-    task = build_task(config, data)
+    task = build_task(config, data, store.manifest.audit.images_per_class.get("train"))
     _refuse_splits_without_objects(store)
     shape = data.input_shape(config.data.transform)
     channels = shape[0] if shape else 3
@@ -132,6 +137,9 @@ def _training_plan(config: Config, loader: BatchLoader, group: ProcessGroup) -> 
             seed=train.seed,
             mix=train.stream.mix,
         )
+    training = config.transform.training_rows(loader.split)
+    if config.data.sampling == "balanced":
+        training = training._replace(balance=ClassBalance(loader.split.labels, train.seed))
     return EpochPlan(
         samples=len(loader.split),
         global_batch=train.global_batch,
@@ -141,7 +149,7 @@ def _training_plan(config: Config, loader: BatchLoader, group: ProcessGroup) -> 
         seed=train.seed,
         accumulate=train.accumulate,
         drop_partial=train.partial_batch == "drop",
-        training=config.transform.training_rows(loader.split),
+        training=training,
     )
 
 

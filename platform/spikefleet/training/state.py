@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from spikefleet.config.schema import Config, differences
+from spikefleet.config.train_config import may_differ_by_segment
 from spikefleet.errors import UserError
 from spikefleet.training.checkpoint_state import CheckpointState, WorldSize
 from spikefleet.training.checkpoints import Snapshot, fitting_tensors, optimizer_tensors, restore_optimizer
@@ -22,9 +23,13 @@ from spikefleet.training.optimizer import build_ema, build_optimizer, learning_r
 from spikefleet.training.precision import autocast
 from spikefleet.training.stream import Lanes
 from spikefleet.training.threads import resume_threads, thread_counts
+from spikefleet.training.time_limit import TrainingClock
 from spikefleet_models.families import build_model
 from spikefleet_models.kernels import CpuForm
 from spikefleet_models.shortcut import ShortcutNetwork, balance_coefficient
+
+if TYPE_CHECKING:
+    from spikefleet.training.step import UnreadStep
 
 _BUFFERS_IN_FORWARD = (  # the first was renamed after torch 2.10
     "forward_sync_buffers"
@@ -69,10 +74,15 @@ class TrainingState:
         self.optimizer = build_optimizer(self.train_model, config.optim)
         decay = config.train.ema_decay
         self.ema = build_ema(network, decay, config.train.ema_ramp) if decay is not None else None
+        self.reads_late = group.device.type == "cuda" and config.optim.fused
+        """Whether the numbers of a step are read one step later (step_reading.py); else within the step."""
+        self.unread: UnreadStep | None = None
+        """The last step, if its numbers are not read yet."""
         self.scaler = torch.amp.GradScaler(group.device.type, enabled=config.train.precision == "fp16")
         stream = config.train.stream
         self.lanes = Lanes(carries=stream is not None and stream.state == "carried")
         """Membranes of streams; empty without streams."""
+        self.clock = TrainingClock()
         self.epoch = 0
         self.step_in_epoch = 0
         self.best: dict[str, Any] | None = None
@@ -120,7 +130,24 @@ class TrainingState:
         """The balance coefficient of the next step; 0 without side branches."""
         if not self.config.shortcut.enabled:
             return 0.0
-        return balance_coefficient(self.config.shortcut, self.step, self.config.train.epochs * self.steps_per_epoch)
+        total = self.config.train.epochs * self.steps_per_epoch - self.first_step
+        return balance_coefficient(self.config.shortcut, self.step - self.first_step, total)
+
+    @property
+    def first_step(self) -> int:
+        """The step at which the schedules of the run's latest segment start."""
+        segment = self.config.train.segment
+        return 0 if segment is None else segment.from_step
+
+    @property
+    def _position(self) -> tuple[int, int]:
+        return self.step - self.first_step, self.steps_per_epoch
+
+    @property
+    def scheduled_epochs(self) -> float:
+        """The epochs from `first_step` to the end of the training."""
+        first, epochs = self.first_step, self.config.train.epochs
+        return epochs - first / self.steps_per_epoch if first else epochs
 
     def train_mode(self) -> None:
         """Sets the network to training; the batch-norm statistics of frozen modules stay as they are."""
@@ -133,7 +160,7 @@ class TrainingState:
 
     def set_learning_rate(self) -> float:
         """Sets the learning rates and the momentum of the next step; returns the rate of the weights."""
-        position = self.config.optim, self.step, self.steps_per_epoch, self.config.train.epochs
+        position = self.config.optim, *self._position, self.scheduled_epochs
         set_rates(self.optimizer, *position)
         return learning_rate(*position)
 
@@ -164,9 +191,11 @@ class TrainingState:
             "scaler": self.scaler.state_dict(),
             "threads": thread_counts(self.group),
             "kernels": self.cpu_form,
-            "averaged": 0 if self.ema is None else int(self.ema.n_averaged),
+            "averaged": 0 if self.ema is None else self.ema.count,
             "world_sizes": self.world_sizes,
         }
+        if self.config.train.max_minutes is not None:
+            state |= {"seconds": self.clock.seconds, "longest_epoch": self.clock.longest_epoch}
         return Snapshot(tensors, state, self.config.dump())
 
     def restore(self, snapshot: Snapshot) -> str | None:
@@ -180,7 +209,12 @@ class TrainingState:
                 does not allow; the message lists the fields.
         """
         state = CheckpointState.of(snapshot.state, "to resume from")
-        differing = differences(snapshot.config, self.config.dump())
+        begins = self._begins_segment(state)
+        differing = [
+            line
+            for line in differences(snapshot.config, self.config.dump())
+            if not (begins and may_differ_by_segment(line.partition(":")[0]))
+        ]
         if state.data_hash != self.data_hash:
             differing.append(f"data: expected content hash {state.data_hash[:12]}, found {self.data_hash[:12]}")
         if state.world_size != self.group.size and not self.config.cluster.elastic:
@@ -203,6 +237,7 @@ class TrainingState:
         threads = state.threads
         if threads is not None and len(threads) != self.group.size:
             threads = [threads[rank % len(threads)] for rank in range(self.group.size)]
+        self.clock.restart(0.0 if begins else state.seconds, state.longest_epoch)
         return resume_threads(threads, self.group)
 
     def _note_world_size(self, state: CheckpointState) -> None:
@@ -212,6 +247,11 @@ class TrainingState:
         if not kept or kept[-1]["workers"] != self.group.size:
             kept.append({"from_step": self.step, "workers": self.group.size})
         self.world_sizes = kept
+
+    def _begins_segment(self, state: CheckpointState) -> bool:
+        """Whether a checkpoint is the end of the segment before the configured one."""
+        step = state.epoch * state.steps_per_epoch + state.step_in_epoch
+        return self.config.train.segment is not None and step == self.config.train.segment.from_step
 
     def load(self, snapshot: Snapshot) -> None:
         """Restores the weights, also those of side branches, and the position."""
@@ -241,7 +281,7 @@ class TrainingState:
             self.network.load_state_dict(dict(snapshot.tensors["model"]))
             if self.ema is not None:
                 self.ema.module.load_state_dict(dict(snapshot.tensors["average"]))
-                self.ema.n_averaged.fill_(snapshot.state["averaged"])
+                self.ema.count = snapshot.state["averaged"]
 
 
 def _random_state(device: torch.device) -> dict[str, torch.Tensor]:

@@ -6,29 +6,25 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from spikefleet.config.schema import TrainConfig
-from spikefleet.errors import RunError
+from spikefleet.config.train_config import TrainConfig
 from spikefleet.tasks import AnyTask
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.events import EventSink, Note, StepDone
 from spikefleet.training.optimizer import large_step
 from spikefleet.training.rank_statistics import average_statistics
 from spikefleet.training.state import TrainingState
+from spikefleet.training.step_reading import DeviceNumbers, StepNumbers, StepReading
 from spikefleet.training.stopping import StopRequested, never
 from spikefleet.training.stream import pass_over, stream_loss
-from spikefleet_models.gradient_flow import LARGEST_STEP, largest_relative_step
+from spikefleet_models.gradient_flow import LARGEST_STEP, StepSizes, step_sizes
 from spikefleet_models.health import SpikeMonitor
 from spikefleet_pipelines.loading import Batch
-
-_SMALLEST_LOSS_SCALE = 1.0
-
-
-class NonFiniteError(RunError):
-    """A loss or a gradient is not finite; every rank raises it at the same step, before the optimizer step."""
 
 
 class Meter:
@@ -74,7 +70,8 @@ def training_step(
         Whether to stop after this step; the same on all ranks.
 
     Raises:
-        NonFiniteError: the loss or a gradient is not finite; raised on all ranks, before the optimizer step.
+        NonFiniteError: the loss or a gradient is not finite; raised on all ranks, before the weights change. Where
+            `state.reads_late`, it is that of the step before, which changed no weight.
     """
     config, group = state.config, state.group
     if batch.stream is not None and not batch.global_count:
@@ -114,33 +111,129 @@ def training_step(
         for name, value in values.items():
             local[name] = local.get(name, 0) + value.detach().double() * (counted if count is None else 1)
     asked = group.is_main and stop_requested()
-    means, stopping = _global_means(local, divisor.total(batch.global_count), group, asked)
+    sums, total = _global_sums(local, group, asked), divisor.total(batch.global_count)
+    means = dict(zip(local, sums[:-1] / total, strict=True))
+    if state.reads_late:
+        _spoil_if_not_finite(state, means["loss"])
     state.scaler.unscale_(state.optimizer)
     divisor.correct(state.train_model.parameters())
     norms = _gradient_norms(state)
-    _refuse_non_finite(state, means, local, norms["gradient/norm"])
+    reading = StepReading(
+        sums[:-1] / total,
+        tuple(local),
+        asked=sums[-1],
+        local=local["loss"],
+        norm=norms.whole,
+        first_norm=norms.first,
+        scale=state.scaler.scale(torch.ones_like(norms.whole)),
+        gradients=norms.by_parameter,
+    )
+    sizes = _sizes_if_looked_for(state)
+    done = UnreadStep(reading, state.epoch, state.step + 1, batch.global_count, rate, sizes)
+    if state.reads_late:
+        stopping = settle(state, sink)  # the step before; its error leaves the weights as they are
+        _skip_if_not_finite(state, means["loss"], norms.whole)
+    else:
+        stopping = done.check(state)
     if config.train.clip_norm is not None:
-        clip_grads_with_norm_(
-            state.train_model.parameters(), config.train.clip_norm, torch.tensor(norms["gradient/norm"])
-        )
-    _note_large_step(state, rate, sink)
+        clip_grads_with_norm_(state.train_model.parameters(), config.train.clip_norm, norms.whole)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     average_statistics(state.network, group)
     if state.ema is not None:
         state.ema.update_parameters(state.network)
-    for name, mean in means.items():
-        state.sums[name] = state.sums.get(name, 0.0) + mean * batch.global_count
     state.step_in_epoch += 1
     meter.count(batch.global_count)
     if due(config.tracking.every_steps, state.step) or monitor is not None:
-        metrics = {f"train/{name}": mean for name, mean in means.items()} | norms
-        metrics |= {"lr": rate, "images_per_second": meter.rate()}
+        done.logged = {"lr": rate, "images_per_second": meter.rate()}
         if config.shortcut.enabled:
-            metrics["balance_coefficient"] = balance
-        if monitor is not None:
-            metrics |= {f"spikes/{name}": value for name, value in monitor.summary().items()}
-        sink.emit(StepDone(state.epoch, state.step, metrics))
+            done.logged["balance_coefficient"] = balance
+        done.monitor = monitor
+    if state.reads_late:
+        state.unread = done
+        # A single process knows already; of several, each learns it from the numbers.
+        return asked if group.size == 1 else stopping
+    done.finish(state, sink)
+    return stopping
+
+
+@dataclass
+class UnreadStep:
+    """A step whose numbers are on their way to the host, and what is left to do with them."""
+
+    reading: StepReading
+    epoch: int
+    step: int
+    """Steps of the training with this one."""
+    samples: int
+    """Of all ranks."""
+    rate: float
+    """Learning rate of the weights."""
+    sizes: tuple[StepSizes, DeviceNumbers] | None
+    """What tells whether the step is large, where that is looked for."""
+    logged: dict[str, float] | None = None
+    """Metrics that the host knows, where metrics are due."""
+    monitor: SpikeMonitor | None = None
+    numbers: StepNumbers | None = None
+
+    def check(self, state: TrainingState) -> bool:
+        """Reads the numbers; whether to stop, the same on all ranks. Raises NonFiniteError on all ranks."""
+        self.numbers = self.reading.read()
+        bad = None
+        if not state.reads_late and not math.isfinite(self.numbers.norm):  # its gradients are still there
+            named = state.train_model.named_parameters()
+            bad = [name for name, p in named if p.grad is not None and not torch.isfinite(p.grad).all()]
+        self.numbers.refuse_non_finite(self._where, state.group, bad, state.scaler.is_enabled())
+        return self.numbers.stop
+
+    def finish(self, state: TrainingState, sink: EventSink) -> None:
+        """Adds the means to those of the epoch, and tells the metrics if they are due."""
+        numbers = self.numbers
+        assert numbers is not None, "numbers are checked before"
+        self._note_if_large(state, sink)
+        for name, mean in numbers.means.items():
+            state.sums[name] = state.sums.get(name, 0.0) + mean * self.samples
+        if self.logged is None:
+            return
+        metrics = {f"train/{name}": mean for name, mean in numbers.means.items()}
+        metrics |= {"gradient/norm": numbers.norm, "gradient/first_layer_norm": numbers.first_norm, **self.logged}
+        if self.monitor is not None:
+            metrics |= {f"spikes/{name}": value for name, value in self.monitor.summary().items()}
+        sink.emit(StepDone(self.epoch, self.step, metrics))
+
+    @property
+    def _where(self) -> str:
+        return f"step {self.step} (epoch {self.epoch + 1})"
+
+    def _note_if_large(self, state: TrainingState, sink: EventSink) -> None:
+        """Warns once, on rank 0, of a layer that this step changes by more than its own weights."""
+        if self.sizes is None or state.noted_large_step:
+            return
+        sizes, numbers = self.sizes
+        largest = sizes.largest(self.rate, numbers.read())
+        if largest is not None and LARGEST_STEP < largest[1] < math.inf:  # the scaler skips a step that overflows
+            state.noted_large_step = True
+            sink.emit(
+                Note(f"{self._where}: {large_step(*largest, self.rate)}; `spikefleet gradients` shows every layer")
+            )
+
+
+def settle(state: TrainingState, sink: EventSink) -> bool:
+    """Reads what the last step has left to be read, and does what was left to do.
+
+    Called before the weights change again, and before they are evaluated or saved.
+
+    Returns:
+        Whether to stop, the same on all ranks; false if nothing was left.
+
+    Raises:
+        NonFiniteError: the loss or a gradient of that step is not finite, so that it was not applied; on all ranks.
+    """
+    done, state.unread = state.unread, None
+    if done is None:
+        return False
+    stopping = done.check(state)
+    done.finish(state, sink)
     return stopping
 
 
@@ -171,7 +264,7 @@ def micro_batches(batch: Batch, parts: int) -> Iterator[Batch]:
     start = 0
     for images, indices in zip(batch.images.tensor_split(parts), batch.indices.tensor_split(parts), strict=True):
         stop = start + len(indices)
-        yield Batch(images, batch.targets[start:stop], indices, batch.global_count)
+        yield Batch(images, batch.targets[start:stop], indices, batch.global_count, scaling=batch.scaling)
         start = stop
 
 
@@ -222,62 +315,52 @@ class _Divisor:
         return self._group.all_reduce(count.clone()).clamp_min(1)
 
 
-def _global_means(
-    local: Mapping[str, torch.Tensor], total: torch.Tensor | int, group: ProcessGroup, asked: bool
-) -> tuple[dict[str, float], bool]:
-    """Means over all ranks, and whether rank 0 was asked to stop, which costs no further collective."""
+def _global_sums(local: Mapping[str, torch.Tensor], group: ProcessGroup, asked: bool) -> torch.Tensor:
+    """Sums over all ranks, fp64; the last: of ranks that were asked to stop, which costs no further collective."""
     values = [value.double() for value in local.values()]
-    sums = group.all_reduce(torch.stack([*values, torch.full_like(values[0], float(asked))]))
-    return dict(zip(local, (sums[:-1] / total).tolist(), strict=True)), bool(sums[-1] > 0)
+    return group.all_reduce(torch.stack([*values, torch.full_like(values[0], float(asked))]))
 
 
-def _gradient_norms(state: TrainingState) -> dict[str, float]:
-    """L2 norms of the averaged gradient before clipping: over all parameters, and of the first layer's weight."""
+class _Norms(NamedTuple):
+    """L2 norms of the averaged gradient before clipping, on the device."""
+
+    whole: torch.Tensor
+    first: torch.Tensor
+    """Of the first layer's weight."""
+    by_parameter: Mapping[str, torch.Tensor]
+    """Empty where gradients are still there when numbers are read."""
+
+
+def _gradient_norms(state: TrainingState) -> _Norms:
     first = next(p for p in state.network.parameters() if p.ndim > 1)
-    first_norm = 0.0 if first.grad is None else float(first.grad.norm())
-    whole = get_total_norm([p.grad for p in state.train_model.parameters() if p.grad is not None])
-    return {"gradient/norm": float(whole), "gradient/first_layer_norm": first_norm}
+    gradients = {name: p.grad for name, p in state.train_model.named_parameters() if p.grad is not None}
+    whole = get_total_norm(gradients.values())
+    first_norm = torch.zeros_like(whole) if first.grad is None else first.grad.norm()
+    return _Norms(whole, first_norm, {name: g.norm() for name, g in gradients.items()} if state.reads_late else {})
 
 
-def _note_large_step(state: TrainingState, rate: float, sink: EventSink) -> None:
-    """Warns once, on rank 0, of a layer that this step changes by more than its own weights.
-
-    Looked for in the first step and where metrics are logged: it reads all weights and gradients once.
-    """
+def _sizes_if_looked_for(state: TrainingState) -> tuple[StepSizes, DeviceNumbers] | None:
+    """In the first step and where metrics are logged: it reads all weights and gradients once."""
     looks = state.step == 0 or due(state.config.tracking.every_steps, state.step + 1)
     if not looks or not state.group.is_main or state.noted_large_step:
-        return
-    largest = largest_relative_step(state.network, rate, adaptive=state.config.optim.kind == "adamw")
-    if largest is not None and LARGEST_STEP < largest[1] < math.inf:  # the scaler skips a step that overflows
-        state.noted_large_step = True
-        where = f"step {state.step + 1} (epoch {state.epoch + 1})"
-        sink.emit(Note(f"{where}: {large_step(*largest, rate)}; `spikefleet gradients` shows every layer"))
+        return None
+    sizes = step_sizes(state.network, adaptive=state.config.optim.kind == "adamw")
+    return sizes, DeviceNumbers(sizes.numbers)
 
 
-def _refuse_non_finite(
-    state: TrainingState, means: Mapping[str, float], local: Mapping[str, torch.Tensor], norm: float
-) -> None:
-    """Raises NonFiniteError on all ranks: the mean loss and the averaged gradient are the same on all of them."""
-    where = f"step {state.step + 1} (epoch {state.epoch + 1})"
-    remedy = "the step was not applied; lower optim.lr, set train.clip_norm, or check the data of this step"
-    if not math.isfinite(means["loss"]):
-        losses = state.group.all_gather(float(local["loss"]))
-        ranks = [str(rank) for rank, loss in enumerate(losses) if not math.isfinite(loss)]
-        raise NonFiniteError(f"the loss is {means['loss']} at {where}, on rank {', '.join(ranks)}; {remedy}")
-    if math.isfinite(norm):
-        return
+def _spoil_if_not_finite(state: TrainingState, loss: torch.Tensor) -> None:
+    """Makes one gradient NaN where the loss is not finite, for a scaler, which looks at gradients alone."""
+    if state.scaler.is_enabled():
+        given = (p.grad for p in state.train_model.parameters() if p.grad is not None)
+        smallest = min(given, key=torch.Tensor.numel)
+        smallest.add_((loss * 0).to(smallest.dtype))
+
+
+def _skip_if_not_finite(state: TrainingState, loss: torch.Tensor, norm: torch.Tensor) -> None:
+    """Tells a fused optimizer on the device whether to leave the weights alone; a scaler does so itself."""
     if not state.scaler.is_enabled():
-        bad = [name for name, p in state.train_model.named_parameters() if p.grad is not None and not _finite(p.grad)]
-        named = f"{bad[0]} and {len(bad) - 1} more" if len(bad) > 1 else "".join(bad) or "their norm"
-        raise NonFiniteError(f"the gradient is not finite at {where}: {named}; {remedy}")
-    if state.scaler.get_scale() <= _SMALLEST_LOSS_SCALE:  # the scaler skips a step that overflows
-        raise NonFiniteError(
-            f"the fp16 gradient overflows at {where} even at loss scale {state.scaler.get_scale()}; {remedy}"
-        )
-
-
-def _finite(tensor: torch.Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
+        finite = loss.isfinite() & norm.isfinite()
+        state.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
 
 
 def due(every: int | None, count: int) -> bool:

@@ -24,9 +24,13 @@ from spikefleet.inference.trained_network import TrainedNetwork, evaluate_on_spl
 from spikefleet.runs.options import Options
 from spikefleet.runs.train_run import run_training
 from spikefleet_pipelines.events.binning_config import BinningConfig
+from spikefleet_pipelines.events.recording import EventArrays
 from spikefleet_pipelines.events.representations import bin_events
 from spikefleet_pipelines.events.windows import StoredRecording
+from spikefleet_pipelines.store.event_format import EventFormat
 from spikefleet_pipelines.store.event_reader import EventSplit
+from spikefleet_pipelines.store.event_shard_writer import SourceRecording
+from spikefleet_pipelines.store.event_writer import EventStoreWriter
 from spikefleet_pipelines.store.reader import Store
 from support.event_stores import LENGTH, labelled_store
 from support.registered import Trained
@@ -140,6 +144,25 @@ def test_windows_of_a_file_are_answered_with_their_times(
     assert f"{(7_000_000 + first) / 1000:,.6g} to" in plain
 
 
+def test_windows_of_a_store_have_the_clock_of_their_recording(trained: TrainedNetwork, tmp_path: Path) -> None:
+    late = EventArrays(
+        np.array([9_000_000, 9_010_000]), np.array([1, 2], np.uint16), np.array([3, 4], np.uint16),
+        np.array([0, 1], np.uint8),
+    )  # fmt: skip
+    with EventStoreWriter(
+        tmp_path / "late", source="saccades", class_names=list("abcd"), events=EventFormat.of(SENSOR), options={}
+    ) as writer:
+        for split in ("train", "test"):
+            chunks = [SourceRecording([late], label, duration=50_000) for label in range(4)]
+            writer.write_recordings(split, chunks)
+        writer.commit()
+    answers = predict_recordings(trained, [tmp_path / "late"], window="20ms").answers
+    assert [(one["start_us"], one["end_us"], one["events"]) for one in answers[:3]] == [
+        (9_000_000, 9_020_000, 2), (9_020_000, 9_040_000, 0), (9_040_000, 9_060_000, 0)
+    ]  # fmt: skip
+    assert predict_recordings(trained, [tmp_path / "late"]).answers[0]["start_us"] == 9_000_000
+
+
 def test_what_cannot_be_predicted_is_refused(desk: Path, trained: TrainedNetwork, tmp_path: Path) -> None:
     other = labelled_store(tmp_path / "other", "saccades", (12, 20), [50] * 8, classes=4)
     done = predict_recordings(trained, [Path(other.location)])
@@ -147,6 +170,10 @@ def test_what_cannot_be_predicted_is_refused(desk: Path, trained: TrainedNetwork
     assert "a sensor of 12 x 20, but the network was trained on 12 x 16" in done.bad[0][1]
     (tmp_path / "bad.csv").write_text("t,x,y,p\n1,99,0,1\n")
     assert "outside the sensor 12x16" in predict_recordings(trained, [tmp_path / "bad.csv"]).bad[0][1]
+    np.save(tmp_path / "still.npy", np.zeros(0, [("t", "i8"), ("x", "u2"), ("y", "u2"), ("p", "u1")]))
+    assert (
+        "has no event, so there is nothing to answer" in predict_recordings(trained, [tmp_path / "still.npy"]).bad[0][1]
+    )
     for path, window, said in (
         (tmp_path / "none.dat", None, "does not exist"),
         (desk / "store", "40", "--window '40' is no duration"),

@@ -65,6 +65,18 @@ def recorded(first: Trained, version: RegisteredVersion, form: str) -> Any:
     return json.loads(tags[f"spikefleet.export.{form}"]) if f"spikefleet.export.{form}" in tags else None
 
 
+def test_int8_weights_are_exported_smaller_and_recorded_beside_fp32(
+    export: Export, first: Trained, rate: RegisteredVersion, tmp_path: Path
+) -> None:
+    path = tmp_path / "small.onnx"
+    done = export("rate/1", "onnx", path, "--precision", "int8")
+    assert done.exit_code == 0, done.output
+    assert "as onnx, weights in int8:" in done.output
+    description = json.loads(Path(f"{path}.json").read_text())
+    assert description["precision"] == "int8"
+    assert recorded(first, rate, "onnx.int8")["sha256"] == sha256_of(path)
+
+
 @pytest.mark.parametrize("form", ["onnx", "nir", "spikes"])
 def test_a_version_is_exported_compared_and_recorded(
     export: Export, first: Trained, rate: RegisteredVersion, form: str, tmp_path: Path

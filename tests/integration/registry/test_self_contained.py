@@ -18,7 +18,9 @@ from safetensors.torch import save_file
 
 from spikefleet.config.recipes import load_config
 from spikefleet.data_summary import DATA_SUMMARY, DataSummary
+from spikefleet.inference.image_lists import list_of_images
 from spikefleet.inference.prediction import predict_files
+from spikefleet.inference.predictor import Predictor
 from spikefleet.inference.trained_network import open_trained_network
 from spikefleet.registry.api import RegisteredVersion, pull
 from spikefleet.registry.package import CODE, write_package
@@ -141,7 +143,9 @@ def served(
 def command_line(name: str, version: RegisteredVersion, first: Trained, folder: Path, image: Path) -> dict[str, Any]:
     """What `spikefleet predict models:/NAME/VERSION IMAGE --score 0` answers."""
     trained = open_trained_network(str(pull(version.uri, folder / name, tracking_uri=first.uri)), folder)
-    (answer,) = predict_files(trained, [image], score=0).answers
+    answers: list[Any] = []
+    predict_files(trained, list_of_images([str(image)]), Predictor(trained, score=0), answered=answers.append)
+    (answer,) = answers
     return answer
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from spikefleet.config.recipes import load_config
 from spikefleet.data_summary import DataSummary
 from spikefleet.inference.prediction import predict_images
-from spikefleet.inference.trained_network import TrainedNetwork
+from spikefleet.inference.trained_network import TrainedNetwork, in_precision
 from spikefleet.registry.api import RegisteredVersion
 from spikefleet.registry.package import load_network
 from support.registered import Trained
@@ -73,6 +73,22 @@ def test_images_of_any_size_get_the_answer_of_the_command_line(
     ((_, prediction),) = predict_images(trained, [tmp_path / "first.png"])
     best = trained.task.report.answer(prediction)["classes"][0]["name"]
     assert table.columns[table.to_numpy()[0].argmax()] == best
+
+
+def test_a_version_is_served_with_int8_weights(first: Trained, registered: RegisteredVersion, pulled: Path) -> None:
+    mlflow.set_tracking_uri(first.uri)
+    mlflow.set_registry_uri(first.uri)
+    pixels = np.random.default_rng(7).integers(0, 256, (4, 1, 8, 8), np.uint8)
+    low = mlflow.pyfunc.load_model("models:/digits@champion", model_config={"precision": "int8"})
+    found = low.predict(pixels).to_numpy()
+    expected = [one for _, one in predict_images(in_precision(opened(pulled), "int8"), list(pixels))]
+    for row, ranking in zip(found, expected, strict=True):
+        for position, probability in zip(ranking.classes, ranking.probabilities, strict=True):
+            assert row[position] == pytest.approx(probability, abs=1e-6)
+    exact = mlflow.pyfunc.load_model("models:/digits@champion").predict(pixels).to_numpy()
+    assert not np.array_equal(found, exact)
+    with pytest.raises(Exception, match="precision is 'int4', expected one of fp32, bf16, int8"):
+        mlflow.pyfunc.load_model("models:/digits@champion", model_config={"precision": "int4"})
 
 
 def test_images_of_several_sizes_are_answered_each_for_itself(served: Any, pulled: Path) -> None:

@@ -1,0 +1,236 @@
+"""Parquet files with images (parquet.apache.org; huggingface.co/docs/datasets: features Image, ClassLabel and List).
+
+An image is a struct `{bytes, path}`, or bytes. Its class is a column of indices, whose names are in the schema's
+metadata `huggingface` (a ClassLabel), or of names. Objects are a column of lists: `{bbox: [...], category: [...]}`, or
+a list of `{bbox, category}`. The split is in the name of the file or of its folder. Pixels are read when the store is
+written, one row group at a time.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from spikefleet_pipelines.errors import SourceError
+from spikefleet_pipelines.sources.boxed_images import BoxedContents
+from spikefleet_pipelines.sources.image_records import Record, contents_of, label_of, objects_of
+from spikefleet_pipelines.sources.labelled_images import LabelledContents
+from spikefleet_pipelines.sources.parquet_images_config import PARQUET, PARQUET_ADVICE, ParquetOptions
+from spikefleet_pipelines.sources.split_names import by_split
+from spikefleet_pipelines.sources.text_files import short
+from spikefleet_pipelines.store.image_files import MAX_FILE_BYTES
+
+_IMAGES = ("image", "img", "picture")
+_LABELS = ("label", "labels", "class", "category", "fine_label")
+_OBJECTS = ("objects", "annotations", "annotation")
+
+
+@dataclass(frozen=True)
+class ParquetImage:
+    """An image in a row of a Parquet file."""
+
+    file: Path
+    column: str
+    group: int
+    row: int
+    """In its row group."""
+    number: int
+    """In the file."""
+    size: int
+    """Bytes of an image of the row group on average."""
+
+    def __str__(self) -> str:
+        return f"{self.file}, row {self.number}"
+
+    def below(self, root: Path) -> str:
+        """Return its name for groups."""
+        return f"{self.file.relative_to(root).as_posix()}/{self.number}"
+
+    def read(self) -> bytes:
+        """Read the encoded image. Raises ValueError with the reason if that is not possible."""
+        try:
+            value = _row_group(self.file, self.column, self.group)[self.row].as_py()
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"the row group cannot be read: {_first_line(error)}") from None
+        if isinstance(value, Mapping):
+            if value.get("bytes") is None and value.get("path"):
+                raise ValueError(
+                    f"it holds the path {short(value['path'])} and not the image; write the files with embedded images "
+                    "(`Dataset.save_to_disk` or `push_to_hub` embed them)"
+                )
+            value = value.get("bytes")
+        if not value:
+            raise ValueError("the row has no image")
+        if len(value) > MAX_FILE_BYTES:
+            raise ValueError(f"the image has {len(value):,} bytes, expected 1 to {MAX_FILE_BYTES:,}")
+        return bytes(value)
+
+
+@lru_cache(maxsize=1)
+def _row_group(file: Path, column: str, group: int) -> Any:
+    with pq.ParquetFile(file) as opened:
+        return opened.read_row_group(group, columns=[column]).column(column)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """What the columns of a file are."""
+
+    image: str
+    target: str
+    objects: bool
+    names: tuple[str, ...] | None
+    """Of the classes, where the schema has them."""
+
+
+def read_parquet(root: Path, options: ParquetOptions, seed: int) -> LabelledContents | BoxedContents:
+    """Read classes or objects of all rows.
+
+    Raises:
+        SourceError: there is no file, one is damaged, or its columns are not of images with classes; the message names
+            file, row and value.
+    """
+    paths = [path for path in root.rglob("*.parquet") if not any(part.startswith(".") for part in path.parts)]
+    if not paths:
+        raise PARQUET.missing(root)
+    names: tuple[str, ...] | None = None
+    first: Path | None = None
+    splits: dict[str, list[Record]] = {}
+    for split, files in by_split(root, paths).items():
+        splits[split] = []
+        for path in files:
+            columns, records = _read_file(path, options)
+            if first is not None and columns.names != names:
+                raise SourceError(f"{path}: the names of the classes are not those of {first}; prepare one data set")
+            names, first = columns.names, path
+            splits[split] += records
+    return contents_of(PARQUET.name, root, splits, names, options, seed, Counter(), PARQUET_ADVICE)
+
+
+def _read_file(path: Path, options: ParquetOptions) -> tuple[_Columns, list[Record]]:
+    try:
+        with pq.ParquetFile(path) as file:
+            columns = _columns(path, file.schema_arrow, options)
+            records: list[Record] = []
+            for group in range(file.num_row_groups):
+                targets = file.read_row_group(group, columns=[columns.target]).column(columns.target).to_pylist()
+                size = _image_bytes(file, group, columns.image)
+                for row, target in enumerate(targets):
+                    image = ParquetImage(path, columns.image, group, row, len(records), size)
+                    records.append(_record(image, target, columns, options))
+            return columns, records
+    except (pa.ArrowException, OSError) as error:
+        raise SourceError(f"{path} cannot be read as Parquet: {_first_line(error)}; replace the file") from error
+
+
+def _record(image: ParquetImage, target: Any, columns: _Columns, options: ParquetOptions) -> Record:
+    where = str(image)
+    if not columns.objects:
+        return Record(image, label_of(where, target))
+    boxes, labels = objects_of(where, [] if target is None else target, options.boxes == "xyxy")
+    return Record(image, None, boxes, labels)
+
+
+def _image_bytes(file: pq.ParquetFile, group: int, column: str) -> int:
+    of_group = file.metadata.row_group(group)
+    held = (of_group.column(number) for number in range(of_group.num_columns))
+    total = sum(one.total_uncompressed_size for one in held if one.path_in_schema.split(".")[0] == column)
+    return max(1, total // max(1, of_group.num_rows))
+
+
+def _columns(path: Path, schema: pa.Schema, options: ParquetOptions) -> _Columns:
+    features = _features(path, schema)
+    image = _named(path, schema, options.image, "image") or _image_column(path, schema, features)
+    given = _named(path, schema, options.label, "label")
+    target = given or _target_column(path, schema, features, image)
+    nested = pa.types.is_nested(schema.field(target).type)
+    return _Columns(image, target, nested, _class_names(path, features.get(target), target))
+
+
+def _features(path: Path, schema: pa.Schema) -> Mapping[str, Any]:
+    """The features that `datasets` wrote, by column; none where another program wrote the file."""
+    held = (schema.metadata or {}).get(b"huggingface")
+    if held is None:
+        return {}
+    try:
+        features = json.loads(held)["info"]["features"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        features = None
+    if not isinstance(features, dict):
+        raise SourceError(f"{path}: the schema's metadata 'huggingface' has no features; write the file anew")
+    return features
+
+
+def _named(path: Path, schema: pa.Schema, name: str | None, option: str) -> str | None:
+    if name is not None and name not in schema.names:
+        raise SourceError(f"{path}: option {option}={name!r}, but its columns are {', '.join(schema.names)}")
+    return name
+
+
+def _image_column(path: Path, schema: pa.Schema, features: Mapping[str, Any]) -> str:
+    found = [name for name, feature in features.items() if _kind(feature) == "Image" and name in schema.names]
+    found = found or [field.name for field in schema if _holds_bytes(field.type)]
+    usual = [name for name in _IMAGES if name in found]
+    if usual or len(found) == 1:
+        return (usual or found)[0]
+    what = f"the columns {', '.join(found)} are" if found else "none of its columns is"
+    raise SourceError(
+        f"{path}: {what} of images; its columns are {', '.join(schema.names)}; choose one with option image=NAME"
+    )
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _target_column(path: Path, schema: pa.Schema, features: Mapping[str, Any], image: str) -> str:
+    others = [name for name in schema.names if name != image]
+    for name in _OBJECTS:
+        if name in others and pa.types.is_nested(schema.field(name).type):
+            return name
+    found = [name for name in others if _kind(features.get(name)) == "ClassLabel"]
+    usual = [name for name in _LABELS if name in (found or others)]
+    if usual or len(found) == 1:
+        return (usual or found)[0]
+    raise SourceError(
+        f"{path}: none of its columns ({', '.join(schema.names)}) is known as the classes; choose one with option "
+        "label=NAME"
+    )
+
+
+def _kind(feature: Any) -> Any:
+    return feature.get("_type") if isinstance(feature, dict) else None
+
+
+def _class_names(path: Path, feature: Any, column: str) -> tuple[str, ...] | None:
+    """The names of the ClassLabel in a feature, at any depth (objects have it in a list)."""
+    found: list[Sequence[Any]] = []
+    waiting = [feature]
+    while waiting:
+        one = waiting.pop()
+        if _kind(one) == "ClassLabel":
+            found.append(one.get("names") or ())
+        elif isinstance(one, dict):
+            waiting += one.values()
+        elif isinstance(one, list):
+            waiting += one
+    if not found:
+        return None
+    names = found[0]
+    if len(found) > 1 or not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise SourceError(
+            f"{path}: the names of the classes of column {column!r} are not one list of text; correct them"
+        )
+    return tuple(names)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,1 @@
+"""What is known and measured of a trained network, on one page."""

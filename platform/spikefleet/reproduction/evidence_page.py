@@ -1,0 +1,277 @@
+"""The page of evidence, EVIDENCE.md: every number on it is computed from recorded results."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from spikefleet.gates.paired import ALPHA
+from spikefleet.reproduction.depth_gradients import DepthGradients
+from spikefleet.reproduction.evidence import TableEvidence
+from spikefleet.reproduction.evidence_plots import (
+    GRADIENTS_PLOT,
+    draw_evidence,
+    draw_gradients,
+    has_rates,
+    plot_name,
+)
+from spikefleet.reproduction.paired_seeds import POWER, smallest_effect
+from spikefleet.reproduction.report import SCALES
+from spikefleet.reproduction.results import Training
+from spikefleet.reproduction.scales import FEW_IMAGES
+from spikefleet.reproduction.training_time import words_of
+from spikefleet.reproduction.verdict import JudgedClaim, JudgedPair
+from spikefleet_tune.atomic import write_atomically
+from spikefleet_tune.messages import counted
+
+SEEDS = (3, 5, 10)
+"""For how many seeds the page says what they can show."""
+
+_READ = (
+    "A claim is that one row of a table is better than another, at one or several depths or T. Each row is trained "
+    "with several seeds, and differences are formed between trainings of one seed. A difference is **shown** if it has "
+    "the claimed sign, and p of the two-sided paired t-test, adjusted for all comparisons of the table (Holm), is at "
+    f"most {ALPHA:.0%}; **reversed** if it has the opposite sign and is as clear; else **open**.",
+    "",
+    "| verdict | of the claim's comparisons |",
+    "| --- | --- |",
+    "| holds | all were run, and all are shown |",
+    "| holds in part | some are shown; others are open, reversed or not run |",
+    "| not shown at this scale | none is shown, and none reversed: an effect may be smaller than these seeds show |",
+    "| contradicted | some are reversed, and none is shown |",
+    "| not run yet | none was run with two seeds |",
+    "",
+    "Accuracies on other data and of other networks are other quantities: the paper's differences stand beside ours, "
+    "and ours / paper's says how large the effect is, not how near a reproduction came. Effect sizes are in standard "
+    "deviations over the seeds of a row. The last column is the smallest true difference that "
+    f"{', '.join(map(str, SEEDS))} seeds would show with probability {POWER:.0%}, were it the only comparison.",
+)
+"""How to read the page; the rule is that of `JudgedClaim.verdict`."""
+
+
+def write_evidence(
+    found: Sequence[TableEvidence], gradients: DepthGradients | None, page: Path, plots: Path, command: str
+) -> list[Path]:
+    """Writes the page, and the plots of each table and scale that was run.
+
+    Args:
+        found: the evidence.
+        gradients: by depth, if they were measured.
+        page: the Markdown file.
+        plots: directory of the plots.
+        command: that writes the page.
+
+    Returns:
+        The paths of the plots.
+    """
+    paths = [path for one in found for path in draw_evidence(one, plots)]
+    if gradients is not None:
+        draw_gradients(gradients, plots / GRADIENTS_PLOT)
+        paths.append(plots / GRADIENTS_PLOT)
+    write_atomically(page, as_page(found, gradients, _relative(plots, page), command))
+    return paths
+
+
+def as_page(found: Sequence[TableEvidence], gradients: DepthGradients | None, plots: str, command: str) -> str:
+    """The page as Markdown.
+
+    Args:
+        found: the evidence.
+        gradients: by depth, if they were measured.
+        plots: directory of the plots, as links of the page name it.
+        command: that writes the page.
+    """
+    run = [one for one in found if one.was_run]
+    lines = ["# Evidence: what holds here of the papers' claims", ""]
+    lines += [f"Written by `{command}` from recorded results.", ""]
+    trainings = _distinct(run)
+    seconds = sum(one.seconds for one in trainings.values())
+    lines += [f"{counted(len(trainings), 'training')}, {words_of(seconds)} in all.", ""]
+    lines += ["## Verdicts", "", *_verdicts(found), "", "## How to read this", "", *_READ, ""]
+    for one in run:
+        lines += [*_section(one, plots), ""]
+    lines += [*_gradients(gradients, plots), ""]
+    lines += ["## Not run, and why", "", *_not_run(found), "", "## Origin of the results", "", *_origin(run)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def as_verdicts(found: Sequence[TableEvidence]) -> list[dict[str, Any]]:
+    """The verdicts as plain data, one for each claim and scale."""
+    return [
+        {
+            "table": one.table.name,
+            "scale": one.scale,
+            "claim": judged.claim.name,
+            "says": judged.claim.says,
+            "verdict": judged.verdict,
+            "run": one.was_run,
+            "pairs": [
+                {
+                    "at": pair.rows.at,
+                    "first": pair.rows.first,
+                    "second": pair.rows.second,
+                    "found": pair.found,
+                    "seeds": 0 if pair.ours is None else pair.ours.seeds,
+                    "difference": None if pair.ours is None else pair.ours.difference,
+                    "interval": None if pair.ours is None else pair.ours.interval,
+                    "paper": pair.paper,
+                    "adjusted_p": pair.adjusted_p,
+                }
+                for pair in judged.pairs
+            ],
+        }
+        for one in found
+        for judged in one.claims
+    ]
+
+
+def _verdicts(found: Sequence[TableEvidence]) -> Iterator[str]:
+    yield "| claim | paper | scale | verdict | shown, reversed, open, not run |"
+    yield "| --- | --- | --- | --- | --- |"
+    tables = {one.table.name: one.table for one in found}
+    for name, table in tables.items():
+        of_table = [one for one in found if one.table.name == name]
+        shown = [one for one in of_table if one.was_run] or of_table[:1]
+        for one in shown:
+            for judged in one.claims:
+                states = [pair.found for pair in judged.pairs]
+                counts = ", ".join(str(states.count(state)) for state in ("shown", "reversed", "open", "not run"))
+                scale = f"`{one.scale}`" if one.was_run else "-"
+                yield f"| {judged.claim.says} | {table.paper} | {scale} | {judged.verdict} | {counts} |"
+
+
+def _section(one: TableEvidence, plots: str) -> Iterator[str]:
+    yield f"## {one.table.title}, on `{one.scale}`"
+    yield ""
+    yield f"{one.table.paper}. Scale `{one.scale}`: {SCALES[one.scale]}."
+    yield ""
+    seeds = max(len(rows) for rows in one.trainings.values())
+    yield f"Command: `{_command(one, seeds)}`."
+    yield ""
+    for judged in one.claims:
+        yield from _claim(one, judged)
+    yield f"![Differences by seed with their intervals, and the paper's]({plots}/{plot_name(one)})"
+    if has_rates(one):
+        yield ""
+        yield f"![Firing rates by layer; the balance coefficient by epoch]({plots}/{plot_name(one, 'training')})"
+
+
+def _claim(one: TableEvidence, judged: JudgedClaim) -> Iterator[str]:
+    column = one.table.columns[judged.claim.column]
+    yield f"**{judged.claim.says}** {judged.verdict.capitalize()}."
+    yield ""
+    smallest = ", ".join(map(str, SEEDS))
+    yield (
+        f"| {column.label}, {column.unit} | first | second | difference, 95 % interval | paper's | ours / paper's | "
+        f"effect size | seeds | adjusted p | | shown by {smallest} seeds |"
+    )
+    yield f"|{' --- |' * 11}"
+    for pair in judged.pairs:
+        yield _row(pair)
+    yield ""
+
+
+def _row(pair: JudgedPair) -> str:
+    ours, at = pair.ours, f"{pair.rows.at}: {pair.rows.first} against {pair.rows.second}"
+    paper = "-" if pair.paper is None else f"{pair.paper:+.4g}"
+    if ours is None:
+        return f"| {at} | - | - | - | {paper} | - | - | 0 | - | not run | - |"
+    first, second = (f"{sum(values) / len(values):.4g}" for values in (ours.first, ours.second))
+    between = "no interval" if ours.interval is None else f"{ours.interval[0]:+.3g} to {ours.interval[1]:+.3g}"
+    relative, size, p = ours.relative_to(pair.paper), ours.effect_size, pair.adjusted_p
+    deviation = ours.deviation
+    smallest = "-" if deviation is None else ", ".join(f"{smallest_effect(deviation, seeds):.2g}" for seeds in SEEDS)
+    cells = (
+        at,
+        first,
+        second,
+        f"{ours.difference:+.3g} ({between})",
+        paper,
+        _number(relative),
+        _number(size),
+        str(ours.seeds),
+        "-" if p is None else f"{p:.2g}",
+        pair.found,
+        smallest,
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.2g}"
+
+
+def _gradients(gradients: DepthGradients | None, plots: str) -> Iterator[str]:
+    yield "## What trains deep networks: the first layer's gradient over depth"
+    yield ""
+    if gradients is None:
+        yield "Not run yet: `python tests/bench/depth_gradients.py`."
+        return
+    yield (
+        f"Gradient norm of the first layer over that of the last one that feeds neurons, at initialisation on noise; "
+        f"geometric mean over {counted(gradients.seeds, 'seed')}. Recipe `{gradients.recipe}`, side branches after "
+        f"each stage where the column says so; code {gradients.code_version}. `python tests/bench/depth_gradients.py`"
+    )
+    yield ""
+    depths = gradients.depths
+    yield f"| connection | side branches | {' | '.join(f'{depth} layers' for depth in depths)} |"
+    yield f"|{' --- |' * (len(depths) + 2)}"
+    for (connection, branches), by_depth in gradients.ratios().items():
+        cells = (f"{by_depth[depth]:.2g}" if depth in by_depth else "-" for depth in depths)
+        yield f"| {connection} | {'with' if branches else 'without'} | {' | '.join(cells)} |"
+    yield ""
+    yield f"![The first layer's gradient over depth, with and without side branches]({plots}/{GRADIENTS_PLOT})"
+
+
+def _command(one: TableEvidence, seeds: int) -> str:
+    results = "platform/spikefleet/reproduction/results"
+    return f"spikefleet reproduce {one.table.name} --scale {one.scale} --seeds {seeds} --results {results}"
+
+
+def _not_run(found: Sequence[TableEvidence]) -> Iterator[str]:
+    tables = {one.table.name: one.table for one in found}
+    for name, table in tables.items():
+        missing = [one for one in found if one.table.name == name and not one.was_run]
+        scales = [f"`{one.scale}`" + (" (the paper's data, on GPUs)" if one.scale == "full" else "") for one in missing]
+        if missing:
+            head = f"* {table.paper}, {table.title}: nothing to compare yet at"
+            first = next((one for scale in FEW_IMAGES for one in missing if one.scale == scale), missing[0])
+            yield f"{head} {', '.join(scales)}. `{_command(first, 5)}`"
+    for table in tables.values():
+        for entry in table.entries():
+            refusals = dict.fromkeys(entry.group.refusal(entry.row, scale) for scale in table.scales)
+            for reason in filter(None, refusals):
+                yield f"* {table.paper}, row {entry.row.name}: {reason}."
+
+
+def _origin(run: Sequence[TableEvidence]) -> Iterator[str]:
+    if not run:
+        yield "There are no recorded results yet."
+        return
+    yield "| scale | data | trainings | time | code | content of the data |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for scale in dict.fromkeys(one.scale for one in run):
+        of_scale = [one for one in run if one.scale == scale]
+        trainings = list(_distinct(of_scale).values())
+        data, code, hashes = (
+            ", ".join(dict.fromkeys(values))
+            for values in (
+                [one.dataset for one in trainings],
+                sorted(one.code_version for one in trainings),
+                [one.data_hash[:12] for one in trainings],
+            )
+        )
+        time = words_of(sum(one.seconds for one in trainings))
+        yield f"| `{scale}` | {data} | {len(trainings)} | {time} | {code} | {hashes} |"
+
+
+def _distinct(found: Sequence[TableEvidence]) -> dict[str, Training]:
+    """Trainings by digest; tables share them."""
+    return {digest: one for evidence in found for digest, one in evidence.distinct.items()}
+
+
+def _relative(plots: Path, page: Path) -> str:
+    """The directory of the plots as seen from the page's."""
+    return Path(os.path.relpath(plots.resolve(), page.resolve().parent)).as_posix()

@@ -1,0 +1,123 @@
+"""What a driver makes of Ray's list of hosts, without a cluster: which host failed its workers, and which did not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from spikefleet.cluster import host_watch
+from spikefleet.cluster.host_watch import NODE, HostWatch
+from spikefleet.cluster.watched_sink import WatchedSink
+from spikefleet.training.events import Event, Note, Started, Waiting, WorkerFailed
+
+
+class Heard:
+    """Keeps all events."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def emit(self, event: Event) -> None:
+        self.events.append(event)
+
+
+class Hosts:
+    """Ray's answers: hosts a, b and c with two CPUs each."""
+
+    def __init__(self) -> None:
+        self.gone: set[str] = set()
+        self.draining: Callable[[], dict[str, int]] = dict
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "NodeID": name,
+                "Alive": name not in self.gone,
+                "NodeManagerAddress": f"10.0.0.{number}",
+                "Resources": {"CPU": 2.0},
+            }
+            for number, name in enumerate("abc", 1)
+        ]
+
+
+@pytest.fixture
+def hosts(monkeypatch: pytest.MonkeyPatch) -> Hosts:
+    known = Hosts()
+    monkeypatch.setattr(ray, "nodes", known.nodes)
+    monkeypatch.setattr(ray._private.state.state, "get_draining_nodes", lambda: known.draining())
+    for name in ("_SETTLE_S", "_SETTLE_PEER_S", "_SETTLE_LOOK_S", "_LOOK_EVERY_S"):
+        monkeypatch.setattr(host_watch, name, 0.01)
+    return known
+
+
+@pytest.fixture
+def attempt(tmp_path: Path) -> Path:
+    """An attempt whose workers are on hosts a and b."""
+    for rank, node in enumerate("ab"):
+        (tmp_path / f"{NODE}{rank}").write_text(node)
+    return tmp_path
+
+
+def watched(attempt: Path, heard: Heard, cpus: float = 2) -> WatchedSink:
+    sink = WatchedSink(heard, HostWatch({"CPU": cpus}, 30, heard), "run")
+    sink.attempt = attempt
+    sink.emit(Started(0, 4, 2, 2))
+    return sink
+
+
+def reasons(heard: Heard) -> list[str]:
+    return [event.reason for event in heard.events if isinstance(event, WorkerFailed)]
+
+
+def test_an_error_of_a_worker_stays_when_an_idle_host_was_removed_before(hosts: Hosts, attempt: Path) -> None:
+    heard = Heard()
+    sink = watched(attempt, heard)
+    hosts.gone = {"c"}
+    sink.hosts._look()
+    sink.emit(WorkerFailed("CUDA out of memory"))
+    assert reasons(heard) == ["CUDA out of memory"]
+
+
+def test_a_host_of_a_worker_is_named_before_what_the_workers_say(hosts: Hosts, attempt: Path) -> None:
+    heard = Heard()
+    sink = watched(attempt, heard)
+    hosts.gone = {"b", "c"}
+    sink.emit(WorkerFailed("connection reset by peer"))
+    sink.emit(WorkerFailed("CUDA out of memory"))
+    assert reasons(heard) == ["host 10.0.0.2 is gone", "host 10.0.0.2 is gone (CUDA out of memory)"]
+    sink.attempt = None
+    sink.emit(WorkerFailed("the workers did not start"))
+    assert reasons(heard)[2] == "the workers did not start"
+
+
+def test_without_the_list_of_draining_hosts_the_run_still_knows_what_is_there(hosts: Hosts, attempt: Path) -> None:
+    def unknown() -> dict[str, int]:
+        raise AttributeError("'GlobalState' object has no attribute 'get_draining_nodes'")
+
+    hosts.draining = unknown
+    heard = Heard()
+    sink = watched(attempt, heard, cpus=6)
+    sink.hosts._look()
+    notes = [event.text for event in heard.events if isinstance(event, Note)]
+    assert len(notes) == 1, "said once"
+    assert "does not say which hosts will be taken away (AttributeError: 'GlobalState' object has no" in notes[0]
+    hosts.gone = {"b"}
+    sink.hosts._look()
+    sink.hosts._looked = 0.0
+    sink.hosts.tick(training=False)
+    (waits,) = [event.what for event in heard.events if isinstance(event, Waiting)]
+    assert waits == "host 10.0.0.2 is gone; the run waits for 2 more CPUs (4 of 6 there)"
+
+
+def test_a_host_that_is_drained_is_leaving_if_it_has_a_worker(hosts: Hosts, attempt: Path) -> None:
+    sink = watched(attempt, Heard())
+    hosts.draining = lambda: {"c": 0}
+    sink.hosts._look()
+    assert sink.hosts.leaving(attempt) is None
+    hosts.draining = lambda: {"b": 0, "c": 0}
+    sink.hosts._look()
+    assert sink.hosts.leaving(attempt) == "10.0.0.2"
