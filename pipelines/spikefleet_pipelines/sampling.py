@@ -2,7 +2,8 @@
 
 The order of an epoch is a pure function of (seed, epoch). Global batch s is the same set of samples for every world
 size; rank r takes its contiguous slice of it. A checkpoint therefore only stores (epoch, step). Where samples are
-grouped, the order also depends on the size of a rank's slice, which then has samples of one group.
+grouped, the order also depends on the size of a rank's slice, which then has samples of one group; where the world size
+may change during a training, on that of the largest one.
 """
 
 from collections.abc import Iterator
@@ -130,11 +131,15 @@ class EpochPlan:
     With groups a rank's slice of a batch has samples of one group, in a random order of groups. What does not fill a
     slice, fewer samples of each group than a slice has, comes at the end of the epoch, mixed.
 
+    With `largest_world` the number of ranks may change between two steps: number of steps, order and groups are then
+    those of the largest one, so that every sample still occurs once.
+
     Attributes:
         samples: number of samples of the split.
         global_batch: samples of all ranks per step.
         world_size: number of ranks.
         rank: of this process.
+        largest_world: the largest number of ranks that the training may have; None: it has always `world_size`.
         seed: of the order.
         training: the samples to train on, and their groups.
         accumulate: parts of a step, between which gradients are accumulated.
@@ -149,6 +154,7 @@ class EpochPlan:
     global_batch: int
     world_size: int = 1
     rank: int = 0
+    largest_world: int | None = None
     seed: int = 0
     accumulate: int = 1
     shuffle: bool = True
@@ -188,7 +194,12 @@ class EpochPlan:
     @property
     def _least_batch(self) -> int:
         # One sample per part is allowed only where the user's own batch is no larger.
-        return min(2 * self.world_size * self.accumulate, self.global_batch)
+        return min(2 * self._ranks * self.accumulate, self.global_batch)
+
+    @property
+    def _ranks(self) -> int:
+        """The number of ranks that steps and groups are made for."""
+        return self.largest_world or self.world_size
 
     @property
     def steps_per_epoch(self) -> int:
@@ -224,7 +235,7 @@ class EpochPlan:
             order = balance.epoch(epoch)[order]
         if rows is not None:
             order = rows[order]
-        return order if groups is None else order[_in_groups(groups[order], self.global_batch // self.world_size)]
+        return order if groups is None else order[_in_groups(groups[order], self.global_batch // self._ranks)]
 
     def _batches(self, epoch: int, start_step: int) -> Iterator[StepBatch]:
         order = self._order(epoch)

@@ -146,7 +146,7 @@ def train(
     recipe: str,
     overrides: Mapping[str, Any] | None = None,
     *,
-    workers: int | None = None,
+    workers: int | str | None = None,
     gpu: bool = False,
     name: str | None = None,
     resume: str | None = None,
@@ -163,7 +163,8 @@ def train(
     Args:
         recipe: a name (`spikefleet recipes` lists them), or the path of a YAML file.
         overrides: values by dotted key, such as `{"model.timesteps": 2}`.
-        workers: Ray Train workers; 0 trains in this process, without Ray.
+        workers: Ray Train workers; 0 trains in this process, without Ray; "MIN:MAX" as many as the hosts have places
+            for.
         gpu: use one GPU per worker.
         name: of the run; by default the recipe with a digest of the configuration.
         resume: name of an existing run to resume with its own configuration.

@@ -11,9 +11,9 @@ import pytest
 
 from spikefleet.training.checkpoints import CheckpointFolder
 from support.cluster_runs import EPOCH, Training, assert_equal, standing_still
-from support.hosts import TOOLS, Cluster
+from support.hosts import TOOLS, Cluster, patience
 
-pytestmark = [pytest.mark.xdist_group("cluster"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.xdist_group("cluster"), pytest.mark.timeout(3600)]
 
 WAITS = "host {} is gone; the run waits for 1 more CPU (1 of 2 there)"
 
@@ -93,7 +93,7 @@ def test_a_signal_ends_the_waiting(
         said = run.finish(code, seconds=60)
     finally:
         run.end()
-    assert time.monotonic() - asked < 30, "10 s on a machine that does nothing else"
+    assert time.monotonic() - asked < patience(10)
     assert "Traceback" not in said
     assert (run.record()["status"], run.record()["signal"]) == ("interrupted", signum.name)
     assert CheckpointFolder(run.run_dir / "checkpoints").latest() is not None
@@ -206,12 +206,13 @@ def test_a_search_says_in_a_line_which_host_is_gone_and_which_trial_runs_again(
             )
         if fault:
             trials = runs / "searches" / "small" / "trials"
-            deadline = time.monotonic() + 200
+            began = time.monotonic()
             while len(list(trials.glob("*/checkpoints/step-*"))) < 1:
-                assert time.monotonic() < deadline
+                assert process.poll() is None, (runs / "log.txt").read_text()
+                assert time.monotonic() - began < patience(100)
                 time.sleep(0.1)
             assert host.die() > 3
-        assert process.wait(400) == 0, (runs / "log.txt").read_text()
+        assert process.wait(patience(300)) == 0, (runs / "log.txt").read_text()
         said = (runs / "log.txt").read_text()
         assert "Traceback" not in said
         again = re.findall(rf"trial \S+  runs again: host {host.address} is gone, 1 of 2 trials at a time", said)

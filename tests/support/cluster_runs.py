@@ -7,12 +7,12 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from support.hosts import TOOLS, Cluster, Host
+from support.hosts import TOOLS, Cluster, Host, patience
 from support.snapshots import differences, end_of
 
 EPOCH, EPOCHS = 6, 8
@@ -29,7 +29,7 @@ SETTINGS = (
 NAME = "run"
 WORKER = "ray::RayTrainWorker"
 _WORKER_TITLES = (WORKER, "ray::TrainWorker")
-_PATIENCE_S = 240.0
+_PATIENCE_S = 120.0
 
 
 class Training:
@@ -40,20 +40,38 @@ class Training:
         runs_dir: directory of runs, which all hosts see.
         stores_dir: likewise.
         more: overrides and options beside `SETTINGS`.
+        workers: of the training.
+        recipe: and its `settings`, and `steps`.
+        environment: variables of the driver.
     """
 
-    def __init__(self, cluster: Cluster, runs_dir: Path, stores_dir: Path, *more: str) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        runs_dir: Path,
+        stores_dir: Path,
+        *more: str,
+        workers: str = "2",
+        recipe: str = "digits",
+        settings: Sequence[str] = SETTINGS,
+        steps: int = STEPS,
+        **environment: str,
+    ) -> None:
         self.cluster, self.runs_dir, self.run_dir = cluster, runs_dir, runs_dir / NAME
-        self.words = ["train", "digits", *SETTINGS, *more, "--workers", "2", "--name", NAME]
+        self.recipe, self.steps = recipe, steps
+        self.words = ["train", recipe, *settings, *more, "--workers", workers, "--name", NAME]
         self.words += ["--runs-dir", str(runs_dir), "--stores-dir", str(stores_dir)]
+        self.environment = environment
         self.output = runs_dir / "output.txt"
         self.process: subprocess.Popen[str] | None = None
+        self.database: str | None = None
+        """URI of the database of a tracking server, if there is one."""
 
     def start(self) -> None:
         """Starts the driver on the head."""
         words = [str(TOOLS / "spikefleet"), *self.words, "--address", self.cluster.address]
         with self.output.open("a") as file:
-            self.process = self.cluster.head.start(words, file)
+            self.process = self.cluster.head.start(words, file, **self.environment)
 
     @property
     def said(self) -> str:
@@ -79,28 +97,35 @@ class Training:
         return max(steps)
 
     def wait_until(self, met: Callable[[], object], what: str, seconds: float = _PATIENCE_S) -> float:
-        """Waits for a condition while the driver runs; returns the seconds that it took."""
+        """Waits for a condition while the driver runs; returns the seconds that it took.
+
+        Args:
+            met: the condition.
+            what: it is, for the message.
+            seconds: that it may take on a quiet machine.
+        """
         began = time.monotonic()
         while not met():
             assert self.process is not None
             assert self.process.poll() is None, f"the driver ended before {what}:\n{self.said}"
-            assert time.monotonic() - began < seconds, f"{what}: not within {seconds:.0f} s:\n{self.said}"
+            assert time.monotonic() - began < patience(seconds), f"{what}: not within {seconds:.0f} s:\n{self.said}"
             time.sleep(0.05)
         return time.monotonic() - began
 
     def wait_for_step(self, step: int) -> None:
         """Waits until a step is done, and the end is not reached."""
         self.wait_until(lambda: self.step() >= step, f"step {step}")
-        assert self.step() < STEPS, "too late to show anything"
+        assert self.step() < self.steps, "too late to show anything"
 
     def finish(self, code: int = 0, seconds: float = _PATIENCE_S) -> str:
         """Waits for the end of the driver; returns what it printed."""
         assert self.process is not None
-        try:
-            self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            raise AssertionError(f"the driver did not end within {seconds:.0f} s:\n{self.said}") from None
+        began = time.monotonic()
+        while self.process.poll() is None:
+            if time.monotonic() - began > patience(seconds):
+                self.process.kill()
+                raise AssertionError(f"the driver did not end within {seconds:.0f} s:\n{self.said}")
+            time.sleep(0.05)
         assert self.process.returncode == code, f"exit code {self.process.returncode}:\n{self.said}"
         return self.said
 
@@ -119,8 +144,8 @@ class Training:
         """The loss of each step, as MLflow has it."""
         from mlflow import MlflowClient
 
-        client = MlflowClient(tracking_uri=f"sqlite:///{self.runs_dir}/mlflow.db")
-        experiment = client.get_experiment_by_name("digits")
+        client = MlflowClient(tracking_uri=self.database or f"sqlite:///{self.runs_dir}/mlflow.db")
+        experiment = client.get_experiment_by_name(self.recipe)
         assert experiment is not None
         (run,) = client.search_runs([experiment.experiment_id])
         history = client.get_metric_history(run.info.run_id, "train/loss")

@@ -21,9 +21,17 @@ from typing import IO, Any
 
 TOOLS = Path(sys.executable).parent
 PORT = 6379
+METRICS = 8080
 DASHBOARD = 8265
+CANARIES = {
+    "MLFLOW_TRACKING_USERNAME": "admin",
+    "MLFLOW_TRACKING_PASSWORD": "c4n4ry-of-a-tracking-password",
+    "AWS_SECRET_ACCESS_KEY": "c4n4ry-of-a-bucket",
+    "POSTGRES_PASSWORD": "c4n4ry-of-a-database",
+}
+"""Secrets in the environment of all hosts, which must be found nowhere else."""
 _OBJECT_STORE_BYTES = 100_000_000
-_START_S = 120.0
+_START_S = 60.0
 _LOOK_S = 0.1
 
 
@@ -37,6 +45,11 @@ def missing() -> str | None:
     done = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
     subprocess.run(["ip", "netns", "del", name], capture_output=True)
     return None if done.returncode == 0 else f"network namespaces cannot be made here: {done.stderr.strip()}"
+
+
+def patience(seconds: float) -> float:
+    """Seconds to wait for what takes so many at most on a quiet machine: more where processes compete for its cores."""
+    return seconds * min(20.0, max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)))
 
 
 def _ip(*words: str) -> str:
@@ -109,12 +122,12 @@ class Host:
         )
 
     def call(
-        self, words: Sequence[str], code: int | None = 0, seconds: float = 200.0, **environment: str | None
+        self, words: Sequence[str], code: int | None = 0, seconds: float = 100.0, **environment: str | None
     ) -> str:
         """Runs a program to its end, and returns what it printed on both streams."""
         process = self.start(words, subprocess.PIPE, subprocess.STDOUT, **environment)
         try:
-            said, _ = process.communicate(timeout=seconds)
+            said, _ = process.communicate(timeout=patience(seconds))
         finally:
             process.kill()
         assert code is None or process.returncode == code, f"{words}: exit code {process.returncode}\n{said}"
@@ -123,7 +136,7 @@ class Host:
     def answer(self, words: Sequence[str], **environment: str | None) -> Any:
         """Runs a program that prints JSON on stdout, and returns it."""
         process = self.start(words, subprocess.PIPE, subprocess.PIPE, **environment)
-        said, complaints = process.communicate(timeout=200)
+        said, complaints = process.communicate(timeout=patience(100))
         assert process.returncode == 0, said + complaints
         return json.loads(said)
 
@@ -191,11 +204,15 @@ class Cluster:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_worker_niceness": "0",
             "RAY_DISABLE_IMPORT_WARNING": "1",
+            "RAY_raylet_start_wait_time_s": "900",
+            "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "900",
             "RAY_health_check_initial_delay_ms": "2000",
             "RAY_health_check_period_ms": "1000",
             "RAY_health_check_timeout_ms": "5000",
             "RAY_health_check_failure_threshold": "5",
+            "RAY_metrics_report_interval_ms": "1000",
             "COLUMNS": "200",
+            **CANARIES,
         }
         environment = {key: value for key, value in environment.items() if key != "RAY_ADDRESS"}
         names = [f"sf{tag}h{number}" for number in range(workers + 1)]
@@ -224,10 +241,11 @@ class Cluster:
         ray = str(TOOLS / "ray")
         shared = [f"--object-store-memory={_OBJECT_STORE_BYTES}", "--disable-usage-stats"]
         words = [ray, "start", "--head", f"--node-ip-address={self.head.address}", f"--port={PORT}", "--num-cpus=0"]
-        self.head.call([*words, "--dashboard-host=0.0.0.0", f"--dashboard-port={DASHBOARD}", *shared])
+        words += ["--dashboard-host=0.0.0.0", f"--dashboard-port={DASHBOARD}", f"--metrics-export-port={METRICS}"]
+        self.head.call([*words, *shared])
         joining = [self.join(host) for host in self.workers]
         for process in joining:
-            said, _ = process.communicate(timeout=_START_S)
+            said, _ = process.communicate(timeout=patience(_START_S))
             assert process.returncode == 0, said
         self.wait_for_hosts(len(self.hosts))
 
@@ -245,15 +263,15 @@ class Cluster:
         for host in self.hosts:
             host.cut(up=True)
         for process in [self.join(host) for host in gone]:
-            said, _ = process.communicate(timeout=_START_S)
+            said, _ = process.communicate(timeout=patience(_START_S))
             assert process.returncode == 0, said
         self.wait_for_hosts(len(self.hosts))
 
     def wait_for_hosts(self, count: int, seconds: float = _START_S) -> None:
         """Waits until Ray knows exactly so many living hosts."""
-        deadline = time.monotonic() + seconds
+        began = time.monotonic()
         while (found := self.living()) != count:
-            assert time.monotonic() < deadline, f"{found} of {count} hosts are there"
+            assert time.monotonic() - began < patience(seconds), f"{found} of {count} hosts are there"
             time.sleep(_LOOK_S * 5)
 
     def living(self) -> int:
@@ -303,9 +321,9 @@ def _free_network() -> str:
 
 
 @contextmanager
-def running(folder: Path) -> Iterator[Cluster]:
-    """A cluster of three hosts while the block runs."""
-    cluster = Cluster(folder)
+def running(folder: Path, workers: int = 2) -> Iterator[Cluster]:
+    """A cluster of a head and other hosts while the block runs."""
+    cluster = Cluster(folder, workers)
     try:
         cluster.start()
         yield cluster

@@ -174,6 +174,7 @@ def run_ranks(
     faults: Sequence[Fault] = (),
     *,
     max_failures: int = 20,
+    sizes: Sequence[int] = (),
     prepare: Callable[[], None] | None = None,
 ) -> GroupRun:
     """Trains in `config.cluster.workers` ranks, which restart after a failure, to the end or to what none can heal.
@@ -186,6 +187,7 @@ def run_ranks(
         run_dir: where checkpoints are; a run that is there already is resumed.
         faults: each must come to pass, whatever else happens.
         max_failures: failures after which no other group is started, less one.
+        sizes: ranks of each group, the last one of all that follow; by default `config.cluster.workers`.
         prepare: a function of a module, called in each rank before it trains.
 
     Raises:
@@ -198,7 +200,7 @@ def run_ranks(
     run = GroupRun()
     while True:
         attempt = new_attempt(run_dir)
-        size = config.cluster.workers
+        size = sizes[min(len(run.exit_codes), len(sizes) - 1)] if sizes else config.cluster.most_workers
         arguments = (size, config.dump(), store, run_dir, attempt, planned, prepare)
         ranks: list[BaseProcess] = [SERVER.Process(target=_rank, args=(rank, *arguments)) for rank in range(size)]
         for process in ranks:
@@ -225,7 +227,7 @@ def run_ranks(
 def run_undisturbed(config: Config, store: Path, run_dir: Path, prepare: Callable[[], None] | None = None) -> GroupRun:
     """As `run_ranks`, of a run in which no rank fails and nothing restarts."""
     run = run_ranks(config, store, run_dir, prepare=prepare)
-    assert run.exit_codes == [[0] * config.cluster.workers], run.log
+    assert run.exit_codes == [[0] * config.cluster.most_workers], run.log
     return run
 
 

@@ -9,8 +9,8 @@ import pytest
 import typer
 
 import spikefleet.cli
+from spikefleet.config.cluster_config import ClusterConfig
 from spikefleet.config.recipes import list_recipes
-from spikefleet.config.schema import ClusterConfig
 from spikefleet.search.search_files import list_searches
 from support.manifests import (
     LOCKED,
@@ -137,7 +137,7 @@ def test_entry_point_is_a_command_that_the_cluster_has_room_for(folder: str) -> 
         return
     assert given["command"] == "train"
     assert given["recipe"] in list_recipes()
-    assert given["workers"] == group["replicas"] * int(group["rayStartParams"]["num-cpus"])
+    assert int(given["workers"]) == group["replicas"] * int(group["rayStartParams"]["num-cpus"])
     assert limits.get("nvidia.com/gpu") == ("1" if given["gpu"] else None)
     assert given["gpu"] == (folder == "gpu")
 

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from spikefleet_pipelines.errors import SourceError
 from spikefleet_pipelines.events.pixel_model import DEFAULT, IDEAL
 from spikefleet_pipelines.events.recording import EventArrays
 from spikefleet_pipelines.events.saccade_scenes import SIDE, BoxFrame, SaccadeScenes
 from spikefleet_pipelines.events.saccades import Digits
-from spikefleet_pipelines.sources import prepare
+from spikefleet_pipelines.sources import check_options, find_source, prepare
 from spikefleet_pipelines.sources.digits import read_digits
 from spikefleet_pipelines.sources.digits_config import DigitsOptions
 from support.event_sources import same
@@ -134,3 +135,38 @@ def test_stores_without_pauses_are_those_of_before(tmp_path: Path) -> None:
     store = prepare("saccade_scenes", None, tmp_path / "s", train=2, val=1, test=1)
     assert store.manifest.options == {"train": 2, "val": 1, "test": 1, "seed": 0}
     assert [store.recordings("train").annotations(0, k).moment.still_us for k in range(4)] == [0, 0, 0, 0]  # type: ignore[union-attr]
+
+
+def test_sides_and_speeds_are_those_that_are_asked_for(digits: Digits) -> None:
+    large = SaccadeScenes(digits, model=IDEAL, sides=(30, 40), speeds=(90.0, 110.0))
+    usual = SaccadeScenes(digits, model=IDEAL)
+    sides: dict[str, list[float]] = {"large": [], "usual": []}
+    for name, task in (("large", large), ("usual", usual)):
+        for _, frames in task.samples("train", range(12)):
+            first, last = frames[0], frames[-1]
+            way = np.hypot(*(last.boxes[:, :2] - first.boxes[:, :2]).T)
+            speeds = way / ((last.t - first.t) * 1e-6)
+            assert ((speeds > task.speeds[0] - 1) & (speeds < task.speeds[1] + 1)).all()
+            sides[name] += first.boxes[:, 3].tolist()
+    assert max(sides["large"]) <= 42
+    assert np.mean(sides["large"]) > np.mean(sides["usual"]) + 8
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"sides": [30, 20]}, r"sides=\[30, 20\]: write the smaller number first"),
+        ({"sides": [7, 20]}, "greater than or equal to 8"),
+        ({"speeds": [10.0, 200.0]}, "less than or equal to 150"),
+        ({"speeds": [50.0, 100.0], "pauses": True}, "a digit of 32 pixels that moves for 0.8 s leaves the 96 pixels"),
+    ],
+)
+def test_scenes_that_no_sensor_holds_are_refused(options: dict[str, object], said: str) -> None:
+    with pytest.raises(SourceError, match=said):
+        check_options(find_source("saccade_scenes"), options)
+
+
+def test_the_usual_scenes_keep_their_hash() -> None:
+    source = find_source("saccade_scenes")
+    given = check_options(source, {"sides": [14, 32], "speeds": [20.0, 70.0]})
+    assert given.model_dump(mode="json") == {"train": 2000, "val": 200, "test": 200}

@@ -20,8 +20,6 @@ from spikefleet_pipelines.events.saccades import SPLITS, Digits, checked
 
 SIDE = 96
 _OBJECTS = 3
-_LEAST_SIDE, _LARGEST_SIDE = 14, 32
-_LEAST_SPEED, _HIGHEST_SPEED = 20.0, 70.0  # pixels a second
 _LEAST_BRIGHTNESS = 0.5
 _ATTEMPTS = 8
 # Maximum overlap of the areas that two digits pass over, as a fraction of the smaller one.
@@ -79,6 +77,8 @@ class SaccadeScenes:
         model: constants of the pixels.
         counts: number of scenes of each split.
         pauses: whether the digits stop twice, for 200 to 400 ms each; recordings are then 1.2 s long instead of 0.2 s.
+        sides: of the smallest and the largest digit in pixels.
+        speeds: of the slowest and the fastest digit in pixels a second.
     """
 
     digits: Digits
@@ -86,6 +86,8 @@ class SaccadeScenes:
     model: PixelModel = DEFAULT
     counts: Mapping[str, int] = field(default_factory=lambda: {"train": 2000, "val": 200, "test": 200})
     pauses: bool = False
+    sides: tuple[int, int] = (14, 32)
+    speeds: tuple[float, float] = (20.0, 70.0)
     sensor: ClassVar[Sensor] = (SIDE, SIDE)
     frame_us: ClassVar[int] = 50_000
     class_names: ClassVar[tuple[str, ...]] = tuple(map(str, range(10)))
@@ -137,8 +139,8 @@ class SaccadeScenes:
         for own in draws[1:].reshape(_OBJECTS, -1)[: 1 + int(draws[0] * _OBJECTS)]:
             number = int(own[0] * len(labels))
             # Sizes are uniform on a logarithmic scale: as many small digits as large ones.
-            side = round(_LEAST_SIDE * (_LARGEST_SIDE / _LEAST_SIDE) ** float(own[1]))
-            speed = (_LEAST_SPEED + (_HIGHEST_SPEED - _LEAST_SPEED) * own[2]) * 1e-6
+            side = round(self.sides[0] * (self.sides[1] / self.sides[0]) ** float(own[1]))
+            speed = (self.speeds[0] + (self.speeds[1] - self.speeds[0]) * own[2]) * 1e-6
             angle = 2 * np.pi * own[3]
             velocity = speed * np.array([np.sin(angle), np.cos(angle)])
             start = _free_start(own[8:].reshape(_ATTEMPTS, 2), side, velocity * moved_us, passed)

@@ -124,7 +124,10 @@ def read_apparent_motion(root: Path, options: SourceOptions, seed: int) -> Event
 def read_saccade_scenes(root: Path, options: SaccadeScenesOptions, seed: int) -> EventSetContents:
     """Prepare the set `SaccadeScenes`."""
     counts = {split: getattr(options, split) for split in SPLITS}
-    return EventSetContents(SaccadeScenes(_digits(seed), seed, counts=counts, pauses=options.pauses), CATEGORY_IDS)
+    scenes = SaccadeScenes(
+        _digits(seed), seed, counts=counts, pauses=options.pauses, sides=options.sides, speeds=options.speeds
+    )
+    return EventSetContents(scenes, CATEGORY_IDS)
 
 
 def _digits(seed: int) -> Digits:

@@ -2,10 +2,15 @@
 
 from functools import partial
 from operator import eq
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from spikefleet_pipelines.sources.source import Source, SourceOptions
+
+_SENSOR_SIDE = 96
+_Side = Annotated[int, Field(ge=8, le=48)]
+_Speed = Annotated[float, Field(gt=0, le=150)]
 
 
 class SaccadeScenesOptions(SourceOptions):
@@ -19,6 +24,30 @@ class SaccadeScenesOptions(SourceOptions):
         exclude_if=partial(eq, False),  # stores of versions without the option keep their hashes
         description="true: recordings of 1.2 s, in which all digits stop twice for 200 to 400 ms and boxes stay",
     )
+    sides: tuple[_Side, _Side] = Field(
+        default=(14, 32),
+        exclude_if=partial(eq, (14, 32)),
+        description="sides of the smallest and the largest digit in pixels",
+    )
+    speeds: tuple[_Speed, _Speed] = Field(
+        default=(20.0, 70.0),
+        exclude_if=partial(eq, (20.0, 70.0)),
+        description="speeds of the slowest and the fastest digit in pixels a second",
+    )
+
+    @model_validator(mode="after")
+    def _ranges_rise(self) -> Self:
+        for name, (least, most) in (("sides", self.sides), ("speeds", self.speeds)):
+            if least > most:
+                raise ValueError(f"{name}={[least, most]}: write the smaller number first")
+        moving_s = 0.8 if self.pauses else 0.2
+        if self.sides[1] + self.speeds[1] * moving_s > _SENSOR_SIDE:
+            raise ValueError(
+                f"speeds={list(self.speeds)}: a digit of {self.sides[1]} pixels that moves for {moving_s} s leaves the "
+                f"{_SENSOR_SIDE} pixels of the sensor; set speeds of at most "
+                f"{(_SENSOR_SIDE - self.sides[1]) / moving_s:g}"
+            )
+        return self
 
 
 SACCADES = Source(

@@ -66,7 +66,7 @@ def _print_batches(config: Config, found: BatchFit, gpu: bool) -> None:
         f"{found.bytes_per_sample / 1e6:.3g} MB for each sample and {found.fixed_bytes / 1e6:,.3g} MB beside them; a "
         f"worker has {found.free_bytes / 1e9:,.3g} GB free, of which {found.safe_share:.0%} are used"
     )
-    workers = max(1, config.cluster.workers)
+    workers = config.cluster.most_workers
     parts = f"{found.micro_batch:,} x {config.train.accumulate} micro-batches x {workers} workers"
     limit = "all samples of the training split" if found.all_samples else "by memory"
     say(f"largest train.global_batch: {found.global_batch:,} ({parts}; {limit})")

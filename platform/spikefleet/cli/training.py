@@ -22,11 +22,30 @@ if TYPE_CHECKING:
 config_app = typer.Typer(help="Look at configurations.", no_args_is_help=True)
 
 
+def _checked_workers(given: str | None) -> str | None:
+    """Refuses what is no number of workers, as an option with a number refuses a word."""
+    from spikefleet.config.worker_count import parse_worker_count
+
+    if given is not None:
+        try:
+            parse_worker_count(given)
+        except ValueError as error:
+            raise typer.BadParameter(f"{given!r} {error}") from None
+    return given
+
+
 @app.command()
 def train(
     recipe: Recipe,
     overrides: Overrides = None,
-    workers: Annotated[int | None, typer.Option(help="Ray Train workers; 0 trains in this process.")] = None,
+    workers: Annotated[
+        str | None,
+        typer.Option(
+            callback=_checked_workers,
+            metavar="N|MIN:MAX",
+            help="Ray Train workers; 0 trains in this process; MIN:MAX follows the hosts that are there.",
+        ),
+    ] = None,
     gpu: Annotated[bool, typer.Option("--gpu", help="One GPU for each worker.")] = False,
     name: Annotated[
         str | None,

@@ -50,7 +50,7 @@ class HostWatch:
     """
 
     def __init__(self, needed: Mapping[str, float], wait_minutes: float, sink: EventSink) -> None:
-        self._needed = {kind: amount for kind, amount in needed.items() if amount}
+        self.need(needed)
         self._wait_minutes, self._sink = wait_minutes, sink
         self._known: dict[str, str] = {}
         self._present: dict[str, float] = {}
@@ -60,6 +60,24 @@ class HostWatch:
         self._since: float | None = None
         self._looked = 0.0
         self._look()
+
+    def need(self, needed: Mapping[str, float]) -> None:
+        """Sets the resources that the workers of the next group need."""
+        self._needed = {kind: amount for kind, amount in needed.items() if amount}
+
+    def places(self, worker: Mapping[str, float]) -> int:
+        """Number of workers that would fit now, beside all that runs, on hosts that stay; 0 if the head does not say.
+
+        Args:
+            worker: resources of one.
+        """
+        self._look()
+        wanted = {kind: amount for kind, amount in worker.items() if amount}
+        free: dict[str, dict[str, float]] = {}
+        with suppress(Exception):  # the head is busy or gone
+            free = ray._private.state.available_resources_per_node()
+        staying = [there for node, there in free.items() if node in self._known and node not in self._draining]
+        return sum(min(int(there.get(kind, 0.0) // amount) for kind, amount in wanted.items()) for there in staying)
 
     @property
     def waited_s(self) -> float:

@@ -23,17 +23,20 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from spikefleet.cluster.failures import cause_of, headline
+from spikefleet.cluster.following import POLL_S, followed
+from spikefleet.cluster.group_size import GroupSize, WorkersFailed, needed_by
 from spikefleet.cluster.host_watch import NODE, HostWatch
 from spikefleet.cluster.session import ray_session
 from spikefleet.cluster.watched_sink import WatchedSink
+from spikefleet.config.cluster_config import ClusterConfig
 from spikefleet.config.recipes import parse_config
-from spikefleet.config.schema import ClusterConfig, Config
+from spikefleet.config.schema import Config
 from spikefleet.errors import RunError, UserError
 from spikefleet.files import read_json_object, write_json
 from spikefleet.plugins import load_plugins, loaded_plugins
 from spikefleet.stop_signals import StopSignals
 from spikefleet.training.distributed import ProcessGroup
-from spikefleet.training.event_log import STOPPED, TAKEN_OVER, EventReader, EventWriter, new_attempt
+from spikefleet.training.event_log import STOPPED, TAKEN_OVER, EventWriter, new_attempt
 from spikefleet.training.events import EventSink, NullSink, WorkerFailed
 from spikefleet.training.loop import BeforeStep, Outcome, train
 from spikefleet.training.step_reading import NonFiniteError
@@ -42,7 +45,6 @@ from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.store.reader import Store
 from spikefleet_tune.interruption import Interrupted, handlers_kept
 
-_POLL_S = 0.2
 _CONTROLLER_S = 5.0
 
 
@@ -112,15 +114,10 @@ def session_for(config: Config, address: str | None, verbose: bool) -> AbstractC
     Raises:
         UserError: nothing answers at the address, or the cluster has too few CPUs or GPUs.
     """
-    needed = needed_by(config.cluster)
+    needed = needed_by(config.cluster, config.cluster.least_workers)
     if config.cluster.autoscaling and (address or os.environ.get("RAY_ADDRESS")):
         needed = {"CPU": 0, "GPU": 0}
     return ray_session(address, cpus=needed["CPU"], gpus=needed["GPU"], verbose=verbose)
-
-
-def needed_by(cluster: ClusterConfig) -> dict[str, float]:
-    """CPUs and GPUs of all workers of a run."""
-    return {"CPU": cluster.workers * cluster.cpus_per_worker, "GPU": cluster.workers if cluster.gpu else 0}
 
 
 def train_on_ray(
@@ -138,7 +135,8 @@ def train_on_ray(
 ) -> Outcome:
     """Runs the training core on `config.cluster.workers` workers.
 
-    A failed worker restarts the group from the latest committed checkpoint, up to `config.cluster.max_failures` times.
+    A failed worker restarts the group from the latest committed checkpoint, up to `config.cluster.max_failures` times;
+    with a range of workers at the size that the hosts have places for.
 
     Args:
         config: of the run.
@@ -162,10 +160,10 @@ def train_on_ray(
         UserError: Ray cannot be reached, or the workers reported an error of the user.
     """
     with session_for(config, address, verbose), _requested(config.cluster):
-        watched = WatchedSink(
-            sink, HostWatch(needed_by(config.cluster), config.cluster.wait_minutes, sink), run_dir.name
-        )
+        hosts = HostWatch(needed_by(config.cluster, config.cluster.least_workers), config.cluster.wait_minutes, sink)
+        watched, sizes = WatchedSink(sink, hosts, run_dir.name), GroupSize(config.cluster, hosts, sink)
         while True:
+            sizes.choose()
             attempt = new_attempt(run_dir)
             watched.attempt = attempt
             arguments = WorkerArguments(
@@ -177,16 +175,25 @@ def train_on_ray(
                 lockstep,
                 loaded_plugins(),
             )
-            trainer = _trainer(config.cluster, arguments, attempt)
-            with _followed(attempt, watched, lockstep, stop_signal) as following:
-                if signals is None:
-                    outcome = _fit(trainer)
-                else:
-                    outcome = _fit_stoppable(trainer, attempt, watched, signals, config.cluster)
-            shutil.rmtree(attempt, ignore_errors=True)
+            trainer = _trainer(config.cluster, sizes, arguments, attempt)
+            try:
+                with followed(attempt, watched, sizes, lockstep, stop_signal) as following:
+                    if signals is None:
+                        outcome = _fit(trainer)
+                    else:
+                        outcome = _fit_stoppable(trainer, attempt, watched, sizes, signals, config.cluster)
+            except WorkersFailed as error:
+                if signals is not None and signals.received is not None:
+                    raise
+                sizes.failed(error)
+                continue
+            except _TooLarge:
+                continue
+            finally:
+                shutil.rmtree(attempt, ignore_errors=True)
             asked = isinstance(outcome, Stopped) and outcome.asked
             signalled = (signals is not None and signals.received is not None) or stop_signal() is not None
-            if not (asked and following.leaving and not signalled):
+            if not (asked and following.goes_on and not signalled):
                 break
             watched.stopped_for(following.leaving)
     if isinstance(outcome, Stopped):
@@ -207,7 +214,7 @@ def _requested(cluster: ClusterConfig) -> Iterator[None]:
     from ray.autoscaler.sdk import request_resources
 
     worker = {"CPU": cluster.cpus_per_worker, **({"GPU": 1} if cluster.gpu else {})}
-    request_resources(bundles=[worker] * cluster.workers)
+    request_resources(bundles=[worker] * cluster.most_workers)
     try:
         yield
     finally:
@@ -215,13 +222,13 @@ def _requested(cluster: ClusterConfig) -> Iterator[None]:
             request_resources(bundles=[])
 
 
-def _trainer(cluster: ClusterConfig, arguments: WorkerArguments, attempt: Path) -> TorchTrainer:
+def _trainer(cluster: ClusterConfig, sizes: GroupSize, arguments: WorkerArguments, attempt: Path) -> TorchTrainer:
     return TorchTrainer(
         _worker,
         train_loop_config={"arguments": arguments},
         torch_config=TorchConfig(backend="nccl" if cluster.gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=cluster.workers,
+            num_workers=sizes.size,
             use_gpu=cluster.gpu,
             resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if cluster.gpu else {})},
         ),
@@ -229,7 +236,7 @@ def _trainer(cluster: ClusterConfig, arguments: WorkerArguments, attempt: Path) 
             # Ray's own record of the attempt; a run resumes from spikefleet's checkpoints.
             name=attempt.name,
             storage_path=str(attempt.parent),
-            failure_config=FailureConfig(max_failures=cluster.max_failures),
+            failure_config=FailureConfig(max_failures=sizes.max_failures),
             callbacks=[FailureNotes(attempt)],
         ),
     )
@@ -279,8 +286,17 @@ def _worker(loop_config: dict[str, Any]) -> Outcome | Stopped:
         raise
 
 
+class _TooLarge(Exception):  # noqa: N818  # a group of another size follows
+    """The hosts that a group waits for are gone, and it may be smaller."""
+
+
 def _fit_stoppable(
-    trainer: TorchTrainer, attempt: Path, watched: WatchedSink, signals: StopSignals, cluster: ClusterConfig
+    trainer: TorchTrainer,
+    attempt: Path,
+    watched: WatchedSink,
+    sizes: GroupSize,
+    signals: StopSignals,
+    cluster: ClusterConfig,
 ) -> Outcome | Stopped:
     """Trains in another thread, so that this one handles signals at once: Ray's calls do not return for them.
 
@@ -288,6 +304,7 @@ def _fit_stoppable(
         RunError: the run has waited for hosts for longer than `cluster.wait_minutes`.
         Interrupted: a second signal arrived, the workers did not end their step within `cluster.grace_s`, or they were
             not training.
+        _TooLarge: the group waits for hosts without which it could be smaller.
     """
     done: Future[Outcome | Stopped] = Future()
 
@@ -302,8 +319,11 @@ def _fit_stoppable(
         thread.start()
         asked: float | None = None
         while not done.done():
-            thread.join(_POLL_S)
-            if (sentence := watched.hosts.overdue) is not None and thread.is_alive():
+            thread.join(POLL_S)
+            if sizes.too_large and thread.is_alive():
+                _end_controller(thread)
+                raise _TooLarge
+            if not sizes.may_shrink and (sentence := watched.hosts.overdue) is not None and thread.is_alive():
                 _end_controller(thread)
                 raise RunError(sentence)
             if not signals.requested() or signals.received is None:
@@ -353,7 +373,7 @@ def _fit(trainer: TorchTrainer) -> Outcome | Stopped:
             raise cause from None
         if isinstance(cause, StoreError):
             raise UserError(str(cause)) from None
-        raise RunError(
+        raise WorkersFailed(
             f"the workers failed more often than cluster.max_failures allows: {headline(cause)}; run the same command "
             "again to resume"
         ) from error
@@ -361,69 +381,3 @@ def _fit(trainer: TorchTrainer) -> Outcome | Stopped:
         raise RunError(f"Ray lost the run: {headline(error)}; run the same command again to resume") from error
     outcome: Outcome | Stopped = result.return_value
     return outcome
-
-
-@dataclass
-class _Following:
-    """What the thread that follows an attempt has done besides."""
-
-    leaving: str | None = None
-    """Address of the host for whose sake it has asked the workers to stop: it will be taken away."""
-
-
-@contextmanager
-def _followed(
-    attempt: Path, sink: WatchedSink, lockstep: bool, stop_signal: Callable[[], str | None]
-) -> Iterator[_Following]:
-    """Passes the events of an attempt to the sink while the block runs, and the remaining ones when it ends.
-
-    The other way, it passes on that the training is asked to stop, also for a host that will be taken away; and it says
-    what the workers wait for.
-    """
-    done = threading.Event()
-    reader = EventReader(attempt)
-    errors: list[Exception] = []
-    following = _Following()
-
-    def forward() -> None:
-        for event in reader.new():
-            if not errors:
-                sink.emit(event)
-        if lockstep:
-            with suppress(OSError):  # the next poll writes it again
-                reader.acknowledge()
-
-    def ask_to_stop() -> None:
-        if (attempt / STOP).exists():
-            return
-        reason = stop_signal()
-        if reason is None and sink.training:
-            following.leaving = sink.hosts.leaving(attempt)
-            reason = None if following.leaving is None else "preemption"
-        if reason is not None:
-            with suppress(OSError):
-                write_json(attempt / STOP, {"signal": reason})
-
-    def follow() -> None:
-        while not done.wait(_POLL_S):
-            try:
-                sink.tick()
-                ask_to_stop()
-                forward()
-            except Exception as error:  # the sink of a search ends its trial this way
-                errors.append(error)
-                try:
-                    write_json(attempt / STOPPED, {"reason": str(error), "mendable": False})
-                except OSError:  # no space left: removing the attempt stops the workers too
-                    shutil.rmtree(attempt, ignore_errors=True)
-
-    thread = threading.Thread(target=follow, name="events", daemon=True)
-    thread.start()
-    try:
-        yield following
-    finally:
-        done.set()
-        thread.join()
-        forward()
-        if errors:
-            raise errors[0]

@@ -38,9 +38,15 @@ class WatchedSink:
         self._gauges.show(event)
         self._sink.emit(event)
 
-    def stopped_for(self, address: str) -> None:
-        """The workers have stopped, with a checkpoint, for a host that is being taken away, and may be gone by now."""
+    def stopped_for(self, address: str | None) -> None:
+        """The workers have stopped, with a checkpoint, for another group.
+
+        Args:
+            address: of a host that is being taken away, and may be gone by now; None: there is a place for more.
+        """
         self.training = False
+        if address is None:
+            return
         self._sink.emit(WorkerFailed(f"host {address} is being taken away; its steps are in a checkpoint"))
 
     def tick(self) -> None:

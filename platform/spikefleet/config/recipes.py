@@ -7,6 +7,7 @@ A recipe is a YAML file. It overrides the recipe of its `base: NAME`; overrides,
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from spikefleet.config.messages import did_you_mean, error_messages, quoted
 from spikefleet.config.schema import Config
 from spikefleet.config.strict_yaml import parse_value, read_mapping, read_yaml_text
 from spikefleet.config.task_table import find_task
+from spikefleet.config.worker_count import parse_worker_count
 from spikefleet.errors import UserError
 from spikefleet_models.families import DEFAULT_FAMILY, AnyModelConfig, find_family
 from spikefleet_models.family import ModelConfig
@@ -229,14 +231,19 @@ def _parse_override(override: str) -> tuple[str, Any]:
         raise UserError(f"override {quoted(override)}: value {quoted(text)}: {error}") from None
 
 
-def with_cluster(overrides: Mapping[str, Any], workers: int | None, gpu: bool) -> dict[str, Any]:
+def with_cluster(
+    overrides: Mapping[str, Any], workers: int | str | tuple[int, int] | None, gpu: bool
+) -> dict[str, Any]:
     """Adds the workers and GPUs of a command behind all other overrides, so that they hold.
 
     Args:
         overrides: values by dotted key.
-        workers: Ray Train workers; None leaves them as they are.
+        workers: Ray Train workers, or "MIN:MAX"; None leaves them as they are.
         gpu: one GPU for each worker.
     """
+    if workers is not None:
+        with suppress(ValueError):  # whoever reads the configuration says what is wrong
+            workers = parse_worker_count(workers)
     chosen = {"cluster.workers": workers, "cluster.gpu": gpu or None}
     given = {key: value for key, value in chosen.items() if value is not None}
     return {**{key: value for key, value in overrides.items() if key not in given}, **given}

@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from spikefleet.config.cluster_config import ClusterConfig
 from spikefleet.config.init_config import InitConfig
 from spikefleet.config.messages import PLAIN_NAME
 from spikefleet.config.optim_config import OptimConfig
@@ -21,37 +22,13 @@ from spikefleet.config.run_config import EvaluationConfig, RegistryConfig, Track
 from spikefleet.config.section import Section
 from spikefleet.config.task_table import find_task
 from spikefleet.config.train_config import TrainConfig
+from spikefleet.config.worker_count import nearest_batches
 from spikefleet_models.families import AnyModelConfig
 from spikefleet_models.shortcut_config import ShortcutConfig
 from spikefleet_pipelines.data_config import DataConfig
 from spikefleet_pipelines.sources.registry import find_source
 from spikefleet_pipelines.transforms.batch_transform_config import BatchTransformConfig
 from spikefleet_tune.messages import counted
-
-
-class ClusterConfig(Section):
-    """Workers and their resources.
-
-    The number of workers changes the result: it decides which samples share batch statistics, and the order of sums.
-    """
-
-    workers: int = Field(1, ge=0, le=100_000, description="Ray Train workers; 0: train in this process, without Ray")
-    gpu: bool = Field(False, description="use one GPU per worker")
-    cpus_per_worker: float = Field(1, gt=0, le=100_000, description="CPUs of each worker")
-    max_failures: int = Field(3, ge=-1, description="restarts after a worker failure; -1: no limit")
-    autoscaling: bool = Field(
-        False,
-        description="the cluster grows: hosts that are missing at the start are asked for and waited for, not refused",
-    )
-    wait_minutes: float = Field(
-        30,
-        ge=-1,
-        le=100_000,
-        description="minutes that the run may wait for hosts that are gone or do not come; -1: for ever",
-    )
-    grace_s: float = Field(
-        30, gt=0, le=3600, description="seconds in which workers may end their step when the run is asked to stop"
-    )
 
 
 class CheckpointConfig(Section):
@@ -177,15 +154,13 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Self:
-        parts = max(1, self.cluster.workers) * self.train.accumulate
-        if self.train.global_batch % parts:
-            below = self.train.global_batch // parts * parts
-            near = [n for n in (below, below + parts) if n]
+        batch, cluster, accumulate = self.train.global_batch, self.cluster, self.train.accumulate
+        near = nearest_batches(batch, cluster.least_workers, cluster.most_workers, accumulate)
+        if near != [batch]:
+            remedy = f"set it to {' or '.join(map(str, near))}" if near else "set a narrower range of cluster.workers"
             raise ValueError(
-                f"train.global_batch={self.train.global_batch} cannot be divided by "
-                f"{counted(max(1, self.cluster.workers), 'worker')} x "
-                f"{counted(self.train.accumulate, 'micro-batch', 'micro-batches')}; "
-                f"set it to {' or '.join(map(str, near))}"
+                f"train.global_batch={batch} cannot be divided by {cluster.shown_workers()} x "
+                f"{counted(accumulate, 'micro-batch', 'micro-batches')}; {remedy}"
             )
         return self
 
@@ -204,7 +179,7 @@ class Config(Section):
             reason = f"needs losses of fixed shapes, which task={self.task} has not"
         elif not self.cluster.gpu:
             reason = "needs a GPU; add --gpu"
-        elif self.cluster.workers > 1:
+        elif self.cluster.most_workers > 1:
             reason = f"is for one worker, found cluster.workers={self.cluster.workers}; set it to 1"
         elif self.train.precision == "fp16":
             reason = "does not support train.precision=fp16, whose loss scale changes; set it to bf16"
@@ -247,6 +222,7 @@ _NOT_IDENTITY = (
     "retrain",
     "cluster.max_failures",
     "cluster.grace_s",
+    "cluster.grow_after_s",
     "cluster.wait_minutes",
     "cluster.autoscaling",
     "checkpoint.every_epochs",

@@ -149,8 +149,7 @@ def check_plan(plan: Plan, options: Options, announce: Announce = silent) -> Non
     Raises:
         UserError: the configuration does not fit the data, or the gate store cannot judge what is trained on them.
     """
-    workers = max(1, plan.config.cluster.workers)
-    prepare_parts(plan.config, plan.store, ProcessGroup(0, workers, torch.device("cpu")))
+    prepare_parts(plan.config, plan.store, ProcessGroup(0, plan.config.cluster.most_workers, torch.device("cpu")))
     if plan.config.retrain.gate_store is not None:
         gate = open_gate_store(plan.config.retrain, options.stores_dir)
         check_gate_store(gate, DataSummary.of(plan.store.manifest), plan.store, announce)

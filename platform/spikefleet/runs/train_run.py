@@ -60,7 +60,6 @@ from spikefleet.training.stopping import TrainingStopped
 from spikefleet_models.families import build_model
 from spikefleet_pipelines.store.reader import Store
 from spikefleet_tune.interruption import Interrupted, interruption
-from spikefleet_tune.messages import counted
 
 _FLUSH_S = 30.0
 _INTERRUPTED_FLUSH_S = 3.0
@@ -139,7 +138,7 @@ def _run(
     pick_device(config.cluster.gpu and config.cluster.workers == 0)
     complete = is_complete(run, config)
     if not complete:
-        refuse_missing_gpus(options.address, config.cluster.workers if config.cluster.gpu else 0)
+        refuse_missing_gpus(options.address, config.cluster.least_workers if config.cluster.gpu else 0)
         if config.cluster.workers:
             check_address(options.address)
     store = open_data(config.data, options.stores_dir, console)
@@ -149,7 +148,7 @@ def _run(
         if config.checkpoint.mirror is not None:
             _refuse_mirror_of_another(config.checkpoint.mirror, run)
         check_memory(config, shape, local=options.address is None)
-        prepare_parts(config, store, ProcessGroup(0, max(1, config.cluster.workers), torch.device("cpu")))
+        prepare_parts(config, store, ProcessGroup(0, config.cluster.most_workers, torch.device("cpu")))
         if options.promote and not run.record().get("registered"):
             check_gates(config, store, options.stores_dir)
     _check_registered_name(config, DataSummary.of(store.manifest), console)
@@ -405,9 +404,11 @@ def _import_ahead() -> None:
 
 
 def _scale(config: Config) -> str:
-    workers = config.cluster.workers
-    where = counted(workers, "Ray Train worker") if workers else "in this process, without Ray,"
+    cluster = config.cluster
+    where = cluster.shown_workers("Ray Train worker") if cluster.workers else "in this process, without Ray,"
     kind = "GPU" if config.cluster.gpu else "CPU"
-    share = config.train.global_batch // (max(1, workers) * config.train.accumulate)
+    share = config.train.global_batch // (cluster.most_workers * config.train.accumulate)
     parts = f" x {config.train.accumulate} micro-batches" if config.train.accumulate > 1 else ""
-    return f"{where} on {kind}; global batch {config.train.global_batch} = {share} x {max(1, workers)}{parts}"
+    changes = "; the number follows the hosts, so the run is not repeatable bit for bit" if cluster.elastic else ""
+    whole = f"global batch {config.train.global_batch} = {share} x {cluster.most_workers}{parts}"
+    return f"{where} on {kind}; {whole}{changes}"

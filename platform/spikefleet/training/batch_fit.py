@@ -214,7 +214,7 @@ def largest_batch(config: Config, samples: int, measured: list[Measured], free: 
     Raises:
         UserError: not one sample fits.
     """
-    workers, parts = max(1, config.cluster.workers), max(1, config.cluster.workers) * config.train.accumulate
+    workers, parts = config.cluster.most_workers, config.cluster.most_workers * config.train.accumulate
     mine, safe = free // (workers if device == "cpu" else 1), SAFE_SHARE[device]
     slope, fixed = fit_line([one.batch for one in measured], [one.peak_bytes for one in measured])
     most = max(1, samples // parts)
@@ -242,7 +242,7 @@ def rate_for(config: Config, global_batch: int) -> float:
 
 def _sharing(config: Config, group: ProcessGroup) -> int:
     """Workers that share the memory: on CPUs those of one machine."""
-    return max(1, config.cluster.workers) if group.device.type == "cpu" else 1
+    return config.cluster.most_workers if group.device.type == "cpu" else 1
 
 
 def _measured(config: Config, store: Store, memory: Memory, group: ProcessGroup, size: int, before: int) -> Measured:

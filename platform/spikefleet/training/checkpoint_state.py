@@ -21,6 +21,15 @@ class BestCheckpoint(BaseModel):
     metrics: dict[str, float]
 
 
+class WorldSize(BaseModel):
+    """From which step on how many workers trained."""
+
+    model_config = ConfigDict(strict=True)
+
+    from_step: int = Field(ge=0)
+    workers: int = Field(ge=1)
+
+
 class CheckpointState(BaseModel):
     """The content of `state.json`."""
 
@@ -39,6 +48,8 @@ class CheckpointState(BaseModel):
     kernels: Literal["native", "lean"] | None = "lean"
     """The form of the spiking units on a CPU, the lean one in checkpoints without the field; None on a GPU."""
     averaged: int = Field(0, ge=0)
+    world_sizes: list[WorldSize] | None = None
+    """The world sizes of all steps so far; None in checkpoints without the field, which had one."""
     seconds: float = Field(0.0, ge=0)
     """Of training so far, with `train.max_minutes`."""
     longest_epoch: float = Field(0.0, ge=0)

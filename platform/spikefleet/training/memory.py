@@ -51,7 +51,7 @@ def estimate_memory(config: Config, side: int) -> MemoryEstimate:
         raise UserError(f"model: a network of this size cannot be built: {reason}; set a smaller one") from None
     parameters = sum(parameter.numel() for parameter in network.parameters())
     copies = 3 + (config.optim.kind == "adamw") + (config.train.ema_decay is not None)
-    samples = config.train.global_batch // (max(1, config.cluster.workers) * config.train.accumulate)
+    samples = config.train.global_batch // (config.cluster.most_workers * config.train.accumulate)
     inputs = config.model.simulated_timesteps * samples * config.model.in_channels * side**2
     return MemoryEstimate(parameters, parameters * copies * _BYTES, inputs * _BYTES)
 
@@ -68,7 +68,7 @@ def check_memory(config: Config, image_shape: tuple[int, int, int] | None, local
         UserError: it cannot; the message has the estimate and the memory that there is.
     """
     estimate = estimate_memory(config, _side(config, image_shape))
-    workers = max(1, config.cluster.workers)
+    workers = config.cluster.most_workers
     on_this_machine = local and not config.cluster.gpu
     there = _machine_bytes() if on_this_machine else _MOST_BYTES
     needed = estimate.total_bytes * (workers if on_this_machine else 1)

@@ -145,6 +145,7 @@ def _training_plan(config: Config, loader: BatchLoader, group: ProcessGroup) -> 
         global_batch=train.global_batch,
         world_size=group.size,
         rank=group.rank,
+        largest_world=config.cluster.most_workers if config.cluster.elastic else None,
         seed=train.seed,
         accumulate=train.accumulate,
         drop_partial=train.partial_batch == "drop",

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from spikefleet.config.schema import Config, differences
 from spikefleet.config.train_config import may_differ_by_segment
 from spikefleet.errors import UserError
-from spikefleet.training.checkpoint_state import CheckpointState
+from spikefleet.training.checkpoint_state import CheckpointState, WorldSize
 from spikefleet.training.checkpoints import Snapshot, fitting_tensors, optimizer_tensors, restore_optimizer
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.fine_tuning import check_names, freeze, hold_statistics
@@ -90,6 +90,8 @@ class TrainingState:
         self.sums: dict[str, float] = {}
         self.cpu_form: CpuForm | None = None
         """The form of the spiking units on a CPU, once all ranks have settled it."""
+        self.world_sizes = [{"from_step": 0, "workers": group.size}]
+        """From which step on how many workers trained."""
         self.noted_large_step = False
         """Whether this process has warned of a step larger than the weights of a layer; not part of a checkpoint."""
 
@@ -190,6 +192,7 @@ class TrainingState:
             "threads": thread_counts(self.group),
             "kernels": self.cpu_form,
             "averaged": 0 if self.ema is None else self.ema.count,
+            "world_sizes": self.world_sizes,
         }
         if self.config.train.max_minutes is not None:
             state |= {"seconds": self.clock.seconds, "longest_epoch": self.clock.longest_epoch}
@@ -202,7 +205,8 @@ class TrainingState:
             One line for the user where that number was changed or could not be; None otherwise.
 
         Raises:
-            UserError: the snapshot has another configuration, data or number of workers; the message lists the fields.
+            UserError: the snapshot has another configuration or data, or a number of workers that the configuration
+                does not allow; the message lists the fields.
         """
         state = CheckpointState.of(snapshot.state, "to resume from")
         begins = self._begins_segment(state)
@@ -213,7 +217,7 @@ class TrainingState:
         ]
         if state.data_hash != self.data_hash:
             differing.append(f"data: expected content hash {state.data_hash[:12]}, found {self.data_hash[:12]}")
-        if state.world_size != self.group.size:
+        if state.world_size != self.group.size and not self.config.cluster.elastic:
             differing.append(f"cluster.workers: expected {state.world_size}, found {self.group.size}")
         if differing:
             raise UserError(
@@ -229,8 +233,20 @@ class TrainingState:
             self.lanes.restore(self.network, snapshot.tensors.get("carried", {}), self.group)
         self.best = None if state.best is None else state.best.model_dump()
         self.history, self.sums = state.history, state.sums
+        self._note_world_size(state)
+        threads = state.threads
+        if threads is not None and len(threads) != self.group.size:
+            threads = [threads[rank % len(threads)] for rank in range(self.group.size)]
         self.clock.restart(0.0 if begins else state.seconds, state.longest_epoch)
-        return resume_threads(state.threads, self.group)
+        return resume_threads(threads, self.group)
+
+    def _note_world_size(self, state: CheckpointState) -> None:
+        """Continues the list of world sizes of a checkpoint."""
+        before = state.world_sizes or [WorldSize(from_step=0, workers=state.world_size)]
+        kept = [size.model_dump() for size in before if size.from_step < self.step or not self.step]
+        if not kept or kept[-1]["workers"] != self.group.size:
+            kept.append({"from_step": self.step, "workers": self.group.size})
+        self.world_sizes = kept
 
     def _begins_segment(self, state: CheckpointState) -> bool:
         """Whether a checkpoint is the end of the segment before the configured one."""
@@ -276,6 +292,8 @@ def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def _set_random_state(states: Mapping[str, torch.Tensor], group: ProcessGroup) -> None:
-    torch.set_rng_state(states[f"cpu/{group.rank}"])
+    """Sets the random state of this rank; one that the snapshot does not have takes that of another."""
+    rank = group.rank % sum(name.startswith("cpu/") for name in states)
+    torch.set_rng_state(states[f"cpu/{rank}"])
     if group.device.type == "cuda":
-        torch.cuda.set_rng_state(states[f"cuda/{group.rank}"], group.device)
+        torch.cuda.set_rng_state(states[f"cuda/{rank}"], group.device)
