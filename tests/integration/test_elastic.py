@@ -42,7 +42,8 @@ class PlaceTaken:
     def __init__(self, folder: Path) -> None:
         self.notes: list[str] = []
         self.steps: list[int] = []
-        self._folder, self._taken = folder, None
+        self._folder = folder
+        self._taken: threading.Event | None = None
 
     def emit(self, event: Event) -> None:
         if isinstance(event, WorkerFailed):
@@ -60,12 +61,12 @@ def take_a_cpu() -> threading.Event:
     """Runs something else on one CPU, until the event is set."""
     import ray
 
-    @ray.remote(num_cpus=1)
     class Other:
         def there(self) -> None:
             return
 
-    other, given_back = Other.remote(), threading.Event()
+    actor: Any = ray.remote(num_cpus=1)(Other)
+    other, given_back = actor.remote(), threading.Event()
     ray.get(other.there.remote(), timeout=100)
 
     def wait() -> None:
