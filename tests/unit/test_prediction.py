@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from pyarrow.fs import LocalFileSystem
+from pyarrow.fs import FileInfo, FileType, LocalFileSystem
 
 from spikefleet.errors import UserError
+from spikefleet.inference.answer_files import YoloLabels
 from spikefleet.inference.cloud_images import cloud_entries
-from spikefleet.inference.image_lists import list_of_images
+from spikefleet.inference.image_entry import FileEntry
+from spikefleet.inference.image_lists import ImageList, list_of_images
 from spikefleet.inference.predictor import Predictor, overlap_threshold, with_overlap_threshold
 from spikefleet.inference.tiles import Tiling, cut_out, merge_tiles
 from spikefleet.inference.trained_network import TrainedNetwork
@@ -228,6 +230,25 @@ def test_images_of_another_file_system(photos: Path) -> None:
     (photos / "hollow" / "inside").mkdir(parents=True)
     with pytest.raises(UserError, match=r"has no images .* it has 1 sub-folders"):
         cloud_entries(f"disk://{photos}/hollow", False, LocalFileSystem())
+
+
+class Keys:
+    """What an object store lists, where `..` is a part of a key as any other."""
+
+    def get_file_info(self, asked: Any) -> Any:
+        if isinstance(asked, str):
+            return FileInfo(asked, FileType.Directory)
+        return [FileInfo(f"bucket/photos/{key}", FileType.File) for key in ("a.png", "../../x.png", "z/../../y.png")]
+
+
+def test_names_of_images_lead_nowhere_else(detector: TrainedNetwork, tmp_path: Path) -> None:
+    entries, unused = cloud_entries("keys://bucket/photos", True, Keys())
+    assert [str(entry.place) for entry in entries] == ["a.png"]
+    assert unused == {"files whose names lead out of the folder (..)": 2}
+    for place in ("../x.png", "/x.png"):
+        outside = ImageList([FileEntry(tmp_path / "x.png", PurePosixPath(place), "x.png")])
+        with pytest.raises(UserError, match=r"image x.png: its name .*/x.png leads out of "):
+            YoloLabels(detector, outside, tmp_path / "labels", False)
 
 
 # ---------------------------------------------------------------------------------------- videos

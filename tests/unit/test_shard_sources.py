@@ -145,6 +145,11 @@ def test_damaged_parquet_is_refused_by_name(tmp_path: Path) -> None:
         "class 0.5 is no index from 0 and no name",
         table(tmp_path / "f", image=images(range(2)), label=[0.5, 1]),
     )
+    refused(
+        "large",
+        "row 1: class 1699999999 is no index from 0 to 999,999; write indices from 0",
+        table(tmp_path / "l", image=images(range(2)), label=[0, 1699999999]),
+    )
     bad = [[{"bbox": [1.0, 2, -3, 4], "category": 0}]]
     refused(
         "box",
@@ -249,6 +254,19 @@ def test_damaged_and_hostile_shards_are_refused_by_name(tmp_path: Path) -> None:
     assert numbers_of(store, "train") == {1: 0}
     assert store.manifest.audit.unused == {"links, folders and hidden files in shards": 1}
     assert not (tmp_path.parent / "1.png").exists()
+
+
+def test_a_shard_that_leads_back_to_its_start_is_refused(tmp_path: Path) -> None:
+    one = (("1.png", encoded(1)), ("1.cls", b"0"))
+    file = shard(tmp_path / "back", *one, (".hidden", b""), form=tarfile.GNU_FORMAT) / "train-0.tar"
+    content = bytearray(file.read_bytes())
+    start = content.index(b".hidden")
+    header = tarfile.TarInfo(".hidden")
+    header.size = -start - tarfile.BLOCKSIZE
+    content[start : start + tarfile.BLOCKSIZE] = header.tobuf(tarfile.GNU_FORMAT)
+    file.write_bytes(content)
+    with pytest.raises(SourceError, match=r"'.hidden' has -[0-9,]+ bytes; write the shard anew"):
+        prepare("webdataset", tmp_path / "back", tmp_path / "store", holdout=0, parallel=1)
 
 
 def test_the_split_of_a_shard_is_a_word_of_its_name(tmp_path: Path) -> None:

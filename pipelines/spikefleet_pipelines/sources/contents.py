@@ -16,6 +16,10 @@ if TYPE_CHECKING:  # arrays in memory need no pyarrow
     from spikefleet_pipelines.store.writer import StoreWriter
 
 
+MAX_CLASSES = 1_000_000
+"""Most classes that numbers may stand for: each gets a name, so that one wrong number would fill the memory."""
+
+
 @dataclass(frozen=True)
 class ArrayContents:
     """A data set small enough for memory: for each split, images uint8 [n, C, H, W] and labels int64 [n]."""

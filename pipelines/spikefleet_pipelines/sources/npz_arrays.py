@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spikefleet_pipelines.errors import SourceError
-from spikefleet_pipelines.sources.contents import ArrayContents, held_out
+from spikefleet_pipelines.sources.contents import MAX_CLASSES, ArrayContents, held_out
 from spikefleet_pipelines.sources.npz_arrays_config import NPZ, NpzOptions
 from spikefleet_pipelines.sources.own_splits_config import SPLIT_FOLDERS
 from spikefleet_pipelines.sources.split_rules import STAND_INS
@@ -35,7 +35,6 @@ _PAIRS = (
 _UNSPLIT = (("images", "labels"), ("data", "labels"), ("x", "y"), ("X", "y"), ("image", "label"))
 _NAMES = ("class_names", "label_names", "classes", "fine_label_names")
 _ORDER = ("train", "val", "test")
-_MAX_CLASSES = 1_000_000
 _ADVICE = "write the array anew with numpy.savez"
 
 Part = tuple[NDArray[np.uint8], NDArray[np.int64]]
@@ -195,10 +194,10 @@ def _labels(where: str, labels: NDArray[np.generic], images: int) -> NDArray[np.
             "images, [n] or [n, 1]"
         )
     found = labels.astype(np.int64)
-    wrong = np.flatnonzero((found < 0) | (found >= _MAX_CLASSES))
+    wrong = np.flatnonzero((found < 0) | (found >= MAX_CLASSES))
     if len(wrong):
         raise SourceError(
-            f"{where}: label of image {wrong[0]} is {found[wrong[0]]}, expected 0 to {_MAX_CLASSES - 1:,}; correct it"
+            f"{where}: label of image {wrong[0]} is {found[wrong[0]]}, expected 0 to {MAX_CLASSES - 1:,}; correct it"
         )
     return found
 

@@ -104,8 +104,12 @@ def _read_shard(path: Path, options: WebDatasetOptions, unused: Counter[str]) ->
 def _samples(path: Path, shard: tarfile.TarFile, unused: Counter[str]) -> Iterator[_Sample]:
     sample: _Sample | None = None
     seen: set[str] = set()
-    end = path.stat().st_size
+    end, before = path.stat().st_size, -1
     for member in shard:
+        # tarfile would go back by a negative size, and read the same headers for ever.
+        if member.size < 0 or member.offset <= before:
+            raise SourceError(f"{path}: {short(member.name)} has {member.size:,} bytes; write the shard anew")
+        before = member.offset
         name = PurePosixPath(member.name)
         if not member.isreg() or name.name.startswith("."):
             unused["links, folders and hidden files in shards"] += not member.isdir()

@@ -59,6 +59,8 @@ class _Names:
         taken: set[Path] = set()
         for entry in entries:
             place = entry.place if nested else PurePosixPath(entry.place.name)
+            if nested and (".." in place.parts or place.is_absolute()):
+                raise UserError(f"image {entry.name}: its name {place} leads out of {folder}; give its folder instead")
             ending = suffix if entry.frames is None else ""
             stem = place.with_suffix("") if entry.frames is None else place
             path, number = folder / f"{stem}{ending}", 1

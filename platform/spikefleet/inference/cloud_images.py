@@ -13,6 +13,7 @@ from spikefleet_pipelines.store.image_header import IMAGE_SUFFIXES
 
 _OTHER = "files that are named as no image"
 _BELOW = "sub-folders"
+_OUTSIDE = "files whose names lead out of the folder (..)"
 
 
 def cloud_entries(uri: str, recursive: bool, filesystem: Any = None) -> tuple[list[BytesEntry], Counter[str]]:
@@ -50,6 +51,8 @@ def cloud_entries(uri: str, recursive: bool, filesystem: Any = None) -> tuple[li
         place = PurePosixPath(one.path).relative_to(root.rstrip("/"))
         if one.type == FileType.Directory:
             unused[_BELOW] += not recursive
+        elif ".." in place.parts or place.is_absolute():
+            unused[_OUTSIDE] += 1
         elif place.suffix.lower() in IMAGE_SUFFIXES:
             entries.append(_entry(files, one, f"{uri.rstrip('/')}/{place}", place))
         else:
