@@ -14,7 +14,7 @@ from pyarrow.fs import FileInfo, FileType, LocalFileSystem
 
 from spikefleet.errors import UserError
 from spikefleet.inference.answer_files import YoloLabels
-from spikefleet.inference.cloud_images import cloud_entries
+from spikefleet.inference.cloud_images import cloud_entries, shown_uri
 from spikefleet.inference.image_entry import FileEntry
 from spikefleet.inference.image_lists import ImageList, list_of_images
 from spikefleet.inference.predictor import Predictor, overlap_threshold, with_overlap_threshold
@@ -249,6 +249,19 @@ def test_names_of_images_lead_nowhere_else(detector: TrainedNetwork, tmp_path: P
         outside = ImageList([FileEntry(tmp_path / "x.png", PurePosixPath(place), "x.png")])
         with pytest.raises(UserError, match=r"image x.png: its name .*/x.png leads out of "):
             YoloLabels(detector, outside, tmp_path / "labels", False)
+
+
+def test_keys_and_queries_of_uris_are_not_shown() -> None:
+    for uri in ("ftp://KEY:SECRET@bucket/photos?endpoint_override=host:9000", "ftp://KEY:SEC/RET@bucket/photos"):
+        with pytest.raises(UserError) as refused:
+            cloud_entries(uri, True)
+        assert str(refused.value).startswith("ftp://bucket/photos cannot be opened: ")
+        assert not any(word in str(refused.value) for word in ("SEC", "RET", "endpoint"))
+    for uri in ("hdfs://host:9000/photos/a@b.png", "s3://bucket/a@b.png", "disk:///photos/x@2.png"):
+        assert shown_uri(uri) == uri
+    assert [entry.name for entry in cloud_entries("keys://bucket/photos/", True, Keys())[0]] == [
+        "keys://bucket/photos/a.png"
+    ]
 
 
 # ---------------------------------------------------------------------------------------- videos

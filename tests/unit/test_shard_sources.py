@@ -19,7 +19,7 @@ import pytest
 from numpy.typing import NDArray
 
 from spikefleet_pipelines.errors import SourceError
-from spikefleet_pipelines.sources import prepare
+from spikefleet_pipelines.sources import parquet_images, prepare
 from spikefleet_pipelines.sources.layouts import source_of
 from spikefleet_pipelines.sources.split_names import split_of
 from spikefleet_pipelines.store.reader import Store
@@ -108,6 +108,24 @@ def test_parquet_of_other_programs(tmp_path: Path) -> None:
     assert (
         prepare("parquet", moved, tmp_path / "moved", parallel=1).manifest.content_hash == store.manifest.content_hash
     )
+
+
+def test_a_parquet_file_that_was_corrected_is_read_anew(tmp_path: Path) -> None:
+    root = tmp_path / ".cache" / "set"
+    for number, read in enumerate((range(3), range(3, 6))):
+        table(root, image=images(read), label=[0, 1, 2])
+        table(root / ".hidden", image=images(range(9)), label=[0] * 9)
+        store = prepare("parquet", root, tmp_path / f"store {number}", holdout=0, parallel=1)
+        assert numbers_of(store, "train") == expected(read)
+
+
+def test_large_row_groups_are_refused_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = table(tmp_path / "root", image=images(range(8)), label=[0, 1, 2, 0, 1, 2, 0, 1])
+    monkeypatch.setattr(parquet_images, "MAX_GROUP_BYTES", 800)
+    with pytest.raises(SourceError, match=r"row group 0 of column 'image' has [0-9,]+ bytes, .*row_group_size=100"):
+        prepare("parquet", root, tmp_path / "store", holdout=0, parallel=1)
+    monkeypatch.setattr(parquet_images, "MAX_GROUP_BYTES", 2000)
+    assert len(prepare("parquet", root, tmp_path / "store", holdout=0, parallel=1).split("train")) == 8
 
 
 def test_damaged_parquet_is_refused_by_name(tmp_path: Path) -> None:
@@ -367,6 +385,17 @@ def test_damaged_and_hostile_arrays_are_refused_by_name(tmp_path: Path) -> None:
     whole = (tmp_path / "set.npz").read_bytes()
     (tmp_path / "set.npz").write_bytes(whole[: len(whole) // 2])
     refused("set.npz is damaged or no .npz file")
+    np.savez_compressed(tmp_path / "set.npz", **good)
+    with zipfile.ZipFile(tmp_path / "set.npz") as archive:
+        start = archive.infolist()[0].header_offset
+    whole = bytearray((tmp_path / "set.npz").read_bytes())
+    names = sum(int.from_bytes(whole[start + place : start + place + 2], "little") for place in (26, 28))
+    for offset in (0, 200):  # of the header of the array, and of its values
+        damaged = whole.copy()
+        first = start + 30 + names + offset
+        damaged[first : first + 40] = b"\xff" * 40
+        (tmp_path / "set.npz").write_bytes(damaged)
+        refused("array 'images' is damaged: ")
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (1 << 40, 8, 8)})
     with zipfile.ZipFile(tmp_path / "set.npz", "w") as archive:

@@ -5,7 +5,10 @@ Images are uint8 [n, H, W], [n, H, W, C] or [n, C, H, W] with C = 1 or 3; labels
 unpickled.
 """
 
+import lzma
+import os
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
@@ -36,6 +39,7 @@ _UNSPLIT = (("images", "labels"), ("data", "labels"), ("x", "y"), ("X", "y"), ("
 _NAMES = ("class_names", "label_names", "classes", "fine_label_names")
 _ORDER = ("train", "val", "test")
 _ADVICE = "write the array anew with numpy.savez"
+_DAMAGED = (zlib.error, lzma.LZMAError)
 
 Part = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
@@ -114,7 +118,7 @@ def _read_file(path: Path, of_file: str) -> tuple[dict[str, Part], tuple[str, ..
             }
             named = next((name for name in _NAMES if name in held), None)
             return parts, None if named is None else _texts(path, named, _array(path, archive, held[named]))
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError, *_DAMAGED) as error:
         raise SourceError(f"{path} is damaged or no .npz file: {error}; {_ADVICE}") from error
 
 
@@ -149,15 +153,20 @@ def _array(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArr
         size = int(np.prod(shape, dtype=object)) * dtype.itemsize
         if dtype.hasobject:
             raise SourceError(f"{where} holds Python objects, which only pickle reads; {_ADVICE} of numbers")
-        if size > min(MAX_BYTES, info.file_size):
-            raise SourceError(f"{where} would take {size:,} bytes, expected at most {min(MAX_BYTES, info.file_size):,}")
+        if size > (most := min(MAX_BYTES, _memory(), info.file_size)):
+            raise SourceError(f"{where} would take {size:,} bytes, expected at most {most:,}; {_ADVICE} of fewer images")
         with archive.open(info) as stream:
             found: NDArray[np.generic] = np.lib.format.read_array(stream, allow_pickle=False)
             return found
     except SourceError:
         raise
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+    except (ValueError, OSError, zipfile.BadZipFile, EOFError, *_DAMAGED) as error:
         raise SourceError(f"{where} is damaged: {error}; {_ADVICE}") from error
+
+
+def _memory() -> int:
+    """Bytes of this machine's memory, where the images are held."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[np.generic]]:
