@@ -190,7 +190,7 @@ def test_folders_patterns_and_lists(photos: Path) -> None:
     assert [str(entry.place) for entry in found.entries] == ["[x].png", "a.png", "b.JPG", "deep/c.png", "deep/er/d.png"]
     assert found.summary == "1 files that are named as no image"
     assert [str(entry.place) for entry in list_of_images(["photos/d*/c.png"]).entries] == ["deep/c.png"]
-    listed = ["photos/a.png", "", "photos/deep", "photos/gone.png", "photos/b*"]
+    listed = ["photos/a.png", "", "photos/deep", "photos/gone.png", "photos/b.JPG"]
     found = list_of_images(["-", "photos/a.png"], listed=listed)
     assert [entry.name for entry in found.entries] == [
         *("photos/a.png", "photos/deep/c.png", "photos/gone.png", "photos/b.JPG", "photos/a.png")
@@ -208,6 +208,21 @@ def test_folders_patterns_and_lists(photos: Path) -> None:
     }.items():
         with pytest.raises(UserError, match=problem):
             list_of_images(words)
+
+
+def test_bad_lines_of_a_list_keep_no_others_from_their_answers(photos: Path) -> None:
+    (photos / "hollow").mkdir()
+    bad = ["photos/[a].png", "hollow", "ftp://KEY:SECRET@host/x", "n" * 5000, "file://[x"]
+    found = list_of_images(["-"], listed=[*bad, "photos/a.png"])
+    *failed, good = [next(iter(entry.images())) for entry in found.entries]
+    assert [one.name for one in failed] == [bad[0], bad[1], "ftp://host/x", *bad[3:]]
+    assert good.pixels is not None
+    for one, reason in zip(
+        failed, ("No such file", "has no images", "cannot be opened", "too long", "Invalid"), strict=True
+    ):
+        assert one.pixels is None
+        assert reason in one.error
+        assert "SECRET" not in one.error
 
 
 def test_images_of_another_file_system(photos: Path) -> None:
@@ -350,3 +365,6 @@ def test_without_pyav_a_video_is_refused_with_the_remedy(tmp_path: Path, monkeyp
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"clip.mp4 is a video, .*pip install 'spikefleet\[video\]'"):
         list_of_images([str(tmp_path / "clip.mp4")])
+    (listed,) = list_of_images(["-"], listed=[str(tmp_path / "clip.mp4")]).entries
+    assert listed.local == tmp_path / "clip.mp4"
+    assert "install it" in next(iter(listed.images())).error

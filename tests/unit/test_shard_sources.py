@@ -274,6 +274,32 @@ def test_damaged_and_hostile_shards_are_refused_by_name(tmp_path: Path) -> None:
     assert not (tmp_path.parent / "1.png").exists()
 
 
+def test_names_and_captions_of_shards(tmp_path: Path) -> None:
+    members = []
+    for number in range(6):
+        content = json.dumps({"class": number % 3, "url": "x"}).encode()
+        caption = f"photograph {number}".encode()
+        members += [(f"{number}.png", encoded(number)), (f"{number}.txt", caption), (f"{number}.json", content)]
+    root = shard(tmp_path / "root", ("folder/.hidden", b""), *members)
+    with tarfile.open(root / "train-0.tar", "a") as opened:
+        folder = tarfile.TarInfo("empty")
+        folder.type = tarfile.DIRTYPE
+        opened.addfile(folder)
+    with pytest.raises(SourceError, match=r"each class has one image, such as 'photograph 0', .*option label=KEY"):
+        prepare("webdataset", root, tmp_path / "store", holdout=0, parallel=1)
+    (root / "classnames.txt").write_text("ant\n\nbee\ncat\n")
+    options: dict[str, Any] = {"label": "class", "holdout": 0, "parallel": 1}
+    with pytest.raises(SourceError, match=r"classnames.txt, line 2 is empty"):
+        prepare("webdataset", root, tmp_path / "store", **options)
+    (root / "classnames.txt").write_text("ant\nbee\ncat\n\n")
+    store = prepare("webdataset", root, tmp_path / "store", **options)
+    assert numbers_of(store, "train") == expected(range(6))
+    assert store.manifest.class_names == NAMES
+    shard(root, *members)
+    store = prepare("webdataset", root, tmp_path / "without hidden", **options)
+    assert store.manifest.audit.unused == {"fields .txt of samples": 6}
+
+
 def test_a_shard_that_leads_back_to_its_start_is_refused(tmp_path: Path) -> None:
     one = (("1.png", encoded(1)), ("1.cls", b"0"))
     file = shard(tmp_path / "back", *one, (".hidden", b""), form=tarfile.GNU_FORMAT) / "train-0.tar"

@@ -154,7 +154,9 @@ def _array(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArr
         if dtype.hasobject:
             raise SourceError(f"{where} holds Python objects, which only pickle reads; {_ADVICE} of numbers")
         if size > (most := min(MAX_BYTES, _memory(), info.file_size)):
-            raise SourceError(f"{where} would take {size:,} bytes, expected at most {most:,}; {_ADVICE} of fewer images")
+            raise SourceError(
+                f"{where} would take {size:,} bytes, expected at most {most:,}; {_ADVICE} of fewer images"
+            )
         with archive.open(info) as stream:
             found: NDArray[np.generic] = np.lib.format.read_array(stream, allow_pickle=False)
             return found

@@ -27,12 +27,18 @@ from spikefleet.outputs import check_output_folder, check_outputs
 from spikefleet.tasks.coco_metrics import FoundBoxes
 from spikefleet_tune.atomic import replacing, write_atomically
 
+MOST_DRAWN = 64
+"""Most images in one PNG: they are held in memory, and more are too small to see."""
+
 _CLASSES = "classes.txt"
 _NO_NAME = re.compile(r"[^\w .-]")
 
 
 class AnswerFiles(ABC):
     """Something that is written of the predictions, one after the other."""
+
+    left_out: int = 0
+    """Images that have no place in it."""
 
     @abstractmethod
     def add(self, entry: int, image: Loaded, pixels: Pixels, prediction: Any) -> None:
@@ -110,7 +116,7 @@ class DrawnImages(AnswerFiles):
 
 
 class DrawnSheet(AnswerFiles):
-    """All images with their predictions in one PNG."""
+    """The first `MOST_DRAWN` images with their predictions in one PNG."""
 
     def __init__(self, trained: TrainedNetwork, images: ImageList, out: Path, force: bool) -> None:
         if out.suffix.lower() != ".png":
@@ -122,7 +128,10 @@ class DrawnSheet(AnswerFiles):
         self._names: list[str] = []
 
     def add(self, entry: int, image: Loaded, pixels: Pixels, prediction: Any) -> None:
-        """Keeps the image."""
+        """Keeps the image, as far as it is drawn."""
+        if len(self._images) == MOST_DRAWN:
+            self.left_out += 1
+            return
         self._images.append(torch.tensor(pixels))
         self._predictions.append(prediction)
         name = Path(image.name).name
