@@ -314,6 +314,16 @@ def test_frames_of_a_video(tmp_path: Path) -> None:
     assert loaded[3].origin == {"image": str(path), "frame": 3, "time_s": 0.3}
 
 
+def test_times_are_from_the_start_of_the_video(tmp_path: Path) -> None:
+    av = pytest.importorskip("av", reason="PyAV (the extra `video`) is not installed")
+    path = tmp_path / "clip.ts"
+    write_video(path, FRAMES, "mpeg2video", "yuv420p")
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].start_time > 0, "the clock of MPEG-TS does not begin at 0"
+    (entry,) = list_of_images([str(path)]).entries
+    assert [one.time_s for one in entry.images()] == [number / 10 for number in range(7)]
+
+
 def test_a_video_is_turned_as_it_is_to_be_shown(tmp_path: Path) -> None:
     path = tmp_path / "clip.mp4"
     write_video(path, FRAMES, "mpeg4", "yuv420p")

@@ -28,6 +28,8 @@ class ArrayContents:
     splits: dict[str, tuple[NDArray[np.uint8], NDArray[np.int64]]]
     category_ids: tuple[int, ...] | None = None
     stand_ins: Mapping[str, str] = field(default_factory=dict)
+    unused: Mapping[str, int] = field(default_factory=dict)
+    """Number of what the data set has and does not use, by reason."""
 
     @property
     def image(self) -> ImageFormat:
@@ -37,6 +39,7 @@ class ArrayContents:
 
     def write(self, writer: "StoreWriter", progress: Progress, parallel: int | None) -> None:
         """Write all splits; see `Contents`."""
+        writer.unused = dict(self.unused)
         total, done = sum(len(labels) for _, labels in self.splits.values()), 0
         for split, (images, labels) in self.splits.items():
             writer.write_images(split, images, labels)
