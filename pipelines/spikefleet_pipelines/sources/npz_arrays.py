@@ -52,8 +52,8 @@ def read_npz(root: Path, options: NpzOptions, seed: int) -> ArrayContents:
     becomes val. Without a test split, "test" is an alias of val; with a holdout it is the given val.
 
     Raises:
-        SourceError: a file is missing or damaged, arrays do not fit together, or a holdout is asked for although val and test
-            are given; the message names file and array.
+        SourceError: a file is missing or damaged, arrays do not fit together, or a holdout is asked for although val
+            and test are given; the message names file and array.
     """
     given: dict[str, Part] = {}
     names: tuple[str, ...] | None = None
