@@ -414,10 +414,10 @@ def test_damaged_and_hostile_arrays_are_refused_by_name(tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "set.npz", **good)
     with zipfile.ZipFile(tmp_path / "set.npz") as archive:
         start = archive.infolist()[0].header_offset
-    whole = bytearray((tmp_path / "set.npz").read_bytes())
+    whole = (tmp_path / "set.npz").read_bytes()
     names = sum(int.from_bytes(whole[start + place : start + place + 2], "little") for place in (26, 28))
     for offset in (0, 200):  # of the header of the array, and of its values
-        damaged = whole.copy()
+        damaged = bytearray(whole)
         first = start + 30 + names + offset
         damaged[first : first + 40] = b"\xff" * 40
         (tmp_path / "set.npz").write_bytes(damaged)
