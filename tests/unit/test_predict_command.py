@@ -17,6 +17,7 @@ from pycocotools.coco import COCO
 from typer.testing import CliRunner, Result
 
 from spikefleet.cli import app
+from spikefleet.inference import answer_files
 from spikefleet_pipelines.sources import prepare
 from spikefleet_pipelines.store.reader import Store
 from support.small_detector import CLASSES, noise, small_classifier, small_detector, write_network
@@ -92,6 +93,15 @@ def test_a_list_on_stdin_with_bad_entries(predict: Predict, desk: Path) -> None:
     done = predict("classifier", "-", "--json", stdin=b"photos/1.png\0photos/2.png\0")
     assert [json.loads(line)["image"] for line in done.stdout.splitlines()] == ["photos/1.png", "photos/2.png"]
     assert "no image is listed on stdin" in predict("classifier", "-", code=2, stdin=b"\n").stderr
+
+
+def test_one_png_holds_the_first_images(predict: Predict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answer_files, "MOST_DRAWN", 2)
+    done = predict("classifier", "photos", "--recursive", "--out", str(tmp_path / "sheet.png"))
+    assert "1 images are not drawn: " in done.stderr
+    assert "holds the first 2" in done.stderr
+    done = predict("classifier", "photos", "--out", str(tmp_path / "two.png"))
+    assert "not drawn" not in done.stderr
 
 
 def test_labels_in_yolos_format_are_read_as_a_data_set(

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from pyarrow.fs import LocalFileSystem
+from pyarrow.fs import FileInfo, FileType, LocalFileSystem
 
 from spikefleet.errors import UserError
-from spikefleet.inference.cloud_images import cloud_entries
-from spikefleet.inference.image_lists import list_of_images
+from spikefleet.inference.answer_files import YoloLabels
+from spikefleet.inference.cloud_images import cloud_entries, shown_uri
+from spikefleet.inference.image_entry import FileEntry
+from spikefleet.inference.image_lists import ImageList, list_of_images
 from spikefleet.inference.predictor import Predictor, overlap_threshold, with_overlap_threshold
 from spikefleet.inference.tiles import Tiling, cut_out, merge_tiles
 from spikefleet.inference.trained_network import TrainedNetwork
@@ -188,7 +190,7 @@ def test_folders_patterns_and_lists(photos: Path) -> None:
     assert [str(entry.place) for entry in found.entries] == ["[x].png", "a.png", "b.JPG", "deep/c.png", "deep/er/d.png"]
     assert found.summary == "1 files that are named as no image"
     assert [str(entry.place) for entry in list_of_images(["photos/d*/c.png"]).entries] == ["deep/c.png"]
-    listed = ["photos/a.png", "", "photos/deep", "photos/gone.png", "photos/b*"]
+    listed = ["photos/a.png", "", "photos/deep", "photos/gone.png", "photos/b.JPG"]
     found = list_of_images(["-", "photos/a.png"], listed=listed)
     assert [entry.name for entry in found.entries] == [
         *("photos/a.png", "photos/deep/c.png", "photos/gone.png", "photos/b.JPG", "photos/a.png")
@@ -206,6 +208,21 @@ def test_folders_patterns_and_lists(photos: Path) -> None:
     }.items():
         with pytest.raises(UserError, match=problem):
             list_of_images(words)
+
+
+def test_bad_lines_of_a_list_keep_no_others_from_their_answers(photos: Path) -> None:
+    (photos / "hollow").mkdir()
+    bad = ["photos/[a].png", "hollow", "ftp://KEY:SECRET@host/x", "n" * 5000, "file://[x"]
+    found = list_of_images(["-"], listed=[*bad, "photos/a.png"])
+    *failed, good = [next(iter(entry.images())) for entry in found.entries]
+    assert [one.name for one in failed] == [bad[0], bad[1], "ftp://host/x", *bad[3:]]
+    assert good.pixels is not None
+    for one, reason in zip(
+        failed, ("No such file", "has no images", "cannot be opened", "too long", "Invalid"), strict=True
+    ):
+        assert one.pixels is None
+        assert reason in one.error
+        assert "SECRET" not in one.error
 
 
 def test_images_of_another_file_system(photos: Path) -> None:
@@ -228,6 +245,38 @@ def test_images_of_another_file_system(photos: Path) -> None:
     (photos / "hollow" / "inside").mkdir(parents=True)
     with pytest.raises(UserError, match=r"has no images .* it has 1 sub-folders"):
         cloud_entries(f"disk://{photos}/hollow", False, LocalFileSystem())
+
+
+class Keys:
+    """What an object store lists, where `..` is a part of a key as any other."""
+
+    def get_file_info(self, asked: Any) -> Any:
+        if isinstance(asked, str):
+            return FileInfo(asked, FileType.Directory)
+        return [FileInfo(f"bucket/photos/{key}", FileType.File) for key in ("a.png", "../../x.png", "z/../../y.png")]
+
+
+def test_names_of_images_lead_nowhere_else(detector: TrainedNetwork, tmp_path: Path) -> None:
+    entries, unused = cloud_entries("keys://bucket/photos", True, Keys())
+    assert [str(entry.place) for entry in entries] == ["a.png"]
+    assert unused == {"files whose names lead out of the folder (..)": 2}
+    for place in ("../x.png", "/x.png"):
+        outside = ImageList([FileEntry(tmp_path / "x.png", PurePosixPath(place), "x.png")])
+        with pytest.raises(UserError, match=r"image x.png: its name .*/x.png leads out of "):
+            YoloLabels(detector, outside, tmp_path / "labels", False)
+
+
+def test_keys_and_queries_of_uris_are_not_shown() -> None:
+    for uri in ("ftp://KEY:SECRET@bucket/photos?endpoint_override=host:9000", "ftp://KEY:SEC/RET@bucket/photos"):
+        with pytest.raises(UserError) as refused:
+            cloud_entries(uri, True)
+        assert str(refused.value).startswith("ftp://bucket/photos cannot be opened: ")
+        assert not any(word in str(refused.value) for word in ("SEC", "RET", "endpoint"))
+    for uri in ("hdfs://host:9000/photos/a@b.png", "s3://bucket/a@b.png", "disk:///photos/x@2.png"):
+        assert shown_uri(uri) == uri
+    assert [entry.name for entry in cloud_entries("keys://bucket/photos/", True, Keys())[0]] == [
+        "keys://bucket/photos/a.png"
+    ]
 
 
 # ---------------------------------------------------------------------------------------- videos
@@ -263,6 +312,16 @@ def test_frames_of_a_video(tmp_path: Path) -> None:
     assert found.expected == 3
     assert names(str(tmp_path / "*.mkv")) == [str(path)]
     assert loaded[3].origin == {"image": str(path), "frame": 3, "time_s": 0.3}
+
+
+def test_times_are_from_the_start_of_the_video(tmp_path: Path) -> None:
+    av = pytest.importorskip("av", reason="PyAV (the extra `video`) is not installed")
+    path = tmp_path / "clip.ts"
+    write_video(path, FRAMES, "mpeg2video", "yuv420p")
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].start_time > 0, "the clock of MPEG-TS does not begin at 0"
+    (entry,) = list_of_images([str(path)]).entries
+    assert [one.time_s for one in entry.images()] == [number / 10 for number in range(7)]
 
 
 def test_a_video_is_turned_as_it_is_to_be_shown(tmp_path: Path) -> None:
@@ -316,3 +375,6 @@ def test_without_pyav_a_video_is_refused_with_the_remedy(tmp_path: Path, monkeyp
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"clip.mp4 is a video, .*pip install 'spikefleet\[video\]'"):
         list_of_images([str(tmp_path / "clip.mp4")])
+    (listed,) = list_of_images(["-"], listed=[str(tmp_path / "clip.mp4")]).entries
+    assert listed.local == tmp_path / "clip.mp4"
+    assert "install it" in next(iter(listed.images())).error

@@ -19,7 +19,7 @@ import pytest
 from numpy.typing import NDArray
 
 from spikefleet_pipelines.errors import SourceError
-from spikefleet_pipelines.sources import prepare
+from spikefleet_pipelines.sources import parquet_images, prepare
 from spikefleet_pipelines.sources.layouts import source_of
 from spikefleet_pipelines.sources.split_names import split_of
 from spikefleet_pipelines.store.reader import Store
@@ -110,6 +110,24 @@ def test_parquet_of_other_programs(tmp_path: Path) -> None:
     )
 
 
+def test_a_parquet_file_that_was_corrected_is_read_anew(tmp_path: Path) -> None:
+    root = tmp_path / ".cache" / "set"
+    for number, read in enumerate((range(3), range(3, 6))):
+        table(root, image=images(read), label=[0, 1, 2])
+        table(root / ".hidden", image=images(range(9)), label=[0] * 9)
+        store = prepare("parquet", root, tmp_path / f"store {number}", holdout=0, parallel=1)
+        assert numbers_of(store, "train") == expected(read)
+
+
+def test_large_row_groups_are_refused_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = table(tmp_path / "root", image=images(range(8)), label=[0, 1, 2, 0, 1, 2, 0, 1])
+    monkeypatch.setattr(parquet_images, "MAX_GROUP_BYTES", 800)
+    with pytest.raises(SourceError, match=r"row group 0 of column 'image' has [0-9,]+ bytes, .*row_group_size=100"):
+        prepare("parquet", root, tmp_path / "store", holdout=0, parallel=1)
+    monkeypatch.setattr(parquet_images, "MAX_GROUP_BYTES", 2000)
+    assert len(prepare("parquet", root, tmp_path / "store", holdout=0, parallel=1).split("train")) == 8
+
+
 def test_damaged_parquet_is_refused_by_name(tmp_path: Path) -> None:
     def refused(name: str, message: str, root: Path | None = None, **options: Any) -> None:
         with pytest.raises(SourceError, match=message):
@@ -144,6 +162,11 @@ def test_damaged_parquet_is_refused_by_name(tmp_path: Path) -> None:
         "float",
         "class 0.5 is no index from 0 and no name",
         table(tmp_path / "f", image=images(range(2)), label=[0.5, 1]),
+    )
+    refused(
+        "large",
+        "row 1: class 1699999999 is no index from 0 to 999,999; write indices from 0",
+        table(tmp_path / "l", image=images(range(2)), label=[0, 1699999999]),
     )
     bad = [[{"bbox": [1.0, 2, -3, 4], "category": 0}]]
     refused(
@@ -251,6 +274,45 @@ def test_damaged_and_hostile_shards_are_refused_by_name(tmp_path: Path) -> None:
     assert not (tmp_path.parent / "1.png").exists()
 
 
+def test_names_and_captions_of_shards(tmp_path: Path) -> None:
+    members = []
+    for number in range(6):
+        content = json.dumps({"class": number % 3, "url": "x"}).encode()
+        caption = f"photograph {number}".encode()
+        members += [(f"{number}.png", encoded(number)), (f"{number}.txt", caption), (f"{number}.json", content)]
+    root = shard(tmp_path / "root", ("folder/.hidden", b""), *members)
+    with tarfile.open(root / "train-0.tar", "a") as opened:
+        folder = tarfile.TarInfo("empty")
+        folder.type = tarfile.DIRTYPE
+        opened.addfile(folder)
+    with pytest.raises(SourceError, match=r"each class has one image, such as 'photograph 0', .*option label=KEY"):
+        prepare("webdataset", root, tmp_path / "store", holdout=0, parallel=1)
+    (root / "classnames.txt").write_text("ant\n\nbee\ncat\n")
+    options: dict[str, Any] = {"label": "class", "holdout": 0, "parallel": 1}
+    with pytest.raises(SourceError, match=r"classnames.txt, line 2 is empty"):
+        prepare("webdataset", root, tmp_path / "store", **options)
+    (root / "classnames.txt").write_text("ant\nbee\ncat\n\n")
+    store = prepare("webdataset", root, tmp_path / "store", **options)
+    assert numbers_of(store, "train") == expected(range(6))
+    assert store.manifest.class_names == NAMES
+    shard(root, *members)
+    store = prepare("webdataset", root, tmp_path / "without hidden", **options)
+    assert store.manifest.audit.unused == {"fields .txt of samples": 6}
+
+
+def test_a_shard_that_leads_back_to_its_start_is_refused(tmp_path: Path) -> None:
+    one = (("1.png", encoded(1)), ("1.cls", b"0"))
+    file = shard(tmp_path / "back", *one, (".hidden", b""), form=tarfile.GNU_FORMAT) / "train-0.tar"
+    content = bytearray(file.read_bytes())
+    start = content.index(b".hidden")
+    header = tarfile.TarInfo(".hidden")
+    header.size = -start - tarfile.BLOCKSIZE
+    content[start : start + tarfile.BLOCKSIZE] = header.tobuf(tarfile.GNU_FORMAT)
+    file.write_bytes(content)
+    with pytest.raises(SourceError, match=r"'.hidden' has -[0-9,]+ bytes; write the shard anew"):
+        prepare("webdataset", tmp_path / "back", tmp_path / "store", holdout=0, parallel=1)
+
+
 def test_the_split_of_a_shard_is_a_word_of_its_name(tmp_path: Path) -> None:
     for path, split in {
         "train-00000-of-00002.parquet": "train",
@@ -349,6 +411,17 @@ def test_damaged_and_hostile_arrays_are_refused_by_name(tmp_path: Path) -> None:
     whole = (tmp_path / "set.npz").read_bytes()
     (tmp_path / "set.npz").write_bytes(whole[: len(whole) // 2])
     refused("set.npz is damaged or no .npz file")
+    np.savez_compressed(tmp_path / "set.npz", **good)
+    with zipfile.ZipFile(tmp_path / "set.npz") as archive:
+        start = archive.infolist()[0].header_offset
+    whole = (tmp_path / "set.npz").read_bytes()
+    names = sum(int.from_bytes(whole[start + place : start + place + 2], "little") for place in (26, 28))
+    for offset in (0, 200):  # of the header of the array, and of its values
+        damaged = bytearray(whole)
+        first = start + 30 + names + offset
+        damaged[first : first + 40] = b"\xff" * 40
+        (tmp_path / "set.npz").write_bytes(damaged)
+        refused("array 'images' is damaged: ")
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (1 << 40, 8, 8)})
     with zipfile.ZipFile(tmp_path / "set.npz", "w") as archive:

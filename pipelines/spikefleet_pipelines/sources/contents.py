@@ -16,6 +16,10 @@ if TYPE_CHECKING:  # arrays in memory need no pyarrow
     from spikefleet_pipelines.store.writer import StoreWriter
 
 
+MAX_CLASSES = 1_000_000
+"""Most classes that numbers may stand for: each gets a name, so that one wrong number would fill the memory."""
+
+
 @dataclass(frozen=True)
 class ArrayContents:
     """A data set small enough for memory: for each split, images uint8 [n, C, H, W] and labels int64 [n]."""
@@ -24,6 +28,8 @@ class ArrayContents:
     splits: dict[str, tuple[NDArray[np.uint8], NDArray[np.int64]]]
     category_ids: tuple[int, ...] | None = None
     stand_ins: Mapping[str, str] = field(default_factory=dict)
+    unused: Mapping[str, int] = field(default_factory=dict)
+    """Number of what the data set has and does not use, by reason."""
 
     @property
     def image(self) -> ImageFormat:
@@ -33,6 +39,7 @@ class ArrayContents:
 
     def write(self, writer: "StoreWriter", progress: Progress, parallel: int | None) -> None:
         """Write all splits; see `Contents`."""
+        writer.unused = dict(self.unused)
         total, done = sum(len(labels) for _, labels in self.splits.values()), 0
         for split, (images, labels) in self.splits.items():
             writer.write_images(split, images, labels)

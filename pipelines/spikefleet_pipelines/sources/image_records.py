@@ -11,6 +11,7 @@ import numpy as np
 from spikefleet_pipelines.errors import SourceError
 from spikefleet_pipelines.sources.box_rows import Box, FoundImage, boxed_contents, drop_repeated
 from spikefleet_pipelines.sources.boxed_images import BoxedContents
+from spikefleet_pipelines.sources.contents import MAX_CLASSES
 from spikefleet_pipelines.sources.labelled_images import LabelledContents, LabelledImages
 from spikefleet_pipelines.sources.own_splits_config import OwnSplits
 from spikefleet_pipelines.sources.packed_images import PackedImage
@@ -146,6 +147,10 @@ def _is_number(value: Any) -> bool:
 
 def _label(where: str, value: Any) -> Label:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        if value >= MAX_CLASSES:
+            raise SourceError(
+                f"{where}: class {short(value)} is no index from 0 to {MAX_CLASSES - 1:,}; write indices from 0"
+            )
         return value
     if isinstance(value, str) and value.strip() and is_text(value):
         return value.strip()

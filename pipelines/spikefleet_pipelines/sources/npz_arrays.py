@@ -5,7 +5,11 @@ Images are uint8 [n, H, W], [n, H, W, C] or [n, C, H, W] with C = 1 or 3; labels
 unpickled.
 """
 
+import lzma
+import os
 import zipfile
+import zlib
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
@@ -14,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spikefleet_pipelines.errors import SourceError
-from spikefleet_pipelines.sources.contents import ArrayContents, held_out
+from spikefleet_pipelines.sources.contents import MAX_CLASSES, ArrayContents, held_out
 from spikefleet_pipelines.sources.npz_arrays_config import NPZ, NpzOptions
-from spikefleet_pipelines.sources.own_splits_config import SPLIT_FOLDERS
+from spikefleet_pipelines.sources.own_splits_config import DEFAULT_HOLDOUT, SPLIT_FOLDERS, only_place
 from spikefleet_pipelines.sources.split_rules import STAND_INS
 from spikefleet_pipelines.sources.text_files import short
 from spikefleet_pipelines.store.manifest import is_text
@@ -35,8 +39,8 @@ _PAIRS = (
 _UNSPLIT = (("images", "labels"), ("data", "labels"), ("x", "y"), ("X", "y"), ("image", "label"))
 _NAMES = ("class_names", "label_names", "classes", "fine_label_names")
 _ORDER = ("train", "val", "test")
-_MAX_CLASSES = 1_000_000
 _ADVICE = "write the array anew with numpy.savez"
+_DAMAGED = (zlib.error, lzma.LZMAError)
 
 Part = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
@@ -44,17 +48,19 @@ Part = tuple[NDArray[np.uint8], NDArray[np.int64]]
 def read_npz(root: Path, options: NpzOptions, seed: int) -> ArrayContents:
     """Read the arrays.
 
-    With a val split, the splits are those of the files; else a part of the training images of each class becomes val.
-    Without a test split, "test" is an alias of val.
+    With a val split and no holdout, the splits are those of the files; else a part of the training images of each class
+    becomes val. Without a test split, "test" is an alias of val; with a holdout it is the given val.
 
     Raises:
-        SourceError: a file is missing or damaged, or arrays do not fit together; the message names file and array.
+        SourceError: a file is missing or damaged, arrays do not fit together, or a holdout is asked for although val
+            and test are given; the message names file and array.
     """
     given: dict[str, Part] = {}
     names: tuple[str, ...] | None = None
+    unused: Counter[str] = Counter()
     files = _files(root, options.file)
     for of_file, path in files.items():
-        parts, found = _read_file(path, of_file)
+        parts, found = _read_file(path, of_file, unused)
         given |= parts
         if found is not None and names not in (None, found):
             raise SourceError(f"{path}: the names of the classes are not those of {next(iter(files.values()))}")
@@ -66,12 +72,26 @@ def read_npz(root: Path, options: NpzOptions, seed: int) -> ArrayContents:
         sizes = ", ".join(f"{split} {list(shape)}" for split, shape in shapes.items())
         raise SourceError(f"{root}: the images of the splits have other shapes: {sizes}; make them equal")
     classes = _class_names(root, names, max(int(labels.max()) for _, labels in given.values()) + 1)
-    if "val" not in given and options.holdout:
-        given |= _held_out(given["train"], options.holdout, seed)
+    given = _divided(given, options.holdout, seed)
     splits = {split: part for split, part in given.items() if len(part[1])}
-    return ArrayContents(
-        classes, dict(sorted(splits.items(), key=lambda item: _ORDER.index(item[0]))), stand_ins=STAND_INS
-    )
+    ordered = dict(sorted(splits.items(), key=lambda item: _ORDER.index(item[0])))
+    return ArrayContents(classes, ordered, stand_ins=STAND_INS, unused=unused)
+
+
+def _divided(given: dict[str, Part], holdout: float | None, seed: int) -> dict[str, Part]:
+    """Hold out a part of train, by the rule of `split_rules.divide_splits`; arrays have no groups."""
+    if holdout is None:
+        holdout = 0.0 if "val" in given else DEFAULT_HOLDOUT
+    if not holdout:
+        return given
+    if {"val", "test"} <= set(given):
+        raise SourceError(
+            f"source {NPZ.name!r}: option holdout={holdout:g}, but the data set has val and test splits; remove "
+            "holdout, or one of the two"
+        )
+    reported = given.get("test", given.get("val"))
+    divided = _held_out(given["train"], holdout, seed)
+    return divided if reported is None else {**divided, "test": reported}
 
 
 def _held_out(train: Part, holdout: float, seed: int) -> dict[str, Part]:
@@ -87,12 +107,11 @@ def _files(root: Path, name: str | None) -> dict[str, Path]:
         if not path.is_file():
             raise NPZ.missing(path)
         return {"": path}
-    of_split = {
-        split: root / f"{one}.npz"
-        for split, names in SPLIT_FOLDERS.items()
-        for one in names
-        if (root / f"{one}.npz").is_file()
-    }
+    of_split: dict[str, Path] = {}
+    for split, names in SPLIT_FOLDERS.items():
+        there = [path for path in (root / f"{one}.npz" for one in names) if path.is_file()]
+        if (place := only_place(root, split, there)) is not None:
+            of_split[split] = place
     if of_split:
         return of_split
     found = sorted(root.glob("*.npz"))
@@ -104,7 +123,7 @@ def _files(root: Path, name: str | None) -> dict[str, Path]:
     return {"": found[0]}
 
 
-def _read_file(path: Path, of_file: str) -> tuple[dict[str, Part], tuple[str, ...] | None]:
+def _read_file(path: Path, of_file: str, unused: Counter[str]) -> tuple[dict[str, Part], tuple[str, ...] | None]:
     try:
         with zipfile.ZipFile(path) as archive:
             held = {info.filename.removesuffix(".npy"): info for info in archive.infolist() if not info.is_dir()}
@@ -114,8 +133,12 @@ def _read_file(path: Path, of_file: str) -> tuple[dict[str, Part], tuple[str, ..
                 for split, (one, other) in pairs.items()
             }
             named = next((name for name in _NAMES if name in held), None)
+            used = {named, *(name for pair in pairs.values() for name in pair)}
+            if others := [name for name in held if name not in used]:
+                listed = ", ".join(map(short, others[:5]))
+                unused[f"arrays of {path.name} that are not of {of_file or 'a split'} ({listed})"] += len(others)
             return parts, None if named is None else _texts(path, named, _array(path, archive, held[named]))
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError, *_DAMAGED) as error:
         raise SourceError(f"{path} is damaged or no .npz file: {error}; {_ADVICE}") from error
 
 
@@ -150,15 +173,22 @@ def _array(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArr
         size = int(np.prod(shape, dtype=object)) * dtype.itemsize
         if dtype.hasobject:
             raise SourceError(f"{where} holds Python objects, which only pickle reads; {_ADVICE} of numbers")
-        if size > min(MAX_BYTES, info.file_size):
-            raise SourceError(f"{where} would take {size:,} bytes, expected at most {min(MAX_BYTES, info.file_size):,}")
+        if size > (most := min(MAX_BYTES, _memory(), info.file_size)):
+            raise SourceError(
+                f"{where} would take {size:,} bytes, expected at most {most:,}; {_ADVICE} of fewer images"
+            )
         with archive.open(info) as stream:
             found: NDArray[np.generic] = np.lib.format.read_array(stream, allow_pickle=False)
             return found
     except SourceError:
         raise
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+    except (ValueError, OSError, zipfile.BadZipFile, EOFError, *_DAMAGED) as error:
         raise SourceError(f"{where} is damaged: {error}; {_ADVICE}") from error
+
+
+def _memory() -> int:
+    """Bytes of this machine's memory, where the images are held."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[np.generic]]:
@@ -195,10 +225,10 @@ def _labels(where: str, labels: NDArray[np.generic], images: int) -> NDArray[np.
             "images, [n] or [n, 1]"
         )
     found = labels.astype(np.int64)
-    wrong = np.flatnonzero((found < 0) | (found >= _MAX_CLASSES))
+    wrong = np.flatnonzero((found < 0) | (found >= MAX_CLASSES))
     if len(wrong):
         raise SourceError(
-            f"{where}: label of image {wrong[0]} is {found[wrong[0]]}, expected 0 to {_MAX_CLASSES - 1:,}; correct it"
+            f"{where}: label of image {wrong[0]} is {found[wrong[0]]}, expected 0 to {MAX_CLASSES - 1:,}; correct it"
         )
     return found
 

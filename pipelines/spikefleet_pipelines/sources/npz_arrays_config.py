@@ -2,8 +2,8 @@
 
 from pydantic import Field
 
-from spikefleet_pipelines.sources.own_splits_config import is_absent
-from spikefleet_pipelines.sources.source import Source, SourceOptions, holdout_field
+from spikefleet_pipelines.sources.own_splits_config import DEFAULT_HOLDOUT, is_absent
+from spikefleet_pipelines.sources.source import Source, SourceOptions
 
 
 class NpzOptions(SourceOptions):
@@ -14,7 +14,14 @@ class NpzOptions(SourceOptions):
         exclude_if=is_absent,
         description="file below the root; none: train.npz, val.npz and test.npz, or the only .npz file",
     )
-    holdout: float = holdout_field(0.1)
+    holdout: float | None = Field(
+        default=None,
+        ge=0.0,
+        lt=1.0,
+        exclude_if=is_absent,
+        description="fraction of the training images of each class that becomes val; none: "
+        f"{DEFAULT_HOLDOUT:g} without a val split, else 0; with a val split that one is then test",
+    )
 
 
 NPZ = Source(

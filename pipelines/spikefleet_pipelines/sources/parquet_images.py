@@ -26,6 +26,9 @@ from spikefleet_pipelines.sources.split_names import by_split
 from spikefleet_pipelines.sources.text_files import short
 from spikefleet_pipelines.store.image_files import MAX_FILE_BYTES
 
+MAX_GROUP_BYTES = 1 << 31
+"""Most bytes of a column in a row group, without compression: each task of preparation decodes one at a time."""
+
 _IMAGES = ("image", "img", "picture")
 _LABELS = ("label", "labels", "class", "category", "fine_label")
 _OBJECTS = ("objects", "annotations", "annotation")
@@ -55,7 +58,9 @@ class ParquetImage:
     def read(self) -> bytes:
         """Read the encoded image. Raises ValueError with the reason if that is not possible."""
         try:
-            value = _row_group(self.file, self.column, self.group)[self.row].as_py()
+            there = self.file.stat()
+            stamp = there.st_mtime_ns, there.st_size
+            value = _row_group(self.file, self.column, self.group, stamp)[self.row].as_py()
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"the row group cannot be read: {_first_line(error)}") from None
         if isinstance(value, Mapping):
@@ -73,7 +78,8 @@ class ParquetImage:
 
 
 @lru_cache(maxsize=1)
-def _row_group(file: Path, column: str, group: int) -> Any:
+def _row_group(file: Path, column: str, group: int, stamp: tuple[int, int]) -> Any:
+    """The column of a row group; `stamp` is the file's time and size, so that a corrected file is read anew."""
     with pq.ParquetFile(file) as opened:
         return opened.read_row_group(group, columns=[column]).column(column)
 
@@ -96,7 +102,9 @@ def read_parquet(root: Path, options: ParquetOptions, seed: int) -> LabelledCont
         SourceError: there is no file, one is damaged, or its columns are not of images with classes; the message names
             file, row and value.
     """
-    paths = [path for path in root.rglob("*.parquet") if not any(part.startswith(".") for part in path.parts)]
+    _row_group.cache_clear()
+    found = root.rglob("*.parquet")
+    paths = [path for path in found if not any(part.startswith(".") for part in path.relative_to(root).parts)]
     if not paths:
         raise PARQUET.missing(root)
     names: tuple[str, ...] | None = None
@@ -119,8 +127,10 @@ def _read_file(path: Path, options: ParquetOptions) -> tuple[_Columns, list[Reco
             columns = _columns(path, file.schema_arrow, options)
             records: list[Record] = []
             for group in range(file.num_row_groups):
+                for column in (columns.image, columns.target):
+                    _check_group(path, file, group, column)
                 targets = file.read_row_group(group, columns=[columns.target]).column(columns.target).to_pylist()
-                size = _image_bytes(file, group, columns.image)
+                size = max(1, _column_bytes(file, group, columns.image) // max(1, len(targets)))
                 for row, target in enumerate(targets):
                     image = ParquetImage(path, columns.image, group, row, len(records), size)
                     records.append(_record(image, target, columns, options))
@@ -137,11 +147,19 @@ def _record(image: ParquetImage, target: Any, columns: _Columns, options: Parque
     return Record(image, None, boxes, labels)
 
 
-def _image_bytes(file: pq.ParquetFile, group: int, column: str) -> int:
+def _check_group(path: Path, file: pq.ParquetFile, group: int, column: str) -> None:
+    size = _column_bytes(file, group, column)
+    if size > MAX_GROUP_BYTES:
+        raise SourceError(
+            f"{path}: row group {group} of column {column!r} has {size:,} bytes, which are read at once, expected at "
+            f"most {MAX_GROUP_BYTES:,}; write the file anew with smaller row groups (pyarrow: row_group_size=100)"
+        )
+
+
+def _column_bytes(file: pq.ParquetFile, group: int, column: str) -> int:
     of_group = file.metadata.row_group(group)
     held = (of_group.column(number) for number in range(of_group.num_columns))
-    total = sum(one.total_uncompressed_size for one in held if one.path_in_schema.split(".")[0] == column)
-    return max(1, total // max(1, of_group.num_rows))
+    return sum(one.total_uncompressed_size for one in held if one.path_in_schema.split(".")[0] == column)
 
 
 def _columns(path: Path, schema: pa.Schema, options: ParquetOptions) -> _Columns:

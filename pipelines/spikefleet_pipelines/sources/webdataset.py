@@ -80,13 +80,30 @@ def read_webdataset(root: Path, options: WebDatasetOptions, seed: int) -> Labell
         split: [record for path in files for record in _read_shard(path, options, unused)]
         for split, files in by_split(root, paths).items()
     }
+    _refuse_captions(root, splits)
     return contents_of(WEBDATASET.name, root, splits, _names(root), options, seed, unused, WEBDATASET_ADVICE)
+
+
+def _refuse_captions(root: Path, splits: Mapping[str, list[Record]]) -> None:
+    """The text of each image for itself, as of pairs of images and captions, is no class."""
+    labels = [record.label for records in splits.values() for record in records if record.label is not None]
+    if len(labels) > 1 and len(set(labels)) == len(labels) and all(isinstance(label, str) for label in labels):
+        raise SourceError(
+            f"{root}: each class has one image, such as {short(labels[0])}, so that they are captions and no classes; "
+            "name the key of the class in .json with option label=KEY, or write classes to .cls"
+        )
 
 
 def _names(root: Path) -> list[str] | None:
     for name in _NAME_FILES:
         if (root / name).is_file():
-            return [line.strip() for line in read_text(root / name).split("\n") if line.strip()]
+            lines = [line.strip() for line in read_text(root / name).rstrip().split("\n")]
+            if "" in lines:
+                raise SourceError(
+                    f"{root / name}, line {lines.index('') + 1} is empty, and the classes after it would have other "
+                    "numbers; write the name of each class in its line"
+                )
+            return lines
     return None
 
 
@@ -104,11 +121,16 @@ def _read_shard(path: Path, options: WebDatasetOptions, unused: Counter[str]) ->
 def _samples(path: Path, shard: tarfile.TarFile, unused: Counter[str]) -> Iterator[_Sample]:
     sample: _Sample | None = None
     seen: set[str] = set()
-    end = path.stat().st_size
+    end, before = path.stat().st_size, -1
     for member in shard:
+        # tarfile would go back by a negative size, and read the same headers for ever.
+        if member.size < 0 or member.offset <= before:
+            raise SourceError(f"{path}: {short(member.name)} has {member.size:,} bytes; write the shard anew")
+        before = member.offset
         name = PurePosixPath(member.name)
         if not member.isreg() or name.name.startswith("."):
-            unused["links, folders and hidden files in shards"] += not member.isdir()
+            if not member.isdir():
+                unused["links, folders and hidden files in shards"] += 1
             continue
         if member.sparse is not None or member.offset_data + member.size > end:
             raise SourceError(f"{path}: {short(member.name)} is cut off, or has holes; write the shard anew")
@@ -140,9 +162,10 @@ def _record(path: Path, sample: _Sample, options: WebDatasetOptions, unused: Cou
         raise SourceError(f"{where} has {what} ({held}), expected one of {', '.join(_IMAGES)}; write the shard anew")
     member = sample.fields[images[0]]
     image = TarImage(path, member.name, member.offset_data, member.size)
-    others = set(sample.fields) - {images[0], *_LABELS}
+    labels = _LABELS if options.label is None else ("json", *_LABELS)
+    given = next((name for name in labels if name in sample.fields), None)
+    others = set(sample.fields) - {images[0], given}
     unused.update(f"fields .{extension} of samples" for extension in others)
-    given = next((name for name in _LABELS if name in sample.fields), None)
     if given is None:
         return Record(image)
     content = _text(path, where, sample.fields[given])

@@ -148,6 +148,10 @@ def predict(
         for place in (out, crops, yolo, coco):
             if place is not None:
                 say(f"{'drawn' if place == out else 'written'}: {place}")
+    if done.not_drawn:
+        print_line(
+            stderr, f"{done.not_drawn:,} images are not drawn: {out} holds the first {done.answered - done.not_drawn:,}"
+        )
     if done.answered > 1:
         seconds = time.monotonic() - began
         print_line(stderr, f"{done.answered:,} images in {seconds:.3g} s, {done.answered / seconds:.3g} images/s")

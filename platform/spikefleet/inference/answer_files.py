@@ -27,12 +27,18 @@ from spikefleet.outputs import check_output_folder, check_outputs
 from spikefleet.tasks.coco_metrics import FoundBoxes
 from spikefleet_tune.atomic import replacing, write_atomically
 
+MOST_DRAWN = 64
+"""Most images in one PNG: they are held in memory, and more are too small to see."""
+
 _CLASSES = "classes.txt"
 _NO_NAME = re.compile(r"[^\w .-]")
 
 
 class AnswerFiles(ABC):
     """Something that is written of the predictions, one after the other."""
+
+    left_out: int = 0
+    """Images that have no place in it."""
 
     @abstractmethod
     def add(self, entry: int, image: Loaded, pixels: Pixels, prediction: Any) -> None:
@@ -59,6 +65,8 @@ class _Names:
         taken: set[Path] = set()
         for entry in entries:
             place = entry.place if nested else PurePosixPath(entry.place.name)
+            if nested and (".." in place.parts or place.is_absolute()):
+                raise UserError(f"image {entry.name}: its name {place} leads out of {folder}; give its folder instead")
             ending = suffix if entry.frames is None else ""
             stem = place.with_suffix("") if entry.frames is None else place
             path, number = folder / f"{stem}{ending}", 1
@@ -108,7 +116,7 @@ class DrawnImages(AnswerFiles):
 
 
 class DrawnSheet(AnswerFiles):
-    """All images with their predictions in one PNG."""
+    """The first `MOST_DRAWN` images with their predictions in one PNG."""
 
     def __init__(self, trained: TrainedNetwork, images: ImageList, out: Path, force: bool) -> None:
         if out.suffix.lower() != ".png":
@@ -120,7 +128,10 @@ class DrawnSheet(AnswerFiles):
         self._names: list[str] = []
 
     def add(self, entry: int, image: Loaded, pixels: Pixels, prediction: Any) -> None:
-        """Keeps the image."""
+        """Keeps the image, as far as it is drawn."""
+        if len(self._images) == MOST_DRAWN:
+            self.left_out += 1
+            return
         self._images.append(torch.tensor(pixels))
         self._predictions.append(prediction)
         name = Path(image.name).name

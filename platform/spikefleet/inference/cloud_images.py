@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import PurePosixPath
 from typing import Any
@@ -11,8 +12,11 @@ from spikefleet.inference.image_entry import BytesEntry
 from spikefleet_pipelines.store.image_files import MAX_FILE_BYTES, counted_reasons
 from spikefleet_pipelines.store.image_header import IMAGE_SUFFIXES
 
+# A secret key that is not escaped may have slashes; digits alone after a colon are a port.
+_USER_INFO = re.compile(r"^(?:[^/@]*|[^/@:]*:(?![0-9]*/).*)@")
 _OTHER = "files that are named as no image"
 _BELOW = "sub-folders"
+_OUTSIDE = "files whose names lead out of the folder (..)"
 
 
 def cloud_entries(uri: str, recursive: bool, filesystem: Any = None) -> tuple[list[BytesEntry], Counter[str]]:
@@ -29,6 +33,7 @@ def cloud_entries(uri: str, recursive: bool, filesystem: Any = None) -> tuple[li
     Raises:
         UserError: the URI cannot be opened, or there is no image.
     """
+    shown = shown_uri(uri)
     import pyarrow as pa
     from pyarrow.fs import FileSelector, FileSystem, FileType
 
@@ -36,28 +41,43 @@ def cloud_entries(uri: str, recursive: bool, filesystem: Any = None) -> tuple[li
         files, root = (filesystem, uri.partition("://")[2]) if filesystem else FileSystem.from_uri(uri)
         info = files.get_file_info(root)
         if info.type == FileType.NotFound:
-            raise UserError(f"{uri} does not exist")
+            raise UserError(f"{shown} does not exist")
         if info.type != FileType.Directory:
-            return [_entry(files, info, uri, PurePosixPath(info.base_name))], Counter()
+            return [_entry(files, info, _name(shown, info.path), PurePosixPath(info.base_name))], Counter()
         inside = files.get_file_info(FileSelector(root, recursive=recursive))
     except (pa.ArrowException, OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{uri} cannot be opened: {_first_line(error)}; check the URI and the credentials") from None
+        reason = _first_line(error).replace(uri, shown)
+        raise UserError(f"{shown} cannot be opened: {reason}; check the URI and the credentials") from None
     entries: list[BytesEntry] = []
     unused: Counter[str] = Counter()
     for one in sorted(inside, key=lambda one: one.path):
         place = PurePosixPath(one.path).relative_to(root.rstrip("/"))
         if one.type == FileType.Directory:
             unused[_BELOW] += not recursive
+        elif ".." in place.parts or place.is_absolute():
+            unused[_OUTSIDE] += 1
         elif place.suffix.lower() in IMAGE_SUFFIXES:
-            entries.append(_entry(files, one, f"{uri.rstrip('/')}/{place}", place))
+            entries.append(_entry(files, one, _name(shown, one.path), place))
         else:
             unused[_OTHER] += 1
     if not entries:
         others = f"; it has {counted_reasons(unused)}" if +unused else ""
-        raise UserError(f"{uri} has no images ({', '.join(sorted(IMAGE_SUFFIXES))}){others}")
+        raise UserError(f"{shown} has no images ({', '.join(sorted(IMAGE_SUFFIXES))}){others}")
     return entries, +unused
+
+
+def shown_uri(uri: str) -> str:
+    """A URI as messages show it: without the keys in its user info, and without its query."""
+    scheme, _, rest = uri.partition("://")
+    return f"{scheme}://{_USER_INFO.sub('', rest.partition('?')[0])}"
+
+
+def _name(shown: str, path: str) -> str:
+    """The URI of an object; paths that start with a slash are those of a host."""
+    scheme, _, rest = shown.partition("://")
+    return f"{scheme}://{rest.partition('/')[0] if path.startswith('/') else ''}{path}"
 
 
 def _entry(files: Any, info: Any, name: str, place: PurePosixPath) -> BytesEntry:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from spikefleet.errors import UserError
+from spikefleet.inference.answer_files import MOST_DRAWN
 from spikefleet.inference.trained_network import TrainedNetwork
 from spikefleet.outputs import check_outputs
 from spikefleet.training.distributed import pick_device
@@ -28,8 +29,6 @@ from spikefleet_pipelines.store.reader import Store
 from spikefleet_pipelines.transforms.event_detection_config import EventDetectionTransformConfig
 from spikefleet_pipelines.transforms.event_frames_config import EventFramesConfig
 from spikefleet_pipelines.transforms.events_config import EventsTransformConfig
-
-_MOST_DRAWN = 64
 
 
 @dataclass
@@ -99,7 +98,7 @@ def predict_recordings(
                     predictor.restart()
                 before = name
                 batch, prediction = predictor(part)
-                if out is not None and len(images) < _MOST_DRAWN:
+                if out is not None and len(images) < MOST_DRAWN:
                     images.append(predictor.image(batch))
                     predictions.append(prediction)
                     names.append(f"{name} {shown_times(part.t0, part.t0 + part.whole().length)}")

@@ -96,6 +96,21 @@ class BytesEntry:
         yield _loaded(self.name, lambda: decode_rgb(np.frombuffer(self.read(), np.uint8)).numpy())
 
 
+@dataclass(frozen=True)
+class FailedEntry:
+    """What was listed and stands for no image; the reason is its answer."""
+
+    local: Path | None
+    place: PurePosixPath
+    name: str
+    reason: str
+    frames: None = None
+
+    def images(self) -> Iterator[Loaded]:
+        """Says why there is none."""
+        yield Loaded(self.name, None, self.reason)
+
+
 def _loaded(name: str, read: Callable[[], Pixels]) -> Loaded:
     try:
         return Loaded(name, read())

@@ -11,8 +11,8 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlparse
 
 from spikefleet.errors import UserError
-from spikefleet.inference.cloud_images import cloud_entries
-from spikefleet.inference.image_entry import FileEntry, ImageEntry
+from spikefleet.inference.cloud_images import cloud_entries, shown_uri
+from spikefleet.inference.image_entry import FailedEntry, FileEntry, ImageEntry
 from spikefleet.inference.video_frames import VideoEntry, is_video
 from spikefleet_pipelines.store.image_files import counted_reasons, is_named_as_image, list_images, reason_unused
 from spikefleet_pipelines.store.image_header import IMAGE_SUFFIXES
@@ -51,7 +51,8 @@ def list_of_images(
     Args:
         names: files, folders, patterns (`photos/**/*.jpg`), URIs of `pyarrow.fs` (`s3://BUCKET/photos`), videos; `-`
             for those of `listed`.
-        listed: more of them, of which a file that is missing does not keep the others from their answers.
+        listed: more of them, but no patterns: programs write the names of files. One that is missing, that has no
+            images or cannot be opened becomes an entry with the reason, so that the others have their answers.
         recursive: of folders, the images in sub-folders too.
         every: of videos, every `every`-th frame.
 
@@ -62,17 +63,20 @@ def list_of_images(
     found = ImageList()
     for name in names:
         if name != "-":
-            _add(found, name, recursive, every, must_exist=True)
+            _add(found, name, recursive, every, listed=False)
             continue
         lines = [line for line in listed or () if line.strip()]
         if not lines:
             raise UserError("-: no image is listed on stdin; give one path a line")
         for line in lines:
-            _add(found, line, recursive, every, must_exist=False)
+            try:
+                _add(found, line, recursive, every, listed=True)
+            except (ValueError, OSError) as error:
+                found.entries.append(_failed(line, error))
     return found
 
 
-def _add(found: ImageList, name: str, recursive: bool, every: int, *, must_exist: bool) -> None:
+def _add(found: ImageList, name: str, recursive: bool, every: int, *, listed: bool) -> None:
     if "://" in name and not name.startswith("file://"):
         entries, unused = cloud_entries(name, recursive)
         found.entries += entries
@@ -83,12 +87,18 @@ def _add(found: ImageList, name: str, recursive: bool, every: int, *, must_exist
         _add_folder(found, path, recursive)
     elif path.exists() or path.is_symlink():
         found.entries.append(_of_file(path, PurePosixPath(path.name), every))
+    elif listed:
+        found.entries.append(FileEntry(path, PurePosixPath(path.name), str(path)))
     elif _PATTERN.search(name):
         _add_matches(found, name, every)
-    elif must_exist:
-        raise UserError(f"image {name} does not exist")
     else:
-        found.entries.append(FileEntry(path, PurePosixPath(path.name), str(path)))
+        raise UserError(f"image {name} does not exist")
+
+
+def _failed(line: str, error: Exception) -> FailedEntry:
+    path = Path(line)
+    name = shown_uri(line) if "://" in line else line
+    return FailedEntry(path if is_video(path) else None, PurePosixPath(path.name or "_"), name, str(error))
 
 
 def _add_folder(found: ImageList, folder: Path, recursive: bool) -> None:

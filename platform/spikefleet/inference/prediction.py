@@ -43,6 +43,8 @@ class Predicted:
     """Images that were read."""
     bad: list[tuple[str, str]] = field(default_factory=list)
     """Those that cannot be read, with the reasons."""
+    not_drawn: int = 0
+    """Images that were answered, and are not in the PNG of all."""
 
 
 def _unheard(answer: Mapping[str, Any]) -> None:
@@ -96,6 +98,7 @@ def predict_files(
         progress(count, max(total, count))
     for one in files:
         one.finish()
+        done.not_drawn += one.left_out
     return done
 
 

@@ -55,10 +55,11 @@ class VideoEntry:
         try:
             with self.local.open("rb") as file, _opened(av, file) as container:
                 stream = _video_stream(container)
+                start = float(stream.start_time * stream.time_base) if stream.start_time is not None else 0.0
                 for number, frame in enumerate(container.decode(stream)):
                     if number % self.every:
                         continue
-                    yield Loaded(self.name, _pixels(frame), "", number, _seconds(frame))
+                    yield Loaded(self.name, _pixels(frame), "", number, _seconds(frame, start))
                 if number < 0:
                     yield Loaded(self.name, None, "the video has no frames")
         except (ValueError, OSError, av.error.FFmpegError) as error:
@@ -104,8 +105,9 @@ def _pixels(frame: Any) -> Pixels:
     return np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)).transpose(2, 0, 1))
 
 
-def _seconds(frame: Any) -> float | None:
-    return None if frame.time is None else round(float(frame.time), 6)
+def _seconds(frame: Any, start: float) -> float | None:
+    """When a frame is shown, after the start of its stream, whose clock need not begin at 0 (MPEG-TS)."""
+    return None if frame.time is None else round(float(frame.time) - start, 6)
 
 
 def _reason(error: Exception) -> str:
