@@ -12,9 +12,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from spikefleet.cli import app
+from spikefleet.config.recipes import load_config
 from spikefleet.errors import UserError
 from spikefleet.runs.options import Options
-from spikefleet.search.planning import Plan, TrialTime, plan_search
+from spikefleet.search.planning import Plan, TrialTime, _measured, plan_search
+from spikefleet_pipelines.store.reader import Store
 from spikefleet_tune.search_file import search_of
 
 SMALL = TrialTime({"model.timesteps": 1}, step_s=0.5, steps=100, evaluation_s=2.0, epochs=5)
@@ -72,3 +74,11 @@ def test_the_command_measures_both_ends_and_starts_nothing(stores_dir: Path, tmp
     low, high = found["seconds"]
     assert 0 < low < high
     assert not (tmp_path / "runs").exists()
+
+
+def test_measured_checkpoints_do_not_reach_the_mirror(stores_dir: Path, tmp_path: Path) -> None:
+    mirror, store = tmp_path / "mirror", Store.open(stores_dir / "digits", verify=False)
+    settings = {**search().overrides, "checkpoint.mirror": f"file://{mirror}"}
+    measured = _measured({}, load_config("digits", settings), store, gpu=False)
+    assert measured.step_s > 0
+    assert not mirror.exists()

@@ -130,7 +130,7 @@ def _gradients(trained: TrainedNetwork, store: Store) -> tuple[GradientCheck | N
     A registered version has no side branches, so those of a training are left out.
     """
     config = trained.config
-    plain = config.model_copy(update={"shortcut": config.shortcut.model_copy(update={"enabled": False})})
+    plain = config.model_copy(update={"shortcut": config.shortcut.model_copy(update={"where": "none"})})
     try:
         batch = training_batch(plain, store, _GRADIENT_IMAGES)
         weights = trained.network.state_dict()

@@ -193,6 +193,8 @@ class _Clock:
 
 
 def _measured(point: Mapping[str, Any], config: Config, store: Store, gpu: bool) -> TrialTime:
+    # The checkpoints of a measurement are none of a run's, and must not reach its mirror.
+    config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"mirror": None})})
     group, clock = ProcessGroup.single(gpu), _Clock()
     with tempfile.TemporaryDirectory(prefix="spikefleet-plan-") as scratch, suppress(TrainingStopped):
         train(config, store, Path(scratch), group, clock, clock.before_step, clock.done)
