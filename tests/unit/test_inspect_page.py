@@ -183,6 +183,13 @@ def test_gradients_are_those_of_the_network_without_side_branches(classes: Inspe
     assert remark.endswith("without the side branches of the training.")
 
 
+def test_other_data_than_that_of_the_training_is_named(classes: Inspection) -> None:
+    assert "Measured on 23 samples of test; trained on" in page_text(classes)
+    other = replace(classes.measured_on, name="night", content_hash="e" * 64)
+    text = page_text(replace(classes, measured_on=other, location="stores/night"))
+    assert "Measured on 23 samples of test of night in stores/night (content eeeeeeeeeeee); trained on" in text
+
+
 def test_the_latency_curve_of_images_ends_with_the_accuracy(classes: Inspection) -> None:
     over_time = classes.evaluation.over_time
     assert len(over_time) == 3

@@ -256,7 +256,7 @@ def test_a_runs_directory_with_a_scheme_is_refused_with_the_mirror(stores_dir: P
     assert not Path("s3:").exists()
 
 
-class UnknownToOs(Exception):
+class CloudError(Exception):
     """What a file system of a cloud may raise."""
 
 
@@ -264,7 +264,7 @@ def test_what_is_no_error_of_the_system_keeps_rank_0_from_its_mirror_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: object) -> None:
-        raise UnknownToOs("the credentials have expired")
+        raise CloudError("the credentials have expired")
 
     monkeypatch.setattr(Mirror, "owner", fails)
     with pytest.raises(UserError, match="cannot be used: the credentials have expired; check access"):

@@ -267,8 +267,8 @@ def _compare_boxes(
 def _few_units(units: int, kind: str) -> str:
     """The warning that a bootstrap over so few recordings or images is unsure."""
     return (
-        f"only {counted(units, f'gate {kind}')} can be resampled, and a bootstrap over fewer than {FEW_UNITS} is unsure "
-        f"(its p is at least {least_p(units):.2g}); make a gate store with more {kind}s"
+        f"only {counted(units, f'gate {kind}')} can be resampled, and a bootstrap over fewer than {FEW_UNITS} is "
+        f"unsure (its p is at least {least_p(units):.2g}); make a gate store with more {kind}s"
     )
 
 

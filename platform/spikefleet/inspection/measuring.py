@@ -39,6 +39,10 @@ class Inspection:
     """All that a page shows of one network on one split."""
 
     trained: TrainedNetwork
+    measured_on: DataSummary
+    """The data of the split."""
+    location: str
+    """Of the store of these data."""
     evaluation: Evaluation[Any, Any]
     details: Mapping[str, Any]
     """Of the evaluation, as `Task.details` returns them."""
@@ -111,6 +115,8 @@ def inspect_network(
             energy = measure_energy(trained.network, config.transform, rows, progress=progress)
     return Inspection(
         trained,
+        DataSummary.of(store.manifest),
+        store.location,
         found,
         details,
         min(config.train.eval_batch, len(rows)),

@@ -22,7 +22,7 @@ SPIKE_DRIVEN = "spike_driven"
 """Tag with the verdict of `certificates.spike_check`."""
 
 LATENCY_DEVICE: Final = "latency_device"
-"""Tag with the device of `latency_ms`; in versions of earlier releases with the number of repeats behind a semicolon."""
+"""Tag with the device of `latency_ms`; in earlier versions with the number of repeats behind a semicolon."""
 
 PARAMS_M: Final = "params_m"
 """Unit alias in `where`: the tag `parameters` in millions."""
