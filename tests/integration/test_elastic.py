@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,8 @@ def take_a_cpu() -> threading.Event:
         def there(self) -> None:
             return
 
-    other, given_back = ray.remote(num_cpus=1)(Other).remote(), threading.Event()
+    actor: Any = ray.remote(num_cpus=1)(Other)
+    other, given_back = actor.remote(), threading.Event()
     ray.get(other.there.remote(), timeout=100)
 
     def wait() -> None:
@@ -76,18 +78,21 @@ def take_a_cpu() -> threading.Event:
     return given_back
 
 
-class DiesOnce:
-    """Kills the second rank once, before a step; slow enough afterwards for the place to be seen."""
+def dies_once(mark: Path) -> Callable[[ProcessGroup, int], None]:
+    """Kills the second rank once, before a step; one rank alone is slow enough for its place to be given back.
 
-    def __init__(self, mark: Path) -> None:
-        self._mark = mark
+    The function that is returned travels to the workers by value, which cannot import this module.
+    """
+    died, killed_at, grows_from = str(mark), KILLED_AT, GROWS_FROM
 
-    def __call__(self, group: ProcessGroup, step: int) -> None:
-        if step == KILLED_AT and group.rank == 1 and not self._mark.exists():
-            self._mark.touch()
+    def before_step(group: ProcessGroup, step: int) -> None:
+        if step == killed_at and group.rank == 1 and not os.path.exists(died):  # noqa: PTH110
+            os.close(os.open(died, os.O_CREAT))
             os.kill(os.getpid(), signal.SIGKILL)
-        if group.size == 1 and step > GROWS_FROM:
+        if group.size == 1 and step > grows_from:
             time.sleep(0.5)
+
+    return before_step
 
 
 @pytest.mark.slow  # three groups of Ray Train, one after the other; `tests/cluster` does it with hosts
@@ -96,7 +101,7 @@ def test_a_group_shrinks_with_a_lost_place_and_grows_after_a_checkpoint(
 ) -> None:
     config = load_config("digits", parse_overrides(SETTINGS))
     sink, run_dir = PlaceTaken(tmp_path), tmp_path / "run"
-    train_on_ray(config, Store.open(stores_dir / "digits"), run_dir, sink, before_step=DiesOnce(tmp_path / "died"))
+    train_on_ray(config, Store.open(stores_dir / "digits"), run_dir, sink, before_step=dies_once(tmp_path / "died"))
     assert "the run continues with 1 worker instead of 2" in sink.notes
     assert "the run continues with 2 workers instead of 1" in sink.notes
     sizes = end_of(run_dir).state["world_sizes"]

@@ -16,6 +16,7 @@ from pyarrow.fs import FileSelector, FileSystem, FileType
 
 from spikefleet.config.recipes import load_config, parse_overrides
 from spikefleet.config.schema import Config
+from spikefleet.errors import UserError
 from spikefleet.training.checkpoints import MANIFEST, CheckpointFolder
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.events import CheckpointSaved, Event, Note
@@ -129,13 +130,10 @@ def test_a_bucket_holds_what_the_folder_holds_and_no_half_of_a_checkpoint(server
     assert mirror.restore(CheckpointFolder(tmp_path / "other" / "checkpoints")) == ["step-00000004"]
 
 
-def test_a_bucket_that_is_not_there_is_named_and_ends_nothing(server: str, stores_dir: Path, tmp_path: Path) -> None:
+def test_a_bucket_that_is_not_there_is_refused_before_a_step(server: str, stores_dir: Path, tmp_path: Path) -> None:
     config = load_config(
         "digits", {**parse_overrides(SETTINGS), "checkpoint.mirror": uri(server, "/runs", bucket="nobodys")}
     )
-    heard = Heard(stop=True)
-    with pytest.raises(TrainingStopped):
-        run(config, stores_dir, tmp_path / "run", heard)
-    (note,) = [note for note in heard.notes if "did not take the checkpoint of step" in note]
-    assert "nobodys" in note
-    assert CheckpointFolder(tmp_path / "run" / "checkpoints").latest() is not None
+    with pytest.raises(UserError, match="Bucket 'nobodys' not found"):
+        run(config, stores_dir, tmp_path / "run", Heard())
+    assert CheckpointFolder(tmp_path / "run" / "checkpoints").latest() is None

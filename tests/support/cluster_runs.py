@@ -71,7 +71,7 @@ class Training:
         """Starts the driver on the head."""
         words = [str(TOOLS / "spikefleet"), *self.words, "--address", self.cluster.address]
         with self.output.open("a") as file:
-            self.process = self.cluster.head.start(words, output=file, **self.environment)  # type: ignore[arg-type]
+            self.process = self.cluster.head.start(words, file, subprocess.STDOUT, **self.environment)
 
     @property
     def said(self) -> str:

@@ -48,8 +48,23 @@ def missing() -> str | None:
 
 
 def patience(seconds: float) -> float:
-    """Seconds to wait for what takes so many at most on a quiet machine: more where processes compete for its cores."""
-    return seconds * min(20.0, max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)))
+    """Seconds to wait for what takes so many at most on a quiet machine: more where processes compete for its cores.
+
+    How many more is seen by how long some computing takes here and now, and by the load.
+    """
+    global _slowness, _measured_at
+    if time.monotonic() - _measured_at > _MEASURE_EVERY_S:
+        began, used = time.monotonic(), time.process_time()
+        while time.process_time() - used < _COMPUTING_S:
+            pass
+        _measured_at = time.monotonic()
+        slowness = (_measured_at - began) / _COMPUTING_S
+        _slowness = min(40.0, max(1.0, slowness, os.getloadavg()[0] / (os.cpu_count() or 1), 0.8 * _slowness))
+    return seconds * _slowness
+
+
+_MEASURE_EVERY_S, _COMPUTING_S = 10.0, 0.02
+_measured_at, _slowness = -_MEASURE_EVERY_S, 1.0
 
 
 def _ip(*words: str) -> str:

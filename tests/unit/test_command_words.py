@@ -38,7 +38,8 @@ def test_the_command_to_resume_with_extends_once(
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ("train digits --workers two", "'--workers': 'two': must be a valid integer"),
+        ("train digits --workers two", "'--workers': 'two' must be a number of workers, or MIN:MAX"),
+        ("tune digits_t_gate_schedule --workers two", "'--workers': 'two': must be a valid integer"),
         ("data prepare digits --seed -1", "'--seed': '-1': must be greater than or equal to 0"),
         ("evaluate run --split tets", "'--split': 'tets' is not one of 'train', 'val', 'test'"),
     ],

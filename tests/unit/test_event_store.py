@@ -21,7 +21,6 @@ from spikefleet_pipelines.store.event_writer import EventStoreWriter
 from spikefleet_pipelines.store.extension import StoreExtension
 from spikefleet_pipelines.store.manifest import ImageFormat, Manifest
 from spikefleet_pipelines.store.reader import Store
-from spikefleet_pipelines.store.splitting import take_split
 from spikefleet_pipelines.store.writer import StoreWriter
 from support.event_arrays import equal, random_events
 from support.event_files import write_dat
@@ -319,8 +318,6 @@ def test_images_and_events_are_not_confused(out: Path, tmp_path: Path) -> None:
         store.recordings("val")
     with pytest.raises(StoreError, match="holds recordings of events"):
         StoreExtension(out, options={})
-    with pytest.raises(StoreError, match="holds recordings of events"):
-        take_split(store, tmp_path / "gate", "gate", 0.5, 0)
     image = ImageFormat(encoding="raw", shape=(1, 2, 2))
     with StoreWriter(tmp_path / "i", source="test", class_names="a", image=image, options={}) as writer:
         writer.write_images("train", np.zeros((1, 1, 2, 2), np.uint8), np.zeros(1, np.int64))

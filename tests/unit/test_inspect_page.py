@@ -263,7 +263,7 @@ def test_the_recorded_proof_is_on_the_page(classes: Inspection) -> None:
     layer = {"name": "stem", "kind": "neuron", "timesteps": 3, "bound": 1, "equal": False, "binary": True, "ones": 0.25}
     legs = [{"says": "trained network = deployed form"}]
     proof = {"verdict": "refuted", "why": "<b>", "legs": legs, "proof": {"layers": [{**layer, "headroom_bits": None}]}}
-    text = page_text(replace(classes, trained=replace(classes.trained, proof=proof)))
+    text = page_text(replace(classes, trained=replace(classes.trained, read_proof=lambda: proof)))
     assert tables(text)["proof"][1] == ["stem", "neuron", "3", "1", "no", "yes", "25.00%", "-"]
     assert "Verdict: refuted. &lt;b&gt;." in text
 

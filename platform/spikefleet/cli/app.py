@@ -23,9 +23,9 @@ from spikefleet_tune.interruption import handling, interruption, raise_interrupt
 
 _SHOWN_VERSIONS = ("torch", "ray", "mlflow")
 _ORDER = (
-    *("recipes", "config", "data", "train", "evaluate", "predict", "spike-check", "energy", "gradients"),
+    *("recipes", "config", "data", "train", "evaluate", "predict", "inspect", "spike-check", "energy", "gradients"),
     *("batch-size", "lr-range", "convert"),
-    *("searches", "tune", "tables", "reproduce", "registry", "retrain", "retrain-job"),
+    *("searches", "tune", "tables", "reproduce", "evidence", "registry", "retrain", "retrain-job"),
     *("submit", "status", "logs", "stop", "tracking", "ui", "doctor"),
 )
 """Of the commands, in the help."""

@@ -103,7 +103,8 @@ def lr_range(
 
     group = ProcessGroup.single(gpu)
     store = _store(config, data, stores_dir)
-    first, last = low or config.optim.lr / 1000, high or config.optim.lr * 100
+    first = config.optim.lr / 1000 if low is None else low
+    last = config.optim.lr * 100 if high is None else high
     with counting(stderr, "training with growing rates") as progress:
         found = range_test(config, store, group, first, last, steps, progress)
     if out is not None:

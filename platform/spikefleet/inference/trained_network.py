@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,8 +57,8 @@ class TrainedNetwork:
     """Its recorded energy card."""
     folders: tuple[Path, ...] = ()
     """Directories whose files it was read from, over which nothing may be written."""
-    proof: Mapping[str, Any] | None = None
-    """Its recorded spike check, as `spike_check.SpikeCheck.to_dict` returns it; None where there is none of it."""
+    read_proof: Callable[[], Mapping[str, Any] | None] = lambda: None
+    """Reads `proof`, when it is asked for: a damaged file is no reason against making a new one."""
     report: Path | None = None
     """Directory of the report of its run, if it was opened by the name of a run."""
     precision: Precision | None = None
@@ -68,6 +68,15 @@ class TrainedNetwork:
     def task(self) -> AnyTask:
         """The task of the network."""
         return build_task(self.config, self.data)
+
+    @cached_property
+    def proof(self) -> Mapping[str, Any] | None:
+        """Its recorded spike check, as `spike_check.SpikeCheck.to_dict` returns it; None where there is none of it.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        return self.read_proof()
 
 
 def open_trained_network(reference: str, runs_dir: Path) -> TrainedNetwork:
@@ -124,7 +133,7 @@ def open_package(reference: str, folder: Path) -> TrainedNetwork:
         config = parse_config(plain, origin=reference)
     metrics = _metrics(metadata.get("metrics", {}), f"{folder / CARD}")
     data, card = DataSummary.read(folder), _energy_card(folder)
-    return TrainedNetwork(reference, network, config, data, metrics, card, (folder,), _proof(folder))
+    return TrainedNetwork(reference, network, config, data, metrics, card, (folder,), partial(_proof, folder))
 
 
 def _from_checkpoint(reference: str, checkpoint: Path, run: Run) -> TrainedNetwork:
@@ -135,7 +144,14 @@ def _from_checkpoint(reference: str, checkpoint: Path, run: Run) -> TrainedNetwo
     metrics |= {f"test/{name}": value for name, value in (record.get("test") or {}).items()}
     report = run.path / "report"
     return TrainedNetwork(
-        reference, network, config, run.data(), metrics, _energy_card(report), (checkpoint,), _proof(report, checkpoint)
+        reference,
+        network,
+        config,
+        run.data(),
+        metrics,
+        _energy_card(report),
+        (checkpoint,),
+        partial(_proof, report, checkpoint),
     )
 
 

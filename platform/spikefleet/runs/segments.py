@@ -153,8 +153,9 @@ def begin_segment(run: Run, config: Config) -> None:
     write_json(run.path / f"config-{number}.json", before)
     if (run.path / "report").is_dir():
         shutil.copytree(run.path / "report", run.path / f"report-{number}", dirs_exist_ok=True)
-    write_json(run.path / "config.json", config.dump())
+    # The record first: a run that is killed between both is unfinished, and not finished with a segment never trained.
     run.note(status="created", segments=segments, **dict.fromkeys(_OF_A_SEGMENT))
+    write_json(run.path / "config.json", config.dump())
 
 
 def registered_before(run: Run) -> str | None:
@@ -163,5 +164,5 @@ def registered_before(run: Run) -> str | None:
     state = run.checkpoints.newest_state()
     if not segments or state is None or state.best is None:
         return None
-    last = segments[-1]
+    last = next((one for one in reversed(segments) if one.get("registered")), {})
     return last.get("registered") if last.get("best_step") == state.best.step else None

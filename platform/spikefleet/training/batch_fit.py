@@ -193,6 +193,11 @@ def measure_batches(config: Config, store: Store, memory: Memory, group: Process
             found.append(_measured(config, store, memory, group, size, before))
         except torch.OutOfMemoryError:
             break
+    if len(found) < 2 and len(store.samples("train")) < 2 * _FIRST:
+        raise UserError(
+            f"the training split has {len(store.samples('train'))} samples, too few to compare batches of {_FIRST} and "
+            f"{2 * _FIRST}; give more data"
+        )
     if len(found) < 2:
         raise UserError(
             f"a training of {config.recipe} at batches of {_FIRST} and {2 * _FIRST} samples already fills the memory; "
@@ -218,7 +223,8 @@ def largest_batch(config: Config, samples: int, measured: list[Measured], free: 
     mine, safe = free // (workers if device == "cpu" else 1), SAFE_SHARE[device]
     slope, fixed = fit_line([one.batch for one in measured], [one.peak_bytes for one in measured])
     most = max(1, samples // parts)
-    micro = most if slope * most + fixed <= mine * safe else int((mine * safe - fixed) / slope)
+    fits = slope * most + fixed <= mine * safe
+    micro = most if fits else int((mine * safe - fixed) / slope) if slope > 0 else 0
     if micro < 1:
         raise UserError(f"no batch of {config.recipe} fits into {mine:,} bytes; set a smaller network or image")
     micro = min(micro, most)
@@ -259,15 +265,18 @@ def _measured(config: Config, store: Store, memory: Memory, group: ProcessGroup,
     task, splits, plan = prepare_parts(here, store, group)
     state = TrainingState(here, group, store.manifest.content_hash, plan.steps_per_epoch)
     memory.restart()
-    begun, images = 0.0, 0
+    begun, images, first = 0.0, 0, 0.0
+    started = time.perf_counter()
     for step, batch in enumerate(splits.train.epoch(plan, 0)):
         if step == 1:  # the first one allocates
             begun = time.perf_counter()
         training_step(state, task, batch, Meter(), NullSink())
-        images += size if step else 0
+        images += len(batch.indices) if step else 0
+        if step == 0:
+            first = len(batch.indices) / (time.perf_counter() - started)
         if step == _STEPS - 1:
             break
     peak = memory.peak()
-    rate = images / (time.perf_counter() - begun) if images else float("inf")
+    rate = images / (time.perf_counter() - begun) if images else first
     del state, task, splits, plan
     return Measured(size, max(0, peak - before), rate)

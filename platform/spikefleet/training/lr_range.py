@@ -90,6 +90,15 @@ def range_test(
         raise UserError(
             f"{steps} steps are too few for a range of learning rates; set --steps to {_LEAST_STEPS} or more"
         )
+    if config.train.stream is not None:
+        raise UserError(
+            "a range of learning rates is not for streams, whose steps may have no label; set another recipe"
+        )
+    if config.init.source is not None or config.train.initial_weights is not None:
+        raise UserError(
+            "a range of learning rates is tried from random weights; leave init.from out, and take a smaller rate for "
+            "fine-tuning than the one that is suggested"
+        )
     here = _steady(config, steps)
     task, splits, plan = prepare_parts(here, store, group)
     state = TrainingState(here, group, store.manifest.content_hash, plan.steps_per_epoch)

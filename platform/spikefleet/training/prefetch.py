@@ -31,6 +31,9 @@ def ahead(batches: Iterable[Batch], device: torch.device, channels_last: bool) -
     stream = torch.cuda.Stream(device)
     waiting: _OnItsWay | None = None
     for batch in batches:
+        if batch.images.is_cuda:  # frames that were counted there, by kernels of the current stream
+            stream.wait_stream(torch.cuda.current_stream(device))
+            batch.images.record_stream(stream)
         with torch.cuda.stream(stream):
             moved = batch.to(device, channels_last)
             copied = torch.cuda.Event()

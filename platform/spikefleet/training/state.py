@@ -293,7 +293,7 @@ def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 def _set_random_state(states: Mapping[str, torch.Tensor], group: ProcessGroup) -> None:
     """Sets the random state of this rank; one that the snapshot does not have takes that of another."""
-    rank = group.rank % sum(name.startswith("cpu/") for name in states)
+    rank = group.rank % max(1, sum(name.startswith("cpu/") for name in states))
     torch.set_rng_state(states[f"cpu/{rank}"])
     if group.device.type == "cuda":
         torch.cuda.set_rng_state(states[f"cuda/{rank}"], group.device)
