@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 _Rest = ParamSpec("_Rest")
 
 
-def never_fatal(draw: Callable[_Rest, None]) -> Callable[_Rest, None]:
+def never_fatal(draw: Callable[_Rest, None]) -> Callable[_Rest, bool]:
     """Makes a plot that fails a warning and an image that says so: a training of days does not end by its picture.
 
-    A disk that is full is no failure of the plot, and raised.
+    A disk that is full is no failure of the plot, and raised. The plot returns whether it was drawn.
     """
 
     @functools.wraps(draw)
-    def drawing(*arguments: _Rest.args, **named: _Rest.kwargs) -> None:
+    def drawing(*arguments: _Rest.args, **named: _Rest.kwargs) -> bool:
         from matplotlib import rc_context
 
         texts = list(_texts((arguments, named)))
@@ -40,6 +40,8 @@ def never_fatal(draw: Callable[_Rest, None]) -> Callable[_Rest, None]:
             reason = f"{type(error).__name__}: {error}"
             logging.getLogger(__name__).warning("plot %s cannot be drawn: %s", path, drawable(reason))
             _save_message(f"{draw.__name__} cannot be drawn: {reason}", path)
+            return False
+        return True
 
     return drawing
 

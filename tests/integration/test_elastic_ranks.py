@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from support.snapshots import end_of
 
 # Five steps leave five images: one or two ranks would make a step of them, three would not.
 IMAGES, BATCH, STEPS, EPOCHS = 1295, 258, 5, 3
-WRITTEN = "SPIKEFLEET_TEST_INDICES"
 SETTINGS = [
     "model.width=0.125",
     "model.timesteps=1",
@@ -30,14 +29,14 @@ SETTINGS = [
 ]
 
 
-def write_the_indices() -> None:
+def write_the_indices(path: Path) -> None:
     """Each rank appends the samples of each step that it begins, with the number of ranks."""
     batches = EpochPlan._batches
 
     def written(self: EpochPlan, epoch: int, start_step: int) -> Any:
         for batch in batches(self, epoch, start_step):
             line = {"at": [epoch, batch.step], "ranks": self.world_size, "indices": batch.indices.tolist()}
-            with Path(os.environ[WRITTEN]).open("a") as file:
+            with path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             yield batch
 
@@ -54,13 +53,13 @@ def rows_of(path: Path) -> dict[tuple[int, int], dict[int, set[int]]]:
 
 
 def test_ranks_leave_and_join_and_every_image_is_trained_on_once_at_its_learning_rate(
-    stores_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stores_dir: Path, tmp_path: Path
 ) -> None:
     config = load_config("digits", parse_overrides([*SETTINGS, "cluster.workers=1:3"]))
     written, run_dir = tmp_path / "indices.jsonl", tmp_path / "run"
-    monkeypatch.setenv(WRITTEN, str(written))
     faults = [kill(rank=1, step=3), ask_to_stop(rank=0, step=8)]
-    run = run_ranks(config, stores_dir / "digits", run_dir, faults, sizes=[2, 1, 3], prepare=write_the_indices)
+    prepare = partial(write_the_indices, written)
+    run = run_ranks(config, stores_dir / "digits", run_dir, faults, sizes=[2, 1, 3], prepare=prepare)
     assert run.finished, run.log
     assert run.restarts == 2
 

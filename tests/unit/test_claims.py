@@ -124,6 +124,14 @@ def test_a_claim_holds_only_where_it_was_run() -> None:
     assert found.pairs[1].adjusted_p is None
 
 
+def test_comparisons_that_were_not_run_count_for_the_adjustment() -> None:
+    clear = {"a10": seeds(95), "b10": seeds(90, 1.1, first=1)}
+    (alone,), (among, missing) = verdict(clear, claim("10")).pairs, verdict(clear, claim("10", "18")).pairs
+    assert alone.adjusted_p is not None
+    assert among.adjusted_p == pytest.approx(2 * alone.adjusted_p)
+    assert (missing.found, missing.adjusted_p) == ("not run", None)
+
+
 def test_p_values_are_adjusted_over_the_whole_table() -> None:
     """What is shown alone need not be among several; a pair that two claims share is one test."""
     border = {"a": {0: 1.0, 1: 1.8, 2: 0.9, 3: 2.6, 4: 0.5}, "b": dict.fromkeys(range(5), 0.0)}

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from spikefleet.cli import app
 from spikefleet.errors import UserError
+from spikefleet.reproduction import evidence_plots
 from spikefleet.reproduction.depth_gradients import DepthGradient, DepthGradients
 from spikefleet.reproduction.evidence import TableEvidence, collect_evidence
 from spikefleet.reproduction.evidence_page import as_page, as_verdicts, write_evidence
@@ -139,6 +140,14 @@ def test_seeds_on_other_data_are_no_pair(tmp_path: Path) -> None:
     assert verdicts["deeper_sg_resnet_is_better", "digits_300"] != "not run yet"
 
 
+def test_pairs_of_several_versions_of_the_code_are_named(found: list[TableEvidence], tmp_path: Path) -> None:
+    assert "versions of the code" not in as_page(found, None, "plots", "COMMAND")
+    later = [replace(one, code_version="def") if one.trial == "t-2-3" else one for one in trainings()]
+    add_results(tmp_path / "paper-digits_300-digits_narrow.parquet", later)
+    page = as_page(collect_evidence(tmp_path), None, "plots", "COMMAND")
+    assert page.count("* 34 layers: trainings of 2 versions of the code (abc, def).") == 1
+
+
 def test_the_command_writes_the_page(results: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     words = ["evidence", "--results", str(results), "--out", str(page), "--plots", str(tmp_path / "plots")]
@@ -149,6 +158,13 @@ def test_the_command_writes_the_page(results: Path, tmp_path: Path) -> None:
     again = CliRunner().invoke(app, words)
     assert again.exit_code == 2
     assert "--force to replace it" in " ".join(again.stderr.split())
+    assert f"--seeds 5 --results {results}`" in page.read_text()
+    words[4] = str(tmp_path / "other.md")
+    plot = tmp_path / "plots" / "sg_resnet_table7_digits_300.png"
+    plot.write_text("mine")
+    refused = CliRunner().invoke(app, words)
+    assert (refused.exit_code, plot.read_text()) == (2, "mine")
+    assert "--force to replace it" in " ".join(refused.stderr.split())
     missing = CliRunner().invoke(app, ["evidence", "--results", str(tmp_path / "no"), "--out", str(tmp_path / "b.md")])
     assert missing.exit_code == 2
     assert "is not a directory; record results by" in " ".join(missing.stderr.split())
@@ -165,6 +181,19 @@ def test_firing_rates_and_the_balance_coefficient_are_drawn(tmp_path: Path) -> N
     assert drawn["sg_resnet_table7_digits_300_training.png"].stat().st_size > 5_000
     page = as_page(evidence, None, "plots", "COMMAND")
     assert "](plots/sg_resnet_table7_digits_300_training.png)" in page
+
+
+def test_a_plot_that_cannot_be_drawn_is_not_linked(
+    found: list[TableEvidence], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise ValueError("no canvas")
+
+    monkeypatch.setattr(evidence_plots, "subplots", fails)
+    assert write_evidence(found, GRADIENTS, tmp_path / "page.md", tmp_path / "plots", "COMMAND") == []
+    page = (tmp_path / "page.md").read_text()
+    assert ".png" not in page
+    assert page.count("the plot could not be drawn.") == 2
 
 
 def test_a_damaged_record_is_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import pytest
 import ray
 
-from spikefleet.cluster import host_watch
+from spikefleet.cluster import group_size, host_watch
+from spikefleet.cluster.group_size import GroupSize, needed_by
 from spikefleet.cluster.host_watch import NODE, HostWatch
 from spikefleet.cluster.watched_sink import WatchedSink
+from spikefleet.config.cluster_config import ClusterConfig
 from spikefleet.training.events import Event, Note, Started, Waiting, WorkerFailed
 
 
@@ -121,3 +124,25 @@ def test_a_host_that_is_drained_is_leaving_if_it_has_a_worker(hosts: Hosts, atte
     hosts.draining = lambda: {"b": 0, "c": 0}
     sink.hosts._look()
     assert sink.hosts.leaving(attempt) == "10.0.0.2"
+
+
+def test_a_group_that_has_shrunk_does_not_shrink_again_for_the_wait_before(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 1 to 4 workers with two CPUs each, two hosts are left."""
+    hosts.gone = {"c"}
+    monkeypatch.setattr(group_size, "_SETTLED_S", 0.0)
+    free = {name: {"CPU": 2.0} for name in "ab"}
+    monkeypatch.setattr(ray._private.state, "available_resources_per_node", lambda: free)
+    cluster, heard = ClusterConfig(workers=(1, 4), cpus_per_worker=2), Heard()
+    watch = HostWatch(needed_by(cluster, 1), 30, heard)
+    sizes = GroupSize(cluster, watch, heard)
+    sizes.size = 4
+    watch.need(needed_by(cluster, 4))
+    watch._looked = 0.0
+    watch.tick(training=False)
+    watch._since = time.time() - 60
+    assert sizes.too_large, "the group of 4 has waited long enough"
+    assert sizes.choose() == 2
+    assert sizes.may_shrink
+    assert not sizes.too_large

@@ -18,10 +18,11 @@ from spikefleet.certificates.drift_reference import Calibration
 from spikefleet.config.recipes import load_config, parse_overrides
 from spikefleet.data_summary import DataSummary
 from spikefleet.inference.trained_network import TrainedNetwork
-from spikefleet.inspection.measuring import Inspection, expected_calibration_error, inspect_network
+from spikefleet.inspection.measuring import Inspection, _gradients, expected_calibration_error, inspect_network
 from spikefleet.inspection.page import page_text, write_page
 from spikefleet.tasks.coco_metrics import FoundBoxes
 from spikefleet.tasks.mistakes import worst_detections, wrong_answers
+from spikefleet.training.gradient_check import check_gradients, training_batch
 from spikefleet_models.families import build_model
 from spikefleet_pipelines.store.annotations import Annotations
 from spikefleet_pipelines.store.manifest import ImageFormat
@@ -167,6 +168,26 @@ def test_numbers_are_those_that_were_measured(classes: Inspection) -> None:
         f"{row.gradient_norm:.3g}" for row in classes.gradients.layers
     ]
     assert sum(int(row[1]) for row in found["calibration"][1:]) == details["samples"]
+
+
+def test_gradients_are_those_of_the_network_without_side_branches(classes: Inspection) -> None:
+    trained = classes.trained
+    store = Store.open(trained.config.data.store)  # type: ignore[arg-type]
+    shortcut = trained.config.shortcut.model_copy(update={"where": "stage"})
+    branched = trained.config.model_copy(update={"shortcut": shortcut})
+    batch, weights = training_batch(branched, store, 32), trained.network.state_dict()
+    check, remark = _gradients(replace(trained, config=branched), store)
+    assert check is not None
+    assert check.layers == check_gradients(trained.config, batch, summary(store), weights=weights).layers
+    assert check.layers != check_gradients(branched, batch, summary(store), weights=weights).layers
+    assert remark.endswith("without the side branches of the training.")
+
+
+def test_other_data_than_that_of_the_training_is_named(classes: Inspection) -> None:
+    assert "Measured on 23 samples of test; trained on" in page_text(classes)
+    other = replace(classes.measured_on, name="night", content_hash="e" * 64)
+    text = page_text(replace(classes, measured_on=other, location="stores/night"))
+    assert "Measured on 23 samples of test of night in stores/night (content eeeeeeeeeeee); trained on" in text
 
 
 def test_the_latency_curve_of_images_ends_with_the_accuracy(classes: Inspection) -> None:

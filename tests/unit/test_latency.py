@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from spikefleet.certificates import latency as latency_module
 from spikefleet.certificates.latency import Latency, device_name, measure_latency
 from spikefleet.errors import UserError
+from spikefleet.registry.version import RegisteredVersion, latency_remark
 
 IMAGE = torch.zeros(1, 1, 8, 6)
 
@@ -51,7 +53,7 @@ def test_the_device_is_named_with_its_threads() -> None:
     name = device_name(torch.device("cpu"))
     assert name.endswith(f", {threads} thread{'' if threads == 1 else 's'}")
     assert len(name.partition(",")[0]) > 2
-    assert name in measure_latency(Slow(0), IMAGE, repeats=5).where
+    assert measure_latency(Slow(0), IMAGE, repeats=5).device == name
 
 
 def test_it_is_read_as_it_was_written() -> None:
@@ -67,3 +69,16 @@ def test_what_is_no_latency_is_refused(change: dict[str, Any]) -> None:
     assert replace(found, median_ms=2.5).to_dict() != found.to_dict()
     with pytest.raises(UserError, match=r"latency.json is damaged"):
         Latency.from_dict({**found.to_dict(), **change})
+
+
+def test_latencies_of_several_devices_are_named() -> None:
+    def of(device: str) -> RegisteredVersion:
+        return RegisteredVersion("m", 1, "r", datetime.now(UTC), {"latency_device": device}, {"latency_ms": 1.0})
+
+    # Earlier versions have the number of repeats in the tag.
+    assert latency_remark([of("a processor, 1 thread"), of("a processor, 1 thread; median of 30")]) is None
+    several = [of("a processor, 1 thread"), of("a processor, 2 threads")]
+    remark = latency_remark(several)
+    assert remark is not None
+    assert remark.endswith("between them: a processor, 1 thread, a processor, 2 threads")
+    assert latency_remark([several[0], replace(several[1], metrics={})]) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from spikefleet.config.schema import Config
 from spikefleet.errors import UserError
 from spikefleet.runs.options import Options
 from spikefleet.runs.run_dir import Run
-from spikefleet.runs.train_run import run_training
+from spikefleet.runs.train_run import _mirror_report, run_training
 from spikefleet.training.checkpoints import CheckpointFolder
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.events import CheckpointSaved, Event, EventSink, Note
@@ -253,3 +254,21 @@ def test_a_runs_directory_with_a_scheme_is_refused_with_the_mirror(stores_dir: P
     assert "--runs-dir s3://bucket/runs is no directory" in done.output
     assert "checkpoint.mirror=s3://bucket/runs" in done.output
     assert not Path("s3:").exists()
+
+
+class CloudError(Exception):
+    """What a file system of a cloud may raise."""
+
+
+def test_what_is_no_error_of_the_system_keeps_rank_0_from_its_mirror_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise CloudError("the credentials have expired")
+
+    monkeypatch.setattr(Mirror, "owner", fails)
+    with pytest.raises(UserError, match="cannot be used: the credentials have expired; check access"):
+        opened(tmp_path, "first", Heard())
+    said, run = StringIO(), Run(tmp_path / "run")
+    _mirror_report(config(tmp_path / "mirror"), run, Console(file=said, width=300))
+    assert "did not take the report: the credentials have expired" in said.getvalue()

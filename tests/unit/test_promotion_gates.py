@@ -256,3 +256,16 @@ def test_a_guarded_comparison_of_detectors_draws_enough_resamples_to_pass() -> N
     verdict = verdict_of(good, bad, RetrainConfig(resamples=200, guard=True), comparisons=10)
     assert gate(verdict, "better").passed, "1 / 201 is above alpha / 10"
     assert "paired bootstrap, 2,000 resamples" in verdict.reason
+
+
+@pytest.mark.parametrize(("label_times", "shown"), [(100, False), (25, False), (5, True)])
+def test_few_recordings_show_no_gain_however_many_label_times_they_have(label_times: int, shown: bool) -> None:
+    """1 and 4 recordings of 100 label times cannot have p below 1/2 and 1/16, 20 can."""
+    labels, missed = [k % 5 for k in range(100)], [k % 5 < 2 for k in range(100)]
+    good, bad = (of_recordings(boxes(miss, labels), label_times) for miss in ([False] * 100, missed))
+    settings = RetrainConfig(resamples=300)
+    verdict = verdict_of(measured(2, good), measured(1, bad), settings)
+    assert gate(verdict, "better").passed is shown
+    assert any("make a gate store with more recordings" in one for one in verdict.warnings) is not shown
+    turned = verdict_of(measured(2, bad), measured(1, good), settings)
+    assert gate(turned, "classes").passed is not shown, "a class is worse by more than chance"

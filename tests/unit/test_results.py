@@ -12,6 +12,7 @@ from rich.console import Console
 
 from spikefleet.config.schema import Config
 from spikefleet.errors import UserError
+from spikefleet.reproduction import results
 from spikefleet.reproduction.plan import ReproductionPlan, config_of
 from spikefleet.reproduction.reproduce import reproduce
 from spikefleet.reproduction.results import Training, add_results, read_results, setting_of
@@ -21,6 +22,7 @@ from spikefleet.reproduction.training_time import seconds_left
 from spikefleet.runs.options import Options
 from spikefleet_models.energy import EnergyCard, energy_at_rates
 from spikefleet_models.families import build_model
+from spikefleet_tune.lock import hold
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +95,35 @@ def test_a_file_that_is_no_record_is_refused(trained: dict[int, Training], tmp_p
         read_results(other)
 
 
+def test_a_training_of_another_version_is_left_out_and_kept(
+    trained: dict[int, Training], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    add_results(file := tmp_path / "one.parquet", [trained[0], trained[1]])
+    table = pq.read_table(file)
+    configs = table["config"].to_pylist()
+    later = json.dumps({**json.loads(configs[0]), "unheard_of": 1})
+    pq.write_table(table.set_column(table.schema.get_field_index("config"), "config", [[later, configs[1]]]), file)
+    assert len(read_results(file)) == 1
+    assert "1 training of another version left out: " in caplog.text
+    assert "unheard_of" in caplog.text
+    assert add_results(file, [trained[2]]) == 1
+    assert later in pq.read_table(file)["config"].to_pylist()
+    assert len(read_results(file)) == 2
+
+
+def test_files_are_written_by_one_process_at_a_time(
+    trained: dict[int, Training], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "_PATIENCE_S", 0.0)
+    file = tmp_path / "one.parquet"
+    with (
+        hold(tmp_path / ".one.parquet.lock"),
+        pytest.raises(UserError, match=r"one\.parquet is being written by process"),
+    ):
+        add_results(file, [trained[0]])
+    assert add_results(file, [trained[0]]) == 1
+
+
 def test_a_setting_is_a_training_but_for_its_seed(trained: dict[int, Training]) -> None:
     assert {training.setting for training in trained.values()} == {trained[0].setting}
     assert len({training.digest for training in trained.values()}) == 3
@@ -122,11 +153,25 @@ def test_a_table_is_read_from_recorded_results_alone(trained: dict[int, Training
     assert all(not row.trials for row in reproduced(tmp_path / "changed", tmp_path).rows)
 
 
+def test_rows_of_several_versions_and_contents_say_so(trained: dict[int, Training], tmp_path: Path) -> None:
+    later = replace(trained[1], code_version="def", data_hash="e" * 64)
+    add_results(tmp_path / "results" / "paper-digits-digits_narrow.parquet", [trained[0], later])
+    bsg, _ = reproduced(tmp_path / "results", tmp_path).rows
+    assert bsg.remark == (
+        "trainings of 2 versions of the code (abc, def); trainings on 2 contents of the data (dddddddddddd, "
+        "eeeeeeeeeeee)"
+    )
+    add_results(tmp_path / "other" / "paper-digits-digits_narrow.parquet", [trained[0], trained[1]])
+    stale = replace(trained[2], data_hash="e" * 64)
+    add_results(tmp_path / "other" / "paper-digits-digits_narrow.parquet", [stale])
+    assert "trained on other data (content dddddddddddd)" in reproduced(tmp_path / "other", tmp_path).rows[0].remark
+
+
 def _with_rate(config: Config, rate: float) -> Config:
     return Config.model_validate({**(tree := config.dump()), "optim": {**tree["optim"], "lr": rate}})
 
 
-def test_a_record_without_a_card_is_named_where_one_is_needed(trained: dict[int, Training], tmp_path: Path) -> None:
+def test_a_record_without_a_card_has_no_energy_and_is_named(trained: dict[int, Training], tmp_path: Path) -> None:
     table = load_table("sg_resnet_table5")
     entry = next(table.entries("CIFAR-100: SG ResNet18"))
     config = config_of(entry.group.scales["digits"].recipe, ReproductionPlan(table, "digits").point(entry, 0))
@@ -134,8 +179,11 @@ def test_a_record_without_a_card_is_named_where_one_is_needed(trained: dict[int,
     file = tmp_path / f"paper-digits-{entry.group.scales['digits'].recipe}.parquet"
     add_results(file, [bare])
     plan = ReproductionPlan(table, "digits", 1, "CIFAR-100: SG ResNet18", train=False, results=tmp_path)
-    with pytest.raises(UserError, match="training t-0 has no energy card"):
-        reproduce(plan, Options(tmp_path), Console(quiet=True))
+    (row,) = reproduce(plan, Options(tmp_path), Console(quiet=True)).rows
+    counted = [key for key, column in table.columns.items() if column.origin == "card"]
+    assert counted
+    assert all(row.cells[key].values == () for key in counted)
+    assert "1 training without an energy card" in row.remark
 
 
 def test_the_time_left_is_that_of_the_same_setting(trained: dict[int, Training]) -> None:

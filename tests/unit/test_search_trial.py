@@ -25,7 +25,7 @@ from spikefleet.search.trial import (
     refusal_of,
     reportable,
 )
-from spikefleet.training.checkpoints import load_checkpoint
+from spikefleet.training.checkpoints import checkpoint_hash, load_checkpoint
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.events import CheckpointSaved, EpochDone, NullSink
 from spikefleet.training.loop import train
@@ -217,7 +217,10 @@ def test_a_trial_that_goes_on_tells_its_best_epoch_again(setting: TrialSetting, 
     assert best["val/top1"] == max(row["val/top1"] for row in first.rows)
     assert best["energy_mj"] == figures["energy_mj"]
     assert best["latency_ms"] > 0
-    assert figures["latency_ms"] == read_json(setting.runs_dir / "trial" / "report" / LATENCY)["median_ms"]
+    recorded = read_json(setting.runs_dir / "trial" / "report" / LATENCY)
+    assert figures["latency_ms"] == recorded["median_ms"]
+    # A certification measures anew what is not of its checkpoint.
+    assert recorded["checkpoint"] == checkpoint_hash(Run(setting.runs_dir / "trial").best_checkpoint())
     assert best["val/top1"] == figures["val/top1"]
     assert (setting.runs_dir / "trial" / "report" / "energy.json").is_file()
     again = Reports()

@@ -48,11 +48,6 @@ class Latency:
     image_size: tuple[int, int]
     """H, W in pixels."""
 
-    @property
-    def where(self) -> str:
-        """Device and number of repeats, in words."""
-        return f"{self.device}; median of {self.repeats}"
-
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return asdict(self)

@@ -27,8 +27,12 @@ def inspect_command(
         Path | None, typer.Option(help="File for the page; that of the run's report, else inspect.html here.")
     ] = None,
     link: Annotated[
-        bool, typer.Option(help="Link the page from MLflow: an artifact of the run, a tag of the version.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            help="Link the page from MLflow: an artifact of the run, a tag of the version. By default, unless --data "
+            "is given: a page on other data is not that of the version."
+        ),
+    ] = None,
     force: Force = False,
     gpu: Annotated[bool, typer.Option("--gpu", help="Evaluate on a GPU.")] = False,
     as_json: AsJson = False,
@@ -55,7 +59,8 @@ def inspect_command(
     inspection = inspect_network(trained, split, stores_dir, stderr, data=data, gpu=gpu)
     with waiting(stderr, "writing the page"):
         write_page(inspection, path)
-    linked = _link(trained, path, runs_dir) if link else None
+    wanted = data is None if link is None else link
+    linked = _link(trained, path, runs_dir) if wanted else None
     if as_json:
         calibration = inspection.calibration
         print_json(

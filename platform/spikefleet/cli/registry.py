@@ -16,7 +16,7 @@ from spikefleet.cli.output import console, loading, print_json, say, stderr
 from spikefleet.cli.parameters import AsJson, RunsDir
 from spikefleet.cli.tables import Column, number, print_record, print_table, text
 from spikefleet.outputs import check_place
-from spikefleet.status import print_line
+from spikefleet.status import one_line, print_line
 
 if TYPE_CHECKING:
     from spikefleet.registry import RegisteredVersion
@@ -129,6 +129,7 @@ def best_registered(
 ) -> None:
     """The best versions of all registered models."""
     from spikefleet import registry
+    from spikefleet.registry.version import latency_remark
 
     with asking(runs_dir) as uri:
         versions = registry.ranked(
@@ -142,6 +143,8 @@ def best_registered(
             tracking_uri=uri,
             announce=lambda line: print_line(stderr, line),
         )
+    if (remark := latency_remark(versions)) is not None:
+        print_line(stderr, one_line(remark))
     if as_json or top == 1:
         _print_versions(versions, as_json)
         return

@@ -158,7 +158,7 @@ def evidence(
     with loading("torch", messages(as_json)):
         from spikefleet.reproduction.depth_gradients import DepthGradients
         from spikefleet.reproduction.evidence import collect_evidence
-        from spikefleet.reproduction.evidence_page import as_verdicts, write_evidence
+        from spikefleet.reproduction.evidence_page import SHIPPED, as_verdicts, plots_of, write_evidence
         from spikefleet.reproduction.results import shipped_results
 
     if results is not None and not results.is_dir():
@@ -166,10 +166,13 @@ def evidence(
     place = out.parent / "evidence" if plots is None else plots
     check_place(place, "--plots")
     read_from = shipped_results() if results is None else results
-    found = collect_evidence(read_from)
+    found, gradients = collect_evidence(read_from), DepthGradients.read(read_from)
+    check_outputs(plots_of(found, gradients, place), inputs=[read_from], force=force, option="--plots")
     words = ["spikefleet", "evidence"] + (["--results", str(results)] if results is not None else [])
     words += (["--out", str(out)] if out != Path("EVIDENCE.md") else []) + (["--plots", str(plots)] if plots else [])
-    drawn = write_evidence(found, DepthGradients.read(read_from), out, place, shlex.join(words))
+    drawn = write_evidence(
+        found, gradients, out, place, shlex.join(words), SHIPPED if results is None else str(results)
+    )
     if as_json:
         print_json({"page": str(out), "plots": [str(path) for path in drawn], "verdicts": as_verdicts(found)})
         return

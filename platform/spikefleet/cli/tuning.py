@@ -129,6 +129,17 @@ def tune(
         raise UserError(f"--register {register!r} must be knee, best or the name of a trial, such as {name}-0000")
     options = Options(runs_dir, stores_dir, address, verbose, data)
     if plan:
+        given = {
+            "--extend": extend,
+            "--warm-start": warm_start,
+            "--retry-failed": retry_failed,
+            "--confirm": confirm,
+            "--register": register,
+        }
+        if unused := [option for option, value in given.items() if value]:
+            raise UserError(
+                f"--plan starts nothing, so {' and '.join(unused)} would have no effect; leave out one of both"
+            )
         _plan(wanted, name, options, as_json)
         return
     extended = extension_of(name, options)

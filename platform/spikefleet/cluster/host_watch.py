@@ -57,13 +57,13 @@ class HostWatch:
         self._draining: set[str] = set()
         self._lost: dict[str, str] = {}
         self._draining_unknown = False
-        self._since: float | None = None
         self._looked = 0.0
         self._look()
 
     def need(self, needed: Mapping[str, float]) -> None:
-        """Sets the resources that the workers of the next group need."""
+        """Sets the resources that the workers of the next group need; it has not waited for them yet."""
         self._needed = {kind: amount for kind, amount in needed.items() if amount}
+        self._since: float | None = None
 
     def places(self, worker: Mapping[str, float]) -> int:
         """Number of workers that would fit now, beside all that runs, on hosts that stay; 0 if the head does not say.

@@ -22,11 +22,14 @@ from spikefleet.registry.promotion import Decision, barred
 from spikefleet.registry.version import CHAMPION, RegisteredVersion
 from spikefleet.status import Count, uncounted
 from spikefleet.tasks.per_image import Answers, Boxes
-from spikefleet.tasks.resampled_map import Matches, resampled_gains
+from spikefleet.tasks.resampled_map import Matches, least_p, resampled_gains
 from spikefleet_tune.messages import counted
 
 WORN_OUT = 50
 """Comparisons on the same gate images from which the report warns that their use wears them out."""
+
+FEW_UNITS = 20
+"""Recordings, or images, below which the report warns that their bootstrap is unsure."""
 
 _NAMED = 5
 _BETTER = "better"
@@ -127,7 +130,7 @@ def judge(
     alpha = settings.alpha / comparisons if settings.guard else settings.alpha
     images = len(candidate.predictions)
     compared = _compare(candidate, champion, settings, alpha, progress)
-    notes = list(warnings)
+    notes = [*warnings, *compared.warnings]
     if compared.detectable is not None and compared.detectable > settings.margin:
         notes.append(
             f"{counted(images, 'gate image')} can show a gain of {compared.detectable:.2%} about four times in five; a "
@@ -186,6 +189,7 @@ class _Compared:
     gates: tuple[Gate, ...]
     detectable: float | None = None
     interval: tuple[float, float] | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def _compare(
@@ -237,10 +241,11 @@ def _compare_boxes(
         matches[0], matches[1], resamples, progress=progress, drawn_together=drawn_together
     )
     totals = totals[~np.isnan(totals)]
+    units = len(np.unique(drawn_together)) if drawn_together is not None else matches[0].images
     measured = [one.mean_average_precision()[0] for one in matches]
     gain = float(measured[0] - measured[1])
     # Of equal detections every gain is 0, which shows nothing.
-    p_better = max(float((totals <= 0).mean()), 1 / (len(totals) + 1))
+    p_better = max(float((totals <= 0).mean()), 1 / (len(totals) + 1), least_p(units))
     passed = p_better <= alpha and gain >= settings.margin
     low, high = (float(q) for q in np.quantile(totals, [0.025, 0.975]))
     sentence = _gain_sentence(
@@ -253,9 +258,18 @@ def _compare_boxes(
         alpha,
         f"paired bootstrap{' of recordings' if recordings else ''}, {len(totals):,} resamples",
     )
-    drops = _dropped_classes(candidate, matches, by_class, settings)
+    drops = _dropped_classes(candidate, matches, by_class, settings, units)
     better = Gate(_BETTER, p_better, alpha, passed, sentence)
-    return _Compared((better, _classes_gate(drops, settings)), _detectable(totals), (low, high))
+    few = () if units >= FEW_UNITS else (_few_units(units, "recording" if recordings else "image"),)
+    return _Compared((better, _classes_gate(drops, settings)), _detectable(totals), (low, high), few)
+
+
+def _few_units(units: int, kind: str) -> str:
+    """The warning that a bootstrap over so few recordings or images is unsure."""
+    return (
+        f"only {counted(units, f'gate {kind}')} can be resampled, and a bootstrap over fewer than {FEW_UNITS} is "
+        f"unsure (its p is at least {least_p(units):.2g}); make a gate store with more {kind}s"
+    )
 
 
 def _detectable(totals: np.ndarray[Any, np.dtype[np.float64]]) -> float:
@@ -268,6 +282,7 @@ def _dropped_classes(
     matches: Sequence[Matches],
     by_class: np.ndarray[Any, np.dtype[np.float64]],
     settings: RetrainConfig,
+    units: int,
 ) -> dict[str, float]:
     """Classes whose AP falls by more than `class_drop`, where that is more than chance over all classes (Holm)."""
     ours, theirs = (one.average_precisions()[:, 0] for one in matches)
@@ -275,7 +290,7 @@ def _dropped_classes(
     p_values = []
     for k in there:
         gains = by_class[k][~np.isnan(by_class[k])]
-        p_values.append(max(float((gains >= 0).mean()), 1 / (len(gains) + 1)))
+        p_values.append(max(float((gains >= 0).mean()), 1 / (len(gains) + 1), least_p(units)))
     adjusted = dict(zip(there, holm(p_values), strict=True))
     names = candidate.data.class_names
     return {

@@ -39,6 +39,10 @@ class Inspection:
     """All that a page shows of one network on one split."""
 
     trained: TrainedNetwork
+    measured_on: DataSummary
+    """The data of the split."""
+    location: str
+    """Of the store of these data."""
     evaluation: Evaluation[Any, Any]
     details: Mapping[str, Any]
     """Of the evaluation, as `Task.details` returns them."""
@@ -111,6 +115,8 @@ def inspect_network(
             energy = measure_energy(trained.network, config.transform, rows, progress=progress)
     return Inspection(
         trained,
+        DataSummary.of(store.manifest),
+        store.location,
         found,
         details,
         min(config.train.eval_batch, len(rows)),
@@ -130,7 +136,7 @@ def _gradients(trained: TrainedNetwork, store: Store) -> tuple[GradientCheck | N
     A registered version has no side branches, so those of a training are left out.
     """
     config = trained.config
-    plain = config.model_copy(update={"shortcut": config.shortcut.model_copy(update={"enabled": False})})
+    plain = config.model_copy(update={"shortcut": config.shortcut.model_copy(update={"where": "none"})})
     try:
         batch = training_batch(plain, store, _GRADIENT_IMAGES)
         weights = trained.network.state_dict()

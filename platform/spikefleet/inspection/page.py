@@ -117,9 +117,12 @@ def _network(inspection: Inspection) -> str:
 
 
 def _data(inspection: Inspection) -> str:
-    data, details = inspection.trained.data, inspection.details
+    data, details, other = inspection.trained.data, inspection.details, inspection.measured_on
+    where = ""
+    if other.content_hash != data.content_hash:
+        where = f" of {other.dataset} in {inspection.location} (content {other.content_hash[:12]})"
     return (
-        f"Measured on {counted(details['samples'], 'sample')} of {details['split']}; trained on {data.dataset} "
+        f"Measured on {counted(details['samples'], 'sample')} of {details['split']}{where}; trained on {data.dataset} "
         f"(content {data.content_hash[:12]}, {counted(len(data.class_names), 'class', 'classes')})."
     )
 

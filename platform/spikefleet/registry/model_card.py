@@ -19,7 +19,7 @@ from spikefleet.files import read_json_object
 from spikefleet.registry import served_events
 from spikefleet.registry.package import Card, read_config
 from spikefleet.registry.served_input import EXPECTED
-from spikefleet.registry.version import SPIKE_DRIVEN
+from spikefleet.registry.version import LATENCY_DEVICE, SPIKE_DRIVEN
 from spikefleet.status import one_line
 from spikefleet_tune.messages import counted
 
@@ -177,7 +177,7 @@ def _latency(metrics: Mapping[str, Any], tags: Mapping[str, str]) -> Iterator[st
     if (value := metrics.get("latency_ms")) is None:
         yield "Not measured."
         return
-    yield f"* {float(value):.4g} ms for an image alone, in fp32 ({one_line(tags.get('latency_device', '-'))})."
+    yield f"* {float(value):.4g} ms for an image alone, in fp32 ({one_line(tags.get(LATENCY_DEVICE, '-'))})."
     yield "* It holds on that device with that number of threads; measure it again on yours."
 
 

@@ -1,7 +1,7 @@
 """Registered models: their versions with tags, metrics and aliases."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
@@ -20,6 +20,9 @@ SERVING_FILES = "spikefleet.serving_files"
 
 SPIKE_DRIVEN = "spike_driven"
 """Tag with the verdict of `certificates.spike_check`."""
+
+LATENCY_DEVICE: Final = "latency_device"
+"""Tag with the device of `latency_ms`; in earlier versions with the number of repeats behind a semicolon."""
 
 PARAMS_M: Final = "params_m"
 """Unit alias in `where`: the tag `parameters` in millions."""
@@ -106,6 +109,15 @@ class RegisteredModel:
     def champion(self) -> RegisteredVersion | None:
         """The version with the alias `champion`."""
         return next((version for version in self.versions if CHAMPION in version.aliases), None)
+
+
+def latency_remark(versions: Sequence[RegisteredVersion]) -> str | None:
+    """A sentence where latencies of versions are of several devices, and so cannot be compared; None if they can."""
+    found = [one.tags.get(LATENCY_DEVICE, "an unknown device") for one in versions if "latency_ms" in one.metrics]
+    devices = list(dict.fromkeys(device.partition(";")[0] for device in found))
+    if len(devices) < 2:
+        return None
+    return f"latency_ms is of {len(devices)} devices, and cannot be compared between them: {', '.join(devices)}"
 
 
 def check_model_name(name: str) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import shlex
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,19 @@ from spikefleet.reproduction.evidence_plots import (
     draw_gradients,
     has_rates,
     plot_name,
+    plot_names,
 )
 from spikefleet.reproduction.paired_seeds import POWER, smallest_effect
 from spikefleet.reproduction.report import SCALES
-from spikefleet.reproduction.results import Training
+from spikefleet.reproduction.results import Training, mixtures
 from spikefleet.reproduction.scales import FEW_IMAGES
 from spikefleet.reproduction.training_time import words_of
 from spikefleet.reproduction.verdict import JudgedClaim, JudgedPair
 from spikefleet_tune.atomic import write_atomically
 from spikefleet_tune.messages import counted
+
+SHIPPED = "platform/spikefleet/reproduction/results"
+"""Where the repository has the results that come with the package."""
 
 SEEDS = (3, 5, 10)
 """For how many seeds the page says what they can show."""
@@ -52,7 +57,12 @@ _READ = (
 
 
 def write_evidence(
-    found: Sequence[TableEvidence], gradients: DepthGradients | None, page: Path, plots: Path, command: str
+    found: Sequence[TableEvidence],
+    gradients: DepthGradients | None,
+    page: Path,
+    plots: Path,
+    command: str,
+    results: str = SHIPPED,
 ) -> list[Path]:
     """Writes the page, and the plots of each table and scale that was run.
 
@@ -62,19 +72,33 @@ def write_evidence(
         page: the Markdown file.
         plots: directory of the plots.
         command: that writes the page.
+        results: directory of the recorded results, for the commands on the page.
 
     Returns:
-        The paths of the plots.
+        The paths of the plots that could be drawn.
     """
     paths = [path for one in found for path in draw_evidence(one, plots)]
-    if gradients is not None:
-        draw_gradients(gradients, plots / GRADIENTS_PLOT)
+    if gradients is not None and draw_gradients(gradients, plots / GRADIENTS_PLOT):
         paths.append(plots / GRADIENTS_PLOT)
-    write_atomically(page, as_page(found, gradients, _relative(plots, page), command))
+    undrawn = {path.name for path in plots_of(found, gradients, plots)} - {path.name for path in paths}
+    write_atomically(page, as_page(found, gradients, _relative(plots, page), command, results, undrawn))
     return paths
 
 
-def as_page(found: Sequence[TableEvidence], gradients: DepthGradients | None, plots: str, command: str) -> str:
+def plots_of(found: Sequence[TableEvidence], gradients: DepthGradients | None, plots: Path) -> list[Path]:
+    """The paths of the plots that `write_evidence` draws."""
+    names = [name for one in found for name in plot_names(one)]
+    return [plots / name for name in [*names, *([] if gradients is None else [GRADIENTS_PLOT])]]
+
+
+def as_page(
+    found: Sequence[TableEvidence],
+    gradients: DepthGradients | None,
+    plots: str,
+    command: str,
+    results: str = SHIPPED,
+    undrawn: Collection[str] = (),
+) -> str:
     """The page as Markdown.
 
     Args:
@@ -82,6 +106,8 @@ def as_page(found: Sequence[TableEvidence], gradients: DepthGradients | None, pl
         gradients: by depth, if they were measured.
         plots: directory of the plots, as links of the page name it.
         command: that writes the page.
+        results: directory of the recorded results, for the commands on the page.
+        undrawn: file names of plots that could not be drawn.
     """
     run = [one for one in found if one.was_run]
     lines = ["# Evidence: what holds here of the papers' claims", ""]
@@ -91,9 +117,9 @@ def as_page(found: Sequence[TableEvidence], gradients: DepthGradients | None, pl
     lines += [f"{counted(len(trainings), 'training')}, {words_of(seconds)} in all.", ""]
     lines += ["## Verdicts", "", *_verdicts(found), "", "## How to read this", "", *_READ, ""]
     for one in run:
-        lines += [*_section(one, plots), ""]
-    lines += [*_gradients(gradients, plots), ""]
-    lines += ["## Not run, and why", "", *_not_run(found), "", "## Origin of the results", "", *_origin(run)]
+        lines += [*_section(one, plots, results, undrawn), ""]
+    lines += [*_gradients(gradients, plots, undrawn), ""]
+    lines += ["## Not run, and why", "", *_not_run(found, results), "", "## Origin of the results", "", *_origin(run)]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -142,20 +168,25 @@ def _verdicts(found: Sequence[TableEvidence]) -> Iterator[str]:
                 yield f"| {judged.claim.says} | {table.paper} | {scale} | {judged.verdict} | {counts} |"
 
 
-def _section(one: TableEvidence, plots: str) -> Iterator[str]:
+def _section(one: TableEvidence, plots: str, results: str, undrawn: Collection[str]) -> Iterator[str]:
     yield f"## {one.table.title}, on `{one.scale}`"
     yield ""
     yield f"{one.table.paper}. Scale `{one.scale}`: {SCALES[one.scale]}."
     yield ""
     seeds = max(len(rows) for rows in one.trainings.values())
-    yield f"Command: `{_command(one, seeds)}`."
+    yield f"Command: `{_command(one, seeds, results)}`."
     yield ""
     for judged in one.claims:
         yield from _claim(one, judged)
-    yield f"![Differences by seed with their intervals, and the paper's]({plots}/{plot_name(one)})"
+    yield _image("Differences by seed with their intervals, and the paper's", plots, plot_name(one), undrawn)
     if has_rates(one):
         yield ""
-        yield f"![Firing rates by layer; the balance coefficient by epoch]({plots}/{plot_name(one, 'training')})"
+        name = plot_name(one, "training")
+        yield _image("Firing rates by layer; the balance coefficient by epoch", plots, name, undrawn)
+
+
+def _image(says: str, plots: str, name: str, undrawn: Collection[str]) -> str:
+    return f"{says}: the plot could not be drawn." if name in undrawn else f"![{says}]({plots}/{name})"
 
 
 def _claim(one: TableEvidence, judged: JudgedClaim) -> Iterator[str]:
@@ -171,6 +202,14 @@ def _claim(one: TableEvidence, judged: JudgedClaim) -> Iterator[str]:
     for pair in judged.pairs:
         yield _row(pair)
     yield ""
+    mixed = [f"* {pair.rows.at}: {says}." for pair in judged.pairs if pair.ours for says in _mixtures(one, pair)]
+    if mixed:
+        yield from (*mixed, "")
+
+
+def _mixtures(one: TableEvidence, pair: JudgedPair) -> Iterator[str]:
+    """What is not the same in the trainings of a pair."""
+    return mixtures(training for name in (pair.rows.first, pair.rows.second) for training in one.trainings[name])
 
 
 def _row(pair: JudgedPair) -> str:
@@ -203,7 +242,7 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:+.2g}"
 
 
-def _gradients(gradients: DepthGradients | None, plots: str) -> Iterator[str]:
+def _gradients(gradients: DepthGradients | None, plots: str, undrawn: Collection[str]) -> Iterator[str]:
     yield "## What trains deep networks: the first layer's gradient over depth"
     yield ""
     if gradients is None:
@@ -222,15 +261,16 @@ def _gradients(gradients: DepthGradients | None, plots: str) -> Iterator[str]:
         cells = (f"{by_depth[depth]:.2g}" if depth in by_depth else "-" for depth in depths)
         yield f"| {connection} | {'with' if branches else 'without'} | {' | '.join(cells)} |"
     yield ""
-    yield f"![The first layer's gradient over depth, with and without side branches]({plots}/{GRADIENTS_PLOT})"
+    says = "The first layer's gradient over depth, with and without side branches"
+    yield _image(says, plots, GRADIENTS_PLOT, undrawn)
 
 
-def _command(one: TableEvidence, seeds: int) -> str:
-    results = "platform/spikefleet/reproduction/results"
-    return f"spikefleet reproduce {one.table.name} --scale {one.scale} --seeds {seeds} --results {results}"
+def _command(one: TableEvidence, seeds: int, results: str) -> str:
+    place = shlex.quote(results)
+    return f"spikefleet reproduce {one.table.name} --scale {one.scale} --seeds {seeds} --results {place}"
 
 
-def _not_run(found: Sequence[TableEvidence]) -> Iterator[str]:
+def _not_run(found: Sequence[TableEvidence], results: str) -> Iterator[str]:
     tables = {one.table.name: one.table for one in found}
     for name, table in tables.items():
         missing = [one for one in found if one.table.name == name and not one.was_run]
@@ -238,7 +278,7 @@ def _not_run(found: Sequence[TableEvidence]) -> Iterator[str]:
         if missing:
             head = f"* {table.paper}, {table.title}: nothing to compare yet at"
             first = next((one for scale in FEW_IMAGES for one in missing if one.scale == scale), missing[0])
-            yield f"{head} {', '.join(scales)}. `{_command(first, 5)}`"
+            yield f"{head} {', '.join(scales)}. `{_command(first, 5, results)}`"
     for table in tables.values():
         for entry in table.entries():
             refusals = dict.fromkeys(entry.group.refusal(entry.row, scale) for scale in table.scales)

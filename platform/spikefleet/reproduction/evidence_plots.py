@@ -39,16 +39,24 @@ def draw_evidence(evidence: TableEvidence, folder: Path) -> list[Path]:
         folder: of the plots.
 
     Returns:
-        Their paths; none where nothing was run.
+        The paths of those that could be drawn; none where nothing was run.
     """
+    drawn = []
+    for name in plot_names(evidence):
+        path, title = folder / name, f"{evidence.table.paper}; scale {evidence.scale}"
+        if name == plot_name(evidence):
+            done = draw_differences(evidence, path)
+        else:
+            done = _training(_rates(evidence), _courses(evidence), title, path)
+        drawn += [path] if done else []
+    return drawn
+
+
+def plot_names(evidence: TableEvidence) -> list[str]:
+    """File names of the plots of a table; none where nothing was run."""
     if not evidence.was_run:
         return []
-    paths = [folder / plot_name(evidence)]
-    draw_differences(evidence, paths[0])
-    if has_rates(evidence):
-        paths.append(folder / plot_name(evidence, "training"))
-        _training(_rates(evidence), _courses(evidence), f"{evidence.table.paper}; scale {evidence.scale}", paths[1])
-    return paths
+    return [plot_name(evidence), *([plot_name(evidence, "training")] if has_rates(evidence) else [])]
 
 
 def _rates(evidence: TableEvidence) -> dict[str, list[float]]:
@@ -97,8 +105,8 @@ def _training(
     save(figure, path)
 
 
-def draw_gradients(gradients: DepthGradients, path: Path) -> None:
-    """Plots the first layer's gradient over depth, without and with side branches.
+def draw_gradients(gradients: DepthGradients, path: Path) -> bool:
+    """Plots the first layer's gradient over depth, without and with side branches; returns whether it was drawn.
 
     Args:
         gradients: by depth.
@@ -107,7 +115,7 @@ def draw_gradients(gradients: DepthGradients, path: Path) -> None:
     panels: dict[str, dict[str, dict[int, float]]] = {"without side branches": {}, "with side branches": {}}
     for (connection, branches), by_depth in gradients.ratios().items():
         panels["with side branches" if branches else "without side branches"][connection] = by_depth
-    _over_depth(panels, path)
+    return _over_depth(panels, path)
 
 
 @never_fatal
@@ -125,8 +133,8 @@ def _over_depth(panels: Mapping[str, Mapping[str, Mapping[int, float]]], path: P
     save(figure, path)
 
 
-def draw_differences(evidence: TableEvidence, path: Path) -> None:
-    """Plots all pairs of a table's claims, one panel per column.
+def draw_differences(evidence: TableEvidence, path: Path) -> bool:
+    """Plots all pairs of a table's claims, one panel per column; returns whether they were drawn.
 
     Args:
         evidence: of one table and scale.
@@ -137,7 +145,7 @@ def draw_differences(evidence: TableEvidence, path: Path) -> None:
         column = evidence.table.columns[one.claim.column]
         rows = panels.setdefault(f"difference in {column.label}, {column.unit}", [])
         rows += [(f"{pair.rows.first} - {pair.rows.second}", pair) for pair in one.pairs]
-    _differences(panels, f"{evidence.table.paper}; scale {evidence.scale}", path)
+    return _differences(panels, f"{evidence.table.paper}; scale {evidence.scale}", path)
 
 
 @never_fatal

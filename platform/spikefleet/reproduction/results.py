@@ -7,7 +7,8 @@ written again. They hold what a report needs and no weights.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -22,6 +23,8 @@ from spikefleet.config.schema import Config
 from spikefleet.errors import UserError
 from spikefleet_models.energy import EnergyCard
 from spikefleet_tune.atomic import replacing
+from spikefleet_tune.lock import LockedError, hold
+from spikefleet_tune.messages import counted
 
 SUFFIX = ".parquet"
 
@@ -43,6 +46,8 @@ _SCHEMA = pa.schema(
     ]
 )
 """`overrides`, `config`, `history` and `energy_card` are JSON."""
+
+_PATIENCE_S = 60.0
 
 _TOGETHER = ("totals", "rows", "conventions")
 """Parts of a card that are computed from the rest."""
@@ -121,6 +126,17 @@ class Training:
         )
 
 
+def mixtures(trainings: Iterable[Training]) -> Iterator[str]:
+    """What is not the same in trainings that are compared, in words: version of the code, content of the data."""
+    given = list(trainings)
+    codes = sorted({one.code_version for one in given})
+    contents = sorted({one.data_hash[:12] for one in given})
+    if len(codes) > 1:
+        yield f"trainings of {len(codes)} versions of the code ({', '.join(codes)})"
+    if len(contents) > 1:
+        yield f"trainings on {len(contents)} contents of the data ({', '.join(contents)})"
+
+
 def setting_of(config: Config) -> str:
     """Digest of a configuration but for its seed."""
     return config.model_copy(update={"train": config.train.model_copy(update={"seed": 0})}).digest()
@@ -129,25 +145,46 @@ def setting_of(config: Config) -> str:
 def read_results(path: Path) -> dict[str, Training]:
     """Reads the trainings of a file, by digest; none if it does not exist.
 
+    Trainings whose configuration is none of this version are left out, with a warning that counts them.
+
     Raises:
         UserError: the file is damaged, or of another form.
     """
+    known, unread = _read(path)
+    if unread:
+        logging.getLogger(__name__).warning(
+            "%s: %s of another version left out: %s", path, counted(len(unread), "training"), unread[0][1]
+        )
+    return known
+
+
+_Unread = list[tuple[dict[str, Any], str]]
+"""Rows, and why their trainings cannot be read."""
+
+
+def _read(path: Path) -> tuple[dict[str, Training], _Unread]:
+    """The trainings of a file by digest, and the rows of those that this version cannot read."""
     if not path.is_file():
-        return {}
+        return {}, []
+    known: dict[str, Training] = {}
+    unread: _Unread = []
     try:
-        rows = pq.read_table(path, schema=_SCHEMA).to_pylist()
-        trainings = [Training.of_row(row, f"{path}, training {row['trial']}") for row in rows]
+        for row in pq.read_table(path, schema=_SCHEMA).to_pylist():
+            try:
+                training = Training.of_row(row, f"training {row['trial']}")
+            except UserError as error:
+                unread.append((row, str(error)))
+            else:
+                known[training.digest] = training
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(
             f"{path} is not a file of results ({str(error)[:200]}); restore it, or give another --results"
         ) from None
-    return {training.digest: training for training in trainings}
+    return known, unread
 
 
 def add_results(path: Path, trainings: Iterable[Training]) -> int:
-    """Adds trainings to a file, atomically; those that it holds stay as they are.
+    """Adds trainings to a file, atomically; those that it holds stay as they are, also those of another version.
 
     Args:
         path: the file, or where it is to be.
@@ -157,16 +194,29 @@ def add_results(path: Path, trainings: Iterable[Training]) -> int:
         The number of trainings that were added; with none the file is not written.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: the file is damaged, or another process has been writing it for a minute.
         OSError: it cannot be written.
     """
+    given = list(trainings)
     known = read_results(path)
+    if all(training.digest in known for training in given):  # nothing is written, which a directory may not allow
+        return 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = hold(path.with_name(f".{path.name}.lock"), _PATIENCE_S)
+    except LockedError as error:
+        raise UserError(f"{path} is being written by {error.holder}; run the same command again") from None
+    with lock:
+        return _add(path, given)
+
+
+def _add(path: Path, trainings: Sequence[Training]) -> int:
+    known, unread = _read(path)  # another process may have added some since
     new = {training.digest: training for training in trainings if training.digest not in known}
     if not new:
         return 0
-    rows = [training.to_row() for training in (*known.values(), *new.values())]
+    rows = [*(row for row, _ in unread), *(training.to_row() for training in (*known.values(), *new.values()))]
     rows.sort(key=lambda row: (row["overrides"], row["digest"]))  # the same trainings are the same file
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), partial, compression="zstd", use_dictionary=False)
     return len(new)

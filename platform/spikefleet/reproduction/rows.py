@@ -9,11 +9,10 @@ from itertools import combinations
 
 import torch
 
-from spikefleet.errors import UserError
 from spikefleet.reproduction.plan import ReproductionPlan, config_of, short_digest
-from spikefleet.reproduction.results import Training
+from spikefleet.reproduction.results import Training, mixtures
 from spikefleet.reproduction.table import Entry, PaperTable
-from spikefleet_models.energy import EnergyCard, energy_at_rates
+from spikefleet_models.energy import energy_at_rates
 from spikefleet_models.energy_constants import energy_constants
 from spikefleet_models.families import build_model
 from spikefleet_tune.messages import counted
@@ -132,7 +131,7 @@ def measured_row(
             trainings.append(known[digest])
         else:
             missing.append(f"seed {own} {problems.get(digest, 'was not run')}")
-    remarks = [*missing, *energy_remark(plan.table, trainings)]
+    remarks = [*missing, *energy_remark(plan.table, trainings), *mixtures(trainings), *_on_other_data(trainings, known)]
     data, same = data_shown(plan, entry, trainings)
     return ReproducedRow(
         entry,
@@ -146,6 +145,16 @@ def measured_row(
         data,
         same,
     )
+
+
+def _on_other_data(trainings: Sequence[Training], known: Mapping[str, Training]) -> Iterator[str]:
+    """Where a row was trained on one content of the data, and other trainings of its recipe on another one."""
+    own, every = ({one.data_hash[:12] for one in some} for some in (trainings, known.values()))
+    if len(own) == 1 and (others := sorted(every - own)):
+        yield (
+            f"trained on other data (content {', '.join(own)}) than other recorded trainings of its recipe "
+            f"({', '.join(others)}), with which it cannot be compared; record all of them on the same data"
+        )
 
 
 def data_shown(plan: ReproductionPlan, entry: Entry, trainings: Sequence[Training]) -> tuple[str, bool]:
@@ -187,16 +196,14 @@ def cells_of(table: PaperTable, entry: Entry, trainings: Sequence[Training], sam
 
 
 def value_of(table: PaperTable, key: str, training: Training) -> float | None:
-    """A training's value of a column, in our unit; None where it has none.
-
-    Raises:
-        UserError: the column is counted on the energy card, which the training does not have.
-    """
+    """A training's value of a column, in our unit; None where it has none, or no energy card to count it on."""
     column = table.columns[key]
     if column.origin == "run":
         return training.metrics.get(key, training.metrics.get(_on_validation(key)))
     assert table.counted is not None, "the table's validation requires it"
-    value: float | None = getattr(_card(training).under(table.counted.constants), key)
+    if training.card is None:
+        return None
+    value: float | None = getattr(training.card.under(table.counted.constants), key)
     return value
 
 
@@ -213,17 +220,13 @@ def split_of(table: PaperTable, trainings: Sequence[Training]) -> str:
     return "val" if any(_on_validation(key) in training.metrics for training in trainings for key in keys) else ""
 
 
-def _card(training: Training) -> EnergyCard:
-    if training.card is None:
-        raise UserError(f"training {training.trial} has no energy card; remove it, and run the command again")
-    return training.card
-
-
 def energy_remark(table: PaperTable, trainings: Sequence[Training]) -> Iterator[str]:
-    """What a reader of energies must know: layers that no chip of binary spikes runs as additions."""
+    """What a reader of energies must know: layers that no chip of binary spikes runs as additions; missing cards."""
     if any(column.origin == "card" for column in table.columns.values()):
-        layers = dict.fromkeys(layer for training in trainings for layer in _card(training).integer_fed)
-        if layers:
+        cards = [training.card for training in trainings if training.card is not None]
+        if missing := len(trainings) - len(cards):
+            yield f"{counted(missing, 'training')} without an energy card"
+        if layers := dict.fromkeys(layer for card in cards for layer in card.integer_fed):
             yield f"{counted(len(layers), 'layer')} fed by sums of spikes, counted as MACs"
 
 

@@ -52,7 +52,8 @@ class JudgedClaim:
         * not shown at this scale: pairs were run, but none is shown or reversed. An effect may be there that is smaller
           than these seeds can show.
 
-        A pair is shown, or reversed, by its p adjusted over all pairs of all claims of the table (Holm), at most 5 %.
+        A pair is shown, or reversed, by its p adjusted over all pairs of all claims of the table (Holm), at most 5 %;
+        pairs that were not run count with p = 1.
         """
         found = [pair.found for pair in self.pairs]
         if all(one == "not run" for one in found):
@@ -79,18 +80,19 @@ def judge(
     """
     pairs = [(claim, rows) for claim in claims for rows in claim.pairs]
     paired = [_paired(results.get(claim.column, {}), rows) for claim, rows in pairs]
-    # A pair that two claims share is one test, and counts once.
-    tests: dict[tuple[str, frozenset[str]], float] = {}
-    for (claim, rows), ours in zip(pairs, paired, strict=True):
-        if ours is not None and ours.seeds > 1:
-            tests[_test(claim, rows)] = ours.p_value
+    # A pair that two claims share is one test, and counts once. One that was not run counts too, with p = 1: else what
+    # is run first would be judged by fewer tests than the table has.
+    tests = {
+        _test(claim, rows): ours.p_value if ours is not None and ours.seeds > 1 else 1.0
+        for (claim, rows), ours in zip(pairs, paired, strict=True)
+    }
     adjusted = dict(zip(tests, holm(list(tests.values())), strict=True))
     judged = {
         (claim.name, rows.at): JudgedPair(
             rows,
             papers.get((claim.name, rows.at)),
             ours,
-            p := adjusted.get(_test(claim, rows)),
+            p := adjusted[_test(claim, rows)] if ours is not None and ours.seeds > 1 else None,
             _found(claim, ours, p),
         )
         for (claim, rows), ours in zip(pairs, paired, strict=True)

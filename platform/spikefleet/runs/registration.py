@@ -16,7 +16,7 @@ from spikefleet.data_summary import DataSummary
 from spikefleet.gates.gate_store import check_gate_store, open_gate_store
 from spikefleet.gates.promoting import promote_through_gates
 from spikefleet.registry.api import Promotion
-from spikefleet.registry.version import SPIKE_DRIVEN, RegisteredVersion
+from spikefleet.registry.version import LATENCY_DEVICE, SPIKE_DRIVEN, RegisteredVersion
 from spikefleet.runs.initial_weights import INIT, lineage
 from spikefleet.runs.run_dir import Run
 from spikefleet.runs.segments import segments_of
@@ -75,7 +75,7 @@ def register_run(
             **({"segments": segments} if (segments := segments_of(run)) else {}),
             SPIKE_DRIVEN: certificates.verdict,
             **certificates.legs,
-            "latency_device": certificates.latency.where,
+            LATENCY_DEVICE: certificates.latency.device,
         },
         metrics={
             **{f"val/{name}": value for name, value in validation.items()},

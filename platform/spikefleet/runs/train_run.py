@@ -298,7 +298,7 @@ def _mirror_report(config: Config, run: Run, console: Console) -> None:
         mirror = Mirror(config.checkpoint.mirror, run.name)
         refuse_other(mirror.owner(), Owner.of(run.path), mirror.where, empty=False)
         mirror.keep_report(run.path / "report")
-    except (OSError, UserError) as error:
+    except Exception as error:  # file systems of clouds raise more than OSError
         print_line(console, f"checkpoint.mirror={config.checkpoint.mirror} did not take the report: {error}")
 
 

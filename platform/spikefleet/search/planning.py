@@ -34,6 +34,7 @@ from spikefleet.training.evaluation import first_batches
 from spikefleet.training.events import Event, Started
 from spikefleet.training.loop import train
 from spikefleet.training.stopping import TrainingStopped
+from spikefleet.training.threads import usable_cores
 from spikefleet_models.families import build_model
 from spikefleet_pipelines.loading import BatchLoader
 from spikefleet_pipelines.store.reader import Store
@@ -50,10 +51,10 @@ class TrialTime:
 
     point: Mapping[str, Any]
     step_s: float
-    """Median of the measured steps."""
+    """Median of the measured steps; of a training of one or two steps, its whole time divided by them."""
     steps: int
     evaluation_s: float
-    """Of the validation split, once."""
+    """Of the validation split, once; 0 where it is in the time of the steps."""
     epochs: int
 
     @property
@@ -193,12 +194,14 @@ class _Clock:
 
 
 def _measured(point: Mapping[str, Any], config: Config, store: Store, gpu: bool) -> TrialTime:
-    group, clock = ProcessGroup.single(gpu), _Clock()
+    # The checkpoints of a measurement are none of a run's, and must not reach its mirror.
+    config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"mirror": None})})
+    group, clock, start = ProcessGroup.single(gpu), _Clock(), time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="spikefleet-plan-") as scratch, suppress(TrainingStopped):
         train(config, store, Path(scratch), group, clock, clock.before_step, clock.done)
     gaps = [after - before for before, after in zip(clock.begun[1:], clock.begun[2:], strict=False)]
-    if not gaps:  # a training of one or two steps
-        raise UserError("a trial has too few steps to measure; it takes seconds, start the search")
+    if not gaps:  # a training of one or two steps, which has ended, with its evaluations
+        return TrialTime(point, (time.perf_counter() - start) / clock.steps, clock.steps, 0.0, clock.epochs)
     step_s = statistics.median(gaps)  # an evaluation between two epochs is no step
     return TrialTime(point, step_s, clock.steps, _evaluation_s(config, store, group), clock.epochs)
 
@@ -229,7 +232,7 @@ def _trials(search: Search) -> int | None:
 def _at_a_time(search: Search) -> int:
     """Trials that fit into this machine beside one another."""
     resources = search.resources
-    fit = int((os.cpu_count() or 1) / resources.cpus_per_worker)
+    fit = int(usable_cores() / resources.cpus_per_worker)
     if resources.gpus_per_worker:
         fit = min(fit, int(torch.cuda.device_count() / resources.gpus_per_worker))
     return max(1, min(fit, resources.max_concurrent or fit))

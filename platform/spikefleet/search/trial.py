@@ -20,7 +20,7 @@ from spikefleet.plugins import load_plugins
 from spikefleet.runs.run_dir import Run
 from spikefleet.search.costs import COSTS
 from spikefleet.training.checkpoint_state import CheckpointState
-from spikefleet.training.checkpoints import best_network, load_checkpoint
+from spikefleet.training.checkpoints import best_network, checkpoint_hash, load_checkpoint
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.event_log import ResumedRunSink
 from spikefleet.training.events import CheckpointSaved, EpochDone, Event, Started
@@ -172,7 +172,9 @@ def as_trial(setting: TrialSetting) -> Callable[[Overrides, str, Report], dict[s
             costs = {"energy_mj": card.energy_mj}
             if setting.latency:
                 latency = latency_on(network, config, store.samples("val"))
-                write_json(run.path / "report" / LATENCY, latency.to_dict())
+                # With its checkpoint, so that a registration keeps the latency that the trial was chosen by.
+                recorded = {**latency.to_dict(), "checkpoint": checkpoint_hash(checkpoint)}
+                write_json(run.path / "report" / LATENCY, recorded)
                 costs[LATENCY_MS] = latency.median_ms
             return costs
 

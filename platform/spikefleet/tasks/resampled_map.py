@@ -139,6 +139,17 @@ def resampled_gains(
     return np.concatenate(totals), np.concatenate(by_class, axis=1)
 
 
+def least_p(units: int) -> float:
+    """The smallest p that a bootstrap over so many units can show: that of a sign test on which all of them agree.
+
+    All resamples of one recording are that recording, so the share of resamples without a gain alone would be 0.
+
+    Args:
+        units: recordings, or images, that are drawn.
+    """
+    return 0.5**units
+
+
 def _class_matches(images: Sequence[Any], most: int) -> _ClassMatches:
     """Joins COCOeval's results of one class; images without objects and detections of it have None."""
     objects = np.array([0 if one is None else int((np.asarray(one["gtIgnore"]) == 0).sum()) for one in images])

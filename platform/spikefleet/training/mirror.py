@@ -228,7 +228,7 @@ def mirrored(uri: str | None, run_dir: Path, group: ProcessGroup, sink: EventSin
             sink = _opened(Mirror(uri, run_dir.name), run_dir, sink, epochs)
         except UserError as error:
             refusal = str(error)
-        except OSError as error:
+        except Exception as error:  # file systems of clouds raise more than OSError
             refusal = disk_problem(error) or (
                 f"checkpoint.mirror={uri} cannot be used: {str(error)[:200]}; check access to it, or set another one"
             )

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 
@@ -69,3 +70,23 @@ def _cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on Linux
         return os.cpu_count() or 1
+
+
+def usable_cores(control_group: Path = Path("/sys/fs/cgroup")) -> float:
+    """Cores that this process may use, or the share of them that its container may, where that is less.
+
+    Args:
+        control_group: where Linux shows the control group of this process.
+    """
+    quota, period = "max", "1"
+    with suppress(OSError, ValueError):  # version 2, in one file
+        quota, period = (control_group / "cpu.max").read_text().split()
+    with suppress(OSError):  # version 1
+        quota, period = (
+            (control_group / "cpu" / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period")
+        )
+    try:
+        share = float(quota) / float(period)
+    except (ValueError, ZeroDivisionError):  # "max": no limit
+        return _cores()
+    return min(_cores(), share) if share > 0 else _cores()  # -1: no limit, in version 1
