@@ -164,5 +164,5 @@ def registered_before(run: Run) -> str | None:
     state = run.checkpoints.newest_state()
     if not segments or state is None or state.best is None:
         return None
-    last = next((one for one in reversed(segments) if one.get("registered")), {})
+    last: dict[str, Any] = next((one for one in reversed(segments) if one.get("registered")), {})
     return last.get("registered") if last.get("best_step") == state.best.step else None
