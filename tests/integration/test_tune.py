@@ -256,7 +256,7 @@ def test_rows_of_a_table_are_trained_once_for_all_tables(
     (again,) = (tmp_path / "elsewhere" / "runs" / "reproductions").glob("sg_resnet_table9-digits-*")
     assert (again / "report.json").read_text() == (folder / "report.json").read_text()
     assert not (tmp_path / "elsewhere" / "runs" / "searches").exists()
-    (file,) = (tmp_path / "results").iterdir()
+    (file,) = (tmp_path / "results").glob("*.parquet")
     assert file.name == "paper-digits-digits_narrow.parquet"
     assert all(len(one.history) == 1 and one.card is not None for one in read_results(file).values())
 
