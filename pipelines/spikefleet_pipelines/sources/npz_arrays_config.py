@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from spikefleet_pipelines.sources.own_splits_config import DEFAULT_HOLDOUT, is_absent
+from spikefleet_pipelines.sources.own_splits_config import is_absent, own_holdout_field
 from spikefleet_pipelines.sources.source import Source, SourceOptions
 
 
@@ -14,14 +14,7 @@ class NpzOptions(SourceOptions):
         exclude_if=is_absent,
         description="file below the root; none: train.npz, val.npz and test.npz, or the only .npz file",
     )
-    holdout: float | None = Field(
-        default=None,
-        ge=0.0,
-        lt=1.0,
-        exclude_if=is_absent,
-        description="fraction of the training images of each class that becomes val; none: "
-        f"{DEFAULT_HOLDOUT:g} without a val split, else 0; with a val split that one is then test",
-    )
+    holdout: float | None = own_holdout_field()
 
 
 NPZ = Source(

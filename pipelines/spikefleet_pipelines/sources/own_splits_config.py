@@ -41,6 +41,18 @@ def group_field() -> Any:
     )
 
 
+def own_holdout_field() -> Any:
+    """Declare an option `holdout` of images that may have splits of their own."""
+    return Field(
+        default=None,
+        ge=0.0,
+        lt=1.0,
+        exclude_if=is_absent,
+        description="fraction of the training images of each class that becomes val; none: "
+        f"{DEFAULT_HOLDOUT:g} without a val split, else 0; with a val split that one is then test",
+    )
+
+
 def only_place(root: Path, split: str, there: Sequence[Path]) -> Path | None:
     """The one place of a split, of those that `SPLIT_FOLDERS` allows and that are there; None where none is.
 
@@ -60,12 +72,5 @@ GroupPattern = Annotated[str | None, AfterValidator(check_pattern)]
 class OwnSplits(SourceOptions):
     """Division of the images where the data set does not divide them."""
 
-    holdout: float | None = Field(
-        default=None,
-        ge=0.0,
-        lt=1.0,
-        exclude_if=is_absent,
-        description="fraction of the training images of each class that becomes val; none: "
-        f"{DEFAULT_HOLDOUT:g} without a val split, else 0; with a val split that one is then test",
-    )
+    holdout: float | None = own_holdout_field()
     group: GroupPattern = group_field()

@@ -57,7 +57,7 @@ class TrainConfig(Section):
         gt=0,
         le=10_000_000,
         description="minutes of training with its evaluations, over all resumptions: an epoch that would not fit is "
-        "not begun (the first one always is), and a larger value resumes the run; null: no limit",
+        "not started (the first one always is), and a larger value resumes the run; null: no limit",
     )
     segment: SegmentConfig | None = Field(
         None, description="what `--extend-epochs` trains behind the end of a run; null: the run has one segment"

@@ -33,7 +33,7 @@ def is_complete(run: Run, config: Config) -> bool:
 
 
 def extends(run: Run, config: Config) -> bool:
-    """Whether a configuration has a segment that the run has not begun."""
+    """Whether a configuration has a segment that the run has not started."""
     segment = config.train.segment
     return segment is not None and run.exists and run.config().train.segment != segment
 
@@ -41,12 +41,12 @@ def extends(run: Run, config: Config) -> bool:
 def extended(run: Run, config: Config, epochs: int) -> Config:
     """The configuration of a further segment, whose schedules start anew at the run's latest checkpoint.
 
-    The same extension of a run that has begun it and has not finished it resumes it.
+    The same extension of a run that has started it and has not finished it resumes it.
 
     Args:
         run: an existing run.
         config: its configuration, maybe with another schedule.
-        epochs: to train beyond those that the run has begun.
+        epochs: to train beyond those that the run has started.
 
     Raises:
         UserError: fewer than one epoch, the run has no checkpoint, or more than the schedule differs.
@@ -68,18 +68,18 @@ def extended(run: Run, config: Config, epochs: int) -> Config:
         )
     last = held.train.segment
     if last is not None and not changed and run.record().get("status") != "finished":
-        begun = last.from_epoch + (last.from_step % state.steps_per_epoch > 0)
-        if held.train.epochs - begun == epochs:
+        started = last.from_epoch + (last.from_step % state.steps_per_epoch > 0)
+        if held.train.epochs - started == epochs:
             return held
     if late := [milestone for milestone in config.optim.milestones if milestone >= epochs]:
         raise UserError(
             f"optim.milestones={late} are beyond the {counted(epochs, 'epoch')} of the segment, in which they are "
             "counted anew; set optim.milestones, or optim.schedule=constant"
         )
-    begun = state.epoch + (state.step_in_epoch > 0)
+    started = state.epoch + (state.step_in_epoch > 0)
     step = state.epoch * state.steps_per_epoch + state.step_in_epoch
     overrides = {
-        "train.epochs": begun + epochs,
+        "train.epochs": started + epochs,
         "train.segment": {"from_step": step, "from_epoch": state.epoch},
     }
     return override_config(config, overrides, origin=f"run {run.name}")
@@ -139,7 +139,7 @@ def begin_segment(run: Run, config: Config) -> None:
     `report-1`, with the number of the segment.
 
     Args:
-        run: that has begun; locked by this process.
+        run: that has started; locked by this process.
         config: of the new segment.
     """
     record = run.record()

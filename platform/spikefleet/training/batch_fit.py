@@ -265,11 +265,11 @@ def _measured(config: Config, store: Store, memory: Memory, group: ProcessGroup,
     task, splits, plan = prepare_parts(here, store, group)
     state = TrainingState(here, group, store.manifest.content_hash, plan.steps_per_epoch)
     memory.restart()
-    begun, images, first = 0.0, 0, 0.0
+    timed_from, images, first = 0.0, 0, 0.0
     started = time.perf_counter()
     for step, batch in enumerate(splits.train.epoch(plan, 0)):
         if step == 1:  # the first one allocates
-            begun = time.perf_counter()
+            timed_from = time.perf_counter()
         training_step(state, task, batch, Meter(), NullSink())
         images += len(batch.indices) if step else 0
         if step == 0:
@@ -277,6 +277,6 @@ def _measured(config: Config, store: Store, memory: Memory, group: ProcessGroup,
         if step == _STEPS - 1:
             break
     peak = memory.peak()
-    rate = images / (time.perf_counter() - begun) if images else first
+    rate = images / (time.perf_counter() - timed_from) if images else first
     del state, task, splits, plan
     return Measured(size, max(0, peak - before), rate)
