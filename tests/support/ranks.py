@@ -235,6 +235,13 @@ def _left(path: Path) -> Any:
     return pickle.loads(path.read_bytes()) if path.exists() else None
 
 
+def _leave_behind(path: Path, value: object) -> None:
+    """Whole or not at all: the group may be killed while a rank writes."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_bytes(pickle.dumps(value))
+    unfinished.replace(path)
+
+
 def _logs(attempt: Path) -> str:
     return "".join(f"{path.name}:\n{path.read_text()}" for path in sorted(attempt.glob("rank-*.log")))
 
@@ -320,7 +327,7 @@ def _rank(
             dist.barrier()  # all ranks have agreed
             for _, mark in planned:
                 _asked(mark).unlink(missing_ok=True)
-        (attempt / f"error-{rank}").write_bytes(pickle.dumps(error))
+        _leave_behind(attempt / f"error-{rank}", error)
         raise
-    (attempt / f"outcome-{rank}").write_bytes(pickle.dumps(outcome))
+    _leave_behind(attempt / f"outcome-{rank}", outcome)
     dist.destroy_process_group()
