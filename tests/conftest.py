@@ -123,3 +123,13 @@ def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in DRAWN:
         monkeypatch.setattr(plots, name, nothing)
+
+
+@pytest.fixture
+def blank_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what is done with the files of a training whose figures are not looked at."""
+    from spikefleet import plots
+    from support.figures import DRAWN, blank
+
+    for name in DRAWN:
+        monkeypatch.setattr(plots, name, blank(name))
