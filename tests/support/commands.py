@@ -11,7 +11,7 @@ from pathlib import Path
 
 from support.forked import Forked
 
-_LONGEST_S = 280.0
+_LONGEST_S = 600.0
 
 
 @dataclass(frozen=True)
