@@ -30,11 +30,14 @@ train: $(SYNCED)
 	@echo "      (in $(BIN)/, or with 'uv run')"
 
 # Everything but what is marked slow; what takes longest starts first.
-test: lint types
+test: $(SYNCED)
+	$(MAKE) --jobs 2 lint types
 	$(PYTEST) tests/integration tests/robustness tests/unit -m "not slow"
 
 # While you work: under three minutes.
-quick: lint types unit
+quick: $(SYNCED)
+	$(MAKE) --jobs 2 lint types
+	$(MAKE) unit
 
 lint: $(SYNCED)
 	$(BIN)/ruff check .
