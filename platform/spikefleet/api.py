@@ -186,9 +186,11 @@ def train(
     """
     load_plugins(plugins)
     given = with_cluster(overrides or {}, workers, gpu)
-    if name not in (None, resume) and resume is not None:
-        raise UserError(f"--name {name} and --resume {resume} are two runs; give one of them")
     folder = Path(runs_dir)
+    if resume is not None:
+        resume = find_run(folder, resume).name
+        if name not in (None, resume):
+            raise UserError(f"--name {name} and --resume {resume} are two runs; give one of them")
     if resume is None and extend_epochs is not None:
         raise UserError(f"--extend-epochs {extend_epochs} extends an existing run; name it by --resume RUN")
     config = load_config(recipe, given) if resume is None else _resumed(recipe, resume, given, folder)
