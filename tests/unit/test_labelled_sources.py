@@ -98,7 +98,7 @@ def with_header(root: Path) -> dict[str, list[int]]:
         of_image = csv_lines(number, f"{number}.png")
         for path, x1, y1, x2, y2, label in (line.split(",") for line in of_image):
             rows.append(
-                f"{path};{size_of(number)[0]};1;{label};{x1};{y1};{x2};{y2};{'Valid' if number > 5 else 'train'}"
+                ";".join([path, *map(str, size_of(number)), label, x1, y1, x2, y2, "Valid" if number > 5 else "train"])
             )
     (root / "labels.csv").write_text("\r\n".join(rows) + "\r\n")
     return {"train": list(range(6)), "val": [6, 7]}

@@ -84,6 +84,12 @@ def predict(
         bool,
         typer.Option("--stream", help="Recordings of events: carry the membranes from each window to the next."),
     ] = False,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Recordings of events: what their files do not say, such as time=ms; as the training's by default."
+        ),
+    ] = None,
     recursive: Annotated[
         bool, typer.Option("--recursive", help="Of folders, predict the images in sub-folders too.")
     ] = False,
@@ -127,11 +133,11 @@ def predict(
         }
         if wrong := [option for option, value in given.items() if value not in (None, False)]:
             raise UserError(f"{wrong[0]} is for images; name each folder of recordings, and leave it out")
-        _predict_recordings(trained, images, window, stream, out, force, gpu, score, form)
+        _predict_recordings(trained, images, window, stream, out, force, gpu, score, form, _key_values(option or []))
         return
-    if window is not None or stream:
-        option = "--stream" if window is None else f"--window {window}"
-        raise UserError(f"{option} is for networks of events, and {network} is one of images; leave it out")
+    if window is not None or stream or option:
+        given_option = f"--option {option[0]}" if option else "--stream" if window is None else f"--window {window}"
+        raise UserError(f"{given_option} is for networks of events, and {network} is one of images; leave it out")
     if overlap is not None and tile is None:
         raise UserError(f"--overlap {overlap:g} is of tiles; give their side with --tile, or leave it out")
     trained = _with_thresholds(trained, score, nms)
@@ -244,17 +250,42 @@ def _predict_recordings(
     gpu: bool,
     score: float,
     form: str,
+    options: Mapping[str, str],
 ) -> None:
     from spikefleet.inference.event_prediction import predict_recordings
 
+    trained_on = trained.config.train.stream
+    if trained_on is not None and trained_on.state == "carried" and not stream:
+        print_line(
+            stderr,
+            f"{trained.reference} was trained with membranes that outlive a window (train.stream); here each window "
+            "starts from the reset state. --stream carries them, as its evaluation does",
+        )
     answered = _printing(trained.task, form, _OF_RECORDINGS)
     places = [Path(path) for path in paths]
     done = predict_recordings(
-        trained, places, window=window, stream=stream, out=out, force=force, gpu=gpu, score=score, answered=answered
+        trained,
+        places,
+        window=window,
+        stream=stream,
+        out=out,
+        force=force,
+        gpu=gpu,
+        score=score,
+        options=options,
+        answered=answered,
     )
     if out is not None and done.answers and form == "text":
         say(f"drawn: {out}")
     _report_bad("recording", "recordings", [(str(path), reason) for path, reason in done.bad], len(done.answers), False)
+
+
+def _key_values(options: Sequence[str]) -> dict[str, str]:
+    """Raises UserError where one is not of the form key=value."""
+    pairs = [item.partition("=") for item in options]
+    if wrong := [item for item, (_, equals, _) in zip(options, pairs, strict=True) if not equals]:
+        raise UserError(f"--option {wrong[0]!r} is not of the form key=value, for example time=ms")
+    return {key: value for key, _, value in pairs}
 
 
 def _report_bad(one: str, several: str, bad: Sequence[tuple[str, str]], answered: int, of_total: bool = True) -> None:
