@@ -33,12 +33,15 @@ train: $(SYNCED)
 
 # Everything but what is marked slow; what takes longest starts first. Over hosts, when the machine has nothing else to
 # do: a clean run, a worker and a host that die, SIGTERM, who is let in; three minutes, skipped where hosts cannot be made.
-test: lint types
+test: $(SYNCED)
+	$(MAKE) --jobs 2 lint types
 	$(PYTEST) tests/integration tests/robustness tests/unit -m "not slow"
 	$(CLUSTER) -m "not slow"
 
 # While you work: under three minutes.
-quick: lint types unit
+quick: $(SYNCED)
+	$(MAKE) --jobs 2 lint types
+	$(MAKE) unit
 
 lint: $(SYNCED)
 	$(BIN)/ruff check .
