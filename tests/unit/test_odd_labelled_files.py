@@ -269,3 +269,26 @@ def test_many_classes_without_an_image_are_not_all_named(tmp_path: Path) -> None
     with pytest.raises(StoreError, match=r"class '1', '2', .*'10' and 89,989 more; add images") as refused:
         read("npz", tmp_path / "set", tmp_path, holdout=0)
     assert len(str(refused.value)) < 300
+
+
+def test_files_of_macos_and_windows_beside_the_labels(tmp_path: Path) -> None:
+    for name in ("npz/._data.npz", "yolo/._mine.yaml"):
+        write(tmp_path / name, b"\0\5\x16\7Mac OS X")
+    np.savez(tmp_path / "npz" / "data.npz", images=np.zeros((4, 8, 8), np.uint8), labels=[0, 0, 1, 1])
+    assert len(read("npz", tmp_path / "npz", tmp_path, holdout=0).split("train")) == 4
+    np.savez(tmp_path / "npz" / "more.npz", images=np.zeros(1))
+    with pytest.raises(SourceError, match=r"has 2 .npz files .data.npz, more.npz.; choose one"):
+        read("npz", tmp_path / "npz", tmp_path, holdout=0)
+    write(tmp_path / "yolo" / "mine.yaml", "train: images\nnames: [a]\n")
+    write(tmp_path / "voc" / "Annotations" / "1.XML", BOX.format(""))
+    for name, content in {
+        "1.TXT": "0 0.5 0.5 0.5 0.5",
+        "2.txt": "0 0.5 0.5 0.25 0.5",
+        "3.tXt": "0 0.5 0.5 1 1",
+    }.items():
+        write(tmp_path / "yolo" / "labels" / name, content)
+        write(tmp_path / "yolo" / "images" / f"{name[0]}.png", png(int(name[0])))
+    write(tmp_path / "voc" / "images" / "1.png", png(1))
+    split = read("yolo", tmp_path / "yolo", tmp_path, holdout=0).split("train")
+    assert [split.annotations(row).boxes.tolist() for row in range(3)] == [[[2, 2, 4, 4]], [[3, 2, 2, 4]], []]
+    assert len(read("voc", tmp_path / "voc", tmp_path, holdout=0).split("train")) == 1
