@@ -130,6 +130,29 @@ def test_an_image_that_a_dictionary_repeats_is_not_unfolded(tmp_path: Path, monk
     assert most_bytes() > 500 * len(image)  # as it was
 
 
+def test_rows_before_damage_are_kept_and_the_others_have_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet_images, "MAX_BATCH_BYTES", 1)  # a row at a time
+    path = write(tmp_path / "set" / "train.parquet", b"")
+    table = pa.table({"image": [png(number, 32) for number in range(60)], "label": [0] * 60})
+    pq.write_table(table, path, data_page_size=4000, write_batch_size=1, use_dictionary=False)
+    assert len(read("parquet", path.parent, tmp_path, holdout=0).split("train")) == 60
+    with pq.ParquetFile(path) as file:
+        chunk = file.metadata.row_group(0).column(0)
+    content = bytearray(path.read_bytes())
+    start, end = chunk.data_page_offset + chunk.total_compressed_size // 2, chunk.data_page_offset
+    content[start : end + chunk.total_compressed_size] = b"\xff" * (end + chunk.total_compressed_size - start)
+    path.write_bytes(content)
+    with pytest.raises(SourceError, match=r"train.parquet, row [0-9]+: .*; replace the file, or leave the image out"):
+        read("parquet", path.parent, tmp_path, holdout=0)
+    store = read("parquet", path.parent, tmp_path, holdout=0, skip_bad=True)
+    skipped = store.manifest.audit.skipped or ()
+    assert len(store.split("train")) + len(skipped) == 60
+    assert 15 < len(store.split("train")) < 31
+    assert not any("it has" in one.reason for one in skipped)
+
+
 def test_classes_that_take_no_bytes_in_the_file_are_counted_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
