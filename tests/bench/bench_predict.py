@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,13 +33,21 @@ from support.small_detector import noise, small_classifier, small_detector
 Answers = list[Mapping[str, Any]]
 
 
-def answers_of(trained: TrainedNetwork, images: ImageList, batch: int, gpu: bool) -> tuple[Answers, float, float]:
-    """The answers, and the seconds of the wall and of the processor."""
+class Timed(NamedTuple):
+    """Answers, and the seconds that they took."""
+
+    answers: Answers
+    wall: float
+    processor: float
+
+
+def answers_of(trained: TrainedNetwork, images: ImageList, batch: int, gpu: bool) -> Timed:
+    """Predicts all images."""
     answers: Answers = []
     predictor = Predictor(trained, gpu=gpu, batch=batch)
     wall, processor = time.perf_counter(), time.process_time()
     predict_files(trained, images, predictor, answered=answers.append)
-    return answers, time.perf_counter() - wall, time.process_time() - processor
+    return Timed(answers, time.perf_counter() - wall, time.process_time() - processor)
 
 
 def difference(alone: Answers, together: Answers) -> str:
@@ -77,13 +85,13 @@ def main() -> None:
                 [answers_of(trained, images, batch, given.gpu) for batch in (1, given.batch)]
                 for _ in range(given.rounds)
             ]
-            for place, what in ((1, "wall"), (2, "processor")):
-                alone, together = (statistics.median(one[way][place] for one in rounds) for way in (0, 1))
+            for what in ("wall", "processor"):
+                alone, together = (statistics.median(getattr(one[way], what) for one in rounds) for way in (0, 1))
                 print(
                     f"{name}, {what}: one at a time {given.images / alone:.4g} images/s, in batches "
                     f"{given.images / together:.4g}, ratio {alone / together:.2f}"
                 )
-            print(f"{name}: {difference(rounds[0][0][0], rounds[0][1][0])}", flush=True)
+            print(f"{name}: {difference(rounds[0][0].answers, rounds[0][1].answers)}", flush=True)
 
 
 if __name__ == "__main__":
