@@ -41,7 +41,7 @@ def commands_of(text: str) -> Iterator[list[str]]:
     lines += [header.partition(" (and")[0] for header in headers]
     for line in lines:
         if found := COMMAND.match(line.strip()):
-            yield shlex.split(found[1], comments=True)
+            yield shlex.split(found[1].removesuffix(" &"), comments=True)
 
 
 def parsed(command: Any, words: list[str]) -> tuple[str, dict[str, Any]]:
