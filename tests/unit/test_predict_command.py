@@ -93,6 +93,12 @@ def test_a_list_on_stdin_with_bad_entries(predict: Predict, desk: Path) -> None:
     done = predict("classifier", "-", "--json", stdin=b"photos/1.png\0photos/2.png\0")
     assert [json.loads(line)["image"] for line in done.stdout.splitlines()] == ["photos/1.png", "photos/2.png"]
     assert "no image is listed on stdin" in predict("classifier", "-", code=2, stdin=b"\n").stderr
+    done = predict("classifier", "-", "--json", stdin=b"\xef\xbb\xbfphotos/1.png\r\n")
+    assert json.loads(done.stdout)["image"] == "photos/1.png"
+    for encoding in ("utf-16-le", "utf-16-be"):
+        done = predict("classifier", "-", code=2, stdin="\ufeffphotos/1.png\n".encode(encoding))
+        assert "the list on stdin is UTF-16, as PowerShell writes it; write it as UTF-8" in done.stderr
+    assert "a name in it is too long" in predict("classifier", "n" * 5000, code=2).stderr
 
 
 def test_one_png_holds_the_first_images(predict: Predict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,6 +77,18 @@ PRIVATE = [
         "its local variable `controller` is the only handle of the actor that a waiting run must be ended by",
     ),
     (
+        "ray.train.v2.api.data_parallel_trainer:DataParallelTrainer._create_default_callbacks",
+        [],
+        "platform/spikefleet/cluster/ray_train.py",
+        "leaves out the callback for Ray Data, which starts a process with each group of workers",
+    ),
+    (
+        "ray.train.v2._internal.callbacks.datasets:DatasetsCallback",
+        None,
+        "platform/spikefleet/cluster/ray_train.py",
+        "that callback",
+    ),
+    (
         "sys:_current_frames",
         None,
         "platform/spikefleet/cluster/ray_train.py",

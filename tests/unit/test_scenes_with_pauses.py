@@ -182,4 +182,4 @@ def test_all_digits_may_be_of_one_class(digits: Digits, tmp_path: Path) -> None:
     store = prepare("saccade_scenes", None, tmp_path / "s", train=2, val=1, test=1, one_class=True)
     assert (store.manifest.class_names, store.manifest.category_ids) == (("digit",), (11,))
     assert store.manifest.options["one_class"] is True
-    assert set(store.recordings("train").annotations(0).category_ids.tolist()) == {11}
+    assert set(store.recordings("train").annotations(0, 0).category_ids.tolist()) == {11}

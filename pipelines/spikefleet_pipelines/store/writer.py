@@ -306,8 +306,10 @@ class StoreWriter:
         }
         if empty.get("train") and self.category_ids is None:
             what = "image" if self.events is None else "recording"
+            lacking = empty["train"]
+            more = f" and {len(lacking) - 10:,} more" if len(lacking) > 10 else ""
             raise StoreError(
-                f"source {self.source!r}: no training {what} of class {', '.join(map(repr, empty['train']))}; add "
+                f"source {self.source!r}: no training {what} of class {', '.join(map(repr, lacking[:10]))}{more}; add "
                 f"{what}s or remove the class"
             )
         unique = {split: set(digests) for split, digests in self._digests.items()}

@@ -47,9 +47,7 @@ GpusPerWorker = Annotated[float | None, typer.Option(min=0, help="GPUs of each w
 
 Network = Annotated[
     str,
-    typer.Argument(
-        help="models:/NAME@champion, models:/NAME/3, a run's name or a checkpoint.", autocompletion=network_names
-    ),
+    typer.Argument(help="models:/NAME@champion, models:/NAME/3, a run, or a checkpoint.", autocompletion=network_names),
 ]
 Recipe = Annotated[
     str,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import os
@@ -129,7 +130,9 @@ def predict(
             "--coco": coco,
             "--nms": nms,
             "--tile": tile,
+            "--overlap": overlap,
             "--every": every,
+            "--batch": None if batch == 1 else batch,
         }
         if wrong := [option for option, value in given.items() if value not in (None, False)]:
             raise UserError(f"{wrong[0]} is for images; name each folder of recordings, and leave it out")
@@ -189,8 +192,14 @@ def _with_thresholds(trained: TrainedNetwork, score: float, nms: float | None) -
 
 
 def _listed() -> Iterator[str]:
-    """Paths on stdin, one a line, or ended by zero bytes as `find -print0` has them."""
-    content = sys.stdin.buffer.read()
+    """Paths on stdin, one a line, or ended by zero bytes as `find -print0` has them.
+
+    Raises:
+        UserError: the list is of UTF-16.
+    """
+    content = sys.stdin.buffer.read().removeprefix(codecs.BOM_UTF8)
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError("-: the list on stdin is UTF-16, as PowerShell writes it; write it as UTF-8")
     for one in content.split(b"\0" if b"\0" in content else b"\n"):
         yield os.fsdecode(one.removesuffix(b"\r"))
 
