@@ -58,6 +58,15 @@ class Dynamics:
         return 0.0 if self.v_reset is None else self.v_reset
 
 
+@dataclass(frozen=True)
+class IntegerDynamics:
+    """Parameters of I-LIF's step equations, which are in neurons.py."""
+
+    bound: int
+    leak: float
+    input_scale: float
+
+
 def membrane_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return fp32, or fp64 for fp64 input: a 16-bit membrane loses small currents."""
     return torch.promote_types(dtype, torch.float32)

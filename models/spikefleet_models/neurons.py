@@ -28,7 +28,16 @@ from spikingjelly.activation_based import neuron, surrogate
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from spikefleet_models.membrane import Dynamics, backward_steps, charge_steps, forward_steps, membrane_dtype, tiles
+from spikefleet_models.kernels import Implementation, load_native_integers, wants_native
+from spikefleet_models.membrane import (
+    Dynamics,
+    IntegerDynamics,
+    backward_steps,
+    charge_steps,
+    forward_steps,
+    membrane_dtype,
+    tiles,
+)
 from spikefleet_models.neuron_config import NeuronConfig
 from spikefleet_models.surrogates import build_surrogate
 
@@ -159,6 +168,12 @@ class _IntegerFunction(torch.autograd.Function):
         return grad_x, grad_v_init, None, None, None
 
 
+def lean_integers(x_seq: Tensor, v: Tensor | None, dynamics: IntegerDynamics) -> tuple[Tensor, Tensor | None]:
+    """Compute I-LIF's integers [T, ...] of currents [T, ...] from v[0] or rest, and v[T] where v[0] is given."""
+    emitted, v_last = _IntegerFunction.apply(x_seq, v, dynamics.bound, dynamics.leak, dynamics.input_scale)
+    return emitted, v_last
+
+
 class _LeanNode(neuron.BaseNode):
     """Base of the nodes: state handling around an autograd Function."""
 
@@ -267,6 +282,11 @@ class ILIF(_LeanNode):
         self.bound = bound
         self.leak = leak
         self.input_scale = input_scale
+        self.implementation: Implementation = "auto"
+
+    def dynamics(self) -> IntegerDynamics:
+        """The parameters of the step equations."""
+        return IntegerDynamics(self.bound, self.leak, self.input_scale)
 
     def single_step_functional_forward(
         self, inputs: tuple[Any, ...], states: tuple[Any, ...], **kwargs: object
@@ -284,8 +304,12 @@ class ILIF(_LeanNode):
         if x_seq.ndim == 1:
             emitted, v_last = self._run(x_seq[:, None], None if v is None else v[None])
             return emitted[:, 0], None if v_last is None else v_last[0]
-        emitted, v_last = _IntegerFunction.apply(x_seq, v, self.bound, self.leak, self.input_scale)
-        return emitted, v_last
+        if wants_native(self.implementation, x_seq.device):
+            native = load_native_integers()
+            if native.problem(x_seq, v) is None:
+                computed: tuple[Tensor, Tensor | None] = native.apply(x_seq, v, self.dynamics())
+                return computed
+        return lean_integers(x_seq, v, self.dynamics())
 
     def extra_repr(self) -> str:
         """The arguments of the constructor."""

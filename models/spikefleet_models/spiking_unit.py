@@ -12,11 +12,12 @@ change to a network or a state dict:
 * triton (on CUDA, where Triton is installed): kernels/triton_unit.py, which has the same contract in three launches;
   not for a neuron that keeps its state;
 * native (on the CPU, if SPIKEFLEET_KERNELS=native, where there is a C++ compiler): kernels/native_unit.py, which has it
-  in one call; not for a neuron that keeps its state;
+  in one call;
 * lean (elsewhere): one autograd Function that saves the convolution's output z, the batch statistics and (where its
   backward reads it) the shortcut, and recomputes normalisation, membrane and spikes tile by tile in backward;
 * modules: `bn`, `neuron` and `gate` called one after the other. Used where neither of these applies: another
-  kind of normalisation (SyncBatchNorm) or none, gradients in eval mode, I-LIF, hooks on one of the modules;
+  kind of normalisation (SyncBatchNorm) or none, gradients in eval mode, I-LIF elsewhere than in the native form,
+  hooks on one of the modules;
 * reference: the formulas with plain autograd, torch's native batch norm and SpikingJelly's step equations, for tests
   and benchmarks.
 
@@ -24,9 +25,10 @@ Batch statistics are shared over T, B, H and W, merged as in the SEW ResNet code
 whatever the type of z, and spikes are returned in the type of z.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -39,12 +41,21 @@ from spikefleet_models.gates import (
     gate_backward_shortcut,
     gate_forward,
 )
-from spikefleet_models.kernels import chosen_cpu_form, load_native_unit, load_triton_unit, native_flaw
-from spikefleet_models.membrane import backward_steps, charge_steps, forward_steps, membrane_dtype, tiles
+from spikefleet_models.kernels import Implementation, load_native_unit, load_triton_unit, wants_native
+from spikefleet_models.membrane import (
+    Dynamics,
+    IntegerDynamics,
+    backward_steps,
+    charge_steps,
+    forward_steps,
+    membrane_dtype,
+    tiles,
+)
 from spikefleet_models.neurons import ILIF, SpikingNode
 from spikefleet_models.unit_spec import UnitSpec
 
-Implementation = Literal["auto", "triton", "native", "lean", "reference"]
+_Form = Callable[..., Any]
+"""(z, gamma, beta, shortcut, w, spec, v[0] or nothing) -> spikes, or (spikes, v[T])."""
 
 aten = torch.ops.aten
 
@@ -105,35 +116,50 @@ class SpikingUnit(nn.Module):
             return self._analogue(z, shortcut, 1 if repeat else timesteps)
         if self.implementation == "reference":
             return self._compose(z, shortcut, timesteps, repeat, reference=True)
-        if isinstance(self.neuron, ILIF) or not self._lean_applies(z, self.neuron):
-            return self._compose(z, shortcut, timesteps, repeat, reference=False)
+        spikes = self._fused(z, shortcut, timesteps, repeat) if self._lean_applies(z, self.neuron) else None
+        return self._compose(z, shortcut, timesteps, repeat, reference=False) if spikes is None else spikes
+
+    def _fused(self, z: Tensor, shortcut: Tensor | None, timesteps: int, repeat: bool) -> Tensor | None:
+        """The spikes by the fused form for this call; None where there is none, which changes nothing."""
+        node = self.neuron
         assert isinstance(self.bn, nn.BatchNorm2d)
-        fused_gate = self.gate.name if isinstance(self.gate, Gate) else None
-        if self.bn.training and self.bn.num_batches_tracked is not None:
-            self.bn.num_batches_tracked.add_(1)
+        assert not isinstance(node, nn.ReLU)
         spec = UnitSpec(
             self.bn,
-            self.neuron.dynamics(),
-            fused_gate,
+            node.dynamics(),
+            self.gate.name if isinstance(self.gate, Gate) else None,
             "literal" if self.gate is None else self.gate.gradient,
             self.post_add,
             timesteps,
             repeat,
         )
         fused_shortcut = None if isinstance(self.gate, LearnedGate) else shortcut
-        w = getattr(self.neuron, "w", None)
-        arguments = (z, self.bn.weight, self.bn.bias, fused_shortcut, w, spec)
+        v_init = node.kept_voltage(spec.sequence(z)) if node.keep_state else None
+        form = self._form(z, fused_shortcut, spec, v_init)
+        if form is None:
+            return None
+        if self.bn.training and self.bn.num_batches_tracked is not None:
+            self.bn.num_batches_tracked.add_(1)
+        arguments = (z, self.bn.weight, self.bn.bias, fused_shortcut, getattr(node, "w", None), spec)
         spikes: Tensor
-        if self.neuron.keep_state:
-            v_init = self.neuron.kept_voltage(spec.sequence(z))
-            spikes, self.neuron.v = _UnitFunction.apply(*arguments, v_init)
+        if v_init is None:
+            spikes = form(*arguments)
         else:
-            unit = self._triton_unit(z, spec) or self._native_unit(z, fused_shortcut, spec)
-            spikes = (lean_unit if unit is None else unit.apply)(*arguments)
+            spikes, node.v = form(*arguments, v_init)
         if isinstance(self.gate, LearnedGate):
             assert shortcut is not None
             spikes = self.gate(spikes, shortcut)
         return spikes
+
+    def _form(self, z: Tensor, shortcut: Tensor | None, spec: UnitSpec, v_init: Tensor | None) -> _Form | None:
+        """The function that computes a call; None where I-LIF has no fused form."""
+        binary = not isinstance(spec.dynamics, IntegerDynamics)
+        unit = self._triton_unit(z, spec) if binary and v_init is None else None
+        unit = unit or self._native_unit(z, shortcut, spec, v_init)
+        if unit is not None:
+            native_or_triton: _Form = unit.apply
+            return native_or_triton
+        return lean_unit if binary else None
 
     def _triton_unit(self, z: Tensor, spec: UnitSpec) -> ModuleType | None:
         """The module of the Triton form where it is the one to use."""
@@ -147,15 +173,14 @@ class SpikingUnit(nn.Module):
             raise RuntimeError(f"the Triton form cannot be used: {reason}; set use_implementation(model, 'auto')")
         return unit if reason is None else None
 
-    def _native_unit(self, z: Tensor, shortcut: Tensor | None, spec: UnitSpec) -> ModuleType | None:
+    def _native_unit(
+        self, z: Tensor, shortcut: Tensor | None, spec: UnitSpec, v_init: Tensor | None
+    ) -> ModuleType | None:
         """The module of the native form where it is the one to use."""
-        named = self.implementation == "native"
-        if not named and (self.implementation != "auto" or z.device.type != "cpu" or chosen_cpu_form() == "lean"):
-            return None
-        if torch.compiler.is_compiling() or (not named and native_flaw() is not None):
+        if not wants_native(self.implementation, z.device):
             return None
         unit = load_native_unit()
-        return unit if unit.problem(z, shortcut, spec) is None else None
+        return unit if unit.problem(z, shortcut, spec, v_init) is None else None
 
     def _analogue(self, z: Tensor, shortcut: Tensor | None, timesteps: int) -> Tensor:
         x: Tensor = self.bn(z).unflatten(0, (timesteps, -1))
@@ -195,7 +220,7 @@ class SpikingUnit(nn.Module):
 
 
 def use_implementation(model: nn.Module, implementation: Implementation) -> None:
-    """Choose the form of every spiking unit of a network; the weights do not change.
+    """Choose the form of every spiking unit, and of every I-LIF layer alone, of a network; the weights do not change.
 
     Args:
         model: the network.
@@ -210,7 +235,7 @@ def use_implementation(model: nn.Module, implementation: Implementation) -> None
         allowed = ", ".join(get_args(Implementation))
         raise ValueError(f"implementation is {implementation!r}, expected one of {allowed}")
     for module in model.modules():
-        if isinstance(module, SpikingUnit):
+        if isinstance(module, SpikingUnit | ILIF):
             module.implementation = implementation
 
 
@@ -219,11 +244,16 @@ def _any_requires_grad(module: nn.Module) -> bool:
 
 
 def lean_unit(
-    z: Tensor, gamma: Tensor, beta: Tensor, shortcut: Tensor | None, w: Tensor | None, spec: UnitSpec
-) -> Tensor:
-    """Compute spikes [T, B, C, H, W] by the lean form; the arguments are those of the other forms' `apply`."""
-    spikes: Tensor = _UnitFunction.apply(z, gamma, beta, shortcut, w, spec)
-    return spikes
+    z: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    shortcut: Tensor | None,
+    w: Tensor | None,
+    spec: UnitSpec,
+    v_init: Tensor | None = None,
+) -> Any:
+    """Compute spikes [T, B, C, H, W] by the lean form; arguments and results are those of the native `apply`."""
+    return _UnitFunction.apply(z, gamma, beta, shortcut, w, spec, v_init)
 
 
 class _UnitFunction(torch.autograd.Function):
@@ -244,6 +274,7 @@ class _UnitFunction(torch.autograd.Function):
         v_init: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         bn, dtype = spec.bn, membrane_dtype(z.dtype)
+        assert isinstance(spec.dynamics, Dynamics)
         x, mean, invstd = aten.native_batch_norm(
             z.to(dtype), gamma, beta, bn.running_mean, bn.running_var, bn.training, bn.momentum, bn.eps
         )
@@ -282,6 +313,7 @@ class _UnitFunction(torch.autograd.Function):
         if grad_spikes is None:
             grad_spikes = torch.zeros_like(spec.empty_spikes(z))
         dynamics, dtype = spec.dynamics, membrane_dtype(z.dtype)
+        assert isinstance(dynamics, Dynamics)
         q = None if w is None else w.to(dtype).sigmoid()
         wide = z.to(dtype)
         # One buffer, tile by tile: currents, then charged membranes, then the gradient of the currents.

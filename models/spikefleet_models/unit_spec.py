@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from spikefleet_models.gates import SAVES_SHORTCUT, GateGradient
-from spikefleet_models.membrane import Dynamics
+from spikefleet_models.membrane import Dynamics, IntegerDynamics
 
 
 class UnitSpec(NamedTuple):
     """Batch norm, neuron, gate and time of one call."""
 
     bn: nn.BatchNorm2d
-    dynamics: Dynamics
+    dynamics: Dynamics | IntegerDynamics
     gate: str | None
     """A gate without parameters, by its name."""
     gate_gradient: GateGradient

@@ -1,11 +1,14 @@
-"""Speed of the spiking units alone, native against lean: the units of SG ResNet18 (CIFAR stem), and the `digits` step.
+"""Speed of the spiking units alone, native against lean: the units of SG ResNet18 (CIFAR stem), and the `digits` step;
+the I-LIF layers of SpikeYOLO s.
 
-    python tests/bench/bench_units.py [--rounds 15] [--threads 1] [--wall]
+    python tests/bench/bench_units.py [--rounds 15] [--threads 1] [--wall] [--only ilif]
 
 Each unit of the network (batch norm, IF, BSG; T = 4, batch 16, 32x32) runs forward and backward alone on drawn
-tensors. Forms run interleaved, so that the load of a shared machine falls on all alike. Times are processor times of
-the process, which other processes disturb least, and with one thread comparable to wall time; `--wall` measures
-wall-clock time instead. Medians over the rounds, and the best rounds, are printed as ratios to lean.
+tensors; so do each I-LIF layer of SpikeYOLO s (D = 4, batch 2, 320x320, channels_last) at T = 1 and T = 4, and each
+unit of SG ResNet18 with I-LIF and ADD. Forms run interleaved, so that the load of a shared machine falls on all alike.
+Times are processor times of the process, which other processes disturb least, and with one thread comparable to wall
+time; `--wall` measures wall-clock time instead. Medians over the rounds, and the best rounds, are printed as ratios to
+lean.
 """
 
 from __future__ import annotations
@@ -17,15 +20,16 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from spikefleet.training.malloc import keep_freed_memory
 from spikefleet_models.families import build_model, model_config
-from spikefleet_models.kernels import unit_form
-from spikefleet_models.spiking_unit import Implementation, SpikingUnit, use_implementation
+from spikefleet_models.kernels import Implementation, unit_form
+from spikefleet_models.neurons import ILIF, spiking_nodes
+from spikefleet_models.spiking_unit import SpikingUnit, use_implementation
 
 T, BATCH, SIDE = 4, 16, 32
 FORMS: tuple[Implementation, ...] = ("lean", "native")
@@ -40,9 +44,9 @@ class Call(NamedTuple):
     repeat: bool
 
 
-def recorded_calls(bf16: bool) -> list[Call]:
+def recorded_calls(bf16: bool, **settings: Any) -> list[Call]:
     """Each unit of the network with tensors of the shapes, layout and type that it gets there."""
-    network = build_model(model_config("sg_resnet18", num_classes=10, timesteps=T))
+    network = build_model(model_config("sg_resnet18", num_classes=10, timesteps=T, **settings))
     images = torch.randn(BATCH, 3, SIDE, SIDE)
     if bf16:
         network, images = (
@@ -77,8 +81,8 @@ def run_units(calls: list[Call], gradients: list[Tensor]) -> None:
         unit.zero_grad(set_to_none=True)
 
 
-def units(bf16: bool) -> dict[str, Callable[[], None]]:
-    calls = recorded_calls(bf16)
+def units(bf16: bool, **settings: Any) -> dict[str, Callable[[], None]]:
+    calls = recorded_calls(bf16, **settings)
     with torch.no_grad():
         gradients = [
             torch.randn_like(c.unit.repeat_over_time(c.z) if c.repeat else c.unit(c.z, c.shortcut)) for c in calls
@@ -89,6 +93,35 @@ def units(bf16: bool) -> dict[str, Callable[[], None]]:
             for call in calls:
                 use_implementation(call.unit, form)
             run_units(calls, gradients)
+
+        return run
+
+    return {form: of(form) for form in FORMS}
+
+
+def integer_layers(timesteps: int) -> dict[str, Callable[[], None]]:
+    """The I-LIF layers of SpikeYOLO s, each on currents of the shape that it gets there."""
+    network = build_model(model_config("spike_yolo_s", timesteps=timesteps)).to(memory_format=torch.channels_last)
+    calls: list[tuple[ILIF, Tensor, Tensor]] = []
+
+    def record(node: nn.Module, arguments: tuple[Tensor, ...], emitted: Tensor) -> None:
+        assert isinstance(node, ILIF)
+        calls.append((copy.deepcopy(node), arguments[0].detach().clone().requires_grad_(), torch.randn_like(emitted)))
+
+    hooks = [node.register_forward_hook(record) for node in spiking_nodes(network).values()]
+    with torch.no_grad():
+        network(torch.randn(2, 3, 320, 320).contiguous(memory_format=torch.channels_last))
+    for hook in hooks:
+        hook.remove()
+    for node, _, _ in calls:
+        node._forward_hooks.clear()
+
+    def of(form: Implementation) -> Callable[[], None]:
+        def run() -> None:
+            for node, currents, gradient in calls:
+                node.implementation = form
+                node(currents).backward(gradient)
+                currents.grad = None
 
         return run
 
@@ -122,6 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", default="", help="measure what has this in its name")
     parser.add_argument("--wall", action="store_true", help="wall-clock time: for a quiet machine")
     arguments = parser.parse_args()
     keep_freed_memory()  # as in training
@@ -130,7 +164,16 @@ def main() -> None:
     if (form := unit_form(torch.device("cpu"))) != "native":
         raise SystemExit(f"nothing to compare: {form}")
     clock = time.perf_counter if arguments.wall else time.process_time
-    measured = {"units fp32 NCHW": units(False), "units bf16 NHWC": units(True), "digits step": digits()}
+    integers = {"neuron": {"kind": "ilif"}, "connection": "add"}
+    choices = {
+        "units fp32 NCHW": lambda: units(False),
+        "units bf16 NHWC": lambda: units(True),
+        "digits step": digits,
+        "ilif T=1": lambda: integer_layers(1),
+        "ilif T=4": lambda: integer_layers(4),
+        "ilif units fp32": lambda: units(False, **integers),
+    }
+    measured = {name: build() for name, build in choices.items() if arguments.only in name}
     seconds: dict[tuple[str, str], list[float]] = {}
     for number in range(arguments.rounds + 1):
         for name, forms in measured.items():

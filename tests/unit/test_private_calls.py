@@ -47,6 +47,12 @@ PRIVATE = [
         "what set_finished sets",
     ),
     (
+        "ray.tune.execution.class_cache:ENV_VARS_TO_PROPAGATE",
+        None,
+        f"{TUNE}/on_tune.py",
+        "keys of buckets would be sent with each trial, and be read by everybody with the cluster's token",
+    ),
+    (
         "optuna.trial:Trial._suggest",
         ["name", "distribution"],
         f"{TUNE}/samplers.py",

@@ -17,6 +17,9 @@ CHOICE = "SPIKEFLEET_KERNELS"
 
 CpuForm = Literal["native", "lean"]
 
+Implementation = Literal["auto", "triton", "native", "lean", "reference"]
+"""What `use_implementation` takes."""
+
 DEFAULT_CPU_FORM: CpuForm = "lean"
 
 
@@ -52,6 +55,21 @@ def native_flaw() -> str | None:
         return str(error)
     difference: str | None = import_module("spikefleet_models.kernels.native_check").difference_from_lean()
     return difference
+
+
+def wants_native(implementation: Implementation, device: torch.device) -> bool:
+    """Whether a module with this implementation is to use the native form on a device, where that applies."""
+    if torch.compiler.is_compiling() or implementation not in ("auto", "native"):
+        return False
+    if implementation == "native":
+        return True
+    return device.type == "cpu" and chosen_cpu_form() == "native" and native_flaw() is None
+
+
+def load_native_integers() -> ModuleType:
+    """The module of I-LIF alone in the native form; raises RuntimeError as `load_native_unit` does."""
+    load_native_unit()
+    return import_module("spikefleet_models.kernels.native_integers")
 
 
 def chosen_cpu_form() -> CpuForm:

@@ -5,15 +5,18 @@ A torch that rounds otherwise, a processor without fused multiply-add and a comp
 
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from spikingjelly.activation_based import surrogate
 from torch import Tensor, nn
 
 from spikefleet_models.gates import GateName
-from spikefleet_models.kernels import native_unit
-from spikefleet_models.membrane import Dynamics
+from spikefleet_models.kernels import native_integers, native_unit
+from spikefleet_models.membrane import Dynamics, IntegerDynamics
+from spikefleet_models.neurons import lean_integers
+from spikefleet_models.spiking_unit import lean_unit
 from spikefleet_models.unit_spec import UnitSpec
 
 _SHAPE = (6, 20, 5, 4)
@@ -22,12 +25,22 @@ _T = 3
 _GRADIENT = 3e-6
 _GRADIENT_BF16 = 2**-7
 """Each of the two rounds to bf16."""
-_CASES: tuple[tuple[GateName | None, float | None, float | None, tuple[torch.dtype, ...]], ...] = (
-    ("bsg", None, 0.0, (torch.float32, torch.bfloat16)),
-    (None, 3.0, None, (torch.float32,)),
-    ("add", 3.0, -0.1, (torch.float32,)),
+
+
+class _Case(NamedTuple):
+    gate: GateName | None
+    dynamics: Dynamics | IntegerDynamics
+    types: tuple[torch.dtype, ...] = (torch.float32,)
+    carried: bool = False
+    """Whether the membrane starts from a state, and returns one."""
+
+
+_CASES = (
+    _Case("bsg", Dynamics(0.5, 0.0, False, True, None, surrogate.ATan()), (torch.float32, torch.bfloat16)),
+    _Case(None, Dynamics(0.5, None, False, True, 3.0, surrogate.ATan())),
+    _Case("add", Dynamics(0.5, -0.1, False, True, 3.0, surrogate.Sigmoid()), carried=True),
+    _Case("add", IntegerDynamics(4, 0.3, 0.7), (torch.float32, torch.bfloat16), carried=True),
 )
-"""Gate, tau, v_reset, types."""
 
 
 def difference_from_lean() -> str | None:
@@ -49,45 +62,71 @@ def difference_from_lean() -> str | None:
 
 def _differences() -> Iterator[str]:
     for layout in (torch.contiguous_format, torch.channels_last):
-        for gate, tau, v_reset, types in _CASES:
-            for dtype in types:
-                name = f"{gate or 'no gate'}, tau {tau}, {str(dtype).removeprefix('torch.')}"
-                flaw = _difference(gate, tau, v_reset, dtype, layout)
+        for case in _CASES:
+            for dtype in case.types:
+                neuron = "I-LIF" if isinstance(case.dynamics, IntegerDynamics) else f"tau {case.dynamics.tau}"
+                name = f"{case.gate or 'no gate'}, {neuron}, {str(dtype).removeprefix('torch.')}"
+                flaw = _difference(case, dtype, layout)
                 if flaw is not None:
                     yield f"differs from lean: {flaw} ({name}, {'NHWC' if layout == torch.channels_last else 'NCHW'})"
 
 
-def _difference(
-    gate: str | None, tau: float | None, v_reset: float | None, dtype: torch.dtype, layout: torch.memory_format
-) -> str | None:
-    from spikefleet_models.spiking_unit import lean_unit
-
-    dynamics = Dynamics(0.5, v_reset, False, True, tau, surrogate.ATan())
+def _difference(case: _Case, dtype: torch.dtype, layout: torch.memory_format) -> str | None:
     bn = nn.BatchNorm2d(_SHAPE[1], device="cpu", dtype=torch.float32)
-    found: list[tuple[list[Tensor], list[Tensor]]] = []
-    for compute in (native_unit.apply, lean_unit):
-        spec = UnitSpec(copy.deepcopy(bn), dynamics, gate, "exact", False, _T, False)
+    found: list[tuple[dict[str, Tensor], list[Tensor]]] = []
+    integers = isinstance(case.dynamics, IntegerDynamics)
+    forms: list[Callable[..., Any]] = [native_unit.apply]
+    forms += [_norm_then_native, _norm_then_lean] if integers else [lean_unit]
+    for compute in forms:
+        spec = UnitSpec(copy.deepcopy(bn), case.dynamics, case.gate, "exact", False, _T, False)
         z, shortcut, weights = (
             tensor.to(dtype).contiguous(memory_format=layout).requires_grad_(index < 2)
             for index, tensor in enumerate(_tensors())
         )
-        joined = None if gate is None else shortcut.unflatten(0, (_T, -1))
-        if (flaw := native_unit.problem(z, joined, spec)) is not None:
+        joined = None if case.gate is None else shortcut.unflatten(0, (_T, -1))
+        v_init = weights[: _SHAPE[0] // _T].float().requires_grad_()
+        if (flaw := native_unit.problem(z, joined, spec, v_init)) is not None:
             return flaw
-        spikes = compute(z, spec.bn.weight, spec.bn.bias, joined, None, spec)
-        (spikes * weights.unflatten(0, (_T, -1))).sum().backward()
-        gradients = (z.grad, spec.bn.weight.grad, spec.bn.bias.grad, shortcut.grad)
-        exact = (spikes.detach(), spec.bn.running_mean, spec.bn.running_var)
-        found.append(([t for t in exact if t is not None], [t for t in gradients if t is not None]))
-    (ours, our_gradients), (theirs, their_gradients) = found
-    for what, mine, other in zip(("spikes", "running mean", "running variance"), ours, theirs, strict=True):
-        if not torch.equal(mine, other):
-            return f"{what}: {int(mine.ne(other).sum())} of {mine.numel()}"
+        arguments = (z, spec.bn.weight, spec.bn.bias, joined, None, spec)
+        spikes, v_last = compute(*arguments, v_init) if case.carried else (compute(*arguments), v_init)
+        ((spikes * weights.unflatten(0, (_T, -1))).sum() + (v_last * v_init.detach()).sum()).backward()
+        gradients = (z.grad, spec.bn.weight.grad, spec.bn.bias.grad, shortcut.grad, v_init.grad)
+        exact = {"spikes": spikes, "membrane": v_last, "running mean": spec.bn.running_mean}
+        exact["running variance"] = spec.bn.running_var
+        found.append(({k: v for k, v in exact.items() if v is not None}, [g for g in gradients if g is not None]))
     tolerance = _GRADIENT if dtype == torch.float32 else _GRADIENT_BF16
-    for mine, other in zip(our_gradients, their_gradients, strict=True):
-        if not _close(mine, other, tolerance):
-            return f"gradients by {float((mine.float() - other.float()).abs().max()):.2g}"
+    *all_ours, (theirs, their_gradients) = found
+    for ours, our_gradients in all_ours:
+        for what, other in theirs.items():
+            if not torch.equal(ours[what], other):
+                return f"{what}: {int(ours[what].ne(other).sum())} of {other.numel()}"
+        for mine, other in zip(our_gradients, their_gradients, strict=True):
+            if not _close(mine, other, tolerance):
+                return f"gradients by {float((mine.float() - other.float()).abs().max()):.2g}"
     return None
+
+
+def _norm_then_native(*arguments: Any) -> tuple[Tensor, Tensor | None]:
+    return _norm_then(native_integers.apply, *arguments)
+
+
+def _norm_then_lean(*arguments: Any) -> tuple[Tensor, Tensor | None]:
+    return _norm_then(lean_integers, *arguments)
+
+
+def _norm_then(
+    integers: Callable[..., tuple[Tensor, Tensor | None]],
+    z: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    shortcut: Tensor,
+    w: None,
+    spec: UnitSpec,
+    v_init: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """The unit as torch's batch norm, I-LIF by itself, and the gate ADD."""
+    emitted, v_last = integers(spec.sequence(spec.bn(z.float())), v_init, spec.dynamics)
+    return emitted.to(z.dtype) + shortcut, v_last
 
 
 def _close(mine: Tensor, other: Tensor, tolerance: float) -> bool:

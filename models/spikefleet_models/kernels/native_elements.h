@@ -17,13 +17,24 @@ constexpr int64_t GRAIN = 1 << 15;  // elements below which a second thread cost
 constexpr int64_t LINE = 64;        // bytes
 
 enum Gate : int32_t { NONE, BSG, ADD, AND, IAND, POST_ADD };
-enum Leak : int32_t { NO_LEAK, DIVISION, PRODUCT };
-enum Surrogate : int32_t { ATAN, RECT, PIECEWISE_QUADRATIC, SOFT_SIGN, SUPER_SPIKE };
+enum Leak : int32_t { NO_LEAK, DIVISION, PRODUCT, INTEGERS };  // INTEGERS: I-LIF, whose leak is `tau`
+enum Surrogate : int32_t {
+  ATAN,
+  RECT,
+  PIECEWISE_QUADRATIC,
+  SOFT_SIGN,
+  SUPER_SPIKE,
+  SIGMOID,
+  PIECEWISE_EXP,
+  ERF,
+  DSPIKE
+};
 
 struct Spec {
   int64_t T, B, C, plane;
   int32_t channels_last, bf16, repeat, gate, exact, leak, decay_input, soft, detached, surrogate, threads, learned;
   float threshold, rest, tau, alpha;
+  float bound, scale;  // of I-LIF
 };
 
 struct Bf16 {
@@ -97,6 +108,13 @@ float* scratch(int which, int64_t count) {
   static thread_local std::vector<float> kept[2];
   if (static_cast<int64_t>(kept[which].size()) < count) kept[which].resize(count);
   return kept[which].data();
+}
+
+// round(clip(u, 0, bound)), halves to the even integer; NaN stays NaN.
+inline float emitted_by(float u, float bound) {
+  const float low = u < 0.0f ? 0.0f : u, clipped = low > bound ? bound : low;
+  constexpr float SHIFT = 12582912.0f;  // 1.5 * 2^23: sums near it are integers
+  return (clipped + SHIFT) - SHIFT;
 }
 
 // Positions of one step that follow one another in memory.

@@ -68,9 +68,10 @@ def load_library() -> ctypes.CDLL:
         library = ctypes.CDLL(str(file))
     except OSError as error:
         raise NativeUnavailableError(f"{file} cannot be loaded: {error}") from error
-    for name in ("spikefleet_forward", "spikefleet_backward"):
-        function = getattr(library, name)
-        function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p], ctypes.c_int32
+    for direction in ("forward", "backward"):
+        for name, arguments in ((f"spikefleet_{direction}", 2), (f"spikefleet_integers_{direction}", 1)):
+            function = getattr(library, name)
+            function.argtypes, function.restype = [ctypes.c_void_p] * arguments, ctypes.c_int32
     library.spikefleet_init.argtypes, library.spikefleet_init.restype = [ctypes.c_void_p], None
     library.spikefleet_init(parallel_for)
     return library

@@ -43,6 +43,19 @@ void step(float* __restrict v, const float* __restrict x, float* __restrict out,
   }
 }
 
+// The same of I-LIF: h[t] is u[t], v[t] is u[t] - s[t].
+template <bool SPIKES>
+void integer_step(float* __restrict v, const float* __restrict x, float* __restrict out, int64_t n, const Spec& spec,
+                  float leak) {
+  const float bound = spec.bound, scale = spec.scale;
+  for (int64_t i = 0; i < n; ++i) {
+    const float u = v[i] * leak + x[i] * scale;
+    const float s = emitted_by(u, bound);
+    out[i] = SPIKES ? s : u;
+    v[i] = u - s;
+  }
+}
+
 using Step = void (*)(float*, const float*, float*, int64_t, const Spec&, float);
 
 template <bool SOFT, bool SPIKES>
@@ -55,6 +68,7 @@ Step step_of(const Spec& spec) {
 
 template <bool SPIKES>
 Step step_of(const Spec& spec) {
+  if (spec.leak == INTEGERS) return integer_step<SPIKES>;
   return spec.soft ? step_of<true, SPIKES>(spec) : step_of<false, SPIKES>(spec);
 }
 
@@ -94,6 +108,22 @@ JoinBackward join_backward_of(const Spec& spec) {
   return spec.gate == AND ? join_backward<AND, false> : join_backward<IAND, false>;
 }
 
+// exp(x) of x <= 0 to some 1e-7, in operations that the compiler computes for many numbers at a time. NaN stays NaN.
+inline float exponential(float x) {
+  constexpr float SHIFT = 12582912.0f;  // 1.5 * 2^23: sums near it are integers, in the last bits of the float
+  const float least = x < -87.0f ? -87.0f : x;
+  const float shifted = least * 1.44269504f + SHIFT, n = shifted - SHIFT;
+  const float r = fused(n, 2.12194440e-4f, fused(n, -0.693359375f, least));  // least - n ln 2
+  const float high = fused(fused(fused(r, 1.0f / 5040, 1.0f / 720), r, 1.0f / 120), r, 1.0f / 24);
+  const float series = fused(fused(fused(fused(high, r, 1.0f / 6), r, 0.5f), r, 1.0f), r, 1.0f);
+  uint32_t bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits + 127u) << 23;  // 2^n
+  float power;
+  std::memcpy(&power, &bits, sizeof power);
+  return series * power;
+}
+
 template <int32_t SURROGATE>
 struct Slope {
   float alpha, a, b;
@@ -103,6 +133,8 @@ struct Slope {
     if (SURROGATE == RECT) a = static_cast<float>(0.5 / sharpness);
     if (SURROGATE == PIECEWISE_QUADRATIC) a = static_cast<float>(1.0 / sharpness), b = sharpness * sharpness;
     if (SURROGATE == SOFT_SIGN) a = static_cast<float>(1.0 / sharpness), b = static_cast<float>(2.0 * sharpness);
+    if (SURROGATE == ERF) a = static_cast<float>(sharpness / std::sqrt(pi));
+    if (SURROGATE == DSPIKE) a = static_cast<float>(2.0 * sharpness / std::tanh(half));
   }
   // dL/ds times the surrogate's derivative at d = h - V_th
   float operator()(float grad, float d) const {
@@ -111,6 +143,15 @@ struct Slope {
     if (SURROGATE == RECT) return distance < a ? grad * alpha : 0.0f;
     if (SURROGATE == PIECEWISE_QUADRATIC) return distance > a ? 0.0f : grad * (alpha - distance * b);
     if (SURROGATE == SOFT_SIGN) return grad / ((a + distance) * (a + distance) * b);
+    if (SURROGATE == PIECEWISE_EXP) return grad * (alpha * 0.5f) * exponential(-alpha * distance);
+    if (SURROGATE == ERF) return grad * a * exponential(-(alpha * d) * (alpha * d));
+    if (SURROGATE == SIGMOID || SURROGATE == DSPIKE) {
+      // s (1 - s) of the logistic function s; 1 - tanh^2 is four times that of twice the number.
+      const float e = exponential((SURROGATE == SIGMOID ? -alpha : -2.0f * alpha) * distance);
+      const float slope = e / ((1.0f + e) * (1.0f + e));
+      if (SURROGATE == SIGMOID) return grad * alpha * slope;
+      return distance > 0.5f ? 0.0f : grad * a * slope;
+    }
     return grad * alpha / ((1.0f + distance) * (1.0f + distance));
   }
 };
@@ -129,6 +170,13 @@ void fire_backward(const float* __restrict grad, const float* __restrict h, floa
   }
 }
 
+// The same of I-LIF, whose slope is 1 where u[t] is in [0, D], both ends included.
+void integer_fire_backward(const float* __restrict grad, const float* __restrict u, float* __restrict carry, int64_t n,
+                           const Spec& spec) {
+  const float bound = spec.bound;
+  for (int64_t i = 0; i < n; ++i) carry[i] = carry[i] + grad[i] * (u[i] >= 0.0f && u[i] <= bound ? 1.0f : 0.0f);
+}
+
 using FireBackward = void (*)(const float*, const float*, float*, int64_t, const Spec&);
 
 template <int32_t SURROGATE>
@@ -138,6 +186,11 @@ FireBackward fire_backward_of(const Spec& spec) {
 }
 
 FireBackward fire_backward_of(const Spec& spec) {
+  if (spec.leak == INTEGERS) return integer_fire_backward;
+  if (spec.surrogate == SIGMOID) return fire_backward_of<SIGMOID>(spec);
+  if (spec.surrogate == PIECEWISE_EXP) return fire_backward_of<PIECEWISE_EXP>(spec);
+  if (spec.surrogate == ERF) return fire_backward_of<ERF>(spec);
+  if (spec.surrogate == DSPIKE) return fire_backward_of<DSPIKE>(spec);
   if (spec.surrogate == ATAN) return fire_backward_of<ATAN>(spec);
   if (spec.surrogate == RECT) return fire_backward_of<RECT>(spec);
   if (spec.surrogate == PIECEWISE_QUADRATIC) return fire_backward_of<PIECEWISE_QUADRATIC>(spec);
@@ -157,6 +210,13 @@ const float* charge_backward(const Spec& spec, float tau, float* __restrict carr
       buffer[i] = decay ? leak : grad;
     }
   };
+  if (spec.leak == INTEGERS) {
+    for (int64_t i = 0; i < n; ++i) {
+      buffer[i] = carry[i] * spec.scale;
+      carry[i] = carry[i] * tau;
+    }
+    return buffer;
+  }
   if (spec.leak == DIVISION)
     loop([=](float x) { return x / tau; });
   else
@@ -164,11 +224,13 @@ const float* charge_backward(const Spec& spec, float tau, float* __restrict carr
   return buffer;
 }
 
-// dL/dq of PLIF: sum of dL/dh[t] times what q multiplies. `before` is h[t-1], or null at the first step.
-double of_q(const Spec& spec, const float* __restrict grad, const float* __restrict x, const float* before, int64_t n) {
+// dL/dq of PLIF: sum of dL/dh[t] times what q multiplies. `before` is h[t-1]; or null at the first step, which starts
+// from `first`, or from rest where that is null.
+double of_q(const Spec& spec, const float* __restrict grad, const float* __restrict x, const float* before,
+            const float* first, int64_t n) {
   double lanes[LANES] = {};
   for (int64_t i = 0; i < n; ++i) {
-    float v = spec.rest;
+    float v = first == nullptr ? spec.rest : first[i];
     if (before != nullptr) {
       const bool fired = before[i] >= spec.threshold;
       v = fired ? (spec.soft ? before[i] - spec.threshold : spec.rest) : before[i];

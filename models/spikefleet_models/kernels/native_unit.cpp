@@ -9,6 +9,7 @@
 // Built on the user's machine (native_library.py) with the headers beside it: standard headers alone, C interface,
 // threads of torch.
 
+#include "native_integers.h"
 #include "native_statistics.h"
 #include "native_steps.h"
 
@@ -21,6 +22,8 @@ struct Forward {
   void* out;
   double momentum, eps;
   int32_t train;
+  const float* v_init;  // v[0] [B, C, H, W] in the layout of z, or null: rest
+  float* v_last;        // v[T], or null
 };
 
 struct Backward {
@@ -28,7 +31,17 @@ struct Backward {
   const float *gamma, *beta, *mean, *invstd, *q;
   void *grad_z, *grad_shortcut, *rest;  // `rest`: of z's shape and type, for bfloat16 in NHWC
   float *grad_gamma, *grad_beta, *grad_q;
+  const float *v_init, *grad_v;  // v[0] and dL/dv[T], or null
+  float* grad_v_init;            // dL/dv[0], or null
 };
+
+// The membrane before the first step.
+void begin(const float* v_init, Tile tile, float rest, float* v) {
+  if (v_init == nullptr)
+    std::fill(v, v + tile.size, rest);
+  else
+    std::memcpy(v, v_init + tile.offset, tile.size * sizeof(float));
+}
 
 void update(const Forward& call, int64_t elements, int64_t channel, float mean, float squares) {
   const float count = static_cast<float>(elements), momentum = static_cast<float>(call.momentum);
@@ -49,7 +62,7 @@ void forward_tile(const Spec& spec, const Geometry& shape, const Forward& call, 
   const float tau = call.q == nullptr ? spec.tau : call.q[0];
   const Step advance = step_of<true>(spec);
   const bool gated = spec.gate != NONE && spec.gate != POST_ADD;
-  std::fill(v, v + n, spec.rest);
+  begin(call.v_init, tile, spec.rest, v);
   for (int64_t t = 0; t < spec.T; ++t) {
     const E* z = static_cast<const E*>(call.z) + t * shape.slab;
     const E* shortcut = static_cast<const E*>(call.shortcut) + t * shape.slab;
@@ -68,6 +81,7 @@ void forward_tile(const Spec& spec, const Geometry& shape, const Forward& call, 
     if (gated) join(spec.gate, s, joined, place, n);
     store(place, out + tile.offset, n);
   }
+  if (call.v_last != nullptr) std::memcpy(call.v_last + tile.offset, v, n * sizeof(float));
 }
 
 void affine(const Forward& call, int64_t channel, float& scale, float& shift) {
@@ -141,7 +155,7 @@ void backward_tile(const Spec& spec, const Geometry& shape, const Backward& call
   const FireBackward fire = fire_backward_of(spec);
   const JoinBackward join_back = join_backward_of(spec);
   const bool gated = spec.gate == BSG || spec.gate == AND || spec.gate == IAND;
-  std::fill(v, v + n, spec.rest);
+  begin(call.v_init, tile, spec.rest, v);
   for (int64_t t = 0; t < T; ++t) {
     const E* z = static_cast<const E*>(call.z) + t * shape.slab;
     float* current = spec.learned ? x + t * size : x;
@@ -157,7 +171,7 @@ void backward_tile(const Spec& spec, const Geometry& shape, const Backward& call
     }
     advance(v, current, h + t * size, n, spec, tau);
   }
-  std::fill(carry, carry + n, 0.0f);
+  begin(call.grad_v, tile, 0.0f, carry);
   if (spec.repeat) std::fill(total, total + n, 0.0f);
   for (int64_t t = T - 1; t >= 0; --t) {
     const E* grad = static_cast<const E*>(call.grad) + t * shape.slab;
@@ -174,7 +188,10 @@ void backward_tile(const Spec& spec, const Geometry& shape, const Backward& call
       to_h = to_spikes;
     }
     fire(to_h, h + t * size, carry, n, spec);
-    if (spec.learned) q_sum += of_q(spec, carry, x + t * size, t == 0 ? nullptr : h + (t - 1) * size, n);
+    if (spec.learned) {
+      const float* start = call.v_init == nullptr ? nullptr : call.v_init + tile.offset;
+      q_sum += of_q(spec, carry, x + t * size, t == 0 ? nullptr : h + (t - 1) * size, start, n);
+    }
     const float* to_x = charge_backward(spec, tau, carry, to_spikes, n);
     if (spec.gate == POST_ADD)
       for (int64_t i = 0; i < n; ++i) put(grad_shortcut[tile.offset + i], to_x[i]);
@@ -184,6 +201,7 @@ void backward_tile(const Spec& spec, const Geometry& shape, const Backward& call
       for (int64_t i = 0; i < n; ++i) total[i] += to_x[i];
   }
   if (spec.repeat) emit(0, total);
+  if (call.grad_v_init != nullptr) std::memcpy(call.grad_v_init + tile.offset, carry, n * sizeof(float));
 }
 
 int64_t backward_memory(const Spec& spec, const Geometry& shape) {
@@ -388,6 +406,14 @@ int32_t spikefleet_forward(const Spec* spec, const Forward* call) {
   } catch (...) {
     return 1;
   }
+}
+
+int32_t spikefleet_integers_forward(const Integers* call) {
+  return (call->bf16 ? integers_forward<Bf16>(*call) : integers_forward<float>(*call)) ? 0 : 1;
+}
+
+int32_t spikefleet_integers_backward(const Integers* call) {
+  return (call->bf16 ? integers_backward<Bf16>(*call) : integers_backward<float>(*call)) ? 0 : 1;
 }
 
 int32_t spikefleet_backward(const Spec* spec, const Backward* call) {

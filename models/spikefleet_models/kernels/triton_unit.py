@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from spikefleet_models.gates import GateGradient
 from spikefleet_models.kernels import triton_backward, triton_forward
-from spikefleet_models.membrane import Dynamics
+from spikefleet_models.membrane import Dynamics, IntegerDynamics
 from spikefleet_models.surrogates import Dspike
 from spikefleet_models.unit_spec import UnitSpec
 
@@ -65,6 +65,8 @@ WARPS = 4
 
 def problem(z: Tensor, spec: UnitSpec) -> str | None:
     """Why these kernels cannot compute a call; None where they can."""
+    if isinstance(spec.dynamics, IntegerDynamics):
+        return "the neuron is I-LIF"
     function = spec.dynamics.surrogate_function
     if not z.is_cuda and not INTERPRETED:
         return f"z is on {z.device}, expected a CUDA device"
@@ -137,6 +139,7 @@ def _plan_of(z: Tensor, spec: UnitSpec, learned: bool) -> _Plan:
     # Planes of one element have both layouts.
     plane = z.shape[2] * z.shape[3]
     last = z.is_contiguous(memory_format=torch.channels_last) and (plane == 1 or not z.is_contiguous())
+    assert isinstance(spec.dynamics, Dynamics)
     function = spec.dynamics.surrogate_function
     call = spec.timesteps, spec.repeat, spec.gate, spec.gate_gradient, spec.post_add
     return _plan(tuple(z.shape), last, z.is_cuda, learned, *call, spec.dynamics, float(function.alpha), WARPS)

@@ -143,7 +143,13 @@ def train_on_ray(
         UserError: Ray cannot be reached, or the workers reported an error of the user.
     """
     with session_for(config, address, verbose), _requested(config.cluster):
-        hosts = HostWatch(needed_by(config.cluster, config.cluster.least_workers), config.cluster.wait_minutes, sink)
+        least, one = (needed_by(config.cluster, workers) for workers in (config.cluster.least_workers, 1))
+        hosts = HostWatch(least, config.cluster.wait_minutes, sink, one)
+        if not config.cluster.autoscaling and (lacking := hosts.too_small) is not None:
+            raise UserError(
+                f"the run needs {lacking}; lower cluster.cpus_per_worker or --workers, set --address to a cluster of "
+                "larger hosts, or cluster.autoscaling=true where such hosts will join"
+            )
         watched, sizes = WatchedSink(sink, hosts, run_dir.name), GroupSize(config.cluster, hosts, sink)
         while True:
             sizes.choose()
