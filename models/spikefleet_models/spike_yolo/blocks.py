@@ -24,6 +24,7 @@ from spikefleet_models.reparam import (
     merge_rep_conv,
     merge_sep_rep_conv,
 )
+from spikefleet_models.spike_yolo.chains import run_chain
 from spikefleet_models.spike_yolo.config import ATTENTION_HEADS
 
 BN_EPSILON = 1e-3
@@ -298,8 +299,7 @@ class SepConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the block: [N, C, H, W] -> the same shape."""
-        y: Tensor = self.project(self.depthwise(self.expand(x)))
-        return y
+        return run_chain(x, self.expand, self.depthwise, self.project)
 
 
 class Block1(nn.Module):
@@ -314,8 +314,7 @@ class Block1(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Run the block: [N, C, H, W] -> the same shape."""
         x = x + self.sep_conv(x)
-        y: Tensor = x + self.project(self.expand(x))
-        return y
+        return x + run_chain(x, self.expand, self.project)
 
 
 class Block2(nn.Module):
@@ -334,8 +333,7 @@ class Block2(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Run the block: [N, C, H, W] -> the same shape."""
         x = x + self.sep_conv(x)
-        y: Tensor = x + self.project(self.expand(x))
-        return y
+        return x + run_chain(x, self.expand, self.project)
 
 
 class TransformerBlock(nn.Module):
@@ -369,8 +367,7 @@ class TransformerBlock(nn.Module):
         v = self.value_sn(self.values(spikes)).flatten(2).unflatten(1, (ATTENTION_HEADS, -1))
         attended = (v @ k.transpose(-2, -1)) @ q * self.SCALE
         x = x + self.project(attended.reshape(x.shape))
-        y: Tensor = x + self.mlp_project(self.mlp_expand(x))
-        return y
+        return x + run_chain(x, self.mlp_expand, self.mlp_project)
 
 
 class SpikeSPPF(nn.Module):
