@@ -6,6 +6,8 @@ UV := $(BIN)/uv
 SYNCED := $(VENV)/.synced
 # In two processes, for much of what starts Ray is waiting. Tests that share what is dear stay together: tests/conftest.py.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations=25
+# In one process, and never beside another suite: the hosts share this machine's cores.
+CLUSTER := $(BIN)/python -m pytest tests/cluster --durations=25
 
 .PHONY: train test quick lint types unit integration slow cluster coverage fuzz bench gpu image clean
 .DEFAULT_GOAL := train
@@ -29,12 +31,17 @@ train: $(SYNCED)
 	@echo "next: spikefleet recipes; spikefleet predict models:/sg_resnet_digits@champion IMAGE; spikefleet ui"
 	@echo "      (in $(BIN)/, or with 'uv run')"
 
-# Everything but what is marked slow; what takes longest starts first.
-test: lint types
+# Everything but what is marked slow; what takes longest starts first. Over hosts, when the machine has nothing else to
+# do: a clean run, a worker and a host that die, SIGTERM, who is let in; three minutes, skipped where hosts cannot be made.
+test: $(SYNCED)
+	$(MAKE) --jobs 2 lint types
 	$(PYTEST) tests/integration tests/robustness tests/unit -m "not slow"
+	$(CLUSTER) -m "not slow"
 
 # While you work: under three minutes.
-quick: lint types unit
+quick: $(SYNCED)
+	$(MAKE) --jobs 2 lint types
+	$(MAKE) unit
 
 lint: $(SYNCED)
 	$(BIN)/ruff check .
@@ -56,10 +63,10 @@ slow: $(SYNCED)
 	$(PYTEST) tests/integration tests/robustness tests/unit -m slow || [ $$? -eq 5 ]
 
 # Over three hosts in network namespaces, in which workers and hosts die. Needs root and iproute2; skipped elsewhere.
-# CLUSTER_OPTIONS='-m "not slow"' leaves out what takes longest.
+# All of it, since the last test looks for secrets in what the others have left.
 CLUSTER_OPTIONS ?=
 cluster: $(SYNCED)
-	$(BIN)/python -m pytest tests/cluster --durations=25 $(CLUSTER_OPTIONS)
+	$(CLUSTER) $(CLUSTER_OPTIONS)
 
 # Lines that the tests reach in this process and those that they fork or start, but not in Ray's.
 coverage: $(SYNCED)

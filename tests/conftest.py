@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before torch is imported: processes that share two cores lose more by waiting for each other's threads than they gain.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,6 +18,8 @@ from spikefleet.tracking.mlflow_client import quiet_mlflow
 
 quiet_ray()
 quiet_mlflow()
+if TYPE_CHECKING:
+    from support.built_database import BuiltOnce
 pytest.register_assert_rewrite("support")  # its asserts then say as much as those of a test module
 for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "RAY_ADDRESS"):
     os.environ.pop(name, None)
@@ -66,6 +69,27 @@ def mlflow_forgets() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def built_once(tmp_path_factory: pytest.TempPathFactory) -> BuiltOnce:
+    """Builds a tracking database by copying the first one."""
+    from support.built_database import BuiltOnce
+
+    return BuiltOnce(tmp_path_factory.mktemp("database"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def databases_are_copied(request: pytest.FixtureRequest, built_once: BuiltOnce) -> Iterator[None]:
+    """New tracking databases are copies in this process, but where it is tested what may befall their creation."""
+    if "robustness" in request.path.parts:
+        yield
+        return
+    from spikefleet.tracking import database
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(database, "_build", built_once)
+        yield
+
+
+@pytest.fixture(scope="session")
 def stores_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory of stores in which digits are prepared."""
     from spikefleet_pipelines.sources import prepare
@@ -99,3 +123,13 @@ def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in DRAWN:
         monkeypatch.setattr(plots, name, nothing)
+
+
+@pytest.fixture
+def blank_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what is done with the files of a training whose figures are not looked at."""
+    from spikefleet import plots
+    from support.figures import DRAWN, blank
+
+    for name in DRAWN:
+        monkeypatch.setattr(plots, name, blank(name))

@@ -128,7 +128,7 @@ def _of_source(store: Store, config: DataConfig) -> Store:
     if store.manifest.source != config.source:
         raise StoreError(
             f"{store.location} is a store of source {store.manifest.source!r}, expected {config.source!r}; set "
-            "data.source or choose another store"
+            f"data.source={store.manifest.source}, or choose another store"
         )
     _check_kind(config, store.manifest.events is not None, store.location)
     return store

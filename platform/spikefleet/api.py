@@ -81,11 +81,51 @@ class Model:
             `{"objects": [{"name", "score", "box"}, ...]}` with boxes x1 y1 x2 y2 in pixels of the image.
 
         Raises:
-            UserError: an image cannot be read, or there is no GPU.
+            UserError: an image cannot be read, the network is one of events, or there is no GPU.
         """
+        if self.config.data.transform.reads_events:
+            raise UserError(f"{self.reference} is a network of events, not of images; call predict_recordings")
         report = self.trained.task.report
         found = predict_images(self.trained, _each(images), gpu=gpu, score=score)
         return [report.answer(prediction) for _, prediction in found]
+
+    def predict_recordings(
+        self,
+        recordings: str | Path | Iterable[str | Path],
+        *,
+        window: str | None = None,
+        stream: bool = False,
+        options: Mapping[str, str] | None = None,
+        score: float = 0.3,
+        gpu: bool = False,
+    ) -> list[dict[str, Any]]:
+        """Predicts recordings of an event camera, window by window.
+
+        Args:
+            recordings: one or more files, folders of them, or stores.
+            window: length of the windows, such as "250ms"; None: as `spikefleet predict`.
+            stream: carry the membranes from each window of a recording to the next.
+            options: what the files do not say, such as `{"time": "ms"}`; as those of the training by default.
+            score: detection: smallest score of an object.
+            gpu: run on the GPU.
+
+        Returns:
+            For each window, in order, `{"recording", "start_us", "end_us", "events"}` with the classes or objects of
+            `predict`.
+
+        Raises:
+            UserError: a recording cannot be read, the network is one of images, or there is no GPU.
+        """
+        from spikefleet.inference.event_prediction import predict_recordings
+
+        given = [recordings] if isinstance(recordings, str | Path) else recordings
+        done = predict_recordings(
+            self.trained, [*map(Path, given)], window=window, stream=stream, options=options, score=score, gpu=gpu
+        )
+        if done.bad:
+            path, reason = done.bad[0]
+            raise UserError(f"recording {path} cannot be read: {reason}")
+        return done.answers
 
 
 @dataclass(frozen=True)
@@ -186,9 +226,11 @@ def train(
     """
     load_plugins(plugins)
     given = with_cluster(overrides or {}, workers, gpu)
-    if name not in (None, resume) and resume is not None:
-        raise UserError(f"--name {name} and --resume {resume} are two runs; give one of them")
     folder = Path(runs_dir)
+    if resume is not None:
+        resume = find_run(folder, resume).name
+        if name not in (None, resume):
+            raise UserError(f"--name {name} and --resume {resume} are two runs; give one of them")
     if resume is None and extend_epochs is not None:
         raise UserError(f"--extend-epochs {extend_epochs} extends an existing run; name it by --resume RUN")
     config = load_config(recipe, given) if resume is None else _resumed(recipe, resume, given, folder)

@@ -84,9 +84,15 @@ def subplots(rows: int = 1, columns: int = 1, **settings: Any) -> tuple[Figure, 
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes a PNG, atomically."""
+    """Writes a PNG, atomically. Axes of powers have plain numbers: formulas are drawn as their text."""
     from matplotlib import pyplot
+    from matplotlib.ticker import LogFormatter
 
+    for axis in (one for axes in figure.axes for one in (axes.xaxis, axes.yaxis)):
+        if axis.get_scale() in ("log", "symlog"):
+            axis.set_major_formatter("{x:g}")
+        if axis.get_scale() == "log":
+            axis.set_minor_formatter(LogFormatter())
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=110)

@@ -68,9 +68,15 @@ def _say_splits_of_folders(console: Console, root: Path | None, store: Store) ->
 
 
 def store_at(location: str, stores_dir: Path) -> str:
-    """A store's path or URI; where no such path exists, a name in `stores_dir`."""
+    """A store's path or URI; where there is no store at such a path, a name in `stores_dir`.
+
+    A folder of raw images often has the name of the store that was prepared from it.
+    """
+    if "://" in location or Store.is_store(location):
+        return location
     named = stores_dir / location
-    return str(named) if "://" not in location and not Path(location).exists() and named.is_dir() else location
+    there = Store.is_store(named) or (not Path(location).exists() and named.is_dir())
+    return str(named) if there else location
 
 
 def prepare_store(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from spikefleet.errors import UserError
 from spikefleet.files import read_json_object, write_json
+from spikefleet_pipelines.events.readers.recorded import options_of_files
 from spikefleet_pipelines.store.data_set_name import is_data_set_name
 from spikefleet_pipelines.store.manifest import Manifest
 from spikefleet_pipelines.transforms.batch_transform_config import BatchTransformConfig
@@ -34,6 +36,8 @@ class DataSummary:
     """Height and width of an event camera; None for images."""
     orientation: str = ""
     """How x, y and polarity of events were read; empty for images."""
+    reading: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """Options by which the files of recordings were read; empty for images, and where the files say it all."""
 
     @property
     def dataset(self) -> str:
@@ -56,6 +60,7 @@ class DataSummary:
             manifest.name or manifest.source,
             None if manifest.events is None else manifest.events.sensor,
             "" if manifest.events is None else manifest.events.orientation,
+            {} if manifest.events is None else options_of_files(manifest.source, manifest.options),
         )
 
     @classmethod
@@ -77,6 +82,7 @@ class DataSummary:
                 _name(plain.get("name", "")),
                 (int(sensor[0]), int(sensor[1])) if sensor else None,  # missing in runs of images of earlier versions
                 str(plain.get("orientation", "")),
+                {str(name): str(value) for name, value in plain.get("reading", {}).items()},
             )
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
             raise UserError(f"{path} is damaged: expected the summary of a data set ({error!r})") from None
@@ -86,6 +92,8 @@ class DataSummary:
         plain = asdict(self)
         if self.sensor is None:  # a summary of images is the same file as in earlier versions
             del plain["sensor"], plain["orientation"]
+        if not self.reading:
+            del plain["reading"]
         write_json(folder / DATA_SUMMARY, plain)
 
 

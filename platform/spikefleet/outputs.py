@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -13,6 +14,26 @@ from spikefleet.errors import UserError
 
 _RUN = "run.json"
 _CHECKPOINTS = "checkpoints"
+_URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)")
+"""As it is left of a URI in a `Path`, which keeps one slash."""
+_REMEDIES = {
+    "--runs-dir": "a run needs locks and a database; set it to a local directory, and checkpoint.mirror={} to keep "
+    "checkpoints and report there, from which the run resumes",
+    "--stores-dir": "set it to a local directory; a store at a URI is read by data.store={}/NAME",
+}
+
+
+def refuse_uri(path: Path, option: str) -> None:
+    """Raises UserError for a URI where files are written or kept: a directory `s3:` would be made of it.
+
+    Args:
+        path: as given.
+        option: that holds it.
+    """
+    if found := _URI.fullmatch(str(path)):
+        uri = f"{found[1]}://{found[2]}"
+        remedy = _REMEDIES.get(option, "set it to a local path, and copy from there").format(uri.rstrip("/"))
+        raise UserError(f"{option} {uri} is no directory of this machine: {remedy}")
 
 
 def check_outputs(
@@ -97,6 +118,7 @@ def _readable(inputs: Iterable[Path]) -> Iterator[Path]:
 
 
 def _resolved(path: Path, option: str) -> Path:
+    refuse_uri(path, option)
     try:
         place = path.resolve()
         place.exists()

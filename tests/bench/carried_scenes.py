@@ -1,13 +1,16 @@
 """What stands still before an event camera: average precision with membranes carried over windows, and reset.
 
     SPIKEFLEET_KERNELS=native python tests/bench/carried_scenes.py [--seeds N] [--stores DIR] [--out FILE]
-        [--figure FILE.png] [KEY=VALUE ...]
+        [--figure FILE.png] [--recipe RECIPE] [KEY=VALUE ...]
 
 In `saccade_scenes` with pauses all digits of a recording stop twice while their boxes stay: the camera sends noise
-alone then. `saccade_scenes_stream` is trained by the training core in this process with one thread, once with
+alone then. A detector is trained by the training core in this process with one thread, once with
 `train.stream.state=carried` and once with `reset`, where every window starts from the reset state; what was trained
 with carried membranes is also tested with reset ones. Test metrics are grouped by how long nothing has moved. Results
 are appended to a JSON-lines file, and trainings that it holds are not run again.
+
+By default it is the small detector of `small_event_detector.py` on large digits of one class (`carried_scenes.yaml`),
+which trains in minutes; `--recipe saccade_scenes_stream` is a tiny SpikeYOLO on digits of ten classes.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -24,6 +28,9 @@ from typing import Any, TypedDict
 import torch
 from rich.console import Console
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import bench.small_event_detector  # noqa: F401, registers the family
 from spikefleet.canvas import never_fatal, save, subplots
 from spikefleet.config.recipes import load_config, parse_overrides
 from spikefleet.config.schema import Config
@@ -35,7 +42,7 @@ from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.events import NullSink
 from spikefleet.training.loop import train
 
-RECIPE = "saccade_scenes_stream"
+SMALL = Path(__file__).with_suffix(".yaml")
 STATES = ("carried", "reset")
 DEFAULT_OUT = Path(__file__).parent / "results" / "carried_scenes.jsonl"
 LABELS = {
@@ -54,6 +61,7 @@ class Result(TypedDict):
     tested: str
     """And of the test."""
     seed: int
+    recipe: str
     overrides: list[str]
     map50: float
     map50_moving: float
@@ -64,23 +72,25 @@ class Result(TypedDict):
     """Processor time of the training; 0 where it is that of another line."""
 
 
-def configured(state: str, seed: int, overrides: Sequence[str]) -> Config:
+def configured(recipe: str, state: str, seed: int, overrides: Sequence[str]) -> Config:
     """The configuration of a training."""
     own = [f"train.stream.state={state}", f"train.seed={seed}", "cluster.workers=0"]
-    return load_config(RECIPE, parse_overrides([*overrides, *own]))
+    return load_config(recipe, parse_overrides([*overrides, *own]))
 
 
-def run(trained: str, seed: int, overrides: list[str], stores: Path) -> list[Result]:
+def run(recipe: str, trained: str, seed: int, overrides: list[str], stores: Path) -> list[Result]:
     """Train, and test the best checkpoint with the membranes of the training, and with reset ones."""
     console, began = Console(quiet=True), time.process_time()
-    config = configured(trained, seed, overrides)
+    config = configured(recipe, trained, seed, overrides)
     store = open_data(config.data, stores, console)
     with tempfile.TemporaryDirectory() as folder:
         outcome = train(config, store, Path(folder), ProcessGroup.single(gpu=False), NullSink())
         network = best_network(load_checkpoint(Path(outcome.best_checkpoint)), config.model)
     seconds, results = time.process_time() - began, []
     for tested in dict.fromkeys((trained, "reset")):
-        like = TrainedNetwork(RECIPE, network, configured(tested, seed, overrides), DataSummary.of(store.manifest))
+        like = TrainedNetwork(
+            recipe, network, configured(recipe, tested, seed, overrides), DataSummary.of(store.manifest)
+        )
         found = evaluate_on_split(like, "test", stores, console)
         details = found.details(like.task)
         metrics = details["metrics"]
@@ -89,6 +99,7 @@ def run(trained: str, seed: int, overrides: list[str], stores: Path) -> list[Res
                 trained=trained,
                 tested=tested,
                 seed=seed,
+                recipe=Path(recipe).stem,
                 overrides=overrides,
                 map50=metrics["map50"],
                 map50_moving=metrics["map50_moving"],
@@ -145,6 +156,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the recipe")
+    parser.add_argument("--recipe", default=str(SMALL), help="name of a recipe, or its file")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--stores", type=Path, default=Path("stores"))
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
@@ -153,11 +165,12 @@ def main() -> None:
     torch.set_num_threads(1)
     given.out.parent.mkdir(parents=True, exist_ok=True)
     lines = given.out.read_text().splitlines() if given.out.exists() else []
-    results: list[Result] = [row for row in map(json.loads, lines) if row["overrides"] == given.overrides]
+    wanted = (Path(given.recipe).stem, given.overrides)
+    results: list[Result] = [row for row in map(json.loads, lines) if (row["recipe"], row["overrides"]) == wanted]
     for seed in range(given.seeds):
         for state in STATES:
             if not any((row["trained"], row["seed"]) == (state, seed) for row in results):
-                new = run(state, seed, given.overrides, given.stores)
+                new = run(given.recipe, state, seed, given.overrides, given.stores)
                 with given.out.open("a") as file:
                     file.writelines(json.dumps(row) + "\n" for row in new)
                 results += new

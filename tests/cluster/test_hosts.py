@@ -167,6 +167,29 @@ def test_a_link_that_is_cut_for_some_seconds_restarts_nothing(
     assert_equal(run, clean)
 
 
+@pytest.mark.slow  # until Ray gives the host up
+def test_a_link_that_is_cut_until_the_host_is_given_up_is_a_host_that_is_gone(
+    folder: Path, cluster: Cluster, clean: Training, stores_dir: Path
+) -> None:
+    """Its raylet ends by itself when the link is back, for the others have gone on without it."""
+    run = training(cluster, folder, stores_dir)
+    host = cluster.workers[1]
+    try:
+        host.cut()
+        waits = WAITS.format(host.address)
+        run.wait_until(lambda: waits in run.said, "it says what it waits for", seconds=100)
+        assert host.find("raylet/raylet"), "the host itself lives"
+        host.cut(up=True)
+        run.wait_until(lambda: not host.find("raylet/raylet"), "its raylet has ended", seconds=60)
+        cluster.mend()
+        run.finish()
+    finally:
+        host.cut(up=True)
+        run.end()
+    assert (run.record()["status"], run.record()["restarts"]) == ("finished", 1)
+    assert_equal(run, clean)
+
+
 @pytest.mark.slow  # two trainings over hosts, one after the other
 def test_a_killed_driver_resumes_by_the_same_command(
     folder: Path, cluster: Cluster, clean: Training, stores_dir: Path

@@ -21,6 +21,12 @@ def files_of(cluster: Cluster, folder: Path) -> Iterator[Path]:
             yield path
 
 
+def before(content: bytes, secret: str) -> str:
+    """What precedes a secret where it stands first: enough to say who wrote it there."""
+    at = content.index(secret.encode())
+    return content[max(0, at - 600) : at].decode(errors="replace")
+
+
 def test_no_secret_of_the_environment_is_in_a_log_a_database_a_run_or_a_job(
     hosts: Cluster, clean: Training, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -30,7 +36,7 @@ def test_no_secret_of_the_environment_is_in_a_log_a_database_a_run_or_a_job(
     for path in files_of(hosts, tmp_path_factory.getbasetemp()):
         content = path.read_bytes()
         looked_at += 1
-        found += [f"{path}: {secret[:12]}..." for secret in secrets if secret.encode() in content]
+        found += [f"{path}: {before(content, secret)!r}" for secret in secrets if secret.encode() in content]
     assert found == []
     assert looked_at > 100
     seen = hosts.workers[0].call([str(TOOLS / "spikefleet"), "status", "--json", "--address", hosts.dashboard])

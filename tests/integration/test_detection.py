@@ -1,4 +1,7 @@
-"""Detection from end to end on scenes of real digits: train, resume, evaluate, prove, predict, register."""
+"""Detection from end to end on scenes of real digits: train, resume, evaluate, prove, predict, register.
+
+Ray is not needed for it; `tests/cluster` trains a detector on Ray's workers.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,8 @@ from spikefleet.training.events import NullSink
 from spikefleet.training.loop import train
 from spikefleet_pipelines.sources import prepare
 from spikefleet_pipelines.store.reader import Store
+from support.ranks import run_undisturbed
 from support.snapshots import cut, differences, end_of
-
-pytestmark = pytest.mark.xdist_group("ray")
 
 SMALL = {"train": 48, "val": 16, "test": 16, "size": 64}
 QUICK = [
@@ -44,18 +46,38 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return store
 
 
-@pytest.mark.parametrize(("recipe", "settings"), [("scenes_spike_yolo", QUICK), ("scenes_retinanet", RETINA)])
+@pytest.mark.parametrize(
+    ("recipe", "settings", "workers"), [("scenes_spike_yolo", QUICK, 2), ("scenes_retinanet", RETINA, 0)]
+)
 def test_a_detector_that_is_stopped_resumes_bit_for_bit(
-    recipe: str, settings: list[str], scenes: Path, tmp_path: Path, no_figures: None
+    recipe: str, settings: list[str], workers: int, scenes: Path, tmp_path: Path, no_figures: None
 ) -> None:
-    config = load_config(recipe, parse_overrides([*settings, "cluster.workers=0", "checkpoint.keep_last=9"]))
-    store = Store.open(scenes)
-    train(config, store, tmp_path / "whole", ProcessGroup.single(), NullSink())
+    """In two ranks, and in this process."""
+    overrides = [*settings, f"cluster.workers={workers}", "checkpoint.keep_last=9"]
+    config, store = load_config(recipe, parse_overrides(overrides)), Store.open(scenes)
+
+    def trained(run_dir: Path) -> None:
+        if workers:
+            run_undisturbed(config, scenes, run_dir)
+        else:
+            train(config, store, run_dir, ProcessGroup.single(), NullSink())
+
+    trained(tmp_path / "whole")
     cut(tmp_path / "whole", 2, tmp_path / "stopped")
-    train(config, store, tmp_path / "stopped", ProcessGroup.single(), NullSink())
+    trained(tmp_path / "stopped")
     end = end_of(tmp_path / "whole")
     assert len(end.state["history"]) == 2
     assert differences(end_of(tmp_path / "stopped"), end) == []
+    check_figures(tmp_path / "whole" / "report", DataSummary.of(store.manifest))
+
+
+def check_figures(report: Path, data: DataSummary) -> None:
+    """The figures of an evaluation are those of its results by image, of all test images, whichever rank had them."""
+    results = PerImage.read(report / "evaluation.npz").results
+    assert isinstance(results, Boxes)
+    assert len({one.image_id for one in results.targets}) == len(results.targets) == SMALL["test"]
+    again = evaluate_boxes(*results.coco(data.class_names, data.category_ids), results.max_detections)
+    assert again.twelve == json.loads((report / "evaluation.json").read_text())["metrics"]
 
 
 # ---------------------------------------------------------------------------------------- as a user meets it
@@ -76,12 +98,12 @@ class Desk:
 
 
 @pytest.fixture(scope="module")
-def desk(ray_on_two_cpus: None, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Desk:
-    """A desk where a small detector has been trained with two Ray Train workers."""
+def desk(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Desk:
+    """A desk where a small detector has been trained."""
     desk = Desk(tmp_path_factory.mktemp("desk"), scenes)
     # So little training leaves most layers silent, and then nothing is shown; stronger currents wake them.
     quick = [*QUICK, "model.neuron.input_scale=4"]
-    words = ["train", "scenes_spike_yolo", "--name", "small", "--workers", "2", f"data.store={scenes}", *quick]
+    words = ["train", "scenes_spike_yolo", "--name", "small", "--workers", "0", f"data.store={scenes}", *quick]
     assert "spike_yolo_scenes version 1 is champion" in desk.run(*words)
     return desk
 
@@ -99,11 +121,7 @@ def test_evaluation_gives_cocos_figures_by_class(desk: Desk, tmp_path: Path) -> 
     assert written == files | {"precision_recall.png", "confusion.png"}
     report = desk.folder / "runs" / "small" / "report"
     assert {"training_batch.png", "learning_curve.png", "energy.png"} <= {path.name for path in report.iterdir()}
-    results = PerImage.read(report / "evaluation.npz").results
-    assert isinstance(results, Boxes)
-    data = DataSummary.read(desk.folder / "runs" / "small")
-    again = evaluate_boxes(*results.coco(data.class_names, data.category_ids), results.max_detections)
-    assert again.twelve == json.loads((report / "evaluation.json").read_text())["metrics"]
+    check_figures(report, DataSummary.read(desk.folder / "runs" / "small"))
     compared = desk.run("registry", "compare", NETWORK.removeprefix("models:/"), NETWORK)
     assert "the images do not show which one is better: test/map50_95" in compared
     assert "on the same 16 images" in compared

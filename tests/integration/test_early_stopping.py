@@ -12,7 +12,7 @@ from spikefleet.errors import UserError
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.early_stopping import last_improvement, stops_early
 from spikefleet.training.events import Event, Note
-from spikefleet.training.loop import Outcome, train
+from spikefleet.training.loop import Outcome, _improves, train
 from spikefleet_pipelines.sources import prepare
 from spikefleet_pipelines.store.reader import Store
 from support.snapshots import assert_same_end, cut
@@ -41,6 +41,12 @@ def test_when_a_history_ends_a_training() -> None:
     assert last_improvement(config, history(0.1, 0.5, 0.505, 0.509)) == 2
     assert last_improvement(config, history(0.1, 0.5, 0.52, None)) == 3
     assert last_improvement(config, history(math.nan, 0.5, 0.9)) == 3, "what is not finite is not measured"
+    assert last_improvement(config, history(None, math.nan)) == 0
+    assert last_improvement(config, history(None, None)) is None
+    assert stops_early(config, history(math.nan)) is None
+    assert stops_early(config, history(None, None)) is None, "nothing was measured yet"
+    never = "stopping early after epoch 2: val/top1 was never a finite number (train.patience=2)"
+    assert stops_early(config, history(math.nan, math.nan)) == never
     assert stops_early(config, history(0.1, 0.5, 0.505)) is None
     said = "stopping early after epoch 4: val/top1 has not improved by more than 0.01 since epoch 2 (train.patience=2)"
     assert stops_early(config, history(0.1, 0.5, 0.505, 0.509)) == said
@@ -53,6 +59,15 @@ def test_when_a_history_ends_a_training() -> None:
     assert stops_early(least, history(0.5, 0.6)) is not None
     with pytest.raises(UserError, match=r"min_delta=0\.1 has no effect without patience"):
         load_config("digits", {"train.min_delta": 0.1})
+
+
+def test_a_metric_that_is_no_number_is_not_the_best_for_ever() -> None:
+    for mode in ("max", "min"):
+        config = load_config("digits", {"checkpoint.mode": mode}).checkpoint
+        assert _improves(config, None, {"top1": math.nan}), "the last epoch always has a best checkpoint"
+        assert _improves(config, {"metrics": {"top1": math.nan}}, {"top1": 0.1})
+        assert not _improves(config, {"metrics": {"top1": 0.1}}, {"top1": math.nan})
+        assert _improves(config, {"metrics": {"top1": 0.1}}, {"top1": 0.2}) == (mode == "max")
 
 
 def trained(store: Store, folder: Path, **overrides: object) -> tuple[Outcome, list[str]]:

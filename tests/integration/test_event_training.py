@@ -19,6 +19,7 @@ from spikefleet.training.splits import prepare_parts
 from spikefleet_pipelines.store.reader import Store
 from support.event_stores import boxed_store, labelled_store
 from support.events import KeptEvents
+from support.ranks import run_undisturbed
 from support.snapshots import assert_same_end, cut, differences, end_of
 
 pytestmark = pytest.mark.xdist_group("ray")
@@ -99,19 +100,19 @@ def test_dropped_slices_are_fewer_steps(store: Store, tmp_path: Path) -> None:
 
 
 def test_two_workers_of_ray_train_on_events(ray_on_two_cpus: None, store: Store, tmp_path: Path) -> None:
+    """They resume what two ranks began that Ray knows nothing of, and end as those do."""
     here = config(tmp_path, "cluster.workers=2")
+    whole = run_undisturbed(here, Path(store.absolute_location), tmp_path / "whole")
+    assert sorted(whole.losses) == list(range(1, 7))
+    cut(tmp_path / "whole", 4, tmp_path / "ray")
     sink = KeptEvents()
     outcome = train_on_ray(here, store, tmp_path / "ray", sink)
-    assert sorted(sink.losses) == list(range(1, 7))
+    assert sink.losses == {step: loss for step, loss in whole.losses.items() if step > 4}
+    assert_same_end(tmp_path / "ray", tmp_path / "whole")
     assert outcome.test.keys() >= {"top1"}
     over_time = json.loads((tmp_path / "ray" / "report" / "evaluation.json").read_text())["over_time"]["top1"]
     assert len(over_time) == 3
     assert over_time[-1] == pytest.approx(outcome.test["top1"])  # of the samples of both ranks
-    again = KeptEvents()
-    cut(tmp_path / "ray", 4, tmp_path / "resumed")
-    train_on_ray(here, store, tmp_path / "resumed", again)
-    assert again.losses == {step: loss for step, loss in sink.losses.items() if step > 4}
-    assert_same_end(tmp_path / "resumed", tmp_path / "ray")
 
 
 def test_a_detector_trains_on_label_times(tmp_path: Path) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from support.forked import script
 
 EXAMPLES = Path(__file__).parents[2] / "platform" / "examples"
 
@@ -18,10 +17,8 @@ PROMISES = {
 
 def test_examples_say_what_they_promise(tmp_path: Path) -> None:
     for name, parts in PROMISES.items():
-        command = [sys.executable, str(EXAMPLES / name), str(tmp_path)]
-        done = subprocess.run(
-            command, cwd=tmp_path, env={**os.environ, "COLUMNS": "200"}, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+        process = script(tmp_path / f"{name}.txt", str(EXAMPLES / name), str(tmp_path), folder=tmp_path)
+        said = process.wait(280)
+        assert process.returncode == 0, said
         for part in parts:
-            assert part in done.stdout, done.stdout
+            assert part in said, said

@@ -132,6 +132,7 @@ def test_other_weights_are_another_run(place: Path) -> None:
     [
         ({"init.from": "gone"}, "run 'gone' does not exist"),
         ({"init.from": "gone.safetensors"}, "there is no such file"),
+        ({"init.from": "runs/base"}, "neither a registered version nor a .safetensors file.*by its name alone"),
         ({"init.from": "gone.pt"}, "are pickles, which are not read here.*spikefleet convert gone.pt"),
         ({"init.from": "models:/gone@champion"}, "gone"),
         ({"init.from": "base", "model.width": 0.25}, r"none of its \d+ tensors|has the name and the shape"),

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+import signal
+import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from spikefleet.cli import app
-from spikefleet.cluster.ray_train import train_on_ray
+from spikefleet.cluster.ray_train import Stopped, train_on_ray
 from spikefleet.config.recipes import load_config, parse_overrides
 from spikefleet.config.schema import Config
 from spikefleet.errors import RunError, UserError
 from spikefleet.training.checkpoints import CheckpointFolder
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.events import Event, StepDone, WorkerFailed
+from spikefleet.training.step_reading import NonFiniteError
 from spikefleet_pipelines.store.reader import Store
+from support.forked import command
 from support.ranks import GroupRun, run_ranks
 from support.snapshots import assert_same_end, cut, differences, end_of
 
@@ -112,6 +116,14 @@ def test_failures_beyond_the_limit_end_the_run(ray_on_two_cpus: None, store: Sto
     assert latest(tmp_path / "run") == "step-00000004"
 
 
+def test_why_a_group_stopped_is_the_error_of_its_kind() -> None:
+    lost = Stopped("the loss is nan", mendable=False, non_finite=True).error()
+    assert (type(lost), str(lost)) == (NonFiniteError, "the loss is nan")
+    assert type(Stopped("image 7.jpg is truncated", mendable=True).error()) is UserError
+    assert type(Stopped("the disk is full", mendable=False).error()) is RunError
+
+
+@pytest.mark.slow  # test_resume.py has it without Ray; that a group returns why it stopped, the test of SIGTERM below
 def test_a_loss_that_is_not_finite_ends_the_run_without_a_restart(
     ray_on_two_cpus: None, store: Store, tmp_path: Path
 ) -> None:
@@ -140,17 +152,15 @@ def test_a_killed_driver_resumes_by_the_same_command(
     words = ["train", "digits", *SETTINGS, "--workers", "1", "--name", "killed", "--runs-dir", str(tmp_path)]
     words += ["--stores-dir", str(stores_dir)]
     run_dir = tmp_path / "killed"
-    command = [str(Path(sys.executable).with_name("spikefleet")), *words]
-    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = command(tmp_path / "said.txt", *words)
     try:
-        deadline = time.monotonic() + 200
-        while not (run_dir / "checkpoints" / "step-00000004" / "checkpoint.json").exists():
-            assert first.poll() is None, "the run ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        mark = run_dir / "checkpoints" / "step-00000004" / "checkpoint.json"
+        wait_for(lambda: mark.exists() or first.returncode is not None)
+        assert first.returncode is None, f"the run ended before it could be killed: {first.said}"
     finally:
-        first.kill()
-        first.wait()
+        with suppress(ProcessLookupError):
+            first.send(signal.SIGKILL)
+        first.wait(20)
     assert latest(run_dir) != f"step-{STEPS:08d}", "killed too late to show anything"
     second = CliRunner().invoke(app, words)
     assert second.exit_code == 0, second.output
@@ -159,6 +169,38 @@ def test_a_killed_driver_resumes_by_the_same_command(
     assert_same_end(run_dir, tmp_path / "reference")
     assert tracked_losses(tmp_path) == sorted(clean.losses.items())
     assert json.loads((run_dir / "run.json").read_text())["status"] == "finished"
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 200
+    while not condition():
+        assert time.monotonic() < deadline, "waited for too long"
+        time.sleep(0.01)
+
+
+def test_sigterm_leaves_a_run_that_can_be_evaluated(ray_on_two_cpus: None, stores_dir: Path, tmp_path: Path) -> None:
+    """Sent to this process; `tests/robustness` sends it to one of its own."""
+    run_dir = tmp_path / "interrupted"
+    words = ["train", "digits", "--workers", "1", "--name", "interrupted", "train.epochs=300", "model.width=0.125"]
+
+    def interrupt() -> None:
+        try:
+            wait_for(lambda: CheckpointFolder(run_dir / "checkpoints").latest())
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    runner, runs = CliRunner(env={"COLUMNS": "200"}), ["--runs-dir", str(tmp_path)]
+    done = runner.invoke(app, [*words, *runs, "--stores-dir", str(stores_dir)])
+    thread.join()
+    assert done.exit_code == 143, f"{done.output}\n{done.exception!r}"
+    assert "stopping after this step; again to abort" in done.output
+    assert "the same command resumes from the last checkpoint" in done.stderr
+    record = json.loads((run_dir / "run.json").read_text())
+    assert (record["status"], record["signal"]) == ("interrupted", "SIGTERM")
+    evaluated = runner.invoke(app, ["evaluate", "interrupted", *runs, "--data", str(stores_dir / "digits")])
+    assert "top1" in evaluated.stdout, evaluated.output
 
 
 def tracked_losses(runs_dir: Path) -> list[tuple[int, float]]:

@@ -12,11 +12,11 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
-from spikefleet_tune.errors import SearchError
+from spikefleet_tune.errors import SearchError, WaitedTooLong
 from spikefleet_tune.journal import SearchFolder, TrialRecord, WarmStartPoint
 from spikefleet_tune.ledger import Counts, SilentObserver, TrialStart
 from spikefleet_tune.pareto import front
@@ -395,3 +395,24 @@ def test_failed_trials_are_tried_once_more_when_asked(ray_on_two_cpus: None, tmp
     assert sorted(record.status for record in second.records) == ["failed", "finished"]
     third = run_search(search, trainable, tmp_path, "retry", retry_failed=True)
     assert third.records == second.records
+
+
+@pytest.mark.slow  # waits for hosts that do not come
+def test_a_search_on_a_cluster_that_grows_waits_for_hosts_and_resumes_where_there_are_some(
+    ray_on_two_cpus: None, tmp_path: Path
+) -> None:
+    class Waiting(SilentObserver):
+        said: ClassVar[list[str]] = []
+
+        def on_waiting(self, what: str) -> None:
+            self.said.append(what)
+
+    large = {"cpus_per_worker": 3, "autoscaling": True}
+    with pytest.raises(SearchError, match=r"set resources\.autoscaling=true where hosts will join"):
+        run_search(_search(resources={"cpus_per_worker": 3}), _counting(tmp_path), tmp_path, "grows")
+    with pytest.raises(WaitedTooLong, match=r"the search waits for hosts: a trial needs 1 x 3 CPUs, and .* are over"):
+        run_search(_search(resources=large), _counting(tmp_path), tmp_path, "grows", Waiting(), wait_minutes=0.05)
+    assert len(Waiting.said) == 1
+    assert _runs(tmp_path) == {}
+    assert run_search(_search(), _counting(tmp_path), tmp_path, "grows").complete
+    assert set(_runs(tmp_path).values()) == {1}

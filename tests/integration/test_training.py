@@ -218,7 +218,12 @@ def test_same_seed_same_bits_and_another_seed_others(store: Store, tmp_path: Pat
     ("trouble", "status"), [(KeyboardInterrupt(), "interrupted"), (ValueError("no proof"), "failed")]
 )
 def test_a_run_that_ends_during_its_proof_goes_on_from_there(
-    trouble: BaseException, status: str, stores_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trouble: BaseException,
+    status: str,
+    stores_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    blank_figures: None,
 ) -> None:
     def certify(*parts: object) -> None:
         raise trouble

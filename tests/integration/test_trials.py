@@ -13,6 +13,7 @@ from spikefleet_tune.search_file import search_of
 pytestmark = pytest.mark.xdist_group("ray")
 
 
+@pytest.mark.slow  # test_tune.py trains such trials by the command, test_search.py has one that fails
 def test_trials_train_in_their_own_process(ray_on_two_cpus: None, stores_dir: Path, tmp_path: Path) -> None:
     trainable = as_trial(TrialSetting("digits", str(stores_dir / "digits"), tmp_path / "runs"))
     fixed = {"train.epochs": 2, "model.width": 0.125, "model.stages": [1, 1], "train.global_batch": 216}

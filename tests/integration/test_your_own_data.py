@@ -14,6 +14,7 @@ from sklearn.datasets import load_sample_images
 from typer.testing import CliRunner
 
 from spikefleet.cli import app
+from spikefleet_pipelines.sources import prepare
 from spikefleet_pipelines.store.reader import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore:The image decoding")]
@@ -77,8 +78,9 @@ def test_from_a_folder_of_photographs(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "sg_resnet_photos version 2" in said[4]
 
 
-def test_from_an_export_of_boxes(stores_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    as_yolo(Store.open(stores_dir / "scenes"), tmp_path / "boxes", {"train": 240, "val": 60})
+def test_from_an_export_of_boxes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = {"train": 240, "val": 60}
+    as_yolo(prepare("scenes", None, tmp_path / "scenes", test=1, **counts), tmp_path / "boxes", counts)
     monkeypatch.chdir(tmp_path)
     said = run_as_written(1)
     assert "read as source 'yolo'" in said[0]

@@ -175,7 +175,7 @@ def test_sigterm_without_ray(twice: bool, stores_dir: Path, tmp_path: Path) -> N
     assert (record["status"], record["signal"]) == ("interrupted", "SIGTERM")
 
 
-@pytest.mark.slow  # a Ray of its own for each; tests/integration/test_cli.py sends SIGTERM to one
+@pytest.mark.slow  # a Ray of its own for each; tests/integration/test_ray_train.py sends SIGTERM
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_with_ray(signum: int, code: int, stores_dir: Path, tmp_path: Path) -> None:
     process = start(tmp_path, stores_dir, "--workers", "1")

@@ -1,27 +1,17 @@
-"""Commands of the program given one after the other in one new process: a process costs seconds, a command does not."""
+"""Commands of the program given one after the other in one process, which is forked with what they import."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-_PROGRAM = """
-import json, sys
-from typer.testing import CliRunner
-from spikefleet.cli import app
-said = []
-for words, environment in json.load(sys.stdin):
-    done = CliRunner(env={"COLUMNS": "200", **environment}).invoke(app, words)
-    if done.exception is not None and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    said.append([done.exit_code, done.output])
-json.dump(said, open("said.json", "w"))
-"""
+from support.forked import Forked
+
+_LONGEST_S = 280.0
 
 
 @dataclass(frozen=True)
@@ -39,7 +29,7 @@ def give(*words: str, code: int = 0, **environment: str) -> Command:
 
 
 def run_commands(folder: Path, commands: Sequence[Command], then: str = "") -> list[str]:
-    """Gives commands in one process that is started in `folder` and can import what lies there.
+    """Gives commands in one process that works in `folder` and can import what lies there.
 
     Args:
         then: Python code that the process executes when the commands are done; what it prints comes last.
@@ -50,18 +40,32 @@ def run_commands(folder: Path, commands: Sequence[Command], then: str = "") -> l
     Raises:
         AssertionError: a command ended with another exit code.
     """
-    paths = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, "-c", _PROGRAM + then],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": paths},
-        input=json.dumps([[command.words, dict(command.environment)] for command in commands]),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    (folder / "printed.txt").unlink(missing_ok=True)
+    process = Forked(folder / "printed.txt", _give, folder, commands, then, dict(os.environ))
+    printed = process.wait(_LONGEST_S)
+    assert process.returncode == 0, printed
     said = json.loads((folder / "said.json").read_text())
     assert len(said) == len(commands)
     for command, (code, text) in zip(commands, said, strict=True):
         assert code == command.code, f"{command.words}: exit code {code}\n{text}"
-    return [text for _, text in said] + [done.stdout]
+    return [text for _, text in said] + [printed]
+
+
+def _give(folder: Path, commands: Sequence[Command], then: str, variables: dict[str, str]) -> None:
+    from typer.testing import CliRunner
+
+    from spikefleet.cli import app
+
+    os.environ.clear()
+    os.environ.update(variables)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), variables.get("PYTHONPATH")]))
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    said = []
+    for command in commands:
+        done = CliRunner(env={"COLUMNS": "200", **dict(command.environment)}).invoke(app, command.words)
+        if done.exception is not None and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        said.append([done.exit_code, done.output])
+    Path("said.json").write_text(json.dumps(said))
+    exec(then, {"__name__": "__main__"})

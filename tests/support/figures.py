@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import inspect
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from spikefleet import plots
@@ -19,6 +22,24 @@ DRAWN = [
 
 def nothing(*arguments: Any, **settings: Any) -> None:
     """Stands for each of them."""
+
+
+_PIXEL = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+)
+"""A PNG of one pixel."""
+
+
+def blank(name: str) -> Callable[..., None]:
+    """Stands for one of them where the file must be there."""
+    signature = inspect.signature(getattr(plots, name))
+
+    def write(*arguments: Any, **settings: Any) -> None:
+        path = Path(signature.bind(*arguments, **settings).arguments["path"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(_PIXEL)
+
+    return write
 
 
 def draw_nothing() -> None:

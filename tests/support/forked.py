@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -51,9 +52,14 @@ class Forked:
         return self.said
 
 
-def command(output: Path, *words: str) -> Forked:
-    """A command of the program in a process of its own."""
-    return Forked(output, _main, words)
+def command(output: Path, *words: str, folder: Path | None = None) -> Forked:
+    """A command of the program in a process of its own, by default in the directory of this one."""
+    return Forked(output, _main, words, folder)
+
+
+def script(output: Path, *words: str, folder: Path) -> Forked:
+    """A Python file with its arguments in a process of its own that works in a folder."""
+    return Forked(output, _run_file, words, folder)
 
 
 def _call(output: str, work: Callable[..., object], arguments: tuple[Any, ...]) -> None:
@@ -65,9 +71,18 @@ def _call(output: str, work: Callable[..., object], arguments: tuple[Any, ...]) 
     work(*arguments)
 
 
-def _main(words: tuple[str, ...]) -> None:
+def _main(words: tuple[str, ...], folder: Path | None) -> None:
     from spikefleet.cli import main
 
-    os.environ["COLUMNS"] = "200"
+    os.environ.update(COLUMNS="200", NO_COLOR="1")
+    if folder is not None:
+        os.chdir(folder)
     sys.argv = ["spikefleet", *words]
     main()
+
+
+def _run_file(words: tuple[str, ...], folder: Path) -> None:
+    os.environ["COLUMNS"] = "200"
+    os.chdir(folder)
+    sys.argv = list(words)
+    runpy.run_path(words[0], run_name="__main__")

@@ -41,10 +41,24 @@ def missing() -> str | None:
         return "hosts in network namespaces need Linux and root"
     if shutil.which("ip") is None or shutil.which("unshare") is None:
         return "hosts in network namespaces need `ip` (iproute2) and `unshare` (util-linux)"
-    name = f"sfprobe{os.getpid()}"
-    done = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
-    subprocess.run(["ip", "netns", "del", name], capture_output=True)
-    return None if done.returncode == 0 else f"network namespaces cannot be made here: {done.stderr.strip()}"
+    bridge, name = f"sf{os.getpid()}p", f"sfprobe{os.getpid()}"
+    link = ["ip", "link", "add", f"v{bridge}", "type", "veth", "peer", "name", "eth0", "netns", name]
+    mounted = ["unshare", "-m", "-u", "sh", "-c", f"hostname {name} && mount -t tmpfs tmpfs /dev/shm"]
+    steps = (
+        ("network namespaces", ["ip", "netns", "add", name]),
+        ("bridges", ["ip", "link", "add", bridge, "type", "bridge"]),
+        ("links into namespaces", link),
+        ("mounts in namespaces", ["ip", "netns", "exec", name, *mounted]),
+    )
+    try:
+        for what, words in steps:
+            done = subprocess.run(words, capture_output=True, text=True)
+            if done.returncode:
+                return f"{what} cannot be made here: {(done.stderr or done.stdout).strip()}"
+    finally:
+        subprocess.run(["ip", "netns", "del", name], capture_output=True)
+        subprocess.run(["ip", "link", "del", bridge], capture_output=True)
+    return None
 
 
 def patience(seconds: float) -> float:

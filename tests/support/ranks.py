@@ -37,6 +37,9 @@ SERVER.set_forkserver_preload(
         "pytest",
         "torch._dynamo",  # DDP asks for it
         "pandas",  # pyarrow asks for it
+        "mlflow",  # what a command that trains asks for, with the next two
+        "matplotlib.pyplot",
+        "spikefleet.runs.train_run",
         "spikefleet.cli",
         "spikefleet.training.loop",
         "spikefleet.tasks.classification",

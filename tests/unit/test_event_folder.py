@@ -7,9 +7,25 @@ import numpy as np
 import pytest
 
 from spikefleet_pipelines.errors import SourceError, StoreError
+from spikefleet_pipelines.events.readers import finding
 from spikefleet_pipelines.events.recording import EventArrays
 from spikefleet_pipelines.sources import prepare, recordings
-from support.event_files import made_events, write_csv, write_dat, write_npz
+from support.event_files import (
+    made_events,
+    write_aedat2,
+    write_aedat3,
+    write_aedat4,
+    write_atis_bin,
+    write_csv,
+    write_dat,
+    write_evt2,
+    write_evt3,
+    write_evt21,
+    write_hdf5,
+    write_mat,
+    write_npy,
+    write_npz,
+)
 from support.event_sources import fill, same, stored
 
 SENSOR = (34, 40)
@@ -99,6 +115,25 @@ def test_unnamed_columns_and_the_unit_are_options(tmp_path: Path) -> None:
     assert (stored(in_ms, "train")[0].t == 1000 * made_events(40, SENSOR).t).all()
     with pytest.raises(SourceError, match=r"columns=t,x,y does not name t, x, y and p once each"):
         prepare("event_folder", root, tmp_path / "no", sensor="34x40", columns="t,x,y")
+
+
+def test_a_folder_may_have_recordings_of_every_format(tmp_path: Path) -> None:
+    pytest.importorskip("h5py")
+    writers = {
+        "0.dat": write_dat, "1.raw": write_evt2, "2.raw": write_evt21, "3.raw": write_evt3, "4.bin": write_atis_bin,
+        "5.aedat": write_aedat2, "6.aedat": write_aedat3, "7.aedat4": write_aedat4, "8.npy": write_npy,
+        "9.npz": write_npz, "a.mat": write_mat, "b.csv": write_csv, "c.h5": write_hdf5,
+    }  # fmt: skip
+    for split in ("train", "val"):
+        (tmp_path / "raw" / split / "a").mkdir(parents=True)
+        for place, (name, write) in enumerate(writers.items()):
+            write(tmp_path / "raw" / split / "a" / name, made_events(40, (128, 128), place))
+    store = prepare("event_folder", tmp_path / "raw", tmp_path / "store", sensor="128x128")
+    assert {path.suffix for path in map(Path, writers)} == finding.RECORDING_SUFFIXES - {".aedat2", ".aedat3", ".hdf5"}
+    found = stored(store, "train")
+    for place, name in enumerate(writers):
+        assert same(found[place], made_events(40, (128, 128), place)), name
+        assert not same(found[place], made_events(40, (128, 128), place + 1)), name
 
 
 def test_recordings_of_different_sensors_are_refused(tmp_path: Path) -> None:

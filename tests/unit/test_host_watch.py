@@ -146,3 +146,23 @@ def test_a_group_that_has_shrunk_does_not_shrink_again_for_the_wait_before(
     assert sizes.choose() == 2
     assert sizes.may_shrink
     assert not sizes.too_large
+
+
+def test_hosts_that_have_enough_together_and_each_too_little_are_said(hosts: Hosts) -> None:
+    heard = Heard()
+
+    def watch(workers: int, cpus: float) -> HostWatch:
+        cluster = ClusterConfig(workers=workers, cpus_per_worker=cpus)
+        return HostWatch(needed_by(cluster, workers), 30, heard, needed_by(cluster, 1))
+
+    assert watch(3, 2).too_small is None
+    assert watch(6, 1).too_small is None
+    assert watch(4, 2).too_small is None, "they lack CPUs, which is another sentence"
+    assert watch(1, 4).too_small == "hosts with 4 CPUs for each worker (0 of 1 have a place)"
+    waits = watch(4, 1.5)
+    assert waits.too_small == "hosts with 1.5 CPUs for each worker (3 of 4 have a place)"
+    waits._looked = 0.0
+    waits.tick(training=False)
+    (event,) = [event for event in heard.events if isinstance(event, Waiting)]
+    assert event.what == "the run waits for hosts with 1.5 CPUs for each worker (3 of 4 have a place)"
+    assert waits.waited_s > 0

@@ -14,7 +14,10 @@ from typing import Any
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
+from spikefleet.cli import app
+from spikefleet.cli.job_entry import refuse_place_in_copy
 from spikefleet.cli.submissions import checked
 from spikefleet.config.recipes import load_config
 from spikefleet.errors import UserError
@@ -83,6 +86,12 @@ def test_the_digest_tells_another_configuration_apart_and_no_other_spelling() ->
         ("data show x", "'data' cannot be submitted; expected one of train, tune, reproduce, retrain, data prepare"),
         ("predict m a.png", "'predict' cannot be submitted"),
         ("train digits --runs-dir runs", "--runs-dir 'runs' is relative to a directory of this machine"),
+        ("train digits --runs-dir s3://b/runs", "checkpoint.mirror=s3://b/runs to keep checkpoints"),
+        ("evaluate runs/a/checkpoints/step-00000021", "NETWORK 'runs/a/checkpoints/step-00000021' is relative"),
+        ("evaluate models:/x@champion --data stores/x", "--data 'stores/x' is relative"),
+        ("retrain m --data stores/x", "--data 'stores/x' is relative"),
+        ("retrain m retrain.gate_store=stores/x", "retrain.gate_store 'stores/x' is relative"),
+        ("tune digits_t_gate_schedule --objectives top1:up", "top1:up"),
         ("reproduce sg_resnet_table9 --results results", "--results 'results' is relative"),
         ("train digits --stores-dir=stores", "--stores-dir 'stores' is relative"),
         ("train digits data.root=images", "data.root 'images' is relative"),
@@ -111,6 +120,8 @@ def test_an_option_that_the_command_does_not_have_is_refused_as_there() -> None:
     with pytest.raises(typer.BadParameter):
         checked(["train", "digits", "--workers", "two"], None)
     checked(["data", "prepare", "digits", "--option", "tokens=3"], None)  # whose name only begins like a secret's
+    for words in ("evaluate /runs/a", "evaluate a --data x", "retrain m --data s3://b/x retrain.gate_store=/stores/x"):
+        checked(words.split(), None)  # there, by name, or at a URI
     refuse_secrets(["models:/x@champion", "monkey=1", "optim.lr=0.1", "--name", "token", "x", "--token"])
 
 
@@ -212,13 +223,22 @@ def test_the_state_of_a_job_comes_from_its_log() -> None:
         "a worker failed: host 10.0.0.3 is gone\n"
     )
     waits = "host 10.0.0.3 is gone; the run waits for 1 more CPU (1 of 2 there)\n"
+    others = "hosts 10.0.0.3, 10.0.0.4 are gone; the run waits for 2 more CPUs (1 of 3 there): 15 s so far\n"
     state = state_of_job(job(), log)
     assert (state.state, state.epoch, state.epochs, state.remaining_s) == ("running", 1, 4, 10.0)
     assert (state.metrics, state.restarts) == ({"val/top1": "14.69%"}, 1)
     state = state_of_job(job(), log + waits)
     assert (state.state, state.detail) == ("waiting", waits.strip())
+    assert state.since is None, "the job began long before it waited"
+    assert state_of_job(job(), log + others).detail == others.strip()
+    assert state_of_job(job(), log + waits + "restarting: 2 s so far\n").state == "running", "the host is back"
     assert state_of_job(job(), log + waits + "resuming from step-00000021 (epoch 2, step 21)\n").state == "running"
     assert state_of_job(job(state="finished", ended=9.0), log + waits).state == "finished"
+    search = "host 10.0.0.3 is gone; the search waits for hosts: a trial needs 1 x 1 CPUs, and the cluster has 0 CPUs\n"
+    lost = "trial small-0001  runs again: host 10.0.0.3 is gone, 0 of 1 trials at a time\n"
+    assert state_of_job(job(), lost).state == "running"
+    assert state_of_job(job(), lost + search + search).state == "waiting"
+    assert state_of_job(job(), search + "searching: small-0001 epoch 2: 17 s so far\n").state == "running"
 
 
 @pytest.mark.parametrize(
@@ -277,6 +297,9 @@ def test_the_state_of_a_run_says_when_its_process_is_gone(tmp_path: Path) -> Non
     assert stop_run(run, now=False, announce=silent) == "run run is not running"
     run.note(status="finished", validation={}, test={}, waiting=None)
     assert state_of_run(run).state == "finished"
+    done = CliRunner().invoke(app, ["stop", "run", "--json", "--runs-dir", str(tmp_path)])
+    answer = json.loads(done.stdout)
+    assert (answer["state"], answer["said"]) == ("finished", "run run is not running")
 
 
 def test_the_process_of_a_job_is_known_by_its_command_line_alone(tmp_path: Path) -> None:
@@ -292,3 +315,20 @@ def test_the_process_of_a_job_is_known_by_its_command_line_alone(tmp_path: Path)
     (tmp_path / "9").mkdir()
     assert processes_of("train-x", tmp_path) == [0]
     assert processes_of("train-y", tmp_path) == []
+
+
+def test_a_job_does_not_keep_its_run_in_the_copy_of_its_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "working_dir_files" / "_ray_pkg_1"
+    for name in ("SPIKEFLEET_RUNS", "SPIKEFLEET_STORES"):
+        monkeypatch.delenv(name, raising=False)
+    for words in (["train", "digits"], ["data", "prepare", "digits"]):
+        with pytest.raises(SystemExit, match="2"):
+            refuse_place_in_copy(words, copy)
+        assert "in the copy of that code, which Ray removes; set SPIKEFLEET_" in capsys.readouterr().out
+        refuse_place_in_copy(words, tmp_path)
+    refuse_place_in_copy(["train", "digits", "--runs-dir=/shared/runs"], copy)
+    refuse_place_in_copy(["data", "prepare", "digits", "--out", "/shared/stores/x"], copy)
+    monkeypatch.setenv("SPIKEFLEET_RUNS", "/shared/runs")
+    refuse_place_in_copy(["train", "digits"], copy)

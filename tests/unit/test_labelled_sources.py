@@ -98,7 +98,7 @@ def with_header(root: Path) -> dict[str, list[int]]:
         of_image = csv_lines(number, f"{number}.png")
         for path, x1, y1, x2, y2, label in (line.split(",") for line in of_image):
             rows.append(
-                f"{path};{size_of(number)[0]};1;{label};{x1};{y1};{x2};{y2};{'Valid' if number > 5 else 'train'}"
+                ";".join([path, *map(str, size_of(number)), label, x1, y1, x2, y2, "Valid" if number > 5 else "train"])
             )
     (root / "labels.csv").write_text("\r\n".join(rows) + "\r\n")
     return {"train": list(range(6)), "val": [6, 7]}
@@ -240,7 +240,7 @@ def test_groups_stay_together(tmp_path: Path) -> None:
     of = [n // 3 for n in range(12) if (root / "img" / f"{n} x.png").read_bytes() in val]
     assert of in ([0, 0, 0, 2, 2, 2], [0, 0, 0, 3, 3, 3], [1, 1, 1, 2, 2, 2], [1, 1, 1, 3, 3, 3])
     with pytest.raises(
-        SourceError, match=r"12 training images are 4 groups, of which none is within 10\.00% of a class"
+        SourceError, match=r"4 groups, of which none is within 10\.00% of a class; set option holdout to 0\.50 or more,"
     ):
         prepare("csv", root, tmp_path / "other", holdout=0.1)
     # The same by a pattern in the names: the first digit of the number.
@@ -249,6 +249,17 @@ def test_groups_stay_together(tmp_path: Path) -> None:
         prepare("csv", root, tmp_path / "other", group="(q)")
     with pytest.raises(SourceError, match=r"option group='\(': it is no regular expression"):
         prepare("csv", root, tmp_path / "other", group="(")
+
+
+def test_groups_of_several_classes_are_a_part_of_all_images(tmp_path: Path) -> None:
+    """A frame of a video is of any class, so a video is more than the part of one."""
+    rows = [f"img/{n} x.png,{'abcd'[n % 4]},clip{n // 3}" for n in range(12)]
+    root = table(tmp_path, "path,label,group\n" + "\n".join(rows))
+    with pytest.raises(SourceError, match=r"within 20\.00% of the images; set option holdout to 0\.25 or more, "):
+        prepare("csv", root, tmp_path / "store", holdout=0.2)
+    store = prepare("csv", root, tmp_path / "store", holdout=0.25)
+    val = [store.split("val").encoded_image(row).tobytes() for row in range(3)]
+    assert len({n // 3 for n in range(12) if (root / "img" / f"{n} x.png").read_bytes() in val}) == 1
 
 
 def test_a_group_in_two_splits_is_refused(tmp_path: Path) -> None:
@@ -416,6 +427,11 @@ def test_numbers_of_thousands_of_digits_are_no_error_of_python(tmp_path: Path) -
 
 def test_a_directory_without_a_known_layout_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"no layout that is known \(it holds nothing\)"):
+        source_of(tmp_path)
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "instances_train.json").touch()
+    picture(tmp_path / "images" / "train" / "0.png", 0, size_of(0))
+    with pytest.raises(SourceError, match=r"prepare coco --images DIR --annotations .*instances_train\.json --split"):
         source_of(tmp_path)
     (tmp_path / "labels.csv").touch()
     (tmp_path / "data.yaml").touch()

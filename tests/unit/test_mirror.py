@@ -248,11 +248,18 @@ def test_a_mirror_that_cannot_be_one_is_refused(uri: str, stores_dir: Path, tmp_
 
 
 def test_a_runs_directory_with_a_scheme_is_refused_with_the_mirror(stores_dir: Path, tmp_path: Path) -> None:
-    words = ["train", "digits", "--runs-dir", "s3://bucket/runs", "--stores-dir", str(stores_dir), "--workers", "0"]
-    done = CliRunner(env={"COLUMNS": "200"}).invoke(app, words)
-    assert done.exit_code == 2
-    assert "--runs-dir s3://bucket/runs is no directory" in done.output
-    assert "checkpoint.mirror=s3://bucket/runs" in done.output
+    config = load_config("digits", parse_overrides(SETTINGS))
+    with pytest.raises(UserError, match=r"checkpoint\.mirror=s3://bucket/runs to keep"):
+        run_training(config, Options(Path("s3://bucket/runs"), stores_dir), Console(quiet=True))
+    for words in ("train digits --workers 0", "tune digits_t_gate_schedule", "retrain m", "status", "registry list"):
+        done = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*words.split(), "--runs-dir", "s3://bucket/runs"])
+        assert done.exit_code == 2, words
+        assert "--runs-dir s3://bucket/runs is no directory of this machine" in done.output
+        assert "checkpoint.mirror=s3://bucket/runs" in done.output
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["data", "prepare", "digits", "--stores-dir", "s3://b/stores"])
+    assert (done.exit_code, "data.store=s3://b/stores/NAME" in done.output) == (2, True)
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["data", "prepare", "digits", "--out", "s3://b/stores/digits"])
+    assert (done.exit_code, "--out s3://b/stores/digits is no directory" in done.output) == (2, True)
     assert not Path("s3:").exists()
 
 

@@ -93,12 +93,18 @@ def test_a_list_on_stdin_with_bad_entries(predict: Predict, desk: Path) -> None:
     done = predict("classifier", "-", "--json", stdin=b"photos/1.png\0photos/2.png\0")
     assert [json.loads(line)["image"] for line in done.stdout.splitlines()] == ["photos/1.png", "photos/2.png"]
     assert "no image is listed on stdin" in predict("classifier", "-", code=2, stdin=b"\n").stderr
+    done = predict("classifier", "-", "--json", stdin=b"\xef\xbb\xbfphotos/1.png\r\n")
+    assert json.loads(done.stdout)["image"] == "photos/1.png"
+    for encoding in ("utf-16-le", "utf-16-be"):
+        done = predict("classifier", "-", code=2, stdin="\ufeffphotos/1.png\n".encode(encoding))
+        assert "the list on stdin is UTF-16, as PowerShell writes it; write it as UTF-8" in done.stderr
+    assert "a name in it is too long" in predict("classifier", "n" * 5000, code=2).stderr
 
 
 def test_one_png_holds_the_first_images(predict: Predict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answer_files, "MOST_DRAWN", 2)
     done = predict("classifier", "photos", "--recursive", "--out", str(tmp_path / "sheet.png"))
-    assert "1 images are not drawn: " in done.stderr
+    assert "1 image is not drawn: " in done.stderr
     assert "holds the first 2" in done.stderr
     done = predict("classifier", "photos", "--out", str(tmp_path / "two.png"))
     assert "not drawn" not in done.stderr
@@ -206,3 +212,14 @@ def test_what_does_not_go_together_is_refused_before_anything_is_written(predict
     done = predict("detector", "photos/1.png", "--score", "0", "--tile", "32", "--nms", "0.3", "--confidence", "0.2")
     assert "photos/1.png: object" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_an_option_that_would_do_nothing_is_refused(predict: Predict, tmp_path: Path) -> None:
+    said = predict("detector", "photos", "--overlap", "0.5", code=2).stderr
+    assert "--overlap 0.5 is of tiles; give their side with --tile" in " ".join(said.split())
+    said = predict("classifier", "photos", "--every", "3", code=2).stderr
+    assert "--every 3 is for the frames of videos, and there is no video" in " ".join(said.split())
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "a.mp4").touch()
+    said = predict("classifier", str(tmp_path / "clips"), code=2).stderr
+    assert "has videos and no images; name the videos, or give a pattern" in " ".join(said.split())

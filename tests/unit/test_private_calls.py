@@ -47,6 +47,12 @@ PRIVATE = [
         "what set_finished sets",
     ),
     (
+        "ray.tune.execution.class_cache:ENV_VARS_TO_PROPAGATE",
+        None,
+        f"{TUNE}/on_tune.py",
+        "keys of buckets would be sent with each trial, and be read by everybody with the cluster's token",
+    ),
+    (
         "optuna.trial:Trial._suggest",
         ["name", "distribution"],
         f"{TUNE}/samplers.py",
@@ -69,6 +75,18 @@ PRIVATE = [
         None,
         "platform/spikefleet/cluster/ray_train.py",
         "its local variable `controller` is the only handle of the actor that a waiting run must be ended by",
+    ),
+    (
+        "ray.train.v2.api.data_parallel_trainer:DataParallelTrainer._create_default_callbacks",
+        [],
+        "platform/spikefleet/cluster/ray_train.py",
+        "leaves out the callback for Ray Data, which starts a process with each group of workers",
+    ),
+    (
+        "ray.train.v2._internal.callbacks.datasets:DatasetsCallback",
+        None,
+        "platform/spikefleet/cluster/ray_train.py",
+        "that callback",
     ),
     (
         "sys:_current_frames",

@@ -170,3 +170,16 @@ def test_the_usual_scenes_keep_their_hash() -> None:
     source = find_source("saccade_scenes")
     given = check_options(source, {"sides": [14, 32], "speeds": [20.0, 70.0]})
     assert given.model_dump(mode="json") == {"train": 2000, "val": 200, "test": 200}
+
+
+def test_all_digits_may_be_of_one_class(digits: Digits, tmp_path: Path) -> None:
+    one, ten = (SaccadeScenes(digits, one_class=given).samples("train", range(3)) for given in (True, False))
+    for (events, frames), (others, labelled) in zip(one, ten, strict=True):
+        assert same(events, others)
+        assert not frames[0].labels.any()
+        assert np.array_equal(frames[-1].boxes, labelled[-1].boxes)
+    assert any(frames[0].labels.any() for _, frames in ten)
+    store = prepare("saccade_scenes", None, tmp_path / "s", train=2, val=1, test=1, one_class=True)
+    assert (store.manifest.class_names, store.manifest.category_ids) == (("digit",), (11,))
+    assert store.manifest.options["one_class"] is True
+    assert set(store.recordings("train").annotations(0, 0).category_ids.tolist()) == {11}

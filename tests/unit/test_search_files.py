@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from spikefleet.cli.tuning import wanted_search
+from spikefleet.config.recipes import load_config
 from spikefleet.errors import UserError
+from spikefleet.reproduction.table import load_table
 from spikefleet.search import search_files
 from spikefleet.search.search_files import load_search, objectives_of, parse_search
 from spikefleet_tune.errors import SearchError
 from spikefleet_tune.samplers import PointSampler
 from spikefleet_tune.search_file import list_searches, search_of, search_text
+
+TABLE_4 = load_table("spike_yolo_table4").groups[0].rows
 
 _TEXT = """
 recipe: digits
@@ -92,6 +97,32 @@ def test_built_in_searches_are_sound(name: str) -> None:
         proposal = sampler.ask(number)
         assert proposal is not None
         search.space_view().check(proposal.point, "proposal")
+
+
+@pytest.mark.parametrize(
+    ("name", "grid"),
+    [
+        (
+            "gen1_t_d",
+            {(row.overrides["model.timesteps"], row.overrides["model.neuron.bound"]) for row in TABLE_4} | {(1, 4)},
+        ),
+        ("saccade_scenes_t_d", {(t, d) for t in (1, 2, 4) for d in (1, 2, 4)} - {(4, 4)}),
+        ("saccades_t_gate_schedule", None),
+    ],
+)
+def test_every_trial_on_events_has_a_valid_configuration(name: str, grid: set[tuple[int, int]] | None) -> None:
+    search = load_search(name)
+    sampler = PointSampler(search)
+    trials: list[dict[str, Any]] = []
+    while len(trials) < 40 and (proposal := sampler.ask(len(trials))) is not None:
+        trials.append(load_config(search.recipe, {**search.space_view().fixed, **proposal.point}).model.model_dump())
+    if grid is None:
+        assert {trial["timesteps"] for trial in trials} <= {1, 4, 8}
+        assert len(trials) == 40
+    else:
+        assert sorted((trial["timesteps"], trial["neuron"]["bound"]) for trial in trials) == sorted(grid)
+    with pytest.raises(UserError, match="timesteps"):
+        load_config(search.recipe, {**search.space_view().fixed, "model.timesteps": 0})
 
 
 def test_the_search_package_reads_plain_data_only() -> None:

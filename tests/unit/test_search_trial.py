@@ -38,7 +38,7 @@ SMALL = {"model.width": 0.125, "model.stages": [1], "train.epochs": 2, "train.gl
 
 
 @pytest.fixture
-def setting(stores_dir: Path, tmp_path: Path) -> TrialSetting:
+def setting(stores_dir: Path, tmp_path: Path, no_figures: None) -> TrialSetting:
     return TrialSetting("digits", str(stores_dir / "digits"), tmp_path / "trials", shares_checkpoints=True)
 
 
@@ -230,9 +230,7 @@ def test_a_trial_that_goes_on_tells_its_best_epoch_again(setting: TrialSetting, 
     assert len(again.rows) == 1
 
 
-def test_a_trial_that_is_asked_to_stop_resumes_bit_by_bit(
-    setting: TrialSetting, stores_dir: Path, no_figures: None
-) -> None:
+def test_a_trial_that_is_asked_to_stop_resumes_bit_by_bit(setting: TrialSetting, stores_dir: Path) -> None:
     """Asked in its first step, and when its first epoch is reported."""
     alone = replace(setting, shares_checkpoints=False)
     clean = as_trial(alone)(SMALL, "clean", Reports())

@@ -14,7 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from spikefleet import plot_text, plots
+from spikefleet import canvas, plot_text, plots
 from spikefleet.cli.output import print_json, print_json_line
 from spikefleet.cli.tables import print_record, print_table, text
 from spikefleet.status import counting, one_line, print_line, printable, waiting
@@ -175,3 +175,19 @@ def test_a_plot_that_fails_is_a_warning_and_says_so_and_a_full_disk_is_not(
     monkeypatch.setattr(plots, "save", full)
     with pytest.raises(OSError, match="No space left"):
         plots.confusion_matrix(np.eye(1), ["a"], tmp_path / "full.png")
+
+
+@pytest.mark.parametrize("values", [[1.0, 1000.0], [12.0, 108.0], [2e-5, 3e-5]])
+def test_axes_of_powers_have_numbers_where_formulas_are_plain_text(values: list[float], tmp_path: Path) -> None:
+    figure, axis = canvas.subplots()
+    axis.set(yscale="log", ylim=(min(values), max(values)))
+
+    def labels() -> list[str]:
+        both = (axis.yaxis.get_major_ticks(), axis.yaxis.get_minor_ticks())
+        return [tick.label1.get_text() for ticks in both for tick in ticks if tick.label1.get_text()]
+
+    figure.canvas.draw()
+    assert any("mathdefault" in label for label in labels())
+    canvas.save(figure, tmp_path / "axis.png")
+    assert labels()
+    assert all(np.isfinite(float(label.replace("\N{MINUS SIGN}", "-"))) for label in labels())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 
 from spikefleet_tune.errors import SearchError
 from spikefleet_tune.messages import counted
@@ -54,14 +55,44 @@ def refuse_what_never_fits(resources: ResourcesConfig, nodes: Iterable[Mapping[s
     present = list(nodes)
     if trials_at_once(resources, present):
         return
-    cpus, gpus = (sum(node.get(kind, 0.0) for node in present) for kind in ("CPU", "GPU"))
+    raise SearchError(
+        f"a trial needs {needed_by_trial(resources)}, but the cluster has {there(present)}; lower resources.workers, "
+        "cpus_per_worker or gpus_per_worker, or set resources.autoscaling=true where hosts will join"
+    )
+
+
+def needed_by_trial(resources: ResourcesConfig) -> str:
+    """Such as "2 x 1 CPUs and 2 x 1 GPUs"."""
     needed = f"{resources.workers} x {resources.cpus_per_worker:g} CPUs"
     if resources.gpus_per_worker:
         needed += f" and {resources.workers} x {resources.gpus_per_worker:g} GPUs"
-    raise SearchError(
-        f"a trial needs {needed}, but the cluster has {cpus:g} CPUs and {gpus:g} GPUs on "
-        f"{counted(len(present), 'node')}; lower resources.workers, cpus_per_worker or gpus_per_worker"
-    )
+    return needed
+
+
+def there(nodes: Iterable[Mapping[str, float]]) -> str:
+    """Such as "4 CPUs and 0 GPUs on 2 nodes"."""
+    present = list(nodes)
+    cpus, gpus = (sum(node.get(kind, 0.0) for node in present) for kind in ("CPU", "GPU"))
+    return f"{cpus:g} CPUs and {gpus:g} GPUs on {counted(len(present), 'node')}"
+
+
+@contextmanager
+def requested(resources: ResourcesConfig) -> Iterator[None]:
+    """Asks the autoscaler of a cluster that grows for what the trials need, for the length of the block."""
+    if not resources.autoscaling:
+        yield
+        return
+    from ray.autoscaler.sdk import request_resources
+
+    worker = {"CPU": resources.cpus_per_worker}
+    if resources.gpus_per_worker:
+        worker["GPU"] = resources.gpus_per_worker
+    request_resources(bundles=[worker] * (resources.workers * (resources.max_concurrent or 1)))
+    try:
+        yield
+    finally:
+        with suppress(Exception):  # a cluster that is gone needs no release
+            request_resources(bundles=[])
 
 
 def check_population(search: Search, trials: int | None, nodes: Iterable[Mapping[str, float]]) -> None:

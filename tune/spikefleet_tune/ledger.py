@@ -67,6 +67,9 @@ class SearchObserver(Protocol):
     def on_trial_lost(self, trial: TrialStart, reason: str) -> None:
         """A trial's process is lost, and the trial will run again."""
 
+    def on_waiting(self, what: str) -> None:
+        """No trial fits into the cluster: what the search waits for, as a sentence; empty when one fits again."""
+
     def on_stopping(self) -> None:
         """A signal arrived: the running trials stop after their step; a second signal does not wait for them."""
 
@@ -90,6 +93,9 @@ class SilentObserver:
         """Does nothing."""
 
     def on_trial_lost(self, trial: TrialStart, reason: str) -> None:
+        """Does nothing."""
+
+    def on_waiting(self, what: str) -> None:
         """Does nothing."""
 
     def on_stopping(self) -> None:
@@ -208,6 +214,10 @@ class Ledger:
     def has_ended(self, number: int) -> bool:
         """Whether a trial has nothing more to do: it has sent its last report, or is recorded."""
         return number not in self.live or self.live[number].end is not None
+
+    def waits(self, what: str) -> None:
+        """No trial fits into the cluster; an empty sentence: one fits again."""
+        self._notify("on_waiting", what)
 
     def stopping(self) -> None:
         """The search was asked to stop."""

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 from ray import tune
+from ray.tune.execution import class_cache
 from ray.tune.experiment.config_parser import _create_trial_from_spec, _make_parser
 from ray.tune.search.search_algorithm import SearchAlgorithm
 from ray.tune.stopper import Stopper
@@ -25,7 +26,7 @@ from spikefleet_tune.capacity import nodes_of_cluster, trial_request, trials_at_
 from spikefleet_tune.interruption import Interrupted, handling
 from spikefleet_tune.journal import Clock, Past, SearchFolder
 from spikefleet_tune.ledger import Ledger
-from spikefleet_tune.lost_hosts import Hosts
+from spikefleet_tune.lost_hosts import Hosts, Waits
 from spikefleet_tune.samplers import PointSampler
 from spikefleet_tune.schedulers import Scheduler
 from spikefleet_tune.search_file import Search
@@ -35,6 +36,8 @@ SCRATCH = "ray_tune"
 """Ray Tune's own files in the search's directory; no attempt reads those of another."""
 
 _CAPACITY_EVERY = 2.0
+_KEPT_HERE = frozenset({"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"})
+"""Variables that Ray Tune would send with each trial: into its logs, and to everybody with the cluster's token."""
 
 
 def total_trials(search: Search, past: Past) -> int | None:
@@ -58,6 +61,8 @@ class TrialSource(SearchAlgorithm):
         self._spec: dict[str, Any] = {}
         self.interrupted: int | None = None
         """The signal that ended the attempt."""
+        self.overdue: str | None = None
+        """Why the attempt has ended, if it waited for hosts for too long."""
 
     def _foreseen(self, past: Past) -> int | None:
         """Trials of the whole search, if that is known."""
@@ -88,7 +93,7 @@ class TrialSource(SearchAlgorithm):
 
     def is_finished(self) -> bool:
         """Whether no trial is left to start."""
-        if self._finished or self.interrupted is not None or self.out_of_time:
+        if self._finished or self.interrupted is not None or self.overdue is not None or self.out_of_time:
             return True
         if self._again:
             return False
@@ -129,6 +134,7 @@ def run_on_tune(
     ledger: Ledger,
     clock: Clock,
     grace_s: float,
+    wait_minutes: float,
 ) -> None:
     """Runs one attempt, until the budget ends or the user interrupts it.
 
@@ -141,16 +147,19 @@ def run_on_tune(
         ledger: records what happens to the trials.
         clock: measures the hours of the budget.
         grace_s: seconds in which running trials may save their state when a signal arrives.
+        wait_minutes: how long the search may wait for hosts while no trial fits; -1: for ever.
     """
     scratch = folder.path / SCRATCH
     shutil.rmtree(scratch, ignore_errors=True)
     stop = scratch / "stop.json"
     stopping = _Stopping(source, ledger, stop, grace_s)
-    hosts = Hosts(search.resources)
+    hosts, waits = Hosts(search.resources), Waits(search.resources, wait_minutes, ledger.waits)
 
     class Bookkeeper(tune.Callback):
         def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
             stopping.running = {int(trial.trial_id) for trial in trials if trial.status == "RUNNING"}
+            waits.tick()
+            source.overdue = waits.overdue
 
         def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             ledger.running(int(trial.trial_id), trial.config)
@@ -178,6 +187,8 @@ def run_on_tune(
 
         def stop_all(self) -> bool:
             clock.tick()
+            if source.overdue is not None:
+                return True
             return source.out_of_time if source.interrupted is None else stopping.is_over()
 
     config = search.scheduler
@@ -238,7 +249,7 @@ class _Stopping:
 
 @contextmanager
 def _tune_environment(population: int | None) -> Iterator[None]:
-    """Sets what Ray Tune's driver reads from the environment, and what it logs; restores both at the end."""
+    """Sets what Ray Tune's driver reads from the environment, sends of it, and logs; restores all at the end."""
     settings = {
         "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # the last report has a status, no metrics
         "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -248,14 +259,23 @@ def _tune_environment(population: int | None) -> Iterator[None]:
         **({"TUNE_MAX_PENDING_TRIALS_PG": str(population)} if population else {}),
     }
     before = {key: os.environ.get(key) for key in settings}
-    controller = logging.getLogger("ray.tune.execution.tune_controller")
-    level = controller.level
+    # The traceback of each failed trial, and paragraphs on places that are missing: the observer says both in a line.
+    execution = "ray.tune.execution"
+    loggers = [
+        logging.getLogger(f"{execution}.{name}") for name in ("tune_controller", "insufficient_resources_manager")
+    ]
+    levels = [logger.level for logger in loggers]
     os.environ.update(settings)
-    controller.setLevel(logging.CRITICAL)  # the traceback of each failed trial, of which the observer says the reason
+    propagated = class_cache.ENV_VARS_TO_PROPAGATE
+    class_cache.ENV_VARS_TO_PROPAGATE = propagated - _KEPT_HERE
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        controller.setLevel(level)
+        class_cache.ENV_VARS_TO_PROPAGATE = propagated
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         for key, value in before.items():
             if value is None:
                 os.environ.pop(key, None)

@@ -10,8 +10,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from spikefleet_tune.capacity import check_population, nodes_of_cluster, refuse_what_never_fits
-from spikefleet_tune.errors import SearchError
+from spikefleet_tune.capacity import check_population, nodes_of_cluster, refuse_what_never_fits, requested
+from spikefleet_tune.errors import SearchError, WaitedTooLong
 from spikefleet_tune.interruption import Interrupted
 from spikefleet_tune.journal import Clock, Past, SearchFolder, TrialRecord, WarmStartPoint
 from spikefleet_tune.ledger import Ledger, SearchObserver, SilentObserver
@@ -45,6 +45,7 @@ def run_search(
     extend: int = 0,
     retry_failed: bool = False,
     grace_s: float = 30.0,
+    wait_minutes: float = -1,
 ) -> SearchResult:
     """Runs a search, or resumes the one of this name, until its budget is used up.
 
@@ -62,19 +63,22 @@ def run_search(
         extend: number of trials to add to a search that is complete.
         retry_failed: run each failed trial once more.
         grace_s: seconds in which running trials may save their state when a signal asks the search to stop.
+        wait_minutes: how long the search may wait for hosts while no trial fits; -1: for ever.
 
     Returns:
         The trials that have ended, in this and earlier attempts.
 
     Raises:
         SearchError: the search is already running, was started with other settings, or never fits into this cluster.
+        WaitedTooLong: no trial fitted into the cluster for `wait_minutes`; the same name resumes.
         Interrupted: SIGINT or SIGTERM; running trials save their state and stop, and the same name resumes them. A
             second signal does not wait for them.
     """
     folder = SearchFolder(storage, name)
     scheduler = build_scheduler(search, mutable)
     nodes = nodes_of_cluster()
-    refuse_what_never_fits(search.resources, nodes)
+    if not search.resources.autoscaling:
+        refuse_what_never_fits(search.resources, nodes)
     _check_warm_start(search, warm_start)
     with folder.lock():
         folder.drop_torn_line()
@@ -92,11 +96,14 @@ def run_search(
         if isinstance(scheduler, Population):
             check_population(search, source.left, nodes)
         if not source.is_finished():
-            run_on_tune(search, trainable, folder, scheduler, source, ledger, clock, grace_s)
+            with requested(search.resources):
+                run_on_tune(search, trainable, folder, scheduler, source, ledger, clock, grace_s, wait_minutes)
             clock.tick(force=True)
         shutil.rmtree(folder.path / SCRATCH, ignore_errors=True)
         if source.interrupted is not None:
             raise Interrupted(source.interrupted)
+        if source.overdue is not None:
+            raise WaitedTooLong(source.overdue)
         done = _complete(search, folder.read(), sampler)
         return _result(folder, search, ledger.records, clock.seconds, done)
 

@@ -73,6 +73,11 @@ class ResourcesConfig(Part):
         None, ge=1, le=1_000_000, description="trials at a time; default: as many as fit into the cluster"
     )
     retries: int = Field(1, ge=0, description="restarts of a trial whose process died")
+    autoscaling: bool = Field(
+        False,
+        description="the cluster grows: hosts that are missing are asked for, for max_concurrent trials (one if not "
+        "set), and waited for, not refused",
+    )
 
 
 class Search(Part):

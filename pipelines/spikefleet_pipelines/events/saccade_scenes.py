@@ -79,6 +79,7 @@ class SaccadeScenes:
         pauses: whether the digits stop twice, for 200 to 400 ms each; recordings are then 1.2 s long instead of 0.2 s.
         sides: of the smallest and the largest digit in pixels.
         speeds: of the slowest and the fastest digit in pixels a second.
+        one_class: whether all digits are of the class `digit`, so that what counts is where they are.
     """
 
     digits: Digits
@@ -88,10 +89,15 @@ class SaccadeScenes:
     pauses: bool = False
     sides: tuple[int, int] = (14, 32)
     speeds: tuple[float, float] = (20.0, 70.0)
+    one_class: bool = False
     sensor: ClassVar[Sensor] = (SIDE, SIDE)
     frame_us: ClassVar[int] = 50_000
-    class_names: ClassVar[tuple[str, ...]] = tuple(map(str, range(10)))
     effects: ClassVar[LabelEffects] = label_effects_of("saccade_scenes")
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        return ("digit",) if self.one_class else tuple(map(str, range(10)))
 
     @property
     def duration_us(self) -> int:
@@ -147,9 +153,10 @@ class SaccadeScenes:
             if start is None:
                 continue
             brightness = np.float32(_LEAST_BRIGHTNESS + (1 - _LEAST_BRIGHTNESS) * own[4])
+            label = 0 if self.one_class else int(labels[number])
             length = side + 2 * _PAD + 2
             patch = enlarge(images[number], np.array([float(side)]), np.full((1, 2), _PAD + 1.0), (length, length))
-            objects.append(_Object(brightness * patch, start, velocity, _tight_box(patch[0]), int(labels[number])))
+            objects.append(_Object(brightness * patch, start, velocity, _tight_box(patch[0]), label))
         return objects
 
 

@@ -205,9 +205,10 @@ def _refuse_changed_files(out: Path, origin: "Origin | None") -> None:
         return
     written = (out / MANIFEST_NAME).stat().st_mtime_ns
     if not is_built_from(out, origin, written, [out.parent.absolute()]):
+        other = out.with_name(Path(origin.root).name)
         raise StoreError(
             f"{out} was prepared from other files than those that are in {origin.root} now; use --overwrite to prepare "
-            "it again, or choose another directory"
+            f"these in its place, or choose another directory{'' if other.exists() else f', such as --out {other}'}"
         )
 
 

@@ -20,6 +20,8 @@ _USUAL = {
     "y1": ("y1", "ymin", "top"),
     "x2": ("x2", "xmax", "right"),
     "y2": ("y2", "ymax", "bottom"),
+    "width": ("width", "imagewidth", "imgwidth"),
+    "height": ("height", "imageheight", "imgheight"),
 }
 """Names of columns, as `plain_name` gives them."""
 _EDGES = ("x1", "y1", "x2", "y2")
@@ -41,6 +43,8 @@ class Row:
     group: str | None
     edges: tuple[float, float, float, float] | None
     """x1 y1 x2 y2 in pixels; None in a table of classes, and for an image without objects."""
+    size: tuple[float, float] | None = None
+    """Height and width that the table states beside the edges, of the image as a rule."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +195,9 @@ def _row(path: Path, number: int, values: Sequence[str], columns: Mapping[str, i
     if not value["label"] and not empty:
         raise SourceError(f"{where}: image {short(value['path'])} has no class; write it, or remove the line")
     box = _edges(where, edges) if edges and not empty else None
-    return Row(where, value["path"], value["label"], value.get("split"), value.get("group"), box)
+    stated = [plain_number(value.get(kind, "")) for kind in ("height", "width")]
+    size = (stated[0], stated[1]) if stated[0] is not None and stated[1] is not None else None
+    return Row(where, value["path"], value["label"], value.get("split"), value.get("group"), box, size)
 
 
 def _edges(where: str, texts: Sequence[str]) -> tuple[float, float, float, float]:

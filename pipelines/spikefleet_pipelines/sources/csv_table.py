@@ -3,9 +3,9 @@
 With a header, columns are found by their usual names, or by the option `columns`. Without one, a table has 2 columns
 (path, label), 3 (path, label, split) or 6 (path, x1, y1, x2, y2, class: the format of keras-retinanet, whose images
 without objects have five empty fields). Boxes are edges in pixels, from 0, of the image as it is seen, after its EXIF
-rotation; an image with several objects has several rows. Paths are relative to the option `images`, the table's
-directory, or the root. Classes are in the order of their names (of their values, if all are whole numbers), numbered
-from 1 for boxes.
+rotation; an image with several objects has several rows, and columns `width` and `height` must be its size. Paths are
+relative to the option `images`, the table's directory, or the root. Classes are in the order of their names (of their
+values, if all are whole numbers), numbered from 1 for boxes.
 """
 
 from collections import Counter
@@ -134,6 +134,7 @@ def _boxes(
             image = FoundImage(path, height, width, group=rows[0].group)
             for row in rows:
                 if row.edges is not None:
+                    _check_size(row, height, width)
                     x1, y1, x2, y2 = row.edges
                     image.boxes.append((x1, y1, x2 - x1, y2 - y1))
                     image.labels.append(index[row.label])
@@ -141,3 +142,15 @@ def _boxes(
             splits[split].append(image)
     ids = range(1, len(classes) + 1)
     return boxed_contents(CSV.name, root, classes, ids, splits, options, seed, unused, _ADVICE)
+
+
+def _check_size(row: Row, height: int, width: int) -> None:
+    """Compare the size that a table states with that of the image: boxes of another size would be of other pixels."""
+    if row.size is None or row.edges is None or not height:
+        return
+    x1, y1, x2, y2 = row.edges
+    if row.size not in ((height, width), (y2 - y1, x2 - x1), (y2 - y1 + 1, x2 - x1 + 1)):
+        raise SourceError(
+            f"{row.where} says {row.size[1]:g} x {row.size[0]:g} pixels (width, height), but {short(row.path)} has "
+            f"{width} x {height}, upright; the boxes are of another image: correct one of them, or remove the columns"
+        )

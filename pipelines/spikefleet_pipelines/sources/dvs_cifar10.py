@@ -19,7 +19,8 @@ from spikefleet_pipelines.store.event_format import EventFormat
 _SENSOR = (128, 128)
 _CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _SUFFIXES = frozenset({".aedat", ".aedat4"})
-_ORIENTATIONS = {"AEDAT 2.0": "aedat2-spikingjelly", "AEDAT 4": "aedat4"}
+ORIENTATIONS = {"AEDAT 2.0": "aedat2-spikingjelly", "AEDAT 4": "aedat4"}
+"""Format of a release -> how x, y and polarity are read from it."""
 _FIRST_HUNDRED = 100
 
 
@@ -82,9 +83,9 @@ def _orientation(files: Sequence[RecordingFile]) -> str:
         except SourceError:
             continue
         first = first or (file.path, found)
-        if found not in _ORIENTATIONS or found != first[1]:
+        if found not in ORIENTATIONS or found != first[1]:
             raise SourceError(
                 f"{first[0]} is {first[1]} and {file.path} is {found}, expected all AEDAT 2.0 or all AEDAT 4, which "
                 "differ in orientation; give files of one release"
             )
-    return _ORIENTATIONS["AEDAT 2.0" if first is None else first[1]]
+    return ORIENTATIONS["AEDAT 2.0" if first is None else first[1]]

@@ -125,9 +125,15 @@ def read_saccade_scenes(root: Path, options: SaccadeScenesOptions, seed: int) ->
     """Prepare the set `SaccadeScenes`."""
     counts = {split: getattr(options, split) for split in SPLITS}
     scenes = SaccadeScenes(
-        _digits(seed), seed, counts=counts, pauses=options.pauses, sides=options.sides, speeds=options.speeds
+        _digits(seed),
+        seed,
+        counts=counts,
+        pauses=options.pauses,
+        sides=options.sides,
+        speeds=options.speeds,
+        one_class=options.one_class,
     )
-    return EventSetContents(scenes, CATEGORY_IDS)
+    return EventSetContents(scenes, CATEGORY_IDS[: len(scenes.class_names)])
 
 
 def _digits(seed: int) -> Digits:

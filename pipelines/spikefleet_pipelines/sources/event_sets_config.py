@@ -34,6 +34,11 @@ class SaccadeScenesOptions(SourceOptions):
         exclude_if=partial(eq, (20.0, 70.0)),
         description="speeds of the slowest and the fastest digit in pixels a second",
     )
+    one_class: bool = Field(
+        default=False,
+        exclude_if=partial(eq, False),
+        description="true: all digits are of one class, `digit`, so that what counts is where they are",
+    )
 
     @model_validator(mode="after")
     def _ranges_rise(self) -> Self:

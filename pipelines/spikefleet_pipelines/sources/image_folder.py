@@ -7,6 +7,7 @@ Files that are not used, such as images in sub-folders of a class, are counted b
 stored unchanged, after each was decoded once to find broken ones.
 """
 
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -115,8 +116,10 @@ def _check_same_classes(train: Path, other: Path, of_train: Sequence[str], of_ot
         if extra
     ]
     if only:
+        forms = [{unicodedata.normalize("NFC", name) for name in names} for names in (of_train, of_other)]
+        why = " (their names are in two forms of Unicode; rename those of one)" if forms[0] == forms[1] else ""
         raise SourceError(
-            f"class folders of {train} and {other} differ ({'; '.join(only)}); give both the same classes"
+            f"class folders of {train} and {other} differ ({'; '.join(only)}); give both the same classes{why}"
         )
 
 

@@ -22,6 +22,9 @@ from spikefleet_pipelines.store.manifest import is_text
 
 _BOX_KEYS = ("bbox", "bboxes", "boxes", "box")
 _CLASS_KEYS = ("category", "categories", "category_id", "label", "labels", "class", "classes", "cls")
+_LONGEST_NAME = 1000
+"""Most characters of the name of a class: longer text is of an image, and not of a class."""
+
 _NO_CLASS = "images without a class (label -1 or none)"
 
 Label = int | str
@@ -131,7 +134,10 @@ def _first_of(where: str, found: Mapping[str, Any], keys: Sequence[str]) -> Any:
 def _box(where: str, box: Any, corners: bool) -> Box:
     if not isinstance(box, list | tuple) or len(box) != 4 or not all(_is_number(value) for value in box):
         raise SourceError(f"{where}: box {short(box)} is not four numbers; correct the record")
-    x, y, right, bottom = map(float, box)
+    try:
+        x, y, right, bottom = map(float, box)
+    except OverflowError:
+        raise SourceError(f"{where}: box {short(box)} has a number that is too large; correct the record") from None
     width, height = (right - x, bottom - y) if corners else (right, bottom)
     if not np.isfinite([x, y, width, height]).all() or min(width, height) < 0:
         form = "x1 y1 x2 y2" if corners else "x y width height"
@@ -152,9 +158,12 @@ def _label(where: str, value: Any) -> Label:
                 f"{where}: class {short(value)} is no index from 0 to {MAX_CLASSES - 1:,}; write indices from 0"
             )
         return value
-    if isinstance(value, str) and value.strip() and is_text(value):
+    if isinstance(value, str) and value.strip() and is_text(value) and len(value) <= _LONGEST_NAME:
         return value.strip()
-    raise SourceError(f"{where}: class {short(value)} is no index from 0 and no name; correct the record")
+    raise SourceError(
+        f"{where}: class {short(value)} is no index from 0 and no name (text of at most {_LONGEST_NAME:,} characters); "
+        "correct the record"
+    )
 
 
 def _with_class(records: Iterable[Record], unused: Counter[str]) -> list[Record]:

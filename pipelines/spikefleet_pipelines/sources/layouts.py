@@ -7,6 +7,9 @@ from spikefleet_pipelines.errors import SourceError
 from spikefleet_pipelines.sources.own_splits_config import SPLIT_FOLDERS
 from spikefleet_pipelines.store.image_files import images_below
 
+_OF_COCO = ("annotations/*.json", "instances_*.json", "*coco*.json")
+"""Files of boxes that are named as people name them; which images are of which is not said."""
+
 _SPLITS = tuple(name for names in SPLIT_FOLDERS.values() for name in names)
 
 
@@ -29,6 +32,11 @@ def source_of(root: Path) -> str:
         )
     if found:
         return found[0]
+    if (boxes := next(filter(None, (next(root.glob(one), None) for one in _OF_COCO)), None)) is not None:
+        raise SourceError(
+            f"{root} has {boxes.relative_to(root)}; if that is COCO's format, prepare each split from its images and "
+            f"its file: spikefleet data prepare coco --images DIR --annotations {boxes} --split train --out STORE"
+        )
     if any(next(images_below(folder), None) for folder in _class_folders(root)):
         return "image_folder"
     inside = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"

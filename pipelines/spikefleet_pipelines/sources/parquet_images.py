@@ -3,12 +3,13 @@
 An image is a struct `{bytes, path}`, or bytes. Its class is a column of indices, whose names are in the schema's
 metadata `huggingface` (a ClassLabel), or of names. Objects are a column of lists: `{bbox: [...], category: [...]}`, or
 a list of `{bbox, category}`. The split is in the name of the file or of its folder. Pixels are read when the store is
-written, one row group at a time.
+written, a few rows at a time: values that are encoded by a dictionary are in the file once, and any number of times in
+memory.
 """
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -27,7 +28,13 @@ from spikefleet_pipelines.sources.text_files import short
 from spikefleet_pipelines.store.image_files import MAX_FILE_BYTES
 
 MAX_GROUP_BYTES = 1 << 31
-"""Most bytes of a column in a row group, without compression: each task of preparation decodes one at a time."""
+"""Most bytes of a column in a row group, without compression: pages and dictionaries are read whole."""
+
+MAX_GROUP_VALUES = 1 << 24
+"""Most values of a column of classes or objects in a row group: equal values take next to no bytes in the file."""
+
+MAX_BATCH_BYTES = 1 << 26
+"""Most bytes of the rows that are decoded at once, but for a single row that is larger."""
 
 _IMAGES = ("image", "img", "picture")
 _LABELS = ("label", "labels", "class", "category", "fine_label")
@@ -60,7 +67,7 @@ class ParquetImage:
         try:
             there = self.file.stat()
             stamp = there.st_mtime_ns, there.st_size
-            value = _row_group(self.file, self.column, self.group, stamp)[self.row].as_py()
+            value = _rows(self.file, self.column, self.group, stamp).value(self.row)
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"the row group cannot be read: {_first_line(error)}") from None
         if isinstance(value, Mapping):
@@ -77,11 +84,54 @@ class ParquetImage:
         return bytes(value)
 
 
+class _Rows:
+    """The values of a column of a row group; quick where they are asked for in the order of the rows."""
+
+    def __init__(self, file: Path, column: str, group: int) -> None:
+        self._file, self._column, self._group = pq.ParquetFile(file), column, group
+        self._restart()
+
+    def _restart(self) -> None:
+        self._batches = _batches(self._file, self._group, self._column)
+        self._first, self._batch = 0, pa.nulls(0)
+        self._failure: Exception | None = None
+
+    def value(self, row: int) -> Any:
+        """Return the value of a row. Raises OSError or pa.ArrowException if it cannot be read."""
+        if row < self._first:
+            self._restart()
+        while row >= self._first + len(self._batch):
+            self._advance()
+        return self._batch[row - self._first].as_py()
+
+    def _advance(self) -> None:
+        if self._failure is not None:  # what is behind damage cannot be read, for the same reason
+            raise self._failure
+        try:
+            following = next(self._batches, None)
+        except (pa.ArrowException, OSError) as error:
+            self._failure = error
+            raise
+        self._first += len(self._batch)
+        if following is None:
+            raise OSError(f"it has {self._first:,} rows")
+        self._batch = following
+
+
+def _batches(file: pq.ParquetFile, group: int, column: str) -> Iterator[pa.Array]:
+    """The values of a column of a row group in batches of at most `MAX_BATCH_BYTES`.
+
+    No value takes more bytes than its column has in the row group, also where a dictionary holds it once for many rows.
+    """
+    rows = max(1, min(1024, MAX_BATCH_BYTES // max(1, _column_bytes(file, group, column))))
+    for batch in file.iter_batches(rows, row_groups=[group], columns=[column], use_threads=False):
+        yield batch.column(column)
+
+
 @lru_cache(maxsize=1)
-def _row_group(file: Path, column: str, group: int, stamp: tuple[int, int]) -> Any:
-    """The column of a row group; `stamp` is the file's time and size, so that a corrected file is read anew."""
-    with pq.ParquetFile(file) as opened:
-        return opened.read_row_group(group, columns=[column]).column(column)
+def _rows(file: Path, column: str, group: int, stamp: tuple[int, int]) -> _Rows:
+    """The rows that were read last; `stamp` is the file's time and size, so that a corrected file is read anew."""
+    return _Rows(file, column, group)
 
 
 @dataclass(frozen=True)
@@ -102,8 +152,8 @@ def read_parquet(root: Path, options: ParquetOptions, seed: int) -> LabelledCont
         SourceError: there is no file, one is damaged, or its columns are not of images with classes; the message names
             file, row and value.
     """
-    _row_group.cache_clear()
-    found = root.rglob("*.parquet")
+    _rows.cache_clear()
+    found = (path for path in root.rglob("*.parquet") if not path.is_dir())  # Spark has folders of that name
     paths = [path for path in found if not any(part.startswith(".") for part in path.relative_to(root).parts)]
     if not paths:
         raise PARQUET.missing(root)
@@ -129,11 +179,13 @@ def _read_file(path: Path, options: ParquetOptions) -> tuple[_Columns, list[Reco
             for group in range(file.num_row_groups):
                 for column in (columns.image, columns.target):
                     _check_group(path, file, group, column)
-                targets = file.read_row_group(group, columns=[columns.target]).column(columns.target).to_pylist()
-                size = max(1, _column_bytes(file, group, columns.image) // max(1, len(targets)))
+                _check_values(path, file, group, columns.target)
+                rows = file.metadata.row_group(group).num_rows
+                size = max(1, _column_bytes(file, group, columns.image) // max(1, rows))
+                targets = (value for batch in _batches(file, group, columns.target) for value in batch)
                 for row, target in enumerate(targets):
                     image = ParquetImage(path, columns.image, group, row, len(records), size)
-                    records.append(_record(image, target, columns, options))
+                    records.append(_record(image, target.as_py(), columns, options))
             return columns, records
     except (pa.ArrowException, OSError) as error:
         raise SourceError(f"{path} cannot be read as Parquet: {_first_line(error)}; replace the file") from error
@@ -156,13 +208,29 @@ def _check_group(path: Path, file: pq.ParquetFile, group: int, column: str) -> N
         )
 
 
+def _check_values(path: Path, file: pq.ParquetFile, group: int, column: str) -> None:
+    values = max((one.num_values for one in _chunks(file, group, column)), default=0)
+    if values > MAX_GROUP_VALUES:
+        raise SourceError(
+            f"{path}: row group {group} of column {column!r} has {values:,} values, expected at most "
+            f"{MAX_GROUP_VALUES:,}; write the file anew with smaller row groups (pyarrow: row_group_size=100)"
+        )
+
+
 def _column_bytes(file: pq.ParquetFile, group: int, column: str) -> int:
+    return sum(one.total_uncompressed_size for one in _chunks(file, group, column))
+
+
+def _chunks(file: pq.ParquetFile, group: int, column: str) -> Iterator[pq.ColumnChunkMetaData]:
+    """What a row group has of a column: one chunk, or one for each field of a struct."""
     of_group = file.metadata.row_group(group)
     held = (of_group.column(number) for number in range(of_group.num_columns))
-    return sum(one.total_uncompressed_size for one in held if one.path_in_schema.split(".")[0] == column)
+    return (one for one in held if one.path_in_schema == column or one.path_in_schema.startswith(f"{column}."))
 
 
 def _columns(path: Path, schema: pa.Schema, options: ParquetOptions) -> _Columns:
+    if twice := next((name for name in schema.names if schema.names.count(name) > 1), None):
+        raise SourceError(f"{path} has several columns {twice!r}; write the file anew with other names")
     features = _features(path, schema)
     image = _named(path, schema, options.image, "image") or _image_column(path, schema, features)
     given = _named(path, schema, options.label, "label")
@@ -204,6 +272,8 @@ def _image_column(path: Path, schema: pa.Schema, features: Mapping[str, Any]) ->
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _holds_bytes(kind.value_type)
     if pa.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))

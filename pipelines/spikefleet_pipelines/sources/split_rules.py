@@ -6,7 +6,9 @@ patient, one place, one video) stay together. Without a test split, "test" is an
 """
 
 import hashlib
+import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Protocol, Self, TypeVar
 
@@ -74,11 +76,18 @@ def divide_splits(
             "or one of the two"
         )
     train = given["train"]
-    chosen = choose_part(_digests(groups["train"]), strata, holdout, seed, least=1)
+    digests = _digests(groups["train"])
+    chosen = choose_part(digests, strata, holdout, seed, least=1)
+    if not chosen.any() and _of_several_classes(groups["train"], strata):
+        strata = np.zeros(len(train), np.int64)  # a video is more than the part of one class: a part of all images
+        chosen = choose_part(digests, strata, holdout, seed, least=1)
     if not chosen.any():
+        what = "the images" if not strata.any() else "a class"
+        least = _least_holdout(groups["train"], strata)
+        enough = "" if least is None else f"set option holdout to {least:.2f} or more, or "
         raise SourceError(
             f"source {source!r}: the {len(train):,} training images are {len(set(groups['train'])):,} groups, of which "
-            f"none is within {holdout:.2%} of a class; set a larger holdout, or give a val split"
+            f"none is within {holdout:.2%} of {what}; {enough}give a val split"
         )
     divided = {"train": train.select(np.flatnonzero(~chosen)), "val": train.select(np.flatnonzero(chosen))}
     reported = given.get("test", given.get("val"))
@@ -108,6 +117,19 @@ def group_names(source: str, names: Sequence[str], pattern: str | None) -> list[
             )
         found.append((match[1] if match.re.groups else match[0]) or "")
     return found
+
+
+def _of_several_classes(groups: Sequence[str], strata: NDArray[np.int64]) -> bool:
+    """Whether a group has images of several strata."""
+    return len(set(zip(groups, strata.tolist(), strict=True))) > len(set(groups))
+
+
+def _least_holdout(groups: Sequence[str], strata: NDArray[np.int64]) -> float | None:
+    """The fraction from which on a group can be held out, rounded up; None where each is all of its stratum."""
+    sizes, first = Counter(groups), dict(zip(reversed(groups), reversed(strata.tolist()), strict=True))
+    totals = Counter(first[group] for group in groups)
+    shares = [sizes[group] / totals[first[group]] for group in sizes if sizes[group] < totals[first[group]]]
+    return math.ceil(100 * min(shares)) / 100 if shares else None
 
 
 def _refuse_shared_groups(source: str, groups: Mapping[str, Sequence[str]]) -> None:

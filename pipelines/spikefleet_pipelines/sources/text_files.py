@@ -2,6 +2,7 @@
 
 import math
 import os
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -72,13 +73,19 @@ def place_below(root: Path, name: str, bases: Sequence[Path]) -> Path | None:
     without = plain
     while without.startswith("../"):
         without = without[3:]
-    inside = Path(os.path.normpath(root))
     for tail in dict.fromkeys((plain, without, without.partition("/")[2])):
         for base in bases if tail else ():
-            place = Path(os.path.normpath(base / tail))
-            if place.is_relative_to(inside) and (place.exists() or place.is_symlink()):
-                return place
+            # An archive of macOS has other forms of accented letters than a list that was written elsewhere.
+            for form in dict.fromkeys((tail, *(unicodedata.normalize(one, tail) for one in ("NFC", "NFD")))):
+                place = Path(os.path.normpath(base / form))
+                if _is_inside(root, place) and (place.exists() or place.is_symlink()):
+                    return place
     return None
+
+
+def _is_inside(root: Path, place: Path) -> bool:
+    """Whether a path is below a directory, or is it; of relative paths alone, `../x` would be below `.`."""
+    return Path(os.path.abspath(place)).is_relative_to(os.path.abspath(root))  # noqa: PTH100 -- follows no link
 
 
 def listed_path(where: str, root: Path, name: str, bases: Sequence[Path]) -> Path:
@@ -97,6 +104,6 @@ def listed_path(where: str, root: Path, name: str, bases: Sequence[Path]) -> Pat
     if found is not None:
         return found
     place = Path(os.path.normpath(bases[0] / name.replace("\\", "/")))
-    if "\0" in name or not place.is_relative_to(os.path.normpath(root)):
+    if "\0" in name or not _is_inside(root, place):
         raise SourceError(f"{where}: {short(name)} is not found in {root}; correct the path, or remove the line")
     return place

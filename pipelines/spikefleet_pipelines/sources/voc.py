@@ -110,13 +110,15 @@ def _images_folder(root: Path) -> Path:
 def _listed(path: Path, root: Path, images: dict[str, Path], folder: Path) -> list[_Labelled]:
     found = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
-        words = line.split()  # lists of one class have -1, 0 or 1 after the name
-        if not words:
+        name = line.strip()
+        if not name:
             continue
-        image, xml = images.get(words[0]), root / "Annotations" / f"{words[0]}.xml"
+        if name not in images:  # lists of one class have -1, 0 or 1 after the name, which may have spaces
+            name = re.sub(r"\s+(-1|0|1)$", "", name)
+        image, xml = images.get(name), root / "Annotations" / f"{name}.xml"
         if image is None:
             raise SourceError(
-                f"{path}, line {number}: image {short(words[0])} is not in {folder}; add it, or remove the line"
+                f"{path}, line {number}: image {short(name)} is not in {folder}; add it, or remove the line"
             )
         if not xml.is_file():
             raise SourceError(f"{path}, line {number}: {xml} is missing; add it, or remove the line")
@@ -132,7 +134,8 @@ def _in_folder(folder: Path, unused: Counter[str]) -> list[_Labelled]:
     found = []
     listed = list_images(_images_folder(folder))
     for image in listed.images:
-        xml = next((file for place in places if (file := place / f"{image.stem}.xml").is_file()), None)
+        names = [place / f"{image.stem}{suffix}" for place in places for suffix in (".xml", ".XML")]
+        xml = next(filter(Path.is_file, names), None)
         if xml is None:
             unused[_WITHOUT_XML] += 1
         else:

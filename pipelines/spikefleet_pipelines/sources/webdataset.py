@@ -69,7 +69,7 @@ def read_webdataset(root: Path, options: WebDatasetOptions, seed: int) -> Labell
         SourceError: there is no shard, one is damaged, or a sample is not one image with its class; the message names
             shard and sample.
     """
-    paths = [path for path in root.rglob("*.tar") if not path.name.startswith(".")]
+    paths = [path for path in root.rglob("*.tar") if not path.name.startswith(".") and not path.is_dir()]
     if not paths:
         packed = next((path for path in root.rglob("*") if path.name.lower().endswith(_PACKED)), None)
         if packed is not None:
@@ -149,8 +149,37 @@ def _samples(path: Path, shard: tarfile.TarFile, unused: Counter[str]) -> Iterat
         if extension.lower() in sample.fields:
             raise SourceError(f"{path}: {short(member.name)} is there twice; write the shard anew")
         sample.fields[extension.lower()] = member
+    _check_end(path, shard.offset)
     if sample is not None:
         yield sample
+
+
+def _check_end(path: Path, at: int) -> None:
+    """Check that an archive ends where no further header was found, since tarfile also stops at damage.
+
+    Args:
+        path: of the shard.
+        at: byte at which the two blocks of zeros of the end are expected.
+
+    Raises:
+        SourceError: a damaged header, another archive, or nothing is there.
+    """
+    with path.open("rb") as file:
+        file.seek(at)
+        block = file.read(tarfile.BLOCKSIZE)
+        if len(block) < tarfile.BLOCKSIZE:
+            raise SourceError(
+                f"{path} is cut off at byte {at:,}: it has no end of the archive, as where its writer was killed; "
+                "write the shard anew, or append the end if nothing is missing (truncate -s +1024 FILE)"
+            )
+        if any(block):
+            raise SourceError(f"{path} is damaged at byte {at:,}, where the header of a file should be; write it anew")
+        while rest := file.read(1 << 20):
+            if rest.strip(b"\0"):
+                raise SourceError(
+                    f"{path}: more follows the end of the archive at byte {at:,}, as where shards were joined by cat; "
+                    "join them by tar --concatenate, or give each by itself"
+                )
 
 
 def _record(path: Path, sample: _Sample, options: WebDatasetOptions, unused: Counter[str]) -> Record:

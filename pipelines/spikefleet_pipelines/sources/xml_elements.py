@@ -74,4 +74,8 @@ def read_xml(path: Path) -> Element:
         raise SourceError(
             f"{path}, line {error.lineno}: it is no XML ({expat.ErrorString(error.code)}); replace the file"
         ) from None
+    except (LookupError, ValueError) as error:  # an encoding that Python does not know, or of several bytes
+        if isinstance(error, SourceError):
+            raise
+        raise SourceError(f"{path}: its encoding cannot be read ({error}); save the file as UTF-8") from None
     return top.children[0]

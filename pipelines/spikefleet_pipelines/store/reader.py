@@ -42,6 +42,16 @@ def _named(manifest: Manifest, store: Path | str) -> Manifest:
     return manifest.model_copy(update={"name": name})
 
 
+def _what_to_prepare(folder: Path) -> str:
+    """What a folder lacks to be a store, and how to make one: of the raw files in it, or there."""
+    if not folder.is_dir():
+        return f"there is no such directory; run `spikefleet data prepare SOURCE --out {folder}`"
+    lacks = f"it has no {MANIFEST_NAME}"
+    if next(folder.iterdir(), None) is None:
+        return f"{lacks}; run `spikefleet data prepare SOURCE --out {folder}`"
+    return f"{lacks}; if it holds raw images or recordings, run `spikefleet data prepare auto {folder} --out STORE`"
+
+
 class Store:
     """An opened data set; see `Store.open`."""
 
@@ -84,8 +94,7 @@ class Store:
             return cls(where.uri, manifest, files)
         manifest_file = where / MANIFEST_NAME
         if not manifest_file.is_file():
-            lacks = f"it has no {MANIFEST_NAME}" if where.is_dir() else "there is no such directory"
-            raise StoreError(f"{where} is not a store: {lacks}; run `spikefleet data prepare SOURCE --out {where}`")
+            raise StoreError(f"{where} is not a store: {_what_to_prepare(where)}")
         manifest = _named(parse_manifest(manifest_file.read_bytes(), str(manifest_file)), where)
         for shards in manifest.shards.values():
             for shard in shards:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -102,6 +103,7 @@ class StoreWriter:
                 raise StoreError(
                     f"source {source!r}: class name {name!r} is empty or not Unicode text (UTF-8); rename the class"
                 )
+        _refuse_equal_names(source, self.class_names)
         self.skip_bad = skip_bad
         self.unused: dict[str, int] = {}
         self.skipped: list[SkippedFile] = []
@@ -304,8 +306,10 @@ class StoreWriter:
         }
         if empty.get("train") and self.category_ids is None:
             what = "image" if self.events is None else "recording"
+            lacking = empty["train"]
+            more = f" and {len(lacking) - 10:,} more" if len(lacking) > 10 else ""
             raise StoreError(
-                f"source {self.source!r}: no training {what} of class {', '.join(map(repr, empty['train']))}; add "
+                f"source {self.source!r}: no training {what} of class {', '.join(map(repr, lacking[:10]))}{more}; add "
                 f"{what}s or remove the class"
             )
         unique = {split: set(digests) for split, digests in self._digests.items()}
@@ -321,6 +325,17 @@ class StoreWriter:
             unused=self.unused or None,
             skipped=tuple(self.skipped) or None,
         )
+
+
+def _refuse_equal_names(source: str, names: Sequence[str]) -> None:
+    """Refuse classes that are one in what is read, such as a folder that macOS wrote beside one of Linux."""
+    seen: dict[str, str] = {}
+    for name in names:
+        if (other := seen.setdefault(unicodedata.normalize("NFC", name), name)) != name:
+            raise StoreError(
+                f"source {source!r}: the names of two classes are the same text in two forms of Unicode, {other!a} and "
+                f"{name!a}; write both the same way, for example in the form NFC"
+            )
 
 
 def remove_remains(out: Path) -> None:

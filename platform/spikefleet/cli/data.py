@@ -14,6 +14,7 @@ from spikefleet.cli.tables import print_record, print_table, text
 from spikefleet.errors import UserError
 from spikefleet.outputs import check_outputs
 from spikefleet.status import one_line, print_line, waiting
+from spikefleet_tune.messages import counted
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -273,6 +274,11 @@ def _found_source(source: str, root: Path | None, where: Console) -> str:
 
     name = source.lower().replace("-", "_")
     found = _OTHER_NAMES.get(name, source)
+    if root is None and found not in list_sources() and Path(source).is_dir():
+        raise UserError(
+            f"{source} is a directory, and the name of a source comes first; its layout says which: "
+            f"spikefleet data prepare auto {source}"
+        )
     if name in _BY_LAYOUT and source not in list_sources():
         if root is None:
             raise UserError(
@@ -311,10 +317,11 @@ def _findings(boxes: BoxAudit) -> str:
         "without area": boxes.no_area,
         "reaching over the border": boxes.beyond_border,
         "outside their image": boxes.outside,
-        "given w x h as their area": boxes.computed_areas,
+        # Formats without areas have none at all.
+        "given w x h as their area": boxes.computed_areas if boxes.computed_areas < boxes.objects else 0,
     }
     parts = [f"{count} {what}" for what, count in unusual.items() if count]
-    empty = f"; {boxes.empty_images} images without objects" if boxes.empty_images else ""
+    empty = f"; {counted(boxes.empty_images, 'image')} without objects" if boxes.empty_images else ""
     return f"{', '.join([str(boxes.objects), *parts])}{empty}"
 
 

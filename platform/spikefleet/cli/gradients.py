@@ -115,7 +115,7 @@ def _checkpoint(reference: str, runs_dir: Path) -> tuple[Config, Snapshot]:
     folder = Path(reference)
     if folder.is_dir() and folder.parent.name == "checkpoints":
         run, path = Run(folder.parent.parent), folder
-    elif (runs_dir / reference / "run.json").is_file():
+    elif Run(runs_dir / reference).exists or Run(folder).exists:
         run = find_run(runs_dir, reference)
         latest = run.checkpoints.latest()
         if latest is None:

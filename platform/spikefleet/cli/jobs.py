@@ -260,16 +260,22 @@ def stop(
         typer.Option(min=0, help="With --address: seconds for the step and its checkpoint, then it is killed."),
     ] = 60.0,
     address: Head = None,
+    as_json: AsJson = False,
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Stop a run of this machine, or a job of a cluster, after its step, with a checkpoint from which it resumes."""
     if address is None:
         with waiting(stderr, f"stopping {run}") as announce:
+            from spikefleet.jobs.run_state import state_of_run
             from spikefleet.jobs.stopping import stop_run
             from spikefleet.runs.run_dir import find_run
 
-            sentence = stop_run(find_run(runs_dir, run), now=now, announce=announce)
-        say(sentence)
+            found = find_run(runs_dir, run)
+            sentence = stop_run(found, now=now, announce=announce)
+        if as_json:
+            print_json({**state_of_run(found).as_data(), "said": sentence})
+        else:
+            say(sentence)
         return
     with loading("the client of the cluster", stderr) as announce:
         from spikefleet.jobs.server import JobServer
@@ -279,5 +285,8 @@ def stop(
         job = server.find(run)
         was_alive = job.alive
         ended = stop_job(server, job, now=now, grace_s=grace, announce=announce)
+    if as_json:
+        print_json({**_job_data(ended), "was_alive": was_alive})
+        return
     how = "" if ended.exit_code is None else f" (exit code {ended.exit_code})"
     say(f"job {ended.id} has {'ended: ' if was_alive else 'already ended: '}{ended.state}{how}")

@@ -9,16 +9,36 @@ from typing import Annotated, Literal
 import typer
 
 from spikefleet.cli.completion import network_names, override_keys, recipe_names
+from spikefleet.outputs import refuse_uri
+
+
+def _runs_dir(given: Path) -> Path:
+    """Refuses a URI, for every command."""
+    refuse_uri(given, "--runs-dir")
+    return given
+
+
+def _stores_dir(given: Path) -> Path:
+    """Refuses a URI, for every command."""
+    refuse_uri(given, "--stores-dir")
+    return given
+
 
 RunsDir = Annotated[
-    Path, typer.Option(envvar="SPIKEFLEET_RUNS", help="Where runs and their tracking database are kept.")
+    Path,
+    typer.Option(envvar="SPIKEFLEET_RUNS", callback=_runs_dir, help="Where runs and their tracking database are kept."),
 ]
-StoresDir = Annotated[Path, typer.Option(envvar="SPIKEFLEET_STORES", help="Where prepared data sets are kept.")]
+StoresDir = Annotated[
+    Path, typer.Option(envvar="SPIKEFLEET_STORES", callback=_stores_dir, help="Where prepared data sets are kept.")
+]
 
 Address = Annotated[str | None, typer.Option(help="Ray cluster, HOST:PORT; RAY_ADDRESS if not given.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show what Ray and its workers log.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, messages on stderr.")]
 
+Autoscaling = Annotated[
+    bool, typer.Option("--autoscaling", help="The cluster grows: ask for hosts that are missing, and wait for them.")
+]
 TrialWorkers = Annotated[
     int | None, typer.Option("--workers", min=1, help="Ray Train workers of each training, instead of the file's.")
 ]
@@ -27,9 +47,7 @@ GpusPerWorker = Annotated[float | None, typer.Option(min=0, help="GPUs of each w
 
 Network = Annotated[
     str,
-    typer.Argument(
-        help="models:/NAME@champion, models:/NAME/3, a run's name or a checkpoint.", autocompletion=network_names
-    ),
+    typer.Argument(help="models:/NAME@champion, models:/NAME/3, a run, or a checkpoint.", autocompletion=network_names),
 ]
 Recipe = Annotated[
     str,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import os
@@ -18,12 +19,14 @@ from spikefleet.cli.output import console, loading, print_json_line, say, stderr
 from spikefleet.cli.parameters import AsJson, Network, OfDeployed, RunsDir
 from spikefleet.errors import RunError, UserError
 from spikefleet.status import counting, one_line, print_line, waiting
+from spikefleet_tune.messages import counted
 
 if TYPE_CHECKING:
     from spikefleet.inference.trained_network import TrainedNetwork
     from spikefleet.tasks.task import AnyTask
 
 _FILES = "Files"
+_OVERLAP = 0.2
 _OF_IMAGES = ("image", "frame", "time_s")
 _OF_RECORDINGS = ("recording", "start_us", "end_us")
 
@@ -70,10 +73,11 @@ def predict(
         typer.Option(min=16, help="Detection: see large images in overlapping tiles of this side, in their pixels."),
     ] = None,
     overlap: Annotated[
-        float, typer.Option(min=0, max=0.9, help="Of neighbouring tiles, at least this fraction of the side.")
-    ] = 0.2,
+        float | None,
+        typer.Option(min=0, max=0.9, help="Of neighbouring tiles, at least this fraction of the side; 0.2."),
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="The most images or tiles that the network sees at once.")] = 1,
-    every: Annotated[int, typer.Option(min=1, help="Of a video, every so many-th frame.")] = 1,
+    every: Annotated[int | None, typer.Option(min=1, help="Of a video, every so many-th frame; all of them.")] = None,
     window: Annotated[
         str | None, typer.Option(help="Recordings of events: an answer for each window of this length, such as 250ms.")
     ] = None,
@@ -81,6 +85,12 @@ def predict(
         bool,
         typer.Option("--stream", help="Recordings of events: carry the membranes from each window to the next."),
     ] = False,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Recordings of events: what their files do not say, such as time=ms; as the training's by default."
+        ),
+    ] = None,
     recursive: Annotated[
         bool, typer.Option("--recursive", help="Of folders, predict the images in sub-folders too.")
     ] = False,
@@ -120,19 +130,26 @@ def predict(
             "--coco": coco,
             "--nms": nms,
             "--tile": tile,
+            "--overlap": overlap,
+            "--every": every,
+            "--batch": None if batch == 1 else batch,
         }
         if wrong := [option for option, value in given.items() if value not in (None, False)]:
             raise UserError(f"{wrong[0]} is for images; name each folder of recordings, and leave it out")
-        _predict_recordings(trained, images, window, stream, out, force, gpu, score, form)
+        _predict_recordings(trained, images, window, stream, out, force, gpu, score, form, _key_values(option or []))
         return
-    if window is not None or stream:
-        option = "--stream" if window is None else f"--window {window}"
-        raise UserError(f"{option} is for networks of events, and {network} is one of images; leave it out")
+    if window is not None or stream or option:
+        given_option = f"--option {option[0]}" if option else "--stream" if window is None else f"--window {window}"
+        raise UserError(f"{given_option} is for networks of events, and {network} is one of images; leave it out")
+    if overlap is not None and tile is None:
+        raise UserError(f"--overlap {overlap:g} is of tiles; give their side with --tile, or leave it out")
     trained = _with_thresholds(trained, score, nms)
-    found = list_of_images(images, listed=_listed() if "-" in images else None, recursive=recursive, every=every)
-    predictor = Predictor(
-        trained, gpu=gpu, score=score, batch=batch, tiling=None if tile is None else Tiling(tile, overlap)
-    )
+    listed = _listed() if "-" in images else None
+    found = list_of_images(images, listed=listed, recursive=recursive, every=every or 1)
+    if every is not None and not found.has_videos:
+        raise UserError(f"--every {every} is for the frames of videos, and there is no video; leave it out")
+    tiling = None if tile is None else Tiling(tile, _OVERLAP if overlap is None else overlap)
+    predictor = Predictor(trained, gpu=gpu, score=score, batch=batch, tiling=tiling)
     began = time.monotonic()
     # On a terminal the answers are between the lines of progress, where a bar would be drawn over them.
     with counting(stderr, "predicting", plain=console.is_terminal) as progress:
@@ -150,7 +167,9 @@ def predict(
                 say(f"{'drawn' if place == out else 'written'}: {place}")
     if done.not_drawn:
         print_line(
-            stderr, f"{done.not_drawn:,} images are not drawn: {out} holds the first {done.answered - done.not_drawn:,}"
+            stderr,
+            f"{counted(done.not_drawn, 'image')} {'is' if done.not_drawn == 1 else 'are'} not drawn: {out} holds the "
+            f"first {done.answered - done.not_drawn:,}",
         )
     if done.answered > 1:
         seconds = time.monotonic() - began
@@ -173,8 +192,14 @@ def _with_thresholds(trained: TrainedNetwork, score: float, nms: float | None) -
 
 
 def _listed() -> Iterator[str]:
-    """Paths on stdin, one a line, or ended by zero bytes as `find -print0` has them."""
-    content = sys.stdin.buffer.read()
+    """Paths on stdin, one a line, or ended by zero bytes as `find -print0` has them.
+
+    Raises:
+        UserError: the list is of UTF-16.
+    """
+    content = sys.stdin.buffer.read().removeprefix(codecs.BOM_UTF8)
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError("-: the list on stdin is UTF-16, as PowerShell writes it; write it as UTF-8")
     for one in content.split(b"\0" if b"\0" in content else b"\n"):
         yield os.fsdecode(one.removesuffix(b"\r"))
 
@@ -234,17 +259,42 @@ def _predict_recordings(
     gpu: bool,
     score: float,
     form: str,
+    options: Mapping[str, str],
 ) -> None:
     from spikefleet.inference.event_prediction import predict_recordings
 
+    trained_on = trained.config.train.stream
+    if trained_on is not None and trained_on.state == "carried" and not stream:
+        print_line(
+            stderr,
+            f"{trained.reference} was trained with membranes that outlive a window (train.stream); here each window "
+            "starts from the reset state. --stream carries them, as its evaluation does",
+        )
     answered = _printing(trained.task, form, _OF_RECORDINGS)
     places = [Path(path) for path in paths]
     done = predict_recordings(
-        trained, places, window=window, stream=stream, out=out, force=force, gpu=gpu, score=score, answered=answered
+        trained,
+        places,
+        window=window,
+        stream=stream,
+        out=out,
+        force=force,
+        gpu=gpu,
+        score=score,
+        options=options,
+        answered=answered,
     )
     if out is not None and done.answers and form == "text":
         say(f"drawn: {out}")
     _report_bad("recording", "recordings", [(str(path), reason) for path, reason in done.bad], len(done.answers), False)
+
+
+def _key_values(options: Sequence[str]) -> dict[str, str]:
+    """Raises UserError where one is not of the form key=value."""
+    pairs = [item.partition("=") for item in options]
+    if wrong := [item for item, (_, equals, _) in zip(options, pairs, strict=True) if not equals]:
+        raise UserError(f"--option {wrong[0]!r} is not of the form key=value, for example time=ms")
+    return {key: value for key, _, value in pairs}
 
 
 def _report_bad(one: str, several: str, bad: Sequence[tuple[str, str]], answered: int, of_total: bool = True) -> None:

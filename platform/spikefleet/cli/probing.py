@@ -105,7 +105,7 @@ def lr_range(
     store = _store(config, data, stores_dir)
     first = config.optim.lr / 1000 if low is None else low
     last = config.optim.lr * 100 if high is None else high
-    with counting(stderr, "training with growing rates") as progress:
+    with counting(stderr, "training with growing rates", "steps") as progress:
         found = range_test(config, store, group, first, last, steps, progress)
     if out is not None:
         from spikefleet import plots

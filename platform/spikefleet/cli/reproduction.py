@@ -14,6 +14,7 @@ from spikefleet.cli.output import console, loading, messages, print_json, say
 from spikefleet.cli.parameters import (
     Address,
     AsJson,
+    Autoscaling,
     CpusPerWorker,
     Force,
     GpusPerWorker,
@@ -58,6 +59,7 @@ def reproduce(
     workers: TrialWorkers = None,
     cpus_per_worker: CpusPerWorker = None,
     gpus_per_worker: GpusPerWorker = None,
+    autoscaling: Autoscaling = False,
     address: Address = None,
     verbose: Verbose = False,
     as_json: AsJson = False,
@@ -88,7 +90,12 @@ def reproduce(
         from spikefleet.reproduction.reproduce import reproduce, track_reproduction
         from spikefleet.runs.options import Options
 
-    given = {"workers": workers, "cpus_per_worker": cpus_per_worker, "gpus_per_worker": gpus_per_worker}
+    given = {
+        "workers": workers,
+        "cpus_per_worker": cpus_per_worker,
+        "gpus_per_worker": gpus_per_worker,
+        "autoscaling": autoscaling or None,
+    }
     changed = {key: value for key, value in given.items() if value is not None}
     if results is not None:
         check_place(results, "--results")

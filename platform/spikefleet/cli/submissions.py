@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,8 @@ _YAML = (".yaml", ".yml")
 
 _PLACES = ("runs_dir", "stores_dir", "results", "out")
 """Options with a path."""
+_PATHS = ("data.root", "data.store")
+"""Overrides with a path."""
 
 
 def checked(words: Sequence[str], code: Path | None) -> Submission:
@@ -95,6 +97,16 @@ def _digest(words: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(list(words)).encode()).hexdigest()
 
 
+def _paths_among(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Overrides with a path."""
+    return {key: overrides.get(key) for key in _PATHS}
+
+
+def _unless_named(given: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Those that are a path or a URI, and no plain name, which the cluster looks up."""
+    return {name: value for name, value in given.items() if value is not None and "/" in value}
+
+
 Checked = tuple[str, str, str, list[str]]
 """Run, digest (empty: that of the words), recipe, and words to add."""
 
@@ -104,7 +116,7 @@ def _train(values: Values) -> Checked:
     from spikefleet.runs.run_dir import check_run_name, default_run_name
 
     overrides = parse_overrides(values["overrides"] or [])
-    refuse_relative({key: overrides.get(key) for key in ("data.root", "data.store")})
+    refuse_relative(_paths_among(overrides))
     if values["resume"] is not None:
         return check_run_name(values["resume"]), "", values["recipe"], []
     config: Config = load_config(values["recipe"], with_cluster(overrides, values["workers"], values["gpu"]))
@@ -125,11 +137,11 @@ def _tune(values: Values) -> Checked:
     from spikefleet.runs.run_dir import check_run_name
 
     fixed, data = split_overrides(values["overrides"] or [])
-    refuse_relative({key: data.get(key) for key in ("data.root", "data.store")})
+    refuse_relative(_paths_among(data))
     names = ("workers", "cpus_per_worker", "gpus_per_worker")
     budget = {"trials": values["trials"], "hours": values["hours"]}
     changes = {"overrides": fixed, "budget": budget, "resources": {name: values[name] for name in names}}
-    wanted_search(values["search"], changes)
+    wanted_search(values["search"], changes, values["objectives"])
     name = check_run_name(values["name"] or Path(values["search"]).stem)
     return name, "", "", [] if values["name"] else ["--name", name]
 
@@ -138,7 +150,7 @@ def _reproduce(values: Values) -> Checked:
     from spikefleet.reproduction.table import load_table
 
     _, data = split_overrides(values["overrides"] or [])
-    refuse_relative({key: data.get(key) for key in ("data.root", "data.store")})
+    refuse_relative(_paths_among(data))
     table = load_table(values["table"])
     name = f"{table.name}-{table.scale(values['scale'])}"
     chosen = [values["only"], *(values["overrides"] or [])]
@@ -149,7 +161,9 @@ def _retrain(values: Values) -> Checked:
     from spikefleet.config.recipes import parse_overrides
     from spikefleet.registry.version import check_model_name
 
-    parse_overrides(values["overrides"] or [])
+    overrides = parse_overrides(values["overrides"] or [])
+    gate_store = {"retrain.gate_store": overrides.get("retrain.gate_store")}
+    refuse_relative({**_paths_among(overrides), **_unless_named({"--data": values["data"], **gate_store})})
     if values["schedule"] is not None:
         from spikefleet.retraining.schedule import next_time
 
@@ -164,6 +178,9 @@ def _prepare(values: Values) -> Checked:
 
 
 def _evaluate(values: Values) -> Checked:
+    network = values["network"]
+    local = None if re.match(r"[a-z]+:/", network) else network
+    refuse_relative(_unless_named({"NETWORK": local, "--data": values["data"]}))
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", values["network"].removeprefix("models:/")).strip("-")
     return f"{name}-{values['split']}", "", "", []
 

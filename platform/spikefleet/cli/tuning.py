@@ -17,6 +17,7 @@ from spikefleet.cli.output import console, loading, messages, print_json, say, s
 from spikefleet.cli.parameters import (
     Address,
     AsJson,
+    Autoscaling,
     CpusPerWorker,
     GpusPerWorker,
     Overrides,
@@ -101,6 +102,7 @@ def tune(
     workers: TrialWorkers = None,
     cpus_per_worker: CpusPerWorker = None,
     gpus_per_worker: GpusPerWorker = None,
+    autoscaling: Autoscaling = False,
     address: Address = None,
     verbose: Verbose = False,
     as_json: AsJson = False,
@@ -109,7 +111,12 @@ def tune(
 ) -> None:
     """Search over configurations; each trial is a training. The same command resumes an interrupted search."""
     fixed, data = split_overrides(overrides or [])
-    resources = {"workers": workers, "cpus_per_worker": cpus_per_worker, "gpus_per_worker": gpus_per_worker}
+    resources: dict[str, Any] = {
+        "workers": workers,
+        "cpus_per_worker": cpus_per_worker,
+        "gpus_per_worker": gpus_per_worker,
+        "autoscaling": autoscaling or None,
+    }
     changes = {"overrides": fixed, "budget": {"trials": trials, "hours": hours}, "resources": resources}
     wanted = wanted_search(search, changes, objectives)
     where = messages(as_json)

@@ -23,6 +23,7 @@ _SETTLE_PEER_S = 8.0
 PEER_LOST = re.compile(r"gloo|NCCL|by peer|socket|connection", re.IGNORECASE)
 """What a worker says when another one no longer answers."""
 _SETTLE_LOOK_S = 0.1
+_EPSILON = 1e-9
 
 
 def gone_hosts(addresses: Sequence[str]) -> str:
@@ -40,6 +41,11 @@ def _nodes_of(attempt: Path) -> set[str]:
     return found
 
 
+def _fit(worker: Mapping[str, float], there: Mapping[str, float]) -> int:
+    """Number of workers that fit into the resources of one host."""
+    return min((int((there.get(kind, 0.0) + _EPSILON) // amount) for kind, amount in worker.items()), default=0)
+
+
 class HostWatch:
     """What the driver of a run knows of the hosts; used by one thread.
 
@@ -47,13 +53,22 @@ class HostWatch:
         needed: resources of all workers, such as `{"CPU": 2}`.
         wait_minutes: how long the run may wait for resources; -1: for ever.
         sink: receives `Waiting`, and a `Phase` when everything is there.
+        worker: resources of one worker, which one host must have; None: any host may have any part.
     """
 
-    def __init__(self, needed: Mapping[str, float], wait_minutes: float, sink: EventSink) -> None:
+    def __init__(
+        self,
+        needed: Mapping[str, float],
+        wait_minutes: float,
+        sink: EventSink,
+        worker: Mapping[str, float] | None = None,
+    ) -> None:
+        self._worker = {kind: amount for kind, amount in (worker or {}).items() if amount}
         self.need(needed)
         self._wait_minutes, self._sink = wait_minutes, sink
         self._known: dict[str, str] = {}
         self._present: dict[str, float] = {}
+        self._fitting = 0
         self._draining: set[str] = set()
         self._lost: dict[str, str] = {}
         self._draining_unknown = False
@@ -64,6 +79,18 @@ class HostWatch:
         """Sets the resources that the workers of the next group need; it has not waited for them yet."""
         self._needed = {kind: amount for kind, amount in needed.items() if amount}
         self._since: float | None = None
+
+    @property
+    def too_small(self) -> str | None:
+        """What is wrong where the hosts have enough together, and each of them has too little; None where it is not."""
+        if not self._worker or self._missing() or self._fitting >= self._workers:
+            return None
+        each = [f"{amount:g} {kind if amount == 1 else f'{kind}s'}" for kind, amount in self._worker.items()]
+        return f"hosts with {' and '.join(each)} for each worker ({self._fitting} of {self._workers} have a place)"
+
+    @property
+    def _workers(self) -> int:
+        return max((round(self._needed.get(kind, 0) / amount) for kind, amount in self._worker.items()), default=0)
 
     def places(self, worker: Mapping[str, float]) -> int:
         """Number of workers that would fit now, beside all that runs, on hosts that stay; 0 if the head does not say.
@@ -77,7 +104,7 @@ class HostWatch:
         with suppress(Exception):  # the head is busy or gone
             free = ray._private.state.available_resources_per_node()
         staying = [there for node, there in free.items() if node in self._known and node not in self._draining]
-        return sum(min(int(there.get(kind, 0.0) // amount) for kind, amount in wanted.items()) for there in staying)
+        return sum(_fit(wanted, there) for there in staying)
 
     @property
     def waited_s(self) -> float:
@@ -103,7 +130,7 @@ class HostWatch:
         if time.monotonic() - self._looked < _LOOK_EVERY_S:
             return
         self._look()
-        if training or not self._missing():
+        if training or not (self._missing() or self.too_small):
             if self._since is not None and not training:
                 self._sink.emit(Phase("restarting"))
             self._since = None
@@ -151,6 +178,7 @@ class HostWatch:
             self._known = {name: node["NodeManagerAddress"] for name, node in alive.items()}
             staying = [node["Resources"] for name, node in alive.items() if name not in self._draining]
             self._present = {kind: sum(one.get(kind, 0.0) for one in staying) for kind in self._needed}
+            self._fitting = sum(_fit(self._worker, one) for one in staying)
 
     def _to_be_drained(self) -> set[str]:
         """Ids of the nodes that will be taken away; where Ray does not say, none, and a note says so once."""
@@ -180,4 +208,4 @@ class HostWatch:
             f"({self._present.get(kind, 0.0):g} of {self._needed[kind]:g} there)"
             for kind, amount in self._missing().items()
         ]
-        return f"{gone}the run waits for {' and '.join(parts) or counted(1, 'host')}"
+        return f"{gone}the run waits for {' and '.join(parts) or self.too_small or counted(1, 'host')}"

@@ -19,15 +19,18 @@ import ray
 import ray.train
 import torch
 from ray.exceptions import RayError
-from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 
+from spikefleet.cluster.failure_notes import FailureNotes
 from spikefleet.cluster.failures import cause_of, headline
 from spikefleet.cluster.following import POLL_S, followed
 from spikefleet.cluster.group_size import GroupSize, WorkersFailed, needed_by
 from spikefleet.cluster.host_watch import NODE, HostWatch
 from spikefleet.cluster.session import ray_session
 from spikefleet.cluster.watched_sink import WatchedSink
+from spikefleet.cluster.worker_arguments import WorkerArguments
 from spikefleet.config.cluster_config import ClusterConfig
 from spikefleet.config.recipes import parse_config
 from spikefleet.config.schema import Config
@@ -37,7 +40,7 @@ from spikefleet.plugins import load_plugins, loaded_plugins
 from spikefleet.stop_signals import StopSignals
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.event_log import STOPPED, TAKEN_OVER, EventWriter, new_attempt
-from spikefleet.training.events import EventSink, NullSink, WorkerFailed
+from spikefleet.training.events import EventSink, NullSink
 from spikefleet.training.loop import BeforeStep, Outcome, train
 from spikefleet.training.step_reading import NonFiniteError
 from spikefleet.training.stopping import STOP, TrainingStopped
@@ -52,16 +55,11 @@ def _no_signal() -> None:
     """A run that is no trial."""
 
 
-class FailureNotes(UserCallback):
-    """Sends the errors of workers as events. Runs in Ray Train's controller, where an exception would end the run."""
+class _GroupTrainer(TorchTrainer):
+    """Without Ray Data: with each group Ray Train would start a process for its sets, and stores are read from disk."""
 
-    def __init__(self, attempt: Path) -> None:
-        self._attempt = attempt
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Sends the errors of all ranks that failed."""
-        reasons = {f"rank {rank}: {headline(error)}" for rank, error in worker_exceptions.items()}
-        EventWriter(self._attempt).emit(WorkerFailed("; ".join(sorted(reasons))))
+    def _create_default_callbacks(self) -> list[Any]:
+        return [one for one in super()._create_default_callbacks() if not isinstance(one, DatasetsCallback)]
 
 
 @dataclass(frozen=True)
@@ -86,21 +84,6 @@ class Stopped:
         if self.non_finite:
             return NonFiniteError(self.reason)
         return (UserError if self.mendable else RunError)(self.reason)
-
-
-@dataclass(frozen=True)
-class WorkerArguments:
-    """The arguments of a worker, readable on every node."""
-
-    config: dict[str, Any]
-    store: str
-    run_dir: str
-    attempt: str
-    """The directory of this attempt, on storage that all nodes share."""
-    before_step: BeforeStep | None
-    lockstep: bool
-    plugins: tuple[str, ...]
-    """Modules of the driver's plugins."""
 
 
 def session_for(config: Config, address: str | None, verbose: bool) -> AbstractContextManager[None]:
@@ -160,7 +143,13 @@ def train_on_ray(
         UserError: Ray cannot be reached, or the workers reported an error of the user.
     """
     with session_for(config, address, verbose), _requested(config.cluster):
-        hosts = HostWatch(needed_by(config.cluster, config.cluster.least_workers), config.cluster.wait_minutes, sink)
+        least, one = (needed_by(config.cluster, workers) for workers in (config.cluster.least_workers, 1))
+        hosts = HostWatch(least, config.cluster.wait_minutes, sink, one)
+        if not config.cluster.autoscaling and (lacking := hosts.too_small) is not None:
+            raise UserError(
+                f"the run needs {lacking}; lower cluster.cpus_per_worker or --workers, set --address to a cluster of "
+                "larger hosts, or cluster.autoscaling=true where such hosts will join"
+            )
         watched, sizes = WatchedSink(sink, hosts, run_dir.name), GroupSize(config.cluster, hosts, sink)
         while True:
             sizes.choose()
@@ -223,7 +212,7 @@ def _requested(cluster: ClusterConfig) -> Iterator[None]:
 
 
 def _trainer(cluster: ClusterConfig, sizes: GroupSize, arguments: WorkerArguments, attempt: Path) -> TorchTrainer:
-    return TorchTrainer(
+    return _GroupTrainer(
         _worker,
         train_loop_config={"arguments": arguments},
         torch_config=TorchConfig(backend="nccl" if cluster.gpu else "gloo"),

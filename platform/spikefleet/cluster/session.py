@@ -179,7 +179,7 @@ def _refuse_too_little(present: Mapping[str, float], needed: Mapping[str, float]
             units = kind if amount == 1 else f"{kind}s"
             larger = "set --address to a larger cluster"
             if where == "the cluster":
-                larger += ", or cluster.autoscaling=true where hosts will join"
+                larger += ", or cluster.autoscaling=true (tune, reproduce: --autoscaling) where hosts will join"
             raise UserError(
                 f"the run needs {amount:g} {units} ({_NEED[kind]}), but {where} has {present.get(kind, 0):g}; "
                 f"lower --workers, {remedy}, or {larger}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
@@ -57,28 +58,38 @@ class AnswerFiles(ABC):
 
 
 class _Names:
-    """A path for each image: the name of its entry, or, of a video, the number of the frame in a folder of its name."""
+    """A path for each image: the name of its entry, or, of a video, the number of the frame in a folder of its name.
+
+    Paths differ in more than case and form of Unicode: file systems of macOS and Windows take such names for one.
+    """
 
     def __init__(self, entries: Sequence[ImageEntry], folder: Path, suffix: str, *, nested: bool) -> None:
         self._suffix = suffix
         self.paths: list[Path] = []
-        taken: set[Path] = set()
+        taken: set[str] = set()
+        numbers: Counter[str] = Counter()
         for entry in entries:
             place = entry.place if nested else PurePosixPath(entry.place.name)
             if nested and (".." in place.parts or place.is_absolute()):
                 raise UserError(f"image {entry.name}: its name {place} leads out of {folder}; give its folder instead")
             ending = suffix if entry.frames is None else ""
             stem = place.with_suffix("") if entry.frames is None else place
-            path, number = folder / f"{stem}{ending}", 1
-            while path in taken:
-                number += 1
-                path = folder / f"{stem}-{number}{ending}"
-            taken.add(path)
+            path, key = folder / f"{stem}{ending}", _folded(f"{stem}{ending}")
+            first = key
+            while key in taken:
+                numbers[first] += 1  # the next number and not the first free one, for there may be 100,000 of a name
+                numbered = f"{stem}-{numbers[first] + 1}{ending}"
+                path, key = folder / numbered, _folded(numbered)
+            taken.add(key)
             self.paths.append(path)
 
     def of(self, entry: int, image: Loaded) -> Path:
         path = self.paths[entry]
         return path if image.frame is None else path / f"{image.frame:06d}{self._suffix}"
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def _check_names(names: _Names, images: ImageList, trained: TrainedNetwork, force: bool, option: str) -> None:

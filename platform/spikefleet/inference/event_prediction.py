@@ -19,12 +19,13 @@ from spikefleet_models.carried_state import CarriedState, carried
 from spikefleet_models.neurons import spiking_nodes
 from spikefleet_pipelines.errors import SourceError
 from spikefleet_pipelines.events.durations import duration_us
-from spikefleet_pipelines.events.readers.finding import RECORDING_SUFFIXES, read_recording
-from spikefleet_pipelines.events.readers.options import ReadOptions
+from spikefleet_pipelines.events.readers.finding import RECORDING_SUFFIXES, find_reader, read_recording
+from spikefleet_pipelines.events.readers.options import parse_options
 from spikefleet_pipelines.events.readers.time_order import in_time_order
 from spikefleet_pipelines.events.windows import StoredRecording
 from spikefleet_pipelines.events_in_memory import parts_of, recording_batch
 from spikefleet_pipelines.loading import Batch
+from spikefleet_pipelines.sources.dvs_cifar10 import ORIENTATIONS
 from spikefleet_pipelines.store.reader import Store
 from spikefleet_pipelines.transforms.event_detection_config import EventDetectionTransformConfig
 from spikefleet_pipelines.transforms.event_frames_config import EventFramesConfig
@@ -55,6 +56,7 @@ def predict_recordings(
     force: bool = False,
     gpu: bool = False,
     score: float = 0.3,
+    options: Mapping[str, str] | None = None,
     answered: Callable[[Mapping[str, Any]], None] = _unheard,
 ) -> PredictedWindows:
     """Predicts recordings window by window, as they are read.
@@ -69,6 +71,7 @@ def predict_recordings(
         force: replace the file at `out`.
         gpu: run on the GPU.
         score: smallest score of an object.
+        options: of the readers, such as `{"time": "ms"}`; by default those that the training's files were read by.
         answered: called with each answer as soon as it is there, and with `{"recording": PATH, "error": REASON}` for a
             file that cannot be read.
 
@@ -79,10 +82,11 @@ def predict_recordings(
     Raises:
         UserError: a path is missing, a folder has no recordings, a length is wrong, or `out` cannot be used; a stream
             has no windows, or the network no neurons.
+        SourceError: an option is unknown, or has a value that is not allowed.
     """
     if out is not None and out.suffix.lower() != ".png":
         raise UserError(f"--out {out} must end in .png")
-    predictor = _WindowPredictor(trained, window, stream, gpu, score)
+    predictor = _WindowPredictor(trained, window, stream, gpu, score, options or {})
     sources = _sources(paths)
     if out is not None:
         check_outputs([out], inputs=[*(path for path in sources if path.is_file()), *trained.folders], force=force)
@@ -121,11 +125,22 @@ def shown_times(start_us: int, end_us: int) -> str:
 class _WindowPredictor:
     """A network on its device: windows -> their batches and predictions."""
 
-    def __init__(self, trained: TrainedNetwork, window: str | None, stream: bool, gpu: bool, score: float) -> None:
+    def __init__(
+        self,
+        trained: TrainedNetwork,
+        window: str | None,
+        stream: bool,
+        gpu: bool,
+        score: float,
+        options: Mapping[str, str],
+    ) -> None:
         transform, sensor = trained.config.transform, trained.data.sensor
         if not isinstance(transform, EventFramesConfig) or sensor is None:
             raise UserError(f"{trained.reference} is a network of images, not of recordings of events")
         self.sensor, self.length = sensor, self._length(transform, window)
+        self.options = {"sensor": f"{sensor[0]}x{sensor[1]}", **trained.data.reading, **options}
+        parse_options(self.options)
+        self.orientation, self.reference = trained.data.orientation, trained.reference
         self.transform = _whole_windows(transform, self.length)
         self._task, self._score, self._device = trained.task, score, pick_device(gpu)
         self._network, self._precision = trained.network.to(self._device), trained.config.train.precision
@@ -208,7 +223,8 @@ def _sources(paths: Sequence[Path]) -> list[Path]:
 def _parts(path: Path, predictor: _WindowPredictor) -> Iterator[tuple[str, StoredRecording]]:
     """The windows of a recording or of a store, with the name of the recording."""
     if not path.is_dir():
-        reader = read_recording(path, ReadOptions(sensor=predictor.sensor))
+        _check_release(path, predictor)
+        reader = read_recording(path, parse_options(predictor.options))
         part = None
         for part in parts_of(in_time_order(reader), predictor.sensor, predictor.length):
             yield str(path), part
@@ -225,6 +241,8 @@ def _parts(path: Path, predictor: _WindowPredictor) -> Iterator[tuple[str, Store
             f"{path} has a sensor of {height} x {width}, but the network was trained on {predictor.sensor[0]} x "
             f"{predictor.sensor[1]}"
         )
+    if store.manifest.events is not None:
+        _check_orientation(path, store.manifest.events.orientation, predictor)
     for row in range(len(recordings)):
         recording = recordings.recording(row)
         if predictor.length is None:
@@ -233,3 +251,17 @@ def _parts(path: Path, predictor: _WindowPredictor) -> Iterator[tuple[str, Store
         length = recording.whole().length
         for part in parts_of([recording.events()], predictor.sensor, predictor.length, start_us=0, end_us=length):
             yield f"{path} {name}/{row}", replace(part, t0=recording.t0 + part.t0)
+
+
+def _check_release(path: Path, predictor: _WindowPredictor) -> None:
+    """Raises SourceError for a file of the other release of DVS-CIFAR10 than the network was trained on."""
+    if predictor.orientation in ORIENTATIONS.values() and (read_as := ORIENTATIONS.get(find_reader(path).name)):
+        _check_orientation(path, read_as, predictor)
+
+
+def _check_orientation(path: Path, orientation: str, predictor: _WindowPredictor) -> None:
+    if orientation != predictor.orientation:
+        raise SourceError(
+            f"x, y and polarity of {path} are read as {orientation}, but {predictor.reference} was trained on events "
+            f"read as {predictor.orientation}; give recordings with the same orientation"
+        )

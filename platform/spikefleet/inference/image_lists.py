@@ -18,6 +18,7 @@ from spikefleet_pipelines.store.image_files import counted_reasons, is_named_as_
 from spikefleet_pipelines.store.image_header import IMAGE_SUFFIXES
 
 _PATTERN = re.compile(r"[*?[]")
+_VIDEO = "videos, which are read where they are named themselves"
 
 
 @dataclass
@@ -36,6 +37,11 @@ class ImageList:
     def local(self) -> list[Path]:
         """The files on this machine."""
         return [entry.local for entry in self.entries if entry.local is not None]
+
+    @property
+    def has_videos(self) -> bool:
+        """Whether there is a video among them, even one that cannot be read."""
+        return any(is_video(entry.place) for entry in self.entries)
 
     @property
     def expected(self) -> int:
@@ -104,13 +110,17 @@ def _failed(line: str, error: Exception) -> FailedEntry:
 def _add_folder(found: ImageList, folder: Path, recursive: bool) -> None:
     """Hidden files that are named as images are among them, so that those of macOS beside each image are named."""
     inside = list_images(folder, recursive, hidden=True)
+    video = next((path for path, _ in inside.unused if is_video(path)), None)
+    if not inside.images and video is not None:
+        pattern = folder / f"*{video.suffix}"
+        raise UserError(f"folder {folder} has videos and no images; name the videos, or give a pattern: '{pattern}'")
     if not inside.images:
         others = f"; it has {inside.summary}" if inside.unused else ""
         raise UserError(f"folder {folder} has no images ({', '.join(sorted(IMAGE_SUFFIXES))}){others}")
     found.entries += [
         FileEntry(path, PurePosixPath(path.relative_to(folder).as_posix()), str(path)) for path in inside.images
     ]
-    found.unused.update(reason for _, reason in inside.unused)
+    found.unused.update(_VIDEO if is_video(path) else reason for path, reason in inside.unused)
 
 
 def _add_matches(found: ImageList, pattern: str, every: int) -> None:

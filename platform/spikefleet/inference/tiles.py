@@ -8,6 +8,7 @@ border between the tiles and most of the smaller one is inside the other, and th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -55,7 +56,8 @@ class Tiling:
         ]
 
     def _starts(self, length: int, side: int) -> list[int]:
-        step = max(1, side - round(self.overlap * side))
+        # At least the fraction: 1e-9 for what binary fractions add to a whole number.
+        step = max(1, side - math.ceil(self.overlap * side - 1e-9))
         count = -(-(length - side) // step)
         return [min(number * step, length - side) for number in range(count + 1)]
 

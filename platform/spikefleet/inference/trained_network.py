@@ -84,7 +84,7 @@ def open_trained_network(reference: str, runs_dir: Path) -> TrainedNetwork:
 
     Args:
         reference: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, the directory of a pulled package or of a checkpoint,
-            or the name of a run (its best checkpoint).
+            or the name or directory of a run (its best checkpoint).
         runs_dir: directory of the runs.
 
     Raises:
@@ -100,8 +100,12 @@ def open_trained_network(reference: str, runs_dir: Path) -> TrainedNetwork:
         return open_package(reference, path)
     if path.is_dir() and path.parent.name == "checkpoints":
         return _from_checkpoint(reference, path, Run(path.parent.parent))
-    if path.is_dir():
-        raise UserError(f"{path} is neither a registered network (with {CARD}) nor a checkpoint of a run")
+    # A folder of images often has the name of the run that was trained on it.
+    if path.is_dir() and not Run(path).exists and not Run(runs_dir / reference).exists:
+        raise UserError(
+            f"{path} is neither a registered network (with {CARD}) nor a run or a checkpoint of one; name a run in "
+            f"{runs_dir}, or models:/NAME@champion"
+        )
     run = find_run(runs_dir, reference)
     return replace(_from_checkpoint(reference, run.best_checkpoint(), run), report=run.path / "report")
 

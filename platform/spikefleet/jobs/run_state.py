@@ -18,8 +18,8 @@ _EPOCH = re.compile(r"epoch +(\d+)/(\d+)")
 _STEP = re.compile(r"step (\d+)/(\d+)")
 _LEFT = re.compile(r"(\d+) min (\d+) s left")
 _METRIC = re.compile(r"(val/\S+) (-?(?:[\d.]+(?:e[+-]?\d+)?|nan|inf)%?)(?!\S)")
-_WAITS = re.compile(r"(?:^|  )(host \S+ is gone.*|the run waits for .*|the search waits for .*)")
-_GOES_ON = re.compile(r"epoch +\d+/\d+|steps?, from step|resuming from")
+_WAITS = re.compile(r"^((?:hosts? .+ (?:is|are) gone; )?the (?:run|search) waits for .*)")
+_GOES_ON = re.compile(r"epoch +\d+/\d+|steps?, from step|resuming from|^restarting: |^searching: |^trial \d+")
 _FAILED = "a worker failed:"
 _TAIL_BYTES = 4096
 _ALIVE = ("running", "waiting", "created")
@@ -45,7 +45,8 @@ class RunState:
     detail: str = ""
     """What it waits for, why it failed, or what its log says last."""
     since: float | None = None
-    """When this state began, or the latest step was seen: seconds since the epoch."""
+    """When this state began, or the latest step was seen: seconds since the epoch; None for a job that waits, whose
+    log says for how long."""
     job: str | None = None
     """Submission id."""
 
@@ -138,7 +139,7 @@ def state_of_job(job: Job, log: str = "") -> RunState:
         None if metric is None else {metric[0]: metric[1]},
         sum(line.startswith(_FAILED) for line in lines),
         detail,
-        job.ended or job.started,
+        None if waits else job.ended or job.started,
         job.id,
     )
 

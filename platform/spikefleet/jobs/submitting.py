@@ -11,6 +11,9 @@ from spikefleet.jobs.server import Job, JobServer
 from spikefleet.jobs.submission import Submission
 from spikefleet.status import Announce, silent
 
+_NAMED = ("train", "tune")
+"""Commands that have an option --name."""
+
 
 def submit_or_follow(server: JobServer, submission: Submission, say: Announce = silent) -> tuple[Job, bool]:
     """Submits a command, unless a job that has not ended does the same.
@@ -58,8 +61,9 @@ def _of_the_same_run(job: Job, submission: Submission) -> bool:
 
 def _same(job: Job, submission: Submission) -> Job:
     if job.metadata.get("digest") != submission.digest:
+        other = "set another --name" if submission.kind in _NAMED else "submit this one when it has ended"
         raise UserError(
             f"job {job.id} works on {submission.kind} {submission.run!r} with another configuration, submitted by "
-            f"{job.metadata.get('user', 'somebody')}; stop it (`spikefleet stop {job.id}`), or set another --name"
+            f"{job.metadata.get('user', 'somebody')}; stop it (`spikefleet stop {job.id}`), or {other}"
         )
     return job

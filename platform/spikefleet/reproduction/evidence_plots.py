@@ -126,7 +126,6 @@ def _over_depth(panels: Mapping[str, Mapping[str, Mapping[int, float]]], path: P
         for name, by_depth in curves.items():
             axis.plot(list(by_depth), list(by_depth.values()), marker="o", ms=4, label=drawable(name))
         axis.set(title=title, xlabel="weight layers", yscale="log")
-        axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3)
     axes.flat[0].set_ylabel("gradient norm, first layer / last layer")
     axes.flat[0].legend(fontsize=8)
@@ -173,7 +172,6 @@ def _differences(panels: Mapping[str, Sequence[tuple[str, JudgedPair]]], title: 
         axis.set_ylim(len(pairs) - 0.5, -0.5)
         axis.set(xlabel=label)
         axis.set_xscale("symlog", linthresh=_linear(pairs))
-        axis.xaxis.set_major_formatter("{x:g}")  # a log axis writes powers as formulas, which are drawn as plain text
         axis.grid(axis="x", alpha=0.3)
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=7)

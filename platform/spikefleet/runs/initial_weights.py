@@ -219,6 +219,11 @@ def _read(source: str, runs_dir: Path, tracking_uri: str) -> _Found:
         if not path.is_file():
             raise UserError(f"init.from={source}: there is no such file; name a .safetensors file")
         return _Found(str(path), *_load(path), None)
+    if path.name != source:
+        raise UserError(
+            f"init.from={source} is neither a registered version nor a .safetensors file; name models:/NAME@ALIAS, "
+            f"the file, or a run of {runs_dir} by its name alone"
+        )
     run = find_run(runs_dir, source)
     weights = best_weights(run.best_checkpoint())
     return _Found(f"run {run.name}, {weights.parent.name}", *_load(weights), run.config().model)

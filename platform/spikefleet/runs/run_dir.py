@@ -223,12 +223,30 @@ class Run:
 
 
 def find_run(runs_dir: Path, name: str) -> Run:
-    """An existing run. Raises UserError, with the names of all runs, for an unknown one."""
+    """An existing run, by its name or by its directory, as a shell completes it.
+
+    Raises UserError, with the names of all runs, for an unknown one.
+    """
     if "@" in name:  # as `registry` takes it
         raise UserError(f"{name!r} is not a run; for a registered version write models:/{name}")
-    run = Run(runs_dir / check_run_name(name))
+    run = Run(runs_dir / check_run_name(_name_of(runs_dir, name)))
     if not run.exists:
         known = sorted(path.parent.name for path in runs_dir.glob("*/run.json"))
         listed = f"expected one of {', '.join(known)}" if known else "it has no runs"
         raise UserError(f"run {name!r} does not exist in {runs_dir}; {listed}")
     return run
+
+
+def _name_of(runs_dir: Path, given: str) -> str:
+    """The name of a run that is given by its directory; else what is given.
+
+    Raises:
+        UserError: the directory is that of a run in another runs directory, whose tracking database is there too.
+    """
+    path = Path(given)
+    if len(path.parts) < 2 or not Run(path).exists:
+        return given
+    place = path.resolve()
+    if place.parent != runs_dir.resolve():
+        raise UserError(f"run {given} is not in {runs_dir}; give --runs-dir {place.parent} and the name {place.name}")
+    return place.name

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import re
 import threading
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -106,23 +104,12 @@ def run_training(
         RunError: the training or the registration failed.
         Interrupted: SIGINT or SIGTERM stopped it; the same call resumes it.
     """
-    _refuse_uri(options.runs_dir)
     check_place(options.runs_dir, "--runs-dir")
     config, initial = resolve_init(config, options, resolve_tracking_uri(options.runs_dir), console)
     run = Run(options.runs_dir.resolve() / check_run_name(name or default_run_name(config)))
     signals = StopSignals(console)
     with signals.handled():
         return _run(config, options, console, run, before_step, signals, initial)
-
-
-def _refuse_uri(runs_dir: Path) -> None:
-    """Raises UserError for a runs directory with a scheme: locks and databases need a file system."""
-    if found := re.match(r"([a-z][a-z0-9+.-]*):/+(.*)", str(runs_dir)):
-        uri = f"{found[1]}://{found[2]}"
-        raise UserError(
-            f"--runs-dir {uri} is no directory: a run needs locks and a database; set it to a local directory, and "
-            f"checkpoint.mirror={uri} to keep checkpoints and report there, from which the run resumes"
-        )
 
 
 def _run(

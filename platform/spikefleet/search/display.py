@@ -68,6 +68,17 @@ class SearchDisplay:
         PLAIN_LINES.printed()
         print_line(self._bar.console, f"trial {trial.name}  runs again: {reason}")
 
+    def on_waiting(self, what: str) -> None:
+        if not what:
+            self._say_doing("waiting for a trial")
+            return
+        PLAIN_LINES.printed()
+        print_line(self._bar.console, what)
+        if self._console.is_terminal:
+            self._say_doing(what)
+        else:
+            self._waiting.announce(what)
+
     def on_stopping(self) -> None:
         print_line(self._bar.console, STOPPING)
 

@@ -129,6 +129,10 @@ class SearchTracker:
         """Nothing is logged: the attempts of a trial are counted when it starts again."""
         self._display.on_trial_lost(trial, reason)
 
+    def on_waiting(self, what: str) -> None:
+        """Nothing is logged."""
+        self._display.on_waiting(what)
+
     def on_stopping(self) -> None:
         """Nothing is logged: `abandon` marks the open runs as killed."""
         self._display.on_stopping()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import statistics
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -40,7 +41,7 @@ from spikefleet.tasks import build_task
 from spikefleet.tracking.mlflow_client import quiet_mlflow, resolve_tracking_uri
 from spikefleet.tracking.tracker import Tracker
 from spikefleet_pipelines.store.reader import Store
-from spikefleet_tune.errors import SearchError
+from spikefleet_tune.errors import SearchError, WaitedTooLong
 from spikefleet_tune.journal import SearchFolder, TrialRecord, WarmStartPoint
 from spikefleet_tune.messages import counted
 from spikefleet_tune.report import write_report
@@ -78,6 +79,7 @@ def run_tracked_search(
 
     Raises:
         UserError: the search is invalid or cannot be resumed; raised before any trial starts.
+        RunError: no trial fitted into the cluster for `cluster.wait_minutes`; the same command resumes the search.
         Interrupted: SIGINT or SIGTERM; the same command resumes the search.
     """
     quiet_mlflow()  # Ray Tune imports it
@@ -114,6 +116,7 @@ def run_tracked_search(
                     extend=extend,
                     retry_failed=retry_failed,
                     grace_s=config.cluster.grace_s,
+                    wait_minutes=config.cluster.wait_minutes,
                 )
             except BaseException:
                 tracker.abandon()
@@ -122,6 +125,8 @@ def run_tracked_search(
             paths = write_report(result, report_of(result))
             announce("delivering records to MLflow")
             tracker.finish(result, paths)
+    except WaitedTooLong as error:
+        raise RunError(str(error)) from None
     except SearchError as error:
         raise UserError(str(error)) from None
     return result
@@ -223,11 +228,11 @@ def _session(search: Search, options: Options) -> Any:
     from spikefleet.cluster.session import ray_session
 
     resources = search.resources
-    gpus = resources.workers * resources.gpus_per_worker
+    grows = resources.autoscaling and bool(options.address or os.environ.get("RAY_ADDRESS"))
     return ray_session(
         options.address,
-        cpus=resources.workers * resources.cpus_per_worker,
-        gpus=gpus,
+        cpus=0 if grows else resources.workers * resources.cpus_per_worker,
+        gpus=0 if grows else resources.workers * resources.gpus_per_worker,
         verbose=options.verbose,
         dashboard=resources.workers > 1,
     )

@@ -19,13 +19,16 @@ def last_improvement(config: Config, history: Sequence[Mapping[str, float]]) -> 
         history: metrics of each finished epoch.
 
     Returns:
-        The epoch, from 1; None where nothing was measured.
+        The epoch, from 1; 0 where nothing that was measured is finite, and None where nothing was measured.
     """
     key, sign = f"val/{config.checkpoint.metric}", 1.0 if config.checkpoint.mode == "max" else -1.0
     best: float | None = None
     epoch: int | None = None
     for row in history:
-        if math.isfinite(row.get(key, math.nan)) and (best is None or sign * row[key] > best + config.train.min_delta):
+        if key not in row:
+            continue
+        epoch = epoch or 0
+        if math.isfinite(row[key]) and (best is None or sign * row[key] > best + config.train.min_delta):
             best, epoch = sign * row[key], int(row["epoch"])
     return epoch
 
@@ -49,6 +52,11 @@ def stops_early(config: Config, history: Sequence[Mapping[str, float]]) -> str |
     if f"val/{config.checkpoint.metric}" not in history[-1]:  # the next evaluation may be better
         return None
     than = f" by more than {config.train.min_delta:g}" if config.train.min_delta else ""
+    if since == 0:
+        return (
+            f"stopping early after epoch {len(history)}: val/{config.checkpoint.metric} was never a finite number "
+            f"(train.patience={patience})"
+        )
     return (
         f"stopping early after epoch {len(history)}: val/{config.checkpoint.metric} has not improved{than} since epoch "
         f"{since} (train.patience={patience})"

@@ -34,7 +34,7 @@ def fit_weights(network: Mapping[str, torch.Tensor], given: Mapping[str, torch.T
         given: trained weights.
 
     Raises:
-        UserError: none fits, or one that fits has values that are not finite.
+        UserError: none fits, or one that fits has values that are not finite in the network's type.
     """
     taken: dict[str, torch.Tensor] = {}
     anew = []
@@ -47,9 +47,10 @@ def fit_weights(network: Mapping[str, torch.Tensor], given: Mapping[str, torch.T
         elif there.is_floating_point() != tensor.is_floating_point():
             anew.append(f"{name} {tensor.dtype} (there {there.dtype})")
         else:
-            if there.is_floating_point() and not bool(torch.isfinite(there).all()):
+            found = there.to(tensor.dtype).contiguous()
+            if found.is_floating_point() and not bool(torch.isfinite(found).all()):
                 raise UserError(f"init.from: tensor {name} has values that are not finite; use other weights")
-            taken[name] = there.to(tensor.dtype).contiguous()
+            taken[name] = found
     unused = tuple(f"{name} {list(tensor.shape)}" for name, tensor in given.items() if name not in network)
     if not any(tensor.ndim > 1 for tensor in taken.values()):
         some = ", ".join(list(given)[:3])

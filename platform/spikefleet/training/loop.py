@@ -8,6 +8,7 @@ batch, whose weight `train.partial_batch` chooses. A detector's loss is divided 
 
 from __future__ import annotations
 
+import math
 import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -368,7 +369,7 @@ def _evaluate(
 
 
 def _improves(config: CheckpointConfig, best: Mapping[str, Any] | None, measured: Mapping[str, float]) -> bool:
-    if best is None:
+    if best is None or math.isnan(best["metrics"][config.metric]):  # nothing is better or worse than no number
         return True
     gain = measured[config.metric] - best["metrics"][config.metric]
     return gain >= 0 if config.mode == "max" else gain <= 0

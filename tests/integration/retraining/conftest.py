@@ -36,3 +36,8 @@ def better(trained: Desk, tmp_path_factory: pytest.TempPathFactory) -> tuple[Des
     """The champion after a retraining of eight epochs, which is better."""
     desk = trained.copy(tmp_path_factory.mktemp("better") / "desk")
     return desk, desk.retrain(train__epochs=8)
+
+
+@pytest.fixture(autouse=True)
+def tests_draw_nothing(blank_figures: None) -> None:
+    """Of what a retraining draws, a test sees the figures of `better`, which is made before this."""
