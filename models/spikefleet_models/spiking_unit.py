@@ -25,7 +25,7 @@ Batch statistics are shared over T, B, H and W, merged as in the SEW ResNet code
 whatever the type of z, and spikes are returned in the type of z.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from types import ModuleType
 from typing import Any, get_args
@@ -116,8 +116,7 @@ class SpikingUnit(nn.Module):
             return self._analogue(z, shortcut, 1 if repeat else timesteps)
         if self.implementation == "reference":
             return self._compose(z, shortcut, timesteps, repeat, reference=True)
-        fusable = can_fuse(self.bn, self.neuron, (self.gate,), z)
-        spikes = self._fused(z, shortcut, timesteps, repeat) if fusable else None
+        spikes = self._fused(z, shortcut, timesteps, repeat) if self._lean_applies(z, self.neuron) else None
         return self._compose(z, shortcut, timesteps, repeat, reference=False) if spikes is None else spikes
 
     def _fused(self, z: Tensor, shortcut: Tensor | None, timesteps: int, repeat: bool) -> Tensor | None:
@@ -139,7 +138,14 @@ class SpikingUnit(nn.Module):
         form = self._form(z, fused_shortcut, spec, v_init)
         if form is None:
             return None
-        spikes = _run_form(form, node, z, fused_shortcut, spec, v_init)
+        if self.bn.training and self.bn.num_batches_tracked is not None:
+            self.bn.num_batches_tracked.add_(1)
+        arguments = (z, self.bn.weight, self.bn.bias, fused_shortcut, getattr(node, "w", None), spec)
+        spikes: Tensor
+        if v_init is None:
+            spikes = form(*arguments)
+        else:
+            spikes, node.v = form(*arguments, v_init)
         if isinstance(self.gate, LearnedGate):
             assert shortcut is not None
             spikes = self.gate(spikes, shortcut)
@@ -184,6 +190,16 @@ class SpikingUnit(nn.Module):
         activated: Tensor = self.neuron(x)
         return activated
 
+    def _lean_applies(self, z: Tensor, node: SpikingNode) -> bool:
+        bn = self.bn
+        plain_bn = type(bn) is nn.BatchNorm2d and bn.affine and bn.track_running_stats and bn.momentum is not None
+        observed = any(
+            module is not None and (module._forward_hooks or module._forward_pre_hooks)
+            for module in (bn, node, self.gate)
+        )
+        frozen = not bn.training and torch.is_grad_enabled() and (z.requires_grad or _any_requires_grad(self))
+        return plain_bn and not observed and not frozen and not node.store_v_seq
+
     def _compose(self, z: Tensor, shortcut: Tensor | None, timesteps: int, repeat: bool, reference: bool) -> Tensor:
         assert not isinstance(self.neuron, nn.ReLU)
         # cuDNN's batch norm, which torch takes on CUDA, rounds otherwise than the fused forms: an observed unit would
@@ -223,62 +239,8 @@ def use_implementation(model: nn.Module, implementation: Implementation) -> None
             module.implementation = implementation
 
 
-def can_fuse(bn: nn.Module, node: SpikingNode, others: Iterable[nn.Module | None], z: Tensor) -> bool:
-    """Whether a fused form may compute batch norm, neuron and `others` of a call, whose modules then are not called."""
-    plain_bn = type(bn) is nn.BatchNorm2d and bn.affine and bn.track_running_stats and bn.momentum is not None
-    modules = [module for module in (bn, node, *others) if module is not None]
-    observed = any(module._forward_hooks or module._forward_pre_hooks for module in modules)
-    frozen = not bn.training and torch.is_grad_enabled() and (z.requires_grad or any(map(_is_trained, modules)))
-    return plain_bn and not observed and not frozen and not node.store_v_seq
-
-
-def _is_trained(module: nn.Module) -> bool:
+def _any_requires_grad(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
-
-
-def norm_and_fire(
-    bn: nn.Module, node: nn.Module, z: Tensor, timesteps: int, others: Iterable[nn.Module]
-) -> Tensor | None:
-    """Compute I-LIF behind a batch norm in one native call.
-
-    Args:
-        bn: normalises z; its statistics are shared over T and B.
-        node: the neuron.
-        z: output of the convolution, [T * B, C, H, W].
-        timesteps: T of z.
-        others: modules around both, which are not called.
-
-    Returns:
-        Integers [T * B, C, H, W] to the bit of the two modules; None, with nothing changed, where there is no such
-        call. In 16 bits there is none: the modules round what is between them.
-    """
-    if not isinstance(node, ILIF) or z.dtype != torch.float32 or not wants_native(node.implementation, z.device):
-        return None
-    if not can_fuse(bn, node, others, z):
-        return None
-    assert isinstance(bn, nn.BatchNorm2d)
-    spec = UnitSpec(bn, node.dynamics(), None, "literal", False, timesteps, False)
-    v_init = node.kept_voltage(spec.sequence(z)) if node.keep_state else None
-    native = load_native_unit()
-    if native.problem(z, None, spec, v_init) is not None:
-        return None
-    return _run_form(native.apply, node, z, None, spec, v_init).flatten(0, 1)
-
-
-def _run_form(
-    form: _Form, node: SpikingNode, z: Tensor, shortcut: Tensor | None, spec: UnitSpec, v_init: Tensor | None
-) -> Tensor:
-    """The spikes by a form; counts the batch and keeps the membrane, as the modules do."""
-    bn = spec.bn
-    if bn.training and bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-    arguments = (z, bn.weight, bn.bias, shortcut, getattr(node, "w", None), spec)
-    spikes: Tensor
-    if v_init is None:
-        spikes = form(*arguments)
-    else:
-        spikes, node.v = form(*arguments, v_init)
-    return spikes
 
 
 def lean_unit(

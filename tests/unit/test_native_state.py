@@ -17,7 +17,6 @@ from spikefleet_models.carried_state import with_state
 from spikefleet_models.families import build_model, model_config
 from spikefleet_models.kernels import native_integers, native_unit
 from spikefleet_models.neurons import ILIF
-from spikefleet_models.spike_yolo.blocks import SpikeConv
 from spikefleet_models.spiking_unit import SpikingUnit, use_implementation
 
 B, C, H, W = 2, 33, 5, 4
@@ -221,8 +220,8 @@ def test_a_detector_trains_as_in_the_lean_form(native: list[str]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
     for levels in outputs:
         sum(level.square().mean() for level in levels).backward()
-    assert native.count("unit") > 10
-    assert native.count("integers") > 10
+    assert len(native) > 20
+    assert set(native) == {"integers"}
     assert all(torch.equal(a, b) for a, b in zip(network.buffers(), lean.buffers(), strict=True))
     # Before a batch norm a bias, or another batch norm, has a gradient of rounding errors alone.
     floor = 3e-6 * max(p.grad.abs().max() for p in lean.parameters() if p.grad is not None)
@@ -242,26 +241,3 @@ def test_a_network_reads_windows_as_in_the_reference(native: list[str]) -> None:
             _, state = with_state(network, frames[:2])
             found[form], _ = with_state(network, frames[2:], state)
     assert all(torch.equal(a, b) for a, b in zip(found["native"], found["lean"], strict=True))
-
-
-def test_observed_layers_of_a_detector_are_called_one_by_one(native: list[str]) -> None:
-    torch.manual_seed(0)
-    network = build_model(model_config("spike_yolo_tiny", num_classes=3)).eval()
-    use_implementation(network, "native")
-    images = torch.rand(1, 3, 64, 64)
-    seen: list[str] = []
-    layers = {name: module for name, module in network.named_modules() if isinstance(module, SpikeConv)}
-    with torch.no_grad():
-        expected = network(images)
-        fused = native.count("unit")
-        for name, layer in layers.items():
-            layer.register_forward_hook(lambda module, args, output, name=name: seen.append(name))
-        found = network(images)
-        assert fused > 10
-        assert native.count("unit") == fused
-        assert sorted(seen) == sorted(layers)
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-        for layer in layers.values():
-            layer._forward_hooks.clear()
-        network.bfloat16()(images.bfloat16())
-    assert native.count("unit") == fused, "the modules round to bf16 between batch norm and neuron"

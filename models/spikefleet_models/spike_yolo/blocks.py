@@ -24,7 +24,6 @@ from spikefleet_models.reparam import (
     merge_rep_conv,
     merge_sep_rep_conv,
 )
-from spikefleet_models.spike_yolo.chains import run_chain
 from spikefleet_models.spike_yolo.config import ATTENTION_HEADS
 
 BN_EPSILON = 1e-3
@@ -299,7 +298,8 @@ class SepConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the block: [N, C, H, W] -> the same shape."""
-        return run_chain(x, self.expand, self.depthwise, self.project)
+        y: Tensor = self.project(self.depthwise(self.expand(x)))
+        return y
 
 
 class Block1(nn.Module):
@@ -314,7 +314,8 @@ class Block1(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Run the block: [N, C, H, W] -> the same shape."""
         x = x + self.sep_conv(x)
-        return x + run_chain(x, self.expand, self.project)
+        y: Tensor = x + self.project(self.expand(x))
+        return y
 
 
 class Block2(nn.Module):
@@ -333,7 +334,8 @@ class Block2(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Run the block: [N, C, H, W] -> the same shape."""
         x = x + self.sep_conv(x)
-        return x + run_chain(x, self.expand, self.project)
+        y: Tensor = x + self.project(self.expand(x))
+        return y
 
 
 class TransformerBlock(nn.Module):
@@ -367,7 +369,8 @@ class TransformerBlock(nn.Module):
         v = self.value_sn(self.values(spikes)).flatten(2).unflatten(1, (ATTENTION_HEADS, -1))
         attended = (v @ k.transpose(-2, -1)) @ q * self.SCALE
         x = x + self.project(attended.reshape(x.shape))
-        return x + run_chain(x, self.mlp_expand, self.mlp_project)
+        y: Tensor = x + self.mlp_project(self.mlp_expand(x))
+        return y
 
 
 class SpikeSPPF(nn.Module):

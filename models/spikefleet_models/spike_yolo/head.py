@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from spikefleet_models.spike_yolo.blocks import Plan, prediction, spike_conv
-from spikefleet_models.spike_yolo.chains import run_chain
 from spikefleet_models.spike_yolo.config import ANCHORS, REG_MAX
 
 PRIOR_IMAGE_SIDE = 640
@@ -53,7 +52,7 @@ class DecoupledHead(nn.Module):
         """
         outputs = []
         for x, box, classes in zip(features, self.box, self.classes, strict=True):
-            outputs.append(_mean_over_time(torch.cat((_run(box, x), _run(classes, x)), dim=1), self.steps.count))
+            outputs.append(_mean_over_time(torch.cat((box(x), classes(x)), dim=1), self.steps.count))
         return tuple(outputs)
 
 
@@ -70,15 +69,6 @@ class AnchorHead(nn.Module):
         return tuple(
             _mean_over_time(level(x), self.steps.count) for x, level in zip(features, self.levels, strict=True)
         )
-
-
-def _run(branch: nn.Module, x: Tensor) -> Tensor:
-    """One branch of a level; where nothing observes it, as one chain."""
-    assert isinstance(branch, nn.Sequential)
-    if branch._forward_hooks or branch._forward_pre_hooks:
-        y: Tensor = branch(x)
-        return y
-    return run_chain(x, *branch)
 
 
 def _branch(plan: Plan, channels: int, hidden: int, outputs: int, bias: float) -> nn.Sequential:

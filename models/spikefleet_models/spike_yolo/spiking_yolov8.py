@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from spikefleet_models.spike_yolo.blocks import Plan, SpikeSPPF, Stem, check_yolo_images, spike_conv
-from spikefleet_models.spike_yolo.chains import run_chain
 from spikefleet_models.spike_yolo.config import SpikingYoloV8Config
 from spikefleet_models.spike_yolo.head import DecoupledHead
 
@@ -27,7 +26,7 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the block: [N, C, H, W] -> the same shape."""
-        y = run_chain(x, self.first, self.second)
+        y: Tensor = self.second(self.first(x))
         return x + y if self.residual else y
 
 
