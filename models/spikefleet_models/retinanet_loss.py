@@ -42,6 +42,9 @@ class RetinaCriterion:
         self._generator = AnchorGenerator(sizes, (config.aspect_ratios,) * len(self.strides))
         self._matcher = Matcher(config.positive_iou, config.negative_iou, config.low_quality_matches)
         self._coder = BoxCoder((1.0, 1.0, 1.0, 1.0))
+        self.dense: bool | None = None
+        """Whether the loss is computed on all anchors, so that no shape depends on values that a host would have to
+        wait for; None: on GPUs. Assignment and `cls` have the same bits, `box` adds in another order."""
 
     def anchors(self, grids: Sequence[tuple[int, int]], like: Tensor) -> list[Tensor]:
         """Generate the anchors of each level: [h * w * A, 4] x1 y1 x2 y2, of the type and on the device of `like`."""
@@ -62,28 +65,44 @@ class RetinaCriterion:
         Raises:
             ValueError: outputs, objects and image size do not fit together.
         """
+        from torchvision.models.detection._utils import encode_boxes
         from torchvision.ops import sigmoid_focal_loss
 
         config = self.config
-        check_objects(objects, len(outputs[0]), self.num_classes)
+        dense = outputs[0].is_cuda if self.dense is None else self.dense
+        # A GPU's labels are not read: stores hold no other classes than they name.
+        check_objects(objects, len(outputs[0]), self.num_classes, read=not dense)
         with torch.autocast(outputs[0].device.type, enabled=False):
             levels = self._read(outputs, image_size)
             logits, codes = (torch.cat([level[part] for level in levels], dim=1) for part in (0, 1))
             anchors = torch.cat([level[2] for level in levels])
             on_device = [Objects(entry.boxes.to(anchors), entry.labels.to(anchors.device)) for entry in objects]
-            boxes, labels = (pad_sequence([entry[part] for entry in on_device], batch_first=True) for part in (0, 1))
-            owner = torch.stack([self._match(entry.boxes, anchors) for entry in on_device])  # [B, M]
-            b, m = (owner >= 0).nonzero(as_tuple=True)
-            positives = max(1, len(b)) if divided else 1
-            target = torch.zeros_like(logits)
-            target[b, m, labels[b, owner[b, m]]] = 1.0
+            # One entry more than there are images, so that N is at least 1 where no image has an object.
+            padding = Objects(anchors.new_zeros(1, 4), torch.zeros(1, dtype=torch.int64, device=anchors.device))
+            padded = [*on_device, padding]
+            boxes, labels = (pad_sequence([entry[part] for entry in padded], batch_first=True)[:-1] for part in (0, 1))
+            owner = torch.stack([self._match(entry.boxes, anchors, dense) for entry in on_device])  # [B, M]
+            foreground, owned = owner >= 0, owner.clamp_min(0)
+            classes = labels.gather(1, owned).unsqueeze(-1)
+            target = torch.zeros_like(logits).scatter_(2, classes, foreground.to(logits).unsqueeze(-1))
+            boxes = boxes.gather(1, owned.unsqueeze(-1).expand(-1, -1, 4))
+            count = foreground.sum()
+            divisor = count.clamp_min(1) if divided else torch.ones_like(count)
             focal = sigmoid_focal_loss(logits, target, config.focal_alpha, config.focal_gamma)
-            cls = (focal * (owner != self._matcher.BETWEEN_THRESHOLDS).unsqueeze(-1)).sum() / positives
-            target_codes = self._coder.encode_single(boxes[b, owner[b, m]], anchors[m])
+            cls = (focal * (owner != self._matcher.BETWEEN_THRESHOLDS).unsqueeze(-1)).sum() / divisor
+            inside = foreground.unsqueeze(-1)
+            if dense:
+                # Background is compared with itself: finite, and 0 in loss and gradient.
+                boxes, anchors = torch.where(inside, boxes, anchors).flatten(0, 1), anchors.repeat(len(boxes), 1)
+                target_codes = encode_boxes(boxes, anchors, anchors.new_ones(4)).view_as(codes)
+                codes = torch.where(inside, codes, target_codes)
+            else:
+                b, m = foreground.nonzero(as_tuple=True)
+                codes, target_codes = codes[b, m], self._coder.encode_single(boxes[b, m], anchors[m])
             beta = config.smooth_l1_beta if config.box_loss == "smooth_l1" else 0.0
-            box = F.smooth_l1_loss(codes[b, m], target_codes, reduction="sum", beta=beta) / positives
+            box = F.smooth_l1_loss(codes, target_codes, reduction="sum", beta=beta) / divisor
             parts = {"cls": cls, "box": config.box_gain * box}
-        undivided = {} if divided else {"divisor": cls.new_tensor(float(len(b)))}
+        undivided = {} if divided else {"divisor": count.to(cls)}
         loss = parts["cls"] + parts["box"]
         return {"loss": loss, **{name: part.detach() for name, part in parts.items()}, **undivided}
 
@@ -125,10 +144,12 @@ class RetinaCriterion:
             max_detections=self.config.max_detections,
         )
 
-    def _match(self, boxes: Tensor, anchors: Tensor) -> Tensor:
+    def _match(self, boxes: Tensor, anchors: Tensor, dense: bool = False) -> Tensor:
         """Index of each anchor's object, [M]; -1 for background, -2 for anchors to ignore."""
         from torchvision.ops import box_iou
 
+        if dense:
+            return match_densely(boxes, anchors, self.config)
         overlaps = box_iou(boxes, anchors)
         seen = overlaps.amax(1).nonzero().squeeze(1)
         if not len(seen):
@@ -148,3 +169,29 @@ class RetinaCriterion:
             )
             levels.append((logits, codes, anchors))
         return levels
+
+
+def match_densely(boxes: Tensor, anchors: Tensor, config: RetinaCriterionConfig) -> Tensor:
+    """Index of each anchor's object, [M], as torchvision's `Matcher` has it, which a host waits for.
+
+    Args:
+        boxes: of the objects of an image, [N, 4]; those that no anchor overlaps are left out.
+        anchors: [M, 4].
+        config: bounds of the IoU.
+
+    Returns:
+        -1 for background, -2 for anchors to ignore.
+    """
+    from torchvision.ops import box_iou
+
+    background = torch.full((len(anchors),), -1, device=anchors.device)
+    if not len(boxes):
+        return background
+    overlaps = box_iou(boxes, anchors)
+    best = overlaps.amax(1, keepdim=True)
+    seen = best != 0
+    values, indices = overlaps.max(0)
+    matches = torch.where(values < config.negative_iou, -1, torch.where(values < config.positive_iou, -2, indices))
+    if config.low_quality_matches:
+        matches = torch.where(((overlaps == best) & seen).any(0), indices, matches)
+    return torch.where(seen.any(), matches, background)

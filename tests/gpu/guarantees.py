@@ -17,7 +17,7 @@ from spikefleet_models.families import build_model, model_config
 from spikefleet_models.health import SpikeMonitor
 from spikefleet_models.spiking_unit import use_implementation
 from support.events import KeptEvents
-from support.training_steps import CLASSIFIER, DETECTOR, random_batches, task_of, training_state
+from support.training_steps import CLASSIFIER, DETECTOR, RETINANET, random_batches, task_of, training_state
 
 
 def the_lean_form_never_runs_where_triton_does() -> None:
@@ -56,8 +56,8 @@ def the_unit_never_waits_for_the_device() -> None:
 
 
 def training_steps_never_wait() -> None:
-    """Torch raises where the host waits, in steps of a classifier and of a detector, the former in fp16 too."""
-    for words in (CLASSIFIER, [*CLASSIFIER, "train.precision=fp16"], DETECTOR):
+    """Torch raises where the host waits, in steps of a classifier, in fp16 too, and of both detectors."""
+    for words in (CLASSIFIER, [*CLASSIFIER, "train.precision=fp16"], DETECTOR, RETINANET):
         state = training_state(words, torch.device("cuda"))
         assert state.reads_late
         task, meter, told = task_of(state), Meter(), KeptEvents()

@@ -1,4 +1,4 @@
-"""Training steps without a store: states, tasks and batches of drawn images, for a classifier and a detector."""
+"""Training steps without a store: states, tasks and batches of drawn images, for a classifier and two detectors."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from spikefleet_pipelines.store.annotations import Placement, Target
 STEPS = 4
 CLASSIFIER = ["digits", "model.stages=[1]", "model.width=0.125", "model.timesteps=2", "model.asd_channel_reduction=4"]
 DETECTOR = ["scenes_spike_yolo", "model.num_classes=3"]
+RETINANET = ["scenes_retinanet", "model.num_classes=3", "model.backbone.timesteps=2", "model.fpn_channels=16"]
 _SETTINGS = ("optim.fused=true", "tracking.every_steps=1", "tracking.health_every_steps=1000", "train.ema_decay=0.9")
 
 
@@ -28,7 +29,7 @@ def training_state(words: Sequence[str], device: torch.device) -> TrainingState:
 
 
 def task_of(state: TrainingState) -> Any:
-    """The task of a state, of which losses are all that is asked; a detector's on all anchor points."""
+    """The task of a state, of which losses are all that is asked; a detector's on all anchors."""
     if state.config.task == "classification":
         return Classification([str(digit) for digit in range(10)])
     criterion: Any = state.config.model.build_criterion()

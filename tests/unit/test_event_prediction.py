@@ -146,6 +146,9 @@ def test_the_command_hands_options_on_and_says_that_membranes_are_not_carried(
     assert "membranes" not in err
     assert "--stream carries them" in run("stream", str(ms), *read)[2]
     assert "--stream carries them" not in run("stream", str(ms), *read, "--stream")[2]
+    for words in (["--batch", "8"], ["--overlap", "0.5"]):
+        code, _, err = run("plain", str(ms), *read, *words)
+        assert (code, f"{words[0]} is for images" in err) == (2, True), err
     for option, said in (("time", "--option 'time' is not of the form key=value"), ("time=h", "time=h is not allowed")):
         code, _, err = run("plain", str(ms), "--option", option)
         assert (code, said in " ".join(err.split())) == (2, True), err

@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
+from spikefleet.cli import app
 from spikefleet.cli.job_entry import refuse_place_in_copy
 from spikefleet.cli.submissions import checked
 from spikefleet.config.recipes import load_config
@@ -295,6 +297,9 @@ def test_the_state_of_a_run_says_when_its_process_is_gone(tmp_path: Path) -> Non
     assert stop_run(run, now=False, announce=silent) == "run run is not running"
     run.note(status="finished", validation={}, test={}, waiting=None)
     assert state_of_run(run).state == "finished"
+    done = CliRunner().invoke(app, ["stop", "run", "--json", "--runs-dir", str(tmp_path)])
+    answer = json.loads(done.stdout)
+    assert (answer["state"], answer["said"]) == ("finished", "run run is not running")
 
 
 def test_the_process_of_a_job_is_known_by_its_command_line_alone(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from spikefleet_models.detection import Objects
 from spikefleet_models.spike_yolo.loss import _complete_iou_loss, dense_complete_iou_loss
 from spikefleet_pipelines.loading import Batch
 from support.events import KeptEvents
-from support.training_steps import CLASSIFIER, DETECTOR, random_batches, task_of, training_state
+from support.training_steps import CLASSIFIER, DETECTOR, RETINANET, random_batches, task_of, training_state
 from support.waiting import WaitingError, no_waiting, waiting_allowed
 
 
@@ -73,7 +73,7 @@ def weights(state: TrainingState) -> list[Tensor]:
     return [p.detach() for p in state.network.parameters()]
 
 
-@pytest.mark.parametrize("words", [CLASSIFIER, DETECTOR], ids=["classification", "detection"])
+@pytest.mark.parametrize("words", [CLASSIFIER, DETECTOR, RETINANET], ids=["classification", "detection", "retinanet"])
 def test_no_step_waits_and_nothing_else_changes(words: list[str]) -> None:
     (late, told, _), (now, expected, _) = run(words, late=True), run(words, late=False)
     for one, other in zip(weights(late), weights(now), strict=True):
@@ -177,9 +177,10 @@ def test_the_dense_loss_of_boxes_is_torchvisions() -> None:
     assert torch.allclose(gradient, wanted, rtol=1e-9, atol=1e-12)
 
 
-def test_the_dense_criterion_is_the_sparse_one() -> None:
+@pytest.mark.parametrize("words", [DETECTOR, RETINANET], ids=["detection", "retinanet"])
+def test_the_dense_criterion_is_the_sparse_one(words: list[str]) -> None:
     torch.manual_seed(0)
-    config = load_config("scenes_spike_yolo", parse_overrides(["model.num_classes=3"])).model
+    config = load_config(words[0], parse_overrides(words[1:])).model
     sparse = config.build_criterion()
     dense: Any = config.build_criterion()
     dense.dense = True

@@ -130,6 +130,29 @@ def test_an_image_that_a_dictionary_repeats_is_not_unfolded(tmp_path: Path, monk
     assert most_bytes() > 500 * len(image)  # as it was
 
 
+def test_rows_before_damage_are_kept_and_the_others_have_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet_images, "MAX_BATCH_BYTES", 1)  # a row at a time
+    path = write(tmp_path / "set" / "train.parquet", b"")
+    table = pa.table({"image": [png(number, 32) for number in range(60)], "label": [0] * 60})
+    pq.write_table(table, path, data_page_size=4000, write_batch_size=1, use_dictionary=False)
+    assert len(read("parquet", path.parent, tmp_path, holdout=0).split("train")) == 60
+    with pq.ParquetFile(path) as file:
+        chunk = file.metadata.row_group(0).column(0)
+    content = bytearray(path.read_bytes())
+    start, end = chunk.data_page_offset + chunk.total_compressed_size // 2, chunk.data_page_offset
+    content[start : end + chunk.total_compressed_size] = b"\xff" * (end + chunk.total_compressed_size - start)
+    path.write_bytes(content)
+    with pytest.raises(SourceError, match=r"train.parquet, row [0-9]+: .*; replace the file, or leave the image out"):
+        read("parquet", path.parent, tmp_path, holdout=0)
+    store = read("parquet", path.parent, tmp_path, holdout=0, skip_bad=True)
+    skipped = store.manifest.audit.skipped or ()
+    assert len(store.split("train")) + len(skipped) == 60
+    assert 15 < len(store.split("train")) < 31
+    assert not any("it has" in one.reason for one in skipped)
+
+
 def test_classes_that_take_no_bytes_in_the_file_are_counted_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,3 +292,26 @@ def test_many_classes_without_an_image_are_not_all_named(tmp_path: Path) -> None
     with pytest.raises(StoreError, match=r"class '1', '2', .*'10' and 89,989 more; add images") as refused:
         read("npz", tmp_path / "set", tmp_path, holdout=0)
     assert len(str(refused.value)) < 300
+
+
+def test_files_of_macos_and_windows_beside_the_labels(tmp_path: Path) -> None:
+    for name in ("npz/._data.npz", "yolo/._mine.yaml"):
+        write(tmp_path / name, b"\0\5\x16\7Mac OS X")
+    np.savez(tmp_path / "npz" / "data.npz", images=np.zeros((4, 8, 8), np.uint8), labels=[0, 0, 1, 1])
+    assert len(read("npz", tmp_path / "npz", tmp_path, holdout=0).split("train")) == 4
+    np.savez(tmp_path / "npz" / "more.npz", images=np.zeros(1))
+    with pytest.raises(SourceError, match=r"has 2 .npz files .data.npz, more.npz.; choose one"):
+        read("npz", tmp_path / "npz", tmp_path, holdout=0)
+    write(tmp_path / "yolo" / "mine.yaml", "train: images\nnames: [a]\n")
+    write(tmp_path / "voc" / "Annotations" / "1.XML", BOX.format(""))
+    for name, content in {
+        "1.TXT": "0 0.5 0.5 0.5 0.5",
+        "2.txt": "0 0.5 0.5 0.25 0.5",
+        "3.tXt": "0 0.5 0.5 1 1",
+    }.items():
+        write(tmp_path / "yolo" / "labels" / name, content)
+        write(tmp_path / "yolo" / "images" / f"{name[0]}.png", png(int(name[0])))
+    write(tmp_path / "voc" / "images" / "1.png", png(1))
+    split = read("yolo", tmp_path / "yolo", tmp_path, holdout=0).split("train")
+    assert [split.annotations(row).boxes.tolist() for row in range(3)] == [[[2, 2, 4, 4]], [[3, 2, 2, 4]], []]
+    assert len(read("voc", tmp_path / "voc", tmp_path, holdout=0).split("train")) == 1

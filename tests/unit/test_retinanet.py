@@ -12,7 +12,7 @@ from torchvision.ops import box_iou
 from spikefleet_models.detection import Objects
 from spikefleet_models.retinanet import RetinaNet
 from spikefleet_models.retinanet_config import RetinaCriterionConfig, RetinaNetConfig
-from spikefleet_models.retinanet_loss import RetinaCriterion
+from spikefleet_models.retinanet_loss import RetinaCriterion, match_densely
 from spikefleet_models.sg_resnet_config import SGResNetConfig
 
 R18, R34 = (2, 2, 2, 2), (3, 4, 6, 3)
@@ -169,6 +169,28 @@ def test_loss_is_the_literal_one() -> None:
     assert criterion.loss(outputs, relabelled, (48, 48))["cls"].item() != pytest.approx(cls, rel=1e-3)
     smooth = RetinaCriterion(config.model_copy(update={"box_loss": "smooth_l1"}), 3, (8, 16))
     assert 0 < smooth.loss(outputs, objects, (48, 48))["box"].item() < box
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"low_quality_matches": False}, {"negative_iou": 0.0}, {"negative_iou": 0.5}, {"positive_iou": 1.0}]
+)
+def test_matching_without_waiting_is_torchvisions(fields: dict[str, Any]) -> None:
+    config = RetinaCriterionConfig(anchor_scale=2.0, **fields)
+    criterion = RetinaCriterion(config, 3, (8, 16))
+    anchors = torch.cat(criterion.anchors([(6, 6), (3, 3)], torch.zeros(())))
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for count in (0, 1, 2, 5, 9):
+        corners = torch.randint(0, 30, (count, 2), generator=generator).float()
+        boxes = torch.cat((corners, corners + torch.randint(0, 18, (count, 2), generator=generator)), 1)
+        boxes = torch.cat((boxes, boxes[:2], anchors[:count]))  # ties, boxes without area, boxes that are anchors
+        for some in (boxes, boxes[:1] * 0, boxes[:0]):
+            expected = criterion._match(some, anchors)
+            found.append(expected)
+            assert torch.equal(match_densely(some, anchors, config), expected)
+    assert len(torch.cat(found).unique()) > 3
+    other = config.model_copy(update={"positive_iou": 0.45, "negative_iou": 0.2})
+    assert not torch.equal(match_densely(boxes, anchors, other), criterion._match(boxes, anchors))
 
 
 def test_an_object_without_area_changes_nothing() -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 
 from spikefleet_tune import lost_hosts
+from spikefleet_tune.journal import Clock, SearchFolder
+from spikefleet_tune.ledger import Ledger, SilentObserver
 from spikefleet_tune.lost_hosts import Waits
-from spikefleet_tune.search_file import ResourcesConfig
+from spikefleet_tune.on_tune import TrialSource
+from spikefleet_tune.samplers import PointSampler
+from spikefleet_tune.search_file import ResourcesConfig, search_of
 
 
 class Hosts:
@@ -67,3 +72,22 @@ def test_a_search_waits_for_its_minutes(hosts: Hosts, minutes: float, over: bool
     if waits.overdue is not None:
         assert waits.overdue.startswith("the search waits for hosts"), "none of them was there before"
         assert waits.overdue.endswith("cluster.wait_minutes=0 are over; run the same command again to resume")
+
+
+@pytest.mark.parametrize(("minutes", "over"), [(0.0, True), (30.0, False)])
+def test_a_search_that_has_waited_too_long_has_no_more_trials(
+    hosts: Hosts, tmp_path: Path, minutes: float, over: bool
+) -> None:
+    """Ray Tune asks for the next trial again and again where it has none, and for nothing else."""
+    tree = {"recipe": "none", "space": {"x": {"choice": [0, 1]}}, "objectives": {"gain": "max"}, "sampler": "grid"}
+    search, folder = search_of({**tree, "budget": {"trials": 2}}), SearchFolder(tmp_path, "waits")
+    with folder.lock():
+        folder.begin(search)
+        past, sampler = folder.read(), PointSampler(search, [])
+        ledger = Ledger(search, folder, past, sampler, SilentObserver())
+        source = TrialSource(search, past, sampler, ledger, Clock(folder))
+        source.waits = Waits(search.resources, minutes, ledger.waits)
+        hosts.there = set()
+        assert not source.is_finished(), "it begins to wait"
+        assert source.next_trial() is None
+        assert (source.is_finished(), source.overdue is not None) == (over, over)

@@ -61,8 +61,8 @@ class TrialSource(SearchAlgorithm):
         self._spec: dict[str, Any] = {}
         self.interrupted: int | None = None
         """The signal that ended the attempt."""
-        self.overdue: str | None = None
-        """Why the attempt has ended, if it waited for hosts for too long."""
+        self.waits: Waits | None = None
+        """Whether any trial fits; Ray Tune asks nobody else while it has no trial at all."""
 
     def _foreseen(self, past: Past) -> int | None:
         """Trials of the whole search, if that is known."""
@@ -74,6 +74,11 @@ class TrialSource(SearchAlgorithm):
     def left(self) -> int | None:
         """Trials still to start, if that is known."""
         return None if self._total is None else self._total - self._next + len(self._again)
+
+    @property
+    def overdue(self) -> str | None:
+        """Why the attempt has ended, if it waited for hosts for too long."""
+        return None if self.waits is None else self.waits.overdue
 
     @property
     def total_samples(self) -> int:
@@ -93,6 +98,8 @@ class TrialSource(SearchAlgorithm):
 
     def is_finished(self) -> bool:
         """Whether no trial is left to start."""
+        if self.waits is not None:
+            self.waits.tick()
         if self._finished or self.interrupted is not None or self.overdue is not None or self.out_of_time:
             return True
         if self._again:
@@ -153,13 +160,13 @@ def run_on_tune(
     shutil.rmtree(scratch, ignore_errors=True)
     stop = scratch / "stop.json"
     stopping = _Stopping(source, ledger, stop, grace_s)
-    hosts, waits = Hosts(search.resources), Waits(search.resources, wait_minutes, ledger.waits)
+    hosts = Hosts(search.resources)
+    source.waits = waits = Waits(search.resources, wait_minutes, ledger.waits)
 
     class Bookkeeper(tune.Callback):
         def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
             stopping.running = {int(trial.trial_id) for trial in trials if trial.status == "RUNNING"}
             waits.tick()
-            source.overdue = waits.overdue
 
         def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             ledger.running(int(trial.trial_id), trial.config)

@@ -184,7 +184,7 @@ class YoloCriterion:
             if dense:
                 weights = torch.where(foreground, weights, 0.0) / total
                 # A box without area has no angle: its gradient would be NaN, even times 0.
-                unit, inside = boxes.new_tensor((0.0, 0.0, 1.0, 1.0)), foreground.unsqueeze(-1)
+                unit, inside = torch.cat((boxes.new_zeros(2), boxes.new_ones(2))), foreground.unsqueeze(-1)
                 overlap = dense_complete_iou_loss(
                     torch.where(inside, boxes, unit), torch.where(inside, target.boxes, unit)
                 )

@@ -114,7 +114,7 @@ def _files(root: Path, name: str | None) -> dict[str, Path]:
             of_split[split] = place
     if of_split:
         return of_split
-    found = sorted(root.glob("*.npz"))
+    found = sorted(path for path in root.glob("*.npz") if not path.name.startswith("."))  # macOS writes ._NAME beside
     if not found:
         raise NPZ.missing(root)
     if len(found) > 1:

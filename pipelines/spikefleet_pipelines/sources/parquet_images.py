@@ -93,18 +93,29 @@ class _Rows:
 
     def _restart(self) -> None:
         self._batches = _batches(self._file, self._group, self._column)
-        self._first, self._batch = 0, next(self._batches, None)
+        self._first, self._batch = 0, pa.nulls(0)
+        self._failure: Exception | None = None
 
     def value(self, row: int) -> Any:
-        """Return the value of a row. Raises OSError if the row group ends before it."""
+        """Return the value of a row. Raises OSError or pa.ArrowException if it cannot be read."""
         if row < self._first:
             self._restart()
-        while self._batch is not None and row >= self._first + len(self._batch):
-            self._first += len(self._batch)
-            self._batch = next(self._batches, None)
-        if self._batch is None:
-            raise OSError(f"it has {self._first:,} rows")
+        while row >= self._first + len(self._batch):
+            self._advance()
         return self._batch[row - self._first].as_py()
+
+    def _advance(self) -> None:
+        if self._failure is not None:  # what is behind damage cannot be read, for the same reason
+            raise self._failure
+        try:
+            following = next(self._batches, None)
+        except (pa.ArrowException, OSError) as error:
+            self._failure = error
+            raise
+        self._first += len(self._batch)
+        if following is None:
+            raise OSError(f"it has {self._first:,} rows")
+        self._batch = following
 
 
 def _batches(file: pq.ParquetFile, group: int, column: str) -> Iterator[pa.Array]:

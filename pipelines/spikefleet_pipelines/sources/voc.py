@@ -134,7 +134,8 @@ def _in_folder(folder: Path, unused: Counter[str]) -> list[_Labelled]:
     found = []
     listed = list_images(_images_folder(folder))
     for image in listed.images:
-        xml = next((file for place in places if (file := place / f"{image.stem}.xml").is_file()), None)
+        names = [place / f"{image.stem}{suffix}" for place in places for suffix in (".xml", ".XML")]
+        xml = next(filter(Path.is_file, names), None)
         if xml is None:
             unused[_WITHOUT_XML] += 1
         else:

@@ -87,7 +87,8 @@ def _listed(root: Path, path: Path) -> Iterator[Path]:
 
 def labels_of(root: Path, image: Path) -> Path | None:
     """Return the file of labels of an image; None if there is none."""
-    return next((path for path in _label_places(root, image) if path.is_file()), None)
+    places = (place.with_suffix(suffix) for place in _label_places(root, image) for suffix in (".txt", ".TXT"))
+    return next((path for path in places if path.is_file()), None)
 
 
 def _label_places(root: Path, image: Path) -> list[Path]:

@@ -66,7 +66,8 @@ def _find(root: Path, given: str | None) -> Path:
         if not (root / given).is_file():
             raise SourceError(f"source 'yolo': option yaml is {given!r}, but {root / given} is not a file; set another")
         return root / given
-    yamls = sorted([*root.glob("*.yaml"), *root.glob("*.yml")])
+    found = [*root.glob("*.yaml"), *root.glob("*.yml")]
+    yamls = sorted(path for path in found if not path.name.startswith("."))  # macOS writes ._NAME beside
     named = [path for path in yamls if path.stem == "data"] or yamls
     if len(named) > 1:
         raise SourceError(

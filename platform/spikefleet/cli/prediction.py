@@ -130,7 +130,9 @@ def predict(
             "--coco": coco,
             "--nms": nms,
             "--tile": tile,
+            "--overlap": overlap,
             "--every": every,
+            "--batch": None if batch == 1 else batch,
         }
         if wrong := [option for option, value in given.items() if value not in (None, False)]:
             raise UserError(f"{wrong[0]} is for images; name each folder of recordings, and leave it out")

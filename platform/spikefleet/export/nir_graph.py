@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from spikefleet.errors import UserError
 from spikefleet.export.nir_refusals import refuse_what_nir_lacks
 from spikefleet_models.gates import Gate, LearnedGate
-from spikefleet_models.membrane import IntegerDynamics
+from spikefleet_models.membrane import Dynamics
 from spikefleet_models.neurons import PLIF, SpikingNode
 from spikefleet_models.reparam import deploy
 from spikefleet_models.residual_block import ResidualBlock
@@ -222,7 +222,7 @@ def _neuron(node: SpikingNode, shape: tuple[int, int, int]) -> Any:
 
     threshold = np.full(shape, below(node.v_threshold), np.float32)
     dynamics = node.dynamics()
-    assert not isinstance(dynamics, IntegerDynamics)  # `refuse_what_nir_lacks` has refused them
+    assert isinstance(dynamics, Dynamics)  # I-LIF is refused before
     tau = dynamics.tau
     if isinstance(node, PLIF):
         tau = 1 / node.w.detach().double().sigmoid().item()
