@@ -183,6 +183,12 @@ PRIVATE = [
         "RetinaNet's box coding",
     ),
     (
+        "torchvision.models.detection._utils:encode_boxes",
+        ["reference_boxes", "proposals", "weights"],
+        f"{MODELS}/retinanet_loss.py",
+        "RetinaNet's box coding, of boxes that belong to the anchors one by one",
+    ),
+    (
         "torchvision.models.detection._utils:Matcher",
         None,
         f"{MODELS}/retinanet_loss.py",
