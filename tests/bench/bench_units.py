@@ -5,10 +5,10 @@ the I-LIF layers of SpikeYOLO s.
 
 Each unit of the network (batch norm, IF, BSG; T = 4, batch 16, 32x32) runs forward and backward alone on drawn
 tensors; so do each I-LIF layer of SpikeYOLO s (D = 4, batch 2, 320x320, channels_last) at T = 1 and T = 4, and each
-unit of SG ResNet18 with I-LIF and ADD. Forms run interleaved, so that the load of a shared machine falls on all alike.
-Times are processor times of the process, which other processes disturb least, and with one thread comparable to wall
-time; `--wall` measures wall-clock time instead. Medians over the rounds, and the best rounds, are printed as ratios to
-lean.
+unit of SG ResNet18 with I-LIF and ADD; and SpikeYOLO s as a whole (T = 1). Forms run interleaved, so that the load of a
+shared machine falls on all alike. Times are processor times of the process, which other processes disturb least, and
+with one thread comparable to wall time; `--wall` measures wall-clock time instead. Medians over the rounds, and the
+best rounds, are printed as ratios to lean.
 """
 
 from __future__ import annotations
@@ -128,6 +128,24 @@ def integer_layers(timesteps: int) -> dict[str, Callable[[], None]]:
     return {form: of(form) for form in FORMS}
 
 
+def detector() -> dict[str, Callable[[], None]]:
+    """Forward and backward pass of the whole SpikeYOLO s, without loss and optimizer."""
+    images = torch.randn(2, 3, 320, 320).contiguous(memory_format=torch.channels_last)
+    network = build_model(model_config("spike_yolo_s", timesteps=1)).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        gradients = [torch.randn_like(level) for level in network(images)]
+
+    def of(form: Implementation) -> Callable[[], None]:
+        def run() -> None:
+            use_implementation(network, form)
+            network.zero_grad(set_to_none=True)
+            torch.autograd.backward(network(images), gradients)
+
+        return run
+
+    return {form: of(form) for form in FORMS}
+
+
 def digits() -> dict[str, Callable[[], None]]:
     """The step of the recipe `digits` on one of its two workers: forward, loss, backward, SGD at batch 32."""
     from spikefleet.config.recipes import load_config
@@ -172,6 +190,7 @@ def main() -> None:
         "ilif T=1": lambda: integer_layers(1),
         "ilif T=4": lambda: integer_layers(4),
         "ilif units fp32": lambda: units(False, **integers),
+        "yolo": detector,
     }
     measured = {name: build() for name, build in choices.items() if arguments.only in name}
     seconds: dict[tuple[str, str], list[float]] = {}

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from spikefleet import data_grid
 from spikefleet.cli import app
+from spikefleet.cli.data import _findings
 from spikefleet.errors import UserError
 from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.events import event_images
@@ -21,6 +22,7 @@ from spikefleet_pipelines.sources import prepare
 from spikefleet_pipelines.store.event_format import EventFormat
 from spikefleet_pipelines.store.event_shard_writer import SourceRecording
 from spikefleet_pipelines.store.event_writer import EventStoreWriter
+from spikefleet_pipelines.store.manifest import BoxAudit
 from spikefleet_pipelines.store.reader import Store
 from support.event_arrays import at_times, random_events
 
@@ -128,3 +130,10 @@ def test_wrong_options_are_refused(
     assert isinstance(found.exception, UserError | SystemExit)
     assert message in " ".join((str(found.exception) + found.output).split())
     assert Path("there.png").read_bytes() == b""
+
+
+@pytest.mark.parametrize(("computed", "said"), [(0, "9"), (9, "9"), (2, "9, 2 given w x h as their area")])
+def test_areas_are_named_where_some_are_missing_and_not_where_a_format_has_none(computed: int, said: str) -> None:
+    usual = {"crowds": 0, "no_area": 0, "beyond_border": 0, "outside": 0}
+    boxes = BoxAudit(objects=9, objects_per_class=(9,), empty_images=1, computed_areas=computed, **usual)
+    assert _findings(boxes) == f"{said}; 1 image without objects"

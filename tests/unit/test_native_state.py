@@ -216,14 +216,18 @@ def test_a_detector_trains_as_in_the_lean_form(native: list[str]) -> None:
     use_implementation(network, "native")
     use_implementation(lean, "lean")
     images = torch.rand(2, 3, 64, 64)
-    for model in (network, lean):
-        sum(level.square().mean() for level in model(images)).backward()
+    outputs = [model(images) for model in (network, lean)]
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+    for levels in outputs:
+        sum(level.square().mean() for level in levels).backward()
     assert len(native) > 20
     assert set(native) == {"integers"}
     assert all(torch.equal(a, b) for a, b in zip(network.buffers(), lean.buffers(), strict=True))
+    # Before a batch norm a bias, or another batch norm, has a gradient of rounding errors alone.
+    floor = 3e-6 * max(p.grad.abs().max() for p in lean.parameters() if p.grad is not None)
     for (name, ours), theirs in zip(network.named_parameters(), lean.parameters(), strict=True):
         if theirs.grad is not None:
-            assert (ours.grad - theirs.grad).abs().max() <= 1e-5 * theirs.grad.abs().max().clamp_min(1e-6), name
+            assert (ours.grad - theirs.grad).abs().max() <= max(1e-5 * theirs.grad.abs().max(), floor), name
 
 
 def test_a_network_reads_windows_as_in_the_reference(native: list[str]) -> None:
