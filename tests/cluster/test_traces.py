@@ -11,7 +11,7 @@ import pytest
 from support.cluster_runs import Training
 from support.hosts import CANARIES, TOOLS, Cluster
 
-pytestmark = [pytest.mark.xdist_group("cluster"), pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.xdist_group("cluster"), pytest.mark.timeout(3600), pytest.mark.traces]
 
 
 def files_of(cluster: Cluster, folder: Path) -> Iterator[Path]:
