@@ -16,6 +16,7 @@ from spikefleet.cluster.host_watch import NODE, HostWatch
 from spikefleet.cluster.watched_sink import WatchedSink
 from spikefleet.config.cluster_config import ClusterConfig
 from spikefleet.training.events import Event, Note, Started, Waiting, WorkerFailed
+from support.ray_nodes import nodes
 
 
 class Heard:
@@ -36,15 +37,7 @@ class Hosts:
         self.draining: Callable[[], dict[str, int]] = dict
 
     def nodes(self) -> list[dict[str, Any]]:
-        return [
-            {
-                "NodeID": name,
-                "Alive": name not in self.gone,
-                "NodeManagerAddress": f"10.0.0.{number}",
-                "Resources": {"CPU": 2.0},
-            }
-            for number, name in enumerate("abc", 1)
-        ]
+        return nodes("abc", set("abc") - self.gone, 2.0)
 
 
 @pytest.fixture

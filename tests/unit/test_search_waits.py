@@ -15,6 +15,7 @@ from spikefleet_tune.lost_hosts import Waits
 from spikefleet_tune.on_tune import TrialSource
 from spikefleet_tune.samplers import PointSampler
 from spikefleet_tune.search_file import ResourcesConfig, search_of
+from support.ray_nodes import nodes
 
 
 class Hosts:
@@ -24,15 +25,7 @@ class Hosts:
         self.there = {"a", "b"}
 
     def nodes(self) -> list[dict[str, Any]]:
-        return [
-            {
-                "NodeID": name,
-                "Alive": name in self.there,
-                "NodeManagerAddress": f"10.0.0.{number}",
-                "Resources": {"CPU": 1.0},
-            }
-            for number, name in enumerate("ab", 1)
-        ]
+        return nodes("ab", self.there, 1.0)
 
 
 @pytest.fixture
