@@ -69,6 +69,11 @@ class ModelConfig(BaseModel):
         return False
 
     @property
+    def stage_count(self) -> int:
+        """Stages whose activations the backward pass can compute again (recomputation.py)."""
+        return 0
+
+    @property
     def input_multiple(self) -> int:
         """The sides of an input image must be multiples of this many pixels."""
         return 1

@@ -39,6 +39,7 @@ from spikefleet_models.membrane import (
     tiles,
 )
 from spikefleet_models.neuron_config import NeuronConfig
+from spikefleet_models.packed_spikes import note_spikes
 from spikefleet_models.surrogates import build_surrogate
 
 
@@ -137,6 +138,7 @@ class _IntegerFunction(torch.autograd.Function):
                 elif v_last is not None:
                     torch.sub(u, clipped, out=v_last[part])
         if inside is not None:
+            note_spikes(inside, 1)
             ctx.save_for_backward(inside)
         return emitted, v_last
 
@@ -177,6 +179,8 @@ def lean_integers(x_seq: Tensor, v: Tensor | None, dynamics: IntegerDynamics) ->
 class _LeanNode(neuron.BaseNode):
     """Base of the nodes: state handling around an autograd Function."""
 
+    bound: int
+    """Largest value that a neuron emits in one step."""
     keep_state: bool = False
     """Carry the voltage from one call to the next, as SpikingJelly does; `functional.reset_net` clears it."""
 
@@ -193,13 +197,16 @@ class _LeanNode(neuron.BaseNode):
     def multi_step_forward(self, x_seq: Tensor, *args: Tensor, **kwargs: object) -> Tensor:
         """Run all steps: [T, ...] currents -> [T, ...] spikes (I-LIF: integers in [0, D]) of the same type."""
         if not self.keep_state and not self.store_v_seq:
-            return self._run(x_seq, None)[0]
+            emitted = self._run(x_seq, None)[0]
+            note_spikes(emitted, self.bound)
+            return emitted
         if not self.keep_state:
             self.reset()
         if self.store_v_seq:
             recorded: Tensor = super().multi_step_forward(x_seq)
             return recorded.to(x_seq.dtype)
         emitted, self.v = self._run(x_seq, self.kept_voltage(x_seq))
+        note_spikes(emitted, self.bound)
         return emitted
 
     def kept_voltage(self, x_seq: Tensor) -> Tensor:

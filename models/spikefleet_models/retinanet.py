@@ -70,6 +70,10 @@ class RetinaNet(nn.Module):
         )
         return tuple(self._heads(level) for level in self.pyramid(decoded).values())
 
+    def stage_blocks(self) -> list[list[nn.Module]]:
+        """The blocks of each stage of the backbone, from the one with the largest planes."""
+        return self.backbone.stage_blocks()
+
     def _heads(self, level: Tensor) -> Tensor:
         # The heads' own forward would flatten the levels into one.
         logits = self.classification.cls_logits(self.classification.conv(level))

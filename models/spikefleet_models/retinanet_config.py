@@ -151,6 +151,11 @@ class RetinaNetConfig(ModelConfig):
         """True with weights over T in the decoder."""
         return self.backbone.uses_asd
 
+    @property
+    def stage_count(self) -> int:
+        """Number of stages of the backbone."""
+        return len(self.backbone.stages)
+
     def build(self) -> "nn.Module":
         """Build the `RetinaNet`."""
         from spikefleet_models.retinanet import RetinaNet

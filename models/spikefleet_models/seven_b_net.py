@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from spikefleet_models.decoders import decode_over_time
 from spikefleet_models.network_input import check_images
+from spikefleet_models.packed_spikes import note_spikes, noted_bound
 from spikefleet_models.residual_block import (
     ConvUnit,
     ResidualBlock,
@@ -103,6 +104,10 @@ class SevenBNet(nn.Module):
         check_images(frames, self.config.in_channels, self.timesteps if self.config.needs_all_timesteps else None)
         return list(self._run(frames))
 
+    def stage_blocks(self) -> list[list[nn.Module]]:
+        """Each block, whose planes are half as large as those before it, from the one with the largest planes."""
+        return [[block] for block in self.blocks]
+
     def _run(self, x: Tensor) -> Iterator[Tensor]:
         for index, block in enumerate(self.blocks):
             if str(index) in self.widenings:
@@ -122,4 +127,6 @@ def pool_sides_over_one(spikes: Tensor) -> Tensor:
     if height == width == 1:
         return spikes
     window = (2 if height > 1 else 1, 2 if width > 1 else 1)
-    return F.max_pool2d(spikes.flatten(0, 1), window).unflatten(0, spikes.shape[:2])
+    pooled = F.max_pool2d(spikes.flatten(0, 1), window).unflatten(0, spikes.shape[:2])
+    note_spikes(pooled, noted_bound(spikes))
+    return pooled

@@ -53,6 +53,11 @@ class SevenBNetConfig(GatedResidualConfig):
         """Channels of each stage: the blocks of one width after another."""
         return tuple(channels for channels, _ in groupby(self.channels))
 
+    @property
+    def stage_count(self) -> int:
+        """Number of blocks, each of which halves the planes."""
+        return len(self.channels)
+
     def build(self) -> "nn.Module":
         """Build the `SevenBNet`."""
         from spikefleet_models.seven_b_net import SevenBNet

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from spikefleet_models.decoders import decode_over_time
 from spikefleet_models.network_input import check_images
+from spikefleet_models.packed_spikes import note_spikes, noted_bound
 from spikefleet_models.residual_block import (
     ConvUnit,
     ResidualBlock,
@@ -45,6 +46,7 @@ class Stem(ConvUnit):
         """Encode images: [B, C, H, W] or [T, B, C, H, W] -> spikes [T, B, C', H', W']."""
         spikes = super().forward(x)
         pooled: Tensor = self.pool(spikes.flatten(0, 1)).unflatten(0, spikes.shape[:2])
+        note_spikes(pooled, noted_bound(spikes))
         return pooled
 
 
@@ -82,6 +84,10 @@ class SGResNetBackbone(nn.Module):
             x = stage(x)
             outputs.append(x)
         return outputs
+
+    def stage_blocks(self) -> list[list[nn.Module]]:
+        """The blocks of each stage, from the one with the largest planes."""
+        return [list(stage.children()) for stage in self.stages]
 
     def forward_blocks(self, images: Tensor) -> list[Tensor]:
         """Compute the output [T, B, C, H, W] of every block of every stage, first to last.

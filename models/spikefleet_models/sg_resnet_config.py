@@ -83,6 +83,11 @@ class SGResNetConfig(GatedResidualConfig):
         expansion = 4 if self.block == "bottleneck" else 1
         return tuple(self.base_channels * 2**stage * expansion for stage in range(len(self.stages)))
 
+    @property
+    def stage_count(self) -> int:
+        """Number of `stages`."""
+        return len(self.stages)
+
     def build(self) -> "nn.Module":
         """Build the `SGResNet`."""
         from spikefleet_models.sg_resnet import SGResNet

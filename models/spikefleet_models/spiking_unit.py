@@ -52,6 +52,7 @@ from spikefleet_models.membrane import (
     tiles,
 )
 from spikefleet_models.neurons import ILIF, SpikingNode
+from spikefleet_models.packed_spikes import note_spikes, noted_bound
 from spikefleet_models.unit_spec import UnitSpec
 
 _Form = Callable[..., Any]
@@ -114,10 +115,22 @@ class SpikingUnit(nn.Module):
     def _forward(self, z: Tensor, shortcut: Tensor | None, timesteps: int, repeat: bool) -> Tensor:
         if isinstance(self.neuron, nn.ReLU):
             return self._analogue(z, shortcut, 1 if repeat else timesteps)
-        if self.implementation == "reference":
-            return self._compose(z, shortcut, timesteps, repeat, reference=True)
-        spikes = self._fused(z, shortcut, timesteps, repeat) if self._lean_applies(z, self.neuron) else None
-        return self._compose(z, shortcut, timesteps, repeat, reference=False) if spikes is None else spikes
+        reference = self.implementation == "reference"
+        fuses = not reference and self._lean_applies(z, self.neuron)
+        spikes = self._fused(z, shortcut, timesteps, repeat) if fuses else None
+        if spikes is None:
+            spikes = self._compose(z, shortcut, timesteps, repeat, reference)
+        note_spikes(spikes, self._bound(self.neuron.bound, shortcut))
+        return spikes
+
+    def _bound(self, own: int, shortcut: Tensor | None) -> int | None:
+        """The largest value of the unit's output; None where that of the shortcut is not known."""
+        if self.gate is None:
+            return own
+        joined = noted_bound(shortcut)
+        if joined is None:
+            return None
+        return own + joined if isinstance(self.gate, Gate) and self.gate.name == "add" else max(own, joined)
 
     def _fused(self, z: Tensor, shortcut: Tensor | None, timesteps: int, repeat: bool) -> Tensor | None:
         """The spikes by the fused form for this call; None where there is none, which changes nothing."""
@@ -148,6 +161,7 @@ class SpikingUnit(nn.Module):
             spikes, node.v = form(*arguments, v_init)
         if isinstance(self.gate, LearnedGate):
             assert shortcut is not None
+            note_spikes(spikes, node.bound)
             spikes = self.gate(spikes, shortcut)
         return spikes
 
@@ -216,6 +230,7 @@ class SpikingUnit(nn.Module):
         if self.gate is None:
             return spikes
         assert shortcut is not None
+        note_spikes(spikes, self.neuron.bound)
         return self.gate.reference_forward(spikes, shortcut) if reference else self.gate(spikes, shortcut)
 
 

@@ -6,7 +6,8 @@ One step is forward, cross-entropy, backward and SGD with momentum on a CIFAR-st
 batch 16 at 32x32; the ANN twin runs batch 64 = T * B, the same dense work. Variants run interleaved in one process,
 so that the load of a shared machine falls on all of them alike; medians, and the best steps, are printed as ratios to
 the ANN. bf16 means autocast and channels_last. Peak memory is the resident set of a process of its own; saved
-activations are what autograd holds between forward and backward.
+activations are what autograd holds between forward and backward. "bits" keeps spikes as bits (`train.spike_bits`),
+"recompute" computes the first stage again in the backward pass (`train.recompute=1`).
 """
 
 import argparse
@@ -18,8 +19,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,17 +65,31 @@ class SpikingJellySEWResNet18(nn.Module):
         return self.net(images.unsqueeze(0).repeat(T, 1, 1, 1, 1)).mean(0)
 
 
-VARIANTS: dict[str, tuple[Callable[[], nn.Module], int]] = {
-    "ann (batch 64)": (lambda: sg_resnet18("lean", connection="ann"), T * BATCH),
-    "spikingjelly sew_resnet18": (SpikingJellySEWResNet18, BATCH),
-    "sg_resnet18 reference": (lambda: sg_resnet18("reference"), BATCH),
-    "sg_resnet18 lean": (lambda: sg_resnet18("lean"), BATCH),
-    "sg_resnet18 native": (lambda: sg_resnet18("native"), BATCH),
-    "sg_resnet18 lean, exact": (lambda: sg_resnet18("lean", gate_gradient="exact"), BATCH),
-    "bsg_star lean": (lambda: sg_resnet18("lean", connection="bsg_star"), BATCH),
-    "bsg_star lean, exact": (lambda: sg_resnet18("lean", connection="bsg_star", gate_gradient="exact"), BATCH),
-    "sg_resnet18 lean, rate": (lambda: sg_resnet18("lean", decoder="rate"), BATCH),
-    "sew_resnet18 lean": (lambda: sg_resnet18("lean", decoder="rate", connection="add"), BATCH),
+class Variant(NamedTuple):
+    """A network, and how its step is run."""
+
+    build: Callable[[], nn.Module]
+    batch: int = BATCH
+    bits: bool = False
+    recompute: int = 0
+
+
+VARIANTS: dict[str, Variant] = {
+    "ann (batch 64)": Variant(lambda: sg_resnet18("lean", connection="ann"), T * BATCH),
+    "spikingjelly sew_resnet18": Variant(SpikingJellySEWResNet18),
+    "sg_resnet18 reference": Variant(lambda: sg_resnet18("reference")),
+    "sg_resnet18 lean": Variant(lambda: sg_resnet18("lean")),
+    "sg_resnet18 lean, bits": Variant(lambda: sg_resnet18("lean"), bits=True),
+    "sg_resnet18 lean, recompute": Variant(lambda: sg_resnet18("lean"), bits=True, recompute=1),
+    "sg_resnet18 native": Variant(lambda: sg_resnet18("native")),
+    "sg_resnet18 native, bits": Variant(lambda: sg_resnet18("native"), bits=True),
+    "sg_resnet18 native, recompute": Variant(lambda: sg_resnet18("native"), bits=True, recompute=1),
+    "sg_resnet18 lean, exact": Variant(lambda: sg_resnet18("lean", gate_gradient="exact")),
+    "bsg_star lean": Variant(lambda: sg_resnet18("lean", connection="bsg_star")),
+    "bsg_star lean, exact": Variant(lambda: sg_resnet18("lean", connection="bsg_star", gate_gradient="exact")),
+    "sg_resnet18 lean, rate": Variant(lambda: sg_resnet18("lean", decoder="rate")),
+    "sew_resnet18 lean": Variant(lambda: sg_resnet18("lean", decoder="rate", connection="add")),
+    "sew_resnet18 lean, bits": Variant(lambda: sg_resnet18("lean", decoder="rate", connection="add"), bits=True),
 }
 
 
@@ -81,20 +97,40 @@ class Step:
     """A training step of one variant in one precision; bf16 means autocast and channels_last."""
 
     def __init__(self, variant: str, precision: str) -> None:
-        build, batch = VARIANTS[variant]
+        from spikefleet_models.recomputation import recompute_stages
+
+        chosen = VARIANTS[variant]
         torch.manual_seed(0)
-        self.model = build()
-        self.images = torch.randn(batch, 3, SIZE, SIZE)
-        self.targets = torch.randint(CLASSES, (batch,))
+        self.model = chosen.build()
+        if chosen.recompute:
+            recompute_stages(self.model, chosen.recompute)
+        self.images = torch.randn(chosen.batch, 3, SIZE, SIZE)
+        self.targets = torch.randint(CLASSES, (chosen.batch,))
+        self.bits = chosen.bits
         self.bf16 = precision == "bf16"
         if self.bf16:
             self.model = self.model.to(memory_format=torch.channels_last)
             self.images = self.images.to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
 
-    def loss(self) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+    def loss(self, observe: Callable[[Tensor], None] | None = None) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16), self._saving(observe):
             return F.cross_entropy(self.model(self.images).float(), self.targets)
+
+    def _saving(self, observe: Callable[[Tensor], None] | None) -> AbstractContextManager[None]:
+        """How autograd saves tensors; each one that it keeps is shown to `observe`."""
+        from spikefleet_models.packed_spikes import packed_spikes
+
+        if self.bits:
+            return packed_spikes(observe)
+        if observe is None:
+            return nullcontext()
+
+        def keep(tensor: Tensor) -> Tensor:
+            observe(tensor)
+            return tensor
+
+        return torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
 
     def __call__(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -106,14 +142,12 @@ class Step:
         parameters = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
         saved: dict[int, int] = {}
 
-        def pack(tensor: Tensor) -> Tensor:
+        def count(tensor: Tensor) -> None:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in parameters:
                 saved[storage.data_ptr()] = storage.nbytes()
-            return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = self.loss()
+        loss = self.loss(count)
         total = sum(saved.values()) / 2**20
         del loss
         return total

@@ -139,3 +139,15 @@ def test_the_batch_is_said_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert "largest train.global_batch: 1,200 (300 x 2 micro-batches x 2 workers; by memory)" in said
     assert "learning rate for it: 1.88, in proportion to the batch (train.global_batch=64 has optim.lr=0.1)" in said
+    assert "has spikes as bits (train.spike_bits) and recomputes nothing; train.recompute=1 takes less memory" in said
+
+
+def test_what_saves_memory_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    measured = [Measured(size, 100 * MB + size * MB, 50.0) for size in (2, 4, 8)]
+    for overrides, expected in (
+        ({"train.spike_bits": False, "train.recompute": 2}, "spikes as numbers (train.spike_bits) and recomputes 2"),
+        ({"model": "small_event_net"}, "spikes as bits (train.spike_bits) and recomputes nothing\n"),
+    ):
+        config = load_config("digits", overrides)
+        _print_batches(config, largest_batch(config, 10_000, measured, 1_000 * MB, "cpu"), gpu=False)
+        assert expected in capsys.readouterr().out

@@ -86,6 +86,11 @@ class _YoloConfig(ModelConfig):
         """The coarsest stride."""
         return self.strides[-1]
 
+    @property
+    def stage_count(self) -> int:
+        """The backbone has four stages."""
+        return 4
+
     def build_criterion(self) -> "DetectionCriterion":
         """Build the `YoloCriterion`."""
         from spikefleet_models.spike_yolo.loss import YoloCriterion

@@ -90,6 +90,10 @@ class SpikingYoloV8(nn.Module):
         outputs: tuple[Tensor, ...] = self.head(self.forward_features(images))
         return outputs
 
+    def stage_blocks(self) -> list[list[nn.Module]]:
+        """The blocks of each stage of the backbone, from the one with the largest planes."""
+        return [[stage] for stage in self.stages]
+
     def forward_features(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Compute the currents [T * B, C, h, w] of the levels that the head reads, finest first.
 

@@ -14,6 +14,7 @@ from spikefleet.cli.tables import number, print_table
 from spikefleet.errors import UserError
 from spikefleet.outputs import check_outputs
 from spikefleet.status import counting, waiting
+from spikefleet_tune.messages import counted
 
 if TYPE_CHECKING:
     from spikefleet.config.schema import Config
@@ -66,6 +67,9 @@ def _print_batches(config: Config, found: BatchFit, gpu: bool) -> None:
         f"{found.bytes_per_sample / 1e6:.3g} MB for each sample and {found.fixed_bytes / 1e6:,.3g} MB beside them; a "
         f"worker has {found.free_bytes / 1e9:,.3g} GB free, of which {found.safe_share:.0%} are used"
     )
+    if config.model.is_spiking:
+        kept = "as bits" if config.train.packs_spikes("cuda" if gpu else "cpu") else "as numbers"
+        say(f"the backward pass has spikes {kept} (train.spike_bits) and {_recomputed(config)}")
     workers = config.cluster.most_workers
     parts = f"{found.micro_batch:,} x {config.train.accumulate} micro-batches x {workers} workers"
     limit = "all samples of the training split" if found.all_samples else "by memory"
@@ -76,6 +80,14 @@ def _print_batches(config: Config, found: BatchFit, gpu: bool) -> None:
         rule = "as it is, for train.loss=sum"
     where = " --gpu" if gpu else ""
     say(f"learning rate for it: {found.learning_rate:.3g}, {rule} ({before}); spikefleet lr-range{where} tries rates")
+
+
+def _recomputed(config: Config) -> str:
+    """What is recomputed in the backward pass, and what could be."""
+    count, there = config.train.recompute, config.model.stage_count
+    if count:
+        return f"recomputes {counted(count, 'stage')} (train.recompute)"
+    return "recomputes nothing" + ("; train.recompute=1 takes less memory and more time" if there else "")
 
 
 @app.command("lr-range")

@@ -171,6 +171,20 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _stages_can_be_recomputed(self) -> Self:
+        asked, there = self.train.recompute, self.model.stage_count
+        if asked > there:
+            has = f"only {counted(there, 'stage')}" if there else "no stages"
+            remedy = f"set at most {there}" if there else "set train.recompute=0"
+            raise ValueError(f"train.recompute={asked}, but family={self.model.family} has {has}; {remedy}")
+        if asked and self.train.sync_bn:
+            raise ValueError(
+                f"train.recompute={asked} cannot be combined with train.sync_bn=true, whose statistics would be "
+                "exchanged a second time; remove one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _graphs_can_be_captured(self) -> Self:
         if not self.train.cuda_graphs:
             return self
@@ -216,6 +230,8 @@ class Config(Section):
 _NOT_IDENTITY = (
     "init",
     "train.max_minutes",
+    "train.spike_bits",
+    "train.recompute",
     "tracking.experiment",
     "tracking.every_steps",
     "registry",

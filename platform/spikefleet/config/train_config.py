@@ -84,6 +84,17 @@ class TrainConfig(Section):
         description="classification on one GPU: capture the passes over a full batch as one CUDA graph and replay it, "
         "which spares small networks the time of kernel launches",
     )
+    spike_bits: bool | None = Field(
+        None,
+        description="keep spikes for the backward pass as bits, and integers as bytes: less memory, the same gradients "
+        "to the bit; null: on the CPU, without compile",
+    )
+    recompute: int = Field(
+        0,
+        ge=0,
+        description="stages, from the one with the largest planes, whose activations the backward pass computes again: "
+        "less memory, more time, the same gradients to the bit",
+    )
     sync_bn: bool = Field(False, description="synchronise batch normalisation over all workers (CUDA only)")
     deterministic: bool = Field(False, description="use deterministic algorithms only")
     clip_norm: float | None = Field(None, gt=0, description="largest L2 norm of the gradient over all parameters")
@@ -125,6 +136,20 @@ class TrainConfig(Section):
                 "partial_batch=weigh has no effect with loss=sum, whose gradient is proportional to the batch already; "
                 "set partial_batch=keep"
             )
+        return self
+
+    def packs_spikes(self, device: str) -> bool:
+        """Whether spikes are kept as bits on a type of device, "cpu" or "cuda"."""
+        if self.spike_bits is not None:
+            return self.spike_bits
+        return device == "cpu" and not self.compile
+
+    @model_validator(mode="after")
+    def _memory_is_saved_in_eager_passes(self) -> Self:
+        chosen = "spike_bits=true" if self.spike_bits else f"recompute={self.recompute}" if self.recompute else None
+        other = "compile=true" if self.compile else "cuda_graphs=true" if self.cuda_graphs else None
+        if chosen is not None and other is not None:
+            raise ValueError(f"{chosen} cannot be combined with {other}; remove one of them")
         return self
 
     @model_validator(mode="after")

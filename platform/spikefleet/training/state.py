@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +26,8 @@ from spikefleet.training.threads import resume_threads, thread_counts
 from spikefleet.training.time_limit import TrainingClock
 from spikefleet_models.families import build_model
 from spikefleet_models.kernels import CpuForm
+from spikefleet_models.packed_spikes import packed_spikes
+from spikefleet_models.recomputation import recompute_stages
 from spikefleet_models.shortcut import ShortcutNetwork, balance_coefficient
 
 if TYPE_CHECKING:
@@ -66,6 +68,7 @@ class TrainingState:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         check_names(config, network)
         freeze(network, config.train.freeze)
+        recompute_stages(network, config.train.recompute)
         self.network: nn.Module = network
         """The network without side branches, which is evaluated and registered."""
         self.train_model = self._with_branches(network)
@@ -157,6 +160,10 @@ class TrainingState:
     def autocast(self) -> AbstractContextManager[Any]:
         """The autocast context of forward passes."""
         return autocast(self.config.train.precision, self.group.device)
+
+    def packing(self) -> AbstractContextManager[None]:
+        """The context of forward passes in training in which autograd keeps spikes as bits, where it is to."""
+        return packed_spikes() if self.config.train.packs_spikes(self.group.device.type) else nullcontext()
 
     def set_learning_rate(self) -> float:
         """Sets the learning rates and the momentum of the next step; returns the rate of the weights."""

@@ -97,7 +97,8 @@ def training_step(
             values, count = replayed, None
         else:
             with sync:
-                with state.autocast(), monitor if monitor is not None and position == 0 else nullcontext():
+                watched = monitor if monitor is not None and position == 0 else nullcontext()
+                with state.autocast(), state.packing(), watched:
                     if here.stream is None:
                         values = task.loss(state.ddp_model, here, balance)
                     else:
