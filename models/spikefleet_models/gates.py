@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from spikefleet_models.membrane import membrane_dtype
+from spikefleet_models.packed_spikes import note_spikes, noted_bound
 
 GateName = Literal["bsg", "bsg_star", "add", "and", "iand"]
 
@@ -109,6 +110,7 @@ class Gate(nn.Module):
     def forward(self, h: Tensor, x: Tensor) -> Tensor:
         """Compute Y; backward keeps H and X themselves and no product of them."""
         y: Tensor = _GateFunction.apply(h, x, self.name, self.gradient)
+        note_spikes(y, gate_bound(self, noted_bound(h), noted_bound(x)))
         return y
 
     def reference_forward(self, h: Tensor, x: Tensor) -> Tensor:
@@ -209,6 +211,7 @@ class LearnedGate(nn.Module):
     def forward(self, h: Tensor, x: Tensor) -> Tensor:
         """Compute Y of spikes H and X [..., C, H, W]; backward keeps H and X and nothing else."""
         y: Tensor = _LearnedGateFunction.apply(h, x, self.weight, self.bias, self)
+        note_spikes(y, gate_bound(self, noted_bound(h), noted_bound(x)))
         return y
 
     def reference_forward(self, h: Tensor, x: Tensor) -> Tensor:
@@ -223,6 +226,15 @@ class LearnedGate(nn.Module):
     def extra_repr(self) -> str:
         """Channels, threshold and gradient."""
         return f"channels={self.weight.numel()}, threshold={self.threshold}, gradient={self.gradient}"
+
+
+def gate_bound(gate: nn.Module | None, h: int | None, x: int | None) -> int | None:
+    """Largest value of Y, from those of H and X; None where one is not known, or H is not 0 and 1 as it must be."""
+    if h is None or x is None:
+        return None
+    if isinstance(gate, Gate) and gate.name == "add":
+        return h + x
+    return max(h, x) if h == 1 else None
 
 
 def build_gate(

@@ -180,7 +180,7 @@ class _LeanNode(neuron.BaseNode):
     """Base of the nodes: state handling around an autograd Function."""
 
     bound: int
-    """Largest value that a neuron emits in one step."""
+    """Largest value that a neuron emits in one step; the smallest is 0."""
     keep_state: bool = False
     """Carry the voltage from one call to the next, as SpikingJelly does; `functional.reset_net` clears it."""
 

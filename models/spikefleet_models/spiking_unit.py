@@ -39,6 +39,7 @@ from spikefleet_models.gates import (
     LearnedGate,
     gate_backward_residual,
     gate_backward_shortcut,
+    gate_bound,
     gate_forward,
 )
 from spikefleet_models.kernels import Implementation, load_native_unit, load_triton_unit, wants_native
@@ -118,19 +119,7 @@ class SpikingUnit(nn.Module):
         reference = self.implementation == "reference"
         fuses = not reference and self._lean_applies(z, self.neuron)
         spikes = self._fused(z, shortcut, timesteps, repeat) if fuses else None
-        if spikes is None:
-            spikes = self._compose(z, shortcut, timesteps, repeat, reference)
-        note_spikes(spikes, self._bound(self.neuron.bound, shortcut))
-        return spikes
-
-    def _bound(self, own: int, shortcut: Tensor | None) -> int | None:
-        """The largest value of the unit's output; None where that of the shortcut is not known."""
-        if self.gate is None:
-            return own
-        joined = noted_bound(shortcut)
-        if joined is None:
-            return None
-        return own + joined if isinstance(self.gate, Gate) and self.gate.name == "add" else max(own, joined)
+        return self._compose(z, shortcut, timesteps, repeat, reference) if spikes is None else spikes
 
     def _fused(self, z: Tensor, shortcut: Tensor | None, timesteps: int, repeat: bool) -> Tensor | None:
         """The spikes by the fused form for this call; None where there is none, which changes nothing."""
@@ -159,9 +148,10 @@ class SpikingUnit(nn.Module):
             spikes = form(*arguments)
         else:
             spikes, node.v = form(*arguments, v_init)
+        joins = isinstance(self.gate, Gate)
+        note_spikes(spikes, gate_bound(self.gate, node.bound, noted_bound(shortcut)) if joins else node.bound)
         if isinstance(self.gate, LearnedGate):
             assert shortcut is not None
-            note_spikes(spikes, node.bound)
             spikes = self.gate(spikes, shortcut)
         return spikes
 
@@ -225,12 +215,12 @@ class SpikingUnit(nn.Module):
         if self.post_add:
             assert shortcut is not None
             x = x + shortcut
-        spikes = self.neuron.reference_forward(x) if reference else self.neuron(x)
-        spikes = spikes.to(z.dtype)
+        emitted = self.neuron.reference_forward(x) if reference else self.neuron(x)
+        spikes: Tensor = emitted.to(z.dtype)
+        note_spikes(spikes, self.neuron.bound if reference else noted_bound(emitted))
         if self.gate is None:
             return spikes
         assert shortcut is not None
-        note_spikes(spikes, self.neuron.bound)
         return self.gate.reference_forward(spikes, shortcut) if reference else self.gate(spikes, shortcut)
 
 

@@ -3,9 +3,9 @@
     python tests/bench/bench_training_step.py [--quick] [--json FILE]
 
 One step is forward, cross-entropy, backward and SGD with momentum on a CIFAR-stem ResNet18 with 10 classes, T = 4,
-batch 16 at 32x32; the ANN twin runs batch 64 = T * B, the same dense work. Variants run interleaved in one process,
-so that the load of a shared machine falls on all of them alike; medians, and the best steps, are printed as ratios to
-the ANN. bf16 means autocast and channels_last. Peak memory is the resident set of a process of its own; saved
+batch 16 (or --batch) at 32x32; the ANN twin runs batch 64 = T * B, the same dense work. Variants run interleaved in one
+process, so that the load of a shared machine falls on all of them alike; medians, and the best steps, are printed as
+ratios to the ANN. bf16 means autocast and channels_last. Peak memory is the resident set of a process of its own; saved
 activations are what autograd holds between forward and backward. "bits" keeps spikes as bits (`train.spike_bits`),
 "recompute" computes the first stage again in the backward pass (`train.recompute=1`).
 """
@@ -69,13 +69,14 @@ class Variant(NamedTuple):
     """A network, and how its step is run."""
 
     build: Callable[[], nn.Module]
-    batch: int = BATCH
+    times: int = 1
+    """Its batch, in those of the others."""
     bits: bool = False
     recompute: int = 0
 
 
 VARIANTS: dict[str, Variant] = {
-    "ann (batch 64)": Variant(lambda: sg_resnet18("lean", connection="ann"), T * BATCH),
+    "ann (batch 64)": Variant(lambda: sg_resnet18("lean", connection="ann"), times=T),
     "spikingjelly sew_resnet18": Variant(SpikingJellySEWResNet18),
     "sg_resnet18 reference": Variant(lambda: sg_resnet18("reference")),
     "sg_resnet18 lean": Variant(lambda: sg_resnet18("lean")),
@@ -96,7 +97,7 @@ VARIANTS: dict[str, Variant] = {
 class Step:
     """A training step of one variant in one precision; bf16 means autocast and channels_last."""
 
-    def __init__(self, variant: str, precision: str) -> None:
+    def __init__(self, variant: str, precision: str, batch: int = BATCH) -> None:
         from spikefleet_models.recomputation import recompute_stages
 
         chosen = VARIANTS[variant]
@@ -104,8 +105,8 @@ class Step:
         self.model = chosen.build()
         if chosen.recompute:
             recompute_stages(self.model, chosen.recompute)
-        self.images = torch.randn(chosen.batch, 3, SIZE, SIZE)
-        self.targets = torch.randint(CLASSES, (chosen.batch,))
+        self.images = torch.randn(batch * chosen.times, 3, SIZE, SIZE)
+        self.targets = torch.randint(CLASSES, (batch * chosen.times,))
         self.bits = chosen.bits
         self.bf16 = precision == "bf16"
         if self.bf16:
@@ -153,9 +154,11 @@ class Step:
         return total
 
 
-def measure_times(variants: list[str], rounds: int, clock: Callable[[], float]) -> dict[tuple[str, str], list[float]]:
+def measure_times(
+    variants: list[str], rounds: int, clock: Callable[[], float], batch: int
+) -> dict[tuple[str, str], list[float]]:
     """Seconds of every step after the first, by (variant, precision)."""
-    steps = {(variant, precision): Step(variant, precision) for variant in variants for precision in PRECISIONS}
+    steps = {(variant, precision): Step(variant, precision, batch) for variant in variants for precision in PRECISIONS}
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
     for number in range(rounds + 1):
         for key, step in steps.items():
@@ -166,9 +169,9 @@ def measure_times(variants: list[str], rounds: int, clock: Callable[[], float]) 
     return seconds
 
 
-def measure_memory(variant: str, precision: str) -> dict[str, float]:
+def measure_memory(variant: str, precision: str, batch: int) -> dict[str, float]:
     """In this process, which must be fresh: the resident set only ever rises."""
-    step = Step(variant, precision)
+    step = Step(variant, precision, batch)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(2):
         step()
@@ -176,8 +179,8 @@ def measure_memory(variant: str, precision: str) -> dict[str, float]:
     return {"peak_mib": peak / 1024, "rise_mib": (peak - before) / 1024, "saved_mib": step.saved_mib()}
 
 
-def measure_memory_apart(variant: str, precision: str) -> dict[str, float]:
-    command = [sys.executable, __file__, "--memory-of", variant, precision]
+def measure_memory_apart(variant: str, precision: str, batch: int) -> dict[str, float]:
+    command = [sys.executable, __file__, "--batch", str(batch), "--memory-of", variant, precision]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=dict(os.environ))
     figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return figures
@@ -187,6 +190,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="3 rounds, no memory figures")
     parser.add_argument("--rounds", type=int, default=15, help="steps a variant")
+    parser.add_argument("--batch", type=int, default=BATCH, help="samples; of the ANN T times as many")
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="of torch; default: its own choice"
     )
@@ -196,7 +200,7 @@ def main() -> None:
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory_of:
-        print(json.dumps(measure_memory(*arguments.memory_of)))
+        print(json.dumps(measure_memory(*arguments.memory_of, arguments.batch)))
         return
 
     torch.set_num_threads(arguments.threads)
@@ -205,9 +209,9 @@ def main() -> None:
     # Memory first: a child's ru_maxrss starts from what its parent had reached when it was forked.
     memory = {}
     if not arguments.quick:
-        memory = {(v, p): measure_memory_apart(v, p) for v in variants for p in PRECISIONS}
+        memory = {(v, p): measure_memory_apart(v, p, arguments.batch) for v in variants for p in PRECISIONS}
     clock = time.process_time if arguments.processor_time else time.perf_counter
-    times = measure_times(variants, 3 if arguments.quick else arguments.rounds, clock)
+    times = measure_times(variants, 3 if arguments.quick else arguments.rounds, clock, arguments.batch)
     figures: dict[str, dict[str, dict[str, float]]] = {}
     columns = ("/ ANN fp32", "/ ANN same", "best/best", "median s", "saved MiB", "rise MiB", "peak MiB")
     print(f"{'variant':28}{'type':6}" + "".join(f"{column:>12}" for column in columns))

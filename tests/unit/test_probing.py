@@ -144,10 +144,14 @@ def test_the_batch_is_said_in_words(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_what_saves_memory_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     measured = [Measured(size, 100 * MB + size * MB, 50.0) for size in (2, 4, 8)]
-    for overrides, expected in (
-        ({"train.spike_bits": False, "train.recompute": 2}, "spikes as numbers (train.spike_bits) and recomputes 2"),
-        ({"model": "small_event_net"}, "spikes as bits (train.spike_bits) and recomputes nothing\n"),
+    for recipe, overrides, expected in (
+        (
+            "digits",
+            {"train.spike_bits": False, "train.recompute": 2},
+            "spikes as numbers (train.spike_bits) and recomputes 2",
+        ),
+        ("saccades_small", {}, "spikes as bits (train.spike_bits) and recomputes nothing\n"),
     ):
-        config = load_config("digits", overrides)
+        config = load_config(recipe, overrides)
         _print_batches(config, largest_batch(config, 10_000, measured, 1_000 * MB, "cpu"), gpu=False)
         assert expected in capsys.readouterr().out

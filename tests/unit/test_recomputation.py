@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -23,11 +24,13 @@ T, B = 2, 2
 
 
 def built(name: str) -> tuple[nn.Module, Tensor]:
-    fields = {"timesteps": T} | ({"channels": (8, 16)} if name.startswith("seven") else {})
-    if name.startswith("sg"):
-        fields |= {"stages": (1, 1), "width": 0.125, "decoder": "rate"}
+    fields: dict[str, dict[str, Any]] = {
+        "seven_b_net_narrow": {"timesteps": T, "channels": (8, 16)},
+        "spike_yolo_tiny": {"timesteps": T},
+        "sg_resnet_tiny": {"timesteps": T, "stages": (1, 1), "width": 0.125, "decoder": "rate"},
+    }
     torch.manual_seed(0)
-    model = build_model(model_config(name, **fields)).train()
+    model = build_model(model_config(name, **fields.get(name, {}))).train()
     if name.startswith("seven"):
         return model, torch.randn(T, B, 2, 12, 12)
     return model, torch.randn(B, 1, 9, 9) if name.startswith("sg") else torch.randn(1, 3, 64, 64)
@@ -180,9 +183,9 @@ def config(*words: str, recipe: str = "digits") -> Config:
     return load_config(recipe, parse_overrides(words))
 
 
-def refusal(*words: str) -> str:
+def refusal(*words: str, recipe: str = "digits") -> str:
     with pytest.raises(UserError) as refused:
-        config(*words)
+        config(*words, recipe=recipe)
     return str(refused.value)
 
 
@@ -190,7 +193,7 @@ def test_what_the_configuration_refuses() -> None:
     there = config().model.stage_count
     assert config(f"train.recompute={there}").train.recompute == there
     assert f"has only {there} stages; set at most {there}" in refusal(f"train.recompute={there + 1}")
-    assert "has no stages; set train.recompute=0" in refusal("model=small_event_net", "train.recompute=1")
+    assert "has no stages; set train.recompute=0" in refusal("train.recompute=1", recipe="saccades_small")
     gpus = ("cluster.gpu=true", "train.sync_bn=true")
     assert "cannot be combined with train.sync_bn=true" in refusal(*gpus, "train.recompute=1")
     assert config(*gpus).train.sync_bn
