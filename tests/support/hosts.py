@@ -109,8 +109,8 @@ class Host:
         Args:
             bridge: that the link leads to.
             gateway: its address.
-            addresses: of all hosts by name. No name server is asked: Ray and torch ask for the names of addresses, and
-                one that cannot be reached would hold up every group of workers by 10 to 20 s.
+            addresses: of all hosts by name. No name server is asked: Ray and torch wait for one that does not answer,
+                10 to 20 s for every group of workers.
         """
         _ip("netns", "add", self.name)
         _ip("link", "add", self._link, "type", "veth", "peer", "name", "eth0", "netns", self.name)
