@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from spikefleet.training.stopping import STOP
 from support.cluster_runs import EPOCH, STEPS, Training, standing_still
 from support.hosts import Cluster
 from support.snapshots import differences, end_of
@@ -26,8 +27,9 @@ def test_a_run_continues_with_the_hosts_that_are_left_and_with_those_that_join(
         assert f"a worker failed: host {hosts.workers[1].address} is gone" in run.said
         assert "the run waits for" not in run.said
         run.wait_for_step(2 * EPOCH + 2)
-        with standing_still(hosts.workers[0]):  # or it might be done before the host is back
+        with standing_still(hosts.workers[0]):  # or it might be done before the driver has seen the host
             hosts.mend()
+            run.wait_until(lambda: list(run.run_dir.glob(f"ray/*/{STOP}")), "the smaller group is asked to stop")
         said = run.finish()
     finally:
         run.end()

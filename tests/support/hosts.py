@@ -1,6 +1,7 @@
 """A cluster of several hosts on one machine: network namespaces with an address, a name and a Ray of their own.
 
-It needs root and iproute2. Every host sees the same files but `/tmp/ray` and `/dev/shm`, as if storage were shared.
+It needs root and iproute2. Every host sees the same files but `/tmp/ray`, `/dev/shm` and what names hosts in `/etc`, as
+if storage were shared.
 """
 
 from __future__ import annotations
@@ -102,8 +103,15 @@ class Host:
         self.environment = dict(environment)
         self._link = f"v{name}"
 
-    def connect(self, bridge: str, gateway: str) -> None:
-        """Makes the namespace and its link."""
+    def connect(self, bridge: str, gateway: str, addresses: Mapping[str, str]) -> None:
+        """Makes the namespace and its link.
+
+        Args:
+            bridge: that the link leads to.
+            gateway: its address.
+            addresses: of all hosts by name. No name server is asked: Ray and torch wait for one that does not answer,
+                10 to 20 s for every group of workers.
+        """
         _ip("netns", "add", self.name)
         _ip("link", "add", self._link, "type", "veth", "peer", "name", "eth0", "netns", self.name)
         _ip("link", "set", self._link, "master", bridge)
@@ -113,6 +121,9 @@ class Host:
             _ip("-n", self.name, "link", "set", device, "up")
         _ip("-n", self.name, "route", "add", "default", "via", gateway)  # else Ray takes 127.0.0.1 for its address
         (self.folder / "shm").mkdir(parents=True)
+        lines = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in addresses.items())]
+        (self.folder / "hosts").write_text("\n".join(lines) + "\n")
+        (self.folder / "resolv.conf").write_text("options timeout:1 attempts:1\n")
         subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(self.folder / "shm")], check=True)
 
     def cut(self, *, up: bool = False) -> None:
@@ -136,10 +147,11 @@ class Host:
         """
         (self.folder / "ray").mkdir(exist_ok=True)
         settings = {**self.environment, **environment}
-        script = (
-            f"hostname {self.name} && mount --bind {self.folder / 'shm'} /dev/shm && mkdir -p /tmp/ray && "
-            f'mount --bind {self.folder / "ray"} /tmp/ray && exec "$@"'
-        )
+        own = {"shm": "/dev/shm", "ray": "/tmp/ray", "hosts": "/etc/hosts", "resolv.conf": "/etc/resolv.conf"}
+        mounts = [
+            f"if [ -e {there} ]; then mount --bind {self.folder / name} {there}; fi" for name, there in own.items()
+        ]
+        script = " && ".join([f"hostname {self.name}", "mkdir -p /tmp/ray", *mounts, 'exec "$@"'])
         prefix = ["ip", "netns", "exec", self.name, "unshare", "-m", "-u", "sh", "-c", script, "sh"]
         return subprocess.Popen(
             [*prefix, *words],
@@ -266,7 +278,7 @@ class Cluster:
         _ip("addr", "add", f"{self._gateway}/24", "dev", self._bridge)
         _ip("link", "set", self._bridge, "up")
         for host in self.hosts:
-            host.connect(self._bridge, self._gateway)
+            host.connect(self._bridge, self._gateway, {other.name: other.address for other in self.hosts})
         ray = str(TOOLS / "ray")
         shared = [f"--object-store-memory={_OBJECT_STORE_BYTES}", "--disable-usage-stats"]
         words = [ray, "start", "--head", f"--node-ip-address={self.head.address}", f"--port={PORT}", "--num-cpus=0"]
