@@ -118,7 +118,7 @@ class _Noted:
             mark.packed = _pack(storage_order, mark.bound)
             if self._observe is not None:
                 self._observe(mark.packed.data)
-        return _View(mark.packed, tensor.shape, tensor.stride(), tensor.storage_offset())
+        return _View(mark.packed, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
 
 _NOTED: ContextVar[_Noted | None] = ContextVar("_NOTED", default=None)
