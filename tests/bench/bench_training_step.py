@@ -200,7 +200,8 @@ def main() -> None:
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory_of:
-        print(json.dumps(measure_memory(*arguments.memory_of, arguments.batch)))
+        variant, precision = arguments.memory_of
+        print(json.dumps(measure_memory(variant, precision, arguments.batch)))
         return
 
     torch.set_num_threads(arguments.threads)
