@@ -139,7 +139,9 @@ def test_the_batch_is_said_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert "largest train.global_batch: 1,200 (300 x 2 micro-batches x 2 workers; by memory)" in said
     assert "learning rate for it: 1.88, in proportion to the batch (train.global_batch=64 has optim.lr=0.1)" in said
-    assert "has spikes as bits (train.spike_bits) and recomputes nothing; train.recompute=1 takes less memory" in said
+    assert (
+        "has spikes as numbers (train.spike_bits) and recomputes nothing; train.recompute=1 takes less memory" in said
+    )
 
 
 def test_what_saves_memory_is_said(capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,10 +149,10 @@ def test_what_saves_memory_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     for recipe, overrides, expected in (
         (
             "digits",
-            {"train.spike_bits": False, "train.recompute": 2},
-            "spikes as numbers (train.spike_bits) and recomputes 2",
+            {"train.spike_bits": True, "train.recompute": 2},
+            "spikes as bits (train.spike_bits) and recomputes 2",
         ),
-        ("saccades_small", {}, "spikes as bits (train.spike_bits) and recomputes nothing\n"),
+        ("saccades_small", {}, "spikes as numbers (train.spike_bits) and recomputes nothing\n"),
     ):
         config = load_config(recipe, overrides)
         _print_batches(config, largest_batch(config, 10_000, measured, 1_000 * MB, "cpu"), gpu=False)

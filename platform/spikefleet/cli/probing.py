@@ -68,8 +68,8 @@ def _print_batches(config: Config, found: BatchFit, gpu: bool) -> None:
         f"worker has {found.free_bytes / 1e9:,.3g} GB free, of which {found.safe_share:.0%} are used"
     )
     if config.model.is_spiking:
-        kept = "as bits" if config.train.packs_spikes("cuda" if gpu else "cpu") else "as numbers"
-        say(f"the backward pass has spikes {kept} (train.spike_bits) and {_recomputed(config)}")
+        kept = "bits" if config.train.spike_bits else "numbers"
+        say(f"the backward pass has spikes as {kept} (train.spike_bits) and {_recomputed(config)}")
     workers = config.cluster.most_workers
     parts = f"{found.micro_batch:,} x {config.train.accumulate} micro-batches x {workers} workers"
     limit = "all samples of the training split" if found.all_samples else "by memory"

@@ -84,10 +84,10 @@ class TrainConfig(Section):
         description="classification on one GPU: capture the passes over a full batch as one CUDA graph and replay it, "
         "which spares small networks the time of kernel launches",
     )
-    spike_bits: bool | None = Field(
-        None,
-        description="keep spikes for the backward pass as bits, and integers as bytes: less memory, the same gradients "
-        "to the bit; null: on the CPU, without compile",
+    spike_bits: bool = Field(
+        False,
+        description="keep spikes for the backward pass as bits, and integers as bytes: half the memory, a few percent "
+        "more time, the same gradients to the bit",
     )
     recompute: int = Field(
         0,
@@ -137,12 +137,6 @@ class TrainConfig(Section):
                 "set partial_batch=keep"
             )
         return self
-
-    def packs_spikes(self, device: str) -> bool:
-        """Whether spikes are kept as bits on a type of device, "cpu" or "cuda"."""
-        if self.spike_bits is not None:
-            return self.spike_bits
-        return device == "cpu" and not self.compile
 
     @model_validator(mode="after")
     def _memory_is_saved_in_eager_passes(self) -> Self:

@@ -257,7 +257,6 @@ def _measured(config: Config, store: Store, memory: Memory, group: ProcessGroup,
         "train.accumulate": 1,
         "train.cuda_graphs": False,
         "train.compile": False,
-        "train.spike_bits": config.train.packs_spikes(group.device.type),
         "cluster.workers": 0,
     }
     here = override_config(config, overrides, origin=f"batches of {size}")

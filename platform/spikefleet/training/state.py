@@ -163,7 +163,7 @@ class TrainingState:
 
     def packing(self) -> AbstractContextManager[None]:
         """The context of forward passes in training in which autograd keeps spikes as bits, where it is to."""
-        return packed_spikes() if self.config.train.packs_spikes(self.group.device.type) else nullcontext()
+        return packed_spikes() if self.config.train.spike_bits else nullcontext()
 
     def set_learning_rate(self) -> float:
         """Sets the learning rates and the momentum of the next step; returns the rate of the weights."""
