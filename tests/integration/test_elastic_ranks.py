@@ -65,7 +65,8 @@ def test_ranks_leave_and_join_and_every_image_is_trained_on_once_at_its_learning
 
     end = end_of(run_dir).state
     sizes = [(size["from_step"], size["workers"]) for size in end["world_sizes"]]
-    assert sizes == [(0, 2), (3, 1), (9, 3)]
+    # The first rank may be ended, with the group, before it has committed the checkpoint of the third step.
+    assert sizes in ([(0, 2), (3, 1), (9, 3)], [(0, 2), (2, 1), (9, 3)])
     assert end["steps_per_epoch"] == STEPS
     rows = rows_of(written)
     assert sorted(rows) == [(epoch, step) for epoch in range(EPOCHS) for step in range(STEPS)]
