@@ -14,6 +14,7 @@ import ray
 from typer.testing import CliRunner
 
 from spikefleet.cli import app
+from spikefleet.reproduction.recorded_search import recorded_searches
 from spikefleet.reproduction.results import read_results
 from spikefleet.runs.run_dir import Run
 from spikefleet.training.distributed import ProcessGroup
@@ -49,7 +50,8 @@ def tune(folder: Path, stores_dir: Path, *words: str) -> str:
 def folder(ray_on_two_cpus: None, stores_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("search")
     (folder / "small.yaml").write_text(SEARCH)
-    said = tune(folder, stores_dir, "--register", "best", "--confirm", "1", "train.label_smoothing=0.1")
+    words = ("--register", "best", "--confirm", "1", "--results", str(folder / "results"))
+    said = tune(folder, stores_dir, *words, "train.label_smoothing=0.1")
     assert "trial 2/2" in said
     assert "confirmed" in said
     assert "sg_resnet_digits version 1 is champion" in said
@@ -99,11 +101,25 @@ def test_members_of_the_front_are_trained_with_another_seed(folder: Path) -> Non
     assert [row["trial"] for row in rows] == json.loads((report / "results.json").read_text())["front"]
     for row in rows:
         assert row["seeds"] == 1
-        assert row["val/top1"]["mean"] > 0
+        (other,) = row["by_seed"]
+        assert other["seed"] == 1
+        assert row["val/top1"]["mean"] == other["metrics"]["val/top1"] > 0
     (again,) = (folder / "runs" / "searches").glob("small-confirm-*")
     held = json.loads((again / "search.json").read_text())
     assert held["overrides"]["train.label_smoothing"] == 0.1
     assert {point["train.seed"] for point in held["points"]} == {1}
+
+
+def test_the_search_is_recorded_for_the_page_of_evidence(folder: Path) -> None:
+    (recorded,) = recorded_searches(folder / "results")
+    report = folder / "runs" / "searches" / "small" / "report"
+    assert [one.name for one in recorded.front] == json.loads((report / "results.json").read_text())["front"]
+    assert recorded.registered is not None
+    assert recorded.registered["name"] == "sg_resnet_digits"
+    assert recorded.registered["trial"] in {one.name for one in recorded.trials}
+    assert recorded.dataset == "digits"
+    assert all(len(one.others) == 1 for one in recorded.front)
+    assert recorded.seconds > 0
 
 
 def test_other_data_are_refused(folder: Path, stores_dir: Path) -> None:

@@ -15,7 +15,7 @@ from spikefleet.errors import UserError
 from spikefleet.reproduction import evidence_plots
 from spikefleet.reproduction.depth_gradients import DepthGradient, DepthGradients
 from spikefleet.reproduction.evidence import TableEvidence, collect_evidence
-from spikefleet.reproduction.evidence_page import as_page, as_verdicts, write_evidence
+from spikefleet.reproduction.evidence_page import Evidence, as_page, as_verdicts, write_evidence
 from spikefleet.reproduction.evidence_plots import draw_evidence
 from spikefleet.reproduction.plan import ReproductionPlan, config_of
 from spikefleet.reproduction.results import Training, add_results, shipped_results
@@ -69,8 +69,7 @@ def found(results: Path) -> list[TableEvidence]:
 
 def test_the_page_in_the_repository_is_that_of_the_recorded_results() -> None:
     """After new results: `spikefleet evidence --plots platform/plots/evidence --force`."""
-    evidence = collect_evidence(shipped_results())
-    page = as_page(evidence, DepthGradients.read(shipped_results()), PLOTS, f"spikefleet evidence --plots {PLOTS}")
+    page = as_page(Evidence.read(shipped_results()), PLOTS, f"spikefleet evidence --plots {PLOTS}")
     assert (ROOT / "EVIDENCE.md").read_text(encoding="utf-8") == page
     shown = set(re.findall(r"\]\(([^)]+\.png)\)", page))
     assert {path.relative_to(ROOT).as_posix() for path in (ROOT / PLOTS).glob("*.png")} == shown
@@ -95,7 +94,7 @@ def test_verdicts_are_of_the_recorded_seeds(found: list[TableEvidence]) -> None:
 
 def test_the_page_says_what_was_run_and_what_was_not(found: list[TableEvidence], tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
-    plots = write_evidence(found, GRADIENTS, tmp_path / "docs" / "page.md", tmp_path / "plots", "COMMAND")
+    plots = write_evidence(Evidence(found, GRADIENTS), tmp_path / "docs" / "page.md", tmp_path / "plots", "COMMAND")
     page = (tmp_path / "docs" / "page.md").read_text()
     assert "Written by `COMMAND` from recorded results." in page
     assert "20 trainings, 20 min 00 s in all." in page
@@ -116,7 +115,7 @@ def test_the_page_says_what_was_run_and_what_was_not(found: list[TableEvidence],
 
 
 def test_a_page_without_results_says_so(tmp_path: Path) -> None:
-    page = as_page(collect_evidence(tmp_path), None, "plots", "COMMAND")
+    page = as_page(Evidence(collect_evidence(tmp_path)), "plots", "COMMAND")
     assert "0 trainings, 0 s in all." in page
     assert "There are no recorded results yet." in page
     assert "holds |" not in page.partition("## How to read this")[0]
@@ -128,8 +127,9 @@ def test_another_result_is_another_page(results: Path, found: list[TableEvidence
     changed = [replace(one, metrics={"test/top1": one.metrics["test/top1"] + 1e-3}) for one in trainings()]
     add_results(tmp_path / "paper-digits_300-digits_narrow.parquet", changed[:1])
     add_results(tmp_path / "paper-digits_300-digits_narrow.parquet", trainings())
-    assert as_page(collect_evidence(tmp_path), None, "plots", "COMMAND") != as_page(found, None, "plots", "COMMAND")
-    assert as_page(collect_evidence(results), None, "plots", "COMMAND") == as_page(found, None, "plots", "COMMAND")
+    page = as_page(Evidence(found), "plots", "COMMAND")
+    assert as_page(Evidence(collect_evidence(tmp_path)), "plots", "COMMAND") != page
+    assert as_page(Evidence(collect_evidence(results)), "plots", "COMMAND") == page
 
 
 def test_seeds_on_other_data_are_no_pair(tmp_path: Path) -> None:
@@ -141,10 +141,10 @@ def test_seeds_on_other_data_are_no_pair(tmp_path: Path) -> None:
 
 
 def test_pairs_of_several_versions_of_the_code_are_named(found: list[TableEvidence], tmp_path: Path) -> None:
-    assert "versions of the code" not in as_page(found, None, "plots", "COMMAND")
+    assert "versions of the code" not in as_page(Evidence(found), "plots", "COMMAND")
     later = [replace(one, code_version="def") if one.trial == "t-2-3" else one for one in trainings()]
     add_results(tmp_path / "paper-digits_300-digits_narrow.parquet", later)
-    page = as_page(collect_evidence(tmp_path), None, "plots", "COMMAND")
+    page = as_page(Evidence(collect_evidence(tmp_path)), "plots", "COMMAND")
     assert page.count("* 34 layers: trainings of 2 versions of the code (abc, def).") == 1
 
 
@@ -179,7 +179,7 @@ def test_firing_rates_and_the_balance_coefficient_are_drawn(tmp_path: Path) -> N
     evidence = collect_evidence(tmp_path)
     drawn = {path.name: path for one in evidence for path in draw_evidence(one, tmp_path)}
     assert drawn["sg_resnet_table7_digits_300_training.png"].stat().st_size > 5_000
-    page = as_page(evidence, None, "plots", "COMMAND")
+    page = as_page(Evidence(evidence), "plots", "COMMAND")
     assert "](plots/sg_resnet_table7_digits_300_training.png)" in page
 
 
@@ -190,7 +190,7 @@ def test_a_plot_that_cannot_be_drawn_is_not_linked(
         raise ValueError("no canvas")
 
     monkeypatch.setattr(evidence_plots, "subplots", fails)
-    assert write_evidence(found, GRADIENTS, tmp_path / "page.md", tmp_path / "plots", "COMMAND") == []
+    assert write_evidence(Evidence(found, GRADIENTS), tmp_path / "page.md", tmp_path / "plots", "COMMAND") == []
     page = (tmp_path / "page.md").read_text()
     assert ".png" not in page
     assert page.count("the plot could not be drawn.") == 2

@@ -146,8 +146,8 @@ def evidence(
     results: Annotated[
         Path | None,
         typer.Option(
-            help="Directory of recorded results (`spikefleet reproduce --results`). By default those that come with "
-            "the package."
+            help="Directory of recorded results (`reproduce --results`, `tune --results`). By default those that come "
+            "with the package."
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="The page, in Markdown.")] = Path("EVIDENCE.md"),
@@ -163,9 +163,8 @@ def evidence(
     """
     check_outputs([out], inputs=[] if results is None else [results], force=force)
     with loading("torch", messages(as_json)):
-        from spikefleet.reproduction.depth_gradients import DepthGradients
-        from spikefleet.reproduction.evidence import collect_evidence
-        from spikefleet.reproduction.evidence_page import SHIPPED, as_verdicts, plots_of, write_evidence
+        from spikefleet.reproduction.evidence_page import SHIPPED, Evidence, as_verdicts, plots_of, write_evidence
+        from spikefleet.reproduction.front_section import front_verdict
         from spikefleet.reproduction.results import shipped_results
 
     if results is not None and not results.is_dir():
@@ -173,17 +172,17 @@ def evidence(
     place = out.parent / "evidence" if plots is None else plots
     check_place(place, "--plots")
     read_from = shipped_results() if results is None else results
-    found, gradients = collect_evidence(read_from), DepthGradients.read(read_from)
-    check_outputs(plots_of(found, gradients, place), inputs=[read_from], force=force, option="--plots")
+    found = Evidence.read(read_from)
+    check_outputs(plots_of(found, place), inputs=[read_from], force=force, option="--plots")
     words = ["spikefleet", "evidence"] + (["--results", str(results)] if results is not None else [])
     words += (["--out", str(out)] if out != Path("EVIDENCE.md") else []) + (["--plots", str(plots)] if plots else [])
-    drawn = write_evidence(
-        found, gradients, out, place, shlex.join(words), SHIPPED if results is None else str(results)
-    )
+    drawn = write_evidence(found, out, place, shlex.join(words), SHIPPED if results is None else str(results))
+    verdicts = as_verdicts(found.tables)
     if as_json:
-        print_json({"page": str(out), "plots": [str(path) for path in drawn], "verdicts": as_verdicts(found)})
+        fronts = [front_verdict(one) for one in found.searches]
+        print_json({"page": str(out), "plots": [str(path) for path in drawn], "verdicts": verdicts, "fronts": fronts})
         return
-    rows = [(one["table"], one["scale"], one["claim"], one["verdict"]) for one in as_verdicts(found) if one["run"]]
+    rows = [(one["table"], one["scale"], one["claim"], one["verdict"]) for one in verdicts if one["run"]]
     if rows:
         print_table(console, ["table", "scale", text("claim"), "verdict"], rows)
     else:

@@ -28,7 +28,8 @@ from spikefleet.cli.parameters import (
 )
 from spikefleet.cli.tables import Column, number, print_table, text
 from spikefleet.errors import UserError
-from spikefleet.status import print_whole
+from spikefleet.outputs import check_place
+from spikefleet.status import print_line, print_whole
 from spikefleet_tune.messages import counted
 
 if TYPE_CHECKING:
@@ -98,7 +99,13 @@ def tune(
     ] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed trials again, once.")] = False,
     confirm: Annotated[int, typer.Option(min=0, help="Train each member of the front with so many other seeds.")] = 0,
+    confirm_all: Annotated[
+        bool, typer.Option("--confirm-all", help="With --confirm: each trial, not only those of the front.")
+    ] = False,
     register: Annotated[str | None, typer.Option(help="Register a trial: knee, best, or its name.")] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="Directory in which the search is recorded for `spikefleet evidence`.")
+    ] = None,
     workers: TrialWorkers = None,
     cpus_per_worker: CpusPerWorker = None,
     gpus_per_worker: GpusPerWorker = None,
@@ -123,7 +130,8 @@ def tune(
     with loading("torch and Ray", where):
         from spikefleet.runs.options import Options
         from spikefleet.search.run_search import (
-            confirm_front,
+            chosen_trial,
+            confirm_trials,
             extension_of,
             register_trial,
             report_of,
@@ -134,6 +142,10 @@ def tune(
     name = name or Path(search).stem
     if register is not None and register not in ("knee", "best") and not register.startswith(f"{name}-"):
         raise UserError(f"--register {register!r} must be knee, best or the name of a trial, such as {name}-0000")
+    if confirm_all and not confirm:
+        raise UserError("--confirm-all says which trials --confirm trains again; give --confirm a number of seeds")
+    if results is not None:
+        check_place(results, "--results")
     options = Options(runs_dir, stores_dir, address, verbose, data)
     if plan:
         given = {
@@ -142,6 +154,7 @@ def tune(
             "--retry-failed": retry_failed,
             "--confirm": confirm,
             "--register": register,
+            "--results": results,
         }
         if unused := [option for option, value in given.items() if value]:
             raise UserError(
@@ -161,10 +174,16 @@ def tune(
             columns = [Column(head, "number" if head.endswith(")") else "name") for head in header]
             print_table(console, columns, cells, title)
         if confirm:
-            rows = confirm_front(result, confirm, options, where, retry_failed)
+            rows = confirm_trials(result, confirm, options, where, everyone=confirm_all, retry_failed=retry_failed)
             if not as_json:
                 _print_confirmation(rows, list(result.search.objectives))
     promotion = None if register is None else register_trial(result, register, options, where)
+    if results is not None:
+        from spikefleet.reproduction.recorded_search import RecordedSearch
+
+        registered = None if promotion is None else (chosen_trial(result, register or "").name, promotion)
+        recorded = RecordedSearch.of(result, search, options, rows, registered).write(results)
+        print_line(where, f"recorded {counted(len(result.records), 'trial')} in {recorded}")
     if as_json:
         print_json(
             {

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from spikefleet.gates.paired import ALPHA
 from spikefleet.reproduction.depth_gradients import DepthGradients
-from spikefleet.reproduction.evidence import TableEvidence
+from spikefleet.reproduction.evidence import TableEvidence, collect_evidence
 from spikefleet.reproduction.evidence_plots import (
     GRADIENTS_PLOT,
     draw_evidence,
@@ -19,7 +20,10 @@ from spikefleet.reproduction.evidence_plots import (
     plot_name,
     plot_names,
 )
+from spikefleet.reproduction.front_plot import draw_front, front_plot_name
+from spikefleet.reproduction.front_section import front_section
 from spikefleet.reproduction.paired_seeds import POWER, smallest_effect
+from spikefleet.reproduction.recorded_search import RecordedSearch, recorded_searches
 from spikefleet.reproduction.report import SCALES
 from spikefleet.reproduction.results import Training, mixtures
 from spikefleet.reproduction.scales import FEW_IMAGES
@@ -56,19 +60,26 @@ _READ = (
 """How to read the page; the rule is that of `JudgedClaim.verdict`."""
 
 
-def write_evidence(
-    found: Sequence[TableEvidence],
-    gradients: DepthGradients | None,
-    page: Path,
-    plots: Path,
-    command: str,
-    results: str = SHIPPED,
-) -> list[Path]:
+@dataclass(frozen=True)
+class Evidence:
+    """All that the page is about."""
+
+    tables: Sequence[TableEvidence]
+    gradients: DepthGradients | None = None
+    """By depth, if they were measured."""
+    searches: Sequence[RecordedSearch] = ()
+
+    @classmethod
+    def read(cls, results: Path) -> Self:
+        """What a directory of recorded results says. Raises UserError if a file is damaged."""
+        return cls(collect_evidence(results), DepthGradients.read(results), tuple(recorded_searches(results)))
+
+
+def write_evidence(evidence: Evidence, page: Path, plots: Path, command: str, results: str = SHIPPED) -> list[Path]:
     """Writes the page, and the plots of each table and scale that was run.
 
     Args:
-        found: the evidence.
-        gradients: by depth, if they were measured.
+        evidence: all of it.
         page: the Markdown file.
         plots: directory of the plots.
         command: that writes the page.
@@ -77,48 +88,48 @@ def write_evidence(
     Returns:
         The paths of the plots that could be drawn.
     """
-    paths = [path for one in found for path in draw_evidence(one, plots)]
-    if gradients is not None and draw_gradients(gradients, plots / GRADIENTS_PLOT):
+    paths = [path for one in evidence.tables for path in draw_evidence(one, plots)]
+    paths += [path for one in evidence.searches if draw_front(one, path := plots / front_plot_name(one))]
+    if evidence.gradients is not None and draw_gradients(evidence.gradients, plots / GRADIENTS_PLOT):
         paths.append(plots / GRADIENTS_PLOT)
-    undrawn = {path.name for path in plots_of(found, gradients, plots)} - {path.name for path in paths}
-    write_atomically(page, as_page(found, gradients, _relative(plots, page), command, results, undrawn))
+    undrawn = {path.name for path in plots_of(evidence, plots)} - {path.name for path in paths}
+    write_atomically(page, as_page(evidence, _relative(plots, page), command, results, undrawn))
     return paths
 
 
-def plots_of(found: Sequence[TableEvidence], gradients: DepthGradients | None, plots: Path) -> list[Path]:
+def plots_of(evidence: Evidence, plots: Path) -> list[Path]:
     """The paths of the plots that `write_evidence` draws."""
-    names = [name for one in found for name in plot_names(one)]
-    return [plots / name for name in [*names, *([] if gradients is None else [GRADIENTS_PLOT])]]
+    names = [name for one in evidence.tables for name in plot_names(one)]
+    names += [front_plot_name(one) for one in evidence.searches]
+    return [plots / name for name in [*names, *([] if evidence.gradients is None else [GRADIENTS_PLOT])]]
 
 
-def as_page(
-    found: Sequence[TableEvidence],
-    gradients: DepthGradients | None,
-    plots: str,
-    command: str,
-    results: str = SHIPPED,
-    undrawn: Collection[str] = (),
-) -> str:
+def as_page(evidence: Evidence, plots: str, command: str, results: str = SHIPPED, undrawn: Collection[str] = ()) -> str:
     """The page as Markdown.
 
     Args:
-        found: the evidence.
-        gradients: by depth, if they were measured.
+        evidence: all of it.
         plots: directory of the plots, as links of the page name it.
         command: that writes the page.
         results: directory of the recorded results, for the commands on the page.
         undrawn: file names of plots that could not be drawn.
     """
+    found = evidence.tables
     run = [one for one in found if one.was_run]
     lines = ["# Evidence: what holds here of the papers' claims", ""]
     lines += [f"Written by `{command}` from recorded results.", ""]
     trainings = _distinct(run)
-    seconds = sum(one.seconds for one in trainings.values())
-    lines += [f"{counted(len(trainings), 'training')}, {words_of(seconds)} in all.", ""]
+    seconds = sum(one.seconds for one in trainings.values()) + sum(one.seconds for one in evidence.searches)
+    count = len(trainings) + sum(one.trainings for one in evidence.searches)
+    lines += [f"{counted(count, 'training')}, {words_of(seconds)} in all.", ""]
     lines += ["## Verdicts", "", *_verdicts(found), "", "## How to read this", "", *_READ, ""]
     for one in run:
         lines += [*_section(one, plots, results, undrawn), ""]
-    lines += [*_gradients(gradients, plots, undrawn), ""]
+    lines += [*_gradients(evidence.gradients, plots, undrawn), ""]
+    for search in evidence.searches:
+        says = "The first objective over the second, and over time steps"
+        image = _image(says, plots, front_plot_name(search), undrawn)
+        lines += [*front_section(search, image, results), ""]
     lines += ["## Not run, and why", "", *_not_run(found, results), "", "## Origin of the results", "", *_origin(run)]
     return "\n".join(lines).rstrip() + "\n"
 

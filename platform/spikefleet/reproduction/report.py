@@ -22,7 +22,8 @@ SCALES = {
     "full": "the paper's networks and data",
     "digits": f"scaled down: narrow networks on digits. {_OTHER_DATA}",
     "digits_300": f"scaled down: narrow networks trained on 300 images of digits. {_OTHER_DATA}",
-    "fashion_mnist_10k": f"scaled down: an eighth of the width, trained on 10,000 images of Fashion-MNIST. {_OTHER_DATA}",
+    "fashion_mnist_10k": "scaled down: an eighth of the width, trained on 10,000 images of Fashion-MNIST. "
+    f"{_OTHER_DATA}",
     "fashion_mnist": f"scaled down: narrow networks on Fashion-MNIST. {_OTHER_DATA}",
     "scenes": f"scaled down: a narrow network on scenes of digits. {_OTHER_DATA}",
     "saccade_scenes": f"scaled down: a narrow network on moving digits before a simulated event camera. {_OTHER_DATA}",

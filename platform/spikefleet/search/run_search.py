@@ -275,10 +275,16 @@ def _warm_start_points(
 # ----------------------------------------------------------------------------------------- after the search
 
 
-def confirm_front(
-    result: SearchResult, seeds: int, options: Options, console: Console, retry_failed: bool = False
+def confirm_trials(
+    result: SearchResult,
+    seeds: int,
+    options: Options,
+    console: Console,
+    *,
+    everyone: bool = False,
+    retry_failed: bool = False,
 ) -> list[dict[str, Any]]:
-    """Trains each trial of the front again with other seeds.
+    """Trains trials again with other seeds.
 
     These trainings are a search of their own, `NAME-confirm-DIGEST`; the same call resumes it, more seeds extend it.
 
@@ -287,17 +293,19 @@ def confirm_front(
         seeds: number of further seeds for each trial.
         options: directories and cluster.
         console: for progress.
+        everyone: also trials that are not on the front.
         retry_failed: run each failed training once more.
 
     Returns:
-        For each trial of the front: `trial` (its name), `seeds` (how many finished) and, for each objective, `mean`,
-        `std` and `search` (the value in the search).
+        For each trial: `trial` (its name), `seeds` (how many finished), `by_seed` (seed, seconds and
+        metrics of each) and, for each
+        objective, `mean`, `std` and `search` (the value in the search).
 
     Raises:
         RunError: the front is empty.
         UserError: the search is invalid or cannot be resumed.
     """
-    members = result.front
+    members = result.comparable if everyone else result.front
     if not members:
         raise RunError(f"search {result.name} has no trial with metrics to confirm")
     setting, _, _ = _setting(result.search, result.name, options, console)
@@ -321,7 +329,10 @@ def confirm_front(
     rows = []
     for record in members:
         runs = [one for one in again.comparable if dict(one.point) in points[record.name]]
-        row: dict[str, Any] = {"trial": record.name, "seeds": len(runs)}
+        by_seed = [
+            {"seed": one.point["train.seed"], "seconds": one.seconds, "metrics": dict(one.metrics)} for one in runs
+        ]
+        row: dict[str, Any] = {"trial": record.name, "seeds": len(runs), "by_seed": by_seed}
         for name in result.search.objectives:
             values = [one.metrics[name] for one in runs]
             row[name] = {
@@ -355,7 +366,7 @@ def register_trial(result: SearchResult, chosen: str, options: Options, console:
         RunError: no trial has finished, or the tracking server does not answer.
         UserError: the chosen trial does not exist or has not finished, or the registry fails.
     """
-    record = _chosen(result, chosen)
+    record = chosen_trial(result, chosen)
     _, _, store = _setting(result.search, result.name, options, console)
     run = Run(options.trials_dir(result.name) / record.name)
     config, done = run.config(), run.record()
@@ -387,7 +398,8 @@ def register_trial(result: SearchResult, chosen: str, options: Options, console:
         return promote_version(config, version, store, options.stores_dir, tracking_uri, announce, validation=validated)
 
 
-def _chosen(result: SearchResult, chosen: str) -> TrialRecord:
+def chosen_trial(result: SearchResult, chosen: str) -> TrialRecord:
+    """The trial that `register_trial` registers, by the same words. Raises as that does."""
     finished = [record for record in result.comparable if record.status == "finished"]
     if not finished:
         raise RunError(f"search {result.name} has no finished trial to register")
