@@ -27,7 +27,7 @@ def search() -> RecordedSearch:
     )
     return RecordedSearch(
         name="small",
-        search="small",
+        words=("small", "train.epochs=2"),
         recipe="digits",
         keys=("model.timesteps",),
         objectives={"val/top1": "max", "energy_mj": "min"},
@@ -80,7 +80,7 @@ def test_the_front_with_one_seed_is_that_of_the_search() -> None:
     assert "| 0002 | 4 | 89 | 4 | 88 |  |" in said
     assert "| val/top1 | 100% (90% to 100%) |" in said
     assert "What decides energy_mj: not computed, all trials have the same value." in said
-    assert "`spikefleet tune small --trials 4 --register knee --results platform" in said
+    assert "`spikefleet tune small train.epochs=2 --trials 4 --register knee --results platform" in said
 
 
 def test_other_seeds_of_the_front_stand_beside_the_choice() -> None:

@@ -182,7 +182,8 @@ def tune(
         from spikefleet.reproduction.recorded_search import RecordedSearch
 
         registered = None if promotion is None else (chosen_trial(result, register or "").name, promotion)
-        recorded = RecordedSearch.of(result, search, options, rows, registered).write(results)
+        chosen = [word for word in overrides or [] if word.partition("=")[0] not in _WHERE_DATA_LIE]
+        recorded = RecordedSearch.of(result, [search, *chosen], options, rows, registered).write(results)
         print_line(where, f"recorded {counted(len(result.records), 'trial')} in {recorded}")
     if as_json:
         print_json(

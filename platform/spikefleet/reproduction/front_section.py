@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import statistics
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from spikefleet.reproduction.front_plot import shown
@@ -27,7 +28,7 @@ def front_section(one: RecordedSearch, image: str, results: str) -> Iterator[str
     fewest, most = one.seeds
     confirmed = fewest > 1
     whole = len(one.trials) <= _ALL_OF
-    yield f"## Accuracy against energy: `{one.search}`"
+    yield f"## Accuracy against energy: `{' '.join(one.words)}`"
     yield ""
     seeds = counted(most, "seed") if fewest == most else f"{fewest} to {counted(most, 'seed')}"
     yield (
@@ -72,8 +73,8 @@ def _front(one: RecordedSearch) -> list[RecordedTrial]:
 
 def _command(one: RecordedSearch, results: str) -> str:
     fewest, most = one.seeds
-    words = ["spikefleet", "tune", one.search, "--trials", str(len(one.trials) + one.without_values)]
-    words += ["--name", one.name] if one.name != one.search else []
+    words = ["spikefleet", "tune", *one.words, "--trials", str(len(one.trials) + one.without_values)]
+    words += ["--name", one.name] if one.name != Path(one.words[0]).stem else []
     words += ["--confirm", str(most - 1)] if most > 1 else []
     words += ["--confirm-all"] if fewest > 1 else []
     words += ["--register", "knee"] if one.registered is not None and one.registered["trial"] == one.knee else []

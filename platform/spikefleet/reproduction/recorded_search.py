@@ -52,8 +52,8 @@ class RecordedSearch:
     """A search as the page of evidence needs it."""
 
     name: str
-    search: str
-    """What `spikefleet tune` was given."""
+    words: tuple[str, ...]
+    """The search that `spikefleet tune` was given, and overrides."""
     recipe: str
     keys: tuple[str, ...]
     """Of its space."""
@@ -107,7 +107,7 @@ class RecordedSearch:
     def of(
         cls,
         result: SearchResult,
-        search: str,
+        words: Sequence[str],
         options: Options,
         confirmation: Sequence[Mapping[str, Any]] = (),
         promotion: tuple[str, Promotion] | None = None,
@@ -116,7 +116,7 @@ class RecordedSearch:
 
         Args:
             result: of the search.
-            search: what `spikefleet tune` was given.
+            words: the search that `spikefleet tune` was given, and overrides but for those that say where data lie.
             options: where its runs are.
             confirmation: trainings with other seeds, as `confirm_trials` returns them.
             promotion: the trial that was registered, and as what.
@@ -146,7 +146,7 @@ class RecordedSearch:
             }
         return cls(
             result.name,
-            search,
+            tuple(words),
             result.search.recipe,
             tuple(result.search.space),
             dict(result.search.objectives),
@@ -176,7 +176,7 @@ class RecordedSearch:
         plain = read_json_object(path)
         try:
             trials = tuple(RecordedTrial(**{**one, "others": tuple(one["others"])}) for one in plain["trials"])
-            fixed: dict[str, Any] = {key: tuple(plain[key]) for key in ("keys", "code_versions")}
+            fixed: dict[str, Any] = {key: tuple(plain[key]) for key in ("words", "keys", "code_versions")}
             fixed["intervals"] = {
                 name: {key: tuple(ends) for key, ends in found.items()} for name, found in plain["intervals"].items()
             }
