@@ -56,6 +56,9 @@ _READ = (
     "and ours / paper's says how large the effect is, not how near a reproduction came. Effect sizes are in standard "
     "deviations over the seeds of a row. The last column is the smallest true difference that "
     f"{', '.join(map(str, SEEDS))} seeds would show with probability {POWER:.0%}, were it the only comparison.",
+    "",
+    "Networks at the smaller scales train for minutes: a deeper one may be behind for want of training. What is "
+    "contradicted there is contradicted for short trainings of narrow networks, no more.",
 )
 """How to read the page; the rule is that of `JudgedClaim.verdict`."""
 

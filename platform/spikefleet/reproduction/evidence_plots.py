@@ -142,7 +142,8 @@ def draw_differences(evidence: TableEvidence, path: Path) -> bool:
     panels: dict[str, list[tuple[str, JudgedPair]]] = {}
     for one in evidence.claims:
         column = evidence.table.columns[one.claim.column]
-        rows = panels.setdefault(f"difference in {column.label}, {column.unit}", [])
+        unit = "points" if column.unit == "%" else column.unit
+        rows = panels.setdefault(f"difference in {column.label}, {unit}", [])
         rows += [(f"{pair.rows.first} - {pair.rows.second}", pair) for pair in one.pairs]
     return _differences(panels, f"{evidence.table.paper}; scale {evidence.scale}", path)
 
