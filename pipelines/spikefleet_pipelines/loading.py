@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.sampling import Plan
@@ -116,8 +116,8 @@ _PREFETCHED = 2
 """Batches that each loader process is asked for in advance."""
 _IN_USE = 32
 """Batches that are used at once, such as that of a step and the one on its way to a GPU, before slots run out."""
-_BY_VALUE = 1 << 16
-"""Bytes of a tensor that cost less in the message of a batch than as shared memory with a descriptor of its own."""
+_BY_VALUE = 1 << 14
+"""Bytes of a tensor that cost less in the message of a batch than in /dev/shm, with a descriptor of its own."""
 _SHARED_MEMORY = "/dev/shm"
 _COPIED = (
     "batches of loader processes are copied, for they are not written where they are read: processes must be forked, a "
@@ -156,6 +156,8 @@ class _Batches(Dataset[_Item]):
         except ValueError as error:
             return error  # raised again by the reader: a loader process would wrap the message in its traceback
         place = None if writer is None else writer.place_of(images)
+        if get_worker_info() is not None:
+            _share((() if place is not None else (images,), packed))
         return _Loaded(images if place is None else place, packed, request)
 
 
@@ -347,6 +349,15 @@ def _begin_loading(worker: int) -> None:
     """Prepare a loader process."""
     _outlive_signals()
     ForkingPickler.register(Tensor, _reduced)
+
+
+def _share(parts: Any) -> None:
+    """Move large tensors to shared memory here: where they are sent, a thread would fail unseen if there is none."""
+    if isinstance(parts, tuple):
+        for part in parts:
+            _share(part)
+    elif isinstance(parts, Tensor) and parts.nbytes > _BY_VALUE:
+        parts.share_memory_()
 
 
 def _reduced(tensor: Tensor) -> tuple[Any, ...]:
