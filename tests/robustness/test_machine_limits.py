@@ -78,11 +78,10 @@ def train_with_loaders(store: Path, run_dir: Path, slots: bool) -> None:
     config = load_config("digits", parse_overrides([*settings, "train.global_batch=1024"]))
     multiprocessing.set_start_method("fork", force=True)  # this process has that of the server that forked it
     if not slots:
-        loading.SharedBatches = no_slots  # type: ignore[assignment,misc]
+        vars(loading)["SharedBatches"] = no_slots
     try:
-        print(
-            "steps:", train(config, Store.open(store, verify=False), run_dir, ProcessGroup.single(), NullSink()).steps
-        )
+        done = train(config, Store.open(store, verify=False), run_dir, ProcessGroup.single(), NullSink())
+        print("steps:", done.steps)
     except StoreError as error:
         print(error)
 
