@@ -148,6 +148,9 @@ class _RecordingsInMemory:
     def gather(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         return np.stack([self.image(int(row)).numpy() for row in rows])
 
+    def views(self, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+        return [self.image(int(row)).numpy() for row in rows]
+
     def annotations(self, row: int) -> Annotations:
         none = np.empty(0, np.int64)
         return Annotations(row, *self.sensor, np.empty((0, 4)), none, none, none.astype(bool), np.empty(0), none)

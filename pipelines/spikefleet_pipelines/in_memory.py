@@ -71,6 +71,9 @@ class _ImagesInMemory:
     def gather(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         return self._images[rows]
 
+    def views(self, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+        return list(self._images[rows])
+
     def image(self, row: int) -> Tensor:
         return torch.from_numpy(self._images[row].copy())
 

@@ -7,8 +7,10 @@ import os
 import shutil
 import signal
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from multiprocessing.reduction import ForkingPickler
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,10 +18,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.multiprocessing.reductions import reduce_tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.sampling import Plan
+from spikefleet_pipelines.shared_batches import (
+    Allocate,
+    CudaPageLock,
+    InSlot,
+    SharedBatches,
+    SlotWriter,
+    allocating,
+    page_locked,
+)
 from spikefleet_pipelines.stream_plan import StreamStep
 from spikefleet_pipelines.transforms.batch_transform import (
     BatchTransform,
@@ -62,7 +74,8 @@ class Batch(NamedTuple):
     def to(self, device: torch.device | str, channels_last: bool = False) -> "Batch":
         """Copy images and targets to a device; copies from page-locked memory are non-blocking.
 
-        Pixels are normalised there.
+        Pixels are normalised there. On another stream than the current one: keep this batch until the current stream
+        waits for the copy, for its memory is written again afterwards.
 
         Args:
             device: to copy to.
@@ -87,18 +100,29 @@ class _Request(NamedTuple):
     epoch: int
     indices: NDArray[np.int64]
     global_count: int
+    slot: int | None
+    """Where a loader process writes the batch."""
 
 
 class _Loaded(NamedTuple):
     """A batch on its way from a loader process."""
 
-    images: Tensor
+    images: Tensor | InSlot
     packed: Any
-    indices: Tensor
-    global_count: int
+    request: _Request
 
 
+_PREFETCHED = 2
+"""Batches that each loader process is asked for in advance."""
+_IN_USE = 32
+"""Batches that are used at once, such as that of a step and the one on its way to a GPU, before slots run out."""
+_BY_VALUE = 1 << 14
+"""Bytes of a tensor that cost less in the message of a batch than in /dev/shm, with a descriptor of its own."""
 _SHARED_MEMORY = "/dev/shm"
+_COPIED = (
+    "batches of loader processes are copied, for they are not written where they are read: processes must be forked, a "
+    "transform must allocate its batch by empty_batch, and a batch must not be used after many others"
+)
 _FAREWELL_S = 3.0
 """Seconds for which a loader process survives SIGTERM."""
 
@@ -106,29 +130,54 @@ _Item = _Loaded | ValueError
 
 
 class _Batches(Dataset[_Item]):
-    """A data set whose items are whole batches; a request contains everything, so loader processes have no state."""
+    """A data set whose items are whole batches; a request contains everything, so loader processes have no state.
 
-    def __init__(self, transform: BatchTransform[Any, Targets]) -> None:
-        self._transform = transform
+    Args:
+        transform: makes the batches.
+        allocate: in this process; None allocates as torch does.
+        slots: for batches of loader processes, which have them by being forked from this one.
+    """
+
+    def __init__(
+        self, transform: BatchTransform[Any, Targets], allocate: Allocate | None, slots: SharedBatches | None
+    ) -> None:
+        self._transform, self._allocate, self._slots = transform, allocate, slots
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_slots": None}  # a process that is not forked has another memory
 
     def __getitem__(self, request: _Request) -> _Item:
+        writer: SlotWriter | None = None
+        if self._slots is not None and request.slot is not None:
+            writer = self._slots.writer(request.slot)
         try:
-            images, packed = self._transform(request.indices, request.epoch)
+            with allocating(writer or self._allocate):
+                images, packed = self._transform(request.indices, request.epoch)
         except ValueError as error:
             return error  # raised again by the reader: a loader process would wrap the message in its traceback
-        return _Loaded(images, packed, torch.from_numpy(request.indices), request.global_count)
+        place = None if writer is None else writer.place_of(images)
+        if get_worker_info() is not None:
+            _share((() if place is not None else (images,), packed))
+        return _Loaded(images if place is None else place, packed, request)
 
 
 class _Requests(Sampler[_Request]):
     """The requests of the next epoch; set before each epoch."""
 
-    def __init__(self) -> None:
+    def __init__(self, slots: SharedBatches | None) -> None:
         self._pending: Iterator[_Request] = iter(())
+        self._slots = slots
 
     def start(self, plan: Plan, epoch: int, start_step: int) -> None:
-        self._pending = (
-            _Request(epoch, batch.indices, batch.global_count) for batch in plan.batches(epoch, start_step)
-        )
+        self._pending = self._of(plan, epoch, start_step)
+
+    def _of(self, plan: Plan, epoch: int, start_step: int) -> Iterator[_Request]:
+        """Asked for as loader processes become free; first when they have ended what an earlier epoch had asked for."""
+        if self._slots is not None:
+            self._slots.forget_asked()
+        for batch in plan.batches(epoch, start_step):
+            slot = None if self._slots is None else self._slots.claim()
+            yield _Request(epoch, batch.indices, batch.global_count, slot)
 
     def __iter__(self) -> Iterator[_Request]:
         return self._pending
@@ -144,7 +193,7 @@ class BatchLoader:
         seed: of the random transforms.
         processes: number of loader processes, kept between epochs; 0 loads in this process, which decodes encoded
             images in as many threads as torch has.
-        pin_memory: put batches in page-locked memory, for non-blocking copies to a GPU.
+        pin_memory: put batches in page-locked memory, for non-blocking copies to a GPU; not without one.
         epochs: length of the run, so that mosaics can stop before its end; None if unknown.
         device: where events are counted with `bin_on=device`.
         pixels: leave the normalisation to `Batch.to`, where the transform allows it: a quarter of the bytes are copied.
@@ -175,16 +224,24 @@ class BatchLoader:
         self._scaling: PixelScaling | None = None
         if pixels and isinstance(self._transform, SendsPixels):
             self._scaling = self._transform.send_pixels()
-        self._requests = _Requests()
+        self._pin = pin_memory and torch.cuda.is_available()
+        self._slots: SharedBatches | None = None
+        if processes:
+            with suppress(OSError):  # no such addresses: batches are copied, which is counted
+                pages = CudaPageLock(device) if self._pin else None
+                self._slots = SharedBatches(_PREFETCHED * processes + _IN_USE, pages)
+        self.copied_bytes = 0
+        """Of images that loader processes could not write where they are read, or that were not page-locked there."""
+        self._requests = _Requests(self._slots)
         self._loader = DataLoader(
-            _Batches(self._transform),
+            _Batches(self._transform, page_locked if self._pin else None, self._slots),
             batch_size=None,
             sampler=self._requests,
             num_workers=processes,
             persistent_workers=processes > 0,
-            worker_init_fn=_outlive_signals if processes else None,
+            worker_init_fn=_begin_loading if processes else None,
+            prefetch_factor=_PREFETCHED if processes else None,
             collate_fn=_unchanged,
-            pin_memory=pin_memory,
             generator=torch.Generator(),  # else each epoch draws a seed that nothing uses from torch's global generator
         )
 
@@ -207,7 +264,42 @@ class BatchLoader:
                 "create the plan with samples=len(split)"
             )
         self._requests.start(plan, epoch, start_step)
-        return _read(iter(self._loader), self._transform, self.device, self._scaling)
+        return self._read(iter(self._loader))
+
+    def _read(self, loaded: Iterator[_Item]) -> Iterator[Batch]:
+        for item in _checked(loaded):
+            images = self._images(item)
+            if isinstance(self._transform, BinsOnDevice):
+                images = self._transform.on_device(images, item.packed, self.device)
+            targets = self._transform.unpack(item.packed)
+            if self._pin and isinstance(targets, Tensor):
+                targets = targets.pin_memory()
+            indices, global_count = item.request.indices, item.request.global_count
+            batch = Batch(images, targets, torch.from_numpy(indices), global_count, scaling=self._scaling)
+            del item, images, targets  # no name here keeps the memory of a batch that its reader has left
+            yield batch
+            del batch
+        if self._slots is not None:
+            self._slots.release_memory()
+
+    def _images(self, item: _Loaded) -> Tensor:
+        """The images of a batch where they were written; copied, and counted, where that was not possible."""
+        slot, copied = item.request.slot, False
+        if isinstance(item.images, InSlot):
+            assert self._slots is not None
+            assert slot is not None
+            images = self._slots.lend(slot, item.images)
+        else:
+            images, copied = item.images, self.processes > 0
+            if self._slots is not None and slot is not None:
+                self._slots.give_back(slot)
+        if self._pin and not images.is_pinned():
+            images, copied = images.pin_memory(), True
+        if copied and images.nbytes:
+            if not self.copied_bytes:
+                warnings.warn(_COPIED, RuntimeWarning, stacklevel=4)
+            self.copied_bytes += images.nbytes
+        return images
 
     @property
     def step_ms(self) -> float | None:
@@ -231,12 +323,8 @@ def _check_store(split: "Samples", transform: BatchTransformConfig) -> None:
         )
 
 
-def _read(
-    loaded: Iterator[_Item],
-    transform: BatchTransform[Any, Targets],
-    device: torch.device | str,
-    scaling: PixelScaling | None = None,
-) -> Iterator[Batch]:
+def _checked(loaded: Iterator[_Item]) -> Iterator[_Loaded]:
+    """Batches as they arrive; errors as what the caller is told."""
     while True:
         try:
             item = next(loaded)
@@ -254,14 +342,34 @@ def _read(
             ) from error
         if isinstance(item, ValueError):
             raise item
-        images = item.images
-        if isinstance(transform, BinsOnDevice):
-            images = transform.on_device(images, item.packed, device)
-        targets = transform.unpack(item.packed)
-        yield Batch(images, targets, item.indices, item.global_count, scaling=scaling)
+        yield item
 
 
-def _outlive_signals(worker: int) -> None:
+def _begin_loading(worker: int) -> None:
+    """Prepare a loader process."""
+    _outlive_signals()
+    ForkingPickler.register(Tensor, _reduced)
+
+
+def _share(parts: Any) -> None:
+    """Move large tensors to shared memory here: where they are sent, a thread would fail unseen if there is none."""
+    if isinstance(parts, tuple):
+        for part in parts:
+            _share(part)
+    elif isinstance(parts, Tensor) and parts.nbytes > _BY_VALUE:
+        parts.share_memory_()
+
+
+def _reduced(tensor: Tensor) -> tuple[Any, ...]:
+    """How a tensor is sent by a loader process: a small one in the message, another in shared memory."""
+    if tensor.layout == torch.strided and tensor.nbytes <= _BY_VALUE and not tensor.requires_grad:
+        with suppress(TypeError):  # numpy has no such type
+            return torch.from_numpy, (tensor.numpy(),)
+    reduced: tuple[Any, ...] = reduce_tensor(tensor)
+    return reduced
+
+
+def _outlive_signals() -> None:
     """A terminal and Slurm signal all processes: loading continues until the one that trains has ended its step."""
 
     def leave_soon(signum: int, frame: FrameType | None) -> None:

@@ -1,11 +1,12 @@
 """Training images per second: our loader over a store against torchvision's data sets and a DataLoader.
 
-    python tests/bench/bench_loading.py [--quick] [--json FILE]
+    python tests/bench/bench_loading.py [--one-core] [--quick] [--json FILE]
 
 CIFAR: random crop of the padded image, flip, normalise (and once more with AutoAugment), from generated files in the
-    official
-format. JPEG: RandomResizedCrop(224), flip, normalise, from generated images of 500x375. Full training epochs,
-interleaved; medians; every line gives the ratio ours / torchvision.
+official format. JPEG: RandomResizedCrop(224), flip, normalise, from generated images of 500x375. Full training epochs,
+interleaved; medians; every line gives the ratio ours / torchvision, the smallest and the largest of a round behind it.
+
+With `--one-core` both load in this process, in one thread, and images are counted per second of its processor time.
 """
 
 import argparse
@@ -53,6 +54,8 @@ class Line:
     ours: int
     torchvision: int
     ratio: float
+    least: float
+    most: float
 
 
 def write_cifar(root: Path, rows: int) -> None:
@@ -105,10 +108,10 @@ def theirs(dataset: Any, batch: int, processes: int) -> Callable[[int], Iterator
     return lambda epoch: (images for images, _ in loader)
 
 
-def images_per_second(epoch: Callable[[int], Iterator[torch.Tensor]], number: int) -> float:
-    start = time.perf_counter()
+def images_per_second(epoch: Callable[[int], Iterator[torch.Tensor]], number: int, clock: Callable[[], float]) -> float:
+    start = clock()
     count = sum(len(images) for images in epoch(number))
-    return count / (time.perf_counter() - start)
+    return count / (clock() - start)
 
 
 def compare(
@@ -117,20 +120,23 @@ def compare(
     us: Callable[[int], Iterator[torch.Tensor]],
     them: Callable[[int], Iterator[torch.Tensor]],
     rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Line:
     for warm in (us, them):
-        images_per_second(warm, 0)
+        images_per_second(warm, 0, clock)
     figures, threads = [], torch.get_num_threads()
     for number in range(1, rounds + 1):
-        mine = images_per_second(us, number)
+        mine = images_per_second(us, number, clock)
         torch.set_num_threads(1)  # faster for torchvision: its operations on single images are too small for more
-        figures.append((mine, images_per_second(them, number)))
+        figures.append((mine, images_per_second(them, number, clock)))
         torch.set_num_threads(threads)
     ours_median, theirs_median = (statistics.median(column) for column in zip(*figures, strict=True))
-    line = Line(workload, processes, round(ours_median), round(theirs_median), round(ours_median / theirs_median, 2))
+    ratios = sorted(round(mine / their, 2) for mine, their in figures)
+    ratio = round(ours_median / theirs_median, 2)
+    line = Line(workload, processes, round(ours_median), round(theirs_median), ratio, ratios[0], ratios[-1])
     print(
-        f"{workload:24s} processes {processes}: ours {line.ours:9,}/s   "
-        f"torchvision {line.torchvision:9,}/s   ratio {line.ratio}",
+        f"{workload:24s} processes {processes}: ours {line.ours:9,}/s   torchvision {line.torchvision:9,}/s   "
+        f"ratio {line.ratio} ({line.least} to {line.most})",
         flush=True,
     )
     return line
@@ -138,10 +144,14 @@ def compare(
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--one-core", action="store_true", help="one thread, by processor time")
     arguments.add_argument("--quick", action="store_true", help="fewer images and rounds")
     arguments.add_argument("--json", type=Path, help="also write the figures to this file")
     options = arguments.parse_args()
-    rounds = 3 if options.quick else 5
+    rounds, clock = 3 if options.quick else 5, time.process_time if options.one_core else time.perf_counter
+    counts = (0,) if options.one_core else (0, 2)
+    if options.one_core:
+        torch.set_num_threads(1)
     lines = []
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
@@ -150,14 +160,14 @@ def main() -> None:
         crop = (v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip())
         policy = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
         fields: dict[str, Any] = {"crop_padding": 4, "horizontal_flip": 0.5, "normalise": "cifar10"}
-        for processes in (0, 2):
+        for processes in counts:
             for workload, config, random in (
                 ("CIFAR crop+flip", TransformConfig(**fields), crop),
                 ("CIFAR crop+flip+policy", TransformConfig(**fields, auto_augment="cifar10"), (*crop, policy)),
             ):
                 dataset = GeneratedCIFAR10(str(root / "cifar"), transform=torchvision_transform("cifar10", *random))
                 us, them = ours(cifar, config, CIFAR_BATCH, processes), theirs(dataset, CIFAR_BATCH, processes)
-                lines.append(compare(workload, processes, us, them, rounds))
+                lines.append(compare(workload, processes, us, them, rounds, clock))
         write_jpegs(root / "jpeg", 120 if options.quick else 600)
         jpeg = prepare("image_folder", root / "jpeg", root / "jpeg-store", parallel=1).split("train")
         config = TransformConfig(
@@ -168,10 +178,10 @@ def main() -> None:
             normalise=NORMALISATIONS["imagenet"],
         )
         transform = torchvision_transform("imagenet", v2.RandomResizedCrop(224), v2.RandomHorizontalFlip())
-        for processes in (0, 2):
+        for processes in counts:
             dataset = ImageFolder(str(root / "jpeg" / "train"), transform=transform)
             us, them = ours(jpeg, config, JPEG_BATCH, processes), theirs(dataset, JPEG_BATCH, processes)
-            lines.append(compare("JPEG 500x375 to 224", processes, us, them, rounds))
+            lines.append(compare("JPEG 500x375 to 224", processes, us, them, rounds, clock))
     if options.json:
         options.json.write_text(json.dumps([asdict(line) for line in lines], indent=2) + "\n")
 

@@ -37,6 +37,9 @@ class MemorySplit:
     def gather(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         return self._images[rows]
 
+    def views(self, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+        return [self._images[row] for row in rows.tolist()]
+
 
 class MemoryStore:
     """What a training reads of a store."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -23,6 +24,7 @@ from spikefleet.errors import RunError, UserError
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.events import NullSink
 from spikefleet.training.loop import train
+from spikefleet_pipelines import loading
 from spikefleet_pipelines.errors import StoreError
 from spikefleet_pipelines.store.reader import Store
 from support.forked import Forked
@@ -67,25 +69,38 @@ def test_the_figures_of_a_ray_that_does_not_start() -> None:
     assert "is full" in str(full)
 
 
-def train_with_loaders(store: Path, run_dir: Path) -> None:
-    """Trains in a mount namespace of its own, in which shared memory has 256 kB."""
+def train_with_loaders(store: Path, run_dir: Path, slots: bool) -> None:
+    """Trains in a mount namespace of its own, in which shared memory has 256 kB, less than a batch."""
     ctypes.CDLL(None).unshare(0x00020000)  # CLONE_NEWNS
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", "/dev/shm"], check=True)
     settings = ["model.width=0.125", "train.epochs=1", "cluster.workers=0", "data.loader_processes=1"]
     config = load_config("digits", parse_overrides([*settings, "train.global_batch=1024"]))
+    multiprocessing.set_start_method("fork", force=True)  # this process has that of the server that forked it
+    if not slots:
+        vars(loading)["SharedBatches"] = no_slots
     try:
-        train(config, Store.open(store, verify=False), run_dir, ProcessGroup.single(), NullSink())
+        done = train(config, Store.open(store, verify=False), run_dir, ProcessGroup.single(), NullSink())
+        print("steps:", done.steps)
     except StoreError as error:
         print(error)
 
 
-def test_a_small_shared_memory_is_named(stores_dir: Path, tmp_path: Path) -> None:
+def no_slots(*_: object) -> None:
+    """As where the address space is limited."""
+    raise OSError(12, "Cannot allocate memory")
+
+
+@pytest.mark.parametrize("slots", [True, False])
+def test_a_small_shared_memory_is_named_where_it_is_used(slots: bool, stores_dir: Path, tmp_path: Path) -> None:
     if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
         pytest.skip("a small /dev/shm cannot be mounted here")
-    process = Forked(tmp_path / "said.txt", train_with_loaders, stores_dir / "digits", tmp_path / "run")
+    process = Forked(tmp_path / "said.txt", train_with_loaders, stores_dir / "digits", tmp_path / "run", slots)
     said = process.wait(120)
     assert process.returncode == 0, said
+    if slots:  # batches, targets and indices need nothing of it
+        assert said.strip() == "steps: 2", said
+        return
     assert "more shared memory than there is in /dev/shm (0.2621 MB, " in said
     assert "data.loader_processes=0" in said
 

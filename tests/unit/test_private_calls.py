@@ -126,12 +126,6 @@ PRIVATE = [
         "a loader process ends in the middle of a batch, from another thread",
     ),
     (
-        "torch:UntypedStorage._new_shared",
-        ["size"],
-        "pipelines/spikefleet_pipelines/transforms/normalise.py",
-        "shared memory for a batch, as torch's default_collate takes it",
-    ),
-    (
         "torch.utils._python_dispatch:TorchDispatchMode",
         None,
         f"{MODELS}/spike_flow.py",

@@ -140,11 +140,14 @@ def test_crops_and_flips_are_those_of_the_image(raw: Split) -> None:
 
 
 def test_shifted_crop_at_its_limits() -> None:
-    image = np.arange(1, 10, dtype=np.uint8).reshape(1, 1, 3, 3)
-    corner = shifted_crop(np.repeat(image, 3, 0), 1, np.array([0, 1, 2]), np.array([0, 1, 2]))
-    assert corner[0, 0].tolist() == [[0, 0, 0], [0, 1, 2], [0, 4, 5]]
-    assert np.array_equal(corner[1], image[0])
-    assert corner[2, 0].tolist() == [[5, 6, 0], [8, 9, 0], [0, 0, 0]]
+    image = np.arange(1, 10, dtype=np.uint8).reshape(1, 3, 3)
+    crops = np.full((9, 1, 3, 3), 99, np.uint8)
+    for crop, shift in zip(crops, (-1, 0, 1, 3, 4, 5, -3, -4, -5), strict=True):
+        shifted_crop(image, shift, shift, crop)
+    assert crops[0, 0].tolist() == [[0, 0, 0], [0, 1, 2], [0, 4, 5]]
+    assert np.array_equal(crops[1], image)
+    assert crops[2, 0].tolist() == [[5, 6, 0], [8, 9, 0], [0, 0, 0]]
+    assert not crops[3:].any()
 
 
 def test_flip_probability(raw: Split) -> None:

@@ -44,15 +44,17 @@ def decode_rgb(encoded: NDArray[np.uint8]) -> Tensor:
         ValueError: the bytes are empty, damaged, not such an image, of more than `MAX_PIXELS` pixels, or hold integers
             of 32 bits or floats.
     """
-    data = encoded.tobytes()
-    kind = image_kind(data)
+    encoded = np.ascontiguousarray(encoded)
+    kind = image_kind(encoded.data)
+    # A JPEG is read where it is, in the mapped shard; Pillow takes bytes.
+    data = encoded.data if kind == "JPEG" else encoded.tobytes()
     size = declared_size(data, kind)
     if size is not None:
         check_size(*size)
     if kind == "PNG":
-        check_png(data)
+        check_png(bytes(data))
     try:
-        return _by_torchvision(encoded) if kind == "JPEG" else _by_pillow(data, kind)
+        return _by_pillow(data, kind) if isinstance(data, bytes) else _by_torchvision(encoded)
     except _UnsupportedPixelsError as error:
         raise ValueError(str(error)) from None
     except Exception as error:  # a damaged file can fail in any way
@@ -82,8 +84,21 @@ class _UnsupportedPixelsError(ValueError):
 def _by_torchvision(encoded: NDArray[np.uint8]) -> Tensor:
     from torchvision.io import ImageReadMode, decode_image  # seconds to import
 
-    # A copy, because torch takes no read-only memory: tens of kilobytes, against a millisecond of decoding.
-    return decode_image(torch.from_numpy(encoded.copy()), ImageReadMode.RGB, apply_exif_orientation=True)
+    return decode_image(_as_tensor(encoded), ImageReadMode.RGB, apply_exif_orientation=True)
+
+
+class _Writable:
+    """An array that says that it can be written to, which torch asks for; decoders only read."""
+
+    def __init__(self, array: NDArray[np.uint8]) -> None:
+        self._array = array
+        described = array.__array_interface__
+        self.__array_interface__ = {**described, "data": (described["data"][0], False)}
+
+
+def _as_tensor(encoded: NDArray[np.uint8]) -> Tensor:
+    """A tensor over the bytes of a mapped shard, without a copy."""
+    return torch.from_numpy(np.asarray(encoded if encoded.flags.writeable else _Writable(encoded)))
 
 
 def _by_pillow(data: bytes, kind: ImageKind) -> Tensor:

@@ -130,6 +130,10 @@ class EventSamples:
             return np.empty((0, *self.image_shape), np.uint8)
         return np.stack([self.image(int(row)).numpy() for row in rows])
 
+    def views(self, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+        """Draw samples, uint8 [3, H, W] each."""
+        return [self.image(int(row)).numpy() for row in rows]
+
     def _check(self, row: int) -> int:
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} is outside split {self.name!r}, expected 0 to {len(self) - 1}")

@@ -4,10 +4,11 @@ A decoder allocates what a header declares, and libpng in torchvision ends the p
 sizes and PNG's checksums are read here, from the bytes alone.
 """
 
+import re
 import struct
 import zlib
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 ImageKind = Literal["JPEG", "PNG", "WebP", "GIF", "BMP", "TIFF", "PPM"]
 
@@ -34,9 +35,10 @@ _APPLE_DOUBLE = b"\x00\x05\x16\x07"
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _JPEG_WITHOUT_LENGTH = frozenset({0x00, 0x01, *range(0xD0, 0xD9)})
 _JPEG_PIXELS = frozenset({0xD9, 0xDA})
+_JPEG_MARKER = re.compile(b"\xff")
 
 
-def image_kind(data: bytes) -> ImageKind:
+def image_kind(data: bytes | memoryview) -> ImageKind:
     """Return the format of an image file, by its first bytes.
 
     Raises:
@@ -44,15 +46,16 @@ def image_kind(data: bytes) -> ImageKind:
     """
     if not data:
         raise ValueError("the image is empty (0 bytes)")
+    first = bytes(data[:16])
     for start, kind in _STARTS:
-        if data.startswith(start):
+        if first.startswith(start):
             return kind
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+    if first[:4] == b"RIFF" and first[8:12] == b"WEBP":
         return "WebP"
-    if data.startswith(_APPLE_DOUBLE):
+    if first.startswith(_APPLE_DOUBLE):
         raise ValueError(f"it is no image but a file of macOS beside one (AppleDouble, {len(data)} bytes)")
     raise ValueError(
-        f"it is not an image of a format that is read ({FORMATS}): it starts with {data[:4]!r} ({len(data)} bytes)"
+        f"it is not an image of a format that is read ({FORMATS}): it starts with {first[:4]!r} ({len(data)} bytes)"
     )
 
 
@@ -68,7 +71,7 @@ def check_size(width: int, height: int) -> None:
         )
 
 
-def declared_size(data: bytes, kind: ImageKind) -> tuple[int, int] | None:
+def declared_size(data: bytes | memoryview, kind: ImageKind) -> tuple[int, int] | None:
     """Return the (width, height) that the header of a JPEG, PNG, WebP or GIF declares; None for other formats.
 
     Raises:
@@ -126,10 +129,11 @@ def _webp_size(data: bytes) -> tuple[int, int]:
     raise ValueError(f"the WebP is damaged: its first chunk is {chunk!r}")
 
 
-def _jpeg_size(data: bytes) -> tuple[int, int]:
+def _jpeg_size(data: bytes | memoryview) -> tuple[int, int]:
     """The size in the frame header: ITU-T T.81, annex B."""
     at = 2
-    while (at := data.find(b"\xff", at)) >= 0:
+    while (found := _JPEG_MARKER.search(data, at)) is not None:
+        at = found.start()
         marker = data[at + 1]
         if marker in _JPEG_FRAMES:
             height, width = struct.unpack_from(">HH", data, at + 5)
@@ -145,7 +149,7 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
     raise ValueError(f"the JPEG is truncated or damaged ({len(data)} bytes): it has no frame header")
 
 
-_SIZES: dict[ImageKind, Callable[[bytes], tuple[int, int]]] = {
+_SIZES: dict[ImageKind, Callable[[Any], tuple[int, int]]] = {
     "JPEG": _jpeg_size,
     "PNG": _png_size,
     "WebP": _webp_size,

@@ -265,9 +265,7 @@ class Split:
             StoreError: the images are encoded.
         """
         if self.image_shape is None:
-            raise StoreError(
-                f"split {self.name!r} of {self.location} holds encoded images of varying size; read them with image()"
-            )
+            raise StoreError(self._varying)
         if len(self._shards) == 1:
             pixels = self._shards[0].data.take(rows, axis=0)
         else:
@@ -278,10 +276,29 @@ class Split:
                 pixels[inside] = self._shards[number].data.take(rows[inside] - self._starts[number], axis=0)
         return pixels.reshape(-1, *self.image_shape)
 
+    def views(self, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+        """Return raw images [C, H, W], as views into the mapped shards.
+
+        Raises:
+            StoreError: the images are encoded.
+        """
+        if self.image_shape is None:
+            raise StoreError(self._varying)
+        whole = [shard.data.reshape(-1, *self.image_shape) for shard in self._shards]
+        if len(whole) == 1:
+            return [whole[0][row] for row in rows.tolist()]
+        numbers = np.searchsorted(self._starts, rows, side="right") - 1
+        inside = rows - self._starts[numbers]
+        return [whole[number][row] for number, row in zip(numbers.tolist(), inside.tolist(), strict=True)]
+
     def encoded_image(self, row: int) -> NDArray[np.uint8]:
         """Return the bytes of an image file, as a view into the mapped shard."""
         number = int(np.searchsorted(self._starts, self._check(row), side="right")) - 1
         return self._shards[number].encoded_image(row - int(self._starts[number]))
+
+    @property
+    def _varying(self) -> str:
+        return f"split {self.name!r} of {self.location} holds encoded images of varying size; read them with image()"
 
     def _check(self, row: int) -> int:
         if not 0 <= row < len(self):

@@ -1,5 +1,6 @@
 """The interface that transforms read: rows of a split, or images in memory."""
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -42,6 +43,10 @@ class Rows(Protocol):
 
     def gather(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Copy raw images into a batch [B, C, H, W]."""
+        ...
+
+    def views(self, rows: NDArray[np.int64]) -> Sequence[NDArray[np.uint8]]:
+        """Return raw images [C, H, W] where they are, to be read only."""
         ...
 
     def image(self, row: int) -> Tensor:

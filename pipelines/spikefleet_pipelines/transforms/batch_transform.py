@@ -23,8 +23,9 @@ TargetsT_co = TypeVar("TargetsT_co", bound=Targets, covariant=True)
 class BatchTransform(Protocol[PackedT, TargetsT_co]):
     """Loads and transforms batches of one split.
 
-    It is pickled into loader processes and called there; its packed targets are sent to the training process and
-    unpacked there. Each tensor that is sent uses a file descriptor, so many small tensors are packed as numpy arrays.
+    It is called in loader processes, into which it may be pickled; its packed targets are sent to the training process
+    and unpacked there. Many small tensors are packed as numpy arrays. Images that are allocated by `empty_batch`,
+    before any other batch, are written where the training process reads them; others are copied on their way.
     """
 
     def __call__(self, rows: NDArray[np.int64], epoch: int) -> tuple[Tensor, PackedT]:

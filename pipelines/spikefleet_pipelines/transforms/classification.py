@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -93,10 +92,10 @@ class ImageTransform:
         config = self.config
         if not self.train:
             return self._normalise(self._evaluation_images(rows))
-        images = self._cropped(rows, epoch)
+        flips = np.zeros(len(rows), np.bool_)
         if config.horizontal_flip:
-            flip = uniform(self.seed, epoch, rows, Draw.FLIP) < config.horizontal_flip
-            images[flip] = images[flip][..., ::-1]
+            flips = uniform(self.seed, epoch, rows, Draw.FLIP) < config.horizontal_flip
+        images = self._cropped(rows, epoch, flips)
         if config.auto_augment != "none":
             images = self._auto_augment(images, self.seed, epoch, rows)
         batch = self._normalise(images)
@@ -105,7 +104,8 @@ class ImageTransform:
             pixels *= self._cutout_mask(rows, epoch, images.shape[-2], images.shape[-1])
         return batch
 
-    def _cropped(self, rows: NDArray[np.int64], epoch: int) -> Pixels:
+    def _cropped(self, rows: NDArray[np.int64], epoch: int, flips: NDArray[np.bool_]) -> Pixels:
+        """Crop images, and flip some: each is written once into the batch."""
         side = self.config.random_resized_crop
         if side is not None:
             numbers = Draw.RESIZED_CROP + np.arange(4 * _ATTEMPTS)
@@ -115,20 +115,18 @@ class ImageTransform:
                 top, left, height, width = resized_crop_box(
                     draws[position], image.shape[-2], image.shape[-1], self.config.random_resized_crop_scale
                 )
-                return resize(image[:, top : top + height, left : left + width], side, side)
+                resized = resize(image[:, top : top + height, left : left + width], side, side)
+                return resized[..., ::-1] if flips[position] else resized
 
             return self._each(rows, side, crop)
-        images = self.split.gather(rows)
-        if padding := self.config.crop_padding:
-            down = integers(self.seed, epoch, rows, Draw.CROP_Y, 2 * padding + 1)
-            right = integers(self.seed, epoch, rows, Draw.CROP_X, 2 * padding + 1)
-            images = shifted_crop(images, padding, down, right)
-        return images
+        padding = self.config.crop_padding
+        places = [integers(self.seed, epoch, rows, draw, 2 * padding + 1) for draw in (Draw.CROP_Y, Draw.CROP_X)]
+        return self._raw(rows, np.stack(places) - padding, flips)
 
     def _evaluation_images(self, rows: NDArray[np.int64]) -> Pixels:
         shorter, side = self.config.resize, self.config.center_crop
         if shorter is None or side is None:
-            return self.split.gather(rows)
+            return self._raw(rows, np.zeros((2, len(rows)), np.int64), np.zeros(len(rows), np.bool_))
 
         def crop(image: Pixels, position: int) -> Pixels:
             height, width = image.shape[-2:]
@@ -141,10 +139,19 @@ class ImageTransform:
 
         return self._each(rows, side, crop)
 
+    def _raw(self, rows: NDArray[np.int64], shifts: NDArray[np.int64], flips: NDArray[np.bool_]) -> Pixels:
+        """Read raw images, shifted [2, B] down and right, straight from the shard into the batch."""
+        assert self.split.image_shape is not None, "the config was checked"
+        batch = self._normalise.pixels((len(rows), *self.split.image_shape))
+        which = zip(batch, self.split.views(rows), shifts.T.tolist(), flips.tolist(), strict=True)
+        for target, image, (down, right), flip in which:
+            shifted_crop(image, down, right, target[..., ::-1] if flip else target)
+        return batch
+
     def _each(self, rows: NDArray[np.int64], side: int, crop: Callable[[Pixels, int], Pixels]) -> Pixels:
         """Read images one by one and collect the results of `crop(image, position in the batch)` in one batch."""
         channels = 3 if self.split.image_shape is None else self.split.image_shape[0]
-        batch = np.empty((len(rows), channels, side, side), np.uint8)
+        batch = self._normalise.pixels((len(rows), channels, side, side))
 
         def load(position: int) -> None:
             batch[position] = crop(self.split.image(int(rows[position])).numpy(), position)
@@ -169,20 +176,21 @@ class ImageTransform:
         return ~(inside[0][:, None, :, None] & inside[1][:, None, None, :])
 
 
-def shifted_crop(images: Pixels, padding: int, down: NDArray[np.int64], right: NDArray[np.int64]) -> Pixels:
-    """Pad images with zeros on all sides and crop them to their former size.
+def shifted_crop(image: Pixels, down: int, right: int, out: Pixels) -> None:
+    """Crop an image, surrounded by zeros, to its size, into `out`.
 
     Args:
-        images: uint8 [B, C, H, W].
-        padding: pixels on each side.
-        down: top of each crop, 0 to 2 * padding, [B].
-        right: left of each crop, 0 to 2 * padding, [B].
+        image: uint8 [C, H, W].
+        down: top of the crop in the image; negative above it.
+        right: left of the crop, likewise.
+        out: uint8 [C, H, W].
     """
-    batch, channels, height, width = images.shape
-    padded = np.zeros((batch, channels, height + 2 * padding, width + 2 * padding), np.uint8)
-    padded[:, :, padding : padding + height, padding : padding + width] = images
-    windows = sliding_window_view(padded, (height, width), axis=(2, 3))
-    return windows[np.arange(batch), :, down, right]
+    height, width = image.shape[-2:]
+    top, left = min(height, max(0, -down)), min(width, max(0, -right))
+    bottom, end = max(top, height - max(0, down)), max(left, width - max(0, right))
+    if down or right:
+        out[...] = 0
+    out[:, top:bottom, left:end] = image[:, top + down : bottom + down, left + right : end + right]
 
 
 def resized_crop_box(
@@ -217,5 +225,8 @@ def resize(image: Pixels, height: int, width: int) -> Pixels:
     if image.shape[-2:] == (height, width):
         return image
     # Contiguous in the order [h, w, C] of decoded images: otherwise torch copies it, in threads that compete for cores.
-    pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(1, 2, 0))).permute(2, 0, 1)
-    return interpolate(pixels[None], (height, width), mode="bilinear", antialias=True)[0].numpy()
+    pixels = np.ascontiguousarray(image.transpose(1, 2, 0))
+    if not pixels.flags.writeable:  # a grey image in its shard, of which torch warns
+        pixels = pixels.copy()
+    ordered = torch.from_numpy(pixels).permute(2, 0, 1)
+    return interpolate(ordered[None], (height, width), mode="bilinear", antialias=True)[0].numpy()

@@ -112,15 +112,16 @@ class DetectionBatchTransform:
             layouts = [[self._resized(int(row))] for row in rows]
         height, width = self._canvas(layouts)
         channels = 3 if self.split.image_shape is None else self.split.image_shape[0]
-        images = np.full((len(rows), channels, height, width), config.fill, np.uint8)
+        images = self._normalise.pixels((len(rows), channels, height, width))
+        images[...] = config.fill
         self._draw(images, layouts)
         samples = [self._sample(tiles) for tiles in layouts]
         if self.train:
             self._jitter(images, rows, epoch)
             flips = uniform(self.seed, epoch, rows, Draw.FLIP) < config.horizontal_flip
-            images[flips] = images[flips][..., ::-1]
-            for sample, flip in zip(samples, flips, strict=True):
+            for image, sample, flip in zip(images, samples, flips, strict=True):
                 if flip:
+                    image[...] = image[..., ::-1]
                     sample.boxes[:, [0, 2]] = width - sample.boxes[:, [2, 0]]
         return self._normalise(images), samples
 
@@ -216,7 +217,7 @@ class DetectionBatchTransform:
         tiles = [(number, tile) for number, tiles in enumerate(layouts) for tile in tiles if not _is_empty(tile.window)]
         raw = None
         if self.split.image_shape is not None:
-            raw = self.split.gather(np.array([tile.row for _, tile in tiles], np.int64))
+            raw = self.split.views(np.array([tile.row for _, tile in tiles], np.int64))
 
         def draw(place: int) -> None:
             number, tile = tiles[place]

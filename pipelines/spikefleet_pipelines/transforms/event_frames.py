@@ -19,9 +19,9 @@ from spikefleet_pipelines.events.binning_config import BinningConfig
 from spikefleet_pipelines.events.representations import NO_EVENT, bin_events
 from spikefleet_pipelines.events.windows import EventWindow
 from spikefleet_pipelines.events.words import WordLayout
+from spikefleet_pipelines.shared_batches import empty_batch
 from spikefleet_pipelines.store.rows import EventRows, Rows
 from spikefleet_pipelines.transforms.event_frames_config import EventFramesConfig
-from spikefleet_pipelines.transforms.normalise import empty_batch
 from spikefleet_pipelines.transforms.normalise_config import Normalisation
 
 NO_SLICE = -1
@@ -153,7 +153,9 @@ class FrameMaker:
     def _words(
         self, windows: Sequence[EventWindow], slices: Sequence[NDArray[np.int64]], grids: Sequence[Grid] | None
     ) -> tuple[Tensor, SliceTable]:
-        words = np.concatenate([np.empty(0, np.uint32), *(window.words for window in windows)])
+        words = empty_batch((sum(len(window) for window in windows),), torch.int32)
+        if windows:
+            np.concatenate([window.words for window in windows], out=words.numpy().view(np.uint32))
         starts, stops, before = [], [], 0
         for window, chosen in zip(windows, slices, strict=True):
             edges = _edges(window, self.binning) + before
@@ -161,7 +163,7 @@ class FrameMaker:
             starts.append(edges[:-1][shown])
             stops.append(np.where(chosen == NO_SLICE, edges[:-1][shown], edges[1:][shown]))
             before += len(window)
-        return torch.from_numpy(words.view(np.int32)), SliceTable(np.stack(starts), np.stack(stops), grids)
+        return words, SliceTable(np.stack(starts), np.stack(stops), grids)
 
     def _normalised(self, frames: Tensor) -> Tensor:
         if self.normalise == Normalisation():

@@ -1,13 +1,11 @@
-"""The last step of every transform: pixels become normalised floats, in shared memory in loader processes."""
-
-import math
+"""The last step of every transform: pixels become normalised floats."""
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
+from spikefleet_pipelines.shared_batches import empty_batch
 from spikefleet_pipelines.transforms.normalise_config import Normalisation
 
 CACHED_VALUES = 1 << 17
@@ -29,12 +27,14 @@ class FloatStage:
         self._deferred = True
         return PixelScaling(torch.from_numpy(self._scale), torch.from_numpy(self._shift))
 
+    def pixels(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        """Allocate the pixels of a batch; they are the batch where the normalisation is deferred."""
+        return empty_batch(shape, torch.uint8).numpy() if self._deferred else np.empty(shape, np.uint8)
+
     def __call__(self, images: NDArray[np.uint8]) -> Tensor:
         """Normalise a batch, unless that is deferred."""
         if self._deferred:
-            pixels = empty_batch(images.shape, torch.uint8)
-            pixels.numpy()[...] = images
-            return pixels
+            return torch.from_numpy(images)
         tensor = empty_batch(images.shape)
         batch = tensor.numpy()
         together = max(1, CACHED_VALUES // max(1, images[:1].size))
@@ -63,12 +63,3 @@ class PixelScaling:
             self._there[pixels.device] = self._scale.to(pixels.device), self._shift.to(pixels.device)
         scale, shift = self._there[pixels.device]
         return pixels.to(torch.float32).mul_(scale).add_(shift)
-
-
-def empty_batch(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Allocate a batch, in shared memory in a loader process."""
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=dtype)
-    # In a loader process: in shared memory, as torch's own collate function does, so that sending it copies nothing.
-    storage = torch.UntypedStorage._new_shared(dtype.itemsize * math.prod(shape))
-    return torch.empty(0, dtype=dtype).set_(storage).view(shape)

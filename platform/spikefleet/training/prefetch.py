@@ -11,6 +11,8 @@ from spikefleet_pipelines.loading import Batch
 
 
 class _OnItsWay(NamedTuple):
+    source: Batch
+    """Kept until the current stream waits for the copy: the loader writes its memory again when it is gone."""
     batch: Batch
     copied: torch.cuda.Event
 
@@ -40,7 +42,7 @@ def ahead(batches: Iterable[Batch], device: torch.device, channels_last: bool) -
             copied.record(stream)
         if waiting is not None:
             yield _arrived(waiting)
-        waiting = _OnItsWay(moved, copied)
+        waiting = _OnItsWay(batch, moved, copied)
     if waiting is not None:
         yield _arrived(waiting)
 
