@@ -9,7 +9,7 @@ fixed rule over shapes, so that a training repeats its bits:
     torch    all others             nothing: torch's own bf16 kernel
     bf16     with AMX               columns of the input times gradient, as one bf16 product: kernel 1, or output
                                     planes up to 8x8
-    fp32     Intel's with bf16      the same product on fp32 copies: planes up to 4x4, or kernel 1 up to 16x16;
+    fp32     Intel's with bf16      the same product on fp32 copies: planes up to 4x4, or kernel 1 up to 8x8;
              and without AMX        torch's fp32 kernel on fp32 copies: larger kernels on larger planes
 
 `fp32` is the more exact one: products of bf16 numbers are exact in fp32, and the result is rounded to bf16 once. The
@@ -129,7 +129,7 @@ class _Forward:
         kind = _kind(self._form, x_bf16, conv.out_channels, geometry)
         if kind is None or not x_bf16.is_contiguous(memory_format=torch.channels_last):
             return nn.Conv2d.forward(conv, x)
-        y: Tensor = _Convolution.apply(x_bf16, conv.weight.to(torch.bfloat16), geometry, kind)
+        y: Tensor = _ConvolutionFunction.apply(x_bf16, conv.weight.to(torch.bfloat16), geometry, kind)
         return y
 
 
@@ -169,7 +169,7 @@ def _kind(form: WeightGradients, x: Tensor, out_channels: int, geometry: _Geomet
     fits = len(x) * plane * max(taps * x.shape[1], out_channels) <= _MOST_COLUMNS
     if form == "bf16":
         return "bf16 product" if fits and (taps == 1 or plane <= 64) else None
-    if fits and plane <= (256 if taps == 1 else 16):
+    if fits and plane <= (64 if taps == 1 else 16):
         return "fp32 product"
     return None if taps == 1 else "fp32 kernel"
 
@@ -179,7 +179,7 @@ def _pair(size: Any) -> tuple[int, int]:
     return int(first), int(second)
 
 
-class _Convolution(torch.autograd.Function):
+class _ConvolutionFunction(torch.autograd.Function):
     """(x, weight) -> y, all bf16."""
 
     @staticmethod
@@ -215,12 +215,14 @@ def _backward(
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: _Geometry, kind: _Kind) -> Tensor:
     """The gradient of a weight [O, C, kh, kw], in its type and in channels_last."""
     grad = grad.contiguous(memory_format=torch.channels_last)
-    if kind != "bf16 product":
-        grad, x = grad.float(), x.float()
     if kind == "fp32 kernel":
-        return _backward(grad, x, weight.float(), geometry, (False, True, False))[1].to(weight.dtype)
+        wide = _backward(grad.float(), x.float(), weight.float(), geometry, (False, True, False))
+        return wide[1].to(weight.dtype)
     rows = grad.permute(0, 2, 3, 1).reshape(-1, grad.shape[1])
-    product = rows.t() @ _columns(x, geometry, (grad.shape[2], grad.shape[3]))
+    columns = _columns(x, geometry, (grad.shape[2], grad.shape[3]))
+    if kind == "fp32 product":  # after a stride has left out what no output sees
+        rows, columns = rows.float(), columns.float()
+    product = rows.t() @ columns
     return product.to(weight.dtype).view(len(weight), *geometry.kernel, -1).permute(0, 3, 1, 2)
 
 

@@ -14,7 +14,6 @@ SPIKEFLEET_WEIGHT_GRADIENTS; "/ ANN wgrad" is the ratio to the ANN with the same
 
 import argparse
 import json
-import math
 import os
 import resource
 import statistics
@@ -225,19 +224,22 @@ def main() -> None:
     clock = time.process_time if arguments.processor_time else time.perf_counter
     times = measure_times(variants, 3 if arguments.quick else arguments.rounds, clock, arguments.batch)
     figures: dict[str, dict[str, dict[str, float]]] = {}
-    columns = ("/ ANN fp32", "/ ANN same", "best/best", "/ ANN wgrad", "median s", "saved MiB", "rise MiB", "peak MiB")
-    print(f"{'variant':28}{'type':6}" + "".join(f"{column:>12}" for column in columns))
+    twins = ("/ ANN wgrad",) if ANN_WGRAD in variants else ()
+    columns = ("/ ANN fp32", "/ ANN same", "best/best", "median s", *twins, "saved MiB", "rise MiB", "peak MiB")
+    print(f"{'variant':31}{'type':6}" + "".join(f"{column:>12}" for column in columns))
     for variant in variants:
         for precision in PRECISIONS:
-            median, twin = statistics.median(times[variant, precision]), times.get((ANN_WGRAD, precision))
+            median = statistics.median(times[variant, precision])
             row = {
                 "ratio_to_ann_fp32": median / statistics.median(times[ANN, "fp32"]),
                 "ratio_to_ann_same_precision": median / statistics.median(times[ANN, precision]),
                 "ratio_of_best_to_ann_same_precision": min(times[variant, precision]) / min(times[ANN, precision]),
-                "ratio_to_ann_same_precision_own_wgrad": median / statistics.median(twin) if twin else math.nan,
                 "median_seconds": median,
             }
-            line = f"{variant:28}{precision:6}" + "".join(f"{value:12.3f}" for value in row.values())
+            if ANN_WGRAD in variants:
+                twin = statistics.median(times[ANN_WGRAD, precision])
+                row["ratio_to_ann_same_precision_own_wgrad"] = median / twin
+            line = f"{variant:31}{precision:6}" + "".join(f"{value:12.3f}" for value in row.values())
             if memory:
                 used = memory[variant, precision]
                 line += "".join(f"{used[key]:12.0f}" for key in ("saved_mib", "rise_mib", "peak_mib"))
