@@ -15,7 +15,7 @@ fixed rule over shapes, so that a training repeats its bits:
 `fp32` is the more exact one: products of bf16 numbers are exact in fp32, and the result is rounded to bf16 once. The
 measurements behind the rules are in models/README.md. Torch's kernel stays for biases, groups, dilation, padding other
 than zeros, fewer than 16 channels, tensors that are not channels_last, weights without a gradient, `torch.compile`,
-and products that need more than 64 M columns.
+and products whose columns are more than 64 M numbers.
 """
 
 import os

@@ -241,20 +241,20 @@ def steps(network: nn.Module, images: Tensor, classes: Tensor, autocast: bool = 
 
 @pytest.mark.parametrize("form", OWN)
 def test_a_training_hardly_changes(form: WeightGradients, computed: list[str]) -> None:
-    """Gradients differ by one unit of bf16 here and there, so losses agree until spikes do not."""
+    """Both kernels round sums in fp32 to bf16: one in many thousand gradients differs, by one unit of bf16."""
     network, images, classes = tiny()
-    before = {name: value.clone() for name, value in network.named_parameters()}
-    expected = steps(network, images, classes)
     own, _, _ = tiny()
     use_weight_gradients(own, form)
-    found = steps(own, images, classes)
-    assert len(computed) >= 4 * 8
-    assert found[:2] == pytest.approx(expected[:2], rel=1e-4)
-    assert found == pytest.approx(expected, rel=2e-2)
-    for (name, theirs), ours in zip(network.named_parameters(), own.parameters(), strict=True):
-        moved = (theirs - before[name]).norm()
-        if "conv" in name and moved > 0:
-            assert (theirs - ours).norm() < 0.3 * moved, name
+    expected, found = (gradients(net, (images, classes)) for net in (network, own))
+    assert len(computed) >= 8
+    differing = sum(int((found[name] != expected[name]).sum()) for name in expected)
+    assert differing <= 1e-3 * sum(grad.numel() for grad in expected.values())
+    for name, grad in expected.items():
+        assert bool(((found[name] - grad).abs() <= grad.abs() * 2**-7 + 1e-4 * grad.abs().max()).all()), name
+    theirs, ours = (steps(net, images, classes) for net in (network, own))
+    assert ours[0] == theirs[0]
+    assert ours[1] == pytest.approx(theirs[1], rel=1e-4)
+    assert ours == pytest.approx(theirs, rel=2e-2)  # once a spike differs
 
 
 def gradients(network: nn.Module, *batches: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
