@@ -12,10 +12,10 @@ fixed rule over shapes, so that a training repeats its bits:
     fp32     Intel's with bf16      the same product on fp32 copies: planes up to 4x4, or kernel 1 up to 8x8;
              and without AMX        torch's fp32 kernel on fp32 copies: larger kernels on larger planes
 
-`fp32` is the more exact one: products of bf16 numbers are exact in fp32, and the result is rounded to bf16 once. The
-measurements behind the rules are in models/README.md. Torch's kernel stays for biases, groups, dilation, padding other
-than zeros, fewer than 16 channels, tensors that are not channels_last, weights without a gradient, `torch.compile`,
-and products whose columns are more than 64 M numbers.
+All of them add up in fp32 and round the result to bf16 once. The measurements behind the rules are in
+models/README.md. Torch's kernel stays for biases, groups, dilation, padding other than zeros, fewer than 16 channels,
+tensors that are not channels_last, weights without a gradient, `torch.compile`, and products whose columns are more
+than 64 M numbers.
 """
 
 import os
