@@ -7,7 +7,9 @@ batch 16 (or --batch) at 32x32; the ANN twin runs batch 64 = T * B, the same den
 process, so that the load of a shared machine falls on all of them alike; medians, and the best steps, are printed as
 ratios to the ANN. bf16 means autocast and channels_last. Peak memory is the resident set of a process of its own; saved
 activations are what autograd holds between forward and backward. "bits" keeps spikes as bits (`train.spike_bits`),
-"recompute" computes the first stage again in the backward pass (`train.recompute=1`).
+"recompute" computes the first stage again in the backward pass (`train.recompute=1`). "own wgrad" computes the weight
+gradients of convolutions in bf16 in the form for this CPU (`spikefleet_models.weight_gradients`) or in that of
+SPIKEFLEET_WEIGHT_GRADIENTS; "/ ANN wgrad" is the ratio to the ANN with the same, if that runs too.
 """
 
 import argparse
@@ -28,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 T, BATCH, SIZE, CLASSES = 4, 16, 32, 10
+ANN, ANN_WGRAD = "ann (batch 64)", "ann (batch 64), own wgrad"
 PRECISIONS = ("fp32", "bf16")
 
 
@@ -73,16 +76,21 @@ class Variant(NamedTuple):
     """Its batch, in those of the others."""
     bits: bool = False
     recompute: int = 0
+    own_wgrad: bool = False
+    """Whether weight gradients are computed as `weight_gradients.chosen_form` says."""
 
 
 VARIANTS: dict[str, Variant] = {
-    "ann (batch 64)": Variant(lambda: sg_resnet18("lean", connection="ann"), times=T),
+    ANN: Variant(lambda: sg_resnet18("lean", connection="ann"), times=T),
+    ANN_WGRAD: Variant(lambda: sg_resnet18("lean", connection="ann"), times=T, own_wgrad=True),
     "spikingjelly sew_resnet18": Variant(SpikingJellySEWResNet18),
     "sg_resnet18 reference": Variant(lambda: sg_resnet18("reference")),
     "sg_resnet18 lean": Variant(lambda: sg_resnet18("lean")),
     "sg_resnet18 lean, bits": Variant(lambda: sg_resnet18("lean"), bits=True),
     "sg_resnet18 lean, recompute": Variant(lambda: sg_resnet18("lean"), bits=True, recompute=1),
     "sg_resnet18 native": Variant(lambda: sg_resnet18("native")),
+    "sg_resnet18 lean, own wgrad": Variant(lambda: sg_resnet18("lean"), own_wgrad=True),
+    "sg_resnet18 native, own wgrad": Variant(lambda: sg_resnet18("native"), own_wgrad=True),
     "sg_resnet18 native, bits": Variant(lambda: sg_resnet18("native"), bits=True),
     "sg_resnet18 native, recompute": Variant(lambda: sg_resnet18("native"), bits=True, recompute=1),
     "sg_resnet18 lean, exact": Variant(lambda: sg_resnet18("lean", gate_gradient="exact")),
@@ -99,12 +107,15 @@ class Step:
 
     def __init__(self, variant: str, precision: str, batch: int = BATCH) -> None:
         from spikefleet_models.recomputation import recompute_stages
+        from spikefleet_models.weight_gradients import chosen_form, use_weight_gradients
 
         chosen = VARIANTS[variant]
         torch.manual_seed(0)
         self.model = chosen.build()
         if chosen.recompute:
             recompute_stages(self.model, chosen.recompute)
+        if chosen.own_wgrad:
+            use_weight_gradients(self.model, chosen_form())
         self.images = torch.randn(batch * chosen.times, 3, SIZE, SIZE)
         self.targets = torch.randint(CLASSES, (batch * chosen.times,))
         self.bits = chosen.bits
@@ -205,8 +216,7 @@ def main() -> None:
         return
 
     torch.set_num_threads(arguments.threads)
-    ann = next(iter(VARIANTS))
-    variants = [name for name in VARIANTS if name == ann or arguments.only is None or name in arguments.only]
+    variants = [name for name in VARIANTS if name == ANN or arguments.only is None or name in arguments.only]
     # Memory first: a child's ru_maxrss starts from what its parent had reached when it was forked.
     memory = {}
     if not arguments.quick:
@@ -214,18 +224,22 @@ def main() -> None:
     clock = time.process_time if arguments.processor_time else time.perf_counter
     times = measure_times(variants, 3 if arguments.quick else arguments.rounds, clock, arguments.batch)
     figures: dict[str, dict[str, dict[str, float]]] = {}
-    columns = ("/ ANN fp32", "/ ANN same", "best/best", "median s", "saved MiB", "rise MiB", "peak MiB")
-    print(f"{'variant':28}{'type':6}" + "".join(f"{column:>12}" for column in columns))
+    twins = ("/ ANN wgrad",) if ANN_WGRAD in variants else ()
+    columns = ("/ ANN fp32", "/ ANN same", "best/best", "median s", *twins, "saved MiB", "rise MiB", "peak MiB")
+    print(f"{'variant':31}{'type':6}" + "".join(f"{column:>12}" for column in columns))
     for variant in variants:
         for precision in PRECISIONS:
             median = statistics.median(times[variant, precision])
             row = {
-                "ratio_to_ann_fp32": median / statistics.median(times[ann, "fp32"]),
-                "ratio_to_ann_same_precision": median / statistics.median(times[ann, precision]),
-                "ratio_of_best_to_ann_same_precision": min(times[variant, precision]) / min(times[ann, precision]),
+                "ratio_to_ann_fp32": median / statistics.median(times[ANN, "fp32"]),
+                "ratio_to_ann_same_precision": median / statistics.median(times[ANN, precision]),
+                "ratio_of_best_to_ann_same_precision": min(times[variant, precision]) / min(times[ANN, precision]),
                 "median_seconds": median,
             }
-            line = f"{variant:28}{precision:6}" + "".join(f"{value:12.3f}" for value in row.values())
+            if ANN_WGRAD in variants:
+                twin = statistics.median(times[ANN_WGRAD, precision])
+                row["ratio_to_ann_same_precision_own_wgrad"] = median / twin
+            line = f"{variant:31}{precision:6}" + "".join(f"{value:12.3f}" for value in row.values())
             if memory:
                 used = memory[variant, precision]
                 line += "".join(f"{used[key]:12.0f}" for key in ("saved_mib", "rise_mib", "peak_mib"))

@@ -16,7 +16,7 @@ from spikefleet.errors import RunError, UserError
 from spikefleet_tune.interruption import Interrupted, handlers_kept
 
 _CONNECT_TIMEOUT_S = 5.0
-_FORWARDED = ("GLOO_", "NCCL_", "SPIKEFLEET_KERNELS")
+_FORWARDED = ("GLOO_", "NCCL_", "SPIKEFLEET_KERNELS", "SPIKEFLEET_WEIGHT_GRADIENTS")
 _OBJECT_STORE_BYTES = 200_000_000
 """Size of the object store: only small objects pass through it, since data is memory-mapped from disk."""
 
@@ -187,7 +187,7 @@ def _refuse_too_little(present: Mapping[str, float], needed: Mapping[str, float]
 
 
 def _network_settings() -> dict[str, dict[str, str]]:
-    """Environment variables of GLOO and NCCL (such as GLOO_SOCKET_IFNAME) and SPIKEFLEET_KERNELS, for all workers."""
+    """Environment variables for all workers: of GLOO and NCCL (such as GLOO_SOCKET_IFNAME) and of kernels."""
     ours = {key: value for key, value in os.environ.items() if key.startswith(_FORWARDED)}
     return {"env_vars": ours}
 

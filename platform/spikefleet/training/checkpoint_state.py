@@ -47,6 +47,8 @@ class CheckpointState(BaseModel):
     threads: list[int] | None = None
     kernels: Literal["native", "lean"] | None = "lean"
     """The form of the spiking units on a CPU, the lean one in checkpoints without the field; None on a GPU."""
+    weight_gradients: Literal["torch", "bf16", "fp32"] = "torch"
+    """How convolutions on a CPU compute their weight gradients; as torch does in checkpoints without the field."""
     averaged: int = Field(0, ge=0)
     world_sizes: list[WorldSize] | None = None
     """The world sizes of all steps so far; None in checkpoints without the field, which had one."""

@@ -233,7 +233,7 @@ def _resume(state: TrainingState, task: AnyTask, folder: CheckpointFolder, sink:
     metadata = {
         "parameters": sum(p.numel() for p in state.network.parameters()),
         "device": str(state.group.device),
-        "kernels": settled.description,
+        "kernels": state.settle_weight_gradients(settled.description),
         "threads": thread_counts(state.group),
         **library_versions(),
     }

@@ -24,11 +24,13 @@ from spikefleet.training.precision import autocast
 from spikefleet.training.stream import Lanes
 from spikefleet.training.threads import resume_threads, thread_counts
 from spikefleet.training.time_limit import TrainingClock
+from spikefleet.training.weight_gradients import described, settle_weight_gradients
 from spikefleet_models.families import build_model
 from spikefleet_models.kernels import CpuForm
 from spikefleet_models.packed_spikes import packed_spikes
 from spikefleet_models.recomputation import recompute_stages
 from spikefleet_models.shortcut import ShortcutNetwork, balance_coefficient
+from spikefleet_models.weight_gradients import WeightGradients
 
 if TYPE_CHECKING:
     from spikefleet.training.step import UnreadStep
@@ -93,6 +95,8 @@ class TrainingState:
         self.sums: dict[str, float] = {}
         self.cpu_form: CpuForm | None = None
         """The form of the spiking units on a CPU, once all ranks have settled it."""
+        self.weight_gradients: WeightGradients | None = None
+        """How convolutions compute the gradients of their weights: the form in the checkpoint, then the settled one."""
         self.world_sizes = [{"from_step": 0, "workers": group.size}]
         """From which step on how many workers trained."""
         self.noted_large_step = False
@@ -165,6 +169,19 @@ class TrainingState:
         """The context of forward passes in training in which autograd keeps spikes as bits, where it is to."""
         return packed_spikes() if self.config.train.spike_bits else nullcontext()
 
+    def settle_weight_gradients(self, units: str) -> str:
+        """Sets how convolutions compute the gradients of their weights. Collective; call it after `restore`.
+
+        Args:
+            units: the form of the spiking units in words.
+
+        Returns:
+            The kernels of the run in words.
+        """
+        form = settle_weight_gradients(self.train_model, self.config.train, self.group, self.weight_gradients)
+        self.weight_gradients = form
+        return described(units, form)
+
     def set_learning_rate(self) -> float:
         """Sets the learning rates and the momentum of the next step; returns the rate of the weights."""
         position = self.config.optim, *self._position, self.scheduled_epochs
@@ -198,6 +215,7 @@ class TrainingState:
             "scaler": self.scaler.state_dict(),
             "threads": thread_counts(self.group),
             "kernels": self.cpu_form,
+            "weight_gradients": self.weight_gradients or "torch",
             "averaged": 0 if self.ema is None else self.ema.count,
             "world_sizes": self.world_sizes,
         }
@@ -244,6 +262,7 @@ class TrainingState:
         threads = state.threads
         if threads is not None and len(threads) != self.group.size:
             threads = [threads[rank % len(threads)] for rank in range(self.group.size)]
+        self.weight_gradients = state.weight_gradients
         self.clock.restart(0.0 if begins else state.seconds, state.longest_epoch)
         return resume_threads(threads, self.group)
 
