@@ -253,7 +253,9 @@ def _row(pair: JudgedPair) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.2g}"
+    if value is None:
+        return "-"
+    return f"{value:+.2g}" if abs(value) < 100 else f"{value:+.0f}"
 
 
 def _gradients(gradients: DepthGradients | None, plots: str, undrawn: Collection[str]) -> Iterator[str]:

@@ -83,9 +83,13 @@ def _courses(evidence: TableEvidence) -> dict[str, list[tuple[float, float]]]:
 def _training(
     rates: Mapping[str, Sequence[float]], courses: Mapping[str, Sequence[tuple[float, float]]], title: str, path: Path
 ) -> None:
+    from matplotlib import colormaps
+
     columns = 2 if courses else 1
     figure, axes = subplots(1, columns, figsize=(6.8 * columns, 4.4), layout="constrained", squeeze=False)
     left = axes.flat[0]
+    paired = colormaps["tab20"](range(20))  # a dark and a light one of each hue
+    left.set_prop_cycle("color", paired if len(rates) > len(paired) // 2 else paired[::2])
     for name, values in rates.items():
         left.plot(np.linspace(0, 1, len(values)), values, marker=".", ms=3, lw=1, label=drawable(name))
     left.set(
@@ -94,13 +98,16 @@ def _training(
     left.set_ylim(bottom=0)
     if courses:
         right = axes.flat[1]
+        alike: dict[tuple[tuple[float, float], ...], list[str]] = {}
         for name, points in courses.items():
-            right.plot(*zip(*points, strict=True), marker=".", ms=3, lw=1, label=drawable(name))
+            alike.setdefault(tuple(points), []).append(drawable(name))
+        for points, names in alike.items():  # lines of equal courses would hide one another
+            right.plot(*zip(*points, strict=True), marker=".", ms=3, lw=1, label="\n".join(names))
         right.set(xlabel="epoch", ylabel="balance coefficient")
         right.xaxis.get_major_locator().set_params(integer=True)
     for axis in axes.flat:
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=6)
+        axis.legend(fontsize=6, loc="lower left" if axis is left else "best", ncols=1 + (len(rates) > 8))
     figure.suptitle(drawable(title), fontsize=9)
     save(figure, path)
 
@@ -183,7 +190,7 @@ def _differences(panels: Mapping[str, Sequence[tuple[str, JudgedPair]]], title: 
 def _linear(pairs: Sequence[tuple[str, JudgedPair]]) -> float:
     """Up to which difference the axis is linear: a network that does not train differs by more than all others."""
     values = [abs(value) for _, pair in pairs for value in _all(pair) if value]
-    return max(float(np.median(values)) if values else 1.0, 1e-9)
+    return max(float(np.median(values)), max(values) / 10, 1e-9) if values else 1.0
 
 
 def _all(pair: JudgedPair) -> Iterator[float]:
