@@ -10,6 +10,7 @@ import pytest
 
 from spikefleet.errors import UserError
 from spikefleet.reproduction.evidence_page import Evidence, as_page, plots_of, write_evidence
+from spikefleet.reproduction.front_plot import draw_front
 from spikefleet.reproduction.recorded_search import RecordedSearch, RecordedTrial, recorded_searches
 
 ACCURACY = {1: 0.80, 2: 0.90, 4: 0.89}  # T=4 costs more and gives less: not on the front
@@ -109,4 +110,12 @@ def test_the_front_is_drawn_and_linked(tmp_path: Path) -> None:
     (path,) = write_evidence(evidence, tmp_path / "page.md", tmp_path / "plots", "COMMAND")
     assert plots_of(evidence, tmp_path / "plots") == [path]
     assert path.stat().st_size > 5_000
+    for objectives in ({"val/top1": "max"}, {"val/top1": "max", "energy_mj": "min", "latency_ms": "min"}):
+        trials = tuple(
+            replace(trial, metrics={**trial.metrics, "latency_ms": 1.0 + number})
+            for number, trial in enumerate(search().trials)
+        )
+        other = replace(search(), objectives=objectives, trials=trials, keys=())
+        assert draw_front(other, tmp_path / "other.png")
+        assert "## The front of `small train.epochs=2`" in page(other)
     assert "](plots/front_small.png)" in (tmp_path / "page.md").read_text()

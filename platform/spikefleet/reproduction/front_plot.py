@@ -1,4 +1,4 @@
-"""The plot of a recorded search: accuracy over energy, and over time steps."""
+"""The plot of a recorded search: its first objective over the second, and over time steps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from spikefleet.canvas import never_fatal, save, subplots
 from spikefleet.plot_text import drawable
-from spikefleet.reproduction.recorded_search import RecordedSearch, RecordedTrial
+from spikefleet.reproduction.recorded_search import RecordedSearch
 
 _STEPS = "model.timesteps"
 _COLOURS = ("#2a6f97", "#e76f51", "#2a9d8f", "#8d5a97", "#b08900", "#6c757d")
@@ -25,10 +25,11 @@ def shown(name: str, value: float) -> float:
 def draw_front(search: RecordedSearch, path: Path) -> bool:
     """Plots the first objective over the second, coloured by T, beside the first objective over T.
 
-    Points are means over seeds, with a bar from the worst to the best; the front is a line, the knee a ring.
+    Points are means over seeds, with a bar from the worst to the best; the front is a line, the knee a ring. With one
+    objective it is plotted over trials.
 
     Args:
-        search: with at least two objectives.
+        search: with any number of objectives.
         path: the PNG.
 
     Returns:
@@ -39,31 +40,36 @@ def draw_front(search: RecordedSearch, path: Path) -> bool:
 
 @never_fatal
 def _front(search: RecordedSearch, path: Path) -> None:
-    (first, _), (second, way) = list(search.objectives.items())[:2]
+    first, second, *_ = [*search.objectives, None]
     steps = sorted({trial.point[_STEPS] for trial in search.trials if _STEPS in trial.point})
     columns = 2 if steps else 1
     figure, axes = subplots(1, columns, figsize=(5.6 * columns, 4.4), layout="constrained", squeeze=False)
     left = axes.flat[0]
     colours = {step: _COLOURS[i % len(_COLOURS)] for i, step in enumerate(steps)}
+    places = {
+        trial.name: (number if second is None else shown(second, trial.mean(second)), shown(first, trial.mean(first)))
+        for number, trial in enumerate(search.trials)
+    }
     for trial in search.trials:
         colour = colours.get(trial.point.get(_STEPS), _COLOURS[-1])
         y = [shown(first, value) for value in trial.values(first)]
-        left.plot(shown(second, trial.mean(second)), shown(first, trial.mean(first)), "o", ms=5, color=colour)
+        left.plot(*places[trial.name], "o", ms=5, color=colour)
         if len(y) > 1:
-            left.plot([shown(second, trial.mean(second))] * 2, (min(y), max(y)), "-", lw=1, color=colour)
+            left.plot([places[trial.name][0]] * 2, (min(y), max(y)), "-", lw=1, color=colour)
         if steps and _STEPS in trial.point:
             place = steps.index(trial.point[_STEPS])
             axes.flat[1].plot([place + 0.05 * i for i in range(len(y))], y, "o", ms=3, color=colour)
     members = search.front_of_means if search.seeds[0] > 1 else search.front
-    line = sorted(_place(one, first, second) for one in members)
-    where = "post" if way == "min" else "pre"
-    left.step(*zip(*line, strict=True), where=where, color="black", lw=1, label="front")
-    for trial in search.trials:
-        if trial.name == search.knee:
-            left.plot(*_place(trial, first, second), "o", ms=13, mfc="none", mec="#cf222e", mew=1.5, label="knee")
+    if second is not None:
+        line = sorted(places[trial.name] for trial in members)
+        where = "post" if search.objectives[second] == "min" else "pre"
+        left.step(*zip(*line, strict=True), where=where, color="black", lw=1, label="front")
+    if search.knee in places:
+        left.plot(*places[search.knee], "o", ms=13, mfc="none", mec="#cf222e", mew=1.5, label="knee")
     for step, colour in colours.items():
         left.plot([], [], "o", color=colour, label=f"T = {step}")
-    left.set(xlabel=_label(second), ylabel=_label(first), xscale="log")
+    left.set(xlabel="trial" if second is None else _label(second), ylabel=_label(first))
+    left.set_xscale("linear" if second is None else "log")
     left.legend(fontsize=8)
     if steps:
         axes.flat[1].set(xlabel="time steps T", ylabel=_label(first), xticks=range(len(steps)), xticklabels=steps)
@@ -71,10 +77,6 @@ def _front(search: RecordedSearch, path: Path) -> None:
         axis.grid(alpha=0.3)
     figure.suptitle(drawable(search.name), fontsize=9)
     save(figure, path)
-
-
-def _place(trial: RecordedTrial, first: str, second: str) -> tuple[float, float]:
-    return shown(second, trial.mean(second)), shown(first, trial.mean(first))
 
 
 def _label(name: str) -> str:

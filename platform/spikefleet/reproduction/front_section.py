@@ -28,7 +28,7 @@ def front_section(one: RecordedSearch, image: str, results: str) -> Iterator[str
     fewest, most = one.seeds
     confirmed = fewest > 1
     whole = len(one.trials) <= _ALL_OF
-    yield f"## Accuracy against energy: `{' '.join(one.words)}`"
+    yield f"## The front of `{' '.join(one.words)}`"
     yield ""
     seeds = counted(most, "seed") if fewest == most else f"{fewest} to {counted(most, 'seed')}"
     yield (
