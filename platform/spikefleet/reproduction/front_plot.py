@@ -59,7 +59,7 @@ def _front(search: RecordedSearch, path: Path) -> None:
         if steps and _STEPS in trial.point:
             place = steps.index(trial.point[_STEPS])
             axes.flat[1].plot([place + 0.05 * i for i in range(len(y))], y, "o", ms=3, color=colour)
-    members = search.front_of_means if search.seeds[0] > 1 else search.front
+    members = search.best_known_front
     if second is not None:
         line = sorted(places[trial.name] for trial in members)
         where = "post" if search.objectives[second] == "min" else "pre"

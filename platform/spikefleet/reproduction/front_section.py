@@ -38,7 +38,7 @@ def front_section(one: RecordedSearch, image: str, results: str) -> Iterator[str
     )
     yield ""
     by = "means over all seeds" if confirmed else "one training of each point"
-    head = f"The front is by {by}; {len(_front(one))} of {counted(len(one.trials), 'trial')} are on it."
+    head = f"The front is by {by}; {len(one.best_known_front)} of {counted(len(one.trials), 'trial')} are on it."
     if not confirmed and most > 1:
         head += (
             " What was best of many by one seed is partly luck: the means with other seeds, which had no part in the "
@@ -48,7 +48,7 @@ def front_section(one: RecordedSearch, image: str, results: str) -> Iterator[str
         head += f" Left out: {counted(one.without_values, 'trial')} without the objectives."
     yield head
     yield ""
-    yield from _table(one, list(one.trials) if whole else _front(one))
+    yield from _table(one, list(one.trials) if whole else one.best_known_front)
     yield ""
     yield from _importance(one)
     yield ""
@@ -59,16 +59,12 @@ def front_verdict(one: RecordedSearch) -> dict[str, Any]:
     """The front as plain data."""
     return {
         "search": one.name,
-        "front": [trial.name for trial in _front(one)],
+        "front": [trial.name for trial in one.best_known_front],
         "knee": one.knee,
         "registered": None if one.registered is None else dict(one.registered),
         "trials": len(one.trials),
         "seeds": list(one.seeds),
     }
-
-
-def _front(one: RecordedSearch) -> list[RecordedTrial]:
-    return one.front_of_means if one.seeds[0] > 1 else one.front
 
 
 def _command(one: RecordedSearch, results: str) -> str:
@@ -88,7 +84,7 @@ def _table(one: RecordedSearch, rows: list[RecordedTrial]) -> Iterator[str]:
     metrics = [*one.objectives, *([test] if test is not None and any(test in trial.metrics for trial in rows) else [])]
     yield f"| trial | {' | '.join(key.rsplit('.', 1)[-1] for key in keys)} | {' | '.join(map(_title, metrics))} | |"
     yield f"|{' --- |' * (len(keys) + len(metrics) + 2)}"
-    on_front = {trial.name for trial in _front(one)}
+    on_front = {trial.name for trial in one.best_known_front}
     for trial in sorted(rows, key=lambda trial: trial.mean(list(one.objectives)[-1])):
         remarks = ["front"] if trial.name in on_front else []
         remarks += ["knee in the search"] if trial.name == one.knee else []

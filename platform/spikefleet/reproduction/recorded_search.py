@@ -98,6 +98,11 @@ class RecordedSearch:
         """The front by means over all trainings of each point; of equally many, or it compares luck with means."""
         return self._front([[trial.mean(name) for name in self.objectives] for trial in self.trials])
 
+    @property
+    def best_known_front(self) -> list[RecordedTrial]:
+        """The front of means where every point has further seeds, else that in the search."""
+        return self.front_of_means if self.seeds[0] > 1 else self.front
+
     def _front(self, rows: Sequence[Sequence[float]]) -> list[RecordedTrial]:
         members = pareto.front(rows, list(self.objectives.values())) if rows else []
         sign = 1 if next(iter(self.objectives.values())) == "max" else -1
