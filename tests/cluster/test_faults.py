@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from spikefleet.training.stopping import STOP
-from support.cluster_runs import EPOCH, STEPS, Training, assert_equal, kill_worker, standing_still
+from support.cluster_runs import EPOCH, STEPS, Training, assert_equal, kill_worker, standing_within_an_epoch
 from support.hosts import Cluster
 from support.snapshots import differences, end_of
 
@@ -42,9 +42,9 @@ def test_a_killed_worker_restarts_the_group_and_sigterm_commits_a_checkpoint_tha
     run.start()
     run.wait_for_step(EPOCH + 2)
     kill_worker(run.cluster.workers[0])
-    run.wait_until(lambda: run.record()["restarts"] == 1, "the group restarts")
-    run.wait_for_step(2 * EPOCH + 1)
-    with standing_still(run.cluster.workers[1]):  # or the epoch might end meanwhile
+    run.wait_until(lambda: len(run.groups()) == 2, "the group restarts")
+    with standing_within_an_epoch(run, run.cluster.workers[1]):
+        run.wait_until(lambda: run.record()["restarts"] == 1, "the driver counts the restart")
         run.send(signal.SIGTERM)
         run.wait_until(lambda: list(run.run_dir.glob(f"ray/*/{STOP}")), "the workers are asked to stop")
     said = run.finish(143, seconds=60)

@@ -30,6 +30,8 @@ NAME = "run"
 WORKER = "ray::RayTrainWorker"
 _WORKER_TITLES = (WORKER, "ray::TrainWorker")
 _PATIENCE_S = 120.0
+_SETTLED_S = 0.3
+"""After which the other worker stands still, too, in the next exchange of gradients."""
 
 
 class Training:
@@ -84,17 +86,21 @@ class Training:
         return dict(json.loads(path.read_text())) if path.is_file() else {}
 
     def step(self) -> int:
-        """The latest step of the attempt that runs, by its events; 0 if there is none."""
-        steps = [0]
-        for path in (self.run_dir / "ray").glob("*/events-*.jsonl"):
+        """The latest step of the group of workers that started last, by its events; 0 if there is none."""
+        groups = self.groups()
+        return int(groups[-1][-1]["step"]) if groups else 0
+
+    def groups(self) -> list[list[dict[str, Any]]]:
+        """Start and steps of each group of workers, by its own events: the driver may know them later."""
+        groups = []
+        for path in sorted((self.run_dir / "ray").glob("*/events-*.jsonl")):
             try:
                 lines = path.read_text().splitlines()
             except OSError:  # the attempt has ended
                 continue
-            for line in lines:
-                if '"StepDone"' in line and line.endswith("}"):
-                    steps.append(json.loads(line)["step"])
-        return max(steps)
+            events = [json.loads(line) for line in lines if line.endswith("}")]
+            groups.append([event for event in events if event["event"] in ("Started", "StepDone")])
+        return [group for group in groups if group]
 
     def wait_until(self, met: Callable[[], object], what: str, seconds: float = _PATIENCE_S) -> float:
         """Waits for a condition while the driver runs; returns the seconds that it took.
@@ -163,13 +169,34 @@ def kill_worker(host: Host) -> None:
 def standing_still(host: Host) -> Iterator[None]:
     """Holds the worker of a host, for whom the others wait, while the block runs: a command takes seconds to start."""
     pids = workers_of(host)
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
+    _send(signal.SIGSTOP, pids)
     try:
         yield
     finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
+        _send(signal.SIGCONT, pids)
+
+
+@contextmanager
+def standing_within_an_epoch(run: Training, host: Host) -> Iterator[None]:
+    """Holds the worker of a host while the block runs, with at least two steps to do in the epoch and one done."""
+    pids = workers_of(host)
+    try:
+        while True:
+            _send(signal.SIGSTOP, pids)
+            time.sleep(_SETTLED_S)
+            if 1 <= run.step() % EPOCH <= EPOCH - 2:
+                break
+            assert run.step() < run.steps, "too late to show anything"
+            _send(signal.SIGCONT, pids)
+            time.sleep(_SETTLED_S / 100)
+        yield
+    finally:
+        _send(signal.SIGCONT, pids)
+
+
+def _send(signum: int, pids: Sequence[int]) -> None:
+    for pid in pids:
+        os.kill(pid, signum)
 
 
 def workers_of(host: Host) -> list[int]:
