@@ -11,8 +11,8 @@ change to a network or a state dict:
 
 * triton (on CUDA, where Triton is installed): kernels/triton_unit.py, which has the same contract in three launches;
   not for a neuron that keeps its state;
-* native (on the CPU, if SPIKEFLEET_KERNELS=native, where there is a C++ compiler): kernels/native_unit.py, which has it
-  in one call;
+* native (on the CPU, where there is a C++ compiler, unless SPIKEFLEET_KERNELS=lean): kernels/native_unit.py, which has
+  it in one call;
 * lean (elsewhere): one autograd Function that saves the convolution's output z, the batch statistics and (where its
   backward reads it) the shortcut, and recomputes normalisation, membrane and spikes tile by tile in backward;
 * modules: `bn`, `neuron` and `gate` called one after the other. Used where neither of these applies: another
@@ -229,9 +229,10 @@ def use_implementation(model: nn.Module, implementation: Implementation) -> None
 
     Args:
         model: the network.
-        implementation: "auto" (Triton on CUDA where it applies; on the CPU the form that SPIKEFLEET_KERNELS names, else
-            lean), "lean", "triton" (refused where it does not apply, when the unit runs), "native" (refused where the
-            machine cannot compile it, when the unit runs; lean where it does not apply) or "reference".
+        implementation: "auto" (Triton on CUDA where it applies; on the CPU native where it can be compiled, unless
+            SPIKEFLEET_KERNELS is lean; else lean), "lean", "triton" (refused where it does not apply, when the unit
+            runs), "native" (refused where the machine cannot compile it, when the unit runs; lean where it does not
+            apply) or "reference".
 
     Raises:
         ValueError: there is no such form.

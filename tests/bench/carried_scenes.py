@@ -1,6 +1,6 @@
 """What stands still before an event camera: average precision with membranes carried over windows, and reset.
 
-    SPIKEFLEET_KERNELS=native python tests/bench/carried_scenes.py [--seeds N] [--stores DIR] [--out FILE]
+    python tests/bench/carried_scenes.py [--seeds N] [--stores DIR] [--out FILE]
         [--figure FILE.png] [--recipe RECIPE] [KEY=VALUE ...]
 
 In `saccade_scenes` with pauses all digits of a recording stop twice while their boxes stay: the camera sends noise

@@ -1,6 +1,6 @@
 """What the built-in event sets need of time: the small network at several T, tested with slices in order and not.
 
-    SPIKEFLEET_KERNELS=native python tests/bench/events_need_time.py [--epochs N] [--seed N] [--sets NAME ...]
+    python tests/bench/events_need_time.py [--epochs N] [--seed N] [--sets NAME ...]
         [--stores DIR] [--out FILE]
 
 Each training is that of `saccades_small` with a few overrides, by the training core in this process with one thread.

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +22,7 @@ from spikefleet.errors import UserError
 from spikefleet.training import unit_forms
 from spikefleet.training.checkpoints import CheckpointFolder, load_checkpoint
 from spikefleet.training.distributed import ProcessGroup
-from spikefleet.training.events import Started
+from spikefleet.training.events import NullSink, Started
 from spikefleet.training.loop import train
 from spikefleet.training.unit_forms import settle_form
 from spikefleet_models.families import build_model, model_config
@@ -139,17 +143,18 @@ def rank(chosen: CpuForm = "native", named: bool = False, flaw: str | None = Non
 @needs_compiler
 def test_all_ranks_use_one_form(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(CHOICE, raising=False)
-    monkeypatch.setattr(unit_forms, "chosen_cpu_form", lambda: "native")
     network = build_model(model_config("sg_resnet_tiny"))
 
     def settled(*others: Any, recorded: CpuForm | None = None) -> tuple[str, bool]:
-        found = settle_form([network], group(*others), recorded)
+        events = KeptEvents()
+        found = settle_form([network], group(*others), events, recorded)
+        assert events.notes == ([] if found.note is None else [found.note])
         forms = {unit.implementation for unit in network.modules() if isinstance(unit, SpikingUnit)}
         assert forms == {found.form}
         return found.description, found.note is not None
 
     assert settled(rank()) == ("native", False)
-    assert settled(rank(flaw="no C++ compiler")) == ("lean (no C++ compiler on node-7)", False)
+    assert settled(rank(flaw="no C++ compiler")) == ("lean (no C++ compiler on node-7)", True)
     assert settled(rank("lean")) == ("lean", False)
     assert settled(rank("lean", named=True)) == (f"lean ({CHOICE}=lean on node-7)", False)
     assert settled(rank(flaw="no C++ compiler"), recorded="native") == ("lean (no C++ compiler on node-7)", True)
@@ -158,11 +163,36 @@ def test_all_ranks_use_one_form(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settled(rank(named=True), recorded="lean") == ("lean (as before)", True)
 
 
+@needs_compiler
+@pytest.mark.parametrize("form", [None, "lean"])
+def test_the_first_training_says_that_it_compiles(form: CpuForm | None, tmp_path: Path) -> None:
+    """With the native form, which a new run has by itself, and once: it takes seconds."""
+    environment = {key: value for key, value in os.environ.items() if key != CHOICE}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment |= {} if form is None else {CHOICE: form}
+    said = "compiling the spiking unit, once for this kind of CPU"
+    for expected in ([said], []) if form != "lean" else ([],):
+        found = subprocess.run([sys.executable, "-c", _SETTLES], env=environment, capture_output=True, text=True)
+        assert found.returncode == 0, found.stderr
+        assert json.loads(found.stdout) == {"form": form or "native", "phases": expected}
+
+
+_SETTLES = """
+import json, torch
+from spikefleet.training.distributed import ProcessGroup
+from spikefleet.training.unit_forms import settle_form
+from support.events import KeptEvents
+events = KeptEvents()
+found = settle_form([], ProcessGroup.single(), events, None)
+print(json.dumps({"form": found.form, "phases": [event.what for event in events.seen]}))
+"""
+
+
 def test_what_cannot_be_is_refused_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CHOICE, "native")
     monkeypatch.setattr(unit_forms, "native_flaw", lambda: None)
     with pytest.raises(UserError, match=r"SPIKEFLEET_KERNELS=native, but rank 1 cannot use .*: no C.* on node-7; ins"):
-        settle_form([], group(rank(flaw="no C++ compiler")), None)
+        settle_form([], group(rank(flaw="no C++ compiler")), NullSink(), None)
     monkeypatch.setenv(CHOICE, "fast")
     with pytest.raises(UserError, match="SPIKEFLEET_KERNELS is 'fast', expected one of native, lean on "):
-        settle_form([], group(rank()), None)
+        settle_form([], group(rank()), NullSink(), None)

@@ -20,7 +20,7 @@ CpuForm = Literal["native", "lean"]
 Implementation = Literal["auto", "triton", "native", "lean", "reference"]
 """What `use_implementation` takes."""
 
-DEFAULT_CPU_FORM: CpuForm = "lean"
+DEFAULT_CPU_FORM: CpuForm = "native"
 
 
 @cache
@@ -55,6 +55,16 @@ def native_flaw() -> str | None:
         return str(error)
     difference: str | None = import_module("spikefleet_models.kernels.native_check").difference_from_lean()
     return difference
+
+
+def native_needs_compiling() -> bool:
+    """Whether the first call of `native_flaw` on this machine compiles, which takes seconds."""
+    try:
+        library = import_module("spikefleet_models.kernels.native_library")
+    except ImportError:
+        return False
+    needed: bool = library.needs_compiling()
+    return needed
 
 
 def wants_native(implementation: Implementation, device: torch.device) -> bool:

@@ -53,12 +53,7 @@ def load_library() -> ctypes.CDLL:
     """
     parallel_for = _parallel_for()
     compiler = _compiler()
-    version = _run([*compiler, "--version"])
-    key = hashlib.sha256()
-    sources = [file.read_bytes() for file in sorted(SOURCE.parent.glob("native_*.[ch]*"))]
-    for part in (*sources, repr((compiler, FLAGS)).encode(), version.encode(), _processor().encode()):
-        key.update(hashlib.sha256(part).digest())
-    file = _folder() / f"{key.hexdigest()[:32]}.so"
+    file = _library_file(compiler)
     if not file.exists():
         with _lock(file.with_suffix(".lock")):
             if not file.exists():
@@ -75,6 +70,23 @@ def load_library() -> ctypes.CDLL:
     library.spikefleet_init.argtypes, library.spikefleet_init.restype = [ctypes.c_void_p], None
     library.spikefleet_init(parallel_for)
     return library
+
+
+def needs_compiling() -> bool:
+    """Whether the library can be built and is not in the cache yet: its first use will take seconds."""
+    try:
+        return not _library_file(_compiler()).exists()
+    except NativeUnavailableError:
+        return False
+
+
+def _library_file(compiler: list[str]) -> Path:
+    version = _run([*compiler, "--version"])
+    key = hashlib.sha256()
+    sources = [file.read_bytes() for file in sorted(SOURCE.parent.glob("native_*.[ch]*"))]
+    for part in (*sources, repr((compiler, FLAGS)).encode(), version.encode(), _processor().encode()):
+        key.update(hashlib.sha256(part).digest())
+    return _folder() / f"{key.hexdigest()[:32]}.so"
 
 
 def _parallel_for() -> int:

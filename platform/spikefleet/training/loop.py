@@ -226,10 +226,9 @@ def _resume(state: TrainingState, task: AnyTask, folder: CheckpointFolder, sink:
     elif digest is not None:
         state.start_from(load_initial_weights(folder.folder.parent / INITIAL_WEIGHTS, digest))
         sink.emit(Note(f"starting from the weights in {INITIAL_WEIGHTS}"))
-    settled = settle_form((state.train_model, state.eval_model), state.group, recorded, state.config.train.compile)
+    models = (state.train_model, state.eval_model)
+    settled = settle_form(models, state.group, sink, recorded, state.config.train.compile)
     state.cpu_form = settled.form
-    if settled.note is not None:
-        sink.emit(Note(settled.note))
     metadata = {
         "parameters": sum(p.numel() for p in state.network.parameters()),
         "device": str(state.group.device),

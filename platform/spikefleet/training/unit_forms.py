@@ -15,7 +15,15 @@ from torch import nn
 
 from spikefleet.errors import UserError
 from spikefleet.training.distributed import ProcessGroup
-from spikefleet_models.kernels import CHOICE, CpuForm, chosen_cpu_form, native_flaw, unit_form
+from spikefleet.training.events import EventSink, Note, Phase
+from spikefleet_models.kernels import (
+    CHOICE,
+    CpuForm,
+    chosen_cpu_form,
+    native_flaw,
+    native_needs_compiling,
+    unit_form,
+)
 from spikefleet_models.spiking_unit import use_implementation
 
 
@@ -26,8 +34,8 @@ class SettledForm(NamedTuple):
     """None on GPUs, where each unit takes Triton's form by itself."""
     description: str
     """The form, with the reason where it is not the fastest one."""
-    note: str | None
-    """One line for the user where a resumed run has another form than it had, or than was chosen."""
+    note: str | None = None
+    """One line for the user where the form is not the fastest one, or a resumed run has another one than it had."""
 
 
 class _Rank(NamedTuple):
@@ -40,13 +48,18 @@ class _Rank(NamedTuple):
 
 
 def settle_form(
-    networks: Iterable[nn.Module], group: ProcessGroup, recorded: CpuForm | None, compiled: bool = False
+    networks: Iterable[nn.Module],
+    group: ProcessGroup,
+    sink: EventSink,
+    recorded: CpuForm | None,
+    compiled: bool = False,
 ) -> SettledForm:
     """Chooses the form on a CPU for all ranks, and sets it in the networks. Collective.
 
     Args:
         networks: of this rank.
         group: this process's rank and group.
+        sink: is told that the native form is being compiled, which takes seconds, and the note.
         recorded: form in the checkpoint that the run is resumed from; None in a new run.
         compiled: whether `torch.compile` traces the network, which it can in the lean form alone.
 
@@ -55,15 +68,17 @@ def settle_form(
             a rank cannot use that; raised on all ranks.
     """
     if group.device.type != "cpu":
-        return SettledForm(None, "lean (train.compile)" if compiled else unit_form(group.device), None)
-    settled = SettledForm("lean", "lean (train.compile)", None) if compiled else _settle(group, recorded)
+        return SettledForm(None, "lean (train.compile)" if compiled else unit_form(group.device))
+    settled = SettledForm("lean", "lean (train.compile)") if compiled else _settle(group, sink, recorded)
+    if settled.note is not None:
+        sink.emit(Note(settled.note))
     for network in networks:
         use_implementation(network, settled.form or "auto")
     return settled
 
 
-def _settle(group: ProcessGroup, recorded: CpuForm | None) -> SettledForm:
-    found = group.all_gather(_this_rank(recorded))
+def _settle(group: ProcessGroup, sink: EventSink, recorded: CpuForm | None) -> SettledForm:
+    found = group.all_gather(_this_rank(sink, recorded))
     errors = [rank for rank in found if isinstance(rank, str)]
     if errors:
         raise UserError(errors[0])
@@ -73,29 +88,34 @@ def _settle(group: ProcessGroup, recorded: CpuForm | None) -> SettledForm:
         note = "the spiking unit has its lean form as before, not the native one, so that no bit differs"
         return SettledForm("lean", "lean (as before)" if other else "lean", note if other else None)
     if recorded is None and (lean := next((rank for rank in ranks if rank.chosen == "lean"), None)) is not None:
-        return SettledForm("lean", f"lean ({CHOICE}=lean on {lean.host})" if lean.named else "lean", None)
+        return SettledForm("lean", f"lean ({CHOICE}=lean on {lean.host})" if lean.named else "lean")
     flawed = next((number for number, rank in enumerate(ranks) if rank.flaw is not None), None)
     if flawed is None:
-        return SettledForm("native", "native", None)
+        return SettledForm("native", "native")
     reason = f"{ranks[flawed].flaw} on {ranks[flawed].host}"
     if recorded is None and any(rank.named for rank in ranks):
         raise UserError(
             f"{CHOICE}=native, but rank {flawed} cannot use the native spiking unit: {reason}; install g++ or "
             f"clang++ there, or unset {CHOICE}"
         )
-    note = (
-        f"bits will differ from those of an uninterrupted run: it had the native spiking unit, which rank {flawed} "
-        f"cannot use: {reason}"
-    )
-    return SettledForm("lean", f"lean ({reason})", None if recorded is None else note)
+    note = f"the spiking unit has its lean form, which takes longer than the native one: {reason}"
+    if recorded is not None:
+        note = (
+            "bits will differ from those of an uninterrupted run: it had the native spiking unit, which rank "
+            f"{flawed} cannot use: {reason}"
+        )
+    return SettledForm("lean", f"lean ({reason})", note)
 
 
-def _this_rank(recorded: CpuForm | None) -> _Rank | str:
+def _this_rank(sink: EventSink, recorded: CpuForm | None) -> _Rank | str:
     """What this rank would use; what is wrong with the user's choice."""
     try:
         chosen = chosen_cpu_form()
     except ValueError as error:
         return f"{error} on {socket.gethostname()}"
-    wanted = recorded or chosen
-    flaw = native_flaw() if wanted == "native" else None
+    flaw = None
+    if (recorded or chosen) == "native":
+        if native_needs_compiling():
+            sink.emit(Phase("compiling the spiking unit, once for this kind of CPU"))
+        flaw = native_flaw()
     return _Rank(chosen, bool(os.environ.get(CHOICE, "").strip()), socket.gethostname(), flaw)
