@@ -30,7 +30,7 @@ def test_claims_are_of_the_papers_values(name: str) -> None:
     assert claims
     for claim in claims:
         for pair in claim.pairs:
-            assert (paper_difference(claim, pair, table) is None) == claim.says.startswith("Not in the paper: ")
+            assert (paper_difference(claim, pair, table) is None) == (claim.source == "project")
             assert entry_of(table, pair.first) != entry_of(table, pair.second)
 
 
@@ -63,6 +63,7 @@ claims:
             r"claims less, but the paper's values differ by \+42.96",
         ),
         ("pairs:", "pair:", "pair"),
+        ("says: The gate trains", "source: project\n    says: x", "compares values of the paper; its source is paper"),
         ("name: gate", "name: gate\n    direction: equal", "direction"),
     ],
 )
@@ -112,7 +113,8 @@ def test_verdicts() -> None:
     reversed_ = {**clear, "a18": clear["b18"], "b18": clear["a18"]}
     assert verdict(reversed_, both).verdict == "holds in part"
     assert [pair.found for pair in verdict(reversed_, both).pairs] == ["shown", "reversed"]
-    assert verdict({**noise, "a18": clear["b18"], "b18": clear["a18"]}, both).verdict == "contradicted"
+    assert verdict({**noise, "a18": clear["b18"], "b18": clear["a18"]}, both).verdict == "contradicted in part"
+    assert verdict({"a18": clear["b18"], "b18": clear["a18"]}, both).verdict == "contradicted in part"
 
 
 def test_a_claim_holds_only_where_it_was_run() -> None:
@@ -144,6 +146,8 @@ def test_p_values_are_adjusted_over_the_whole_table() -> None:
     among = verdict(one, claim("1"), claim("2", "3", "4", name="others"))
     assert [pair.adjusted_p for pair in among.pairs] == [pytest.approx(holm([p] * 4)[0])]
     assert among.verdict == "not shown at this scale"
+    ours = claim("2", "3", "4", name="others").model_copy(update={"source": "project"})
+    assert verdict(one, claim("1"), ours).pairs[0].adjusted_p == pytest.approx(p), "claims of the project are apart"
     shared = verdict(one, claim("1"), claim("1", name="again"))
     assert shared.pairs[0].adjusted_p == pytest.approx(p)
 

@@ -96,13 +96,21 @@ def test_the_page_says_what_was_run_and_what_was_not(found: list[TableEvidence],
     (tmp_path / "docs").mkdir()
     plots = write_evidence(Evidence(found, GRADIENTS), tmp_path / "docs" / "page.md", tmp_path / "plots", "COMMAND")
     page = (tmp_path / "docs" / "page.md").read_text()
-    assert "Written by `COMMAND` from recorded results." in page
+    assert "Written by `COMMAND` from recorded results; `--force` replaces" in page
     assert "20 trainings, 20 min 00 s in all." in page
     assert "`spikefleet reproduce sg_resnet_table7 --scale digits_300 --seeds 5" in page
-    assert "| 34 layers: SG ResNet34 against Spiking ResNet34 | 90 | 12 | +78 (" in page
+    assert "| 34 layers: SG ResNet34 against Spiking ResNet34 | 90 +- 0.95 | 12 +- 0.95 | +78 (" in page
     assert "| +42.96 | +1.8 |" in page
     assert "## Top-1 accuracy of SG ResNet and Spiking ResNet, rate decoding, on `digits_300`" in page
-    assert "yet at `digits`, `fashion_mnist_10k`, `fashion_mnist`, `full` (the paper's data, on GPUs)" in page
+    assert "`digits`, `fashion_mnist_10k`, `fashion_mnist`: judged at `digits_300` instead. `spikefleet" in page
+    assert "rows not trained at `digits_300`: Spiking ResNet18, Spiking ResNet10." in page
+    assert "`train.epochs=32`, `train.global_batch=64`, `data.options.train_images=300`" in page
+    assert "`model.gate_gradient=exact`" in page
+    assert "rows differ in `model.stages`, `model.connection`." in page
+    assert "`shortcut" not in page.partition("## Top-1")[2].partition("## ")[0]
+    assert (
+        "to 100, where gradients neither vanish nor explode: post-addition, without side branches, 34 layers." in page
+    )
     assert "| `digits_300` | digits | 20 | 20 min 00 s | abc | dddddddddddd |" in page
     assert "| post-addition | without | 0.1 | 1e-30 |" in page
     assert "| BSG | with | - | 2 |" in page
@@ -119,7 +127,7 @@ def test_a_page_without_results_says_so(tmp_path: Path) -> None:
     assert "0 trainings, 0 s in all." in page
     assert "There are no recorded results yet." in page
     assert "holds |" not in page.partition("## How to read this")[0]
-    assert page.partition("## How to read this")[0].count("| not run yet |") == 21  # each claim once
+    assert page.partition("## How to read this")[0].count("| not run yet |") == 26  # each claim once
 
 
 def test_another_result_is_another_page(results: Path, found: list[TableEvidence], tmp_path: Path) -> None:
@@ -200,3 +208,16 @@ def test_a_damaged_record_is_named(tmp_path: Path) -> None:
     (tmp_path / "paper-digits_300-digits_narrow.parquet").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"paper-digits_300-digits_narrow\.parquet is not a file of results"):
         collect_evidence(tmp_path)
+
+
+def test_rows_that_seeds_scatter_are_listed_by_seed(tmp_path: Path) -> None:
+    """Where some seeds train and others stay at chance, a mean describes no network."""
+    accuracies = {0: 0.1, 1: 0.61, 2: 0.4, 3: 0.1, 4: 0.64}
+    torn = [
+        replace(one, metrics={"test/top1": accuracies[one.seed]}) if one.trial.startswith("t-2") else one
+        for one in trainings()
+    ]
+    add_results(tmp_path / "paper-digits_300-digits_narrow.parquet", torn)
+    page = as_page(Evidence(collect_evidence(tmp_path)), "plots", "COMMAND")
+    assert page.count("by seed: ") == 1
+    assert "* Spiking ResNet34, top-1 by seed: 10, 61, 40, 10, 64 %." in page

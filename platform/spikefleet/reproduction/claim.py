@@ -31,6 +31,7 @@ class Claim(Section):
     says: str = Field(description="the claim in a sentence")
     column: str = Field(description="column of the table that is compared")
     direction: Direction = Field("greater", description="whether `first` is greater or less than `second`")
+    source: Literal["paper", "project"] = Field("paper", description="who claims it; those of the project are apart")
     pairs: tuple[ComparedRows, ...] = Field(min_length=1, description="the rows that are compared")
 
     @property
@@ -77,8 +78,8 @@ def load_claims(table: PaperTable) -> tuple[Claim, ...]:
     """The claims of a table; none where it has no file of them.
 
     Raises:
-        UserError: the file is invalid, or a claim names a row or column that the table does not have, or contradicts
-            the paper's own values.
+        UserError: the file is invalid, or a claim names a row or column that the table does not have, contradicts the
+            paper's own values, or is called the project's and compares the paper's rows.
     """
     if table.name not in list_claimed():
         return ()
@@ -101,6 +102,8 @@ def parse_claims(text: str, table: PaperTable) -> tuple[Claim, ...]:
             )
         for pair in claim.pairs:
             difference = paper_difference(claim, pair, table)
+            if difference is not None and claim.source == "project":
+                raise UserError(f"{what}: {claim.name} at {pair.at} compares values of the paper; its source is paper")
             if difference is not None and difference * claim.sign <= 0:
                 raise UserError(
                     f"{what}: {claim.name} at {pair.at} claims {claim.direction}, but the paper's values differ by "

@@ -24,11 +24,18 @@ class TableEvidence:
     claims: tuple[JudgedClaim, ...]
     trainings: Mapping[str, tuple[Training, ...]]
     """Of each row that the claims speak of, by its name, in the order of seeds."""
+    others: Mapping[str, tuple[Training, ...]]
+    """Of the other rows that can be run at this scale, by their full names."""
 
     @property
     def distinct(self) -> dict[str, Training]:
-        """The trainings by digest; rows that several claims name count once."""
-        return {one.digest: one for rows in self.trainings.values() for one in rows}
+        """The trainings by digest; one that several rows have in common counts once."""
+        return {one.digest: one for rows in (*self.trainings.values(), *self.others.values()) for one in rows}
+
+    @property
+    def untrained(self) -> list[str]:
+        """Names of the rows that could be run at this scale, and have no training."""
+        return [name for rows in (self.trainings, self.others) for name, trained in rows.items() if not trained]
 
     @property
     def was_run(self) -> bool:
@@ -69,7 +76,12 @@ def _judged(
     columns = dict.fromkeys(claim.column for claim in claims)
     values = {key: {name: _values(table, key, trainings[name]) for name in names} for key in columns}
     papers = {(claim.name, pair.at): paper_difference(claim, pair, table) for claim in claims for pair in claim.pairs}
-    return TableEvidence(table, scale, judge(claims, values, papers), trainings)
+    others = {
+        entry.full_name: _trainings(entry, scale, results, files)
+        for entry in table.entries()
+        if not {entry.row.name, entry.full_name} & set(names) and entry.group.refusal(entry.row, scale) is None
+    }
+    return TableEvidence(table, scale, judge(claims, values, papers), trainings, others)
 
 
 def _trainings(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import shlex
+import statistics
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from spikefleet.gates.paired import ALPHA
 from spikefleet.reproduction.depth_gradients import DepthGradients
 from spikefleet.reproduction.evidence import TableEvidence, collect_evidence
 from spikefleet.reproduction.evidence_plots import (
@@ -20,47 +20,23 @@ from spikefleet.reproduction.evidence_plots import (
     plot_name,
     plot_names,
 )
+from spikefleet.reproduction.evidence_text import LARGEST_RATIO, READ, SEEDS, scattered, settings_of
 from spikefleet.reproduction.front_plot import draw_front, front_plot_name
 from spikefleet.reproduction.front_section import front_section
-from spikefleet.reproduction.paired_seeds import POWER, smallest_effect
+from spikefleet.reproduction.paired_seeds import smallest_effect
 from spikefleet.reproduction.recorded_search import RecordedSearch, recorded_searches
 from spikefleet.reproduction.report import SCALES
 from spikefleet.reproduction.results import Training, mixtures
 from spikefleet.reproduction.scales import FEW_IMAGES
+from spikefleet.reproduction.table import Column, Entry, list_tables, load_table
 from spikefleet.reproduction.training_time import words_of
 from spikefleet.reproduction.verdict import JudgedClaim, JudgedPair
+from spikefleet_models.gradient_flow import TRAINABLE
 from spikefleet_tune.atomic import write_atomically
 from spikefleet_tune.messages import counted
 
 SHIPPED = "platform/spikefleet/reproduction/results"
 """Where the repository has the results that come with the package."""
-
-SEEDS = (3, 5, 10)
-"""For how many seeds the page says what they can show."""
-
-_READ = (
-    "A claim is that one row of a table is better than another, at one or several depths or T. Each row is trained "
-    "with several seeds, and differences are formed between trainings of one seed. A difference is **shown** if it has "
-    "the claimed sign, and p of the two-sided paired t-test, adjusted for all comparisons of the table (Holm), is at "
-    f"most {ALPHA:.0%}; **reversed** if it has the opposite sign and is as clear; else **open**.",
-    "",
-    "| verdict | of the claim's comparisons |",
-    "| --- | --- |",
-    "| holds | all were run, and all are shown |",
-    "| holds in part | some are shown; others are open, reversed or not run |",
-    "| not shown at this scale | none is shown, and none reversed: an effect may be smaller than these seeds show |",
-    "| contradicted | some are reversed, and none is shown |",
-    "| not run yet | none was run with two seeds |",
-    "",
-    "Accuracies on other data and of other networks are other quantities: the paper's differences stand beside ours, "
-    "and ours / paper's says how large the effect is, not how near a reproduction came. Effect sizes are in standard "
-    "deviations over the seeds of a row. The last column is the smallest true difference that "
-    f"{', '.join(map(str, SEEDS))} seeds would show with probability {POWER:.0%}, were it the only comparison.",
-    "",
-    "Networks at the smaller scales train for minutes: a deeper one may be behind for want of training. What is "
-    "contradicted there is contradicted for short trainings of narrow networks, no more.",
-)
-"""How to read the page; the rule is that of `JudgedClaim.verdict`."""
 
 
 @dataclass(frozen=True)
@@ -120,12 +96,12 @@ def as_page(evidence: Evidence, plots: str, command: str, results: str = SHIPPED
     found = evidence.tables
     run = [one for one in found if one.was_run]
     lines = ["# Evidence: what holds here of the papers' claims", ""]
-    lines += [f"Written by `{command}` from recorded results.", ""]
+    lines += [f"Written by `{command}` from recorded results; `--force` replaces the page and its plots.", ""]
     trainings = _distinct(run)
     seconds = sum(one.seconds for one in trainings.values()) + sum(one.seconds for one in evidence.searches)
     count = len(trainings) + sum(one.trainings for one in evidence.searches)
     lines += [f"{counted(count, 'training')}, {words_of(seconds)} in all.", ""]
-    lines += ["## Verdicts", "", *_verdicts(found), "", "## How to read this", "", *_READ, ""]
+    lines += ["## Verdicts", "", *_verdicts(found), "", "## How to read this", "", *READ, ""]
     for one in run:
         lines += [*_section(one, plots, results, undrawn), ""]
     lines += [*_gradients(evidence.gradients, plots, undrawn), ""]
@@ -168,14 +144,20 @@ def as_verdicts(found: Sequence[TableEvidence]) -> list[dict[str, Any]]:
 
 
 def _verdicts(found: Sequence[TableEvidence]) -> Iterator[str]:
-    yield "| claim | paper | scale | verdict | shown, reversed, open, not run |"
-    yield "| --- | --- | --- | --- | --- |"
+    head = "| claim | {} | scale | verdict | shown, reversed, open, not run |"
+    yield from (head.format("paper"), f"|{' --- |' * 5}", *_verdicts_of("paper", found))
+    if ours := list(_verdicts_of("project", found)):
+        yield from ("", "Claims of this project, adjusted apart:", "")
+        yield from (head.format("table of the paper"), f"|{' --- |' * 5}", *ours)
+
+
+def _verdicts_of(source: str, found: Sequence[TableEvidence]) -> Iterator[str]:
     tables = {one.table.name: one.table for one in found}
     for name, table in tables.items():
         of_table = [one for one in found if one.table.name == name]
         shown = [one for one in of_table if one.was_run] or of_table[:1]
         for one in shown:
-            for judged in one.claims:
+            for judged in (judged for judged in one.claims if judged.claim.source == source):
                 states = [pair.found for pair in judged.pairs]
                 counts = ", ".join(str(states.count(state)) for state in ("shown", "reversed", "open", "not run"))
                 scale = f"`{one.scale}`" if one.was_run else "-"
@@ -187,9 +169,11 @@ def _section(one: TableEvidence, plots: str, results: str, undrawn: Collection[s
     yield ""
     yield f"{one.table.paper}. Scale `{one.scale}`: {SCALES[one.scale]}."
     yield ""
-    seeds = max(len(rows) for rows in one.trainings.values())
-    yield f"Command: `{_command(one, seeds, results)}`."
+    yield settings_of(one)
     yield ""
+    yield f"Command: `{_command(one, results)}`."
+    yield ""
+    yield from (*(f"* {note}" for note in one.table.notes), *scattered(one), "")
     for judged in one.claims:
         yield from _claim(one, judged)
     yield _image("Differences by seed with their intervals, and the paper's", plots, plot_name(one), undrawn)
@@ -205,16 +189,17 @@ def _image(says: str, plots: str, name: str, undrawn: Collection[str]) -> str:
 
 def _claim(one: TableEvidence, judged: JudgedClaim) -> Iterator[str]:
     column = one.table.columns[judged.claim.column]
-    yield f"**{judged.claim.says}** {judged.verdict.capitalize()}."
+    whose = "" if judged.claim.source == "paper" else "Not in the paper: "
+    yield f"**{whose}{judged.claim.says}** {judged.verdict.capitalize()}."
     yield ""
-    smallest = ", ".join(map(str, SEEDS))
+    smallest, unit = ", ".join(map(str, SEEDS)), "points" if column.unit == "%" else column.unit
     yield (
         f"| {column.label}, {column.unit} | first | second | difference, 95 % interval | paper's | ours / paper's | "
-        f"effect size | seeds | adjusted p | | shown by {smallest} seeds |"
+        f"effect size | seeds | adjusted p | found | {smallest} seeds show, {unit} |"
     )
     yield f"|{' --- |' * 11}"
     for pair in judged.pairs:
-        yield _row(pair)
+        yield _row(pair, column)
     yield ""
     mixed = [f"* {pair.rows.at}: {says}." for pair in judged.pairs if pair.ours for says in _mixtures(one, pair)]
     if mixed:
@@ -226,14 +211,17 @@ def _mixtures(one: TableEvidence, pair: JudgedPair) -> Iterator[str]:
     return mixtures(training for name in (pair.rows.first, pair.rows.second) for training in one.trainings[name])
 
 
-def _row(pair: JudgedPair) -> str:
+def _row(pair: JudgedPair, column: Column) -> str:
     ours, at = pair.ours, f"{pair.rows.at}: {pair.rows.first} against {pair.rows.second}"
     paper = "-" if pair.paper is None else f"{pair.paper:+.4g}"
     if ours is None:
         return f"| {at} | - | - | - | {paper} | - | - | 0 | - | not run | - |"
-    first, second = (f"{sum(values) / len(values):.4g}" for values in (ours.first, ours.second))
+    first, second = (_mean(values) for values in (ours.first, ours.second))
     between = "no interval" if ours.interval is None else f"{ours.interval[0]:+.3g} to {ours.interval[1]:+.3g}"
-    relative, size, p = ours.relative_to(pair.paper), ours.effect_size, pair.adjusted_p
+    relative = ours.relative_to(pair.paper) if column.unit == "%" else None
+    if relative is not None and abs(relative) > LARGEST_RATIO:  # the paper's difference is next to nothing
+        relative = None
+    size, p = ours.effect_size, pair.adjusted_p
     deviation = ours.deviation
     smallest = "-" if deviation is None else ", ".join(f"{smallest_effect(deviation, seeds):.2g}" for seeds in SEEDS)
     cells = (
@@ -252,6 +240,11 @@ def _row(pair: JudgedPair) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def _mean(values: Sequence[float]) -> str:
+    mean = f"{statistics.mean(values):.4g}"
+    return mean if len(values) < 2 else f"{mean} +- {statistics.stdev(values):.2g}"
+
+
 def _number(value: float | None) -> str:
     if value is None:
         return "-"
@@ -259,7 +252,7 @@ def _number(value: float | None) -> str:
 
 
 def _gradients(gradients: DepthGradients | None, plots: str, undrawn: Collection[str]) -> Iterator[str]:
-    yield "## What trains deep networks: the first layer's gradient over depth"
+    yield "## The first layer's gradient over depth, at initialisation"
     yield ""
     if gradients is None:
         yield "Not run yet: `python tests/bench/depth_gradients.py`."
@@ -267,39 +260,80 @@ def _gradients(gradients: DepthGradients | None, plots: str, undrawn: Collection
     yield (
         f"Gradient norm of the first layer over that of the last one that feeds neurons, at initialisation on noise; "
         f"geometric mean over {counted(gradients.seeds, 'seed')}. Recipe `{gradients.recipe}`, side branches after "
-        f"each stage where the column says so; code {gradients.code_version}. `python tests/bench/depth_gradients.py`"
+        f"each stage, with losses of their own, where the column says so; code {gradients.code_version}. "
+        "`python tests/bench/depth_gradients.py`"
     )
     yield ""
-    depths = gradients.depths
+    depths, ratios = gradients.depths, gradients.ratios()
     yield f"| connection | side branches | {' | '.join(f'{depth} layers' for depth in depths)} |"
     yield f"|{' --- |' * (len(depths) + 2)}"
-    for (connection, branches), by_depth in gradients.ratios().items():
+    for (connection, branches), by_depth in ratios.items():
         cells = (f"{by_depth[depth]:.2g}" if depth in by_depth else "-" for depth in depths)
         yield f"| {connection} | {'with' if branches else 'without'} | {' | '.join(cells)} |"
+    yield ""
+    least, most = TRAINABLE
+    outside = [
+        f"{connection}, {'with' if branches else 'without'} side branches, {depth} layers"
+        for (connection, branches), by_depth in ratios.items()
+        for depth, ratio in by_depth.items()
+        if not least <= ratio <= most
+    ]
+    yield (
+        f"Outside of {least:g} to {most:g}, where gradients neither vanish nor explode: "
+        f"{'; '.join(outside) or 'none'}. A ratio within is needed, and is not enough: it does not say whether the "
+        "blocks still tell the classes apart. `models/README.md` measures that for plain networks of 34 layers."
+    )
     yield ""
     says = "The first layer's gradient over depth, with and without side branches"
     yield _image(says, plots, GRADIENTS_PLOT, undrawn)
 
 
-def _command(one: TableEvidence, seeds: int, results: str) -> str:
+def _command(one: TableEvidence, results: str) -> str:
+    """What trains the rows that are recorded, with the seeds that most of them have; else all rows, with five."""
+    trained = [len(rows) for rows in (*one.trainings.values(), *one.others.values()) if rows]
+    seeds = statistics.mode(trained) if trained else 5
+    only = ""
+    groups = {entry.group.name for entry in one.table.entries() if _has_trainings(one, entry)}
+    if one.untrained and len(groups) == 1:
+        only = f" --only {shlex.quote(f'{groups.pop()}: *')}"
     place = shlex.quote(results)
-    return f"spikefleet reproduce {one.table.name} --scale {one.scale} --seeds {seeds} --results {place}"
+    return f"spikefleet reproduce {one.table.name} --scale {one.scale} --seeds {seeds}{only} --results {place}"
+
+
+def _has_trainings(one: TableEvidence, entry: Entry) -> bool:
+    names = (entry.row.name, entry.full_name)
+    return any(rows.get(name) for rows in (one.trainings, one.others) for name in names)
 
 
 def _not_run(found: Sequence[TableEvidence], results: str) -> Iterator[str]:
     tables = {one.table.name: one.table for one in found}
     for name, table in tables.items():
-        missing = [one for one in found if one.table.name == name and not one.was_run]
-        scales = [f"`{one.scale}`" + (" (the paper's data, on GPUs)" if one.scale == "full" else "") for one in missing]
+        head = f"* {table.paper}, {table.title}:"
+        of_table = [one for one in found if one.table.name == name]
+        run = [one for one in of_table if one.was_run]
+        missing = [one for one in of_table if not one.was_run and one.scale != "full"]
+        if any(one.scale == "full" for one in of_table):
+            yield f"{head} scale `full` needs the paper's data and GPUs."
         if missing:
-            head = f"* {table.paper}, {table.title}: nothing to compare yet at"
+            reason = f"judged at {_scales(run)} instead" if run else "not run yet"
             first = next((one for scale in FEW_IMAGES for one in missing if one.scale == scale), missing[0])
-            yield f"{head} {', '.join(scales)}. `{_command(first, 5, results)}`"
+            yield f"{head} {_scales(missing)}: {reason}. `{_command(first, results)}`"
+        for one in run:
+            if one.untrained:
+                yield f"{head} rows not trained at `{one.scale}`: {', '.join(one.untrained)}."
     for table in tables.values():
         for entry in table.entries():
             refusals = dict.fromkeys(entry.group.refusal(entry.row, scale) for scale in table.scales)
             for reason in filter(None, refusals):
                 yield f"* {table.paper}, row {entry.row.name}: {reason}."
+    for name in list_tables():
+        if name not in tables:
+            table = load_table(name)
+            yield f"* {table.paper}, {table.title}: no claim of it is judged. `spikefleet reproduce {name}`"
+
+
+def _scales(found: Sequence[TableEvidence]) -> str:
+    return ", ".join(f"`{one.scale}`" for one in found)
 
 
 def _origin(run: Sequence[TableEvidence]) -> Iterator[str]:

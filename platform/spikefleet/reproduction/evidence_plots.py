@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from spikefleet_models.gradient_flow import TRAINABLE
 
 _COLOURS = {"shown": "#1a7f37", "reversed": "#cf222e", "open": "#6c757d", "not run": "#6c757d"}
 
+
+_CURVES = 6
+"""At most in one panel of firing rates."""
 
 GRADIENTS_PLOT = "depth_gradients.png"
 """File name of the plot of gradients over depth."""
@@ -83,31 +87,30 @@ def _courses(evidence: TableEvidence) -> dict[str, list[tuple[float, float]]]:
 def _training(
     rates: Mapping[str, Sequence[float]], courses: Mapping[str, Sequence[tuple[float, float]]], title: str, path: Path
 ) -> None:
-    from matplotlib import colormaps
-
-    columns = 2 if courses else 1
-    figure, axes = subplots(1, columns, figsize=(6.8 * columns, 4.4), layout="constrained", squeeze=False)
-    left = axes.flat[0]
-    paired = colormaps["tab20"](range(20))  # a dark and a light one of each hue
-    left.set_prop_cycle("color", paired if len(rates) > len(paired) // 2 else paired[::2])
-    for name, values in rates.items():
-        left.plot(np.linspace(0, 1, len(values)), values, marker=".", ms=3, lw=1, label=drawable(name))
-    left.set(
-        xlabel="layers that spikes feed, from the first (0) to the last (1)", ylabel="firing rate, mean over seeds"
-    )
-    left.set_ylim(bottom=0)
+    names = list(rates)
+    each = math.ceil(len(names) / math.ceil(len(names) / _CURVES))
+    panels = [names[start : start + each] for start in range(0, len(names), each)]
+    columns = len(panels) + bool(courses)
+    figure, axes = subplots(1, columns, figsize=(5.6 * columns, 5.0), layout="constrained", squeeze=False)
+    top = max(max(values) for values in rates.values())
+    for axis, shown in zip(axes.flat, panels, strict=False):
+        for name in shown:
+            label = f"{drawable(name)}: mean {np.mean(rates[name]):.3f}"
+            axis.plot(np.linspace(0, 1, len(rates[name])), rates[name], marker=".", ms=3, lw=1, label=label)
+        axis.set(xlabel="layers that spikes feed, from the first (0) to the last (1)", ylim=(0, 1.05 * top))
+    axes.flat[0].set_ylabel("firing rate, mean over seeds")
     if courses:
-        right = axes.flat[1]
+        right = axes.flat[-1]
         alike: dict[tuple[tuple[float, float], ...], list[str]] = {}
         for name, points in courses.items():
             alike.setdefault(tuple(points), []).append(drawable(name))
-        for points, names in alike.items():  # lines of equal courses would hide one another
-            right.plot(*zip(*points, strict=True), marker=".", ms=3, lw=1, label="\n".join(names))
+        for points, named in alike.items():  # lines of equal courses would hide one another
+            right.plot(*zip(*points, strict=True), marker=".", ms=3, lw=1, label="\n".join(named))
         right.set(xlabel="epoch", ylabel="balance coefficient")
         right.xaxis.get_major_locator().set_params(integer=True)
     for axis in axes.flat:
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=6, loc="lower left" if axis is left else "best", ncols=1 + (len(rates) > 8))
+        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     figure.suptitle(drawable(title), fontsize=9)
     save(figure, path)
 
@@ -129,7 +132,8 @@ def draw_gradients(gradients: DepthGradients, path: Path) -> bool:
 def _over_depth(panels: Mapping[str, Mapping[str, Mapping[int, float]]], path: Path) -> None:
     figure, axes = subplots(1, len(panels), figsize=(5.6 * len(panels), 4.2), layout="constrained", sharey=True)
     for axis, (title, curves) in zip(axes.flat, panels.items(), strict=True):
-        axis.axhspan(*TRAINABLE, color="#1a7f37", alpha=0.08)
+        within = f"{TRAINABLE[0]:g} to {TRAINABLE[1]:g}: neither vanishes nor explodes"
+        axis.axhspan(*TRAINABLE, color="#1a7f37", alpha=0.08, label=within)
         for name, by_depth in curves.items():
             axis.plot(list(by_depth), list(by_depth.values()), marker="o", ms=4, label=drawable(name))
         axis.set(title=title, xlabel="weight layers", yscale="log")
@@ -151,12 +155,14 @@ def draw_differences(evidence: TableEvidence, path: Path) -> bool:
         column = evidence.table.columns[one.claim.column]
         unit = "points" if column.unit == "%" else column.unit
         rows = panels.setdefault(f"difference in {column.label}, {unit}", [])
-        rows += [(f"{pair.rows.first} - {pair.rows.second}", pair) for pair in one.pairs]
+        rows += [(f"{pair.rows.first} against {pair.rows.second}", pair) for pair in one.pairs]
     return _differences(panels, f"{evidence.table.paper}; scale {evidence.scale}", path)
 
 
 @never_fatal
 def _differences(panels: Mapping[str, Sequence[tuple[str, JudgedPair]]], title: str, path: Path) -> None:
+    from matplotlib.ticker import NullLocator
+
     rows = max(map(len, panels.values()))
     size = (7.2 * len(panels), 1.8 + 0.36 * rows)
     figure, axes = subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
@@ -178,8 +184,11 @@ def _differences(panels: Mapping[str, Sequence[tuple[str, JudgedPair]]], title: 
             axis.plot([], [], "-", color=_COLOURS[found], lw=2, label=f"ours, 95 % interval: {found}")
         axis.set_yticks(range(len(pairs)), [drawable(name) for name, _ in pairs], fontsize=7)
         axis.set_ylim(len(pairs) - 0.5, -0.5)
-        axis.set(xlabel=label)
-        axis.set_xscale("symlog", linthresh=_linear(pairs))
+        linear = _linear(pairs)
+        axis.set(xlabel=f"{label}\nlinear to +-{linear:.2g}, then logarithmic")
+        axis.set_xscale("symlog", linthresh=linear)
+        axis.set_xticks(ticks := _ticks(linear, *axis.get_xlim()), [f"{tick:g}" for tick in ticks])
+        axis.xaxis.set_minor_locator(NullLocator())
         axis.grid(axis="x", alpha=0.3)
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=7)
@@ -191,6 +200,15 @@ def _linear(pairs: Sequence[tuple[str, JudgedPair]]) -> float:
     """Up to which difference the axis is linear: a network that does not train differs by more than all others."""
     values = [abs(value) for _, pair in pairs for value in _all(pair) if value]
     return max(float(np.median(values)), max(values) / 10, 1e-9) if values else 1.0
+
+
+def _ticks(linear: float, least: float, most: float) -> list[float]:
+    """Round numbers on both sides of 0, two in the linear part and one a factor of about 3 or more beyond it."""
+    places = [linear / 2, linear]
+    while places[-1] < max(-least, most):
+        places.append(places[-1] * math.sqrt(10))
+    rounded = sorted({float(f"{place:.1g}") for place in places})
+    return [sign * place for sign in (-1, 1) for place in rounded if least <= sign * place <= most] + [0.0]
 
 
 def _all(pair: JudgedPair) -> Iterator[float]:

@@ -10,12 +10,17 @@ from spikefleet.gates.paired import ALPHA, holm
 from spikefleet.reproduction.claim import Claim, ComparedRows
 from spikefleet.reproduction.paired_seeds import PairedSeeds
 
-Verdict = Literal["holds", "holds in part", "not shown at this scale", "contradicted", "not run yet"]
+Verdict = Literal[
+    "holds", "holds in part", "not shown at this scale", "contradicted", "contradicted in part", "not run yet"
+]
 
 Found = Literal["shown", "reversed", "open", "not run"]
 
 Results = Mapping[str, Mapping[Hashable, float]]
 """Values by row name and seed, in the unit of the column."""
+
+_Test = tuple[str, frozenset[str]]
+"""Column and rows."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,8 @@ class JudgedPair:
     ours: PairedSeeds | None
     """None where the rows have no common seed."""
     adjusted_p: float | None
-    """p of the paired t-test, adjusted for all comparisons of the table (Holm); None without two common seeds."""
+    """p of the paired t-test, adjusted for all comparisons of the table and of one source (Holm); None without two
+    common seeds."""
     found: Found
     """shown: the difference has the claimed sign, and the adjusted p is at most 5 %. reversed: the opposite sign, and
     as clear. open: neither. not run: fewer than two common seeds."""
@@ -47,13 +53,14 @@ class JudgedClaim:
 
         * not run yet: no pair was run.
         * holds: every pair of the claim was run, and is shown.
-        * contradicted: a pair is reversed, and none is shown.
+        * contradicted: every pair of the claim was run, and is reversed.
+        * contradicted in part: a pair is reversed, and none is shown; the others are open or not run.
         * holds in part: a pair is shown, but not all: the others are open, reversed or not run.
         * not shown at this scale: pairs were run, but none is shown or reversed. An effect may be there that is smaller
           than these seeds can show.
 
         A pair is shown, or reversed, by its p adjusted over all pairs of all claims of the table (Holm), at most 5 %;
-        pairs that were not run count with p = 1.
+        pairs that were not run count with p = 1. Claims of the paper and of this project are adjusted apart.
         """
         found = [pair.found for pair in self.pairs]
         if all(one == "not run" for one in found):
@@ -62,7 +69,9 @@ class JudgedClaim:
             return "holds"
         if "shown" in found:
             return "holds in part"
-        return "contradicted" if "reversed" in found else "not shown at this scale"
+        if all(one == "reversed" for one in found):
+            return "contradicted"
+        return "contradicted in part" if "reversed" in found else "not shown at this scale"
 
 
 def judge(
@@ -82,17 +91,21 @@ def judge(
     paired = [_paired(results.get(claim.column, {}), rows) for claim, rows in pairs]
     # A pair that two claims share is one test, and counts once. One that was not run counts too, with p = 1: else what
     # is run first would be judged by fewer tests than the table has.
-    tests = {
-        _test(claim, rows): ours.p_value if ours is not None and ours.seeds > 1 else 1.0
-        for (claim, rows), ours in zip(pairs, paired, strict=True)
+    tests: dict[str, dict[_Test, float]] = {}
+    for (claim, rows), ours in zip(pairs, paired, strict=True):
+        p_value = ours.p_value if ours is not None and ours.seeds > 1 else 1.0
+        tests.setdefault(claim.source, {})[_test(claim, rows)] = p_value
+    adjusted = {
+        (source, test): p
+        for source, of_source in tests.items()
+        for test, p in zip(of_source, holm(list(of_source.values())), strict=True)
     }
-    adjusted = dict(zip(tests, holm(list(tests.values())), strict=True))
     judged = {
         (claim.name, rows.at): JudgedPair(
             rows,
             papers.get((claim.name, rows.at)),
             ours,
-            p := adjusted[_test(claim, rows)] if ours is not None and ours.seeds > 1 else None,
+            p := adjusted[claim.source, _test(claim, rows)] if ours is not None and ours.seeds > 1 else None,
             _found(claim, ours, p),
         )
         for (claim, rows), ours in zip(pairs, paired, strict=True)
@@ -104,7 +117,7 @@ def _paired(results: Results, rows: ComparedRows) -> PairedSeeds | None:
     return PairedSeeds.of(results.get(rows.first, {}), results.get(rows.second, {}))
 
 
-def _test(claim: Claim, rows: ComparedRows) -> tuple[str, frozenset[str]]:
+def _test(claim: Claim, rows: ComparedRows) -> _Test:
     return claim.column, frozenset({rows.first, rows.second})
 
 
