@@ -88,11 +88,17 @@ def save(figure: Figure, path: Path) -> None:
     from matplotlib import pyplot
     from matplotlib.ticker import LogFormatter
 
+    class PlainLogFormatter(LogFormatter):
+        """The ticks that `LogFormatter` labels, as plain numbers."""
+
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
     for axis in (one for axes in figure.axes for one in (axes.xaxis, axes.yaxis)):
         if axis.get_scale() in ("log", "symlog"):
             axis.set_major_formatter("{x:g}")
         if axis.get_scale() == "log":
-            axis.set_minor_formatter(LogFormatter())
+            axis.set_minor_formatter(PlainLogFormatter())
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=110)

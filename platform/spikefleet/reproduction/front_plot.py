@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from spikefleet.canvas import never_fatal, save, subplots
@@ -25,8 +26,8 @@ def shown(name: str, value: float) -> float:
 def draw_front(search: RecordedSearch, path: Path) -> bool:
     """Plots the first objective over the second, coloured by T, beside the first objective over T.
 
-    Points are means over seeds, with a bar from the worst to the best; the front is a line, the knee a ring. With one
-    objective it is plotted over trials.
+    Points are means over seeds, with a bar from the worst to the best; the front is a line through those of its members
+    that are on it by their means, too, and the knee a ring. With one objective it is plotted over trials.
 
     Args:
         search: with any number of objectives.
@@ -40,6 +41,8 @@ def draw_front(search: RecordedSearch, path: Path) -> bool:
 
 @never_fatal
 def _front(search: RecordedSearch, path: Path) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
     first, second, *_ = [*search.objectives, None]
     steps = sorted({trial.point[_STEPS] for trial in search.trials if _STEPS in trial.point})
     columns = 2 if steps else 1
@@ -59,24 +62,36 @@ def _front(search: RecordedSearch, path: Path) -> None:
         if steps and _STEPS in trial.point:
             place = steps.index(trial.point[_STEPS])
             axes.flat[1].plot([place + 0.05 * i for i in range(len(y))], y, "o", ms=3, color=colour)
-    members = search.best_known_front
     if second is not None:
-        line = sorted(places[trial.name] for trial in members)
-        where = "post" if search.objectives[second] == "min" else "pre"
-        left.step(*zip(*line, strict=True), where=where, color="black", lw=1, label="front")
+        least = search.objectives[second] == "min"
+        line = _undominated([places[trial.name] for trial in search.best_known_front], search.objectives[first], least)
+        left.step(*zip(*line, strict=True), where="post" if least else "pre", color="black", lw=1, label="front")
     if search.knee in places:
         left.plot(*places[search.knee], "o", ms=13, mfc="none", mec="#cf222e", mew=1.5, label="knee")
     for step, colour in colours.items():
         left.plot([], [], "o", color=colour, label=f"T = {step}")
     left.set(xlabel="trial" if second is None else _label(second), ylabel=_label(first))
-    left.set_xscale("linear" if second is None else "log")
-    left.legend(fontsize=8)
+    if second is not None:
+        left.set_xscale("log")
+        left.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        left.xaxis.set_minor_locator(NullLocator())
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=8)
     if steps:
         axes.flat[1].set(xlabel="time steps T", ylabel=_label(first), xticks=range(len(steps)), xticklabels=steps)
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     figure.suptitle(drawable(search.name), fontsize=9)
     save(figure, path)
+
+
+def _undominated(points: Sequence[tuple[float, float]], first: str, least: bool) -> list[tuple[float, float]]:
+    """The points (second, first objective) that no other one betters in both, by the second objective."""
+    sign = 1 if first == "max" else -1
+    found: list[tuple[float, float]] = []
+    for x, y in sorted(points, key=lambda point: (point[0] if least else -point[0], -sign * point[1])):
+        if not found or sign * y > sign * found[-1][1]:
+            found.append((x, y))
+    return sorted(found)
 
 
 def _label(name: str) -> str:
