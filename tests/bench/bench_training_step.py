@@ -9,7 +9,8 @@ ratios to the ANN. bf16 means autocast and channels_last. Peak memory is the res
 activations are what autograd holds between forward and backward. "bits" keeps spikes as bits (`train.spike_bits`),
 "recompute" computes the first stage again in the backward pass (`train.recompute=1`). "own wgrad" computes the weight
 gradients of convolutions in bf16 in the form for this CPU (`spikefleet_models.weight_gradients`) or in that of
-SPIKEFLEET_WEIGHT_GRADIENTS; "/ ANN wgrad" is the ratio to the ANN with the same, if that runs too.
+SPIKEFLEET_WEIGHT_GRADIENTS; "/ ANN wgrad" is the ratio to the ANN with the same, if that runs too. "fused" has
+SGD in one kernel (`optim.fused=true`).
 """
 
 import argparse
@@ -78,6 +79,8 @@ class Variant(NamedTuple):
     recompute: int = 0
     own_wgrad: bool = False
     """Whether weight gradients are computed as `weight_gradients.chosen_form` says."""
+    fused: bool = False
+    """Whether the optimizer is one kernel."""
 
 
 VARIANTS: dict[str, Variant] = {
@@ -91,6 +94,7 @@ VARIANTS: dict[str, Variant] = {
     "sg_resnet18 native": Variant(lambda: sg_resnet18("native")),
     "sg_resnet18 lean, own wgrad": Variant(lambda: sg_resnet18("lean"), own_wgrad=True),
     "sg_resnet18 native, own wgrad": Variant(lambda: sg_resnet18("native"), own_wgrad=True),
+    "sg_resnet18 native, own wgrad, fused": Variant(lambda: sg_resnet18("native"), own_wgrad=True, fused=True),
     "sg_resnet18 native, bits": Variant(lambda: sg_resnet18("native"), bits=True),
     "sg_resnet18 native, recompute": Variant(lambda: sg_resnet18("native"), bits=True, recompute=1),
     "sg_resnet18 lean, exact": Variant(lambda: sg_resnet18("lean", gate_gradient="exact")),
@@ -123,7 +127,7 @@ class Step:
         if self.bf16:
             self.model = self.model.to(memory_format=torch.channels_last)
             self.images = self.images.to(memory_format=torch.channels_last)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9, fused=chosen.fused or None)
 
     def loss(self, observe: Callable[[Tensor], None] | None = None) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16), self._saving(observe):

@@ -152,3 +152,23 @@ def test_fields_of_the_other_optimizer_are_refused(fields: dict[str, object]) ->
         OptimConfig.model_validate({"lr": 0.1} | fields)
     OptimConfig.model_validate({"lr": 0.1, "kind": "adamw", "beta2": 0.99})
     OptimConfig.model_validate({"lr": 0.1, "nesterov": True})
+
+
+@pytest.mark.parametrize("fields", [{"momentum": 0.9, "nesterov": True}, {"momentum": 0.9}, {"kind": "adamw"}])
+def test_a_fused_optimizer_takes_the_same_steps(fields: dict[str, object]) -> None:
+    """But for roundings of fp32; one that was not fused at all would be equal to the bit."""
+    networks = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        network = build_model(model_config("sg_resnet_tiny"))
+        config = OptimConfig.model_validate({"lr": 0.1, "weight_decay": 0.01, "fused": fused, **fields})
+        optimizer = build_optimizer(network, config)
+        assert optimizer.defaults["fused"] is (True if fused else None)
+        for _ in range(5):
+            for parameter in network.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+        networks.append(network.state_dict())
+    plain, fused_one = networks
+    for name, tensor in plain.items():
+        torch.testing.assert_close(fused_one[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
