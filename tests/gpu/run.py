@@ -5,8 +5,8 @@
 Needs torch, Triton, NumPy, scikit-learn, safetensors, PyYAML, pydantic, SpikingJelly and loguru; h5py and torchvision
 where they are there; export CUBLAS_WORKSPACE_CONFIG=:4096:8 for the deterministic trainings. Each section has a budget,
 and its failure is recorded and ends no other; the file is written after each. All sections take some seven minutes; in
-less, the later ones are left out, but for the training. `--dry` runs all of it on the CPU, at small sizes, in the lean
-form.
+less, the later ones are left out, but for the training. `--dry` runs all of it on the CPU, at small sizes, in the form
+for the CPU.
 """
 
 from __future__ import annotations

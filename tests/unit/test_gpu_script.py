@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -72,3 +73,17 @@ def test_the_script_imports_on_a_bare_machine() -> None:
     environment = {"PYTHONPATH": ":".join(["tests", *sys.path]), "PATH": ""}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.slow  # some minutes on two cores
+def test_every_section_runs_in_the_dry_mode(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    command = [sys.executable, "-m", "gpu.run", "--dry", "--minutes", "20", "--out", str(out)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = {name: results for name, results in json.loads(out.read_text()).items() if isinstance(results, dict)}
+    assert len(found) > 10
+    assert {name for name, results in found.items() if {"failure", "out_of_time"} & set(results)} == set()
+    skipped = {name: results["skipped"] for name, results in found.items() if "skipped" in results}
+    assert skipped == {"guarantees": "the CPU has no such form", "tile_sizes": "the CPU has no tiles"}
