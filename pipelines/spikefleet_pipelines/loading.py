@@ -34,6 +34,7 @@ from spikefleet_pipelines.shared_batches import (
 )
 from spikefleet_pipelines.stream_plan import StreamStep
 from spikefleet_pipelines.transforms.batch_transform import (
+    AugmentsOnDevice,
     BatchTransform,
     BinsOnDevice,
     DrawsRows,
@@ -44,6 +45,7 @@ from spikefleet_pipelines.transforms.batch_transform import (
 from spikefleet_pipelines.transforms.batch_transform_config import BatchTransformConfig
 from spikefleet_pipelines.transforms.kinds import transform_kinds
 from spikefleet_pipelines.transforms.normalise import PixelScaling
+from spikefleet_pipelines.transforms.pixel_augmentation import PixelAugmentation
 
 if TYPE_CHECKING:  # `in_memory.py` makes batches without a store
     from spikefleet_pipelines.store.reader import Samples
@@ -65,6 +67,8 @@ class Batch(NamedTuple):
     """What the plan says of the windows, where they are those of streams."""
     scaling: PixelScaling | None = None
     """Normalises the images, where they are pixels; `to` applies it."""
+    augmentation: PixelAugmentation | None = None
+    """Augments the images, where they are pixels as they are stored; `to` applies it."""
 
     @property
     def network_input(self) -> Tensor:
@@ -74,8 +78,8 @@ class Batch(NamedTuple):
     def to(self, device: torch.device | str, channels_last: bool = False) -> "Batch":
         """Copy images and targets to a device; copies from page-locked memory are non-blocking.
 
-        Pixels are normalised there. On another stream than the current one: keep this batch until the current stream
-        waits for the copy, for its memory is written again afterwards.
+        Pixels are augmented and normalised there. On another stream than the current one: keep this batch until the
+        current stream waits for the copy, for its memory is written again afterwards.
 
         Args:
             device: to copy to.
@@ -83,17 +87,23 @@ class Batch(NamedTuple):
                 become one dimension of images in that layout without another copy.
         """
         layout = torch.channels_last if channels_last and self.images.ndim == 4 else torch.contiguous_format
-        images = self.images.to(device, non_blocking=True, memory_format=layout)
+        images, augmentation = self.images, self.augmentation
+        if augmentation is not None:
+            augmentation = augmentation.to(device)
+            images = augmentation.moved(images.to(device, non_blocking=True))
+        images = images.to(device, non_blocking=True, memory_format=layout)
         if channels_last and images.ndim == 5:
             together = images.transpose(0, 1).flatten(0, 1).contiguous(memory_format=torch.channels_last)
             images = together.unflatten(0, (images.shape[1], images.shape[0])).transpose(0, 1)
         if self.scaling is not None:
             images = self.scaling(images)
+        if augmentation is not None:
+            images = augmentation.erased(images)
         if isinstance(self.targets, Tensor):
             targets: Targets = self.targets.to(device, non_blocking=True)
         else:
             targets = tuple(target.to(device, non_blocking=True) for target in self.targets)
-        return self._replace(images=images, targets=targets, scaling=None)
+        return self._replace(images=images, targets=targets, scaling=None, augmentation=None)
 
 
 class _Request(NamedTuple):
@@ -196,7 +206,8 @@ class BatchLoader:
         pin_memory: put batches in page-locked memory, for non-blocking copies to a GPU; not without one.
         epochs: length of the run, so that mosaics can stop before its end; None if unknown.
         device: where events are counted with `bin_on=device`.
-        pixels: leave the normalisation to `Batch.to`, where the transform allows it: a quarter of the bytes are copied.
+        pixels: leave the normalisation to `Batch.to`, where the transform allows it: a quarter of the bytes are copied;
+            with `augment_on=device` the augmentation too.
 
     Raises:
         ValueError: the transform does not fit the images of the split, or its kind does not fit the task of the store.
@@ -274,8 +285,13 @@ class BatchLoader:
             targets = self._transform.unpack(item.packed)
             if self._pin and isinstance(targets, Tensor):
                 targets = targets.pin_memory()
+            augmentation = None
+            if isinstance(self._transform, AugmentsOnDevice):
+                augmentation = self._transform.device_augmentation(item.packed)
+            if self._pin and augmentation is not None:
+                augmentation = augmentation.pin_memory()
             indices, global_count = item.request.indices, item.request.global_count
-            batch = Batch(images, targets, torch.from_numpy(indices), global_count, scaling=self._scaling)
+            batch = Batch(images, targets, torch.from_numpy(indices), global_count, None, self._scaling, augmentation)
             del item, images, targets  # no name here keeps the memory of a batch that its reader has left
             yield batch
             del batch

@@ -1,22 +1,27 @@
 """Training images per second: our loader over a store against torchvision's data sets and a DataLoader.
 
-    python tests/bench/bench_loading.py [--one-core] [--quick] [--json FILE]
+    python tests/bench/bench_loading.py [--one-core | --augment-on-device] [--quick] [--json FILE]
 
 CIFAR: random crop of the padded image, flip, normalise (and once more with AutoAugment), from generated files in the
 official format. JPEG: RandomResizedCrop(224), flip, normalise, from generated images of 500x375. Full training epochs,
 interleaved; medians; every line gives the ratio ours / torchvision, the smallest and the largest of a round behind it.
 
 With `--one-core` both load in this process, in one thread, and images are counted per second of its processor time.
+
+With `--augment-on-device` one process of our loader, as for a GPU: its processor time for an image where it crops,
+flips and cuts out, and where it leaves that to the device; and that of `Batch.to`, with a core of this machine as the
+device.
 """
 
 import argparse
 import io
 import json
+import multiprocessing
 import pickle
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -142,21 +147,86 @@ def compare(
     return line
 
 
+@dataclass(frozen=True)
+class DeviceLine:
+    workload: str
+    loader_us: float
+    device_us: float
+    ratio: float
+    least: float
+    most: float
+    to_loader_us: float
+    to_device_us: float
+
+
+def process_of(loader: BatchLoader, plan: EpochPlan) -> int:
+    """Start the process of a loader by an epoch; return the number of the clock of its processor time."""
+    before = set(multiprocessing.active_children())
+    for _ in loader.epoch(plan, 0):
+        pass
+    (process,) = set(multiprocessing.active_children()) - before
+    assert process.pid is not None
+    return (~process.pid << 3) | 2  # as Linux numbers the clocks of processes
+
+
+def processor_time(loader: BatchLoader, plan: EpochPlan, clock: int, epoch: int) -> tuple[float, float]:
+    """Microseconds for an image: of the loader's process, and of `Batch.to` here."""
+    start, moving = time.clock_gettime(clock), 0.0
+    for batch in loader.epoch(plan, epoch):
+        before = time.process_time()
+        batch.to("cpu")
+        moving += time.process_time() - before
+    return 1e6 * (time.clock_gettime(clock) - start) / plan.samples, 1e6 * moving / plan.samples
+
+
+def compare_devices(split: Split, rounds: int) -> list[DeviceLine]:
+    """Where images are augmented, interleaved."""
+    lines, plan = [], EpochPlan(samples=len(split), global_batch=CIFAR_BATCH)
+    for workload, cutout in (("CIFAR crop+flip", 0), ("CIFAR crop+flip+cutout", 8)):
+        fields: dict[str, Any] = {"crop_padding": 4, "horizontal_flip": 0.5, "normalise": "cifar10", "cutout": cutout}
+        measured = []
+        for where in ("loader", "device"):
+            config = TransformConfig(**fields, augment_on=where)  # type: ignore[arg-type]
+            loader = BatchLoader(split, config, train=True, processes=1, pixels=True)
+            measured.append((loader, plan, process_of(loader, plan)))
+        figures = [
+            [value for one in measured for value in processor_time(*one, epoch)] for epoch in range(1, rounds + 1)
+        ]
+        here, to_here, there, to_there = (statistics.median(column) for column in zip(*figures, strict=True))
+        ratios = sorted(round(one / other, 2) for one, _, other, _ in figures)
+        here, there, to_here, to_there, ratio = (
+            round(value, 2) for value in (here, there, to_here, to_there, here / there)
+        )
+        line = DeviceLine(workload, here, there, ratio, ratios[0], ratios[-1], to_here, to_there)
+        print(
+            f"{workload:24s} us an image: loader {line.loader_us}   device {line.device_us}   ratio {line.ratio} "
+            f"({line.least} to {line.most})   Batch.to {line.to_loader_us} and {line.to_device_us}",
+            flush=True,
+        )
+        lines.append(line)
+    return lines
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--one-core", action="store_true", help="one thread, by processor time")
+    kinds = arguments.add_mutually_exclusive_group()
+    kinds.add_argument("--one-core", action="store_true", help="one thread, by processor time")
+    kinds.add_argument("--augment-on-device", action="store_true", help="our loader by where images are augmented")
     arguments.add_argument("--quick", action="store_true", help="fewer images and rounds")
     arguments.add_argument("--json", type=Path, help="also write the figures to this file")
     options = arguments.parse_args()
     rounds, clock = 3 if options.quick else 5, time.process_time if options.one_core else time.perf_counter
     counts = (0,) if options.one_core else (0, 2)
-    if options.one_core:
+    if options.one_core or options.augment_on_device:
         torch.set_num_threads(1)
-    lines = []
+    lines: list[Line] = []
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         write_cifar(root / "cifar", 400 if options.quick else 2000)
         cifar = prepare("cifar10", root / "cifar", root / "cifar-store").split("train")
+        if options.augment_on_device:
+            write_json(options.json, compare_devices(cifar, 2 * rounds))
+            return
         crop = (v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip())
         policy = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
         fields: dict[str, Any] = {"crop_padding": 4, "horizontal_flip": 0.5, "normalise": "cifar10"}
@@ -182,8 +252,12 @@ def main() -> None:
             dataset = ImageFolder(str(root / "jpeg" / "train"), transform=transform)
             us, them = ours(jpeg, config, JPEG_BATCH, processes), theirs(dataset, JPEG_BATCH, processes)
             lines.append(compare("JPEG 500x375 to 224", processes, us, them, rounds, clock))
-    if options.json:
-        options.json.write_text(json.dumps([asdict(line) for line in lines], indent=2) + "\n")
+    write_json(options.json, lines)
+
+
+def write_json(file: Path | None, lines: Sequence[Line | DeviceLine]) -> None:
+    if file:
+        file.write_text(json.dumps([asdict(line) for line in lines], indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,13 @@ from spikefleet.config.recipes import load_config, parse_overrides
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.events import NullSink
 from spikefleet.training.loop import train
+from spikefleet.training.prefetch import ahead
 from spikefleet_models.families import build_model, model_config
 from spikefleet_models.spiking_unit import use_implementation
+from spikefleet_pipelines.loading import BatchLoader
+from spikefleet_pipelines.sampling import EpochPlan
 from spikefleet_pipelines.store.reader import Store
+from spikefleet_pipelines.transforms.classification_config import TransformConfig
 
 pytestmark = pytest.mark.gpu
 
@@ -59,6 +64,34 @@ def test_networks_compute_the_same_in_each_form_on_cuda(connection: str, layout:
 @pytest.mark.parametrize("guarantee", list(GUARANTEES))
 def test_guarantees_of_the_unit_on_cuda(guarantee: str) -> None:
     GUARANTEES[guarantee]()
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_images_are_augmented_on_cuda_to_the_bit(stores_dir: Path, processes: int, channels_last: bool) -> None:
+    """Copied one step ahead out of page-locked memory, and augmented on the stream that copies."""
+    split, device = Store.open(stores_dir / "digits").split("train"), torch.device("cuda")
+    plan = EpochPlan(samples=len(split), global_batch=64, seed=3)
+    fields: dict[str, Any] = {"crop_padding": 2, "horizontal_flip": 0.5, "cutout": 3, "normalise": "digits"}
+    here = BatchLoader(split, TransformConfig(**fields), train=True, seed=5)
+    there = BatchLoader(
+        split,
+        TransformConfig(**fields, augment_on="device"),
+        train=True,
+        seed=5,
+        processes=processes,
+        pin_memory=True,
+        device=device,
+        pixels=True,
+    )
+    for epoch in (0, 1):
+        moved = ahead(there.epoch(plan, epoch), device, channels_last)
+        for mine, theirs in zip(here.epoch(plan, epoch), moved, strict=True):
+            assert theirs.images.is_cuda
+            assert theirs.images.stride() == mine.to("cpu", channels_last).images.stride()
+            assert torch.equal(mine.images.view(torch.int32), theirs.images.cpu().contiguous().view(torch.int32))
+            assert torch.equal(mine.indices, theirs.indices)
+    assert there.copied_bytes == 0
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

@@ -37,6 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The image decoding", "error:batc
 BATCH = 24
 CONFIGS: dict[str, BatchTransformConfig] = {
     "raw": TransformConfig(crop_padding=1, horizontal_flip=0.5),
+    "stored": TransformConfig(crop_padding=1, horizontal_flip=0.5, cutout=3, augment_on="device"),
     "jpeg": TransformConfig(random_resized_crop=48, horizontal_flip=0.5, resize=48, center_crop=48),
     "boxes": DetectionTransformConfig(kind="detection", size=64, mosaic=0.5, scale=0.5, horizontal_flip=0.5),
     "sizes": DetectionTransformConfig(kind="detection", size=64, resize="keep_ratio", longest=128, divisor=8),
@@ -62,6 +63,7 @@ def splits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Samples]:
     boxes, recordings = scenes.samples("train"), events.samples("train")
     return {
         "raw": raw.samples("train"),
+        "stored": raw.samples("train"),
         "jpeg": jpeg.samples("train"),
         "boxes": boxes,
         "sizes": boxes,
@@ -153,12 +155,12 @@ def largest_intermediate(of: BatchLoader, again: Any = None) -> tuple[int, int]:
     return peak, place.nbytes
 
 
-@pytest.mark.parametrize("kind", ["raw", "jpeg", "boxes"])
+@pytest.mark.parametrize("kind", ["raw", "stored", "jpeg", "boxes"])
 def test_between_shard_and_slot_there_is_no_other_batch(splits: dict[str, Samples], kind: str) -> None:
     """As a GPU is sent them: pixels, which a quarter of the bytes of a copy would show."""
     config = CONFIGS[kind]
-    if kind == "raw":  # large ones, so that numbers of single rows do not count
-        enlarged = prepare("digits", None, Path(splits["raw"].location).with_name("large"), upsample=4)
+    if kind in ("raw", "stored"):  # large ones, so that numbers of single rows do not count
+        enlarged = prepare("digits", None, Path(splits["raw"].location).with_name(f"large {kind}"), upsample=4)
         of = BatchLoader(enlarged.samples("train"), config, train=True, seed=5, pixels=True)
     else:
         of = loader(splits, kind, 0, pixels=True)

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spikefleet_pipelines.transforms.normalise import PixelScaling
+from spikefleet_pipelines.transforms.pixel_augmentation import PixelAugmentation
 
 Targets: TypeAlias = Tensor | tuple[Any, ...]
 """One target per image: rows of a tensor, or a tuple (of `Target` for detection).
@@ -75,6 +76,19 @@ class SendsPixels(Protocol):
         """Return uint8 images from now on, a quarter of the bytes; what is returned here normalises them.
 
         None, and nothing changes, where normalised images are changed further.
+        """
+        ...
+
+
+@runtime_checkable
+class AugmentsOnDevice(Protocol):
+    """A transform that can leave crop, flip and cutout to the device; it does after `send_pixels` alone."""
+
+    def device_augmentation(self, packed: Any) -> "PixelAugmentation | None":
+        """Return what is left to do to the images of a batch, in the training process; None for augmented ones.
+
+        Args:
+            packed: as the transform returned it.
         """
         ...
 

@@ -47,6 +47,11 @@ class BatchTransformConfig(BaseModel, ABC):
         """Whether batches of training have fewer time steps than those of evaluation."""
         return False
 
+    @property
+    def augments_on_device(self) -> bool:
+        """Whether the device of a training changes pixels, instead of the loader."""
+        return False
+
     def check_images(self, image_shape: tuple[int, int, int] | None) -> None:
         """Check the config against images of shape [C, H, W], or encoded ones of varying size (None).
 

@@ -2,7 +2,8 @@
 
 Raw images are gathered, cropped and flipped as whole batches of uint8; encoded ones are decoded, cropped and resized
 one by one, in as many threads as torch has (one in a loader process). Both end in the same float stage. Every random
-number is a function of (seed, epoch, row, purpose); see `counter_random.py`.
+number is a function of (seed, epoch, row, purpose); see `counter_random.py`. With `augment_on=device` raw images are
+gathered alone, and `pixel_augmentation.py` does the rest with the same numbers.
 """
 
 import math
@@ -20,15 +21,18 @@ from spikefleet_pipelines.counter_random import Draw, integers, uniform
 from spikefleet_pipelines.store.rows import Rows
 from spikefleet_pipelines.transforms.classification_config import TransformConfig
 from spikefleet_pipelines.transforms.normalise import FloatStage, PixelScaling
+from spikefleet_pipelines.transforms.pixel_augmentation import PixelAugmentation
 
 Pixels = NDArray[np.uint8]
+Packed = tuple[Tensor, PixelAugmentation | None]
+"""Classes int64 [B] or float32 [B, K], and what is left to the device."""
 
 _ATTEMPTS = 10
 _RATIO = (3 / 4, 4 / 3)
 
 
 class ClassificationTransform:
-    """Images and their classes: a `BatchTransform` whose targets are int64 [B], sent without packing.
+    """Images and their classes: a `BatchTransform` whose targets are int64 [B].
 
     Training with `mixup` or `cut_mix` has probabilities of the classes instead, float32 [B, K].
 
@@ -40,22 +44,26 @@ class ClassificationTransform:
         self._images = ImageTransform(split, config, train, seed)
         self._split = split
 
-    def __call__(self, rows: NDArray[np.int64], epoch: int) -> tuple[Tensor, Tensor]:
+    def __call__(self, rows: NDArray[np.int64], epoch: int) -> tuple[Tensor, Packed]:
         """Load rows; see `BatchTransform`."""
         images, config = self._images(rows, epoch), self._images.config
         if not self._images.train or config.mixup + config.cut_mix == 0:
-            return images, torch.from_numpy(self._split.labels[rows])
+            return images, (torch.from_numpy(self._split.labels[rows]), self._images.left_to_do(rows, epoch))
         from spikefleet_pipelines.transforms.mixing import mixed_batch
 
-        return images, mixed_batch(images, rows, epoch, self._images.seed, config, self._split, self._images)
+        return images, (mixed_batch(images, rows, epoch, self._images.seed, config, self._split, self._images), None)
 
-    def unpack(self, packed: Tensor) -> Tensor:
-        """Return the classes unchanged."""
-        return packed
+    def unpack(self, packed: Packed) -> Tensor:
+        """Return the classes."""
+        return packed[0]
 
     def send_pixels(self) -> PixelScaling | None:
-        """See `SendsPixels`; normalised pixels are erased by cutout, and mixed."""
-        return self._images.send_pixels()
+        """See `SendsPixels`; with `augment_on=device` they are not augmented in training."""
+        return self._images.send_pixels(augmented=False)
+
+    def device_augmentation(self, packed: Packed) -> PixelAugmentation | None:
+        """See `AugmentsOnDevice`."""
+        return packed[1]
 
 
 class ImageTransform:
@@ -72,6 +80,7 @@ class ImageTransform:
         self.train = train
         self.seed = seed
         self._normalise = FloatStage(config.normalise)
+        self._unchanged = False
         self._pool: ThreadPoolExecutor | None = None
         if train and config.auto_augment != "none":
             # Late, because torchvision takes seconds to import; early enough for loader processes.
@@ -79,10 +88,27 @@ class ImageTransform:
 
             self._auto_augment = auto_augment
 
-    def send_pixels(self) -> PixelScaling | None:
-        """See `SendsPixels`."""
-        changed = self.config.cutout or self.config.mixup + self.config.cut_mix > 0
+    def send_pixels(self, augmented: bool = True) -> PixelScaling | None:
+        """See `SendsPixels`; normalised pixels are erased by cutout, and mixed.
+
+        Args:
+            augmented: false leaves to the caller what `left_to_do` returns, where the config has it done on the device.
+        """
+        mixed = self.config.mixup + self.config.cut_mix > 0
+        self._unchanged = self.train and not augmented and not mixed and self.config.augments_on_device
+        changed = mixed or (self.config.cutout and not self._unchanged)
         return None if self.train and changed else self._normalise.defer()
+
+    def left_to_do(self, rows: NDArray[np.int64], epoch: int) -> PixelAugmentation | None:
+        """What is left to do to the images of rows; None where they are augmented."""
+        if not self._unchanged:
+            return None
+        assert self.split.image_shape is not None, "the config was checked"
+        draws = [*self._shifts(rows, epoch), self._flips(rows, epoch)]
+        if self.config.cutout:
+            draws += [*self._erased(rows, epoch, *self.split.image_shape[1:])]
+        numbers = np.stack(draws, axis=1, dtype=np.int32, casting="unsafe")
+        return PixelAugmentation(torch.from_numpy(numbers), self.config.cutout)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pool": None}
@@ -92,10 +118,9 @@ class ImageTransform:
         config = self.config
         if not self.train:
             return self._normalise(self._evaluation_images(rows))
-        flips = np.zeros(len(rows), np.bool_)
-        if config.horizontal_flip:
-            flips = uniform(self.seed, epoch, rows, Draw.FLIP) < config.horizontal_flip
-        images = self._cropped(rows, epoch, flips)
+        if self._unchanged:
+            return self._normalise(self._stored(rows))
+        images = self._cropped(rows, epoch, self._flips(rows, epoch))
         if config.auto_augment != "none":
             images = self._auto_augment(images, self.seed, epoch, rows)
         batch = self._normalise(images)
@@ -119,9 +144,23 @@ class ImageTransform:
                 return resized[..., ::-1] if flips[position] else resized
 
             return self._each(rows, side, crop)
-        padding = self.config.crop_padding
-        places = [integers(self.seed, epoch, rows, draw, 2 * padding + 1) for draw in (Draw.CROP_Y, Draw.CROP_X)]
-        return self._raw(rows, np.stack(places) - padding, flips)
+        return self._raw(rows, self._shifts(rows, epoch), flips)
+
+    def _shifts(self, rows: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
+        """Draw how far crops are moved down and right, [2, B]."""
+        padding, draws = self.config.crop_padding, np.array([[Draw.CROP_Y], [Draw.CROP_X]])
+        return integers(self.seed, epoch, rows, draws, 2 * padding + 1) - padding
+
+    def _flips(self, rows: NDArray[np.int64], epoch: int) -> NDArray[np.bool_]:
+        if not self.config.horizontal_flip:
+            return np.zeros(len(rows), np.bool_)
+        return uniform(self.seed, epoch, rows, Draw.FLIP) < self.config.horizontal_flip
+
+    def _erased(self, rows: NDArray[np.int64], epoch: int, height: int, width: int) -> NDArray[np.int64]:
+        """Draw top and left of the squares of cutout, [2, B]."""
+        sides = ((Draw.CUTOUT_Y, height), (Draw.CUTOUT_X, width))
+        centres = [integers(self.seed, epoch, rows, draw, side) for draw, side in sides]
+        return np.stack(centres) - self.config.cutout // 2
 
     def _evaluation_images(self, rows: NDArray[np.int64]) -> Pixels:
         shorter, side = self.config.resize, self.config.center_crop
@@ -138,6 +177,14 @@ class ImageTransform:
             return resize(image, height, width)[:, top : top + side, left : left + side]
 
         return self._each(rows, side, crop)
+
+    def _stored(self, rows: NDArray[np.int64]) -> Pixels:
+        """Read raw images as they are, straight from the shard into the batch."""
+        assert self.split.image_shape is not None, "the config was checked"
+        batch = self._normalise.pixels((len(rows), *self.split.image_shape))
+        if len(rows):
+            np.concatenate(self.split.views(rows), out=batch.reshape(-1, *batch.shape[2:]))
+        return batch
 
     def _raw(self, rows: NDArray[np.int64], shifts: NDArray[np.int64], flips: NDArray[np.bool_]) -> Pixels:
         """Read raw images, shifted [2, B] down and right, straight from the shard into the batch."""
@@ -169,8 +216,7 @@ class ImageTransform:
     def _cutout_mask(self, rows: NDArray[np.int64], epoch: int, height: int, width: int) -> NDArray[np.bool_]:
         """Cutout (DeVries and Taylor, 2017): a square with its centre anywhere in the image, clipped at the border."""
         inside = []
-        for draw, length in ((Draw.CUTOUT_Y, height), (Draw.CUTOUT_X, width)):
-            start = integers(self.seed, epoch, rows, draw, length)[:, None] - self.config.cutout // 2
+        for start, length in zip(self._erased(rows, epoch, height, width)[..., None], (height, width), strict=True):
             position = np.arange(length)
             inside.append((position >= start) & (position < start + self.config.cutout))
         return ~(inside[0][:, None, :, None] & inside[1][:, None, None, :])

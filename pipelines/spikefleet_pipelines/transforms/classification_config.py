@@ -1,7 +1,8 @@
 """The config of the image transform; `classification.py` implements it.
 
 Training, in this order: random crop (of the padded image, or random resized crop), horizontal flip, AutoAugment,
-normalisation, cutout, mixup or CutMix. Evaluation: resize and centre crop if set, normalisation.
+normalisation, cutout, mixup or CutMix. Evaluation: resize and centre crop if set, normalisation. What raw images need
+of crop, flip and cutout can be computed on the device that trains on them, with the same result to the bit.
 """
 
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
@@ -50,6 +51,11 @@ class TransformConfig(BatchTransformConfig):
         le=1.0,
         description="training: probability that a rectangle is that of another image, whose class gets its share",
     )
+    augment_on: Literal["loader", "device"] = Field(
+        default="loader",
+        description="where training images are cropped, flipped and cut out; device: loaders send them as they are "
+        "stored, and the training's device does it; both give the same images to the bit",
+    )
     resize: int | None = Field(default=None, ge=1, le=4096, description="evaluation: length of the shorter side")
     center_crop: int | None = Field(default=None, ge=1, le=4096, description="evaluation: side of the crop")
 
@@ -74,10 +80,29 @@ class TransformConfig(BatchTransformConfig):
                 f"mixup is {self.mixup} and cut_mix is {self.cut_mix}, of which an image gets one; set them to at most "
                 "1 together"
             )
+        self._device_augments()
         least, most = self.random_resized_crop_scale
         if not 0 < least <= most <= 1:
             raise ValueError(f"random_resized_crop_scale is {(least, most)}, expected two ascending numbers in (0, 1]")
         return self
+
+    def _device_augments(self) -> None:
+        """Refuse what is not computed on the device: resizes, and what is not the same there to the bit."""
+        wrong = {
+            "random_resized_crop": self.random_resized_crop is not None,
+            "auto_augment": self.auto_augment != "none",
+            "mixup": self.mixup > 0,
+            "cut_mix": self.cut_mix > 0,
+        }
+        for name in (name for name, refused in wrong.items() if refused and self.augments_on_device):
+            raise ValueError(
+                f"{name} is {getattr(self, name)!r}, which augment_on=device does not compute; set augment_on=loader"
+            )
+
+    @property
+    def augments_on_device(self) -> bool:
+        """Whether the device changes pixels in training; see `BatchTransformConfig`."""
+        return self.augment_on == "device"
 
     def check_images(self, image_shape: tuple[int, int, int] | None) -> None:
         """Check the config against images of shape [C, H, W], or encoded ones of varying size (None).
@@ -91,6 +116,11 @@ class TransformConfig(BatchTransformConfig):
             raise ValueError(
                 f"auto_augment {self.auto_augment!r} needs 3 channels, but the images have {channels}; set "
                 "auto_augment=none"
+            )
+        if image_shape is None and self.augments_on_device:
+            raise ValueError(
+                "data.transform.augment_on is 'device', but the images have varying sizes; set "
+                "data.transform.augment_on=loader"
             )
         if image_shape is None and (self.random_resized_crop is None or self.center_crop is None):
             raise ValueError(

@@ -250,6 +250,7 @@ _NOT_IDENTITY = (
     "data.check_content",
     "data.loader_processes",
     "data.transform.bin_on",
+    "data.transform.augment_on",
 )
 
 

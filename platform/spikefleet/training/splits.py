@@ -67,7 +67,8 @@ def training_loader(
     Args:
         store: of the data.
         config: of the run.
-        device: of the training, where events are counted; a GPU normalises images too.
+        device: of the training, where events are counted; a GPU normalises images too, and with `augment_on=device` any
+            device augments and normalises them.
         processes: loader processes.
         pin_memory: put batches in page-locked memory.
 
@@ -75,9 +76,9 @@ def training_loader(
         ValueError: the transform does not fit.
     """
     samples, stream = store.samples("train"), config.train.stream
-    on_gpu = torch.device(device).type == "cuda"
+    on_device = torch.device(device).type == "cuda" or config.transform.augments_on_device
     loader: type[BatchLoader] = BatchLoader
-    extra: dict[str, bool] = {"pixels": True} if on_gpu and stream is None else {}
+    extra: dict[str, bool] = {"pixels": True} if on_device and stream is None else {}
     if stream is not None:
         from spikefleet_pipelines.streams import StreamLoader, StreamSamples, recordings_of  # with pyarrow
 

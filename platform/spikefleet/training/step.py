@@ -265,7 +265,8 @@ def micro_batches(batch: Batch, parts: int) -> Iterator[Batch]:
     start = 0
     for images, indices in zip(batch.images.tensor_split(parts), batch.indices.tensor_split(parts), strict=True):
         stop = start + len(indices)
-        yield Batch(images, batch.targets[start:stop], indices, batch.global_count, scaling=batch.scaling)
+        augmentation = None if batch.augmentation is None else batch.augmentation.part(start, stop)
+        yield Batch(images, batch.targets[start:stop], indices, batch.global_count, None, batch.scaling, augmentation)
         start = stop
 
 
