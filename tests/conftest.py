@@ -19,6 +19,7 @@ from spikefleet.tracking.mlflow_client import quiet_mlflow
 quiet_ray()
 quiet_mlflow()
 if TYPE_CHECKING:
+    from spikefleet_models.kernels import CpuForm
     from support.built_database import BuiltOnce
 pytest.register_assert_rewrite("support")  # its asserts then say as much as those of a test module
 for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "RAY_ADDRESS"):
@@ -113,6 +114,26 @@ def ray_on_two_cpus() -> None:
             logging_level="error",
             object_store_memory=200_000_000,
         )
+
+
+@pytest.fixture
+def lean_form() -> Iterator[None]:
+    """The lean form of the spiking unit, which a call of the test must take, and none the native form."""
+    from support.cpu_forms import assert_ran, chosen_form
+
+    with chosen_form("lean") as ran:
+        yield
+    assert_ran("lean", ran)
+
+
+@pytest.fixture(params=["lean", "native"])
+def cpu_form(request: pytest.FixtureRequest) -> Iterator[CpuForm]:
+    """Each form of the spiking unit on the CPU, which a call of the test must take."""
+    from support.cpu_forms import assert_ran, chosen_form
+
+    with chosen_form(request.param) as ran:
+        yield request.param
+    assert_ran(request.param, ran)
 
 
 @pytest.fixture

@@ -159,10 +159,15 @@ class SpikeFlow(_Dispatching, TorchDispatchMode):
         """Name of the innermost module that runs."""
         return self._running[-1] if self._running else ""
 
-    @property
-    def is_in_neuron(self) -> bool:
-        """Whether a neuron or gate runs."""
-        return self._call is not None and not self._call.is_layer
+    def note_reader(self, name: str, tensor: Tensor) -> None:
+        """Called before Python, or code that Python hands an address to, reads a tensor without an operation."""
+        origin = self.origin(tensor)
+        if self._call is not None and not self._call.is_layer:
+            # Native kernels get addresses: of a neuron's membrane there is no other trace.
+            if self._key(tensor) not in self._call.storages:
+                self._call.reads += origins([origin])
+        elif origin is not None and origin.kind != "image":
+            self.after_reading(f"{name} in {self.module}" if self.module else name)
 
     def _look(self, tensor: Tensor) -> Origin | None:
         return self._origins.get(self._key(tensor), FOREIGN)
@@ -294,11 +299,8 @@ class _Readers(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name in _READERS and not self._flow.is_in_neuron:
-            origin = self._flow.origin(args[0])
-            if origin is not None and origin.kind != "image":
-                where = self._flow.module
-                self._flow.after_reading(f"{name} in {where}" if where else name)
+        if name in _READERS:
+            self._flow.note_reader(name, args[0])
         return func(*args, **(kwargs or {}))
 
 

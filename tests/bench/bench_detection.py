@@ -30,6 +30,7 @@ from torch import nn
 from spikefleet.tasks.coco_metrics import FoundBoxes, evaluate_boxes, ground_truth, results
 from spikefleet_models.detection import Objects
 from spikefleet_models.families import build_model, model_config
+from spikefleet_models.kernels import unit_form
 from spikefleet_models.reparam import deploy
 from spikefleet_pipelines.store.annotations import Annotations
 
@@ -155,6 +156,7 @@ def main() -> None:
         print(f"{what:14} {first} {one:.3f} s, {second} {other:.3f} s: ratio {one / other:.3f}", flush=True)
     for title, peak in memory.items():
         print(f"peak memory    {title} {peak:.0f} MiB")
+    print(f"spiking units: {unit_form(torch.device('cpu'))}")
     if arguments.json:
         arguments.json.write_text(json.dumps({"seconds": figures, "peak_mib": memory}, indent=2) + "\n")
 

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from spikefleet_models.families import build_model, model_config
+from spikefleet_models.kernels import unit_form
 from spikefleet_models.reparam import deploy
 
 TWIN = "ANN twin, fp32"
@@ -81,6 +82,7 @@ def main() -> None:
         print(f"{name:26} {1e3 * medians[name]:8.1f} ms   {ratio:.2f} of the twin in fp32 (best/best {best:.2f})")
     print(f"int8 / fp32 of the faster form: {medians['spiking, int8'] / medians['spiking, fp32, factored']:.2f}")
     print(f"threads {arguments.threads}, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}")
+    print(f"spiking units: {unit_form(torch.device('cpu'))}")
     if arguments.json:
         arguments.json.write_text(json.dumps({"seconds": seconds, "medians": medians}, indent=2) + "\n")
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 import time
 from collections.abc import Iterable
@@ -36,6 +35,7 @@ from spikefleet.training.checkpoints import best_network, load_checkpoint
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.events import NullSink
 from spikefleet.training.loop import train
+from spikefleet_models.kernels import unit_form
 
 RECIPE = "saccades_small"
 NETWORKS = {
@@ -165,7 +165,7 @@ def main() -> None:
         with given.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(table([row]).splitlines()[-1], flush=True)
-    print(f"\nkernels: {os.environ.get('SPIKEFLEET_KERNELS', 'default')}\n\n{table(known[row] for row in wanted)}")
+    print(f"\nkernels: {unit_form(torch.device('cpu'))}\n\n{table(known[row] for row in wanted)}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +23,10 @@ from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.events import Event, StepDone
 from spikefleet.training.loop import Outcome, train
 from spikefleet.training.step_reading import NonFiniteError
-from spikefleet_models.kernels import CHOICE
+from spikefleet_models.kernels import CpuForm
 from spikefleet_pipelines.sources import prepare
 from spikefleet_pipelines.store.reader import Store
+from support.cpu_forms import assert_ran, chosen_form, needs_compiler
 from support.ranks import run_ranks
 from support.snapshots import assert_same_end, cut, differences, end_of
 
@@ -240,22 +243,34 @@ def test_a_run_that_ends_during_its_proof_goes_on_from_there(
     assert finished.promotion is not None
 
 
+@pytest.fixture(scope="module")
+def first_losses(
+    stores: dict[str, Store], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, CpuForm], list[float]]:
+    """The first losses of a recipe in a form of the spiking unit, trained once."""
+
+    @cache
+    def losses(recipe: str, form: CpuForm) -> list[float]:
+        config = load_config(recipe, parse_overrides(["tracking.every_steps=1", "cluster.workers=0"]))
+        steps = Steps()
+        with chosen_form(form) as ran:
+            first_steps(config, store_of(config, stores), tmp_path_factory.mktemp(form), len(GOLDEN[recipe]), steps)
+        assert_ran(form, ran)
+        return [row["train/loss"] for row in steps.rows]
+
+    return losses
+
+
+@pytest.mark.parametrize("form", ["lean", pytest.param("native", marks=needs_compiler)])
 @pytest.mark.parametrize("recipe", GOLDEN)
 def test_golden_losses(
-    recipe: str, stores: dict[str, Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_figures: None
+    recipe: str, form: CpuForm, first_losses: Callable[[str, CpuForm], list[float]], no_figures: None
 ) -> None:
     """A refactoring must not move them, in the lean form; the native one has the same spikes, gradients to 3e-6."""
-    golden, tolerance = GOLDEN[recipe], AFTER_AN_UPDATE.get(recipe, 2e-3)
-    config = load_config(recipe, parse_overrides(["tracking.every_steps=1", "cluster.workers=0"]))
-    losses: dict[str, list[float]] = {}
-    for form in ("lean", "native"):
-        monkeypatch.setenv(CHOICE, form)
-        steps = Steps()
-        first_steps(config, store_of(config, stores), tmp_path / form, len(golden), steps)
-        losses[form] = [row["train/loss"] for row in steps.rows]
-        assert losses[form][0] == pytest.approx(golden[0], rel=2e-3)
-        assert losses[form] == pytest.approx(golden, rel=tolerance)
-    assert losses["native"][:2] == pytest.approx(losses["lean"][:2], rel=3e-6)
+    golden, losses = GOLDEN[recipe], first_losses(recipe, form)
+    assert losses[0] == pytest.approx(golden[0], rel=2e-3)
+    assert losses == pytest.approx(golden, rel=AFTER_AN_UPDATE.get(recipe, 2e-3))
+    assert losses[:2] == pytest.approx(first_losses(recipe, "lean")[:2], rel=3e-6)
 
 
 @pytest.mark.parametrize("recipe", ["digits", "scenes_spike_yolo", "scenes_retinanet"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from spikefleet_models.families import build_model, model_config
 from spikefleet_models.kernels import CHOICE, CpuForm
 from spikefleet_models.spiking_unit import SpikingUnit
 from spikefleet_pipelines.store.reader import Store
+from support.cpu_forms import needs_compiler
 from support.events import KeptEvents
 from support.ranks import run_ranks
 from support.snapshots import assert_same_end, cut, differences, end_of
@@ -42,9 +42,6 @@ SETTINGS = [
     "tracking.every_steps=1",
     "cluster.workers=0",
 ]
-needs_compiler = pytest.mark.skipif(
-    not any(shutil.which(name) for name in ("c++", "g++", "clang++")), reason="no C++ compiler"
-)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +88,9 @@ def test_a_run_keeps_its_form(
     assert differences(end_of(tmp_path / "native"), end_of(tmp_path / "lean")) != []
 
     cut(tmp_path / "native", 2, tmp_path / "native again")
-    assert trained(tmp_path / "native again", config, store).kernels == "native"
+    again = trained(tmp_path / "native again", config, store)
+    assert (again.kernels, len(again.notes)) == ("native", 1)
+    assert again.notes[0].startswith("the spiking unit has its native form as before, not the lean one")
     assert_same_end(tmp_path / "native again", tmp_path / "native")
 
     monkeypatch.setenv(CHOICE, "native")
@@ -101,7 +100,10 @@ def test_a_run_keeps_its_form(
     CheckpointFolder(tmp_path / "earlier/checkpoints").save(2, replace(snapshot, state=state))
     resumed = trained(tmp_path / "earlier", config, store)
     assert resumed.kernels == "lean (as before)"
-    assert resumed.notes == ["the spiking unit has its lean form as before, not the native one, so that no bit differs"]
+    assert resumed.notes == [
+        "the spiking unit has its lean form as before, not the native one, so that no bit differs; start a new run for "
+        "the native one"
+    ]
     assert_same_end(tmp_path / "earlier", tmp_path / "lean")
 
 
@@ -145,22 +147,41 @@ def test_all_ranks_use_one_form(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(CHOICE, raising=False)
     network = build_model(model_config("sg_resnet_tiny"))
 
+    notes = []
+
     def settled(*others: Any, recorded: CpuForm | None = None) -> tuple[str, bool]:
         events = KeptEvents()
         found = settle_form([network], group(*others), events, recorded)
         assert events.notes == ([] if found.note is None else [found.note])
         forms = {unit.implementation for unit in network.modules() if isinstance(unit, SpikingUnit)}
         assert forms == {found.form}
+        notes.append(found.note)
         return found.description, found.note is not None
 
     assert settled(rank()) == ("native", False)
     assert settled(rank(flaw="no C++ compiler")) == ("lean (no C++ compiler on node-7)", True)
-    assert settled(rank("lean")) == ("lean", False)
+    assert notes[-1].endswith("on node-7; install g++ or clang++ there, or set SPIKEFLEET_KERNELS=lean")
     assert settled(rank("lean", named=True)) == (f"lean ({CHOICE}=lean on node-7)", False)
     assert settled(rank(flaw="no C++ compiler"), recorded="native") == ("lean (no C++ compiler on node-7)", True)
+    assert notes[-1].endswith("on node-7; install g++ or clang++ there and resume again")
     assert settled(rank(), recorded="native") == ("native", False)
-    assert settled(rank(), recorded="lean") == ("lean", False)
+    assert settled(rank("lean", named=True), recorded="native") == ("native", True)
+    assert notes[-1].startswith("the spiking unit has its native form as before, not the lean one")
+    assert settled(rank(), recorded="lean") == ("lean (as before)", False)
+    assert settled(rank("lean", named=True), recorded="lean") == ("lean (as before)", False)
     assert settled(rank(named=True), recorded="lean") == ("lean (as before)", True)
+
+
+@pytest.mark.parametrize("broken", ["native_needs_compiling", "native_flaw"])
+def test_a_check_that_fails_leaves_no_rank_waiting(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise OSError("disk is gone")
+
+    monkeypatch.delenv(CHOICE, raising=False)
+    monkeypatch.setattr(unit_forms, broken, fail)
+    found = settle_form([], group(), NullSink(), None)
+    assert found.form == "lean"
+    assert f"its check failed: OSError('disk is gone') on {socket.gethostname()}; install" in str(found.note)
 
 
 @needs_compiler

@@ -54,6 +54,8 @@ class Alone:
 
     refused: list[str]
     answers: dict[str, Any]
+    form: str
+    """Of spiking units."""
     _ports: dict[str, int]
     _process: subprocess.Popen[str]
 
@@ -93,4 +95,4 @@ def _started(process: subprocess.Popen[str], out: IO[str]) -> Alone:
     line = out.readline()
     assert line, "the process failed; its standard error says why"
     said = json.loads(line)
-    return Alone(said["refused"], said["answers"], said["ports"], process)
+    return Alone(said["refused"], said["answers"], said["form"], said["ports"], process)

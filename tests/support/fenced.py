@@ -2,8 +2,8 @@
 
 usage: python -I fenced.py REQUEST, a file of JSON: `admitted`, the packages; `unwanted`, names to try to import;
 `serve`, the model directories to serve over HTTP by name; `open`, for each name a package and images for it. It prints
-a line of JSON when it serves: `refused`, `ports`, `answers`; and at the end of its input one with the file of each
-module that it imported.
+a line of JSON when it serves: `refused`, `ports`, `answers`, and the `form` of spiking units; and at the end of its
+input one with the file of each module that it imported.
 """
 
 import importlib
@@ -76,7 +76,12 @@ def main() -> None:
     for name, (package, images) in request["open"].items():
         answer = ServedNetwork.open(Path(package)).answer(images)
         answers[name] = answer if isinstance(answer, list) else answer.to_numpy().tolist()
-    print(json.dumps({"refused": absent, "ports": ports, "answers": answers}), flush=True)
+    import torch
+
+    from spikefleet_models.kernels import unit_form
+
+    form = unit_form(torch.device("cpu"))
+    print(json.dumps({"refused": absent, "ports": ports, "answers": answers, "form": form}), flush=True)
     sys.stdin.read()
     print(json.dumps({name: getattr(module, "__file__", None) for name, module in sys.modules.items()}), flush=True)
 

@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from spikefleet_models import AnyModelConfig, build_model, list_models, model_config
 from spikefleet_models.detection import Objects
 from spikefleet_models.health import SpikeMonitor
+from spikefleet_models.kernels import CpuForm
 from spikefleet_models.neuron_config import NeuronConfig
+from spikefleet_models.neurons import spiking_nodes
 from spikefleet_models.spiking_unit import use_implementation
+from support.cpu_forms import assert_ran, chosen_form
 
 SMALL = {
     "sg_resnet": {"width": 0.25},
@@ -108,18 +111,22 @@ def test_state_dict_survives_safetensors(name: str, tmp_path: Path) -> None:
         assert outputs_equal(model(images), other(images))
 
 
+@pytest.mark.parametrize("form", ["lean", "native"])
 @pytest.mark.parametrize("name", [*CLASSIFIERS, "retinanet_tiny"])
-def test_lean_equals_reference(name: str) -> None:
-    lean, images = small(name)
-    reference = copy.deepcopy(lean)
+def test_fused_forms_equal_the_reference(name: str, form: CpuForm) -> None:
+    fused, images = small(name)
+    reference = copy.deepcopy(fused)
     use_implementation(reference, "reference")
-    outputs, gradients = train_once(lean, images)
+    with chosen_form(form) as ran:
+        outputs, gradients = train_once(fused, images)
+    if spiking_nodes(fused):
+        assert_ran(form, ran)
     expected_outputs, expected = train_once(reference, images)
     assert outputs_equal(outputs, expected_outputs)
     for key, gradient in expected.items():
         assert (gradients[key] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), key
     for key, buffer in reference.named_buffers():
-        assert torch.equal(dict(lean.named_buffers())[key], buffer), key
+        assert torch.equal(dict(fused.named_buffers())[key], buffer), key
 
 
 @pytest.mark.parametrize("kind", ["lif", "plif"])

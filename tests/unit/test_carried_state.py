@@ -12,6 +12,7 @@ from spikefleet_models import equivalence, membrane, spike_driven
 from spikefleet_models.carried_state import CarriedState, carried, restore_state, with_state
 from spikefleet_models.equivalence import check_carried
 from spikefleet_models.families import build_model, model_config
+from spikefleet_models.kernels import CpuForm
 from spikefleet_models.neuron_config import NeuronConfig
 from spikefleet_models.neurons import ILIF, spiking_nodes
 from spikefleet_models.reparam import deploy
@@ -98,7 +99,7 @@ def test_two_windows_are_one_long_one(name: str, steps: int) -> None:
 
 @pytest.mark.parametrize("name", [name for name in NETWORKS if name.startswith(("sg", "bsg", "post", "small"))])
 @torch.no_grad()
-def test_fused_windows_are_one_long_one(name: str) -> None:
+def test_fused_windows_are_one_long_one(name: str, cpu_form: CpuForm) -> None:
     """Hooks keep the unit from its fused form; here there are none, and features and membranes are compared."""
     short, long, channels = network_pair(name, 2)
     x = frames(4, channels)
@@ -149,7 +150,7 @@ def test_gradients_through_two_windows_are_those_of_one_long_one(name: str) -> N
 @pytest.mark.parametrize("form", list(FORMS))
 @pytest.mark.parametrize("tile", [1 << 18, 300])
 def test_lean_form_with_a_state_equals_the_reference(
-    form: str, layout: torch.memory_format, tile: int, monkeypatch: pytest.MonkeyPatch
+    form: str, layout: torch.memory_format, tile: int, monkeypatch: pytest.MonkeyPatch, lean_form: None
 ) -> None:
     monkeypatch.setattr(membrane, "TILE_ELEMENTS", tile)
     lean = unit(**FORMS[form])
@@ -183,7 +184,7 @@ def _run_from_state(module: SpikingUnit, layout: torch.memory_format) -> dict[st
     return result | {f"grad {name}": p.grad for name, p in module.named_parameters()}  # type: ignore[return-value]
 
 
-def test_a_carried_state_saves_the_first_membrane_and_no_more() -> None:
+def test_a_carried_state_saves_the_first_membrane_and_no_more(lean_form: None) -> None:
     z, _, _ = inputs()
     z.requires_grad_()
     kept: list[set[int]] = []
@@ -201,7 +202,7 @@ def test_a_carried_state_saves_the_first_membrane_and_no_more() -> None:
     assert kept[1] - kept[0] == {z.numel() // T}
 
 
-def test_a_last_membrane_alone_has_gradients() -> None:
+def test_a_last_membrane_alone_has_gradients(cpu_form: CpuForm) -> None:
     module = unit(gate="bsg")
     z, x, _ = inputs()
     z.requires_grad_()
@@ -213,7 +214,7 @@ def test_a_last_membrane_alone_has_gradients() -> None:
     assert z.grad.any()
 
 
-def test_a_16_bit_unit_carries_an_fp32_membrane() -> None:
+def test_a_16_bit_unit_carries_an_fp32_membrane(cpu_form: CpuForm) -> None:
     module, wide = unit().eval(), unit().eval()
     z, _, _ = inputs()
     state = wide_state = None

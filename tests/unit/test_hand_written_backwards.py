@@ -105,7 +105,7 @@ def gradients(module: SpikingUnit) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("form", list(FORMS))
-def test_the_unit_is_plain_autograd_in_fp64(form: str) -> None:
+def test_the_unit_is_plain_autograd_in_fp64(form: str, lean_form: None) -> None:
     """Of the formulas, with the surrogate for the derivative of the spike."""
     lean = unit(**FORMS[form])
     reference = copy.deepcopy(lean)

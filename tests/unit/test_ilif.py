@@ -1,5 +1,7 @@
 """I-LIF is the recurrence of its paper and released code: same integers, same gradients, one byte an element saved."""
 
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,12 +13,23 @@ from torch import Tensor, nn
 from spikefleet_models import build_model, model_config
 from spikefleet_models.gates import build_gate
 from spikefleet_models.health import SpikeMonitor
+from spikefleet_models.kernels import CpuForm
 from spikefleet_models.membrane import TILE_ELEMENTS
 from spikefleet_models.neuron_config import NeuronConfig
 from spikefleet_models.neurons import ILIF, build_neuron, spiking_nodes
 from spikefleet_models.spiking_unit import SpikingUnit, use_implementation
+from support.cpu_forms import chosen_form
 
 GEN1 = {"leak": 0.5, "input_scale": 0.5}
+
+
+@pytest.fixture(params=["lean", "native"], autouse=True)
+def form(request: pytest.FixtureRequest) -> Iterator[tuple[CpuForm, Counter[str]]]:
+    """The chosen form, and calls of each; fp64 and fp16 take the lean one whichever is chosen."""
+    chosen: CpuForm = request.param
+    with chosen_form(chosen) as ran:
+        yield chosen, ran
+    assert chosen == "native" or not ran["native"]
 
 
 class Emission(torch.autograd.Function):
@@ -132,7 +145,7 @@ def test_the_first_step_has_no_leak_and_the_scale_acts_on_it() -> None:
 
 @pytest.mark.parametrize("bound", [1, 2, 4, 8])
 @pytest.mark.parametrize("T", [1, 2, 4])
-def test_equals_spikingjelly(T: int, bound: int) -> None:
+def test_equals_spikingjelly(T: int, bound: int, form: tuple[CpuForm, Counter[str]]) -> None:
     theirs = neuron.ILIFNode(
         tau=4 / 3, surrogate_function=surrogate.MultiLevelSpikeCount(bound), detach_reset=True, step_mode="m"
     )
@@ -141,6 +154,8 @@ def test_equals_spikingjelly(T: int, bound: int) -> None:
     expected, expected_grad = run(theirs, x, weights)
     assert torch.equal(emitted, expected)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-6, atol=1e-6)
+    chosen, ran = form
+    assert ran == {chosen: 1}
 
 
 @pytest.mark.parametrize("T", [1, 4])
@@ -189,11 +204,13 @@ def test_every_memory_layout_gives_the_same(T: int, layout: str) -> None:
         assert emitted.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
 
 
-def test_tiles_join() -> None:
+def test_tiles_join(form: tuple[CpuForm, Counter[str]]) -> None:
     x = torch.randn(2, 5, TILE_ELEMENTS // 8) * 3
     x[0, 3] += 1
     expected = literal(x, 4)
     assert torch.equal(build_neuron(NeuronConfig(kind="ilif"))(x), expected)
+    chosen, ran = form
+    assert ran == {chosen: 1}
 
 
 @pytest.mark.parametrize("T", [1, 4])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from spikefleet_models.families import build_model, model_config
 from spikefleet_models.kernels import native_check, native_library, native_unit
 from spikefleet_models.spiking_unit import SpikingUnit, use_implementation
 from spikefleet_models.unit_spec import UnitSpec
+from support.cpu_forms import COMPILER, needs_compiler
 
 T, B, SIDES = 3, 2, (5, 4)
 ILIF = {"kind": "ilif", "bound": 4, "leak": 0.3, "input_scale": 0.7}
@@ -35,8 +35,6 @@ NATIVE: dict[str, dict[str, Any]] = {
     "ilif binary bsg exact": {**ILIF, "bound": 1, "gate": "bsg", "gradient": "exact"},
     "ilif binary iand": {**ILIF, "bound": 1, "gate": "iand"},
 }
-COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
-needs_compiler = pytest.mark.skipif(not COMPILER, reason="no C++ compiler")
 
 
 @pytest.fixture

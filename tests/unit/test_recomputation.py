@@ -17,6 +17,7 @@ from spikefleet_models import recomputation
 from spikefleet_models.carried_state import with_state
 from spikefleet_models.families import build_model, list_models, model_config
 from spikefleet_models.health import SpikeMonitor
+from spikefleet_models.kernels import CpuForm
 from spikefleet_models.packed_spikes import packed_spikes
 from spikefleet_models.recomputation import StagedNetwork, recompute_stages
 
@@ -64,7 +65,7 @@ def equal(ours: list[Tensor | None], theirs: list[Tensor | None]) -> bool:
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["sg_resnet_tiny", "seven_b_net_narrow", "retinanet_tiny", "spike_yolo_tiny"])
-def test_nothing_changes_but_what_is_kept(name: str, bf16: bool) -> None:
+def test_nothing_changes_but_what_is_kept(name: str, bf16: bool, cpu_form: CpuForm) -> None:
     model, x = built(name)
     plain = step(model, x, 0, bf16)
     stages = model.get_submodule("").stage_blocks()  # type: ignore[operator]

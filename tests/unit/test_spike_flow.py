@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from spikefleet_models.families import build_model, list_models, model_config
 from spikefleet_models.gates import Gate, GateName, build_gate
+from spikefleet_models.kernels import CpuForm
 from spikefleet_models.neuron_config import NeuronConfig
 from spikefleet_models.neurons import build_neuron, spiking_nodes
 from spikefleet_models.operation_counts import OperationCounts, count_operations
@@ -236,3 +237,30 @@ def test_what_runs_beside_neurons_gates_and_layers_is_seen() -> None:
     network = Between(1, lambda s: s).eval()
     network.second.forward = lambda x: F.conv2d(x / 2, network.second.weight)  # type: ignore[assignment, method-assign]
     assert count_operations(network, [images]).layers[-1].bound == 0
+
+
+class Smuggler(nn.Module):
+    """Its second neurons start from a membrane that was computed outside of them, of the spikes of the first ones."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.last = (nn.Conv2d(3, 3, 1) for _ in range(3))
+        self.spikes, self.neuron = (build_neuron(NeuronConfig(kind="ilif", bound=1)) for _ in range(2))
+        self.neuron.keep_state = True
+        self.scale = scale
+
+    def forward(self, images: Tensor) -> Tensor:
+        spikes = self.spikes(self.first(images).unsqueeze(0))
+        self.neuron.reset()
+        if self.scale:
+            self.neuron.v = (spikes[0] * self.scale).tanh()
+        return self.last(self.neuron(self.second(spikes[0]).unsqueeze(0))[0])
+
+
+def test_a_membrane_from_elsewhere_is_seen_in_every_form(cpu_form: CpuForm) -> None:
+    """The native form gets its address, which no operation shows."""
+    images = torch.rand(2, 3, 4, 4) * 4
+    assert isinstance(layer_inputs(Smuggler(0).eval(), images)["last"], SpikeFed)
+    with pytest.raises(NotSpikeDrivenError, match="neuron neuron depends on operation mul"):
+        layer_inputs(Smuggler(0.5).eval(), images)

@@ -1,4 +1,7 @@
-"""The spiking unit: lean form, module form and reference compute the same thing; state and layouts survive."""
+"""The spiking unit: lean form, module form and reference compute the same thing; state and layouts survive.
+
+test_native_unit.py has the native form; what both must keep is tested in both here.
+"""
 
 import copy
 
@@ -10,6 +13,7 @@ from torch import Tensor, nn
 from spikefleet_models import membrane
 from spikefleet_models.gates import GateGradient, build_gate
 from spikefleet_models.health import SpikeMonitor
+from spikefleet_models.kernels import CpuForm
 from spikefleet_models.neuron_config import NeuronConfig
 from spikefleet_models.neurons import build_neuron
 from spikefleet_models.spiking_unit import SpikingUnit, use_implementation
@@ -85,7 +89,7 @@ FORMS = {
 @pytest.mark.parametrize("form", list(FORMS))
 @pytest.mark.parametrize("tile", [1 << 18, 300])
 def test_lean_equals_reference(
-    form: str, layout: torch.memory_format, tile: int, monkeypatch: pytest.MonkeyPatch
+    form: str, layout: torch.memory_format, tile: int, monkeypatch: pytest.MonkeyPatch, lean_form: None
 ) -> None:
     monkeypatch.setattr(membrane, "TILE_ELEMENTS", tile)
     lean = unit(**FORMS[form])
@@ -104,7 +108,7 @@ def test_lean_equals_reference(
 @pytest.mark.parametrize("kind", ["if", "plif"])
 @pytest.mark.parametrize("tile", [1 << 18, 300])
 def test_static_input_is_normalised_once(
-    kind: str, layout: torch.memory_format, tile: int, monkeypatch: pytest.MonkeyPatch
+    kind: str, layout: torch.memory_format, tile: int, monkeypatch: pytest.MonkeyPatch, lean_form: None
 ) -> None:
     monkeypatch.setattr(membrane, "TILE_ELEMENTS", tile)
     lean = unit(kind=kind)
@@ -118,7 +122,7 @@ def test_static_input_is_normalised_once(
 
 
 @pytest.mark.parametrize("change", ["momentum", "eps", "gamma"])
-def test_comparison_notices_a_different_norm(change: str) -> None:
+def test_comparison_notices_a_different_norm(change: str, cpu_form: CpuForm) -> None:
     lean = unit()
     reference = copy.deepcopy(lean)
     use_implementation(reference, "reference")
@@ -135,7 +139,7 @@ def test_comparison_notices_a_different_norm(change: str) -> None:
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("form", ["plain", "bsg", "bsg exact", "post_add", "plif"])
-def test_bf16_keeps_fp32_inside(form: str, layout: torch.memory_format) -> None:
+def test_bf16_keeps_fp32_inside(form: str, layout: torch.memory_format, lean_form: None) -> None:
     lean = unit(**FORMS[form])
     reference = copy.deepcopy(lean)
     use_implementation(reference, "reference")
@@ -152,7 +156,7 @@ def test_bf16_keeps_fp32_inside(form: str, layout: torch.memory_format) -> None:
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_evaluation_uses_running_statistics(layout: torch.memory_format) -> None:
+def test_evaluation_uses_running_statistics(layout: torch.memory_format, cpu_form: CpuForm) -> None:
     lean = unit(gate="bsg").eval()
     z, x, _ = inputs(layout)
     lean.bn.running_mean.normal_()
@@ -173,7 +177,7 @@ def test_evaluation_has_gradients_too() -> None:
     assert_same(run(lean, z, x, weights), run(reference, z, x, weights))
 
 
-def test_other_normalisations_take_the_module_form() -> None:
+def test_other_normalisations_take_the_module_form(cpu_form: CpuForm) -> None:
     class CountingNorm(nn.BatchNorm2d):
         calls = 0
 
@@ -193,7 +197,7 @@ def test_other_normalisations_take_the_module_form() -> None:
     assert torch.equal(synchronised.eval()(z), unit().eval()(z))
 
 
-def test_observed_modules_really_run_and_change_nothing() -> None:
+def test_observed_modules_really_run_and_change_nothing(cpu_form: CpuForm) -> None:
     module, twin = unit(gate="bsg"), unit(gate="bsg")
     z, x, weights = inputs()
     with SpikeMonitor(module) as monitor:
@@ -202,7 +206,7 @@ def test_observed_modules_really_run_and_change_nothing() -> None:
     assert_same(observed, run(twin, z, x, weights))
 
 
-def test_kept_state_is_honoured() -> None:
+def test_kept_state_is_honoured(cpu_form: CpuForm) -> None:
     module = unit()
     module.neuron.keep_state = True
     z, _, _ = inputs()
@@ -220,7 +224,7 @@ def test_kept_state_is_honoured() -> None:
         ("post_add", ["z", "x"]),
     ],
 )
-def test_saves_the_convolution_output_and_at_most_the_shortcut(form: str, tensors: list[str]) -> None:
+def test_saves_the_convolution_output_and_at_most_the_shortcut(form: str, tensors: list[str], lean_form: None) -> None:
     module = unit(**FORMS[form])
     z, x, _ = inputs()
     z.requires_grad_()
@@ -252,7 +256,7 @@ def test_a_learned_gate_saves_no_more_for_its_exact_gradient(form: str) -> None:
     assert 0 < kept["exact"] <= kept["literal"]
 
 
-def test_exact_and_literal_gradients_reach_the_convolution_differently() -> None:
+def test_exact_and_literal_gradients_reach_the_convolution_differently(cpu_form: CpuForm) -> None:
     z, x, weights = inputs()
     for gate in ("bsg", "bsg_star"):
         literal, exact = (run(unit(gate=gate, gradient=g), z, x, weights) for g in ("literal", "exact"))
@@ -263,12 +267,12 @@ def test_exact_and_literal_gradients_reach_the_convolution_differently() -> None
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_layout_of_the_input_is_kept(layout: torch.memory_format) -> None:
+def test_layout_of_the_input_is_kept(layout: torch.memory_format, cpu_form: CpuForm) -> None:
     z, _, _ = inputs(layout)
     assert unit()(z).flatten(0, 1).is_contiguous(memory_format=layout)
 
 
-def test_second_derivatives_are_refused() -> None:
+def test_second_derivatives_are_refused(cpu_form: CpuForm) -> None:
     z, _, _ = inputs()
     z.requires_grad_()
     weighted = unit()(z) * z.unflatten(0, (T, -1))

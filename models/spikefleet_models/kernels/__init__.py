@@ -20,7 +20,7 @@ CpuForm = Literal["native", "lean"]
 Implementation = Literal["auto", "triton", "native", "lean", "reference"]
 """What `use_implementation` takes."""
 
-DEFAULT_CPU_FORM: CpuForm = "native"
+_LIBRARY = "spikefleet_models.kernels.native_library"
 
 
 @cache
@@ -46,21 +46,23 @@ def load_native_unit() -> ModuleType:
 def native_flaw() -> str | None:
     """Why this machine cannot use the native form, compiled and checked by the first call; None where it can."""
     try:
-        library = import_module("spikefleet_models.kernels.native_library")
-    except ImportError:  # the code of a registered version holds none of it
-        return "its source is not installed"
-    try:
-        library.load_library()
-    except library.NativeUnavailableError as error:
-        return str(error)
-    difference: str | None = import_module("spikefleet_models.kernels.native_check").difference_from_lean()
-    return difference
+        library = import_module(_LIBRARY)
+        try:
+            library.load_library()
+        except library.NativeUnavailableError as error:
+            return str(error)
+        difference: str | None = import_module("spikefleet_models.kernels.native_check").difference_from_lean()
+        return difference
+    except ImportError as error:
+        # The code of a version that an earlier release registered holds none of it.
+        missing = isinstance(error, ModuleNotFoundError) and error.name == _LIBRARY
+        return "its source is not installed" if missing else f"its modules cannot be imported: {error}"
 
 
 def native_needs_compiling() -> bool:
     """Whether the first call of `native_flaw` on this machine compiles, which takes seconds."""
     try:
-        library = import_module("spikefleet_models.kernels.native_library")
+        library = import_module(_LIBRARY)
     except ImportError:
         return False
     needed: bool = library.needs_compiling()
@@ -83,14 +85,12 @@ def load_native_integers() -> ModuleType:
 
 
 def chosen_cpu_form() -> CpuForm:
-    """The form that this process should use on the CPU, by SPIKEFLEET_KERNELS, or by default.
+    """The form that this process should use on the CPU, by SPIKEFLEET_KERNELS; by default the native one.
 
     Raises:
         ValueError: SPIKEFLEET_KERNELS is neither `native` nor `lean`.
     """
-    chosen = os.environ.get(CHOICE, "").strip()
-    if not chosen:
-        return DEFAULT_CPU_FORM
+    chosen = os.environ.get(CHOICE, "").strip() or "native"
     if chosen not in get_args(CpuForm):
         raise ValueError(f"{CHOICE} is {chosen!r}, expected one of {', '.join(get_args(CpuForm))}")
     return "native" if chosen == "native" else "lean"
@@ -108,6 +108,6 @@ def unit_form(device: torch.device) -> str:
     if device.type != "cpu":
         return "lean"
     if chosen_cpu_form() == "lean":
-        return f"lean ({CHOICE}=lean)" if os.environ.get(CHOICE) else "lean"
+        return f"lean ({CHOICE}=lean)"
     flaw = native_flaw()
     return "native" if flaw is None else f"lean ({flaw})"

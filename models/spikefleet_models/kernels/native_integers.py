@@ -6,6 +6,7 @@ native_integers.h has the kernels.
 
 import ctypes
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ def _like(x: Tensor, shape: torch.Size, strides: tuple[int, ...]) -> Tensor:
     """The tensor itself, or a copy with these strides."""
     if x.shape == shape and x.stride() == strides:
         return x
-    return torch.empty_strided(shape, strides, dtype=x.dtype).copy_(x)
+    return torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device).copy_(x)
 
 
 class _NativeIntegers(torch.autograd.Function):
@@ -93,10 +94,11 @@ class _NativeIntegers(torch.autograd.Function):
         steps, n = x.shape[0], x[0].numel()
         strides = _strides(x)
         assert strides is not None
-        emitted = torch.empty_strided(x.shape, strides, dtype=x.dtype)
-        bits = torch.empty((steps, -(-n // 8)), dtype=torch.uint8) if any(ctx.needs_input_grad) else None
+        new, trains = partial(torch.empty_strided, device=x.device), any(ctx.needs_input_grad)
+        emitted = new(x.shape, strides, dtype=x.dtype)
+        bits = torch.empty((steps, -(-n // 8)), dtype=torch.uint8, device=x.device) if trains else None
         v_from = None if v_init is None else _like(v_init, x.shape[1:], strides[1:])
-        v_last = None if v_from is None else torch.empty_strided(x.shape[1:], strides[1:], dtype=torch.float32)
+        v_last = None if v_from is None else new(x.shape[1:], strides[1:], dtype=torch.float32)
         constants = n, x.dtype == torch.bfloat16, dynamics.bound, dynamics.leak, dynamics.input_scale
         addresses = x.data_ptr(), emitted.data_ptr(), _address(bits), _address(v_from), _address(v_last)
         _run(load_library().spikefleet_integers_forward, _Call(steps, *constants, *addresses))
@@ -111,13 +113,13 @@ class _NativeIntegers(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         grad, grad_v = grad_outputs
         (bits,) = ctx.saved_tensors
-        shape, strides = ctx.shape, ctx.strides
+        shape, strides, new = ctx.shape, ctx.strides, partial(torch.empty_strided, device=bits.device)
         if grad is not None:
             grad = _like(grad.to(ctx.dtype), shape, strides)
         if grad_v is not None:
             grad_v = _like(grad_v, shape[1:], strides[1:])
-        grad_x = torch.empty_strided(shape, strides, dtype=ctx.dtype)
-        to_v = torch.empty_strided(shape[1:], strides[1:], dtype=torch.float32) if ctx.has_state else None
+        grad_x = new(shape, strides, dtype=ctx.dtype)
+        to_v = new(shape[1:], strides[1:], dtype=torch.float32) if ctx.has_state else None
         addresses = _address(grad), grad_x.data_ptr(), bits.data_ptr(), _address(grad_v), _address(to_v)
         _run(load_library().spikefleet_integers_backward, _Call(shape[0], *ctx.constants, *addresses))
         return grad_x, to_v, None

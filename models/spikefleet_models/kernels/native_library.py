@@ -1,9 +1,12 @@
 """Compiles native_unit.cpp and its headers with the C++ compiler of this machine on first use, and loads the library.
 
-The library is kept in `$XDG_CACHE_HOME/spikefleet/native` (by default `~/.cache/spikefleet/native`), or, where that
-cannot be written, in `spikefleet-UID/native` in the directory for temporary files. Its name is a hash of the source,
-the flags, the compiler's version and the processor's features, so that hosts which share a home directory do not share
-it unless they are alike. Processes that need it at once wait for the one that compiles.
+The library is kept in `$XDG_CACHE_HOME/spikefleet/native` (by default `~/.cache/spikefleet/native`), or, where there
+is no such place or it cannot be written, in `spikefleet-UID/native` in the directory for temporary files. Its name is a
+hash of the source, the flags, the compiler's version and the processor's features, so that hosts which share a home
+directory do not share it unless they are alike. Processes that need it at once wait for the one that compiles.
+
+The sources are read by the loader of this module, as bytes: in a registered version they lie in the archive of its
+code. Those that are hashed are those that are compiled.
 
 `$CXX` names another compiler.
 """
@@ -17,14 +20,15 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("native_unit.cpp")
+SOURCES = ("native_unit.cpp", "native_elements.h", "native_integers.h", "native_statistics.h", "native_steps.h")
+"""Beside this file; the first one includes the others."""
 FLAGS = (
     "-std=c++17",
     "-O3",
@@ -52,13 +56,16 @@ def load_library() -> ctypes.CDLL:
         NativeUnavailableError: there is no C++ compiler, it fails, or torch lacks the function that shares its threads.
     """
     parallel_for = _parallel_for()
-    compiler = _compiler()
-    file = _library_file(compiler)
-    if not file.exists():
-        with _lock(file.with_suffix(".lock")):
-            if not file.exists():
-                _build(compiler, file)
-    _refuse_files_of_others(file)
+    compiler, sources = _compiler(), _read_sources()
+    file = _library_file(compiler, sources)
+    try:
+        if not file.exists():
+            with _lock(file.with_suffix(".lock")):
+                if not file.exists():
+                    _build(compiler, sources, file)
+        _refuse_files_of_others(file)
+    except OSError as error:
+        raise NativeUnavailableError(f"{file} cannot be built: {error}") from error
     try:
         library = ctypes.CDLL(str(file))
     except OSError as error:
@@ -75,16 +82,27 @@ def load_library() -> ctypes.CDLL:
 def needs_compiling() -> bool:
     """Whether the library can be built and is not in the cache yet: its first use will take seconds."""
     try:
-        return not _library_file(_compiler()).exists()
-    except NativeUnavailableError:
+        _parallel_for()
+        return not _library_file(_compiler(), _read_sources()).exists()
+    except (NativeUnavailableError, OSError):
         return False
 
 
-def _library_file(compiler: list[str]) -> Path:
+def _read_sources() -> dict[str, bytes]:
+    """The sources by their names."""
+    read = getattr(globals().get("__loader__"), "get_data", None)
+    if read is None:
+        raise NativeUnavailableError("its source is not installed")
+    try:
+        return {name: read(str(Path(__file__).with_name(name))) for name in SOURCES}
+    except OSError as error:
+        raise NativeUnavailableError(f"its source cannot be read: {error}") from error
+
+
+def _library_file(compiler: list[str], sources: Mapping[str, bytes]) -> Path:
     version = _run([*compiler, "--version"])
     key = hashlib.sha256()
-    sources = [file.read_bytes() for file in sorted(SOURCE.parent.glob("native_*.[ch]*"))]
-    for part in (*sources, repr((compiler, FLAGS)).encode(), version.encode(), _processor().encode()):
+    for part in (*sources.values(), repr((compiler, FLAGS)).encode(), version.encode(), _processor().encode()):
         key.update(hashlib.sha256(part).digest())
     return _folder() / f"{key.hexdigest()[:32]}.so"
 
@@ -103,7 +121,10 @@ def _parallel_for() -> int:
 
 
 def _compiler() -> list[str]:
-    named = shlex.split(os.environ.get("CXX", ""))
+    try:
+        named = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise NativeUnavailableError(f"CXX={os.environ['CXX']} is not a command: {error}") from error
     if named and shutil.which(named[0]) is None:
         raise NativeUnavailableError(f"CXX={named[0]} is not a program")
     if named:
@@ -117,7 +138,7 @@ def _compiler() -> list[str]:
 def _processor() -> str:
     """What `-march=native` depends on."""
     try:
-        with Path("/proc/cpuinfo").open() as lines:
+        with Path("/proc/cpuinfo").open(errors="replace") as lines:
             names = ("vendor_id", "model name", "flags", "Features", "CPU implementer", "CPU part")
             first = [line for line in _until_blank(lines) if line.startswith(names)]
     except OSError:
@@ -134,11 +155,10 @@ def _until_blank(lines: Iterator[str]) -> Iterator[str]:
 
 def _folder() -> Path:
     """A directory of this user alone that can be written, for libraries."""
-    home = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
-    places = [Path(home) / "spikefleet/native", Path(tempfile.gettempdir()) / f"spikefleet-{os.getuid()}/native"]
     flaws = []
-    for place in places:
+    for find in (_cache, _temporary):
         try:
+            place = find()
             place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             place.mkdir(mode=0o700, exist_ok=True)
             _refuse_files_of_others(place.parent)
@@ -146,9 +166,24 @@ def _folder() -> Path:
             if os.access(place, os.W_OK | os.X_OK):
                 return place
             flaws.append(f"{place} cannot be written")
-        except (OSError, NativeUnavailableError) as error:
+        except (OSError, RuntimeError) as error:
             flaws.append(str(error))
     raise NativeUnavailableError(f"no place for the library: {'; '.join(flaws)}")
+
+
+def _cache() -> Path:
+    """The user's cache.
+
+    Raises:
+        RuntimeError: the user has no home directory.
+    """
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # By its specification a relative path is none.
+    return (named if named.is_absolute() else Path("~/.cache").expanduser()) / "spikefleet/native"
+
+
+def _temporary() -> Path:
+    return Path(tempfile.gettempdir()) / f"spikefleet-{os.getuid()}/native"
 
 
 def _refuse_files_of_others(path: Path) -> None:
@@ -169,19 +204,17 @@ def _lock(file: Path) -> Iterator[None]:
         yield
 
 
-def _build(compiler: list[str], file: Path) -> None:
-    """Compile to a name of its own, then rename: a file of the final name is complete."""
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix="partial-", suffix=".so")
-    os.close(handle)
-    partial = Path(name)
-    try:
-        _run([*compiler, *FLAGS, str(SOURCE), "-o", str(partial)])
+def _build(compiler: list[str], sources: Mapping[str, bytes], file: Path) -> None:
+    """Compile in a directory of its own, then rename: a file of the final name is complete."""
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix="partial-") as name:
+        for source, text in sources.items():
+            (Path(name) / source).write_bytes(text)
+        partial = Path(name) / file.name
+        _run([*compiler, *FLAGS, str(Path(name) / SOURCES[0]), "-o", str(partial)])
         partial.chmod(0o700)
         with partial.open("rb") as written:
             os.fsync(written.fileno())
         partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _run(command: list[str]) -> str:

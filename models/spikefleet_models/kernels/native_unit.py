@@ -257,8 +257,8 @@ class _NativeFunction(torch.autograd.Function):
         shortcut = None if shortcut is None else _laid_out(shortcut, native)
         layout = torch.channels_last if native.channels_last else torch.contiguous_format
         frames = native.T * native.B
-        spikes = torch.empty((frames, *z.shape[1:]), dtype=z.dtype, memory_format=layout)
-        mean, invstd = torch.empty((2, z.shape[1]), dtype=torch.float32).unbind()
+        spikes = torch.empty((frames, *z.shape[1:]), dtype=z.dtype, device=z.device, memory_format=layout)
+        mean, invstd = torch.empty((2, z.shape[1]), dtype=torch.float32, device=z.device).unbind()
         v_init = None if v_init is None else v_init.contiguous(memory_format=layout)
         v_last = None if v_init is None else torch.empty_like(v_init)
         arguments = _Forward(
@@ -291,7 +291,7 @@ class _NativeFunction(torch.autograd.Function):
         # dL/dx waits in the place of dL/dz; what bf16 does not hold of it waits here.
         rest = torch.empty_like(z) if native.channels_last and native.bf16 else None
         grad_shortcut = None if shortcut is None else torch.empty_like(shortcut)
-        grad_gamma, grad_beta = torch.empty((2, z.shape[1]), dtype=torch.float32).unbind()
+        grad_gamma, grad_beta = torch.empty((2, z.shape[1]), dtype=torch.float32, device=z.device).unbind()
         grad_q = None if q is None else torch.empty_like(q)
         arguments = _Backward(
             z.data_ptr(), _address(shortcut), grad.data_ptr(), gamma.data_ptr(), beta.data_ptr(), mean.data_ptr(),

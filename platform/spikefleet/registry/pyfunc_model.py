@@ -142,6 +142,17 @@ class _CodeOfVersion(importlib.abc.MetaPathFinder, importlib.abc.ExecutionLoader
         """The source, for import and for tracebacks."""
         return self._sources[self._file(name)]
 
+    def get_data(self, path: str) -> bytes:
+        """A file of the archive by its path, as `get_filename` has it: modules read files beside their own.
+
+        Raises:
+            OSError: there is no such file in the archive.
+        """
+        name = path.removeprefix(f"{self._origin}/")
+        if name not in self._sources:
+            raise FileNotFoundError(f"{name} is not in {self._origin}")
+        return self._sources[name].encode()
+
     def get_filename(self, name: str) -> str:
         """A path for tracebacks; there is no such file."""
         return f"{self._origin}/{self._file(name)}"

@@ -16,7 +16,9 @@ from spikefleet.plugins import load_plugins
 from spikefleet.registry import served_events, served_input
 from spikefleet.registry.package import load_network
 from spikefleet.tasks import AnyTask, LossSettings, task_class
+from spikefleet_models.kernels import unit_form
 from spikefleet_models.low_precision import check_precision
+from spikefleet_models.neurons import spiking_nodes
 from spikefleet_models.reparam import deploy
 from spikefleet_pipelines.in_memory import image_batch
 from spikefleet_pipelines.transforms.batch_transform_config import BatchTransformConfig
@@ -45,13 +47,16 @@ class ServedNetwork:
             precision: bf16 or int8 serves the deployed network with rounded weights.
 
         Raises:
-            UserError: the package is not intact, or there is no such precision of its network.
+            UserError: the package is not intact, or there is no such precision of its network, or
+                SPIKEFLEET_KERNELS has no known value.
         """
         load_plugins()
         network, config = load_network(package)
         try:
             if check_precision(precision) != "fp32":
                 network = deploy(network, precision=check_precision(precision))
+            if spiking_nodes(network):
+                unit_form(torch.device("cpu"))  # compiles, which the first request would wait for
         except ValueError as error:
             raise UserError(f"{package}: {error}") from None
         model, data = parse_model(config["model"], str(package)), DataSummary.read(package)

@@ -2,6 +2,8 @@
 
 What travels is decided by the imports: the modules that serve, what they import, and so on, each with the imports
 inside its functions. Left out is what draws, measures or reads stores, which no request reaches; functions import it.
+The native spiking unit, which is imported by name, travels with its C++, so that a version is served in the form that
+its latency was measured in where there is a compiler.
 """
 
 from __future__ import annotations
@@ -38,6 +40,12 @@ _LEFT_OUT = (
 )
 """Modules and packages that no request reaches, where a function imports them."""
 
+_KERNELS = "spikefleet_models.kernels"
+_BY_NAME = {_KERNELS: [f"{_KERNELS}.native_{part}" for part in ("check", "integers", "library", "unit")]}
+"""Modules that a module imports by their names."""
+_BESIDE = {f"{_KERNELS}.native_library": "native_*.[ch]*"}
+"""Files, by a pattern, that a module reads beside its own."""
+
 _DISTRIBUTIONS = {
     "numpy": "numpy",
     "pandas": "pandas",
@@ -64,7 +72,7 @@ class ServingCode:
     """The modules that serve a version, and what they need."""
 
     sources: dict[str, Path]
-    """File of each module, by its path in the archive."""
+    """File of each module, and files that modules read, by their paths in the archive."""
     distributions: tuple[str, ...]
     """What is to be installed beside them."""
 
@@ -100,6 +108,10 @@ def serving_code() -> ServingCode:
             continue
         sources[path] = file
         waiting += [parent] if (parent := module.rpartition(".")[0]) else []
+        waiting += _BY_NAME.get(module, [])
+        if module in _BESIDE:
+            folder = path.rpartition("/")[0]
+            sources |= {f"{folder}/{beside.name}": beside for beside in file.parent.glob(_BESIDE[module])}
         for name, in_function in _imports(ast.parse(file.read_bytes())):
             top = name.partition(".")[0]
             if _is_ours(name):

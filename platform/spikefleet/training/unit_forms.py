@@ -83,28 +83,48 @@ def _settle(group: ProcessGroup, sink: EventSink, recorded: CpuForm | None) -> S
     if errors:
         raise UserError(errors[0])
     ranks: list[_Rank] = found
+    other = recorded is not None and any(rank.named and rank.chosen != recorded for rank in ranks)
     if recorded == "lean":
-        other = any(rank.named and rank.chosen == "native" for rank in ranks)
-        note = "the spiking unit has its lean form as before, not the native one, so that no bit differs"
-        return SettledForm("lean", "lean (as before)" if other else "lean", note if other else None)
+        return SettledForm("lean", "lean (as before)", _as_before("lean", "native") if other else None)
     if recorded is None and (lean := next((rank for rank in ranks if rank.chosen == "lean"), None)) is not None:
-        return SettledForm("lean", f"lean ({CHOICE}=lean on {lean.host})" if lean.named else "lean")
+        return SettledForm("lean", f"lean ({CHOICE}=lean on {lean.host})")
     flawed = next((number for number, rank in enumerate(ranks) if rank.flaw is not None), None)
     if flawed is None:
-        return SettledForm("native", "native")
+        return SettledForm("native", "native", _as_before("native", "lean") if other else None)
     reason = f"{ranks[flawed].flaw} on {ranks[flawed].host}"
     if recorded is None and any(rank.named for rank in ranks):
         raise UserError(
             f"{CHOICE}=native, but rank {flawed} cannot use the native spiking unit: {reason}; install g++ or "
             f"clang++ there, or unset {CHOICE}"
         )
-    note = f"the spiking unit has its lean form, which takes longer than the native one: {reason}"
+    note = (
+        f"the spiking unit has its lean form, which takes longer than the native one: {reason}; install g++ or clang++ "
+        f"there, or set {CHOICE}=lean"
+    )
     if recorded is not None:
         note = (
             "bits will differ from those of an uninterrupted run: it had the native spiking unit, which rank "
-            f"{flawed} cannot use: {reason}"
+            f"{flawed} cannot use: {reason}; install g++ or clang++ there and resume again"
         )
     return SettledForm("lean", f"lean ({reason})", note)
+
+
+def _as_before(form: CpuForm, other: CpuForm) -> str:
+    """Note that the form in the checkpoint goes before the one that the user chose."""
+    return (
+        f"the spiking unit has its {form} form as before, not the {other} one, so that no bit differs; start a new run "
+        f"for the {other} one"
+    )
+
+
+def _native_flaw(sink: EventSink) -> str | None:
+    """Why this rank cannot use the native form. Whatever fails is a reason: other ranks wait for this one's answer."""
+    try:
+        if native_needs_compiling():
+            sink.emit(Phase("compiling the spiking unit, once for this kind of CPU"))
+        return native_flaw()
+    except Exception as error:
+        return f"its check failed: {error!r}"
 
 
 def _this_rank(sink: EventSink, recorded: CpuForm | None) -> _Rank | str:
@@ -113,9 +133,5 @@ def _this_rank(sink: EventSink, recorded: CpuForm | None) -> _Rank | str:
         chosen = chosen_cpu_form()
     except ValueError as error:
         return f"{error} on {socket.gethostname()}"
-    flaw = None
-    if (recorded or chosen) == "native":
-        if native_needs_compiling():
-            sink.emit(Phase("compiling the spiking unit, once for this kind of CPU"))
-        flaw = native_flaw()
+    flaw = _native_flaw(sink) if (recorded or chosen) == "native" else None
     return _Rank(chosen, bool(os.environ.get(CHOICE, "").strip()), socket.gethostname(), flaw)

@@ -27,11 +27,13 @@ from spikefleet.registry.package import CODE, write_package
 from spikefleet.registry.served_network import ServedNetwork
 from spikefleet.registry.serving_code import PACKAGES
 from spikefleet_models.families import build_model, model_config
+from spikefleet_models.kernels import native_library, unit_form
 from spikefleet_pipelines.transforms.classification_config import TransformConfig
 from spikefleet_pipelines.transforms.detection_config import DetectionTransformConfig
 from spikefleet_pipelines.transforms.event_detection_config import EventDetectionTransformConfig
 from spikefleet_pipelines.transforms.events_config import EventsTransformConfig
 from support.alone import Alone, alone, closure
+from support.cpu_forms import COMPILER
 from support.registered import DIGITS, Trained, stored_files
 
 UNWANTED = ("ray", "optuna", "pycocotools", "pyarrow", "sklearn", "flask", *PACKAGES)
@@ -209,6 +211,10 @@ def test_the_code_in_a_version_serves_every_family(
         np.testing.assert_allclose(served.answers[member], here.to_numpy(), atol=1e-6)
 
 
+def test_a_version_is_served_in_the_form_that_its_latency_was_measured_in(served: Alone) -> None:
+    assert served.form == unit_form(torch.device("cpu"))
+
+
 def test_what_travels_is_what_serving_imports(served: Alone, first: Trained, versions: Any, requirements: Any) -> None:
     assert served.refused == list(UNWANTED) == [name for name in UNWANTED if find_spec(name)]  # all are installed here
     modules = served.imported()
@@ -216,9 +222,16 @@ def test_what_travels_is_what_serving_imports(served: Alone, first: Trained, ver
     code = stored_files(first.uri, versions["classifier"]) / "artifacts" / CODE
     assert all(str(file).startswith(f"{code}/") for file in ours.values()), ours
     with zipfile.ZipFile(code) as archive:
-        travelled = {
-            name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in archive.namelist()
-        }
-    assert travelled == set(ours)
+        names = archive.namelist()
+    travelled = {
+        name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in names if name.endswith(".py")
+    }
+    # Without a compiler the native form is not asked for.
+    unused = (
+        set() if COMPILER else {f"spikefleet_models.kernels.native_{part}" for part in ("check", "integers", "unit")}
+    )
+    assert travelled - unused == set(ours)
+    kernels = {f"spikefleet_models/kernels/{name}" for name in native_library.SOURCES}
+    assert {name for name in names if not name.endswith(".py")} == kernels
     assert not {"matplotlib", "mlflow.server", "pycocotools", "ray"} & set(modules)
     assert {"torch", "torchvision", "mlflow", "pandas"} <= set(modules)  # the process says what it imported
