@@ -140,7 +140,8 @@ def test_loader_processes_and_resumes_change_no_bit(splits: dict[str, Split], da
 
 
 def test_ranks_have_the_images_of_one(splits: dict[str, Split]) -> None:
-    split, images = splits["digits"], {}
+    split = splits["digits"]
+    images: dict[int, torch.Tensor] = {}
     for rank in range(3):
         of = loader(split, "device", **EVERYTHING)
         steps = EpochPlan(samples=len(split), global_batch=63, seed=3, world_size=3, rank=rank)
