@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,10 @@ from spikefleet.errors import UserError
 from spikefleet.reproduction.evidence_page import Evidence, as_page, plots_of, write_evidence
 from spikefleet.reproduction.front_plot import draw_front
 from spikefleet.reproduction.recorded_search import RecordedSearch, RecordedTrial, recorded_searches
+from spikefleet.search.run_search import confirmed_choice
+from spikefleet_tune.journal import TrialRecord
+from spikefleet_tune.result import SearchResult
+from spikefleet_tune.search_file import search_of
 
 ACCURACY = {1: 0.80, 2: 0.90, 4: 0.89}  # T=4 costs more and gives less: not on the front
 
@@ -88,7 +93,7 @@ def test_other_seeds_of_the_front_stand_beside_the_choice() -> None:
     said = page(with_others(search(), {"small-0000": (0.70, 0.72), "small-0001": (0.95, 0.97)}))
     assert "3 trials with 1 to 3 seeds each" in said
     assert "is partly luck" in said
-    assert "| 0000 | 1 | 80 (71 +- 1.4) | 1 (1 +- 0) | 79 (70 +- 1.4) | front |" in said
+    assert "| 0000 | 1 | 80 (71 +- 1.4) | 1 (1 +- 0) | 79 (70 +- 1.4) | front, knee by the other seeds |" in said
     assert "--confirm 2 --register knee" in said
     assert "--confirm-all" not in said
 
@@ -119,3 +124,32 @@ def test_the_front_is_drawn_and_linked(tmp_path: Path) -> None:
         assert draw_front(other, tmp_path / "other.png")
         assert "## The front of `small train.epochs=2`" in page(other)
     assert "](plots/front_small.png)" in (tmp_path / "page.md").read_text()
+
+
+def test_what_is_registered_is_chosen_by_the_other_seeds() -> None:
+    """The knee and the best one of a search by one seed are partly luck."""
+    accuracies = {"T": (0.60, 0.90, 0.91), "others": (0.60, 0.65, 0.90)}
+    tree = {
+        "recipe": "digits",
+        "space": {"model.timesteps": {"choice": [1, 2, 4]}},
+        "objectives": {"val/top1": "max", "energy_mj": "min"},
+        "sampler": "grid",
+    }
+    records = []
+    for i, accuracy in enumerate(accuracies["T"]):
+        point = {"model.timesteps": 2**i}
+        values = {"val/top1": accuracy, "energy_mj": 1e-3 * (i + 1)}
+        records.append(TrialRecord(i, f"small-{i:04}", point, point, values, "finished", 1.0, 0, ""))
+    result = SearchResult("small", Path("unused"), search_of(tree), tuple(records), 3.0, True)
+    confirmation: list[dict[str, Any]] = [
+        {"trial": f"small-{i:04}", "seeds": 2, "val/top1": {"mean": accuracy}, "energy_mj": {"mean": 1e-3 * (i + 1)}}
+        for i, accuracy in enumerate(accuracies["others"])
+    ]
+    assert result.knee is not None
+    assert result.knee.name == "small-0001"
+    assert confirmed_choice(result, confirmation, "knee") != "small-0001"
+    assert confirmed_choice(result, confirmation[:2], "best") == "small-0001"
+    assert confirmed_choice(result, confirmation, "best") == "small-0002"
+    assert confirmed_choice(result, confirmation, "small-0001") == "small-0001"
+    assert confirmed_choice(result, [], "knee") == "knee"
+    assert confirmed_choice(result, [row | {"seeds": 0} for row in confirmation], "best") == "best"

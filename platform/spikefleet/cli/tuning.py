@@ -102,7 +102,10 @@ def tune(
     confirm_all: Annotated[
         bool, typer.Option("--confirm-all", help="With --confirm: each trial, not only those of the front.")
     ] = False,
-    register: Annotated[str | None, typer.Option(help="Register a trial: knee, best, or its name.")] = None,
+    register: Annotated[
+        str | None,
+        typer.Option(help="Register a trial: knee, best (both by the other seeds of --confirm, if any), or its name."),
+    ] = None,
     results: Annotated[
         Path | None, typer.Option(help="Directory in which the search is recorded for `spikefleet evidence`.")
     ] = None,
@@ -132,6 +135,7 @@ def tune(
         from spikefleet.search.run_search import (
             chosen_trial,
             confirm_trials,
+            confirmed_choice,
             extension_of,
             register_trial,
             report_of,
@@ -177,6 +181,9 @@ def tune(
             rows = confirm_trials(result, confirm, options, where, everyone=confirm_all, retry_failed=retry_failed)
             if not as_json:
                 _print_confirmation(rows, list(result.search.objectives))
+    if register is not None and (trial := confirmed_choice(result, rows, register)) != register:
+        print_line(where, f"{register} by the other seeds: trial {trial}")
+        register = trial
     promotion = None if register is None else register_trial(result, register, options, where)
     if results is not None:
         from spikefleet.reproduction.recorded_search import RecordedSearch

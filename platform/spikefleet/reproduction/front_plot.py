@@ -67,7 +67,7 @@ def _front(search: RecordedSearch, path: Path) -> None:
         line = _undominated([places[trial.name] for trial in search.best_known_front], search.objectives[first], least)
         left.step(*zip(*line, strict=True), where="post" if least else "pre", color="black", lw=1, label="front")
     if search.knee in places:
-        left.plot(*places[search.knee], "o", ms=13, mfc="none", mec="#cf222e", mew=1.5, label="knee")
+        left.plot(*places[search.knee], "o", ms=13, mfc="none", mec="#cf222e", mew=1.5, label="knee in the search")
     for step, colour in colours.items():
         left.plot([], [], "o", color=colour, label=f"T = {step}")
     left.set(xlabel="trial" if second is None else _label(second), ylabel=_label(first))

@@ -73,7 +73,8 @@ def _command(one: RecordedSearch, results: str) -> str:
     words += ["--name", one.name] if one.name != Path(one.words[0]).stem else []
     words += ["--confirm", str(most - 1)] if most > 1 else []
     words += ["--confirm-all"] if fewest > 1 else []
-    words += ["--register", "knee"] if one.registered is not None and one.registered["trial"] == one.knee else []
+    if one.registered is not None and one.registered["trial"] in (one.knee, one.knee_by_others):
+        words += ["--register", "knee"]
     return shlex.join([*words, "--results", results])
 
 
@@ -88,6 +89,7 @@ def _table(one: RecordedSearch, rows: list[RecordedTrial]) -> Iterator[str]:
     for trial in sorted(rows, key=lambda trial: trial.mean(list(one.objectives)[-1])):
         remarks = ["front"] if trial.name in on_front else []
         remarks += ["knee in the search"] if trial.name == one.knee else []
+        remarks += ["knee by the other seeds"] if trial.name == one.knee_by_others else []
         if one.registered is not None and one.registered["trial"] == trial.name:
             remarks.append(f"registered as {one.registered['name']} version {one.registered['version']}")
         point = (_plain(trial.point.get(key)) for key in keys)

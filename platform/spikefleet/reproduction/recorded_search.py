@@ -103,6 +103,14 @@ class RecordedSearch:
         """The front of means where every point has further seeds, else that in the search."""
         return self.front_of_means if self.seeds[0] > 1 else self.front
 
+    @property
+    def knee_by_others(self) -> str | None:
+        """Name of the trial that is the knee by trainings with other seeds; None without such."""
+        trials = [trial for trial in self.trials if trial.others]
+        rows = [[statistics.fmean(one[name] for one in trial.others) for name in self.objectives] for trial in trials]
+        position = pareto.knee(rows, list(self.objectives.values()))
+        return None if position is None else trials[position].name
+
     def _front(self, rows: Sequence[Sequence[float]]) -> list[RecordedTrial]:
         members = pareto.front(rows, list(self.objectives.values())) if rows else []
         sign = 1 if next(iter(self.objectives.values())) == "max" else -1

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import statistics
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +42,7 @@ from spikefleet.tasks import build_task
 from spikefleet.tracking.mlflow_client import quiet_mlflow, resolve_tracking_uri
 from spikefleet.tracking.tracker import Tracker
 from spikefleet_pipelines.store.reader import Store
+from spikefleet_tune import pareto
 from spikefleet_tune.errors import SearchError, WaitedTooLong
 from spikefleet_tune.journal import SearchFolder, TrialRecord, WarmStartPoint
 from spikefleet_tune.messages import counted
@@ -396,6 +398,29 @@ def register_trial(result: SearchResult, chosen: str, options: Options, console:
         )
         validated = bool(done["validation"])
         return promote_version(config, version, store, options.stores_dir, tracking_uri, announce, validation=validated)
+
+
+def confirmed_choice(result: SearchResult, confirmation: Sequence[Mapping[str, Any]], chosen: str) -> str:
+    """The trial that `knee` or `best` means by trainings with other seeds, which had no part in the search.
+
+    What is best of many trials by one seed is partly luck.
+
+    Args:
+        result: of the search.
+        confirmation: as `confirm_trials` returns it.
+        chosen: as for `register_trial`.
+
+    Returns:
+        The name of the trial; `chosen` where it is one, or where no training with another seed has finished.
+    """
+    finished = {record.name for record in result.comparable if record.status == "finished"}
+    rows = [row for row in confirmation if row["seeds"] and row["trial"] in finished]
+    if chosen not in ("knee", "best") or not rows:
+        return chosen
+    objectives = dict(list(result.search.objectives.items())[: 1 if chosen == "best" else None])
+    position = pareto.knee([[row[name]["mean"] for name in objectives] for row in rows], list(objectives.values()))
+    assert position is not None
+    return str(rows[position]["trial"])
 
 
 def chosen_trial(result: SearchResult, chosen: str) -> TrialRecord:
