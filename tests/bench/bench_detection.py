@@ -1,12 +1,14 @@
 """Detection: SpikeYOLO s against its ANN twin, merged against factored inference, evaluation against pycocotools.
 
-    python tests/bench/bench_detection.py [--quick] [--threads N] [--json FILE]
+    python tests/bench/bench_detection.py [--quick] [--threads N] [--json FILE] [--retinanet]
 
 A training step is forward, loss, backward and SGD on 2 images of 320x320, T = 1, D = 4, 80 classes; the twin is the
 same topology with ReLU. Inference is one image of 320x320 through the deployed network, its RepConv chains merged to
 dense 3x3 convolutions or kept. Evaluation is 200 images with 100 boxes each: from arrays to the twelve numbers and
 the figures of each class, against pycocotools' own evaluate and accumulate on the same plain data. Variants run
 interleaved in one process; medians are printed as ratios. Peak memory is the resident set of a process of its own.
+`--retinanet` measures a training step of Spiking RetinaNet (SG ResNet18, T = 4) in the native form against the lean
+one, and nothing else.
 """
 
 import argparse
@@ -30,8 +32,9 @@ from torch import nn
 from spikefleet.tasks.coco_metrics import FoundBoxes, evaluate_boxes, ground_truth, results
 from spikefleet_models.detection import Objects
 from spikefleet_models.families import build_model, model_config
-from spikefleet_models.kernels import unit_form
+from spikefleet_models.kernels import Implementation, unit_form
 from spikefleet_models.reparam import deploy
+from spikefleet_models.spiking_unit import use_implementation
 from spikefleet_pipelines.store.annotations import Annotations
 
 SIDE, BATCH, CLASSES = 320, 2, 80
@@ -41,10 +44,11 @@ MODELS = {"spike_yolo_s": "spike_yolo_s", "ANN twin": "spike_yolo_ann_s"}
 class Step:
     """A training step."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, form: Implementation = "auto") -> None:
         torch.manual_seed(0)
         config = model_config(name)
         self.network = build_model(config).to(memory_format=torch.channels_last).train()
+        use_implementation(self.network, form)
         self.criterion = config.build_criterion()
         self.images = torch.rand(BATCH, 3, SIDE, SIDE).contiguous(memory_format=torch.channels_last)
         corners = torch.rand(BATCH, 8, 2) * SIDE / 2
@@ -131,9 +135,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
     parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--retinanet", action="store_true", help="Spiking RetinaNet's training step alone, by form")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.retinanet:
+        forms: tuple[Implementation, ...] = ("lean", "native")
+        steps = {form: Step("retinanet_sg_resnet18", form) for form in forms}
+        lean, native = interleaved(steps, 2 if arguments.quick else arguments.rounds).values()
+        print(f"Spiking RetinaNet, training step: lean {lean:.3f} s, native {native:.3f} s, ratio {native / lean:.2f}")
+        return
     if arguments.memory_of:
         step = Step(arguments.memory_of)
         for _ in range(2):
