@@ -12,8 +12,14 @@ import pytest
 from spikefleet.errors import UserError
 from spikefleet.reproduction.evidence_page import Evidence, as_page, plots_of, write_evidence
 from spikefleet.reproduction.front_plot import draw_front
-from spikefleet.reproduction.recorded_search import RecordedSearch, RecordedTrial, recorded_searches
+from spikefleet.reproduction.recorded_search import (
+    RecordedSearch,
+    RecordedTrial,
+    _with_others,
+    recorded_searches,
+)
 from spikefleet.search.run_search import confirmed_choice
+from spikefleet_tune.importance import importance
 from spikefleet_tune.journal import TrialRecord
 from spikefleet_tune.result import SearchResult
 from spikefleet_tune.search_file import search_of
@@ -84,8 +90,8 @@ def test_the_front_with_one_seed_is_that_of_the_search() -> None:
     row = "| 0001 | 2 | 90 | 2 | 89 | front, knee in the search, registered as sg_resnet_digits version 3 |"
     assert row in said
     assert "| 0002 | 4 | 89 | 4 | 88 |  |" in said
-    assert "| val/top1 | 100% (90% to 100%) |" in said
-    assert "What decides energy_mj: not computed, all trials have the same value." in said
+    assert "| val/top1, % | 100% (90% to 100%) |" in said
+    assert "What decides energy, uJ: not computed, all trials have the same value." in said
     assert "`spikefleet tune small train.epochs=2 --trials 4 --register knee --results platform" in said
 
 
@@ -94,7 +100,7 @@ def test_other_seeds_of_the_front_stand_beside_the_choice() -> None:
     assert "3 trials with 1 to 3 seeds each" in said
     assert "is partly luck" in said
     assert "| 0000 | 1 | 80 (71 +- 1.4) | 1 (1 +- 0) | 79 (70 +- 1.4) | front, knee by the other seeds |" in said
-    assert "--confirm 2 --register knee" in said
+    assert "--confirm 2 --register small-0001" in said, "the knee by the other seeds would be another one"
     assert "--confirm-all" not in said
 
 
@@ -106,8 +112,8 @@ def test_with_all_trials_confirmed_the_front_is_by_means() -> None:
     assert [trial.name for trial in one.front_of_means] == ["small-0002", "small-0001", "small-0000"]
     said = page(one)
     assert "The front is by means over all seeds; 3 of 3 trials are on it." in said
-    assert "| 0002 | 4 | 93 +- 3.5 | 4 +- 0 | 92 +- 3.5 | front |" in said
-    assert "--confirm 2 --confirm-all --register knee" in said
+    assert "| 0002 | 4 | 93 +- 3.5 | 4 +- 0 | 92 +- 3.5 | " in said
+    assert "--confirm 2 --confirm-all --register small-0001" in said
 
 
 def test_the_front_is_drawn_and_linked(tmp_path: Path) -> None:
@@ -128,10 +134,10 @@ def test_the_front_is_drawn_and_linked(tmp_path: Path) -> None:
 
 def test_what_is_registered_is_chosen_by_the_other_seeds() -> None:
     """The knee and the best one of a search by one seed are partly luck."""
-    accuracies = {"T": (0.60, 0.90, 0.91), "others": (0.60, 0.65, 0.90)}
+    accuracies = {"T": (0.60, 0.90, 0.91, 0.92), "others": (0.60, 0.65, 0.90, 0.91)}
     tree = {
         "recipe": "digits",
-        "space": {"model.timesteps": {"choice": [1, 2, 4]}},
+        "space": {"model.timesteps": {"choice": [1, 2, 4, 8]}},
         "objectives": {"val/top1": "max", "energy_mj": "min"},
         "sampler": "grid",
     }
@@ -147,9 +153,36 @@ def test_what_is_registered_is_chosen_by_the_other_seeds() -> None:
     ]
     assert result.knee is not None
     assert result.knee.name == "small-0001"
-    assert confirmed_choice(result, confirmation, "knee") != "small-0001"
+    assert confirmed_choice(result, confirmation, "knee") == "small-0002"
     assert confirmed_choice(result, confirmation[:2], "best") == "small-0001"
-    assert confirmed_choice(result, confirmation, "best") == "small-0002"
+    assert confirmed_choice(result, confirmation, "best") == "small-0003"
+    assert confirmed_choice(result, [*confirmation[:3], confirmation[3] | {"seeds": 1}], "best") == "small-0002"
     assert confirmed_choice(result, confirmation, "small-0001") == "small-0001"
     assert confirmed_choice(result, [], "knee") == "knee"
     assert confirmed_choice(result, [row | {"seeds": 0} for row in confirmation], "best") == "best"
+
+
+def test_importance_is_over_all_trainings_where_each_point_has_further_seeds() -> None:
+    tree = {
+        "recipe": "digits",
+        "space": {"model.timesteps": {"choice": [1, 2, 4]}, "model.neuron.bound": {"choice": [1, 2]}},
+        "objectives": {"val/top1": "max"},
+        "sampler": "grid",
+    }
+    records = []
+    for i in range(6):
+        point = {"model.timesteps": 2 ** (i // 2), "model.neuron.bound": 1 + i % 2}
+        metrics = {"val/top1": 0.5 + 0.1 * (i // 2)}
+        records.append(TrialRecord(i, f"small-{i:04}", point, point, metrics, "finished", 1.0, 0, ""))
+    result = SearchResult("small", Path("unused"), search_of(tree), tuple(records), 6.0, True)
+
+    def trials(seeds: int) -> list[RecordedTrial]:
+        return [RecordedTrial(one.name, one.point, one.metrics, (one.metrics,) * seeds) for one in records]
+
+    assert _with_others(result, trials(0)) == result
+    assert importance(result) == {"val/top1": "needs 8 trials with values, found 6"}
+    all_of = _with_others(result, trials(2))
+    assert len(all_of.comparable) == 18
+    shares = importance(all_of)["val/top1"]
+    assert isinstance(shares, dict)
+    assert shares["model.timesteps"] > 0.9

@@ -16,6 +16,7 @@ from spikefleet.reproduction.evidence_plots import (
     GRADIENTS_PLOT,
     draw_evidence,
     draw_gradients,
+    has_courses,
     has_rates,
     plot_name,
     plot_names,
@@ -95,7 +96,7 @@ def as_page(evidence: Evidence, plots: str, command: str, results: str = SHIPPED
     """
     found = evidence.tables
     run = [one for one in found if one.was_run]
-    lines = ["# Evidence: what holds here of the papers' claims", ""]
+    lines = ["# Evidence: which of the papers' claims hold here", ""]
     lines += [f"Written by `{command}` from recorded results; `--force` replaces the page and its plots.", ""]
     trainings = _distinct(run)
     seconds = sum(one.seconds for one in trainings.values()) + sum(one.seconds for one in evidence.searches)
@@ -171,16 +172,20 @@ def _section(one: TableEvidence, plots: str, results: str, undrawn: Collection[s
     yield ""
     yield settings_of(one)
     yield ""
-    yield f"Command: `{_command(one, results)}`."
+    more = f" It trains {counted(len(one.untrained), 'row')} beyond those recorded, too." if one.untrained else ""
+    yield f"Command: `{_command(one, results)}`.{more}"
     yield ""
     yield from (*(f"* {note}" for note in one.table.notes), *scattered(one), "")
     for judged in one.claims:
         yield from _claim(one, judged)
-    yield _image("Differences by seed with their intervals, and the paper's", plots, plot_name(one), undrawn)
+    yield _image(
+        "Differences by seed, with intervals from two seeds on, and the paper's", plots, plot_name(one), undrawn
+    )
     if has_rates(one):
         yield ""
         name = plot_name(one, "training")
-        yield _image("Firing rates by layer; the balance coefficient by epoch", plots, name, undrawn)
+        says = f"Firing rates by layer{'; the balance coefficient by epoch' if has_courses(one) else ''}"
+        yield _image(says, plots, name, undrawn)
 
 
 def _image(says: str, plots: str, name: str, undrawn: Collection[str]) -> str:
@@ -195,7 +200,7 @@ def _claim(one: TableEvidence, judged: JudgedClaim) -> Iterator[str]:
     smallest, unit = ", ".join(map(str, SEEDS)), "points" if column.unit == "%" else column.unit
     yield (
         f"| {column.label}, {column.unit} | first | second | difference, 95 % interval | paper's | ours / paper's | "
-        f"effect size | seeds | adjusted p | found | {smallest} seeds show, {unit} |"
+        f"effect size | seeds | adjusted p | found | smallest difference that {smallest} seeds show, {unit} |"
     )
     yield f"|{' --- |' * 11}"
     for pair in judged.pairs:
@@ -279,7 +284,7 @@ def _gradients(gradients: DepthGradients | None, plots: str, undrawn: Collection
         if not least <= ratio <= most
     ]
     yield (
-        f"Outside of {least:g} to {most:g}, where gradients neither vanish nor explode: "
+        f"Between {least:g} and {most:g} gradients neither vanish nor explode. Outside: "
         f"{'; '.join(outside) or 'none'}. A ratio within is needed, and is not enough: it does not say whether the "
         "blocks still tell the classes apart. `models/README.md` measures that for plain networks of 34 layers."
     )
@@ -289,13 +294,16 @@ def _gradients(gradients: DepthGradients | None, plots: str, undrawn: Collection
 
 
 def _command(one: TableEvidence, results: str) -> str:
-    """What trains the rows that are recorded, with the seeds that most of them have; else all rows, with five."""
-    trained = [len(rows) for rows in (*one.trainings.values(), *one.others.values()) if rows]
-    seeds = statistics.mode(trained) if trained else 5
+    """What trains the rows of a table with the most seeds that its comparisons have; five where there are none."""
+    seeds = max((pair.ours.seeds for judged in one.claims for pair in judged.pairs if pair.ours), default=5)
     only = ""
     groups = {entry.group.name for entry in one.table.entries() if _has_trainings(one, entry)}
-    if one.untrained and len(groups) == 1:
-        only = f" --only {shlex.quote(f'{groups.pop()}: *')}"
+    for group in sorted(groups):
+        pattern = f"{group}: *"
+        chosen = list(one.table.entries(pattern))
+        if one.untrained and len(groups) < len(one.table.groups) and all(_has_trainings(one, each) for each in chosen):
+            only = f" --only {shlex.quote(pattern)}"
+            break
     place = shlex.quote(results)
     return f"spikefleet reproduce {one.table.name} --scale {one.scale} --seeds {seeds}{only} --results {place}"
 
@@ -320,7 +328,7 @@ def _not_run(found: Sequence[TableEvidence], results: str) -> Iterator[str]:
             yield f"{head} {_scales(missing)}: {reason}. `{_command(first, results)}`"
         for one in run:
             if one.untrained:
-                yield f"{head} rows not trained at `{one.scale}`: {', '.join(one.untrained)}."
+                yield f"{head} rows not trained at `{one.scale}`: {'; '.join(one.untrained)}."
     for table in tables.values():
         for entry in table.entries():
             refusals = dict.fromkeys(entry.group.refusal(entry.row, scale) for scale in table.scales)

@@ -15,7 +15,7 @@ from spikefleet.reproduction.evidence import TableEvidence
 from spikefleet.reproduction.verdict import JudgedPair
 from spikefleet_models.gradient_flow import TRAINABLE
 
-_COLOURS = {"shown": "#1a7f37", "reversed": "#cf222e", "open": "#6c757d", "not run": "#6c757d"}
+_COLOURS = {"shown": "#1a7f37", "reversed": "#cf222e", "open": "#6c757d", "not run": "#c9a227"}
 
 
 _CURVES = 6
@@ -33,6 +33,11 @@ def plot_name(evidence: TableEvidence, what: str = "") -> str:
 def has_rates(evidence: TableEvidence) -> bool:
     """Whether trainings of a table have energy cards, with the firing rates of their layers."""
     return any(training.card is not None for rows in evidence.trainings.values() for training in rows)
+
+
+def has_courses(evidence: TableEvidence) -> bool:
+    """Whether trainings of a table have side branches, whose balance coefficient is plotted."""
+    return bool(_courses(evidence))
 
 
 def draw_evidence(evidence: TableEvidence, folder: Path) -> list[Path]:
@@ -169,7 +174,7 @@ def _differences(panels: Mapping[str, Sequence[tuple[str, JudgedPair]]], title: 
     for axis, (label, pairs) in zip(axes.flat, panels.items(), strict=True):
         axis.axvline(0.0, color="black", lw=0.8)
         for place, (_, pair) in enumerate(pairs):
-            if pair.paper is not None:
+            if pair.paper is not None and "points" in label:  # energy is another network's
                 axis.plot(pair.paper, place, "D", color="#e76f51", markersize=5)
             if pair.ours is not None:
                 colour = _COLOURS[pair.found]
@@ -182,9 +187,10 @@ def _differences(panels: Mapping[str, Sequence[tuple[str, JudgedPair]]], title: 
         axis.plot([], [], "o", color="#6c757d", markersize=3, label="ours by seed")
         for found in ("shown", "reversed", "open"):
             axis.plot([], [], "-", color=_COLOURS[found], lw=2, label=f"ours, 95 % interval: {found}")
+        axis.plot([], [], "o", color=_COLOURS["not run"], markersize=3, label="one seed, not judged")
         axis.set_yticks(range(len(pairs)), [drawable(name) for name, _ in pairs], fontsize=7)
         axis.set_ylim(len(pairs) - 0.5, -0.5)
-        linear = _linear(pairs)
+        linear = _linear(pairs, "points" in label)
         axis.set(xlabel=f"{label}\nlinear to +-{linear:.2g}, then logarithmic")
         axis.set_xscale("symlog", linthresh=linear)
         axis.set_xticks(ticks := _ticks(linear, *axis.get_xlim()), [f"{tick:g}" for tick in ticks])
@@ -196,9 +202,9 @@ def _differences(panels: Mapping[str, Sequence[tuple[str, JudgedPair]]], title: 
     save(figure, path)
 
 
-def _linear(pairs: Sequence[tuple[str, JudgedPair]]) -> float:
+def _linear(pairs: Sequence[tuple[str, JudgedPair]], with_papers: bool) -> float:
     """Up to which difference the axis is linear: a network that does not train differs by more than all others."""
-    values = [abs(value) for _, pair in pairs for value in _all(pair) if value]
+    values = [abs(value) for _, pair in pairs for value in _all(pair, with_papers) if value]
     return max(float(np.median(values)), max(values) / 10, 1e-9) if values else 1.0
 
 
@@ -211,8 +217,8 @@ def _ticks(linear: float, least: float, most: float) -> list[float]:
     return [sign * place for sign in (-1, 1) for place in rounded if least <= sign * place <= most] + [0.0]
 
 
-def _all(pair: JudgedPair) -> Iterator[float]:
-    if pair.paper is not None:
+def _all(pair: JudgedPair, with_papers: bool) -> Iterator[float]:
+    if pair.paper is not None and with_papers:
         yield pair.paper
     if pair.ours is not None:
         yield from pair.ours.differences

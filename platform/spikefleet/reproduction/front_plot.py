@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from spikefleet.canvas import never_fatal, save, subplots
 from spikefleet.plot_text import drawable
-from spikefleet.reproduction.recorded_search import RecordedSearch
+from spikefleet.reproduction.recorded_search import RecordedSearch, RecordedTrial
 
 _STEPS = "model.timesteps"
 _COLOURS = ("#2a6f97", "#e76f51", "#2a9d8f", "#8d5a97", "#b08900", "#6c757d")
@@ -26,8 +26,9 @@ def shown(name: str, value: float) -> float:
 def draw_front(search: RecordedSearch, path: Path) -> bool:
     """Plots the first objective over the second, coloured by T, beside the first objective over T.
 
-    Points are means over seeds, with a bar from the worst to the best; the front is a line through those of its members
-    that are on it by their means, too, and the knee a ring. With one objective it is plotted over trials.
+    Where all points have further seeds, they are means, with a bar from the worst to the best. Else they are values in
+    the search, and the means of the other seeds stand beside as hollow points. The front is a line, the knees are
+    rings. With one objective it is plotted over trials.
 
     Args:
         search: with any number of objectives.
@@ -49,25 +50,31 @@ def _front(search: RecordedSearch, path: Path) -> None:
     figure, axes = subplots(1, columns, figsize=(5.6 * columns, 4.4), layout="constrained", squeeze=False)
     left = axes.flat[0]
     colours = {step: _COLOURS[i % len(_COLOURS)] for i, step in enumerate(steps)}
-    places = {
-        trial.name: (number if second is None else shown(second, trial.mean(second)), shown(first, trial.mean(first)))
-        for number, trial in enumerate(search.trials)
-    }
-    for trial in search.trials:
-        colour = colours.get(trial.point.get(_STEPS), _COLOURS[-1])
+    confirmed = search.seeds[0] > 1
+    places = {trial.name: _place(search, trial, number, confirmed) for number, trial in enumerate(search.trials)}
+    for number, trial in enumerate(search.trials):
+        colour, place = colours.get(trial.point.get(_STEPS), _COLOURS[-1]), places[trial.name]
         y = [shown(first, value) for value in trial.values(first)]
-        left.plot(*places[trial.name], "o", ms=5, color=colour)
-        if len(y) > 1:
-            left.plot([places[trial.name][0]] * 2, (min(y), max(y)), "-", lw=1, color=colour)
+        left.plot(*place, "o", ms=5, color=colour)
+        if confirmed:
+            left.plot([place[0]] * 2, (min(y), max(y)), "-", lw=1, color=colour)
+        elif trial.others:
+            others = _place(search, replace(trial, metrics=trial.others[0], others=trial.others[1:]), number, True)
+            left.plot(*zip(place, others, strict=True), "-", lw=0.7, color=colour, alpha=0.6)
+            left.plot(*others, "o", ms=5, mfc="white", color=colour)
         if steps and _STEPS in trial.point:
-            place = steps.index(trial.point[_STEPS])
-            axes.flat[1].plot([place + 0.05 * i for i in range(len(y))], y, "o", ms=3, color=colour)
+            at = steps.index(trial.point[_STEPS])
+            axes.flat[1].plot([at + 0.05 * i for i in range(len(y))], y, "o", ms=3, color=colour)
     if second is not None:
-        least = search.objectives[second] == "min"
-        line = _undominated([places[trial.name] for trial in search.best_known_front], search.objectives[first], least)
-        left.step(*zip(*line, strict=True), where="post" if least else "pre", color="black", lw=1, label="front")
-    if search.knee in places:
-        left.plot(*places[search.knee], "o", ms=13, mfc="none", mec="#cf222e", mew=1.5, label="knee in the search")
+        line = sorted(places[trial.name] for trial in search.best_known_front)
+        where = "post" if search.objectives[second] == "min" else "pre"
+        left.step(*zip(*line, strict=True), where=where, color="black", lw=1, label="front")
+    if not confirmed and search.seeds[1] > 1:
+        left.plot([], [], "o", ms=5, mfc="white", color="black", label="mean of the other seeds")
+    for name, edge, of in ((search.knee, "#cf222e", "in the search"), (search.knee_by_others, "#1a7f37", "by others")):
+        if name in places:
+            left.plot(*places[name], "o", ms=13 if of == "in the search" else 17, mfc="none", mec=edge, mew=1.5)
+            left.plot([], [], "o", ms=9, mfc="none", mec=edge, mew=1.5, label=f"knee {of}")
     for step, colour in colours.items():
         left.plot([], [], "o", color=colour, label=f"T = {step}")
     left.set(xlabel="trial" if second is None else _label(second), ylabel=_label(first))
@@ -84,14 +91,14 @@ def _front(search: RecordedSearch, path: Path) -> None:
     save(figure, path)
 
 
-def _undominated(points: Sequence[tuple[float, float]], first: str, least: bool) -> list[tuple[float, float]]:
-    """The points (second, first objective) that no other one betters in both, by the second objective."""
-    sign = 1 if first == "max" else -1
-    found: list[tuple[float, float]] = []
-    for x, y in sorted(points, key=lambda point: (point[0] if least else -point[0], -sign * point[1])):
-        if not found or sign * y > sign * found[-1][1]:
-            found.append((x, y))
-    return sorted(found)
+def _place(search: RecordedSearch, trial: RecordedTrial, number: int, mean: bool) -> tuple[float, float]:
+    """(second, first objective) of a trial: means over its seeds, or values in the search; its number for no second."""
+    first, second, *_ = [*search.objectives, None]
+
+    def value(name: str) -> float:
+        return shown(name, trial.mean(name) if mean else trial.metrics[name])
+
+    return (number if second is None else value(second), value(first))
 
 
 def _label(name: str) -> str:

@@ -42,7 +42,7 @@ def front_section(one: RecordedSearch, image: str, results: str) -> Iterator[str
     if not confirmed and most > 1:
         head += (
             " What was best of many by one seed is partly luck: the means with other seeds, which had no part in the "
-            "choice, stand in brackets."
+            "search, stand in brackets. The knee by these means is chosen among them, so its own is a little flattered."
         )
     if one.without_values:
         head += f" Left out: {counted(one.without_values, 'trial')} without the objectives."
@@ -73,8 +73,9 @@ def _command(one: RecordedSearch, results: str) -> str:
     words += ["--name", one.name] if one.name != Path(one.words[0]).stem else []
     words += ["--confirm", str(most - 1)] if most > 1 else []
     words += ["--confirm-all"] if fewest > 1 else []
-    if one.registered is not None and one.registered["trial"] in (one.knee, one.knee_by_others):
-        words += ["--register", "knee"]
+    if one.registered is not None:
+        trial = one.registered["trial"]
+        words += ["--register", "knee" if trial == (one.knee_by_others or one.knee) else trial]
     return shlex.join([*words, "--results", results])
 
 
@@ -86,8 +87,10 @@ def _table(one: RecordedSearch, rows: list[RecordedTrial]) -> Iterator[str]:
     yield f"| trial | {' | '.join(key.rsplit('.', 1)[-1] for key in keys)} | {' | '.join(map(_title, metrics))} | |"
     yield f"|{' --- |' * (len(keys) + len(metrics) + 2)}"
     on_front = {trial.name for trial in one.best_known_front}
-    for trial in sorted(rows, key=lambda trial: trial.mean(list(one.objectives)[-1])):
-        remarks = ["front"] if trial.name in on_front else []
+    last = list(one.objectives)[-1]
+    by_mean = one.seeds[0] > 1
+    for trial in sorted(rows, key=lambda trial: trial.mean(last) if by_mean else trial.metrics[last]):
+        remarks = ["front"] if trial.name in on_front and len(on_front) < len(rows) else []
         remarks += ["knee in the search"] if trial.name == one.knee else []
         remarks += ["knee by the other seeds"] if trial.name == one.knee_by_others else []
         if one.registered is not None and one.registered["trial"] == trial.name:
@@ -126,12 +129,15 @@ def _importance(one: RecordedSearch) -> Iterator[str]:
             for key in keys:
                 low, high = one.intervals.get(name, {}).get(key, (found.get(key, 0.0), found.get(key, 0.0)))
                 cells.append(f"{found[key]:.0%} ({low:.0%} to {high:.0%})" if key in found else "-")
-            yield f"| {name} | {' | '.join(cells)} |"
+            yield f"| {_title(name)} | {' | '.join(cells)} |"
         yield ""
-        yield f"By {one.method}; over one training of each point."
+        yield f"By {one.method}; over {'all trainings' if one.seeds[0] > 1 else 'one training of each point'}."
+        left = [key.rsplit(".", 1)[-1] for key in one.keys if not any(key in found for found in shares.values())]
+        if left:
+            yield f"Not estimated, for only some points have them: {', '.join(left)}."
     for name, reason in one.importance.items():
         if isinstance(reason, str):
-            yield f"What decides {name}: not computed, {reason}."
+            yield f"What decides {_title(name)}: not computed, {reason}."
 
 
 def _most(shares: dict[str, Any], key: str) -> float:

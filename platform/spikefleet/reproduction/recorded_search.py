@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -62,7 +62,8 @@ class RecordedSearch:
     without_values: int
     """Trials that failed or lack an objective."""
     importance: Mapping[str, Mapping[str, float] | str]
-    """By objective, the share of its variance that each key explains; or why there is none."""
+    """By objective, the share of its variance that each key explains; or why there is none. Over all trainings where
+    each point has further seeds, else over those in the search."""
     intervals: Mapping[str, Mapping[str, Sequence[float]]]
     """Of those shares."""
     method: str
@@ -105,8 +106,9 @@ class RecordedSearch:
 
     @property
     def knee_by_others(self) -> str | None:
-        """Name of the trial that is the knee by trainings with other seeds; None without such."""
-        trials = [trial for trial in self.trials if trial.others]
+        """Name of the trial that is the knee by trainings with other seeds, as many as any point has; None without."""
+        most = max((len(trial.others) for trial in self.trials), default=0)
+        trials = [trial for trial in self.trials if most and len(trial.others) == most]
         rows = [[statistics.fmean(one[name] for one in trial.others) for name in self.objectives] for trial in trials]
         position = pareto.knee(rows, list(self.objectives.values()))
         return None if position is None else trials[position].name
@@ -157,6 +159,7 @@ class RecordedSearch:
                 "version": version.version,
                 "alias": version.alias,
             }
+        decided = _with_others(result, trials)
         return cls(
             result.name,
             tuple(words),
@@ -165,8 +168,8 @@ class RecordedSearch:
             dict(result.search.objectives),
             trials,
             len(result.records) - len(trials),
-            importance(result),
-            importance_intervals(result),
+            importance(decided),
+            importance_intervals(decided),
             METHOD,
             None if result.knee is None else result.knee.name,
             registered,
@@ -190,12 +193,24 @@ class RecordedSearch:
         try:
             trials = tuple(RecordedTrial(**{**one, "others": tuple(one["others"])}) for one in plain["trials"])
             fixed: dict[str, Any] = {key: tuple(plain[key]) for key in ("words", "keys", "code_versions")}
+            for one in (metrics for trial in trials for metrics in (trial.metrics, *trial.others)):
+                for name in plain["objectives"]:
+                    one[name]
             fixed["intervals"] = {
                 name: {key: tuple(ends) for key, ends in found.items()} for name, found in plain["intervals"].items()
             }
             return cls(**{**plain, **fixed, "trials": trials})
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is damaged: {error}; record the search again by `spikefleet tune`") from None
+
+
+def _with_others(result: SearchResult, trials: Sequence[RecordedTrial]) -> SearchResult:
+    """The search with all trainings as trials, where each point has some with other seeds; else as it was."""
+    if not all(trial.others for trial in trials):
+        return result
+    others = {trial.name: trial.others for trial in trials}
+    more = [replace(record, metrics=one) for record in result.comparable for one in others[record.name]]
+    return replace(result, records=(*result.records, *more))
 
 
 def recorded_searches(folder: Path) -> Iterator[RecordedSearch]:

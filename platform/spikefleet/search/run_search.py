@@ -403,7 +403,7 @@ def register_trial(result: SearchResult, chosen: str, options: Options, console:
 def confirmed_choice(result: SearchResult, confirmation: Sequence[Mapping[str, Any]], chosen: str) -> str:
     """The trial that `knee` or `best` means by trainings with other seeds, which had no part in the search.
 
-    What is best of many trials by one seed is partly luck.
+    What is best of many trials by one seed is partly luck. Trials of which fewer seeds have finished are left out.
 
     Args:
         result: of the search.
@@ -414,7 +414,8 @@ def confirmed_choice(result: SearchResult, confirmation: Sequence[Mapping[str, A
         The name of the trial; `chosen` where it is one, or where no training with another seed has finished.
     """
     finished = {record.name for record in result.comparable if record.status == "finished"}
-    rows = [row for row in confirmation if row["seeds"] and row["trial"] in finished]
+    most = max((row["seeds"] for row in confirmation), default=0)
+    rows = [row for row in confirmation if 0 < row["seeds"] == most and row["trial"] in finished]
     if chosen not in ("knee", "best") or not rows:
         return chosen
     objectives = dict(list(result.search.objectives.items())[: 1 if chosen == "best" else None])
