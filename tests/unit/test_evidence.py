@@ -109,7 +109,8 @@ def test_the_page_says_what_was_run_and_what_was_not(found: list[TableEvidence],
     assert "rows differ in `model.connection`, `model.stages`." in page
     assert "`shortcut" not in page.partition("## Top-1")[2].partition("## ")[0]
     assert (
-        "to 100, where gradients neither vanish nor explode: post-addition, without side branches, 34 layers." in page
+        "and 100 gradients neither vanish nor explode. Outside: post-addition, without side branches, 34 layers."
+        in page
     )
     assert "| `digits_300` | digits | 20 | 20 min 00 s | abc | dddddddddddd |" in page
     assert "| post-addition | without | 0.1 | 1e-30 |" in page
