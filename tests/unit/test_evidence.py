@@ -104,6 +104,9 @@ def test_the_page_says_what_was_run_and_what_was_not(found: list[TableEvidence],
     assert "## Top-1 accuracy of SG ResNet and Spiking ResNet, rate decoding, on `digits_300`" in page
     assert "`digits`, `fashion_mnist_10k`, `fashion_mnist`: judged at `digits_300` instead. `spikefleet" in page
     assert "rows not trained at `digits_300`: Spiking ResNet18; Spiking ResNet10." in page
+    table = page.partition("## Top-1")[2].partition("## ")[0]
+    assert "It trains 2 rows beyond those recorded, too." in table
+    assert "--only" not in table, "the table has one group"
     assert "`train.epochs=32`, `train.global_batch=64`, `data.options.train_images=300`" in page
     assert "`model.gate_gradient=exact`" in page
     assert "rows differ in `model.connection`, `model.stages`." in page

@@ -172,7 +172,9 @@ def _section(one: TableEvidence, plots: str, results: str, undrawn: Collection[s
     yield ""
     yield settings_of(one)
     yield ""
-    more = f" It trains {counted(len(one.untrained), 'row')} beyond those recorded, too." if one.untrained else ""
+    chosen = {name for entry in one.table.entries(_only(one)) for name in (entry.row.name, entry.full_name)}
+    beyond = len(chosen & set(one.untrained))
+    more = f" It trains {counted(beyond, 'row')} beyond those recorded, too." if beyond else ""
     yield f"Command: `{_command(one, results)}`.{more}"
     yield ""
     yield from (*(f"* {note}" for note in one.table.notes), *scattered(one), "")
@@ -296,16 +298,15 @@ def _gradients(gradients: DepthGradients | None, plots: str, undrawn: Collection
 def _command(one: TableEvidence, results: str) -> str:
     """What trains the rows of a table with the most seeds that its comparisons have; five where there are none."""
     seeds = max((pair.ours.seeds for judged in one.claims for pair in judged.pairs if pair.ours), default=5)
-    only = ""
-    groups = {entry.group.name for entry in one.table.entries() if _has_trainings(one, entry)}
-    for group in sorted(groups):
-        pattern = f"{group}: *"
-        chosen = list(one.table.entries(pattern))
-        if one.untrained and len(groups) < len(one.table.groups) and all(_has_trainings(one, each) for each in chosen):
-            only = f" --only {shlex.quote(pattern)}"
-            break
+    only = f" --only {shlex.quote(pattern)}" if (pattern := _only(one)) != "*" else ""
     place = shlex.quote(results)
     return f"spikefleet reproduce {one.table.name} --scale {one.scale} --seeds {seeds}{only} --results {place}"
+
+
+def _only(one: TableEvidence) -> str:
+    """The pattern of the rows that a table's command trains: a group, where its rows alone are recorded; else all."""
+    groups = {entry.group.name for entry in one.table.entries() if _has_trainings(one, entry)}
+    return f"{groups.pop()}: *" if len(groups) == 1 and len(one.table.groups) > 1 else "*"
 
 
 def _has_trainings(one: TableEvidence, entry: Entry) -> bool:
