@@ -21,7 +21,8 @@ from spikefleet.config.recipes import load_config, parse_overrides
 
 def weight_layers(recipe: str, overrides: list[str]) -> int:
     """Convolutions and the classifier on the longest path: two in each block, and the first and the last one."""
-    stages = load_config(recipe, parse_overrides(overrides)).model.model_dump()["stages"]
+    of_the_model = [override for override in overrides if override.startswith("model.")]  # the rest may need a GPU
+    stages = load_config(recipe, parse_overrides(of_the_model)).model.model_dump()["stages"]
     return 2 * sum(stages) + 2
 
 
@@ -32,22 +33,24 @@ def main() -> None:
     parser.add_argument("--title", default="Accuracy over depth")
     parser.add_argument("--settings", nargs="*", metavar="NAME[=LABEL]", help="these only, in this order")
     given = parser.parse_args()
+    labels = dict(setting.partition("=")[::2] for setting in given.settings or [])
     found: dict[str, dict[int, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for path in given.results:
         for line in path.read_text().splitlines():
             row = json.loads(line)
             name = row["name"].partition(" @")[0]
+            if labels and name not in labels:
+                continue
             depth = weight_layers(row["recipe"], row["overrides"])
             found[name][depth][row["seed"]] = 100 * row["test"]["top1"]
     figure = Figure(figsize=(8.5, 4.5), layout="constrained")
     axes = figure.subplots()
     shown: set[int] = set()
-    for setting in given.settings or sorted(found):
-        name, _, label = setting.partition("=")
+    for name in labels or sorted(found):
         depths = sorted(found[name])
         shown.update(depths)
         means = [statistics.fmean(found[name][depth].values()) for depth in depths]
-        (line,) = axes.plot(depths, means, label=label or name)
+        (line,) = axes.plot(depths, means, label=labels.get(name) or name)
         for depth in depths:
             values = list(found[name][depth].values())
             axes.plot([depth] * len(values), values, "o", color=line.get_color(), markersize=4, alpha=0.6)

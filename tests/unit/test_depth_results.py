@@ -1,0 +1,90 @@
+"""What `models/README.md` says of gates and side branches over depth follows from the recorded trainings."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import statistics
+from pathlib import Path
+
+import pytest
+
+from bench import plot_depth
+from spikefleet.reproduction.paired_seeds import PairedSeeds
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "tests/bench/results/depth.jsonl"
+README = (ROOT / "models/README.md").read_text()
+
+GATES = {
+    **{f"digits of 16x16, 16 epochs, {depth}": f"{{}} @{depth}" for depth in (10, 18, 34)},
+    **{f"Fashion-MNIST, 10,000 images, 4 epochs, {depth}": f"fm {{}} @{depth}" for depth in (10, 18, 34)},
+}
+"""Rows of the table of gradients of gates, and the names of their trainings but for the gradient."""
+
+BRANCHES = {
+    "none": "none",
+    "none; blocks start as the identity": "none, zero init",
+    "**losses of all outputs, constant 1**": "losses constant",
+    "losses, 1 to 0": "losses evolving from 1",
+    "losses, constant 1; start as the identity": "losses constant, zero init",
+    "own + summed, constant 1": "own constant",
+    "own + summed, detached, constant 1": "detached constant",
+    "summed logits, constant 1 (the paper's)": "summed constant",
+    "summed logits, 0.25 to 0 (the paper's, evolutionary)": "summed evolving",
+}
+"""Rows of the table of side branches, and the names of their trainings but for the depth."""
+
+COLUMNS = ("{} @18", "{} @34", "fm {} @18", "fm {} @34")
+
+
+def by_seed(name: str, metric: str = "top1") -> dict[int, float]:
+    """Per cent of test of the trainings of a name; empty without any."""
+    rows = map(json.loads, RESULTS.read_text().splitlines())
+    return {row["seed"]: 100 * row["test"][metric] for row in rows if row["name"] == name}
+
+
+def spread(values: dict[int, float]) -> str:
+    return f"{statistics.fmean(values.values()):.1f} ± {statistics.stdev(values.values()):.1f} %"
+
+
+def difference(first: dict[int, float], second: dict[int, float]) -> str:
+    """Mean difference in pairs of equal seeds, with half of its 95 % interval."""
+    paired = PairedSeeds.of(first, second)
+    assert paired is not None
+    assert paired.interval is not None
+    return f"{paired.difference:+.1f} ± {(paired.interval[1] - paired.interval[0]) / 2:.1f}"
+
+
+@pytest.mark.parametrize("row", GATES)
+def test_the_table_of_gradients_of_gates(row: str) -> None:
+    literal, exact = (by_seed(GATES[row].format(gradient)) for gradient in ("literal", "exact"))
+    assert set(literal) == set(exact)
+    better = sum(exact[seed] > literal[seed] for seed in exact)
+    said = f"{difference(exact, literal)} ({better} of {len(exact)} better)"
+    assert f"| {row} | {len(exact)} | {spread(literal)} | {spread(exact)} | {said} |\n" in README
+
+
+@pytest.mark.parametrize("row", BRANCHES)
+def test_the_table_of_side_branches(row: str) -> None:
+    cells = []
+    for column in COLUMNS:
+        found, plain = by_seed(column.format(BRANCHES[row])), by_seed(column.format("none"))
+        if not found:
+            cells.append("not run")
+        elif row == "none":
+            cells.append(spread(found))
+        else:
+            cells.append(f"{spread(found)} ({difference(found, plain)})")
+    assert f"| {' | '.join([row, *cells])} |\n" in README
+
+
+def test_the_command_that_draws_accuracy_over_depth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = re.search(r"^python tests/bench/plot_depth\.py (.+) --out \S+$", README, re.MULTILINE)
+    assert command is not None
+    picture = tmp_path / "depth.png"
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["plot_depth.py", *shlex.split(command.group(1)), "--out", str(picture)])
+    plot_depth.main()
+    assert picture.stat().st_size > 10_000
