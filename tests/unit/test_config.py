@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,14 @@ def test_recipe_resolves_and_names_command_hardware_time_and_expectation(name: s
     assert f"spikefleet train {name}" in header
     for part in ("hardware:", "time:", "expected:"):
         assert part in header
+
+
+@pytest.mark.parametrize("name", [name for name in list_recipes() if "(the paper's" in recipe_header(name)])
+def test_recipes_of_a_paper_list_their_deviations(name: str) -> None:
+    header = recipe_header(name)
+    said = re.search(r"Deviation.*: those of (\w+)", header)
+    assert "Deviation" in header
+    assert said is None or "Deviation" in recipe_header(said.group(1))
 
 
 @pytest.mark.parametrize("name", [name for name in list_recipes() if name.startswith("cifar")])

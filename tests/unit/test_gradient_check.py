@@ -35,7 +35,10 @@ EXPLODE_BY_LITERAL_GATES = ("coco_retinanet_sg_resnet34", "imagenet_sg_resnet34"
 """At a depth of 34 and more, behind a stem that gathers the gradient of many pixels."""
 
 SATURATE_BEHIND_POOLS = ("dvs_cifar10_7bnet",)
-"""The paper's BSG behind max pools: after five of them nearly all spikes are 1, and the last blocks silent."""
+"""The paper's BSG behind max pools: with few channels nearly all spikes are 1 after five, and the last blocks silent.
+
+At full width the recipe passes as it is.
+"""
 
 
 def narrow(recipe: str, **overrides: object) -> Config:
@@ -71,9 +74,6 @@ def assert_trainable(check: GradientCheck) -> None:
 @pytest.mark.parametrize("recipe", list_recipes())
 def test_gradients_of_every_recipe_reach_all_layers_at_initialisation(recipe: str) -> None:
     config = narrow(recipe)
-    gate = GATE.get(config.model.family)
-    if recipe in EXPLODE_BY_LITERAL_GATES and gate is not None:
-        config = narrow(recipe, **{gate: "exact"})
     if recipe in SATURATE_BEHIND_POOLS:
         config = narrow(recipe, **{"model.connection": "iand"})
     assert_trainable(on_noise(config))
@@ -97,7 +97,7 @@ def test_the_former_peak_of_the_shortcut_recipes_explodes(recipe: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", [name for name in list_recipes() if name not in EXPLODE_BY_LITERAL_GATES])
+@pytest.mark.parametrize("recipe", list_recipes())
 def test_gradients_of_every_recipe_at_full_width(recipe: str) -> None:
     assert_trainable(on_noise(load_config(recipe)))
 

@@ -315,6 +315,7 @@ def _has_trainings(one: TableEvidence, entry: Entry) -> bool:
 
 
 def _not_run(found: Sequence[TableEvidence], results: str) -> Iterator[str]:
+    yield "* A table is run whole at one scale, since each further one takes as many hours again on two cores."
     tables = {one.table.name: one.table for one in found}
     for name, table in tables.items():
         head = f"* {table.paper}, {table.title}:"
@@ -338,7 +339,8 @@ def _not_run(found: Sequence[TableEvidence], results: str) -> Iterator[str]:
     for name in list_tables():
         if name not in tables:
             table = load_table(name)
-            yield f"* {table.paper}, {table.title}: no claim of it is judged. `spikefleet reproduce {name}`"
+            head = f"* {table.paper}, {table.title}: no claim of it is judged:"
+            yield f"{head} {table.not_judged}. `spikefleet reproduce {name}`"
 
 
 def _scales(found: Sequence[TableEvidence]) -> str:

@@ -106,6 +106,7 @@ class PaperTable(Section):
     counted: Counted | None = Field(None, description="how operations and energy are counted")
     groups: tuple[Group, ...] = Field(min_length=1, description="groups of rows")
     notes: tuple[str, ...] = Field((), description="notes for the report")
+    not_judged: str = Field("", description="why no claim of it is judged, where it has none")
 
     @model_validator(mode="after")
     def _hangs_together(self) -> Self:
