@@ -21,6 +21,7 @@ GATES = {
     **{f"digits of 16x16, 16 epochs, {depth}": f"{{}} @{depth}" for depth in (10, 18, 34)},
     **{f"digits of 16x16, 48 epochs, {depth}": f"48 {{}} @{depth}" for depth in (10, 18, 34)},
     **{f"Fashion-MNIST, 10,000 images, 4 epochs, {depth}": f"fm {{}} @{depth}" for depth in (10, 18, 34)},
+    "scenes, small RetinaNet, mAP50, 4 of 22 epochs, 7": "retinanet {}",
 }
 """Rows of the table of gradients of gates, and the names of their trainings but for the gradient."""
 
