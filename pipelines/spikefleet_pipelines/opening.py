@@ -7,7 +7,7 @@ from typing import Any
 
 from spikefleet_pipelines.data_config import DataConfig, store_name
 from spikefleet_pipelines.errors import SourceError, StoreError
-from spikefleet_pipelines.sources import Progress, find_source, prepare
+from spikefleet_pipelines.sources import Progress, check_options, find_source, prepare
 from spikefleet_pipelines.store.manifest import MANIFEST_NAME
 from spikefleet_pipelines.store.origin import Origin, is_built_from
 from spikefleet_pipelines.store.reader import Store
@@ -55,7 +55,11 @@ def open_or_prepare(
     root = config.root or find_source(config.source).default_root
     there, target = _prepared_from(root, out, config.root is not None, config.check_content, say or _silent)
     if there is not None:
-        return _of_source(Store.open(there, verify=verify), config)
+        store = _of_source(Store.open(there, verify=verify), config)
+        if others := _other_options(store, config):
+            remedy = "used as it is; remove it, or set data.store to another one"
+            (say or _silent)(f"{store.location} was prepared with {others}: {remedy}")
+        return store
     options: dict[str, Any] = dict(config.options)
     return prepare(
         config.source, config.root, target, progress=progress, parallel=parallel, seed=config.seed, **options
@@ -122,6 +126,19 @@ def _check_kind(config: DataConfig, events: bool, what: str) -> None:
             f"{what} has {there}, but data.transform.kind is {transform.kind!r}; set data.transform.kind to "
             f"{' or '.join(map(repr, kinds))}"
         )
+
+
+def _other_options(store: Store, config: DataConfig) -> str:
+    """Say which options of a store that the user prepared are not the config's; empty if none or unknown."""
+    source = find_source(config.source)
+    recorded = {name: value for name, value in store.manifest.options.items() if name != "seed"}
+    try:
+        had = check_options(source, recorded).model_dump(mode="json")
+    except SourceError:
+        return ""
+    asked = check_options(source, config.options).model_dump(mode="json")
+    different = [name for name in asked if had[name] != asked[name]]
+    return ", ".join(f"{name}={had[name]} where data.options has {asked[name]}" for name in different)
 
 
 def _of_source(store: Store, config: DataConfig) -> Store:

@@ -206,6 +206,16 @@ def test_config_prepares_once_and_opens_later(tmp_path: Path) -> None:
         assert open_or_prepare(DataConfig(source="digits", **fields), tmp_path).manifest == first.manifest  # type: ignore[arg-type]
 
 
+def test_a_store_of_other_options_that_the_user_prepared_is_named(tmp_path: Path) -> None:
+    own = prepare("digits", None, tmp_path / "digits", upsample=2)
+    sentences: list[str] = []
+    assert open_or_prepare(DataConfig(source="digits"), tmp_path, say=sentences.append).manifest == own.manifest
+    (sentence,) = sentences
+    assert sentence.startswith(f"{own.location} was prepared with upsample=2 where data.options has 1: used as it is;")
+    open_or_prepare(DataConfig(source="digits", options={"upsample": 2}), tmp_path, say=sentences.append)
+    assert len(sentences) == 1
+
+
 def test_store_names_tell_configs_apart() -> None:
     names = [
         store_name(DataConfig(**fields))  # type: ignore[arg-type]
