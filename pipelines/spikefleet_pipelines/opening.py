@@ -131,14 +131,19 @@ def _check_kind(config: DataConfig, events: bool, what: str) -> None:
 def _other_options(store: Store, config: DataConfig) -> str:
     """Say which options of a store that the user prepared are not the config's; empty if none or unknown."""
     source = find_source(config.source)
-    recorded = {name: value for name, value in store.manifest.options.items() if name != "seed"}
+    recorded = dict(store.manifest.options)
+    seed = recorded.pop("seed", config.seed)
     try:
         had = check_options(source, recorded).model_dump(mode="json")
     except SourceError:
         return ""
     asked = check_options(source, config.options).model_dump(mode="json")
-    different = [name for name in asked if had[name] != asked[name]]
-    return ", ".join(f"{name}={had[name]} where data.options has {asked[name]}" for name in different)
+    different = [
+        f"{name}={had[name]} where data.options has {asked[name]}" for name in asked if had[name] != asked[name]
+    ]
+    if seed != config.seed:
+        different.append(f"seed={seed} where data.seed is {config.seed}")
+    return ", ".join(different)
 
 
 def _of_source(store: Store, config: DataConfig) -> Store:

@@ -207,11 +207,12 @@ def test_config_prepares_once_and_opens_later(tmp_path: Path) -> None:
 
 
 def test_a_store_of_other_options_that_the_user_prepared_is_named(tmp_path: Path) -> None:
-    own = prepare("digits", None, tmp_path / "digits", upsample=2)
+    own = prepare("digits", None, tmp_path / "digits", upsample=2, seed=3)
     sentences: list[str] = []
     assert open_or_prepare(DataConfig(source="digits"), tmp_path, say=sentences.append).manifest == own.manifest
     (sentence,) = sentences
-    assert sentence.startswith(f"{own.location} was prepared with upsample=2 where data.options has 1: used as it is;")
+    others = "upsample=2 where data.options has 1, seed=3 where data.seed is 0"
+    assert sentence.startswith(f"{own.location} was prepared with {others}: used as it is;")
     open_or_prepare(DataConfig(source="digits", options={"upsample": 2}), tmp_path, say=sentences.append)
     assert len(sentences) == 1
 
