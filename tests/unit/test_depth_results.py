@@ -22,6 +22,7 @@ GATES = {
     **{f"digits of 16x16, 48 epochs, {depth}": f"48 {{}} @{depth}" for depth in (10, 18, 34)},
     **{f"Fashion-MNIST, 10,000 images, 4 epochs, {depth}": f"fm {{}} @{depth}" for depth in (10, 18, 34)},
     "scenes, small RetinaNet, mAP50, 4 of 22 epochs, 7": "retinanet {}",
+    "scenes, small RetinaNet, mAP50, all 22 epochs, 7": "22 retinanet {}",
 }
 """Rows of the table of gradients of gates, and the names of their trainings but for the gradient."""
 
@@ -32,9 +33,13 @@ BRANCHES = {
     "losses, 1 to 0": "losses evolving from 1",
     "losses, constant 1; start as the identity": "losses constant, zero init",
     "own + summed, constant 1": "own constant",
+    "own + summed, 1 to 0": "own evolving from 1",
     "own + summed, detached, constant 1": "detached constant",
+    "own + summed, detached, 1 to 0": "detached evolving from 1",
     "summed logits, constant 1 (the paper's)": "summed constant",
     "summed logits, 0.25 to 0 (the paper's, evolutionary)": "summed evolving",
+    "summed logits, convex, constant 0.25": "convex constant",
+    "summed logits, convex, 0.25 to 0": "convex evolving",
 }
 """Rows of the table of side branches, and the names of their trainings but for the depth."""
 
