@@ -38,6 +38,8 @@ BRANCHES = {
     "own + summed, detached, 1 to 0": "detached evolving from 1",
     "summed logits, constant 1 (the paper's)": "summed constant",
     "summed logits, 0.25 to 0 (the paper's, evolutionary)": "summed evolving",
+    "losses, convex, constant 0.25": "convex losses constant",
+    "losses, convex, 0.25 to 0": "convex losses evolving",
     "summed logits, convex, constant 0.25": "convex constant",
     "summed logits, convex, 0.25 to 0": "convex evolving",
 }
@@ -86,6 +88,22 @@ def test_the_table_of_side_branches(row: str) -> None:
         else:
             cells.append(f"{spread(found)} ({difference(found, plain)})")
     assert f"| {' | '.join([row, *cells])} |\n" in README
+
+
+STEPS = (
+    "convex losses constant",
+    "convex losses constant, lr 0.4",
+    "none, lr 0.4",
+    "losses constant, clipped",
+    "losses constant, warm-up",
+)
+"""Trainings of 34 layers on digits that tell what the size of the step does."""
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_the_sentences_on_the_size_of_the_step(name: str) -> None:
+    paragraph = README[README.index("* **Part of it is the size of the step**") :].split("\n* ")[0]
+    assert spread(by_seed(f"{name} @34")) in " ".join(paragraph.split())
 
 
 def test_the_command_that_draws_accuracy_over_depth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
