@@ -51,9 +51,7 @@ def gate_forward(name: str, h: Tensor, x: Tensor, out: Tensor) -> Tensor:
     return torch.addcmul(x, x, h, value=-1.0, out=out)
 
 
-def gate_backward_residual(
-    name: str, grad: Tensor, h: Tensor, x: Tensor | None, gradient: GateGradient = "literal"
-) -> Tensor:
+def gate_backward_residual(name: str, grad: Tensor, h: Tensor, x: Tensor | None, gradient: GateGradient) -> Tensor:
     """Compute dL/dH from dL/dY; `grad` is not changed."""
     if name == "add":
         return grad
@@ -102,7 +100,7 @@ class Gate(nn.Module):
         gradient: dY/dH of BSG, as in the module docstring; the other gates have only one.
     """
 
-    def __init__(self, name: Literal["bsg", "add", "and", "iand"], gradient: GateGradient = "literal") -> None:
+    def __init__(self, name: Literal["bsg", "add", "and", "iand"], gradient: GateGradient = "exact") -> None:
         super().__init__()
         self.name = name
         self.gradient = gradient
@@ -181,7 +179,7 @@ class LearnedGate(nn.Module):
         channels: int,
         threshold: float,
         surrogate_function: surrogate.SurrogateFunctionBase,
-        gradient: GateGradient = "literal",
+        gradient: GateGradient = "exact",
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
@@ -242,7 +240,7 @@ def build_gate(
     channels: int,
     threshold: float,
     surrogate_function: surrogate.SurrogateFunctionBase,
-    gradient: GateGradient = "literal",
+    gradient: GateGradient = "exact",
 ) -> Gate | LearnedGate:
     """Build the gate of a residual block with `channels` output channels."""
     if name == "bsg_star":

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from spikefleet.cli import app
+from spikefleet.config.optim_config import OptimConfig
 from spikefleet.config.recipes import list_recipes, load_config
 from spikefleet.config.schema import Config
 from spikefleet.data_summary import DataSummary
@@ -22,7 +24,7 @@ from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.events import Event, Note, StepDone
 from spikefleet.training.gradient_check import GradientCheck, check_gradients, noise_batch, training_batch
 from spikefleet.training.loop import train
-from spikefleet.training.optimizer import learning_rate
+from spikefleet.training.optimizer import learning_rate, smaller_steps
 from spikefleet.training.state import TrainingState
 from spikefleet_models.gradient_flow import TRAINABLE
 from spikefleet_pipelines.store.reader import Store
@@ -249,13 +251,28 @@ def test_what_cannot_be_measured_is_said(words: tuple[str, ...], says: str, tmp_
 
 
 def test_training_warns_once_of_a_step_larger_than_the_weights(store: Store, tmp_path: Path, no_figures: None) -> None:
-    hot, cold = Seen(), Seen()
-    fields = {"optim.warmup_epochs": 0, "train.global_batch": 256, "train.clip_norm": 1.0}
-    train(short(**fields, **{"optim.lr": 100.0}), store, tmp_path / "hot", ProcessGroup.single(), hot)
-    train(short(**fields), store, tmp_path / "cold", ProcessGroup.single(), cold)
-    warnings = [note for note in hot.notes if "times its weights" in note]
-    assert len(warnings) == 1
-    assert warnings[0].startswith("step 1 (epoch 1): a step changes ")
-    assert "learning rate 100" in warnings[0]
-    assert "`spikefleet gradients`" in warnings[0]
-    assert not any("times its weights" in note for note in cold.notes)
+    def warnings(**overrides: object) -> list[str]:
+        seen, fields = Seen(), {"optim.warmup_epochs": 0, "train.global_batch": 256, **overrides}
+        train(short(**fields), store, tmp_path / str(overrides), ProcessGroup.single(), seen)
+        return [note for note in seen.notes if "times its weights" in note]
+
+    (hot,) = warnings(**{"optim.lr": 100.0, "train.clip_norm": 1.0})
+    assert hot.startswith("step 1 (epoch 1): a step changes ")
+    assert "learning rate 100); lower optim.lr or train.clip_norm (1), or set optim.warmup_epochs" in hot
+    assert "`spikefleet gradients`" in hot
+    assert not warnings(**{"optim.lr": 100.0, "train.clip_norm": 1e-4})  # a small step, of a large gradient
+    assert not warnings()
+
+
+@pytest.mark.parametrize(
+    ("optim", "clip", "says"),
+    [
+        ({}, None, "lower optim.lr, set train.clip_norm, or set optim.warmup_epochs"),
+        ({"warmup_epochs": 2}, 0.5, "lower optim.lr or train.clip_norm (0.5), or raise optim.warmup_epochs"),
+        ({"kind": "adamw"}, None, "lower optim.lr, or set optim.warmup_epochs"),
+        ({"kind": "adamw"}, 1.0, "lower optim.lr, or set optim.warmup_epochs"),
+    ],
+)
+def test_the_remedy_is_a_field_that_would_help(optim: dict[str, Any], clip: float | None, says: str) -> None:
+    fields = {"lr": 0.1, "warmup_epochs": 0, **optim}
+    assert smaller_steps(OptimConfig(**fields), clip) == says

@@ -16,7 +16,7 @@ from spikefleet.errors import UserError
 from spikefleet.tasks import build_task
 from spikefleet.training.checkpoints import Snapshot
 from spikefleet.training.distributed import ProcessGroup
-from spikefleet.training.optimizer import large_step, learning_rate
+from spikefleet.training.optimizer import large_step, learning_rate, smaller_steps
 from spikefleet.training.state import TrainingState
 from spikefleet_models.gradient_flow import LARGEST_STEP, GradientFlow, LayerGradient, first_to_last, judge
 from spikefleet_pipelines.loading import Batch, BatchLoader
@@ -48,6 +48,8 @@ class GradientCheck:
     """Factor that `train.clip_norm` puts on the gradient; the relative steps have it, the gradient norms do not."""
     step: int
     """Optimizer steps that the weights have had; 0 at initialisation."""
+    remedy: str
+    """What makes the steps of this training smaller."""
 
     @property
     def largest_step(self) -> LayerGradient:
@@ -65,7 +67,7 @@ class GradientCheck:
             )
         largest = self.largest_step
         if largest.relative_step > LARGEST_STEP:
-            found.append(large_step(largest.layer, largest.relative_step, self.learning_rate))
+            found.append(large_step(largest.layer, largest.relative_step, self.learning_rate, self.remedy))
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -116,7 +118,8 @@ def check_gradients(
     adaptive = config.optim.kind == "adamw"  # clipping does not change the length of its steps
     layers = tuple(flow.layers(rate if adaptive else rate * factor, adaptive))
     trunk = config.model.trunk
-    return GradientCheck(layers, first_to_last(layers, trunk), judge(layers, trunk), rate, factor, step)
+    ratio, problem = first_to_last(layers, trunk), judge(layers, trunk)
+    return GradientCheck(layers, ratio, problem, rate, factor, step, smaller_steps(config.optim, clip))
 
 
 def _in_this_process(config: Config) -> Config:

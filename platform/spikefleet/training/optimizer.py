@@ -101,12 +101,22 @@ def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, epochs: 
     return config.lr * (config.final_factor + (1 - config.final_factor) * falling)
 
 
-def large_step(layer: str, relative_step: float, rate: float) -> str:
-    """The sentence for a layer that a step changes by more than its own weights."""
-    return (
-        f"a step changes {layer} by {relative_step:.3g} times its weights (learning rate {rate:.3g}); lower optim.lr, "
-        "or set train.clip_norm or optim.warmup_epochs"
-    )
+def large_step(layer: str, relative_step: float, rate: float, remedy: str) -> str:
+    """The sentence for a layer that a step changes by more than its own weights; `remedy`: of `smaller_steps`."""
+    return f"a step changes {layer} by {relative_step:.3g} times its weights (learning rate {rate:.3g}); {remedy}"
+
+
+def smaller_steps(config: OptimConfig, clip_norm: float | None) -> str:
+    """What makes the steps of a training smaller: of its fields, those that would.
+
+    Clipping does not change the length of AdamW's steps, which are about as long as the learning rate.
+    """
+    warmup = f"{'raise' if config.warmup_epochs else 'set'} optim.warmup_epochs"
+    if config.kind == "adamw":
+        return f"lower optim.lr, or {warmup}"
+    if clip_norm is None:
+        return f"lower optim.lr, set train.clip_norm, or {warmup}"
+    return f"lower optim.lr or train.clip_norm ({clip_norm:g}), or {warmup}"
 
 
 def momentum(config: OptimConfig, step: int, steps_per_epoch: int) -> float:

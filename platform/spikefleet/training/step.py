@@ -16,7 +16,7 @@ from spikefleet.config.train_config import TrainConfig
 from spikefleet.tasks import AnyTask
 from spikefleet.training.distributed import ProcessGroup
 from spikefleet.training.events import EventSink, Note, StepDone
-from spikefleet.training.optimizer import large_step
+from spikefleet.training.optimizer import large_step, smaller_steps
 from spikefleet.training.rank_statistics import average_statistics
 from spikefleet.training.state import TrainingState
 from spikefleet.training.step_reading import DeviceNumbers, StepNumbers, StepReading
@@ -129,8 +129,7 @@ def training_step(
         scale=state.scaler.scale(torch.ones_like(norms.whole)),
         gradients=norms.by_parameter,
     )
-    sizes = _sizes_if_looked_for(state)
-    done = UnreadStep(reading, state.epoch, state.step + 1, batch.global_count, rate, sizes)
+    done = UnreadStep(reading, state.epoch, state.step + 1, batch.global_count, rate)
     if state.reads_late:
         stopping = settle(state, sink)  # the step before; its error leaves the weights as they are
         _skip_if_not_finite(state, means["loss"], norms.whole)
@@ -138,6 +137,7 @@ def training_step(
         stopping = done.check(state)
     if config.train.clip_norm is not None:
         clip_grads_with_norm_(state.train_model.parameters(), config.train.clip_norm, norms.whole)
+    done.sizes = _sizes_if_looked_for(state)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     average_statistics(state.network, group)
@@ -170,8 +170,8 @@ class UnreadStep:
     """Of all ranks."""
     rate: float
     """Learning rate of the weights."""
-    sizes: tuple[StepSizes, DeviceNumbers] | None
-    """What tells whether the step is large, where that is looked for."""
+    sizes: tuple[StepSizes, DeviceNumbers] | None = None
+    """What tells whether the step, clipped where that is set, is large, where that is looked for."""
     logged: dict[str, float] | None = None
     """Metrics that the host knows, where metrics are due."""
     monitor: SpikeMonitor | None = None
@@ -214,9 +214,9 @@ class UnreadStep:
         largest = sizes.largest(self.rate, numbers.read())
         if largest is not None and LARGEST_STEP < largest[1] < math.inf:  # the scaler skips a step that overflows
             state.noted_large_step = True
-            sink.emit(
-                Note(f"{self._where}: {large_step(*largest, self.rate)}; `spikefleet gradients` shows every layer")
-            )
+            remedy = smaller_steps(state.config.optim, state.config.train.clip_norm)
+            said = large_step(*largest, self.rate, remedy)
+            sink.emit(Note(f"{self._where}: {said}; `spikefleet gradients` shows every layer"))
 
 
 def settle(state: TrainingState, sink: EventSink) -> bool:
@@ -342,7 +342,7 @@ def _gradient_norms(state: TrainingState) -> _Norms:
 
 
 def _sizes_if_looked_for(state: TrainingState) -> tuple[StepSizes, DeviceNumbers] | None:
-    """In the first step and where metrics are logged: it reads all weights and gradients once."""
+    """In the first step and where metrics are logged: it reads all weights and clipped gradients once."""
     looks = state.step == 0 or due(state.config.tracking.every_steps, state.step + 1)
     if not looks or not state.group.is_main or state.noted_large_step:
         return None
