@@ -36,6 +36,28 @@ def test_recipes_of_a_paper_list_their_deviations(name: str) -> None:
     said = re.search(r"Deviation.*: those of (\w+)", header)
     assert "Deviation" in header
     assert said is None or "Deviation" in recipe_header(said.group(1))
+    headers = header if said is None else header + recipe_header(said.group(1))
+    config = load_config(name).dump()
+    if config["data"]["source"] in ("cifar10", "cifar100", "dvs_cifar10"):
+        assert re.search(r"\bval\b", headers)  # the papers train on all images, and choose on the test split
+    network = config["model"].get("backbone", config["model"])
+    if (network.get("connection"), network.get("gate_gradient")) == ("bsg", "exact"):
+        assert "gate" in headers
+
+
+@pytest.mark.parametrize("name", [name for name in list_recipes() if name.endswith("_strong")])
+def test_strong_recipes_are_what_a_practitioner_would_choose(name: str) -> None:
+    config, papers = load_config(name), load_config(name.removesuffix("_strong"))
+    assert config.model == papers.model
+    assert (config.optim.schedule, config.optim.warmup_epochs, config.optim.nesterov) == ("cosine", 5, True)
+    assert config.train.label_smoothing == 0.1
+    assert config.optim.weight_decay > 0
+    assert not config.optim.decay_norm_and_bias
+    assert config.registry.default_name == name
+    if name.startswith("cifar"):
+        assert config.train.global_batch == 128
+        transform = config.dump()["data"]["transform"]
+        assert (transform["auto_augment"], transform["cutout"]) == ("cifar10", 16)
 
 
 @pytest.mark.parametrize("name", [name for name in list_recipes() if name.startswith("cifar")])
