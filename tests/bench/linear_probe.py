@@ -1,11 +1,12 @@
 """How much of the class each block's spikes still tell at initialisation: accuracy of a linear classifier on them.
 
-    python tests/bench/linear_probe.py RECIPE 'NAME: KEY=VALUE ...' ... [--all KEY=VALUE ...] [--images N] [--seed N]
+    python tests/bench/linear_probe.py RECIPE 'NAME: KEY=VALUE ...' ... [--all KEY=VALUE ...] [--images N] [--seeds N]
         [--stores DIR] [--out FILE.png]
 
 For each setting, a ridge regression from the mean spikes of each channel, over time and space, to the classes is fitted
 on training images and tested on test images, after each block of the untrained network (batch norm on the batch's own
-statistics). Where it is at chance, the gradients of later layers carry nothing about the class, whatever their size.
+statistics); the mean over networks of several seeds. Where it is at chance, later layers get nothing that tells classes
+apart to such a classifier.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 from itertools import islice
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from rich.console import Console
@@ -76,7 +78,7 @@ def main() -> None:
     parser.add_argument("settings", nargs="+", metavar="NAME: KEY=VALUE ...")
     parser.add_argument("--all", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of all settings")
     parser.add_argument("--images", type=int, default=800, help="most images of each split")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=1, help="networks of each setting, from seeds 0, 1, ...")
     parser.add_argument("--stores", type=Path, default=Path("stores"))
     parser.add_argument("--out", type=Path, help="a plot of accuracy over blocks")
     given = parser.parse_args()
@@ -84,7 +86,8 @@ def main() -> None:
     for text in given.settings:
         name, _, words = text.partition(":")
         overrides = [*given.all, *words.split()]
-        rows[name] = probe_blocks(given.recipe, overrides, given.images, given.stores, given.seed)
+        found = [probe_blocks(given.recipe, overrides, given.images, given.stores, s) for s in range(given.seeds)]
+        rows[name] = [fmean(of_seeds) for of_seeds in zip(*found, strict=True)]
         print(f"{name:<24}", " ".join(f"{100 * accuracy:3.0f}" for accuracy in rows[name]), "%", flush=True)
     if given.out:
         draw(rows, given.out)
