@@ -90,20 +90,30 @@ def test_the_table_of_side_branches(row: str) -> None:
     assert f"| {' | '.join([row, *cells])} |\n" in README
 
 
-STEPS = (
-    "convex losses constant",
-    "convex losses constant, lr 0.4",
-    "none, lr 0.4",
-    "losses constant, clipped",
-    "losses constant, warm-up",
-)
-"""Trainings of 34 layers on digits that tell what the size of the step does."""
+SAID = {
+    "* **Part of it is the size of the step**": (
+        "convex losses constant @34",
+        "convex losses constant, lr 0.4 @34",
+        "none, lr 0.4 @34",
+        "losses constant, clipped @34",
+        "losses constant, warm-up @34",
+    ),
+    "**The surrogate decides as much as the loss**": ("losses constant, rect @34", "losses constant, dspike @34"),
+    "`digits`, 16 epochs with a last batch": ("partial keep", "partial drop", "partial weigh"),
+}
+"""How paragraphs begin, and the trainings whose mean and deviation they say."""
 
 
-@pytest.mark.parametrize("name", STEPS)
-def test_the_sentences_on_the_size_of_the_step(name: str) -> None:
-    paragraph = README[README.index("* **Part of it is the size of the step**") :].split("\n* ")[0]
-    assert spread(by_seed(f"{name} @34")) in " ".join(paragraph.split())
+@pytest.mark.parametrize(("begin", "name"), [(begin, name) for begin, names in SAID.items() for name in names])
+def test_what_a_paragraph_says_of_trainings(begin: str, name: str) -> None:
+    assert README.count(begin) == 1
+    paragraph = re.split(r"\n(?:\* |\n)", README[README.index(begin) :])[0]
+    assert spread(by_seed(name)) in " ".join(paragraph.split())
+
+
+def test_what_clipping_and_warm_up_are_compared_with() -> None:
+    same = {seed: value for seed, value in by_seed("losses constant @34").items() if seed < 3}
+    assert README.count(spread(same)) == 2  # of the size of the step, and of the surrogate
 
 
 def test_the_command_that_draws_accuracy_over_depth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
