@@ -82,6 +82,8 @@ def main() -> None:
     parser.add_argument("--stores", type=Path, default=Path("stores"))
     parser.add_argument("--out", type=Path, help="a plot of accuracy over blocks")
     given = parser.parse_args()
+    if given.seeds < 1:
+        parser.error(f"--seeds {given.seeds} leaves no network; give 1 or more")
     rows: dict[str, list[float]] = {}
     for text in given.settings:
         name, _, words = text.partition(":")

@@ -41,7 +41,7 @@ def test_recipes_of_a_paper_list_their_deviations(name: str) -> None:
     if config["data"]["source"] in ("cifar10", "cifar100", "dvs_cifar10"):
         assert re.search(r"\bval\b", headers)  # the papers train on all images, and choose on the test split
     network = config["model"].get("backbone", config["model"])
-    if (network.get("connection"), network.get("gate_gradient")) == ("bsg", "exact"):
+    if network.get("connection") in ("bsg", "bsg_star") and network["gate_gradient"] == "exact":
         assert "gate" in headers
 
 

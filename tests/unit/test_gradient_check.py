@@ -224,6 +224,7 @@ def test_the_command_says_where_gradients_explode_and_draws_them(tmp_path: Path)
     assert answer["problem"].startswith("explodes at ")
     assert answer["findings"][0] == f"will hardly train: {answer['problem']}"
     assert {"layer", "gradient_norm", "firing_rate", "relative_step"} <= answer["layers"][0].keys()
+    assert "remedy" not in answer
 
 
 def test_the_command_opens_a_checkpoint_on_its_data(stores_dir: Path) -> None:
@@ -261,6 +262,8 @@ def test_training_warns_once_of_a_step_larger_than_the_weights(store: Store, tmp
     assert "learning rate 100); lower optim.lr or train.clip_norm (1), or set optim.warmup_epochs" in hot
     assert "`spikefleet gradients`" in hot
     assert not warnings(**{"optim.lr": 100.0, "train.clip_norm": 1e-4})  # a small step, of a large gradient
+    (adaptive,) = warnings(**{"optim.kind": "adamw", "optim.lr": 10.0, "train.clip_norm": 1e-4})
+    assert "learning rate 10); lower optim.lr, or set optim.warmup_epochs" in adaptive
     assert not warnings()
 
 

@@ -72,7 +72,9 @@ class GradientCheck:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {**asdict(self), "findings": self.findings}
+        plain = {**asdict(self), "findings": self.findings}
+        del plain["remedy"]  # the findings have it
+        return plain
 
 
 def check_gradients(

@@ -107,7 +107,7 @@ def large_step(layer: str, relative_step: float, rate: float, remedy: str) -> st
 
 
 def smaller_steps(config: OptimConfig, clip_norm: float | None) -> str:
-    """What makes the steps of a training smaller: of its fields, those that would.
+    """What makes the steps of a training smaller, set or changed far enough.
 
     Clipping does not change the length of AdamW's steps, which are about as long as the learning rate.
     """
