@@ -81,6 +81,7 @@ def test_the_table_of_side_branches(row: str) -> None:
     cells = []
     for column in COLUMNS:
         found, plain = by_seed(column.format(BRANCHES[row])), by_seed(column.format("none"))
+        assert set(found) in (set(), set(range(5)))
         if not found:
             cells.append("not run")
         elif row == "none":
@@ -109,6 +110,38 @@ def test_what_a_paragraph_says_of_trainings(begin: str, name: str) -> None:
     assert README.count(begin) == 1
     paragraph = re.split(r"\n(?:\* |\n)", README[README.index(begin) :])[0]
     assert spread(by_seed(name)) in " ".join(paragraph.split())
+
+
+@pytest.mark.parametrize(
+    ("better", "other", "says"),
+    [
+        ("losses constant @34", "detached constant @34", "by {} points to the next kind of loss (detached)"),
+        ("fm losses constant @34", "fm own constant @34", "on Fashion-MNIST by {} (own + summed)"),
+        ("fm losses constant @34", "fm losses evolving from 1 @34", "{} points with losses of all outputs"),
+        ("fm own constant @34", "fm own evolving from 1 @34", "{} with own + summed"),
+        ("fm detached constant @34", "fm detached evolving from 1 @34", "{} detached"),
+        ("losses constant @18", "losses evolving from 1 @18", "for losses of all outputs ({})"),
+        ("fm own constant @18", "fm none @18", "+{} points of own + summed on Fashion-MNIST"),
+        ("fm none @18", "fm losses constant @18", "Losses of all outputs cost {} points there"),
+    ],
+)
+def test_what_is_said_of_differences(better: str, other: str, says: str) -> None:
+    said = says.format(difference(by_seed(better), by_seed(other)).removeprefix("+"))
+    assert said in " ".join(README.split())
+
+
+def test_branches_at_18_layers_differ_beyond_noise_once_to_the_better() -> None:
+    above, differences = [], 0
+    for column in ("{} @18", "fm {} @18"):
+        for name in set(BRANCHES.values()) - {"none"}:
+            if found := by_seed(column.format(name)):
+                paired = PairedSeeds.of(found, by_seed(column.format("none")))
+                assert paired is not None
+                assert paired.interval is not None
+                differences += 1
+                above += [column.format(name)] if paired.interval[0] > 0 else []
+    assert above == ["fm own constant @18"]
+    assert f"of {differences} differences to plain networks one is above the noise" in " ".join(README.split())
 
 
 def test_what_clipping_and_warm_up_are_compared_with() -> None:
