@@ -100,6 +100,7 @@ SAID = {
         "losses constant, warm-up @34",
     ),
     "**The surrogate decides as much as the loss**": ("losses constant, rect @34", "losses constant, dspike @34"),
+    "Why do they stand still": ("none, lr 0.01 @34", "none, clipped @34", "none, warm-up @34"),
     "`digits`, 16 epochs with a last batch": ("partial keep", "partial drop", "partial weigh"),
 }
 """How paragraphs begin, and the trainings whose mean and deviation they say."""
