@@ -276,6 +276,6 @@ def test_training_warns_once_of_a_step_larger_than_the_weights(store: Store, tmp
         ({"kind": "adamw"}, 1.0, "lower optim.lr, or set optim.warmup_epochs"),
     ],
 )
-def test_the_remedy_is_a_field_that_would_help(optim: dict[str, Any], clip: float | None, says: str) -> None:
+def test_the_remedy_follows_the_configuration(optim: dict[str, Any], clip: float | None, says: str) -> None:
     fields = {"lr": 0.1, "warmup_epochs": 0, **optim}
     assert smaller_steps(OptimConfig(**fields), clip) == says

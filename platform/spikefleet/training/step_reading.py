@@ -76,7 +76,7 @@ class StepNumbers:
             bad: parameters whose gradients are not finite; None: by their norms.
             scaled: whether a scaler skips steps that overflow.
         """
-        remedy = "the step was not applied; lower optim.lr, set train.clip_norm, or check the data of this step"
+        remedy = "the step was not applied; lower optim.lr, set or lower train.clip_norm, or check the data of the step"
         loss = self.means["loss"]
         if not math.isfinite(loss):
             losses = group.all_gather(self.local)
